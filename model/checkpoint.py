@@ -1,0 +1,255 @@
+"""Checkpoints: a network, how its inputs are computed, and what is known about it.
+
+A checkpoint is one safetensors file. Its weights are the tensors; everything else is a JSON
+header in the file's metadata under the key ``recur``. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from model.features import Encoder, FeatureSpec, FeatureSpecError, Float32
+from model.gru import Architecture, Network
+
+FORMAT_VERSION = 1
+"""Version of the header and of the tensors' names."""
+
+HEADER_MAX_BYTES = 1 << 20
+"""Longest safetensors header, with the JSON header in it."""
+
+FILE_MAX_BYTES = 1 << 30
+"""Largest checkpoint file."""
+
+DIGEST_DIGITS = 12
+
+CURRENCY = "EUR"
+"""Currency of the simulator's amounts."""
+
+_METADATA_KEY = "recur"
+_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
+
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class CheckpointError(Exception):
+    """A file is not a checkpoint that this version can run; the message says why."""
+
+
+class Thresholds(msgspec.Struct, frozen=True):
+    """Scores from which on a decision is ``review`` and ``decline``."""
+
+    review: Probability = 0.5
+    decline: Probability = 0.9
+
+    def __post_init__(self) -> None:
+        if self.decline < self.review:
+            raise ValueError(f"decline threshold {self.decline} is under review {self.review}")
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint says about its network.
+
+    Attributes:
+        format_version: :data:`FORMAT_VERSION` of the code that wrote it.
+        architecture: sizes of the network.
+        features: how raw features become the network's inputs.
+        currency: ISO 4217 code of the amounts that it was trained on.
+        thresholds: chosen on the validation period.
+        metrics: name to value, measured on the held-out period.
+        training: the settings of the training, with its seed.
+        data_digest: of the transactions that it was trained on (12 hex digits).
+    """
+
+    format_version: int = FORMAT_VERSION
+    architecture: Architecture
+    features: FeatureSpec
+    currency: Annotated[str, msgspec.Meta(min_length=3, max_length=3)] = CURRENCY
+    thresholds: Thresholds = Thresholds()
+    metrics: dict[str, float] = {}
+    training: dict[str, Any] = {}
+    data_digest: str = ""
+
+
+class Checkpoint:
+    """A network in evaluation mode with its header.
+
+    Attributes:
+        network: parameters do not change any more.
+        header: see :class:`Header`.
+        digest: 12 hex digits over what decides a score and a state: weights, architecture and
+            feature specification; not thresholds nor metrics.
+
+    Raises:
+        CheckpointError: the header does not fit the network, or a weight is not finite.
+    """
+
+    def __init__(self, network: Network, header: Header) -> None:
+        if header.architecture != network.architecture:
+            raise CheckpointError("the header's architecture is not the network's")
+        if len(header.features.inputs) != header.architecture.inputs:
+            raise CheckpointError(
+                f"the feature specification has {len(header.features.inputs)} inputs, "
+                f"the network takes {header.architecture.inputs}"
+            )
+        for name, weight in network.state_dict().items():
+            if not torch.isfinite(weight).all():
+                raise CheckpointError(f"the tensor {name} has values that are not finite")
+        try:
+            self._encoder = Encoder(header.features)
+        except FeatureSpecError as error:
+            raise CheckpointError(str(error)) from error
+        self.network = network.eval().requires_grad_(False)
+        self.header = header
+        self.digest = _digest(network, header)
+
+    def encode(self, raw: Float32) -> Float32:
+        """The network's inputs [n, I] of raw features [n, F] (:func:`model.features.observe`)."""
+        return self._encoder.encode(raw)
+
+    def with_header(self, **changes: Any) -> Checkpoint:
+        """The same network with other thresholds, metrics and so on."""
+        return Checkpoint(self.network, msgspec.structs.replace(self.header, **changes))
+
+    def save(self, path: Path) -> None:
+        """Writes the file: all of it or nothing, and the same bytes for the same checkpoint.
+
+        Raises:
+            CheckpointError: the header is too long, or the file cannot be written.
+        """
+        text = msgspec.json.encode(self.header, order="deterministic").decode()
+        weights = {k: v.contiguous().cpu() for k, v in self.network.state_dict().items()}
+        content = safetensors.torch.save(weights, {_METADATA_KEY: text})
+        if _header_bytes(content) > HEADER_MAX_BYTES:
+            raise CheckpointError(
+                f"the header of {path} would have {_header_bytes(content)} bytes, over the limit "
+                f"of {HEADER_MAX_BYTES}; shorten its metrics or training settings"
+            )
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_bytes(content)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Reads and checks a checkpoint file.
+
+        Raises:
+            CheckpointError: no such file, not safetensors, no or too long a header, another
+                format version, features this version does not compute, tensors that are not
+                the architecture's.
+        """
+        content = _read(path)
+        header = _header(content, path)
+        try:
+            weights = safetensors.torch.load(content)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        with torch.device("meta"):  # shapes without memory, until the tensors are known to fit
+            network = Network(header.architecture)
+        _check_tensors(weights, network, path)
+        network.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
+        try:
+            return cls(network, header)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: {error.strerror or error}"
+        ) from error
+    if len(content) > FILE_MAX_BYTES:
+        raise CheckpointError(f"{path} is over the limit of {FILE_MAX_BYTES} bytes")
+    return content
+
+
+def _header_bytes(content: bytes) -> int:
+    return int.from_bytes(content[:_LENGTH_BYTES], "little")
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    recur: str
+
+
+class _SafetensorsHeader(msgspec.Struct, frozen=True):
+    metadata: _Metadata = msgspec.field(name="__metadata__")
+
+
+class _Version(msgspec.Struct, frozen=True):
+    format_version: int
+
+
+def _header(content: bytes, path: Path) -> Header:
+    length = _header_bytes(content)
+    if length > HEADER_MAX_BYTES:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: its header would have {length} bytes, over the limit "
+            f"of {HEADER_MAX_BYTES}"
+        )
+    if len(content) < _LENGTH_BYTES + length:
+        raise CheckpointError(f"{path} is not a whole safetensors file: it ends in its header")
+    try:
+        outer = msgspec.json.decode(
+            content[_LENGTH_BYTES : _LENGTH_BYTES + length], type=_SafetensorsHeader
+        )
+    except msgspec.DecodeError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of Recur: its safetensors header has no text under "
+            f"__metadata__.{_METADATA_KEY} ({error})"
+        ) from error
+    text = outer.metadata.recur
+    try:
+        version = msgspec.json.decode(text, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version}; this version of Recur reads "
+                f"{FORMAT_VERSION}: train it anew, or install the version that wrote it"
+            )
+        return msgspec.json.decode(text, type=Header)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a header that cannot be read: {error}") from error
+
+
+def _check_tensors(weights: dict[str, torch.Tensor], network: Network, path: Path) -> None:
+    expected = network.state_dict()
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise CheckpointError(f"{path} lacks the tensors {', '.join(missing)}")
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise CheckpointError(f"{path} has unknown tensors: {', '.join(unknown)[:200]}")
+    for name, tensor in expected.items():
+        found = weights[name]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: tensor {name} is {found.dtype} {list(found.shape)}; the header's "
+                f"architecture needs {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _digest(network: Network, header: Header) -> str:
+    digest = hashlib.sha256()
+    digest.update(msgspec.json.encode(header.architecture, order="deterministic"))
+    digest.update(msgspec.json.encode(header.features, order="deterministic"))
+    for name, weight in sorted(network.state_dict().items()):
+        array = np.ascontiguousarray(weight.cpu().numpy(), dtype="<f4")
+        digest.update(f"{name}{list(array.shape)}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:DIGEST_DIGITS]

@@ -1,0 +1,191 @@
+"""How good scores are: ranking measures, and what a review budget catches.
+
+NumPy only. ``scores`` [N] are any numbers, higher is more suspicious; ``is_fraud`` [N] is the
+truth. Transactions with equal scores stand or fall together: no measure depends on their order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.float32] | NDArray[np.float64]
+Truth = NDArray[np.bool_]
+Whole = NDArray[np.int64]
+
+
+class EvaluationError(ValueError):
+    """A measure is not defined for these transactions; the message says why."""
+
+
+def auc_roc(scores: Scores, is_fraud: Truth) -> float:
+    """Probability that a fraud scores higher than a genuine transaction, ties counting half.
+
+    Raises:
+        EvaluationError: one class only.
+
+    >>> auc_roc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
+    0.75
+    """
+    false, true = _cumulated(scores, is_fraud)
+    frauds, genuine = _both_classes(true, false)
+    area = (np.diff(false) * (true[1:] + true[:-1]) / 2).sum()  # trapezoids: ties count half
+    return float(area / (frauds * genuine))
+
+
+def average_precision(scores: Scores, is_fraud: Truth) -> float:
+    """Sum over thresholds of (recall gained) x (precision there): area under the PR curve.
+
+    Raises:
+        EvaluationError: one class only.
+
+    >>> round(average_precision(
+    ...     np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])), 4)
+    0.8333
+    """
+    false, true = _cumulated(scores, is_fraud)
+    frauds, _ = _both_classes(true, false)
+    precision = true[1:] / (true[1:] + false[1:])
+    return float((np.diff(true) * precision).sum() / frauds)
+
+
+def threshold_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) -> float:
+    """Lowest score at or over which at most ``rate`` of the genuine transactions lie.
+
+    It is a score that occurs; infinity if even the highest holds too many.
+
+    Raises:
+        EvaluationError: one class only.
+    """
+    thresholds = _distinct_descending(scores)
+    false, true = _cumulated(scores, is_fraud)
+    _, genuine = _both_classes(true, false)
+    allowed = np.flatnonzero(false[1:] <= rate * genuine)
+    return float(thresholds[allowed[-1]]) if len(allowed) else float("inf")
+
+
+def threshold_at_precision(
+    scores: Scores, is_fraud: Truth, precision: float, alerts_min: int = 1
+) -> float:
+    """Lowest score at or over which the share of fraud is at least ``precision``.
+
+    Args:
+        alerts_min: so many transactions must lie at or over it, or the share is chance.
+
+    Returns:
+        A score that occurs; infinity if there is none.
+    """
+    thresholds = _distinct_descending(scores)
+    false, true = _cumulated(scores, is_fraud)
+    alerts = (true + false)[1:]
+    enough = np.flatnonzero((true[1:] >= precision * alerts) & (alerts >= alerts_min))
+    return float(thresholds[enough[-1]]) if len(enough) else float("inf")
+
+
+def recall_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) -> float:
+    """Share of fraud caught where at most ``rate`` of the genuine transactions raise an alert.
+
+    Raises:
+        EvaluationError: one class only.
+    """
+    threshold = threshold_at_false_positive_rate(scores, is_fraud, rate)
+    return float((scores[is_fraud] >= threshold).mean())
+
+
+def precision_at(scores: Scores, is_fraud: Truth, day: Whole, k: int = 100) -> float:
+    """Share of fraud among the k highest transactions of a day, mean over days.
+
+    Of the transactions that tie at the k-th place each counts in part.
+    """
+    return float(
+        np.mean([_top_share(scores[day == d], is_fraud[day == d], k) for d in np.unique(day)])
+    )
+
+
+def card_precision_at(
+    scores: Scores,
+    is_fraud: Truth,
+    account: Whole,
+    day: Whole,
+    k: int = 100,
+    known_fraudulent: Whole | None = None,
+) -> float:
+    """Card precision top-k of the Fraud Detection Handbook (its chapter 4), mean over days.
+
+    Each day the cards are ranked by their highest score of that day; the measure is the share
+    of the top k that have a fraud that day. A card found so leaves the days after it.
+
+    Args:
+        account: [N] the card of each transaction.
+        day: [N] whole numbers.
+        k: cards that can be looked at in a day.
+        known_fraudulent: cards left out from the beginning, such as those whose fraud was
+            known before the first day.
+    """
+    known = np.array([], np.int64) if known_fraudulent is None else known_fraudulent
+    shares = []
+    for d in np.unique(day):
+        today = np.flatnonzero((day == d) & ~np.isin(account, known))
+        cards, card = np.unique(account[today], return_inverse=True)
+        highest = np.full(len(cards), -np.inf)
+        np.maximum.at(highest, card, scores[today])
+        compromised = np.zeros(len(cards), np.bool_)
+        np.logical_or.at(compromised, card, is_fraud[today])
+        top = np.argsort(-highest, kind="stable")[:k]
+        shares.append(compromised[top].sum() / k)
+        known = np.concatenate((known, cards[top][compromised[top]]))
+    return float(np.mean(shares))
+
+
+def recall_by_scenario(
+    scores: Scores, scenario: NDArray[np.int8], threshold: float
+) -> dict[int, float]:
+    """Share of each fraud scenario's transactions at or over the threshold.
+
+    >>> recall_by_scenario(np.array([.9, .2, .8]), np.array([1, 1, 0], np.int8), .5)
+    {1: 0.5}
+    """
+    return {
+        int(s): float((scores[scenario == s] >= threshold).mean())
+        for s in np.unique(scenario)
+        if s > 0
+    }
+
+
+def _distinct_descending(scores: Scores) -> NDArray[np.float64]:
+    return np.unique(scores.astype(np.float64))[::-1]
+
+
+def _cumulated(scores: Scores, is_fraud: Truth) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Genuine and fraudulent transactions at or over each distinct score, highest first.
+
+    Both begin with a 0 for a threshold over all scores.
+    """
+    _, place = np.unique(-scores, return_inverse=True)
+    steps = int(place.max()) + 1 if len(place) else 0
+    true = np.bincount(place[is_fraud], minlength=steps)
+    false = np.bincount(place[~is_fraud], minlength=steps)
+    nothing = np.zeros(1)
+    return (
+        np.concatenate((nothing, np.cumsum(false))),
+        np.concatenate((nothing, np.cumsum(true))),
+    )
+
+
+def _both_classes(true: NDArray[np.float64], false: NDArray[np.float64]) -> tuple[float, float]:
+    frauds, genuine = float(true[-1]), float(false[-1])
+    if not frauds or not genuine:
+        raise EvaluationError(
+            f"{frauds:.0f} frauds and {genuine:.0f} genuine transactions; both must be there"
+        )
+    return frauds, genuine
+
+
+def _top_share(scores: Scores, is_fraud: Truth, k: int) -> float:
+    if len(scores) <= k:
+        return float(is_fraud.sum() / k)
+    kth = np.partition(scores, -k)[-k]
+    above = scores > kth
+    tied = scores == kth
+    in_part = is_fraud[tied].mean() * (k - above.sum())
+    return float((is_fraud[above].sum() + in_part) / k)

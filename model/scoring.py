@@ -1,0 +1,121 @@
+"""Scores of a whole log of transactions, offline: by unrolling, or a step at a time.
+
+:func:`score_unrolled` is the fast way (training, evaluation). :func:`score_stepwise` does what
+a worker does, with its rounding, and so says what any worker must come to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.features import AccountHistory, Float32, Float64, Int64, observe, rounds_of
+from model.gru import Network
+
+UNROLL_STEPS = 256
+UNROLL_ACCOUNTS = 256
+
+
+class Sequences:
+    """Transactions of a log as one sequence per account: where to find them.
+
+    Attributes:
+        row: [N] rows of the log, account by account, each in order of time.
+        start: [accounts] position in ``row`` of each account's first transaction.
+        length: [accounts] its transactions.
+    """
+
+    def __init__(self, account: Int64) -> None:
+        self.row = np.argsort(account, kind="stable")
+        self.length = np.unique(account, return_counts=True)[1]
+        self.start = np.cumsum(self.length) - self.length
+
+    def chunks(
+        self, accounts: NDArray[np.intp], steps: int
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.bool_]]]:
+        """Cuts the accounts' sequences into chunks of ``steps``, from the beginning on.
+
+        The longest sequence comes first, so those that go on are the first rows of the chunk
+        before. Yields positions in ``row`` [n, steps] and whether a transaction is there
+        [n, steps]; where none is, the position is the account's last.
+        """
+        accounts = accounts[np.argsort(-self.length[accounts], kind="stable")]
+        start, length = self.start[accounts], self.length[accounts]
+        for begin in range(0, int(length.max(initial=0)), steps):
+            active = int((length > begin).sum())
+            step = np.arange(begin, begin + steps)
+            there = step < length[:active, None]
+            within = np.minimum(step, length[:active, None] - 1)
+            yield start[:active, None] + within, there
+
+
+def score_unrolled(
+    network: Network, inputs: Tensor, account: Int64, sequences: Sequences | None = None
+) -> Float32:
+    """Scores [N] of a log in order of time, in the order of the log.
+
+    Args:
+        network: in evaluation mode.
+        inputs: [N, I] on the network's device.
+        account: [N].
+        sequences: of ``account``, if they are at hand.
+    """
+    sequences = sequences or Sequences(account)
+    scores = np.empty(len(account), np.float32)
+    by_length = np.argsort(-sequences.length, kind="stable")
+    with torch.inference_mode():
+        for begin in range(0, len(by_length), UNROLL_ACCOUNTS):
+            group = by_length[begin : begin + UNROLL_ACCOUNTS]
+            hidden: Tensor | None = None
+            for position, there in sequences.chunks(group, UNROLL_STEPS):
+                rows = sequences.row[position]  # [n, T]
+                chunk = inputs[torch.from_numpy(rows).to(inputs.device)]  # [n, T, I]
+                before = None if hidden is None else hidden[: len(rows)]
+                logits, hidden = network.unroll(chunk, before)
+                scores[rows[there]] = torch.sigmoid(logits).cpu().numpy()[there]
+    return scores
+
+
+def score_stepwise(
+    checkpoint: Checkpoint,
+    account: Int64,
+    amount: Float64,
+    timestamp_ms: Int64,
+    hidden_dtype: torch.dtype = torch.float16,
+) -> tuple[Float32, AccountHistory, Tensor]:
+    """What a worker computes of a log, from empty account states, in one thread's order.
+
+    Args:
+        checkpoint: on the CPU.
+        account: [N] the log is in the order in which it is applied.
+        amount: [N].
+        timestamp_ms: [N].
+        hidden_dtype: the hidden is rounded to it after each step.
+
+    Returns:
+        scores: [N] in the order of the log.
+        history: of each account, in ascending order of ``account``.
+        hidden: [accounts, L, H] float32, the same order.
+    """
+    rounds = rounds_of(account)
+    order = account[rounds[0]] if rounds else account  # of the accounts in every round
+    history = AccountHistory.empty(len(order))
+    hidden = checkpoint.network.empty_hidden(len(order))
+    scores = np.empty(len(account), np.float32)
+    with torch.inference_mode():
+        for rows in rounds:
+            n = len(rows)
+            active = slice(0, n)
+            raw, after = observe(history.take(active), amount[rows], timestamp_ms[rows])
+            history.put(active, after)
+            inputs = torch.from_numpy(checkpoint.encode(raw))
+            logits, advanced = checkpoint.network.step(inputs, hidden[:n])
+            hidden[:n] = advanced.to(hidden_dtype)
+            scores[rows] = torch.sigmoid(logits).numpy()
+    ascending = np.argsort(order)
+    return scores, history.take(ascending), hidden[torch.from_numpy(ascending)].clone()

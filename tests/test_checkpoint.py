@@ -1,0 +1,202 @@
+"""Checkpoint files: what is written is read, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from model.checkpoint import (
+    HEADER_MAX_BYTES,
+    Checkpoint,
+    CheckpointError,
+    Header,
+    Thresholds,
+)
+from model.features import FEATURES, FeatureSpec, Input
+from model.gru import Architecture, Network
+
+
+def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:
+    torch.manual_seed(seed)
+    architecture = Architecture(2, input_size=4, hidden_size=8, layers=layers, head_size=4)
+    spec = FeatureSpec((Input("amount", "log1p", mean=mean), Input("amount_to_mean", "linear")))
+    return Checkpoint(
+        Network(architecture),
+        Header(architecture=architecture, features=spec, metrics={"average_precision": 0.3}),
+    )
+
+
+def rewritten(path: Path, change: Callable[[dict[str, object]], None]) -> Path:
+    """The checkpoint with its JSON header changed by hand."""
+    content = path.read_bytes()
+    weights = safetensors.torch.load(content)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["recur"])
+    change(header)
+    safetensors.torch.save_file(weights, path, {"recur": json.dumps(header)})
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "folder" / "model.safetensors"
+    checkpoint().save(path)
+    return path
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_checkpoint_survives_its_file(tmp_path: Path, layers: int) -> None:
+    saved = checkpoint(layers=layers)
+    saved.save(tmp_path / "model.safetensors")
+    loaded = Checkpoint.load(tmp_path / "model.safetensors")
+    assert loaded.digest == saved.digest
+    assert loaded.header == saved.header
+    raw = np.random.default_rng(0).uniform(0, 9, (5, len(FEATURES))).astype(np.float32)
+    inputs = torch.from_numpy(loaded.encode(raw))
+    for mine, its in zip(
+        saved.network.step(inputs, saved.network.empty_hidden(5)),
+        loaded.network.step(inputs, loaded.network.empty_hidden(5)),
+        strict=True,
+    ):
+        assert torch.equal(mine, its)
+    assert not loaded.network.training
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_and_leaves_no_partial_file(
+    tmp_path: Path,
+) -> None:
+    checkpoint().save(tmp_path / "a")
+    checkpoint().save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_the_digest_follows_weights_features_and_architecture_but_not_thresholds() -> None:
+    first = checkpoint()
+    assert len(first.digest) == 12
+    assert int(first.digest, 16) >= 0
+    same = first.with_header(thresholds=Thresholds(0.2, 0.3), metrics={})
+    assert same.digest == first.digest
+    others = [checkpoint(seed=1), checkpoint(layers=2), checkpoint(mean=0.5)]
+    assert len({first.digest, *(other.digest for other in others)}) == 4
+
+
+def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: No such file"):
+        Checkpoint.load(tmp_path / "none.safetensors")
+
+
+class Payload:
+    """Does harm when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return (os.mkdir, (str(self.mark),))
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    mark = tmp_path / "harm"
+    for name, content in (
+        ("pickle", pickle.dumps(Payload(mark))),
+        ("short", b"\x80\x04"),
+        ("empty", b""),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            Checkpoint.load(path)
+    torch.save({"recur": Payload(mark)}, tmp_path / "torch")
+    with pytest.raises(CheckpointError):
+        Checkpoint.load(tmp_path / "torch")
+    assert not mark.exists()
+
+
+def test_a_file_cut_short_is_refused(file: Path) -> None:
+    content = file.read_bytes()
+    for length in (len(content) - 1, len(content) // 2, 100, 8):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            Checkpoint.load(file)
+
+
+def test_safetensors_of_something_else_are_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="not a checkpoint of Recur"):
+        Checkpoint.load(tmp_path / "other")
+
+
+def test_another_format_version_is_refused_before_its_header_is_read(file: Path) -> None:
+    def newer(header: dict[str, object]) -> None:
+        header.clear()
+        header["format_version"] = 2
+
+    with pytest.raises(CheckpointError, match="format version 2; this version of Recur reads 1"):
+        Checkpoint.load(rewritten(file, newer))
+
+
+def test_tensors_that_are_not_the_architectures_are_refused_by_name(file: Path) -> None:
+    def wider(header: dict[str, object]) -> None:
+        header["architecture"]["hidden_size"] = 9  # type: ignore[index]
+
+    with pytest.raises(CheckpointError, match=r"tensor gru\.weight_ih_l0 .*\[27, 4\]"):
+        Checkpoint.load(rewritten(file, wider))
+
+    def deeper(header: dict[str, object]) -> None:
+        header["architecture"] |= {"hidden_size": 8, "layers": 2}  # type: ignore[operator]
+
+    with pytest.raises(CheckpointError, match=r"lacks the tensors gru\.bias_hh_l1"):
+        Checkpoint.load(rewritten(file, deeper))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("currency", "EURO", "currency"),
+        ("architecture", {"inputs": 2, "layers": 99}, "layers is 99"),
+        ("architecture", {"inputs": 3, "hidden_size": 10**9}, "hidden_size"),
+        ("thresholds", {"review": 0.9, "decline": 0.1}, "under review"),
+        ("features", {"inputs": [{"feature": "risk", "transform": "linear"}] * 2}, "'risk'"),
+        ("features", {"inputs": [{"feature": "amount", "transform": "evil"}] * 2}, "evil"),
+        ("features", {"inputs": [{"feature": "amount", "transform": "linear"}]}, "1 inputs"),
+    ],
+)
+def test_a_header_that_cannot_be_run_is_refused_with_its_reason(
+    file: Path, field: str, value: object, says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        Checkpoint.load(rewritten(file, lambda header: header.update({field: value})))
+
+
+def test_an_oversize_header_is_refused_without_reading_it(file: Path) -> None:
+    with pytest.raises(CheckpointError, match="over the limit"):
+        Checkpoint.load(
+            rewritten(file, lambda header: header.update(currency="x" * HEADER_MAX_BYTES))
+        )
+    with pytest.raises(CheckpointError, match="over the limit"):
+        checkpoint().with_header(training={"note": "x" * HEADER_MAX_BYTES}).save(file)
+
+
+def test_weights_that_are_not_finite_are_refused(file: Path) -> None:
+    weights = safetensors.torch.load_file(file)
+    weights["logit.bias"][:] = torch.nan
+    header = msgspec.json.encode(checkpoint().header).decode()
+    safetensors.torch.save_file(weights, file, {"recur": header})
+    with pytest.raises(CheckpointError, match=r"logit\.bias has values that are not finite"):
+        Checkpoint.load(file)
+
+
+def test_a_file_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        checkpoint().save(tmp_path / "file" / "model.safetensors")

@@ -1,0 +1,266 @@
+"""Features: one row per transaction, independent of how a stream is cut."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.features import (
+    FEATURES,
+    INPUTS,
+    WINDOW_DAYS,
+    AccountHistory,
+    Encoder,
+    FeatureSpec,
+    FeatureSpecError,
+    Float32,
+    Float64,
+    Input,
+    Int64,
+    observe,
+    observe_log,
+    rounds_of,
+)
+
+DAY_MS = 86_400_000
+START_MS = 1_522_540_800_000  # 2018-04-01, a Sunday
+
+Columns = tuple[Int64, Float64, Int64]
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> Columns:
+    """Up to 60 transactions of up to 5 accounts; event time mostly runs forward."""
+    size = draw(st.integers(1, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    account = rng.integers(0, draw(st.integers(1, 5)), size)
+    scale = 10.0 ** rng.integers(-2, 6, size).astype(np.float64)
+    amount = np.round(rng.gamma(1, 60, size) * scale, 2)
+    gaps = rng.integers(-DAY_MS, 5 * DAY_MS, size) * rng.integers(0, 2, size)
+    return account, amount, np.maximum(START_MS + np.cumsum(gaps), 0)
+
+
+def one(
+    history: AccountHistory, amount: float, timestamp_ms: int
+) -> tuple[dict[str, float], AccountHistory]:
+    raw, after = observe(history, np.array([amount]), np.array([timestamp_ms]))
+    return dict(zip(FEATURES, raw[0].tolist(), strict=True)), after
+
+
+def columns_of(history: AccountHistory) -> list[list[float]]:
+    return [
+        history.last_event_ms.tolist(),
+        history.count.tolist(),
+        history.decayed_count.tolist(),
+        history.decayed_amount.tolist(),
+    ]
+
+
+@given(logs(), st.integers(0, 60))
+def test_features_do_not_change_when_later_transactions_are_removed(log: Columns, end: int) -> None:
+    whole = observe_log(*log)
+    account, amount, timestamp_ms = log
+    beginning = observe_log(account[:end], amount[:end], timestamp_ms[:end])
+    np.testing.assert_array_equal(whole[:end], beginning)
+
+
+@given(logs(), st.lists(st.integers(0, 60), max_size=8))
+def test_a_stream_cut_into_micro_batches_anywhere_gives_the_same_bits(
+    log: Columns, cuts: list[int]
+) -> None:
+    account, amount, timestamp_ms = log
+    histories = AccountHistory.empty(5)
+    raw = np.empty((len(account), len(FEATURES)), np.float32)
+    edges = sorted({0, len(account), *(c for c in cuts if c < len(account))})
+    for begin, end in pairwise(edges):
+        for rows in rounds_of(account[begin:end]):
+            at = begin + rows
+            accounts = account[at]
+            raw[at], after = observe(histories.take(accounts), amount[at], timestamp_ms[at])
+            histories.put(accounts, after)
+    np.testing.assert_array_equal(raw, observe_log(*log))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 15, 16, 17, 33, 100, 1000])
+def test_a_rows_features_inputs_and_history_do_not_depend_on_its_neighbours(n: int) -> None:
+    rng = np.random.default_rng(n)
+    amount = np.round(rng.gamma(1, 60, n), 2)
+    timestamp_ms = START_MS + rng.integers(0, 40 * DAY_MS, n)
+    _, history = observe(AccountHistory.empty(n), amount, timestamp_ms)
+    history.count[::5] = 0
+    later = timestamp_ms + rng.integers(-DAY_MS, 9 * DAY_MS, n)
+    encoder = Encoder(FeatureSpec.fit(observe(history, amount, later)[0]))
+
+    raw, after = observe(history, amount, later)
+    inputs = encoder.encode(raw)
+
+    for row in range(n):
+        only = slice(row, row + 1)
+        raw_alone, after_alone = observe(history.take(only), amount[only], later[only])
+        np.testing.assert_array_equal(raw_alone[0], raw[row])
+        np.testing.assert_array_equal(encoder.encode(raw_alone)[0], inputs[row])
+        assert columns_of(after_alone) == columns_of(after.take(only))
+
+
+@settings(max_examples=50)
+@given(logs())
+def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: Columns) -> None:
+    raw = observe_log(*log)
+    seen: dict[int, list[tuple[int, float]]] = {}
+    for row, (account, amount, now_ms) in enumerate(zip(*(c.tolist() for c in log), strict=True)):
+        before = seen.setdefault(account, [])
+        last_ms = max([t for t, _ in before], default=now_ms)
+        now_ms_or_last = max(now_ms, last_ms)
+        expected = {
+            "amount": amount,
+            "seconds_since_last": (now_ms_or_last - last_ms) / 1000 if before else -1.0,
+            "hour_of_day": now_ms / 3_600_000 % 24,
+            "day_of_week": (now_ms // DAY_MS + 3) % 7,
+            "transactions_seen": len(before) + 1,
+        }
+        for days in WINDOW_DAYS:
+            weights = [math.exp((t - now_ms_or_last) / (days * DAY_MS)) for t, _ in before]
+            expected[f"count_{days}d"] = sum(weights) + 1
+            from_last = [math.exp((t - last_ms) / (days * DAY_MS)) for t, _ in before]
+            amounts = [w * a for w, (_, a) in zip(from_last, before, strict=True)]
+            expected[f"mean_amount_{days}d"] = sum(amounts) / sum(from_last) if before else amount
+        expected["amount_to_mean"] = amount / max(expected["mean_amount_30d"], 0.01)
+        for name, value in expected.items():
+            found = float(raw[row, FEATURES.index(name)])
+            assert found == pytest.approx(value, rel=1e-4, abs=1e-4), name
+        # What comes out of order counts as happening at the latest time seen.
+        before.append((now_ms_or_last, amount))
+
+
+def test_event_time_that_runs_backwards_counts_as_no_time_passed() -> None:
+    _, history = one(AccountHistory.empty(1), 10.0, START_MS)
+    late, history = one(history, 20.0, START_MS - 5 * DAY_MS)
+    assert late["seconds_since_last"] == 0
+    assert late["count_1d"] == 2
+    assert history.last_event_ms.tolist() == [START_MS]
+
+
+def test_an_accounts_first_transaction_is_told_from_a_repetition_at_the_same_moment() -> None:
+    first, history = one(AccountHistory.empty(1), 25.0, START_MS)
+    second, _ = one(history, 25.0, START_MS)
+    assert (first["seconds_since_last"], second["seconds_since_last"]) == (-1, 0)
+    assert (first["transactions_seen"], second["transactions_seen"]) == (1, 2)
+    assert first["mean_amount_30d"] == 25.0
+    assert first["amount_to_mean"] == 1.0
+    assert (first["hour_of_day"], first["day_of_week"]) == (0, 6)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.004, 1e12])
+@pytest.mark.parametrize("gap_ms", [0, 1, 10_000 * DAY_MS])
+def test_extreme_amounts_and_gaps_give_finite_features_and_inputs(
+    amount: float, gap_ms: int
+) -> None:
+    history = AccountHistory.empty(1)
+    for number in range(4):
+        raw, history = observe(history, np.array([amount]), np.array([number * gap_ms]))
+        assert np.isfinite(raw).all()
+        assert np.isfinite(Encoder(FeatureSpec()).encode(raw)).all()
+    raw, history = observe(history, np.array([1.0]), np.array([4 * gap_ms]))
+    assert np.isfinite(raw).all()
+
+
+def test_a_count_stays_at_its_largest_instead_of_beginning_anew() -> None:
+    history = AccountHistory.empty(1)
+    history.count[:] = 2**32 - 1
+    seen, after = one(history, 1.0, START_MS)
+    assert after.count.tolist() == [2**32 - 1]
+    assert after.count.dtype == np.uint32
+    assert seen["transactions_seen"] == 2**32
+
+
+def test_observing_leaves_the_history_it_was_given_unchanged() -> None:
+    _, history = one(AccountHistory.empty(1), 10.0, START_MS)
+    before = columns_of(history)
+    one(history, 99.0, START_MS + DAY_MS)
+    assert columns_of(history) == before
+
+
+def test_no_transactions_give_no_rows() -> None:
+    nothing = np.array([], np.int64)
+    assert observe_log(nothing, nothing.astype(float), nothing).shape == (0, len(FEATURES))
+
+
+@given(st.lists(st.integers(-3, 3), max_size=40))
+def test_rounds_hold_each_transaction_once_in_log_order_and_accounts_once_each(
+    accounts: list[int],
+) -> None:
+    account = np.array(accounts, np.int64)
+    rounds = rounds_of(account)
+    rows = [int(r) for each in rounds for r in each]
+    assert sorted(rows) == list(range(len(accounts)))
+    for each in rounds:
+        assert len(set(account[each].tolist())) == len(each)
+    for a in set(accounts):
+        in_rounds = [int(r) for each in rounds for r in each if account[r] == a]
+        assert in_rounds == sorted(in_rounds)
+
+
+def raw_sample(n: int = 500) -> Float32:
+    rng = np.random.default_rng(3)
+    timestamp_ms = START_MS + np.sort(rng.integers(0, 30 * DAY_MS, n))
+    return observe_log(rng.integers(0, 20, n), rng.gamma(1, 60, n), timestamp_ms)
+
+
+def test_fitted_inputs_have_mean_0_and_deviation_1_and_are_not_clipped() -> None:
+    raw = raw_sample()
+    spec = FeatureSpec.fit(raw)
+    inputs = Encoder(spec).encode(raw)
+    plain = [i for i, t in enumerate(spec.inputs) if t.transform in ("log1p", "linear")]
+    np.testing.assert_allclose(inputs[:, plain].mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(inputs[:, plain].std(axis=0), 1, atol=1e-3)
+    raw[0, FEATURES.index("amount")] = 1e6
+    assert Encoder(spec).encode(raw)[0].max() > 1000
+
+
+def test_time_runs_round_midnight_and_the_end_of_the_week_meet() -> None:
+    before, after = raw_sample(2)
+    before[FEATURES.index("hour_of_day")] = 23.999
+    after[FEATURES.index("hour_of_day")] = 0.001
+    encoded = Encoder(FeatureSpec()).encode(np.stack((before, after)))
+    hours = [i for i, t in enumerate(INPUTS) if t.feature == "hour_of_day"]
+    np.testing.assert_allclose(encoded[0, hours], encoded[1, hours], atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_inputs_keep_the_order_of_the_specification(order: list[int]) -> None:
+    two = (Input("hour_of_day", "sin", period=24.0), Input("amount", "linear"))
+    shuffled = tuple([*two, Input("amount", "log1p"), two[0]][i] for i in (*order, 2, 3))
+    raw = raw_sample(5)
+    encoded = Encoder(FeatureSpec(shuffled)).encode(raw)
+    one_by_one = [Encoder(FeatureSpec((i,))).encode(raw)[:, 0] for i in shuffled]
+    np.testing.assert_array_equal(encoded, np.stack(one_by_one, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        (FeatureSpec((Input("risk", "linear"),)), "'risk'"),
+        (FeatureSpec((Input("amount", "linear", deviation=0.0),)), "deviation 0"),
+        (FeatureSpec((Input("amount", "linear", mean=math.nan),)), "mean nan"),
+        (FeatureSpec(()), "no inputs"),
+        (FeatureSpec(definition=99), "definition 99"),
+        (FeatureSpec(window_days=(1, 2, 3)), r"\[1, 2, 3\] days"),
+    ],
+)
+def test_a_specification_that_cannot_be_computed_is_refused_with_its_reason(
+    spec: FeatureSpec, names: str
+) -> None:
+    with pytest.raises(FeatureSpecError, match=names):
+        Encoder(spec)
+
+
+def test_a_specification_survives_json_without_a_change() -> None:
+    spec = FeatureSpec.fit(raw_sample())
+    again = msgspec.json.decode(msgspec.json.encode(spec), type=FeatureSpec)
+    assert again == spec

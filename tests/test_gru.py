@@ -1,0 +1,86 @@
+"""The network: stepwise and unrolled are one function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.gru import Architecture, Network
+
+INPUTS = 17
+
+
+def network(layers: int = 1, **sizes: int) -> Network:
+    torch.manual_seed(layers)
+    made = Network(Architecture(INPUTS, layers=layers, **sizes)).eval()
+    for parameter in made.parameters():  # larger than at the start, as after training
+        parameter.data.mul_(2.0)
+    return made
+
+
+def steps(net: Network, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    logits = []
+    for t in range(inputs.shape[1]):
+        logit, hidden = net.step(inputs[:, t], hidden)
+        logits.append(logit)
+    return torch.stack(logits, 1), hidden
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 33])
+def test_stepwise_and_unrolled_outputs_agree(layers: int, n: int) -> None:
+    net = network(layers)
+    inputs = torch.randn(n, 50, INPUTS)
+    with torch.inference_mode():
+        unrolled, after = net.unroll(inputs)
+        stepwise, hidden = steps(net, inputs, net.empty_hidden(n))
+    assert unrolled.shape == (n, 50)
+    assert hidden.shape == (n, layers, 128)
+    torch.testing.assert_close(stepwise, unrolled, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden, after, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_sequence_goes_on_from_the_hidden_where_it_was_cut(layers: int) -> None:
+    net = network(layers, hidden_size=16)
+    inputs = torch.randn(4, 30, INPUTS)
+    whole, last = net.unroll(inputs)
+    first, hidden = net.unroll(inputs[:, :11])
+    second, hidden = net.unroll(inputs[:, 11:], hidden)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden, last, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_leaves_the_hidden_it_was_given_unchanged() -> None:
+    net = network(2, hidden_size=8)
+    hidden = torch.randn(3, 2, 8)
+    before = hidden.clone()
+    _, after = net.step(torch.randn(3, INPUTS), hidden)
+    assert torch.equal(hidden, before)
+    assert not torch.equal(after, before)
+
+
+def test_an_account_is_not_changed_by_the_others_in_its_round() -> None:
+    net = network()
+    inputs, hidden = torch.randn(40, INPUTS), torch.randn(40, 1, 128)
+    together, _ = net.step(inputs, hidden)
+    inputs[1:], hidden[1:] = 7.0, -1.0
+    other_company, _ = net.step(inputs, hidden)
+    torch.testing.assert_close(together[0], other_company[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"inputs": 0}, "inputs"),
+        ({"inputs": 3, "hidden_size": 5000}, "hidden_size"),
+        ({"inputs": 3, "layers": 9}, "layers"),
+        ({"inputs": 3, "dropout": 1.0}, "dropout"),
+    ],
+)
+def test_an_architecture_out_of_bounds_is_refused_by_name(
+    wrong: dict[str, int], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{named} is "):
+        Architecture(**wrong)

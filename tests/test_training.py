@@ -1,0 +1,314 @@
+"""Training: what comes out is what the settings and the data say, and it has learned."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from model.checkpoint import Checkpoint
+from model.evaluation import average_precision
+from model.features import observe_log
+from model.gru import Network
+from model.progress import TrainingProgress
+from model.scoring import Sequences, score_stepwise, score_unrolled
+from model.simulator import Simulator, SimulatorError
+from model.training import (
+    Log,
+    Report,
+    Split,
+    TrainingError,
+    TrainingSettings,
+    choose_thresholds,
+    fit,
+    simulate,
+    train,
+)
+
+SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.safetensors"
+
+SMALL = TrainingSettings(
+    customers=300,
+    terminals=600,
+    days=50,
+    hidden_size=16,
+    epochs=3,
+    accounts_per_batch=32,
+    learning_rate=1e-2,
+    device="cpu",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other in small operations crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path, list[Report]]:
+    path = tmp_path_factory.mktemp("trained") / "new folder" / "small.safetensors"
+    reports: list[Report] = []
+    return train(SMALL, path, reports.append), path, reports
+
+
+def test_a_trained_checkpoint_has_learned_and_its_file_holds_it(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> None:
+    checkpoint, path, _ = trained
+    metrics = checkpoint.header.metrics
+    share = metrics["frauds"] / metrics["transactions"]
+    assert metrics["average_precision"] > 3 * share
+    loaded = Checkpoint.load(path)
+    assert (loaded.digest, loaded.header) == (checkpoint.digest, checkpoint.header)
+    assert loaded.header.training["customers"] == 300
+    assert loaded.header.training["seed"] == 1
+    assert len(loaded.header.data_digest) == 12
+
+
+def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> None:
+    checkpoint, _, _ = trained
+    log = simulate(SMALL)
+    assert log.digest() == checkpoint.header.data_digest
+    scores, _, _ = score_stepwise(
+        checkpoint, log.account, log.amount, log.timestamp_ms, torch.float32
+    )
+    held_out = log.day >= Split.of(SMALL.days).held_out
+    metrics = checkpoint.header.metrics
+    assert metrics["transactions"] == held_out.sum()
+    assert average_precision(scores[held_out], log.is_fraud[held_out]) == pytest.approx(
+        metrics["average_precision"], abs=1e-3
+    )
+    reviewed = scores[held_out] >= checkpoint.header.thresholds.review
+    assert reviewed[log.is_fraud[held_out]].mean() == pytest.approx(
+        metrics["review_recall"], abs=0.01
+    )
+
+
+def test_the_same_settings_give_the_same_checkpoint_and_another_seed_another(
+    tmp_path: Path,
+) -> None:
+    tiny = {"customers": 120, "terminals": 100, "days": 40, "hidden_size": 4, "epochs": 1}
+    first, second, other = (
+        train(TrainingSettings(**tiny, seed=seed, device="cpu"), tmp_path / "m")  # type: ignore[arg-type]
+        for seed in (1, 1, 2)
+    )
+    assert first.digest == second.digest
+    assert first.header == second.header
+    assert other.digest != first.digest
+
+
+def test_training_leaves_the_random_numbers_of_its_caller_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(
+        TrainingSettings(
+            customers=120, terminals=100, days=40, hidden_size=4, epochs=1, device="cpu"
+        ),
+        tmp_path / "m",
+    )
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_progress_runs_from_0_to_1_and_names_every_epoch(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> None:
+    _, _, reports = trained
+    done = [report.done for report in reports]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0.0, 1.0)
+    stages = {report.stage for report in reports}
+    assert {"epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3", "evaluating"} <= stages
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with TrainingProgress(Console(file=out)) as progress:
+        progress.report(Report("simulating transactions", 0.0))
+        progress.report(Report("epoch 1 of 2", 0.05, "loss 0.2"))
+        progress.report(Report("epoch 1 of 2", 0.3, "loss 0.1"))
+    assert out.getvalue().splitlines() == [
+        "train:   0% simulating transactions",
+        "train:   5% epoch 1 of 2, loss 0.2",
+    ]
+
+
+def test_progress_shows_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    with TrainingProgress(Console(file=out, force_terminal=True, width=100)) as progress:
+        progress.report(Report("epoch 1 of 2", 0.5, "loss 0.1"))
+    assert "epoch 1 of 2" in out.getvalue()
+    assert "50%" in out.getvalue()
+
+
+def test_what_happens_after_the_training_days_does_not_change_the_weights() -> None:
+    log = simulate(SMALL)
+    split = Split.of(SMALL.days)
+    inputs = torch.randn(len(log), 3)
+    settings = replace(SMALL, epochs=1)
+    weights = []
+    for later_truth in (log.is_fraud, ~log.is_fraud):
+        is_fraud = np.where(log.day < split.validation, log.is_fraud, later_truth)
+        changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
+        inputs[log.day >= split.validation] = torch.randn(1)
+        torch.manual_seed(0)
+        network = Network(settings.architecture(3))
+        fit(network, inputs, changed, split, settings)
+        weights.append(network.state_dict())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])
+
+
+def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
+    """The truth is shown once, chunks ago: the hidden must be carried between chunks."""
+    rng = np.random.default_rng(0)
+    accounts, steps = 64, 40
+    account = np.tile(np.arange(accounts), steps)
+    bit = rng.random((steps, accounts)) < 0.5
+    bit[1:] = bit[:1]  # shown once, at the first step; asked at every later one
+    shown = np.zeros((steps, accounts), np.float32)
+    shown[0] = np.where(bit[0], 1.0, -1.0)
+    log = Log(
+        day=np.repeat(np.arange(steps), accounts),
+        timestamp_ms=np.arange(steps * accounts),
+        account=account,
+        amount=np.ones(steps * accounts),
+        is_fraud=bit.ravel(),
+        scenario=bit.ravel().astype(np.int8),
+    )
+    settings = TrainingSettings(
+        hidden_size=8, epochs=12, chunk_steps=10, accounts_per_batch=16, dropout=0.0, days=60
+    )
+    torch.manual_seed(0)
+    network = Network(settings.architecture(1))
+    inputs = torch.from_numpy(shown.reshape(-1, 1))
+    fit(network, inputs, log, Split(0, steps, steps, steps, steps), settings)
+    scores = score_unrolled(network.eval(), inputs, account)
+    last = log.day == steps - 1
+    assert average_precision(scores[last], log.is_fraud[last]) > 0.99
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_unrolled_and_stepwise_scores_of_a_log_agree(layers: int, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(SHIPPED)
+    if layers > 1:
+        settings = TrainingSettings(
+            customers=120, terminals=100, days=40, hidden_size=6, layers=2, epochs=1, device="cpu"
+        )
+        checkpoint = train(settings, tmp_path / "m")
+    log = simulate(TrainingSettings(customers=40, terminals=2000, days=200, seed=4))
+    raw = observe_log(log.account, log.amount, log.timestamp_ms)
+    inputs = torch.from_numpy(checkpoint.encode(raw))
+    unrolled = score_unrolled(checkpoint.network, inputs, log.account)
+    stepwise, history, hidden = score_stepwise(
+        checkpoint, log.account, log.amount, log.timestamp_ms, torch.float32
+    )
+    np.testing.assert_allclose(stepwise, unrolled, atol=1e-5)
+    accounts = np.unique(log.account)
+    np.testing.assert_array_equal(history.count, np.bincount(log.account)[accounts])
+    assert hidden.shape == (len(accounts), layers, checkpoint.header.architecture.hidden_size)
+
+
+def test_sequences_hold_each_transaction_once_in_order() -> None:
+    account = np.random.default_rng(0).integers(0, 9, 500)
+    sequences = Sequences(account)
+    seen: list[int] = []
+    for position, there in sequences.chunks(np.arange(9), 16):
+        rows = sequences.row[position]
+        assert (account[rows] == account[rows[:, :1]]).all()
+        seen.extend(rows[there].tolist())
+    assert sorted(seen) == list(range(500))
+
+
+def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
+    rng = np.random.default_rng(0)
+    n = 20_000
+    log = simulate(SMALL)
+    split = Split.of(SMALL.days)
+    validation = np.flatnonzero((log.day >= split.validation) & (log.day < split.gap))
+    is_fraud = np.zeros(len(log), np.bool_)
+    is_fraud[validation[::20]] = True
+    scores = np.clip(rng.normal(0.3 + 0.4 * is_fraud, 0.1), 0, 1).astype(np.float32)
+    changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
+    assert len(log) > n
+    chosen = choose_thresholds(changed, scores, split, SMALL)
+    genuine = scores[validation][~is_fraud[validation]]
+    assert (genuine >= chosen.review).mean() <= SMALL.review_false_positive_rate
+    declined = scores[validation] >= chosen.decline
+    assert is_fraud[validation][declined].mean() >= SMALL.decline_precision
+    assert chosen.review <= chosen.decline
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"days": 3}, "days is 3"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"layers": 20}, "layers is 20"),
+        ({"learning_rate": -1.0}, r"learning_rate is -1\.0"),
+        ({"decline_precision": 1.5}, r"decline_precision is 1\.5"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"customers": 10**6}, "lower customers or days"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(TrainingError, match=named):
+        TrainingSettings(**wrong)
+
+
+def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+    reports: list[Report] = []
+    with pytest.raises(TrainingError, match=r"days .* have 0 frauds .*; raise days or customers"):
+        train(
+            TrainingSettings(customers=1, terminals=5000, days=14), tmp_path / "m", reports.append
+        )
+    assert [report.stage for report in reports] == ["simulating transactions"]
+    with pytest.raises(SimulatorError, match="customers is 0"):
+        train(TrainingSettings(customers=0), tmp_path / "m")
+    with pytest.raises(TrainingError, match="is a directory"):
+        train(SMALL, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_checkpoint_was_trained_by_the_default_settings() -> None:
+    shipped = Checkpoint.load(SHIPPED)
+    trained_with = TrainingSettings(**{**shipped.header.training, "device": "auto"})
+    assert trained_with == TrainingSettings()
+    assert shipped.header.currency == "EUR"
+    assert 0 < shipped.header.thresholds.review < shipped.header.thresholds.decline < 1
+    metrics = shipped.header.metrics
+    assert metrics["average_precision"] > 0.35
+    assert metrics["review_recall_scenario_1"] > 0.95
+    assert metrics["review_recall_scenario_3"] > 0.85
+
+
+def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16() -> None:
+    days = [d for _, d in zip(range(45), Simulator(700, 1500, seed=77).days(), strict=False)]
+    account = np.concatenate([d.account for d in days])
+    amount = np.concatenate([d.amount for d in days])
+    timestamp_ms = np.concatenate([d.timestamp_ms for d in days])
+    scenario = np.concatenate([d.scenario for d in days])
+    shipped = Checkpoint.load(SHIPPED)
+    raw = observe_log(account, amount, timestamp_ms)
+    exact = score_unrolled(shipped.network, torch.from_numpy(shipped.encode(raw)), account)
+    rounded, _, _ = score_stepwise(shipped, account, amount, timestamp_ms)
+    visible = scenario != 2  # an account cannot see a compromised terminal
+    truth = scenario[visible] > 0
+    ap_exact = average_precision(exact[visible], truth)
+    assert ap_exact > 0.7
+    assert abs(average_precision(rounded[visible], truth) - ap_exact) < 1e-3
+    assert np.abs(rounded - exact).max() < 0.02
