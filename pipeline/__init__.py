@@ -1,0 +1,1 @@
+"""The running system: transactions in from Kafka, scores and alerts out, states in Redis."""

@@ -1,0 +1,42 @@
+"""What can go wrong, by what a person has to do about it.
+
+    RecurError
+     ├── SettingsError      a setting is wrong or missing: correct it and start again
+     ├── StartupError       broker, Redis, checkpoint or log is not as it must be: the message
+     │                      says what to do
+     ├── ServiceError       an embedded service (demo, tests) did not start
+     └── RejectedError      a record cannot be scored: it goes to the dead-letter topic
+
+A message says what was wrong, where, and what to do. It never holds a payload, an account
+number or a secret.
+"""
+
+from __future__ import annotations
+
+
+class RecurError(Exception):
+    """Any error that Recur raises on purpose."""
+
+
+class SettingsError(RecurError):
+    """A setting is wrong; the message names it."""
+
+
+class StartupError(RecurError):
+    """The worker must not start; the message says what to do."""
+
+
+class ServiceError(RecurError):
+    """An embedded service did not start or died."""
+
+
+class RejectedError(RecurError):
+    """A record cannot be scored.
+
+    Attributes:
+        reason: one of :data:`pipeline.codec.REASONS`, a closed set, fit for a metric label.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

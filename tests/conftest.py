@@ -1,0 +1,23 @@
+"""The broker and the Redis that all tests of a session share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.services import Kafka, Redis
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Kafka]:
+    """A broker for tests that keep to topics and groups of their own and leave it running."""
+    with Kafka() as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[Redis]:
+    """A Redis for tests that keep to keys of their own, or flush it, and leave it running."""
+    with Redis() as server:
+        yield server
