@@ -1,0 +1,299 @@
+"""The Faust app: consumer group, agent and lifecycle around the processor.
+
+The only importer of faust, with :mod:`pipeline.poll_transport`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import tempfile
+from typing import Any, cast
+
+import faust
+import torch
+import uvloop
+from faust.types import TP
+from mode import CrashingSupervisor
+from prometheus_client import CollectorRegistry
+
+from model.checkpoint import Checkpoint
+from pipeline import logs, poll_transport
+from pipeline.endpoints import Endpoints
+from pipeline.errors import RecurError
+from pipeline.health import Health
+from pipeline.metrics import Metrics
+from pipeline.ownership import Ownership
+from pipeline.patience import Patience
+from pipeline.processor import Processor
+from pipeline.publisher import KafkaPublisher
+from pipeline.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.scorer import Scorer
+from pipeline.settings import Settings
+from pipeline.startup import check_services, load_checkpoint
+from pipeline.state_store import RedisStateStore, StoreUnavailableError
+
+log = logging.getLogger(__name__)
+
+MONITOR_SECONDS = 1.0
+"""Between two looks at lag, Redis and the broker."""
+
+DAY_MS = 86_400_000
+
+
+class Worker:
+    """One worker process: settings and checkpoint made into a running Faust app.
+
+    Args:
+        settings: all of them.
+        checkpoint: the model.
+        partitions: partition count of the transactions topic.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint, partitions: int) -> None:
+        self._settings = settings
+        self._topic = settings.topic("transactions")
+        self.metrics = Metrics(CollectorRegistry())
+        self.health = Health(settings.watchdog_seconds)
+        self.endpoints = Endpoints(
+            settings.http_host, settings.http_port, self.metrics, self.health
+        )
+        architecture = checkpoint.network.architecture
+        self.metrics.model.info(
+            {
+                "digest": checkpoint.digest,
+                "architecture": f"GRU {architecture.layers}x{architecture.hidden_size}",
+            }
+        )
+        self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
+        self._score_log = KafkaScoreLog(settings)
+        self._publisher = KafkaPublisher(settings)
+        self.app = faust_app(settings)
+        patience = Patience(self.metrics, self.health)
+        self.ownership = Ownership(
+            topic=self._topic,
+            scores_topic=settings.topic("scores"),
+            partitions=partitions,
+            store=self._store,
+            score_log=self._score_log,
+            transaction_log=poll_transport.PartitionLog(self._consumer, self._topic),
+            patience=patience,
+            metrics=self.metrics,
+        )
+        self.processor = Processor(
+            settings=settings,
+            scorer=Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS)),
+            store=self._store,
+            publisher=self._publisher,
+            ownership=self.ownership,
+            patience=patience,
+            metrics=self.metrics,
+            health=self.health,
+        )
+        self._wire()
+
+    def _consumer(self) -> poll_transport.Consumer:
+        return cast(poll_transport.Consumer, self.app.consumer)
+
+    def _wire(self) -> None:
+        """Register agent, monitors and lifecycle with the app."""
+        app = self.app
+        topic = app.topic(self._topic, schema=poll_transport.PollSchema())
+        app.agent(topic, name="score", supervisor_strategy=CrashingSupervisor)(self._score)
+        app.task(self._monitor)
+        app.on_before_shutdown.connect(self._on_before_shutdown)
+
+    async def start_clients(self) -> None:
+        """Connect what the processor uses; the consumer is Faust's."""
+        await self._score_log.start()
+        await self._publisher.start()
+        consumer = self._consumer()
+        consumer.on_assigned = self._on_assigned
+        consumer.on_revoked = self._on_revoked
+        self.endpoints.start()
+
+    async def _score(self, polls: Any) -> None:
+        """The agent: applies polls in order and acks each by hand when it is applied."""
+        consumer = self._consumer()
+        async for event in polls.noack().events():
+            if consumer.start_work(event.message):
+                try:
+                    await self.processor.process(event.value)
+                except BaseException:
+                    consumer.abandon(event.message)
+                    raise
+                event.ack()
+
+    def _on_assigned(self, partitions: set[int]) -> None:
+        self.ownership.assign(partitions)
+        self.metrics.partitions.set(len(partitions))
+        self.health.up("partitions")
+        log.info("partitions assigned", extra={"partitions": sorted(partitions)})
+
+    def _on_revoked(self, partitions: set[int]) -> None:
+        if not partitions:  # the first assignment comes with an empty revocation
+            return
+        self.ownership.revoke(partitions)
+        for partition in partitions:
+            self.metrics.lag.remove(str(partition))
+        self.health.down("partitions", "a rebalance is under way")
+        log.info("partitions revoked", extra={"partitions": sorted(partitions)})
+
+    async def _on_before_shutdown(self, app: Any, **_: Any) -> None:
+        """The last micro-batch is applied and committed: disconnect."""
+        self.health.down("worker", "it is stopping")
+        await self._publisher.stop()
+        await self._score_log.stop()
+        await self._store.close()
+
+    # monitors ----------------------------------------------------------------------------
+
+    async def _monitor(self) -> None:
+        """Keep lag and health up to date."""
+        while not self.app.should_stop:
+            await asyncio.gather(self._look_at_redis(), self._look_at_lag())
+            self.metrics.polls_in_flight.set(self._consumer().polls_in_flight)
+            await asyncio.sleep(MONITOR_SECONDS)
+
+    async def _look_at_redis(self) -> None:
+        try:
+            await self._store.ping()
+            self.health.up("redis")
+        except StoreUnavailableError as error:
+            self.metrics.redis_errors.inc()
+            self.health.down("redis", "it does not answer")
+            log.debug("Redis does not answer", extra={"why": str(error)})
+
+    async def _look_at_lag(self) -> None:
+        """Lag of each assigned partition, from a connection that is not the consumer's."""
+        assigned = self.ownership.assigned()
+        try:
+            ends = await asyncio.wait_for(
+                self._score_log.ends(self._topic, sorted(assigned)), timeout=5.0
+            )
+            self.health.up("kafka")
+        except (LogUnavailableError, asyncio.TimeoutError) as error:
+            self.metrics.kafka_errors.inc()
+            self.health.down("kafka", "it does not answer")
+            log.debug("Kafka does not answer", extra={"why": str(error)})
+            self.health.records_wait(self._consumer().polls_in_flight > 0)
+            return
+        applied = self.ownership.next_offsets()
+        waiting = False
+        for partition, end in ends.items():
+            position = applied.get(partition)
+            if position is None:
+                position = await self._committed(partition)
+            lag = max(0, end - position) if position is not None else 0
+            waiting = waiting or lag > 0
+            self.metrics.lag.labels(str(partition)).set(lag)
+        self.health.records_wait(waiting)
+
+    async def _committed(self, partition: int) -> int | None:
+        try:
+            return await self._consumer().committed(TP(self._topic, partition))
+        except LogUnavailableError:
+            self.metrics.kafka_errors.inc()
+            return None
+
+
+def faust_app(settings: Settings) -> faust.App:
+    """A Faust app of this consumer group that reads polls; no web, no tables, no leader."""
+    poll_transport.register()
+    hosts = [host.strip() for host in settings.kafka_bootstrap.split(",")]
+    app = faust.App(
+        settings.kafka_group,
+        broker=[f"{poll_transport.URL_SCHEME}://{host}" for host in hosts],
+        broker_credentials=_credentials(settings),
+        autodiscover=False,
+        web_enabled=False,
+        store="memory://",
+        datadir=tempfile.gettempdir(),
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        stream_wait_empty=True,
+        consumer_auto_offset_reset=settings.kafka_offset_reset,
+        broker_commit_interval=settings.kafka_commit_interval_seconds,
+        broker_session_timeout=settings.kafka_session_timeout_seconds,
+        broker_heartbeat_interval=min(3.0, settings.kafka_session_timeout_seconds / 3),
+        broker_request_timeout=max(40.0, settings.kafka_session_timeout_seconds * 1.5),
+        broker_max_poll_records=settings.micro_batch_max,
+    )
+    return app
+
+
+def _credentials(settings: Settings) -> Any:
+    protocol = settings.kafka_security_protocol
+    if protocol == "PLAINTEXT":
+        return None
+    context = settings.kafka_ssl_context() if protocol.endswith("SSL") else None
+    if protocol == "SSL":
+        return faust.SSLCredentials(context=context)
+    password = settings.kafka_sasl_password
+    return faust.SASLCredentials(
+        username=settings.kafka_sasl_username,
+        password=password.get_secret_value() if password else None,
+        mechanism=settings.kafka_sasl_mechanism,
+        ssl_context=context,
+    )
+
+
+class _Process(faust.Worker):  # type: ignore[misc]
+    """Faust's worker process with our clients started before the app."""
+
+    def __init__(self, worker: Worker, **options: Any) -> None:
+        super().__init__(worker.app, **options)
+        self.spinner = None  # Faust's progress on the terminal
+        self._recur = worker
+
+    async def on_first_start(self) -> None:
+        await self._recur.start_clients()
+        await super().on_first_start()
+
+    def on_setup_root_logger(self, logger: Any, level: int) -> None:
+        """Logging is set up already."""
+
+
+def run_worker(settings: Settings) -> int:
+    """Run a worker until SIGTERM or SIGINT; the exit code.
+
+    Raises:
+        RecurError: the worker cannot start or go on; the message says what to do.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    torch.set_num_threads(1)
+    checkpoint = load_checkpoint(settings)
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    partitions = loop.run_until_complete(check_services(settings, checkpoint))
+    worker = Worker(settings, checkpoint, partitions)
+    log.info(
+        "worker starts",
+        extra={
+            "model": checkpoint.digest,
+            "partitions": partitions,
+            "endpoints": worker.endpoints.address,
+        },
+    )
+    process = _Process(
+        worker,
+        loop=loop,
+        quiet=True,
+        override_logging=False,
+        redirect_stdouts=False,
+    )
+    try:
+        process.execute_from_commandline()
+    except SystemExit as end:
+        crash = worker.app.crash_reason
+        if isinstance(crash, RecurError):
+            raise crash from None
+        log.info("worker ends", extra={"code": end.code})
+        return 1 if crash is not None else int(end.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit("start a worker with `recur worker`")

@@ -1,0 +1,242 @@
+"""Records to transactions, and scores to records: everything that is JSON.
+
+Decoding refuses what cannot be scored with a :class:`RejectedError` whose reason is one of
+:data:`REASONS`. Encoding writes a micro-batch's numbers in one call: orjson prints the
+shortest decimal that is the same float32, so that a decision can be recomputed exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from model.transaction import Transaction
+from pipeline.decision import DECISIONS
+from pipeline.errors import RejectedError
+
+REASONS = (
+    "null_value",
+    "too_large",
+    "not_json",
+    "missing_field",
+    "wrong_type",
+    "id",
+    "amount",
+    "currency",
+    "timestamp",
+    "future_timestamp",
+    "key_mismatch",
+    "control",
+    "computation",
+)
+"""Why a record is rejected: a closed set, fit for a metric label."""
+
+VALUE_MAX_BYTES = 65_536
+"""A transaction's JSON is a few hundred bytes; a value over this is not looked at."""
+
+CONTROL_HEADER = "recur-control"
+"""Marks a record that is an instruction, not a transaction."""
+
+WARM_HEADER = "recur-warm"
+"""Marks a transaction that builds state and raises no alert."""
+
+_FIELD_REASONS = {
+    "`$.transaction_id`": "id",
+    "`$.account_id`": "id",
+    "`$.merchant_id`": "id",
+    "`$.amount`": "amount",
+    "`$.currency`": "currency",
+    "`$.timestamp`": "timestamp",
+}
+# RecursionError: brackets in brackets, a thousand deep.
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_decode_transaction = msgspec.json.Decoder(Transaction).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction:
+    """The transaction in a record.
+
+    Args:
+        key: must be the account id in UTF-8.
+        value: JSON.
+        currency: the checkpoint's; amounts in another one mean something else.
+
+    Raises:
+        RejectedError: the record cannot be scored; the message holds none of its content.
+    """
+    if value is None:
+        raise RejectedError("null_value", "the value is null")
+    if len(value) > VALUE_MAX_BYTES:
+        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
+    try:
+        transaction = _decode_transaction(value)
+    except msgspec.ValidationError as error:
+        raise RejectedError(_reason(str(error)), str(error)) from None
+    except _NOT_JSON as error:
+        raise RejectedError("not_json", str(error)[:200]) from None
+    if key != transaction.account_id.encode():
+        raise RejectedError("key_mismatch", "the record's key is not its account_id")
+    if transaction.currency != currency:
+        raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
+    return transaction
+
+
+def _reason(message: str) -> str:
+    if "missing required field" in message:
+        return "missing_field"
+    if "Expected `object`" in message or "got `" in message:
+        return "wrong_type"
+    for field, reason in _FIELD_REASONS.items():
+        if field in message:
+            return reason
+    return "wrong_type"
+
+
+class Score(msgspec.Struct, frozen=True, gc=False):
+    """One record of the scores topic.
+
+    ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
+    ``features`` are the model's raw named inputs.
+    """
+
+    transaction_id: str
+    account_id: str
+    merchant_id: str
+    amount: float
+    timestamp: int
+    score: float
+    decision: str
+    model: str
+    source: str
+    features: dict[str, float]
+
+
+class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
+    """:class:`Score` with the numbers in JSON already."""
+
+    transaction_id: str
+    account_id: str
+    merchant_id: str
+    amount: float
+    timestamp: int
+    score: msgspec.Raw
+    decision: str
+    model: str
+    source: str
+    features: msgspec.Raw
+
+
+class Alert(Score, frozen=True, gc=False):
+    """One record of the alerts topic: a score with what led to it.
+
+    ``reasons`` are closed codes with weights; ``created_at`` is epoch milliseconds.
+    """
+
+    reasons: list[dict[str, Any]]
+    thresholds: dict[str, float]
+    created_at: int
+
+
+class PublishedScore(msgspec.Struct, frozen=True, gc=False):
+    """What recovery needs of a score: which transaction it is of, and what was said."""
+
+    source: str
+    score: float
+    decision: str
+
+
+decode_score = msgspec.json.Decoder(Score).decode
+decode_alert = msgspec.json.Decoder(Alert).decode
+_decode_published = msgspec.json.Decoder(PublishedScore).decode
+
+
+def decode_published(value: bytes | None) -> PublishedScore | None:
+    """What recovery needs of a score's record; None for what no worker wrote."""
+    if value is None:
+        return None
+    try:
+        score = _decode_published(value)
+    except _NOT_JSON:
+        return None
+    return score if score.decision in DECISIONS else None
+
+
+class ScoreEncoder:
+    """Encodes the scores of a micro-batch.
+
+    Args:
+        feature_names: of the columns of the raw inputs.
+        model: the checkpoint's digest.
+    """
+
+    def __init__(self, feature_names: Sequence[str], model: str) -> None:
+        names = [_encode(name) for name in feature_names]
+        self._features = (
+            b"{" + b",".join(name.replace(b"%", b"%%") + b":%b" for name in names) + b"}"
+        )
+        self._model = model
+
+    def encode(
+        self,
+        transactions: Sequence[Transaction],
+        timestamps_ms: Sequence[int],
+        sources: Sequence[str],
+        scores: NDArray[np.float32],
+        decisions: Sequence[str],
+        raw: NDArray[np.float32],
+    ) -> list[bytes]:
+        """JSON of n scores.
+
+        Args:
+            transactions, timestamps_ms, sources, decisions: n of each.
+            scores: float32[n].
+            raw: float32[n, features], the raw inputs.
+        """
+        if not transactions:
+            return []
+        table = np.column_stack((scores, raw))
+        text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)  # [[score,input,...],...]
+        raw_json = msgspec.Raw
+        template = self._features
+        model = self._model
+        values = []
+        for transaction, timestamp, source, decision, row in zip(
+            transactions, timestamps_ms, sources, decisions, text[2:-2].split(b"],["), strict=True
+        ):
+            score, *features = row.split(b",")
+            values.append(
+                _encode(
+                    _ScoreToWrite(
+                        transaction.transaction_id,
+                        transaction.account_id,
+                        transaction.merchant_id,
+                        transaction.amount,
+                        timestamp,
+                        raw_json(score),
+                        decision,
+                        model,
+                        source,
+                        raw_json(template % tuple(features)),
+                    )
+                )
+            )
+        return values
+
+
+def encode_alert(
+    score: bytes, thresholds: dict[str, float], reasons: list[dict[str, Any]], created_at: int
+) -> bytes:
+    """JSON of an alert: the score's record with more fields at its end."""
+    more = _encode({"reasons": reasons, "thresholds": thresholds, "created_at": created_at})
+    return score[:-1] + b"," + more[1:]
+
+
+def encode_transaction(transaction: Transaction) -> bytes:
+    """JSON of a transaction, as producers write it."""
+    return _encode(transaction)

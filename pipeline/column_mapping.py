@@ -1,0 +1,131 @@
+"""Which columns of a file are which fields of a transaction: a TOML file, or a shipped name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+
+from pipeline.errors import RecurError
+
+SHIPPED = Path(__file__).parent / "mappings"
+EXAMPLE = "example"
+
+OPTIONAL_FIELDS = ("category", "channel", "country")
+"""Of a transaction, in the order of its definition."""
+
+
+class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The file's name for each field; ``label`` and ``scenario`` are the truth, not sent."""
+
+    transaction_id: str
+    account_id: str
+    merchant_id: str
+    amount: str
+    timestamp: str
+    currency: str | None = None
+    category: str | None = None
+    channel: str | None = None
+    country: str | None = None
+    label: str | None = None
+    scenario: str | None = None
+
+
+class Constants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Values that every transaction gets."""
+
+    currency: str | None = None
+    category: str | None = None
+    channel: str | None = None
+    country: str | None = None
+
+
+class Prefixes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Text put before each id."""
+
+    transaction_id: str = ""
+    account_id: str = ""
+    merchant_id: str = ""
+
+
+class TimeForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a time is written: ``unit`` of numbers, ``format`` (strptime) of text, ``zone``."""
+
+    unit: Literal["s", "ms", "us", "ns"] | None = None
+    format: str | None = None
+    zone: str = "UTC"
+
+
+class ColumnMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A mapping file's content."""
+
+    columns: Columns
+    constants: Constants = Constants()
+    prefixes: Prefixes = Prefixes()
+    time: TimeForm = TimeForm()
+
+    def columns_by_field(self) -> dict[str, str]:
+        """Field to the file's column, of the fields that have one."""
+        return {
+            field: column
+            for field, column in msgspec.structs.asdict(self.columns).items()
+            if column is not None
+        }
+
+
+def load_mapping(name: str | Path) -> ColumnMapping:
+    """Read a mapping: a file's path, or the name of a shipped one such as ``handbook``.
+
+    Raises:
+        RecurError: there is no such mapping, or it is not one; says which key is wrong.
+    """
+    path = Path(name)
+    if not path.is_file():
+        shipped = SHIPPED / f"{name}.toml"
+        if path.name != str(name) or not shipped.is_file():
+            raise RecurError(
+                f"there is no column mapping {name}: name a TOML file"
+                f" (`recur replay --example-columns` prints one) or one of {shipped_mappings()}"
+            )
+        path = shipped
+    try:
+        mapping = msgspec.toml.decode(path.read_bytes(), type=ColumnMapping)
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise RecurError(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecurError(f"{path} cannot be read: {error}") from None
+    _check(path, mapping)
+    return mapping
+
+
+def shipped_mappings() -> str:
+    """Names that :func:`load_mapping` knows, comma-separated."""
+    return ", ".join(sorted(path.stem for path in SHIPPED.glob("*.toml") if path.stem != EXAMPLE))
+
+
+def example_mapping() -> str:
+    """A mapping file to copy, with every key explained."""
+    return (SHIPPED / f"{EXAMPLE}.toml").read_text(encoding="utf-8")
+
+
+def _check(path: Path, mapping: ColumnMapping) -> None:
+    for field, value in msgspec.structs.asdict(mapping.constants).items():
+        if value is not None and getattr(mapping.columns, field) is not None:
+            raise RecurError(f"{path}: {field} stands under [columns] and [constants]: keep one")
+    if mapping.columns.currency is None and mapping.constants.currency is None:
+        raise RecurError(
+            f'{path}: no currency: write currency = "EUR" (or another) under [constants],'
+            " or name a column of it under [columns]"
+        )
+    constant = mapping.constants.currency
+    if constant is not None and len(constant) != 3:
+        raise RecurError(f"{path}: constants.currency must be an ISO 4217 code such as EUR")
+    try:
+        ZoneInfo(mapping.time.zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise RecurError(
+            f"{path}: time.zone {mapping.time.zone!r} is no time zone known here;"
+            " write one such as UTC or Europe/Madrid"
+        ) from None

@@ -1,0 +1,76 @@
+"""Rates and latencies of the last seconds, for the demo's view."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from pipeline.worker_processes import LATENCY, WorkerProcess, buckets, quantile
+
+RATE_WINDOW_SECONDS = 2.0
+LATENCY_WINDOW_SECONDS = 10.0
+CURVE_POINTS = 120
+
+_RATE_SPAN_MIN_SECONDS = 0.25  # two looks nearer than this make no rate
+
+
+class Rates:
+    """Rates over the last seconds, from two counts that only grow: sent and scored."""
+
+    def __init__(self, sent: int, scored: int) -> None:
+        self._counts = deque([(time.monotonic(), sent, scored)])
+        self.curve: deque[float] = deque(maxlen=CURVE_POINTS)
+
+    def add(self, sent: int, scored: int) -> tuple[float, float]:
+        """Transactions/s in and out."""
+        now = time.monotonic()
+        self._counts.append((now, sent, scored))
+        while len(self._counts) > 2 and self._counts[1][0] < now - RATE_WINDOW_SECONDS:
+            self._counts.popleft()
+        then, sent_then, scored_then = self._counts[0]
+        seconds = max(_RATE_SPAN_MIN_SECONDS, now - then)
+        rates = (sent - sent_then) / seconds, (scored - scored_then) / seconds
+        self.curve.append(rates[1])
+        return rates
+
+
+class Latency:
+    """The workers' latency histograms, summed, since a moment that can be set."""
+
+    def __init__(self, workers: Sequence[WorkerProcess]) -> None:
+        self._workers = workers
+        self._start: dict[float, float] = {}
+        self._window: deque[tuple[float, dict[float, float]]] = deque()
+
+    def begin(self) -> None:
+        """Forget what was observed before now."""
+        self._start = self._now()
+        self._window.clear()
+
+    def look(self) -> None:
+        """Remember the present counts, for :meth:`lately`."""
+        now = time.monotonic()
+        self._window.append((now, self._now()))
+        while len(self._window) > 2 and self._window[1][0] < now - LATENCY_WINDOW_SECONDS:
+            self._window.popleft()
+
+    def lately(self, share: float) -> float | None:
+        """Seconds under which a share of the last seconds' latencies lies."""
+        then = self._window[0][1] if len(self._window) > 1 else self._start
+        return self._quantile(then, share)
+
+    def overall(self, share: float) -> float | None:
+        """Seconds under which a share of the latencies since :meth:`begin` lies."""
+        return self._quantile(self._start, share)
+
+    def _quantile(self, since: Mapping[float, float], share: float) -> float | None:
+        now = self._now()
+        return quantile({bound: now[bound] - since.get(bound, 0.0) for bound in now}, share)
+
+    def _now(self) -> dict[float, float]:
+        total: dict[float, float] = {}
+        for worker in self._workers:
+            for bound, count in buckets(worker.samples, LATENCY).items():
+                total[bound] = total.get(bound, 0.0) + count
+        return total

@@ -1,0 +1,124 @@
+"""`/metrics`, `/live` and `/ready` of a worker, served by a thread of their own.
+
+The thread also is the watchdog: it sees a stall even when the event loop hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from pipeline.errors import StartupError
+from pipeline.health import Health
+from pipeline.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+STALLED_EXIT_CODE = 75
+"""Of a process that the watchdog ended (EX_TEMPFAIL: try again)."""
+
+CHECK_SECONDS = 0.5
+GRACE_SECONDS = 2.0
+"""Between `/live` turning false and the end of the process."""
+
+
+class Endpoints:
+    """Serves a worker's health and metrics over HTTP.
+
+    Args:
+        host, port: where to listen; port 0 takes a free one.
+        end_process: called with an exit code when the worker is stalled.
+
+    Raises:
+        StartupError: the port is taken; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        metrics: Metrics,
+        health: Health,
+        end_process: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._metrics = metrics
+        self._health = health
+        self._end_process = end_process
+        self._stopped = threading.Event()
+        try:
+            self._server = ThreadingHTTPServer((host, port), self._handler())
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {host}:{port} ({error.strerror}): set RECUR_HTTP_PORT to "
+                "another port, or to 0 for a free one"
+            ) from error
+        self._server.daemon_threads = True
+
+    @property
+    def address(self) -> str:
+        """``host:port`` in use."""
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def start(self) -> None:
+        """Serve and watch, in threads that end with the process."""
+        for task in (self._server.serve_forever, self._watch):
+            threading.Thread(target=task, daemon=True, name="recur-endpoints").start()
+
+    def stop(self) -> None:
+        """Stop serving and watching."""
+        self._stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(CHECK_SECONDS):
+            self._metrics.ready.set(self._health.ready)
+            if not self._health.live:
+                log.critical(
+                    "records wait and nothing moves; ending the process so that its supervisor "
+                    "starts it again",
+                    extra={"stalled_seconds": round(self._health.stalled_seconds(), 1)},
+                )
+                self._stopped.wait(GRACE_SECONDS)
+                self._end_process(STALLED_EXIT_CODE)
+                return
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        metrics, health = self._metrics, self._health
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/metrics":
+                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(metrics.registry))
+                elif self.path == "/live":
+                    live = health.live
+                    stalled = round(health.stalled_seconds(), 1)
+                    self._answer_json(live, {"live": live, "stalled_seconds": stalled})
+                elif self.path == "/ready":
+                    missing = health.missing()
+                    self._answer_json(not missing, {"ready": not missing, "missing": missing})
+                else:
+                    self._answer(404, "text/plain", b"/metrics, /live or /ready\n")
+
+            def _answer_json(self, good: bool, content: dict[str, object]) -> None:
+                body = json.dumps(content).encode() + b"\n"
+                self._answer(200 if good else 503, "application/json", body)
+
+            def _answer(self, status: int, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """No line for each request."""
+
+        return Handler

@@ -1,0 +1,320 @@
+"""Publishes transactions to the transactions topic: at a rate, by a timetable, or flat out.
+
+    async with Feed(settings) as feed:
+        await feed.run(ahead(blocks), rate=500, stop=stop)
+    feed.count.acked
+
+Records are appended to one batch a partition by hand (about 1.5 µs each); the partition is
+Kafka's default, murmur2 of the key. A record's CreateTime is the wall clock when it is sent.
+At most :data:`UNACKED_MAX_RECORDS` wait for their ack; a slow broker slows the feed down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from aiokafka import AIOKafkaProducer
+from aiokafka import errors as kafka_errors
+from aiokafka.partitioner import DefaultPartitioner
+from numpy.typing import NDArray
+
+from model.transaction import Transaction
+from pipeline.codec import WARM_HEADER
+from pipeline.errors import RecurError
+from pipeline.settings import Settings
+
+BLOCK_TRANSACTIONS = 8192
+"""A good size of a block: large enough for large batches, small enough to stop in."""
+
+UNACKED_MAX_RECORDS = 65_536
+"""Records that may wait for their acks."""
+
+BATCH_MAX_BYTES = 512 * 1024
+"""Of one partition's batch; a broker takes 1 MiB unless told otherwise."""
+
+TICK_SECONDS = 0.005
+"""A paced feed wakes at most this often; at fewer than 200/s each record is sent alone."""
+
+BEHIND_MAX_SECONDS = 1.0
+"""A paced feed that is later than this does not hurry after: its timetable moves."""
+
+REQUEST_TIMEOUT_SECONDS = 30.0
+"""The broker takes nothing for so long: the feed gives up."""
+
+_STAMP_EVERY = 256  # records that share one reading of the clock
+_PARTITION_CACHE_MAX = 262_144  # keys whose partition is remembered
+_STOP_SECONDS = 0.1  # a sleeping feed looks this often whether it shall stop
+
+
+class Block(NamedTuple):
+    """Encoded transactions in the order to send them; the two lists are equally long."""
+
+    keys: Sequence[bytes]
+    values: Sequence[bytes]
+    due_seconds: NDArray[np.float64] | None = None
+    """When each is due, since the feed's start, ascending; None leaves it to the rate."""
+
+
+class _Wire(Transaction, frozen=True, gc=False, omit_defaults=True):
+    """A transaction as it is written: without the optional fields that it lacks."""
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def encode_block(
+    transaction_ids: Iterable[str],
+    account_ids: Sequence[str],
+    merchant_ids: Iterable[str],
+    amounts: Iterable[float],
+    currencies: Iterable[str],
+    timestamps_ms: Iterable[int],
+    *optional: Iterable[str | None],
+    due_seconds: NDArray[np.float64] | None = None,
+) -> Block:
+    """A block from equally long columns; ``optional`` are category, channel, country in order."""
+    columns = (transaction_ids, account_ids, merchant_ids, amounts, currencies, timestamps_ms)
+    values = [_encode(_Wire(*row)) for row in zip(*columns, *optional, strict=True)]
+    return Block([account.encode() for account in account_ids], values, due_seconds)
+
+
+@dataclass(slots=True)
+class FeedCount:
+    """What a feed has sent so far; offsets are those of the transactions topic."""
+
+    sent: int = 0
+    acked: int = 0
+    acked_by_partition: dict[int, int] = field(default_factory=dict)
+    first_offsets: dict[int, int] = field(default_factory=dict)
+    last_offsets: dict[int, int] = field(default_factory=dict)
+    behind_seconds: float = 0.0
+    """By how much the timetable had to be moved, in all."""
+
+
+class Feed:
+    """A producer of transactions.
+
+    Use it as an asynchronous context manager: leaving it waits for the acks of what was sent.
+
+    Raises:
+        RecurError: the broker is away or does not take the transactions.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.count = FeedCount()
+        self._settings = settings
+        self._topic = settings.topic("transactions")
+        self._partitions: list[int] = []
+        self._partition_of: dict[bytes, int] = {}
+        self._producer: Any = None
+        self._failure: BaseException | None = None
+        self._ack_came = asyncio.Event()
+
+    async def __aenter__(self) -> Feed:
+        compression = self._settings.kafka_compression
+        self._producer = AIOKafkaProducer(
+            **self._settings.kafka_client_options(),
+            acks="all",
+            enable_idempotence=True,
+            max_batch_size=BATCH_MAX_BYTES,
+            compression_type=None if compression == "none" else compression,
+            request_timeout_ms=round(REQUEST_TIMEOUT_SECONDS * 1000),
+        )
+        try:
+            await self._producer.start()
+            self._partitions = sorted(await self._producer.partitions_for(self._topic))
+        except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
+            await self._producer.stop()
+            raise RecurError(
+                f"cannot publish to topic {self._topic} at {self._settings.kafka_bootstrap}"
+                f" ({type(error).__name__}): see that the broker is up and the topic exists"
+            ) from error
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                await self.flush()
+        finally:
+            try:
+                await asyncio.wait_for(self._producer.stop(), REQUEST_TIMEOUT_SECONDS)
+            except TimeoutError as late:
+                if error is None:
+                    raise self._gave_up() from late
+
+    @property
+    def partitions(self) -> int:
+        """Partitions of the transactions topic."""
+        return len(self._partitions)
+
+    async def run(
+        self,
+        blocks: AsyncIterator[Block],
+        *,
+        rate: float | None = None,
+        warm: bool = False,
+        stop: asyncio.Event | None = None,
+    ) -> None:
+        """Send all blocks.
+
+        A block with ``due_seconds`` keeps that timetable; another keeps ``rate``
+        (transactions/s), or goes as fast as the broker takes it when that is None. Returns
+        early, everything sent so far handed to the producer, once ``stop`` is set.
+        """
+        stop = stop or asyncio.Event()
+        timetable = _Timetable(asyncio.get_running_loop().time(), rate)
+        async for block in blocks:
+            due = timetable.of(block)
+            if due is None:
+                await self.send(block.keys, block.values, warm=warm)
+            else:
+                await self._send_paced(block, due, timetable, warm, stop)
+            if stop.is_set():
+                return
+
+    async def _send_paced(
+        self,
+        block: Block,
+        due: NDArray[np.float64],
+        timetable: _Timetable,
+        warm: bool,
+        stop: asyncio.Event,
+    ) -> None:
+        clock = asyncio.get_running_loop().time
+        at = 0
+        while at < len(due) and not stop.is_set():
+            now = clock() - timetable.start
+            late = now - due[at]
+            if late > BEHIND_MAX_SECONDS:
+                self.count.behind_seconds += late
+                timetable.start += late
+                now -= late
+            ready = int(np.searchsorted(due, now, side="right"))
+            if ready > at:
+                await self.send(block.keys[at:ready], block.values[at:ready], warm=warm)
+                at = ready
+            if at < len(due):
+                wait = due[at] - (clock() - timetable.start)
+                await asyncio.sleep(min(max(wait, TICK_SECONDS), _STOP_SECONDS))
+
+    async def send(
+        self, keys: Sequence[bytes], values: Sequence[bytes], *, warm: bool = False
+    ) -> None:
+        """Send records now; waits only while too many are unacked."""
+        headers = [(WARM_HEADER, b"1")] if warm else []
+        builders: dict[int, Any] = {}
+        timestamp_ms = 0
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            if index % _STAMP_EVERY == 0:
+                timestamp_ms = int(time.time() * 1000)
+            partition = self._partition(key)
+            builder = builders.get(partition)
+            if builder is None:
+                builder = builders[partition] = self._producer.create_batch()
+            if not builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers):
+                await self._hand_over(builder, partition)
+                builder = builders[partition] = self._producer.create_batch()
+                builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers)
+        for partition, builder in builders.items():
+            await self._hand_over(builder, partition)
+
+    async def flush(self) -> None:
+        """Wait for the acks of everything sent."""
+        await self._until_unacked_at_most(0)
+
+    def _partition(self, key: bytes) -> int:
+        partition = self._partition_of.get(key)
+        if partition is None:
+            if len(self._partition_of) >= _PARTITION_CACHE_MAX:
+                self._partition_of.clear()
+            partition = int(DefaultPartitioner()(key, self._partitions, self._partitions))
+            self._partition_of[key] = partition
+        return partition
+
+    async def _hand_over(self, builder: Any, partition: int) -> None:
+        builder.close()
+        records = builder.record_count()
+        await self._until_unacked_at_most(UNACKED_MAX_RECORDS)
+        try:
+            future = await self._producer.send_batch(builder, self._topic, partition=partition)
+        except (kafka_errors.KafkaError, TimeoutError) as error:
+            raise self._gave_up(error) from error
+        self.count.sent += records
+        future.add_done_callback(partial(self._acked, partition, records))
+
+    def _acked(self, partition: int, records: int, future: asyncio.Future[Any]) -> None:
+        if future.cancelled():
+            return
+        if (error := future.exception()) is not None:
+            self._failure = self._failure or error
+        else:
+            count, offset = self.count, future.result().offset
+            count.acked += records
+            count.acked_by_partition[partition] = (
+                count.acked_by_partition.get(partition, 0) + records
+            )
+            count.first_offsets.setdefault(partition, offset)
+            count.last_offsets[partition] = offset + records - 1
+        self._ack_came.set()
+
+    async def _until_unacked_at_most(self, records: int) -> None:
+        while self.count.sent - self.count.acked > records and self._failure is None:
+            self._ack_came.clear()
+            try:
+                await asyncio.wait_for(self._ack_came.wait(), REQUEST_TIMEOUT_SECONDS)
+            except TimeoutError as error:
+                raise self._gave_up() from error
+        if self._failure is not None:
+            raise self._gave_up(self._failure) from self._failure
+
+    def _gave_up(self, error: BaseException | None = None) -> RecurError:
+        said = (
+            f"no ack for {REQUEST_TIMEOUT_SECONDS:g} s" if error is None else type(error).__name__
+        )
+        return RecurError(
+            f"the broker at {self._settings.kafka_bootstrap} does not take transactions ({said});"
+            f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"
+        )
+
+
+class _Timetable:
+    """When the records of one run are due, by the loop's clock."""
+
+    def __init__(self, start: float, rate: float | None) -> None:
+        self.start = start
+        self._rate = rate
+        self._counted = 0
+
+    def of(self, block: Block) -> NDArray[np.float64] | None:
+        if block.due_seconds is not None:
+            return block.due_seconds
+        if self._rate is None:
+            return None
+        first, self._counted = self._counted, self._counted + len(block.keys)
+        return np.arange(first, self._counted) / self._rate
+
+
+async def ahead(blocks: Iterable[Block]) -> AsyncIterator[Block]:
+    """The blocks, each made in a thread while the one before it is being sent."""
+    iterator: Iterator[Block] = iter(blocks)
+    loop = asyncio.get_running_loop()
+    pending = loop.run_in_executor(None, next, iterator, None)
+    try:
+        while (block := await pending) is not None:
+            pending = loop.run_in_executor(None, next, iterator, None)
+            yield block
+    finally:
+        pending.cancel()

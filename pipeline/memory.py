@@ -1,0 +1,390 @@
+"""Kafka and a state store in memory, for tests that need every interleaving and no services.
+
+They are held to the same contract tests as the real ones. Nothing here reads a clock, draws a
+random number or waits, so that a run can be repeated; each effect happens between two calls of
+an interrupt, in which a test may raise (the worker dies there), write as another worker would,
+or take a service away:
+
+    kafka = MemoryKafka({"transactions": 4, "scores": 4, "alerts": 4, "dead-letter": 4}, clock_ms)
+    kafka.interrupt = store.interrupt = die_at_the_nth_step
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiokafka.partitioner import murmur2
+
+from pipeline.ownership import Chunk, Poll
+from pipeline.publisher import Appended, Outgoing, PublishError
+from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
+from pipeline.settings import Settings
+from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
+
+FETCH_RECORDS = 100
+"""Published scores are fetched in pieces of this many, records."""
+
+Interrupt = Callable[[str], None]
+"""Called as ``interrupt("before save")`` and ``interrupt("after save")``; it may raise."""
+
+
+def no_interrupt(step: str) -> None:
+    """Lets every step happen."""
+
+
+class MemoryStateStore:
+    """A :class:`pipeline.state_store.StateStore` in memory.
+
+    Attributes:
+        watermarks: by partition.
+        states: by partition and account.
+        is_up: False is a server that does not answer.
+        interrupt: called before and after each load and each request of a save.
+    """
+
+    def __init__(self) -> None:
+        self.watermarks: dict[int, bytes] = {}
+        self.states: dict[tuple[int, str], bytes] = {}
+        self.is_up = True
+        self.interrupt: Interrupt = no_interrupt
+
+    def copy(self) -> MemoryStateStore:
+        """A store with the same content, as a snapshot or a replica has it."""
+        other = MemoryStateStore()
+        other.restore(self)
+        return other
+
+    def restore(self, other: MemoryStateStore) -> None:
+        """Take the content of another, as a fail-over does."""
+        self.watermarks = dict(other.watermarks)
+        self.states = dict(other.states)
+
+    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+        """See :class:`pipeline.state_store.StateStore`."""
+        await asyncio.sleep(0)
+        with _step("load", self.interrupt):
+            self._require_up()
+            return [
+                Loaded(
+                    self.watermarks.get(request.partition),
+                    [self.states.get((request.partition, a)) for a in request.account_ids],
+                )
+                for request in requests
+            ]
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        """See :class:`pipeline.state_store.StateStore`."""
+        await asyncio.sleep(0)
+        stands = []
+        for request in requests:
+            with _step("save", self.interrupt):
+                self._require_up()
+                stands.append(self._save(request))
+        return stands
+
+    def _save(self, request: Save) -> bool:
+        current = self.watermarks.get(request.partition)
+        if current != request.expected:
+            return current == request.watermark
+        self.watermarks[request.partition] = request.watermark
+        for account, state in zip(request.account_ids, request.states, strict=True):
+            self.states[request.partition, account] = state
+        return True
+
+    async def ping(self) -> None:
+        """See :class:`pipeline.state_store.StateStore`."""
+        self._require_up()
+
+    async def close(self) -> None:
+        """See :class:`pipeline.state_store.StateStore`."""
+
+    def _require_up(self) -> None:
+        if not self.is_up:
+            raise StoreUnavailableError("the store in memory is switched off")
+
+
+@dataclass
+class MemoryRecord:
+    """A record of :class:`MemoryKafka`, as a consumer sees it."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+@dataclass
+class _Log:
+    """One partition: its records from ``begin`` on."""
+
+    begin: int = 0
+    records: list[MemoryRecord] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.records)
+
+
+class MemoryKafka:
+    """A broker in memory: topics of partitioned logs, and what groups committed.
+
+    Args:
+        partitions: partition count by topic.
+        clock_ms: gives the CreateTime of records that come without, epoch milliseconds.
+
+    Attributes:
+        is_up: False is a broker that does not answer.
+        interrupt: called before and after each append and each answer.
+    """
+
+    def __init__(self, partitions: Mapping[str, int], clock_ms: Callable[[], int]) -> None:
+        self._logs = {topic: [_Log() for _ in range(n)] for topic, n in partitions.items()}
+        self._committed: dict[tuple[str, str, int], int] = {}
+        self._clock_ms = clock_ms
+        self.is_up = True
+        self.interrupt: Interrupt = no_interrupt
+
+    def partition_of(self, topic: str, key: bytes | None) -> int:
+        """Kafka's default partition for a key; 0 for a record without key."""
+        return (murmur2(key) & 0x7FFFFFFF) % len(self._logs[topic]) if key is not None else 0
+
+    def produce(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        *,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        timestamp_ms: int | None = None,
+    ) -> int:
+        """Append a record; its offset."""
+        if partition is None:
+            partition = self.partition_of(topic, key)
+        log = self._logs[topic][partition]
+        timestamp = self._clock_ms() if timestamp_ms is None else timestamp_ms
+        log.records.append(MemoryRecord(log.end, timestamp, key, value, tuple(headers)))
+        return log.end - 1
+
+    def fetch(self, topic: str, partition: int, start: int, count: int) -> list[MemoryRecord]:
+        """Up to ``count`` records from offset ``start`` on, or from the log's begin."""
+        log = self._logs[topic][partition]
+        first = max(0, start - log.begin)
+        return log.records[first : first + count]
+
+    def records(self, topic: str, partition: int | None = None) -> list[MemoryRecord]:
+        """All records that are there, of one partition or of all, partition after partition."""
+        logs = self._logs[topic] if partition is None else [self._logs[topic][partition]]
+        return [record for log in logs for record in log.records]
+
+    def partitions(self, topic: str) -> int:
+        """A topic's partition count."""
+        return len(self._logs[topic])
+
+    def bounds(self, topic: str, partition: int) -> Bounds:
+        """Where a partition's log begins and ends."""
+        log = self._logs[topic][partition]
+        return Bounds(log.begin, log.end)
+
+    def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """What retention does: the log begins at offset ``before`` from now on."""
+        log = self._logs[topic][partition]
+        del log.records[: max(0, before - log.begin)]
+        log.begin = max(log.begin, before)
+
+    def commit(self, group: str, topic: str, partition: int, offset: int) -> None:
+        """Set a group's committed offset."""
+        self._committed[group, topic, partition] = offset
+
+    def committed(self, group: str, topic: str, partition: int) -> int | None:
+        """A group's committed offset; None where it has none."""
+        return self._committed.get((group, topic, partition))
+
+    def require_up(self) -> None:
+        """Raise what a client raises when the broker is away.
+
+        Raises:
+            LogUnavailableError: it is.
+        """
+        if not self.is_up:
+            raise LogUnavailableError("the broker in memory is switched off")
+
+
+class MemoryPublisher:
+    """A :class:`pipeline.publisher.Publisher` to a broker in memory.
+
+    Each partition's scores, the alerts and the rejected records are appended one after
+    another, so that a worker can die between them.
+    """
+
+    def __init__(self, kafka: MemoryKafka, settings: Settings) -> None:
+        self._kafka = kafka
+        self._scores_topic = settings.topic("scores")
+        self._alerts_topic = settings.topic("alerts")
+        self._dead_letter_topic = settings.topic("dead_letter")
+
+    async def publish(
+        self,
+        scores: dict[int, Sequence[Outgoing]],
+        alerts: Sequence[Outgoing],
+        rejected: Sequence[Outgoing],
+    ) -> dict[int, Appended]:
+        """See :class:`pipeline.publisher.Publisher`."""
+        await asyncio.sleep(0)
+        appended = {}
+        for partition, records in scores.items():
+            with _step("publish scores", self._kafka.interrupt):
+                first = self._append(self._scores_topic, records, partition)
+                appended[partition] = Appended(first, first + len(records))
+        if alerts:
+            with _step("publish alerts", self._kafka.interrupt):
+                self._append(self._alerts_topic, alerts)
+        if rejected:
+            with _step("publish rejected", self._kafka.interrupt):
+                self._append(self._dead_letter_topic, rejected)
+        return appended
+
+    def _append(self, topic: str, records: Sequence[Outgoing], partition: int | None = None) -> int:
+        """Append them; offset of the first."""
+        if not self._kafka.is_up:
+            raise PublishError("the broker in memory is switched off")
+        offsets = [
+            self._kafka.produce(
+                topic, record.key, record.value, partition=partition, headers=record.headers
+            )
+            for record in records
+        ]
+        return offsets[0]
+
+
+class MemoryScoreLog:
+    """A :class:`pipeline.score_log.ScoreLog` on a broker in memory."""
+
+    def __init__(self, kafka: MemoryKafka, settings: Settings) -> None:
+        self._kafka = kafka
+        self._scores_topic = settings.topic("scores")
+        self._transactions_topic = settings.topic("transactions")
+
+    async def bounds(self, topic: str, partition: int) -> Bounds:
+        """See :class:`pipeline.score_log.ScoreLog`."""
+        await asyncio.sleep(0)
+        with _step("bounds", self._kafka.interrupt):
+            self._kafka.require_up()
+            return self._kafka.bounds(topic, partition)
+
+    async def read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        """See :class:`pipeline.score_log.ScoreLog`."""
+        await asyncio.sleep(0)
+        with _step("read scores", self._kafka.interrupt):
+            self._kafka.require_up()
+            return self._read(partition, start, end, until_source)
+
+    def _read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        source_prefix = f"{self._transactions_topic}:{partition}:"
+        kept: dict[int, Kept] = {}
+        position = max(start, self._kafka.bounds(self._scores_topic, partition).begin)
+        while position < end and max(kept, default=-1) < until_source:
+            count = min(FETCH_RECORDS, end - position)
+            for record in self._kafka.fetch(self._scores_topic, partition, position, count):
+                published = read_score(record.value, source_prefix)
+                if published is not None:
+                    kept.setdefault(*published)
+            position += count
+        return kept, position
+
+
+class MemoryConsumer:
+    """One member of the group: draws polls, seeks and commits as the real transport does.
+
+    A :class:`pipeline.ownership.TransactionLog`, too.
+
+    Args:
+        kafka: the broker.
+        settings: names topic and group, and where a group without offsets begins.
+        assigned: the member's partitions.
+    """
+
+    def __init__(self, kafka: MemoryKafka, settings: Settings, assigned: Collection[int]) -> None:
+        self._kafka = kafka
+        self._topic = settings.topic("transactions")
+        self._group = settings.kafka_group
+        self._reset = settings.kafka_offset_reset
+        self._records_max = settings.micro_batch_max
+        self._positions: dict[int, int] = {}
+        self.assign(assigned)
+
+    def assign(self, partitions: Collection[int]) -> None:
+        """Begin these partitions, and no others, at their committed offsets."""
+        self._positions = {}
+        for partition in sorted(partitions):
+            offset = self._kafka.committed(self._group, self._topic, partition)
+            self._positions[partition] = self._reset_offset(partition) if offset is None else offset
+
+    def poll(self, records_max: int | None = None) -> Poll | None:
+        """The next records of all partitions; None at the end of them all.
+
+        Args:
+            records_max: most records in the poll; else the setting ``micro_batch_max``.
+        """
+        room = self._records_max if records_max is None else records_max
+        chunks = {}
+        # The partition that waited longest comes first: none waits behind another for ever.
+        for partition in list(self._positions):
+            chunk = self._chunk(partition, room)
+            if chunk is None:
+                continue
+            chunks[partition] = chunk
+            room -= len(chunk.records)
+            del self._positions[partition]
+            self._positions[partition] = chunk.end
+        return Poll(chunks) if chunks else None
+
+    def _chunk(self, partition: int, room: int) -> Chunk | None:
+        """Up to ``room`` records at the partition's position."""
+        begin = start = self._positions[partition]
+        bounds = self._kafka.bounds(self._topic, partition)
+        if not bounds.begin <= start <= bounds.end:
+            start = self._reset_offset(partition)
+        records = self._kafka.fetch(self._topic, partition, start, room)
+        return Chunk(min(begin, start), records[-1].offset + 1, records) if records else None
+
+    def _reset_offset(self, partition: int) -> int:
+        bounds = self._kafka.bounds(self._topic, partition)
+        return bounds.begin if self._reset == "earliest" else bounds.end
+
+    def commit(self, poll: Poll) -> None:
+        """Commit what a processed poll may be committed to; never backwards."""
+        for partition, offset in poll.applied.items():
+            before = self._kafka.committed(self._group, self._topic, partition)
+            if partition in self._positions and (before is None or before < offset):
+                self._kafka.commit(self._group, self._topic, partition, offset)
+
+    async def committed(self, partition: int) -> int | None:
+        """See :class:`pipeline.ownership.TransactionLog`."""
+        await asyncio.sleep(0)
+        with _step("committed", self._kafka.interrupt):
+            self._kafka.require_up()
+            return self._kafka.committed(self._group, self._topic, partition)
+
+    async def seek(self, partition: int, offset: int) -> None:
+        """See :class:`pipeline.ownership.TransactionLog`."""
+        await asyncio.sleep(0)
+        with _step("seek", self._kafka.interrupt):
+            if partition in self._positions:
+                self._positions[partition] = offset
+
+
+@contextmanager
+def _step(name: str, interrupt: Interrupt) -> Iterator[None]:
+    """The block is one effect: what interrupts it does so before or after."""
+    interrupt(f"before {name}")
+    yield
+    interrupt(f"after {name}")

@@ -1,0 +1,398 @@
+"""Which partitions the worker owns, and how far each one's states are its log.
+
+All that can go wrong with a partition is one case: the watermark in the store is not the
+expected one. A new owner, a zombie, a Redis that failed over to an older copy or lost its
+data: the worker goes on from the watermark that it finds, drops what is before it, reads
+the log back where it is behind, and takes what was published past it from the scores topic.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipeline.account_state import Watermark
+from pipeline.errors import StartupError
+from pipeline.metrics import Metrics
+from pipeline.patience import Patience
+from pipeline.publisher import Appended
+from pipeline.score_log import Bounds, Kept, ScoreLog
+from pipeline.state_store import Load, Save, StateStore
+
+log = logging.getLogger(__name__)
+
+RECOVERY_LOOKAHEAD = 20_000
+"""Published scores are read this many sources ahead of the micro-batch, offsets."""
+
+ALL_SOURCES = 2**62
+
+
+class Record(Protocol):
+    """What the worker reads of a Kafka record."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A partition's part of a poll: every record of the log in [begin, end)."""
+
+    begin: int
+    end: int
+    records: Sequence[Record]
+
+
+@dataclass
+class Poll:
+    """Everything one fetch returned.
+
+    Attributes:
+        chunks: by partition.
+        applied: the offset that each partition may be committed to; filled when processed.
+    """
+
+    chunks: dict[int, Chunk]
+    applied: dict[int, int] = field(default_factory=dict)
+
+
+class TransactionLog(Protocol):
+    """What the worker needs of its consumer besides polls."""
+
+    async def committed(self, partition: int) -> int | None:
+        """The group's committed offset; None for a group that has none.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+
+    async def seek(self, partition: int, offset: int) -> None:
+        """Read the partition from ``offset`` on, in polls to come."""
+
+
+@dataclass
+class Recovery:
+    """Scores published of transactions that are not applied, read in step with these.
+
+    Attributes:
+        position: offset in the scores partition to read on from.
+        end: where the scores partition ended when it was taken.
+        kept: by source offset: a lower bound of the score's own offset, and the score.
+    """
+
+    position: int
+    end: int
+    kept: dict[int, tuple[int, Kept]] = field(default_factory=dict)
+
+
+@dataclass
+class Owned:
+    """What the worker knows of a partition that it works on.
+
+    Attributes:
+        watermark: its watermark's bytes, as they stand in the store.
+        next_offset: the first offset that is not applied.
+        scores_next: the next offset of its scores partition, if nobody else writes there.
+        scores_from: scores of transactions from ``next_offset`` on stand from here on.
+        alerts_from: alerts of transactions from here on are not published yet.
+        recovery: until all that was published is read.
+        seeking: a seek to ``next_offset`` is under way.
+    """
+
+    watermark: bytes
+    next_offset: int
+    scores_next: int
+    scores_from: int
+    alerts_from: int
+    recovery: Recovery | None
+    seeking: bool = False
+
+
+class Ownership:
+    """The partitions that the group gave this worker.
+
+    Args:
+        topic, scores_topic: full names.
+        partitions: partition count of both.
+        store, score_log, transaction_log: where watermarks, scores and positions are.
+    """
+
+    def __init__(
+        self,
+        *,
+        topic: str,
+        scores_topic: str,
+        partitions: int,
+        store: StateStore,
+        score_log: ScoreLog,
+        transaction_log: TransactionLog,
+        patience: Patience,
+        metrics: Metrics,
+    ) -> None:
+        self._topic = topic
+        self._scores_topic = scores_topic
+        self._partitions = partitions
+        self._store = store
+        self._score_log = score_log
+        self._transaction_log = transaction_log
+        self._patience = patience
+        self._metrics = metrics
+        self._writer = secrets.randbits(64)
+        self._assigned: set[int] = set()
+        self._owned: dict[int, Owned] = {}
+
+    def assign(self, partitions: Collection[int]) -> None:
+        """The group gave these partitions, and no others."""
+        self._assigned = set(partitions)
+        for partition in [p for p in self._owned if p not in self._assigned]:
+            del self._owned[partition]
+
+    def revoke(self, partitions: Collection[int]) -> None:
+        """The group took these partitions away."""
+        self._assigned.difference_update(partitions)
+        for partition in partitions:
+            self._owned.pop(partition, None)
+
+    def owns(self, partition: int, owned: Owned | None) -> bool:
+        """Whether the partition is still owned as it was then."""
+        return owned is not None and self._owned.get(partition) is owned
+
+    def is_assigned(self, partition: int) -> bool:
+        """Whether the group gave the partition to this worker."""
+        return partition in self._assigned
+
+    def assigned(self) -> set[int]:
+        """The partitions that the group gave."""
+        return set(self._assigned)
+
+    def next_offsets(self) -> dict[int, int]:
+        """The first offset that is not applied, of each partition worked on."""
+        return {partition: owned.next_offset for partition, owned in self._owned.items()}
+
+    async def accept(self, partition: int, chunk: Chunk, watermark: bytes | None) -> Owned | None:
+        """Take the partition for a chunk, given the watermark loaded with its states.
+
+        Returns:
+            the partition, or None where the chunk does not continue its states: then the
+            log is read back to where they are.
+
+        Raises:
+            StartupError: states and log do not belong together.
+        """
+        owned = self._owned.get(partition)
+        if owned is None or watermark != owned.watermark:
+            if owned is not None:
+                self._metrics.guard_mismatches.inc()
+            owned = await self._assume(partition, watermark, chunk.begin, lost=owned is not None)
+        if chunk.begin > owned.next_offset:
+            await self._seek_back(partition, owned)
+            return None
+        if watermark is None and not self._wrote(owned.watermark):
+            # Another wrote the first watermark since: the states loaded are not its states.
+            await self._seek_back(partition, owned)
+            return None
+        owned.seeking = False
+        if chunk.records and chunk.records[0].offset > owned.next_offset:
+            await self._notice_lost_records(partition, owned)
+        return owned
+
+    async def published(
+        self, partition: int, owned: Owned, records: Sequence[Record]
+    ) -> dict[int, Kept]:
+        """Scores that were published of these records before, by offset."""
+        recovery = owned.recovery
+        if recovery is None or not records:
+            return {}
+        last = records[-1].offset
+        if max(recovery.kept, default=-1) < last and recovery.position < recovery.end:
+            start = recovery.position
+            kept, recovery.position = await self._patience.ask_log(
+                lambda: self._score_log.read(
+                    partition, start, recovery.end, last + RECOVERY_LOOKAHEAD
+                )
+            )
+            for source, score in kept.items():
+                recovery.kept.setdefault(source, (start, score))
+        found = recovery.kept
+        return {r.offset: found[r.offset][1] for r in records if r.offset in found}
+
+    async def notice_foreign_scores(
+        self, partition: int, owned: Owned, appended: Appended, next_offset: int
+    ) -> None:
+        """Read what stands between our scores: its writer thinks it owns the partition.
+
+        Its scores of transactions from ``next_offset`` on are the first ones, and are kept.
+        """
+        expected = owned.scores_next
+        if appended.first is None or appended.next is None:
+            bounds = await self._bounds(self._scores_topic, partition)
+            owned.scores_next = end = bounds.end
+        else:
+            owned.scores_next, end = appended.next, appended.first
+        if end <= expected:
+            return
+        scores, _ = await self._patience.ask_log(
+            lambda: self._score_log.read(partition, expected, end, ALL_SOURCES)
+        )
+        if scores and appended.first is not None:
+            self._metrics.foreign_scores.inc(len(scores))
+            log.warning(
+                "another worker published scores of this partition",
+                extra={"partition": partition, "scores": len(scores)},
+            )
+        later = {source: score for source, score in scores.items() if source >= next_offset}
+        if later:
+            owned.recovery = owned.recovery or Recovery(end, end)
+            for source, score in later.items():
+                owned.recovery.kept.setdefault(source, (expected, score))
+
+    def watermark_at(self, owned: Owned, next_offset: int, appended: Appended | None) -> Watermark:
+        """The watermark to save once everything before ``next_offset`` is applied."""
+        if owned.recovery is not None:
+            owned.scores_from = _recovered_to(owned, owned.recovery, next_offset)
+        elif appended is not None and appended.next is not None:
+            owned.scores_from = appended.next
+        return Watermark(self._partitions, next_offset, owned.scores_from, self._writer)
+
+    async def follow(self, partition: int, chunk: Chunk) -> None:
+        """The watermark was another at the save, and nothing was written: go on from it."""
+        self._metrics.guard_mismatches.inc()
+        log.warning(
+            "the watermark is not the expected one; going on from the one that stands",
+            extra={"partition": partition},
+        )
+        if self._owned.pop(partition, None) is None:
+            return
+        standing = await self._standing(partition)
+        owned = await self._assume(partition, standing, chunk.begin, lost=True)
+        if owned.next_offset < chunk.end:
+            await self._seek_back(partition, owned)
+
+    async def _seek_back(self, partition: int, owned: Owned) -> None:
+        if not owned.seeking:
+            owned.seeking = True
+            await self._transaction_log.seek(partition, owned.next_offset)
+
+    async def _assume(
+        self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
+    ) -> Owned:
+        """Take a partition as its watermark tells, whoever wrote that."""
+        committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
+        while watermark is None:
+            is_new = committed is None and not lost
+            watermark = await self._write_first_watermark(partition, begin if is_new else None)
+        # Asked for after the watermark is known: both logs reach at least as far as it says.
+        bounds = await self._bounds(self._topic, partition)
+        scores = await self._bounds(self._scores_topic, partition)
+        mark = read_watermark(self._topic, partition, watermark)
+        check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
+        recovery = Recovery(min(max(mark.scores_offset, scores.begin), scores.end), scores.end)
+        owned = Owned(
+            watermark=watermark,
+            next_offset=mark.next_offset,
+            scores_next=scores.end,
+            scores_from=recovery.position,
+            alerts_from=max(mark.next_offset, committed or 0),
+            recovery=recovery if recovery.position < recovery.end else None,
+        )
+        if bounds.begin > owned.next_offset:
+            self._lose_records(partition, owned, bounds.begin)
+        if partition in self._assigned:
+            self._owned[partition] = owned
+        return owned
+
+    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
+        """Write a watermark where there is none, at the log's begin if at no other offset.
+
+        Returns:
+            what stands afterwards, whoever wrote it.
+        """
+        if begin is None:
+            begin = (await self._bounds(self._topic, partition)).begin
+            log.error(
+                "no states in Redis for a partition that was worked on; replaying its log",
+                extra={"partition": partition, "from_offset": begin},
+            )
+        scores = await self._bounds(self._scores_topic, partition)
+        mark = Watermark(self._partitions, begin, scores.begin, self._writer).to_bytes()
+        await self._patience.ask_store(
+            lambda: self._store.save([Save(partition, None, mark, [], [])])
+        )
+        return await self._standing(partition)
+
+    def _wrote(self, watermark: bytes) -> bool:
+        return Watermark.from_bytes(watermark).writer == self._writer
+
+    async def _standing(self, partition: int) -> bytes | None:
+        (loaded,) = await self._patience.ask_store(lambda: self._store.load([Load(partition, [])]))
+        return loaded.watermark
+
+    async def _bounds(self, topic: str, partition: int) -> Bounds:
+        return await self._patience.ask_log(lambda: self._score_log.bounds(topic, partition))
+
+    async def _notice_lost_records(self, partition: int, owned: Owned) -> None:
+        bounds = await self._bounds(self._topic, partition)
+        if bounds.begin > owned.next_offset:
+            self._lose_records(partition, owned, bounds.begin)
+
+    def _lose_records(self, partition: int, owned: Owned, log_begin: int) -> None:
+        lost = log_begin - owned.next_offset
+        self._metrics.records_lost.inc(lost)
+        log.error(
+            "retention deleted records before they were applied; raise the topic's retention",
+            extra={"partition": partition, "records": lost},
+        )
+        owned.next_offset = log_begin
+
+
+def _recovered_to(owned: Owned, recovery: Recovery, next_offset: int) -> int:
+    """Where the published scores of transactions from ``next_offset`` on begin."""
+    for source in [source for source in recovery.kept if source < next_offset]:
+        del recovery.kept[source]
+    if not recovery.kept and recovery.position >= recovery.end:
+        owned.recovery = None
+        return owned.scores_next
+    return min((start for start, _ in recovery.kept.values()), default=recovery.position)
+
+
+def read_watermark(topic: str, partition: int, value: bytes) -> Watermark:
+    """A watermark of the store.
+
+    Raises:
+        StartupError: this version cannot read it; the message says what to do.
+    """
+    try:
+        return Watermark.from_bytes(value)
+    except ValueError as error:
+        raise StartupError(
+            f"the watermark of {topic}-{partition} is {error}, perhaps of a newer version: set "
+            "RECUR_KEY_PREFIX to a new prefix"
+        ) from error
+
+
+def check_watermark(
+    topic: str, partition: int, mark: Watermark, partitions: int, log_end: int
+) -> None:
+    """States and log belong together.
+
+    Raises:
+        StartupError: they do not; the message says what to do.
+    """
+    if mark.partitions != partitions:
+        raise StartupError(
+            f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
+            f"has {partitions}, so accounts lie elsewhere. Set RECUR_KEY_PREFIX to a new prefix: "
+            "the workers rebuild all states from the log"
+        )
+    if mark.next_offset > log_end:
+        raise StartupError(
+            f"the states in Redis are past the end of {topic}-{partition} (offset "
+            f"{mark.next_offset}, the log ends at {log_end}): the topic was recreated or "
+            "truncated. Set RECUR_KEY_PREFIX to a new prefix to begin anew"
+        )

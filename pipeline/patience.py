@@ -1,0 +1,60 @@
+"""Waiting for a Redis or a broker that is away: back off, read no further, lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import TypeVar
+
+from pipeline.health import Health
+from pipeline.metrics import Metrics
+from pipeline.score_log import LogUnavailableError
+from pipeline.state_store import StoreUnavailableError
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Waits between two calls; the last one repeats."""
+
+T = TypeVar("T")
+
+
+class Patience:
+    """Repeats calls until they are answered; counts failures and tells the health.
+
+    The watchdog bounds it: while records wait and nothing moves it ends the process.
+    """
+
+    def __init__(self, metrics: Metrics, health: Health) -> None:
+        self._health = health
+        self._errors = {"redis": metrics.redis_errors, "kafka": metrics.kafka_errors}
+
+    async def ask_store(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The store's answer, however long it is away."""
+        return await self._ask("redis", call)
+
+    async def ask_log(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The broker's answer, however long it is away."""
+        return await self._ask("kafka", call)
+
+    async def _ask(self, service: str, call: Callable[[], Awaitable[T]]) -> T:
+        for attempt in count():
+            try:
+                answer = await call()
+            except (StoreUnavailableError, LogUnavailableError) as error:
+                self._errors[service].inc()
+                self._health.down(service, "it does not answer")
+                if attempt == 0:
+                    log.warning(
+                        "a service does not answer; waiting for it",
+                        extra={"service": service, "why": str(error)},
+                    )
+                await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+            else:
+                if attempt:
+                    self._health.up(service)
+                    log.info("it answers again", extra={"service": service, "attempts": attempt})
+                return answer
+        raise AssertionError("count() ends")

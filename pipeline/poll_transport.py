@@ -1,0 +1,263 @@
+"""A Faust transport that hands the agent one message for each poll, not for each record.
+
+Faust's own driver makes an event of each record, which costs more than scoring it. This one
+is the aiokafka driver with another way from fetch to agent: everything that one fetch
+returned travels as one message whose value is a :class:`pipeline.ownership.Poll`. At most
+:data:`POLLS_IN_FLIGHT_MAX` polls are between fetch and ack; the next fetch waits for room,
+so that nothing is ever paused, and the consumer thread fetches while the agent computes.
+
+Records of a fetch are given up only together with a seek to where they began. Registered
+with Faust for URLs that begin with ``poll://``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from time import monotonic
+from typing import Any, ClassVar, TypeVar, cast
+
+from aiokafka.errors import KafkaError
+from faust import Schema
+from faust.transport import drivers
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage, Message
+from mode import Service
+
+from pipeline.ownership import Chunk, Poll
+from pipeline.score_log import LogUnavailableError
+
+log = logging.getLogger(__name__)
+
+URL_SCHEME = "poll"
+POLLS_IN_FLIGHT_MAX = 2
+FETCH_TIMEOUT_SECONDS = 1.0
+
+T = TypeVar("T")
+
+
+class PollSchema(Schema):  # type: ignore[misc]
+    """The value of a message is a poll already: nothing to decode."""
+
+    def loads_key(self, app: Any, message: Message, **_: Any) -> None:
+        """No key."""
+
+    def loads_value(self, app: Any, message: Message, **_: Any) -> Any:
+        """The poll."""
+        return message.value
+
+
+class Consumer(driver.Consumer):
+    """Consumer whose messages are polls."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._topic: str = ""
+        # Where the next chunk of each partition begins.
+        self._begin: dict[TP, int] = {}
+        # Polls between fetch and ack, with whether the agent works on them.
+        self._in_flight: dict[int, bool] = {}
+        self._changed = asyncio.Event()
+        # What may be committed.
+        self._positions: dict[TP, int] = {}
+        # Counts the moments from which on records fetched before are not wanted.
+        self._resets = 0
+        self.on_assigned: Callable[[set[int]], None] = lambda partitions: None
+        self.on_revoked: Callable[[set[int]], None] = lambda partitions: None
+
+    # from fetch to agent -----------------------------------------------------------------
+
+    async def _drain_messages(self, fetcher: Service) -> None:
+        """Faust's fetcher runs this until it is stopped."""
+        try:
+            while not (self.should_stop or fetcher.should_stop):
+                if not await self._room():
+                    continue
+                resets = self._resets
+                records, _ = await self._wait_next_records(FETCH_TIMEOUT_SECONDS)
+                if not records:
+                    continue
+                if self.should_stop or not self.flow_active or resets != self._resets:
+                    await self._give_up(records)
+                    continue
+                message = self._message_of(records)
+                self._in_flight[id(message)] = False
+                await self.wait_first(self.callback(message), self.suspend_flow.wait())
+        except (*self.consumer_stopped_errors, asyncio.CancelledError):
+            if not self.transport.app.should_stop:
+                raise
+
+    async def _room(self) -> bool:
+        """Whether another poll may be fetched; waits a while for it."""
+        if len(self._in_flight) < POLLS_IN_FLIGHT_MAX:
+            return True
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), FETCH_TIMEOUT_SECONDS)
+        except asyncio.TimeoutError:
+            return False
+        return len(self._in_flight) < POLLS_IN_FLIGHT_MAX
+
+    def _message_of(self, records: Mapping[TP, list[Any]]) -> ConsumerMessage:
+        chunks = {}
+        for tp, fetched in records.items():
+            first, end = fetched[0].offset, fetched[-1].offset + 1
+            begin = min(self._begin.get(tp, first), first)
+            self._begin[tp] = end
+            chunks[tp.partition] = Chunk(begin, end, fetched)
+        tp, fetched = next(iter(records.items()))
+        message = self._to_message(tp, fetched[0])
+        message.value = Poll(chunks)
+        return message
+
+    async def _give_up(self, records: Mapping[TP, list[Any]]) -> None:
+        """Forget fetched records: they will be fetched again."""
+        for tp, fetched in records.items():
+            if tp in self.assignment():
+                await self._seek_thread(tp, self._begin.get(tp, fetched[0].offset))
+
+    # acks --------------------------------------------------------------------------------
+
+    def start_work(self, message: Message) -> bool:
+        """The agent takes a poll up. False: a rebalance came between; leave it."""
+        if id(message) not in self._in_flight:
+            return False
+        self._in_flight[id(message)] = True
+        return True
+
+    def ack(self, message: Message) -> bool:
+        """Faust calls this when the agent acked: what was applied may be committed."""
+        if self._in_flight.pop(id(message), None) is None:
+            return False  # of a time before a rebalance: the partitions are another's now
+        message.acked = True
+        for partition, offset in cast(Poll, message.value).applied.items():
+            self._positions[TP(message.topic, partition)] = offset
+        self._changed.set()
+        return True
+
+    def abandon(self, message: Message) -> None:
+        """The agent failed on a poll: nothing waits for it any more."""
+        self._in_flight.pop(id(message), None)
+        self._changed.set()
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
+        return [tp for tp in self._positions if topics is None or tp in topics]
+
+    def _new_offset(self, tp: TP) -> int | None:
+        return self._positions.get(tp)
+
+    async def wait_empty(self) -> None:
+        """Before partitions go: let the poll at work finish, drop the others, commit."""
+        for key in [key for key, at_work in self._in_flight.items() if not at_work]:
+            del self._in_flight[key]
+        until = monotonic() + float(self.app.conf.broker_session_timeout)
+        while self._in_flight and monotonic() < until:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), until - monotonic())
+            except asyncio.TimeoutError:
+                log.warning("the micro-batch at work did not finish in time; it is left unacked")
+        await self.commit_and_end_transactions()
+
+    # rebalances and seeks ----------------------------------------------------------------
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """The group takes partitions away."""
+        await super().on_partitions_revoked(revoked)
+        self._reset()
+        self.on_revoked({tp.partition for tp in revoked})
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """The group gives partitions."""
+        self._reset()
+        self.on_assigned({tp.partition for tp in assigned})
+        await super().on_partitions_assigned(assigned, generation_id)
+
+    def _reset(self) -> None:
+        """Forget all that belongs to the assignment before: a late ack changes nothing."""
+        self._resets += 1
+        self._in_flight.clear()
+        self._positions.clear()
+        self._begin.clear()
+        self._changed.set()
+
+    async def perform_seek(self) -> None:
+        """Faust seeks to the committed offsets after a rebalance."""
+        await super().perform_seek()
+        self._begin.clear()
+        for tp, offset in self._committed_offset.items():
+            if offset is not None:
+                self._begin[tp] = offset
+
+    async def seek_back(self, tp: TP, offset: int) -> None:
+        """Read a partition from ``offset`` on; what was fetched of it before is given up."""
+        self._begin[tp] = offset
+        self._resets += 1
+        await self._seek_thread(tp, offset)
+        self._resets += 1  # a fetch may have begun between the two
+
+    async def _seek_thread(self, tp: TP, offset: int) -> None:
+        async def seek() -> None:
+            if tp in self._thread.assignment():
+                self._thread.seek(tp, offset)
+
+        await self._in_thread(seek())
+
+    async def committed(self, tp: TP) -> int | None:
+        """The group's committed offset.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        consumer = self._thread._ensure_consumer()
+        try:
+            return cast("int | None", await self._in_thread(consumer.committed(tp)))
+        except KafkaError as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+
+    async def _in_thread(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop of aiokafka's thread."""
+        return await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(call, self._thread.thread_loop)
+        )
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Faust's stall detector counts events; the watchdog sees polls."""
+
+    @property
+    def polls_in_flight(self) -> int:
+        """Polls between fetch and ack."""
+        return len(self._in_flight)
+
+
+class PartitionLog:
+    """The transactions topic, as the processor moves in it.
+
+    Args:
+        consumer: called for Faust's consumer, which does not exist before the app starts.
+        topic: full name.
+    """
+
+    def __init__(self, consumer: Callable[[], Consumer], topic: str) -> None:
+        self._consumer = consumer
+        self._topic = topic
+
+    async def committed(self, partition: int) -> int | None:
+        """See :class:`pipeline.ownership.TransactionLog`."""
+        return await self._consumer().committed(TP(self._topic, partition))
+
+    async def seek(self, partition: int, offset: int) -> None:
+        """See :class:`pipeline.ownership.TransactionLog`."""
+        await self._consumer().seek_back(TP(self._topic, partition), offset)
+
+
+class Transport(driver.Transport):
+    """The aiokafka transport with poll-wise consumers."""
+
+    Consumer: ClassVar[type[driver.Consumer]] = Consumer
+
+
+def register() -> None:
+    """Make Faust know the ``poll://`` scheme."""
+    drivers.TRANSPORTS.aliases[URL_SCHEME] = f"{__name__}:Transport"

@@ -1,0 +1,462 @@
+"""The worker's heart: a poll of records in; scores, alerts and saved states out.
+
+    decode → load → drop applied → rounds → features → GRU → decide → publish → save → ack
+
+The order is the guarantee. Scores are published before states are saved, and states are
+saved before offsets are acked; a partition's states and its watermark are saved together,
+only if the watermark is the one that was loaded. So whatever dies at whatever moment, each
+partition's states are exactly its log up to its watermark, the scores topic tells what was
+said of transactions past it, and committed offsets are never past it.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from model.features import FEATURES
+from model.transaction import Transaction, epoch_ms
+from pipeline.account_state import AccountStates
+from pipeline.codec import CONTROL_HEADER, WARM_HEADER, ScoreEncoder, decode, encode_alert
+from pipeline.decision import DECISIONS, Thresholds
+from pipeline.errors import RejectedError
+from pipeline.health import Health
+from pipeline.metrics import Metrics
+from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
+from pipeline.patience import Patience
+from pipeline.publisher import Appended, Outgoing, Publisher
+from pipeline.score_log import Kept
+from pipeline.scorer import MicroBatch, Scored, Scorer
+from pipeline.settings import Settings
+from pipeline.state_store import Load, Save, StateStore
+
+APPROVE = DECISIONS[0]
+
+DEAD_LETTER_KEY_MAX_BYTES = 65_536
+"""With it the longest rejected value stays under the broker's limit of 1 MiB."""
+
+
+@dataclass
+class Part:
+    """A partition's part of a micro-batch on its way through the steps.
+
+    Attributes:
+        records, transactions, timestamps_ms: what can be scored, in log order.
+        rows: the place of each transaction's account in ``accounts``.
+        accounts: distinct account ids.
+        rejected: records that cannot be scored, with reason and error.
+        owned: the partition, once its watermark is known.
+        states: values of ``accounts`` in the store.
+        kept: by offset, scores that were published before.
+        scored: where this part stands in the micro-batch's arrays.
+        said: how many of its transactions have a score, new or kept.
+        saved: whether its states and watermark stand in the store.
+    """
+
+    partition: int
+    chunk: Chunk
+    records: list[Record] = field(default_factory=list)
+    transactions: list[Transaction] = field(default_factory=list)
+    timestamps_ms: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    accounts: list[str] = field(default_factory=list)
+    rejected: list[tuple[Record, str, str]] = field(default_factory=list)
+    owned: Owned | None = None
+    states: Sequence[bytes | None] = ()
+    kept: dict[int, Kept] = field(default_factory=dict)
+    scored: slice = field(default_factory=lambda: slice(0, 0))
+    said: int = 0
+    saved: bool = False
+
+    @property
+    def next_offset(self) -> int:
+        """The first offset after this part."""
+        return max(self.chunk.end, self.partition_owned.next_offset)
+
+    def indices(self, failed: Iterable[int]) -> list[int]:
+        """Those of the micro-batch's indices that are this part's, from its start."""
+        where = self.scored
+        return [i - where.start for i in failed if where.start <= i < where.stop]
+
+    @property
+    def partition_owned(self) -> Owned:
+        """The partition, known from the load on."""
+        assert self.owned is not None
+        return self.owned
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said of one transaction: its score's record, and whether that is new."""
+
+    value: bytes
+    decision: str
+    is_new: bool
+
+
+@dataclass
+class Outbox:
+    """What a micro-batch publishes."""
+
+    scores: dict[int, Sequence[Outgoing]] = field(default_factory=dict)
+    alerts: list[Outgoing] = field(default_factory=list)
+    rejected: list[Outgoing] = field(default_factory=list)
+
+
+class Processor:
+    """Applies polls, one at a time.
+
+    Args:
+        settings: limits and names.
+        scorer: the model.
+        store: account states.
+        publisher: scores, alerts and rejected records out.
+        ownership: the partitions and how far their states are.
+        patience: waits for services that are away.
+        metrics, health: what operations see.
+        clock_ms: wall clock, epoch milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        scorer: Scorer,
+        store: StateStore,
+        publisher: Publisher,
+        ownership: Ownership,
+        patience: Patience,
+        metrics: Metrics,
+        health: Health,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._scorer = scorer
+        self._store = store
+        self._publisher = publisher
+        self._ownership = ownership
+        self._patience = patience
+        self._metrics = metrics
+        self._health = health
+        self._clock_ms = clock_ms
+        self._topic = settings.topic("transactions")
+        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+        self._dead_letter_value_max_bytes = settings.dead_letter_value_max_bytes
+        self._currency = scorer.checkpoint.header.currency
+        self._thresholds = thresholds_of(settings, scorer)
+        self._encoder = ScoreEncoder(FEATURES, scorer.checkpoint.digest)
+
+    async def process(self, poll: Poll) -> None:
+        """Apply a poll; when this returns, ``poll.applied`` may be committed.
+
+        Raises:
+            PublishError: the broker does not take what must be published.
+            ScorerBrokenError: the computation fails for everything.
+            StartupError: states and log do not belong together.
+        """
+        with self._metrics.timed("decode"):
+            parts = self._decode(poll)
+        with self._metrics.timed("load"):
+            parts = await self._load(parts)
+        if not parts:
+            return
+        with self._metrics.timed("compute"):
+            states, scored, batch = self._score(parts)
+            outbox = self._decide(parts, scored)
+        with self._metrics.timed("publish"):
+            appended = await self._publisher.publish(outbox.scores, outbox.alerts, outbox.rejected)
+        self._observe(scored, batch)
+        with self._metrics.timed("save"):
+            await self._save(parts, states, appended)
+        with self._metrics.timed("ack"):
+            self._ack(poll, parts)
+
+    # decode ------------------------------------------------------------------------------
+
+    def _decode(self, poll: Poll) -> list[Part]:
+        """Records to transactions; what cannot be scored is set aside with its reason."""
+        parts = []
+        for partition, chunk in poll.chunks.items():
+            part = Part(partition, chunk)
+            row_of: dict[str, int] = {}
+            for record in chunk.records:
+                try:
+                    transaction, timestamp_ms = self._decode_record(record)
+                except RejectedError as error:
+                    part.rejected.append((record, error.reason, str(error)))
+                    continue
+                part.records.append(record)
+                part.transactions.append(transaction)
+                part.timestamps_ms.append(timestamp_ms)
+                part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
+            part.accounts = list(row_of)
+            parts.append(part)
+        return parts
+
+    def _decode_record(self, record: Record) -> tuple[Transaction, int]:
+        if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
+            raise RejectedError("control", "an instruction that this version does not know")
+        transaction = decode(record.key, record.value, self._currency)
+        timestamp = transaction.timestamp
+        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
+        if timestamp_ms < 0:
+            raise RejectedError("timestamp", "the timestamp is before 1970")
+        if timestamp_ms - record.timestamp > self._future_limit_ms:
+            raise RejectedError(
+                "future_timestamp",
+                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
+            )
+        return transaction, timestamp_ms
+
+    # load, drop applied ------------------------------------------------------------------
+
+    async def _load(self, parts: list[Part]) -> list[Part]:
+        """States with their watermarks, and what is past these.
+
+        A part that does not continue its partition's states is left out: the log is read
+        back to where they are.
+        """
+        parts = [part for part in parts if self._ownership.is_assigned(part.partition)]
+        loaded = await self._patience.ask_store(
+            lambda: self._store.load([Load(part.partition, part.accounts) for part in parts])
+        )
+        for part, reply in zip(parts, loaded, strict=True):
+            part.states = reply.states
+            part.owned = await self._ownership.accept(part.partition, part.chunk, reply.watermark)
+            if part.owned is not None:
+                self._drop_applied(part, part.owned.next_offset)
+                part.kept = await self._ownership.published(
+                    part.partition, part.owned, part.records
+                )
+                self._metrics.scores_recovered.inc(len(part.kept))
+        # The group may have taken partitions away during the waits.
+        return [part for part in parts if self._ownership.owns(part.partition, part.owned)]
+
+    def _drop_applied(self, part: Part, next_offset: int) -> None:
+        """Leave only what is past the watermark."""
+        if part.chunk.begin >= next_offset:
+            return
+        before = len(part.records) + len(part.rejected)
+        applied = bisect_left(part.records, next_offset, key=lambda record: record.offset)
+        del part.records[:applied]
+        del part.transactions[:applied]
+        del part.timestamps_ms[:applied]
+        del part.rows[:applied]
+        part.rejected = [item for item in part.rejected if item[0].offset >= next_offset]
+        self._metrics.replayed.inc(before - len(part.records) - len(part.rejected))
+
+    # rounds, features, GRU ---------------------------------------------------------------
+
+    def _score(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
+        """Advance the states of all parts together."""
+        values: list[bytes | None] = []
+        batches = []
+        n = 0
+        for part in parts:
+            batches.append(columns(part, first_row=len(values)))
+            values += part.states
+            part.scored = slice(n, n + len(part.records))
+            n += len(part.records)
+        batch = MicroBatch.concatenate(batches)
+        states, scored, loaded, refused = self._scorer.score(values, batch)
+        n_loaded = int(loaded.sum())
+        counter = self._metrics.states
+        counter.labels("loaded").inc(n_loaded)
+        counter.labels("refused").inc(refused)
+        counter.labels("missing").inc(len(values) - n_loaded - refused)
+        counter.labels("expired").inc(scored.expired)
+        return states, scored, batch
+
+    # decide ------------------------------------------------------------------------------
+
+    def _decide(self, parts: list[Part], scored: Scored) -> Outbox:
+        """Scores and decisions to records to publish."""
+        outbox = Outbox()
+        choices = self._thresholds.decide(scored.score)
+        for part in parts:
+            silent = scored.repeated[part.scored].copy()  # transactions of which nothing is said
+            for i in part.indices(scored.failed):
+                silent[i] = True
+                error = scored.failed[i + part.scored.start]
+                part.rejected.append((part.records[i], "computation", error))
+            outbox.rejected += [self._dead_letter(part.partition, *item) for item in part.rejected]
+            said = self._said(part, scored, choices, silent)
+            part.said = len(said)
+            scores = [
+                Outgoing(part.records[i].key, score.value)
+                for i, score in said.items()
+                if score.is_new
+            ]
+            if scores:
+                outbox.scores[part.partition] = scores
+            outbox.alerts += self._alerts(part, said)
+        return outbox
+
+    def _said(
+        self,
+        part: Part,
+        scored: Scored,
+        choices: NDArray[np.intp],
+        silent: NDArray[np.bool_],
+    ) -> dict[int, Said]:
+        """What is said of each transaction that is scored: anew, or as it was published."""
+        kept = part.kept
+        new = [
+            i
+            for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True))
+            if not skip and record.offset not in kept
+        ]
+        at = np.array(new, np.intp) + part.scored.start
+        decisions = [DECISIONS[choice] for choice in choices[at].tolist()]
+        source = f"{self._topic}:{part.partition}:"
+        values = self._encoder.encode(
+            [part.transactions[i] for i in new],
+            [part.timestamps_ms[i] for i in new],
+            [f"{source}{part.records[i].offset}" for i in new],
+            scored.score[at],
+            decisions,
+            scored.raw[at],
+        )
+        said = {
+            i: Said(value, decision, True)
+            for i, value, decision in zip(new, values, decisions, strict=True)
+        }
+        if kept:
+            for i, record in enumerate(part.records):
+                before = kept.get(record.offset)
+                if before is not None and not silent[i]:
+                    said[i] = Said(before.value, before.score.decision, False)
+        return said
+
+    def _alerts(self, part: Part, said: dict[int, Said]) -> Iterator[Outgoing]:
+        """An alert for each score at or over the review threshold, but not while warming up."""
+        thresholds = {"review": self._thresholds.review, "decline": self._thresholds.decline}
+        alerts_from = part.partition_owned.alerts_from
+        for i, score in said.items():
+            record = part.records[i]
+            if score.decision == APPROVE or record.offset < alerts_from or _is_warm(record):
+                continue
+            self._metrics.alerts.labels(score.decision).inc()
+            yield Outgoing(record.key, encode_alert(score.value, thresholds, [], self._clock_ms()))
+
+    def _dead_letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
+        """The original key and bytes; where from and why in headers."""
+        self._metrics.rejected.labels(reason).inc()
+        limit = self._dead_letter_value_max_bytes
+        headers = {
+            "topic": self._topic,
+            "partition": str(partition),
+            "offset": str(record.offset),
+            "reason": reason,
+            "error": error[:300],
+            "time": str(self._clock_ms()),
+        }
+        key, value = record.key, record.value
+        key_limit = min(limit, DEAD_LETTER_KEY_MAX_BYTES)
+        if len(value or b"") > limit or len(key or b"") > key_limit:
+            headers["truncated"] = str(len(value or b""))
+            key, value = key and key[:key_limit], value and value[:limit]
+        if key is None and value is None:
+            value = b""  # aiokafka sends no record without both; the reason tells
+        return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
+
+    # publish -----------------------------------------------------------------------------
+
+    def _observe(self, scored: Scored, batch: MicroBatch) -> None:
+        """Latency and the like, at the moment the scores are acknowledged."""
+        if not len(batch):
+            return
+        now_ms = self._clock_ms()
+        metrics = self._metrics
+        applied = ~scored.repeated
+        applied[list(scored.failed)] = False
+        metrics.latency.observe((now_ms - batch.record_ms[applied]) / 1000.0)
+        metrics.micro_batch.observe([len(batch)])
+        metrics.score.observe(scored.score[applied])
+        metrics.event_age.set((now_ms - int(batch.timestamp_ms.max())) / 1000.0)
+        metrics.duplicates.inc(int(scored.repeated.sum()))
+
+    # save --------------------------------------------------------------------------------
+
+    async def _save(
+        self, parts: list[Part], states: AccountStates, appended: dict[int, Appended]
+    ) -> None:
+        """States and watermarks: each part whole, or nothing of it."""
+        saves = []
+        first_row = 0
+        for part in parts:
+            rows = np.arange(first_row, first_row + len(part.accounts))
+            first_row += len(part.accounts)
+            where = appended.get(part.partition)
+            if where is not None:
+                await self._ownership.notice_foreign_scores(
+                    part.partition, part.partition_owned, where, part.next_offset
+                )
+            saves.append(self._save_of(part, states, rows, where))
+        stands = await self._patience.ask_store(lambda: self._store.save(saves))
+        for part, save, saved in zip(parts, saves, stands, strict=True):
+            part.saved = saved
+            if saved:
+                part.partition_owned.watermark = save.watermark
+                part.partition_owned.next_offset = part.next_offset
+                self._metrics.transactions.inc(part.said)
+            else:
+                await self._ownership.follow(part.partition, part.chunk)
+
+    def _save_of(
+        self, part: Part, states: AccountStates, rows: NDArray[np.intp], where: Appended | None
+    ) -> Save:
+        owned = part.partition_owned
+        touched = np.flatnonzero(states.last_offset[rows] >= owned.next_offset)
+        watermark = self._ownership.watermark_at(owned, part.next_offset, where)
+        return Save(
+            part.partition,
+            owned.watermark,
+            watermark.to_bytes(),
+            [part.accounts[i] for i in touched.tolist()],
+            self._scorer.codec.encode(states, rows[touched]),
+        )
+
+    # ack ---------------------------------------------------------------------------------
+
+    def _ack(self, poll: Poll, parts: list[Part]) -> None:
+        """What is saved may be committed."""
+        for part in parts:
+            if part.saved and self._ownership.owns(part.partition, part.owned):
+                poll.applied[part.partition] = part.partition_owned.next_offset
+        if any(part.saved for part in parts):
+            self._health.moved()
+
+
+def columns(part: Part, first_row: int) -> MicroBatch:
+    """A part's transactions as columns; its accounts begin at ``first_row`` of the states."""
+    hash_id = xxhash.xxh3_64_intdigest
+    return MicroBatch(
+        row=np.array(part.rows, np.intp) + first_row,
+        amount=np.array([transaction.amount for transaction in part.transactions], np.float64),
+        timestamp_ms=np.array(part.timestamps_ms, np.int64),
+        record_ms=np.array([record.timestamp for record in part.records], np.int64),
+        offset=np.array([record.offset for record in part.records], np.int64),
+        # 0 marks an empty place among a state's recent ids.
+        id_hash=np.array(
+            [hash_id(t.transaction_id.encode()) or 1 for t in part.transactions], np.uint64
+        ),
+    )
+
+
+def _is_warm(record: Record) -> bool:
+    return bool(record.headers) and any(name == WARM_HEADER for name, _ in record.headers)
+
+
+def thresholds_of(settings: Settings, scorer: Scorer) -> Thresholds:
+    """The checkpoint's thresholds, each replaced by a setting where there is one."""
+    shipped = scorer.checkpoint.header.thresholds
+    review = shipped.review if settings.review_threshold is None else settings.review_threshold
+    if settings.decline_threshold is None:
+        return Thresholds(review, max(review, shipped.decline))
+    return Thresholds(min(review, settings.decline_threshold), settings.decline_threshold)

@@ -1,0 +1,180 @@
+"""The scores topic as the write-ahead log: what was published of transactions not applied.
+
+A worker that takes a partition reads its scores from the watermark's place on, in step with
+the transactions, and keeps what was said: a redelivered transaction has one score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from pipeline.codec import PublishedScore, decode_published
+from pipeline.settings import Settings
+
+READ_TIMEOUT_MS = 5_000
+"""One fetch of published scores may take this long, milliseconds."""
+
+OFFSET_MAX_DIGITS = 18
+
+
+class LogUnavailableError(Exception):
+    """The broker did not answer; ask again."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """First offset that is still there, and the next to be written."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A published score: its record's bytes, and what recovery needs of it."""
+
+    value: bytes
+    score: PublishedScore
+
+
+class ScoreLog(Protocol):
+    """What the processor needs of the logs besides the polls it is given."""
+
+    async def bounds(self, topic: str, partition: int) -> Bounds:
+        """Where a partition's log begins and ends now.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+
+    async def read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        """Published scores in [start, end) of a scores partition, by source offset.
+
+        Reads on until a source at or past ``until_source`` was seen, or the end.
+
+        Returns:
+            scores by offset of their transaction (of two for one, the first), and the
+            offset to go on from.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+
+
+class KafkaScoreLog:
+    """Reads the log with a consumer of its own that belongs to no group.
+
+    Args:
+        settings: names the topics and the broker.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._topic = settings.topic("scores")
+        self._source_topic = settings.topic("transactions")
+        self._options: dict[str, Any] = settings.kafka_client_options() | {
+            "enable_auto_commit": False,
+            "auto_offset_reset": "earliest",
+        }
+        self._consumer: AIOKafkaConsumer | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Connect."""
+        self._consumer = AIOKafkaConsumer(**self._options)
+        await self._consumer.start()
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._consumer is not None:
+            await self._consumer.stop()
+
+    async def bounds(self, topic: str, partition: int) -> Bounds:
+        """See :class:`ScoreLog`."""
+        place = TopicPartition(topic, partition)
+        try:
+            assert self._consumer is not None
+            begin = await self._consumer.beginning_offsets([place])
+            end = await self._consumer.end_offsets([place])
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+        return Bounds(begin[place], end[place])
+
+    async def ends(self, topic: str, partitions: list[int]) -> dict[int, int]:
+        """The next offset of each partition.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        places = [TopicPartition(topic, partition) for partition in partitions]
+        try:
+            assert self._consumer is not None
+            ends = await self._consumer.end_offsets(places)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+        return {place.partition: end for place, end in ends.items()}
+
+    async def read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        """See :class:`ScoreLog`."""
+        async with self._one_at_a_time:  # the consumer's assignment is this call's
+            return await self._read(partition, start, end, until_source)
+
+    async def _read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        consumer = self._consumer
+        assert consumer is not None
+        place = TopicPartition(self._topic, partition)
+        source_prefix = f"{self._source_topic}:{partition}:"
+        kept: dict[int, Kept] = {}
+        position = start
+        try:
+            consumer.assign([place])
+            consumer.seek(place, start)
+            while position < end:
+                fetched = await consumer.getmany(place, timeout_ms=READ_TIMEOUT_MS)
+                records = fetched.get(place, [])
+                for record in records:
+                    if record.offset >= end:
+                        break
+                    published = read_score(record.value, source_prefix)
+                    if published is not None:
+                        source, score = published
+                        kept.setdefault(source, score)
+                # position() also passes transaction markers, which are no records.
+                reached = await consumer.position(place)
+                if reached == position and not records:
+                    raise LogUnavailableError(
+                        f"no answer for scores from offset {position} within {READ_TIMEOUT_MS} ms"
+                    )
+                position = min(reached, end)
+                if kept and max(kept) >= until_source:
+                    break
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+        finally:
+            consumer.unsubscribe()
+        return kept, position
+
+
+def read_score(value: bytes | None, source_prefix: str) -> tuple[int, Kept] | None:
+    """Source offset and score in a record of the scores topic; None for what is no score.
+
+    Args:
+        source_prefix: what the source begins with: ``topic:partition:``.
+    """
+    score = decode_published(value)
+    if value is None or score is None or not score.source.startswith(source_prefix):
+        return None
+    offset = score.source[len(source_prefix) :]
+    if not (offset.isascii() and offset.isdigit() and len(offset) <= OFFSET_MAX_DIGITS):
+        return None
+    return int(offset), Kept(value, score)

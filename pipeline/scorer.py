@@ -1,0 +1,231 @@
+"""Rounds → features → GRU: advances account states by a micro-batch and scores it.
+
+Pure computation on columns; the processor around it does the input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.checkpoint import Checkpoint
+from model.features import FEATURES, observe, rounds_of
+from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec
+
+_COLUMN_TYPES = (np.intp, np.float64, np.int64, np.int64, np.int64, np.uint64)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Transactions of one poll as columns, in log order within each partition.
+
+    Attributes:
+        row: intp[n], the account's row in the states.
+        amount: float64[n], in the checkpoint's currency.
+        timestamp_ms: int64[n], event time.
+        record_ms: int64[n], the record's CreateTime.
+        offset: int64[n], in the transaction's partition.
+        id_hash: uint64[n], of the transaction id, never 0.
+    """
+
+    row: NDArray[np.intp]
+    amount: NDArray[np.float64]
+    timestamp_ms: NDArray[np.int64]
+    record_ms: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    id_hash: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[MicroBatch]) -> MicroBatch:
+        """All of them in one; the rows must count on from batch to batch already."""
+        if len(batches) == 1:
+            return batches[0]
+        if not batches:
+            return cls(*(np.empty(0, kind) for kind in _COLUMN_TYPES))  # type: ignore[arg-type]
+        names = [column.name for column in fields(cls)]
+        return cls(*(np.concatenate([getattr(b, name) for b in batches]) for name in names))
+
+    def between(self, start: int, stop: int) -> MicroBatch:
+        """Those transactions alone (views)."""
+        part = slice(start, stop)
+        return MicroBatch(
+            self.row[part],
+            self.amount[part],
+            self.timestamp_ms[part],
+            self.record_ms[part],
+            self.offset[part],
+            self.id_hash[part],
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a micro-batch's computation gave.
+
+    Attributes:
+        score: float32[n], probability of fraud.
+        raw: float32[n, features], the raw inputs.
+        repeated: bool[n], the account had this transaction id before: nothing was applied.
+        failed: indices whose computation fails, with the error: nothing was applied.
+        expired: how many states started anew because their account was silent too long.
+    """
+
+    score: NDArray[np.float32]
+    raw: NDArray[np.float32]
+    repeated: NDArray[np.bool_]
+    failed: dict[int, str]
+    expired: int
+
+
+class ComputationError(ArithmeticError):
+    """A micro-batch gave a score that is no number."""
+
+
+FAILURES_IN_A_ROW_MAX = 32
+"""So many transactions failing with none succeeding between them are not their fault."""
+
+
+class ScorerBrokenError(RuntimeError):
+    """The computation fails for everything: a defect, or a machine that is broken."""
+
+
+class Scorer:
+    """Advances states with one checkpoint.
+
+    Args:
+        checkpoint: network and features.
+        ttl_ms: an account silent for longer starts anew, milliseconds of record time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ttl_ms: int) -> None:
+        self.checkpoint = checkpoint
+        architecture = checkpoint.network.architecture
+        self.codec = StateCodec(architecture.layers, architecture.hidden_size)
+        self._ttl_ms = ttl_ms
+        self._failures_in_a_row = 0
+
+    def score(
+        self, values: Sequence[bytes | None], batch: MicroBatch
+    ) -> tuple[AccountStates, Scored, NDArray[np.bool_], int]:
+        """Advance the states that ``values`` hold.
+
+        Where the computation fails the micro-batch is bisected, so that only the
+        transactions that make it fail are left out.
+
+        Returns:
+            the states after, the scores, bool[accounts] of states that were there and sound,
+            and how many values were refused.
+
+        Raises:
+            ScorerBrokenError: it fails for every transaction.
+        """
+        states, loaded, refused = self.codec.decode(values)
+        try:
+            scored = self._advance(states, batch)
+            self._failures_in_a_row = 0
+        except Exception:  # whatever a transaction does to NumPy or torch
+            states, _, _ = self.codec.decode(values)
+            scored = self._bisect(states, batch)
+        return states, scored, loaded, refused
+
+    def _bisect(self, states: AccountStates, batch: MicroBatch) -> Scored:
+        """Advance halves in order, down to the transactions that fail alone."""
+        n = len(batch)
+        before = self.codec.encode(states, np.arange(len(states)))
+        try:
+            scored = self._advance(states, batch)
+        except Exception as error:
+            self._restore(states, before)
+            if n == 1:
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row > FAILURES_IN_A_ROW_MAX:
+                    raise ScorerBrokenError(
+                        f"the computation failed for {self._failures_in_a_row} transactions in "
+                        f"a row, the last time with {type(error).__name__}"
+                    ) from error
+                return Scored(
+                    score=np.zeros(1, np.float32),
+                    raw=np.zeros((1, len(FEATURES)), np.float32),
+                    repeated=np.zeros(1, bool),
+                    failed={0: f"{type(error).__name__}: {error}"[:200]},
+                    expired=0,
+                )
+        else:
+            self._failures_in_a_row = 0
+            return scored
+        first = self._bisect(states, batch.between(0, n // 2))
+        second = self._bisect(states, batch.between(n // 2, n))
+        return Scored(
+            score=np.concatenate((first.score, second.score)),
+            raw=np.concatenate((first.raw, second.raw)),
+            repeated=np.concatenate((first.repeated, second.repeated)),
+            failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
+            expired=first.expired + second.expired,
+        )
+
+    def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
+        saved, _, _ = self.codec.decode(values)
+        rows = np.arange(len(states))
+        states.history.put(rows, saved.history)
+        for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids", "hidden"):
+            getattr(states, name)[:] = getattr(saved, name)
+
+    def _advance(self, states: AccountStates, batch: MicroBatch) -> Scored:
+        """Advance ``states`` in place, round by round."""
+        n = len(batch)
+        score = np.zeros(n, np.float32)
+        raw = np.zeros((n, len(FEATURES)), np.float32)
+        repeated = np.zeros(n, bool)
+        expired = 0
+        for members in rounds_of(batch.row):
+            rows = batch.row[members]
+            seen = (states.recent_ids[rows] == batch.id_hash[members, None]).any(axis=1)
+            if seen.any():
+                repeated[members[seen]] = True
+                members, rows = members[~seen], rows[~seen]
+                if len(members) == 0:
+                    continue
+            silent_ms = batch.record_ms[members] - states.last_record_ms[rows]
+            stale = (silent_ms > self._ttl_ms) & (states.history.count[rows] > 0)
+            if stale.any():
+                states.reset(rows[stale])
+                expired += int(stale.sum())
+            score[members], raw[members] = self._step(states, batch, members, rows)
+        return Scored(score, raw, repeated, {}, expired)
+
+    def _step(
+        self,
+        states: AccountStates,
+        batch: MicroBatch,
+        members: NDArray[np.intp],
+        rows: NDArray[np.intp],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """One transaction of each of m distinct accounts: float32[m], float32[m, features]."""
+        before = states.history.take(rows)
+        raw, after = observe(before, batch.amount[members], batch.timestamp_ms[members])
+        with torch.inference_mode():
+            inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
+            hidden = torch.from_numpy(states.hidden[rows]).float()  # [m, L, H]
+            logits, hidden = self.checkpoint.network.step(inputs, hidden)
+            score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
+            # Rounded after each step, so that where a micro-batch ends leaves no trace.
+            hidden16 = hidden.half().numpy()
+        if not (np.isfinite(score).all() and np.isfinite(raw).all()):
+            raise ComputationError("the score is no number")
+        states.history.put(rows, after)
+        states.hidden[rows] = hidden16
+        states.recent_ids[rows, before.count % RECENT_IDS] = batch.id_hash[members]
+        states.last_offset[rows] = batch.offset[members]
+        states.last_record_ms[rows] = np.maximum(
+            states.last_record_ms[rows], batch.record_ms[members]
+        )
+        new = before.count == 0
+        states.first_offset[rows[new]] = batch.offset[members[new]]
+        return score, raw

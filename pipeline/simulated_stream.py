@@ -1,0 +1,116 @@
+"""Simulated days as a stream of transactions, encoded for the transactions topic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.simulator import Simulator, account_id, merchant_id, transaction_id
+from pipeline.feed import BLOCK_TRANSACTIONS, Block, encode_block
+
+CURRENCY = "EUR"
+"""Of the simulator's amounts."""
+
+_KINDS = (np.int64, np.int64, np.int64, np.float64, np.int8)  # of Columns
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Transactions in order of time; arrays of the same length."""
+
+    timestamp_ms: NDArray[np.int64]
+    account: NDArray[np.int64]
+    merchant: NDArray[np.int64]
+    amount: NDArray[np.float64]
+    scenario: NDArray[np.int8]
+    """0 genuine, else the kind of fraud."""
+
+    def __len__(self) -> int:
+        return len(self.account)
+
+    def sliced(self, start: int, stop: int) -> Columns:
+        """Those from start up to stop."""
+        return Columns(*(column[start:stop] for column in self._all()))
+
+    @staticmethod
+    def joined(pieces: Sequence[Columns]) -> Columns:
+        """One after the other."""
+        empty = [np.empty(0, kind) for kind in _KINDS]
+        columns = zip(empty, *(piece._all() for piece in pieces), strict=True)
+        joined: list[Any] = [np.concatenate(parts) for parts in columns]
+        return Columns(*joined)
+
+    def _all(self) -> list[Any]:
+        return [getattr(self, column.name) for column in fields(self)]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedTransactions:
+    """A piece of the stream; ``first`` is the number of its first transaction."""
+
+    first: int
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def blocks(self) -> Iterator[Block]:
+        """Encoded, some thousand at a time."""
+        for start in range(0, len(self), BLOCK_TRANSACTIONS):
+            part = self.columns.sliced(start, start + BLOCK_TRANSACTIONS)
+            number = self.first + start
+            yield encode_block(
+                [transaction_id(n) for n in range(number, number + len(part))],
+                [account_id(account) for account in part.account.tolist()],
+                [merchant_id(merchant) for merchant in part.merchant.tolist()],
+                part.amount.tolist(),
+                [CURRENCY] * len(part),
+                part.timestamp_ms.tolist(),
+            )
+
+    def index_of(self, transaction_ids: Sequence[str]) -> NDArray[np.int64]:
+        """int64[n]: the position of each id in this piece, -1 for any other."""
+        index = np.array([int(name[1:]) for name in transaction_ids], np.int64) - self.first
+        index[(index < 0) | (index >= len(self))] = -1
+        return index
+
+
+class SimulatedStream:
+    """The simulator's transactions, numbered from 0 without gaps, in pieces of any size."""
+
+    def __init__(self, customers: int, terminals: int, start_date: str, seed: int) -> None:
+        self._days = Simulator(customers, terminals, start_date, seed).days()
+        self._left: list[Columns] = []
+        self._next = 0
+
+    def take_days(self, days: int) -> SimulatedTransactions:
+        """The rest of the present day, if one was begun, and so many whole ones."""
+        return self._handed_out(self._left + [self._day() for _ in range(days)], [])
+
+    def take(self, transactions: int) -> SimulatedTransactions:
+        """The next so many."""
+        pieces = list(self._left)
+        surplus = sum(map(len, pieces)) - transactions
+        while surplus < 0:
+            pieces.append(self._day())
+            surplus += len(pieces[-1])
+        left = []
+        if surplus:
+            last = pieces.pop()
+            pieces.append(last.sliced(0, len(last) - surplus))
+            left = [last.sliced(len(last) - surplus, len(last))]
+        return self._handed_out(pieces, left)
+
+    def _day(self) -> Columns:
+        day = next(self._days)
+        return Columns(day.timestamp_ms, day.account, day.merchant, day.amount, day.scenario)
+
+    def _handed_out(self, pieces: list[Columns], left: list[Columns]) -> SimulatedTransactions:
+        self._left = left
+        piece = SimulatedTransactions(self._next, Columns.joined(pieces))
+        self._next += len(piece)
+        return piece

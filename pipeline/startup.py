@@ -1,0 +1,100 @@
+"""What must be right before a worker takes its first partition.
+
+Each check that fails ends the start with one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from model.checkpoint import Checkpoint, CheckpointError
+from pipeline.errors import StartupError
+from pipeline.ownership import check_watermark, read_watermark
+from pipeline.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.settings import Settings
+from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.topics import ensure_topics
+
+RETRY_SECONDS = 0.2
+
+T = TypeVar("T")
+
+
+def load_checkpoint(settings: Settings) -> Checkpoint:
+    """The checkpoint that the settings name.
+
+    Raises:
+        StartupError: it is missing or not one; the message says what is wrong.
+    """
+    try:
+        return Checkpoint.load(settings.checkpoint)
+    except CheckpointError as error:
+        raise StartupError(
+            f"{error}. Set RECUR_CHECKPOINT to a file that `recur train` wrote"
+        ) from error
+
+
+async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
+    """Broker, topics, Redis and watermarks are as they must be; missing topics are created.
+
+    Returns:
+        the partition count of the transactions topic.
+
+    Raises:
+        StartupError: something is not right; the message says what to do.
+    """
+    partitions = (await ensure_topics(settings))["transactions"]
+    store = RedisStateStore.from_settings(settings, checkpoint.digest)
+    score_log = KafkaScoreLog(settings)
+    try:
+        await _check_redis(settings, store)
+        await score_log.start()
+        await _check_watermarks(settings, store, score_log, partitions)
+    finally:
+        await score_log.stop()
+        await store.close()
+    return partitions
+
+
+async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
+    address = settings.redis_url.rpartition("@")[2].removeprefix("redis://")
+    try:
+        policy = await _before(settings.startup_timeout_seconds, store.eviction_policy)
+    except StoreUnavailableError as error:
+        raise StartupError(
+            f"no Redis answers at {address} ({error}): start one, or set RECUR_REDIS_URL"
+        ) from error
+    if policy not in (None, "noeviction"):
+        raise StartupError(
+            f"the Redis at {address} has maxmemory-policy {policy}, so it would evict account "
+            "states: set it to noeviction (redis-cli config set maxmemory-policy noeviction)"
+        )
+
+
+async def _check_watermarks(
+    settings: Settings, store: RedisStateStore, score_log: KafkaScoreLog, partitions: int
+) -> None:
+    topic = settings.topic("transactions")
+    try:
+        marks = await store.watermarks(partitions)
+        ends = await score_log.ends(topic, list(range(partitions)))
+    except (StoreUnavailableError, LogUnavailableError) as error:
+        raise StartupError(f"cannot compare the states with the log: {error}") from error
+    for partition, value in marks.items():
+        mark = read_watermark(topic, partition, value)
+        check_watermark(topic, partition, mark, partitions, ends[partition])
+
+
+async def _before(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+    """Call until it is answered or the time is over."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return await call()
+        except StoreUnavailableError:
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)

@@ -1,0 +1,263 @@
+"""Where account states live: Redis or Redis Cluster.
+
+One guard per partition: a partition's states and its watermark are read in one command and
+written in one script, and written only if the watermark is still the expected one. So at
+any moment a partition's states are exactly its log up to its watermark, whoever writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import redis.asyncio as redis_asyncio
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+
+from pipeline.keys import Keys
+from pipeline.settings import Settings
+
+_DAY_MS = 86_400_000
+_UNAVAILABLE = (RedisError, RedisClusterException, OSError, TimeoutError)
+
+# KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
+# time to live in milliseconds, then states. Returns the watermark that stands afterwards.
+SAVE_SCRIPT = b"""
+local current = redis.call('GET', KEYS[1]) or ''
+if current ~= ARGV[1] then return current end
+for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[i + 2], 'PX', ARGV[3]) end
+redis.call('SET', KEYS[1], ARGV[2])
+return ARGV[2]
+"""
+
+
+class StoreUnavailableError(Exception):
+    """The store did not answer; what was asked may be asked again."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A request for a partition's watermark and states of accounts in it."""
+
+    partition: int
+    account_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was there; None where nothing was."""
+
+    watermark: bytes | None
+    states: list[bytes | None]
+
+
+@dataclass(frozen=True)
+class Save:
+    """A request to write states and the new watermark, if ``expected`` still stands."""
+
+    partition: int
+    expected: bytes | None
+    watermark: bytes
+    account_ids: list[str]
+    states: list[bytes]
+
+
+class StateStore(Protocol):
+    """What the processor needs of a store."""
+
+    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+        """Read each request's watermark and states, together.
+
+        Raises:
+            StoreUnavailableError: nothing can be said; ask again.
+        """
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        """Write each request whole, or nothing of it where the watermark is another.
+
+        Returns:
+            for each request, whether what it asked stands now. A repeated request whose
+            first answer was lost is true, too.
+
+        Raises:
+            StoreUnavailableError: nothing can be said; ask again with the same requests.
+        """
+
+    async def ping(self) -> None:
+        """Return if the store answers.
+
+        Raises:
+            StoreUnavailableError: it does not.
+        """
+
+    async def close(self) -> None:
+        """Give connections back."""
+
+
+class RedisStateStore:
+    """States in one Redis or a Redis Cluster.
+
+    Args:
+        client: a connected client that returns bytes.
+        keys: names the keys.
+        expiry_ms: how long Redis keeps an unused state: the state's time to live plus the
+            log's retention, so that replay decides the same as the worker did.
+    """
+
+    def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
+        self._client = client
+        self._keys = keys
+        self._expiry = str(expiry_ms).encode()
+        self._script_sha = b""
+
+    @classmethod
+    def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
+        """A store for the model with this digest; connects at the first call."""
+        expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
+        keys = Keys(settings.key_prefix, model, settings.topic("transactions"))
+        return cls(redis_client(settings), keys, expiry_ms)
+
+    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+        """See :class:`StateStore`: one MGET for each partition."""
+        keys = self._keys
+        commands: list[tuple[str | bytes, ...]] = [
+            (
+                "MGET",
+                keys.watermark(request.partition),
+                *keys.accounts(request.partition, request.account_ids),
+            )
+            for request in requests
+        ]
+        replies = await self._execute(commands)
+        return [Loaded(reply[0], reply[1:]) for reply in replies]
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        """See :class:`StateStore`: one script call for each partition."""
+        try:
+            replies = await self._execute(self._save_commands(requests))
+        except NoScriptError:  # a new server, or one that forgot its scripts
+            await self._load_script()
+            try:
+                replies = await self._execute(self._save_commands(requests))
+            except NoScriptError as error:
+                raise StoreUnavailableError("it forgets scripts at once") from error
+        return [
+            reply == request.watermark for reply, request in zip(replies, requests, strict=True)
+        ]
+
+    def _save_commands(self, requests: Sequence[Save]) -> list[tuple[str | bytes, ...]]:
+        keys = self._keys
+        return [
+            (
+                "EVALSHA",
+                self._script_sha or b"0" * 40,
+                str(1 + len(request.states)).encode(),
+                keys.watermark(request.partition),
+                *keys.accounts(request.partition, request.account_ids),
+                request.expected or b"",
+                request.watermark,
+                self._expiry,
+                *request.states,
+            )
+            for request in requests
+        ]
+
+    async def _load_script(self) -> None:
+        try:
+            if isinstance(self._client, RedisCluster):
+                self._script_sha = _as_bytes(
+                    await self._client.execute_command(
+                        "SCRIPT LOAD", SAVE_SCRIPT, target_nodes=RedisCluster.PRIMARIES
+                    )
+                )
+            else:
+                self._script_sha = _as_bytes(
+                    await self._client.execute_command("SCRIPT LOAD", SAVE_SCRIPT)
+                )
+        except _UNAVAILABLE as error:
+            raise StoreUnavailableError(_complaint(error)) from error
+
+    async def _execute(self, commands: Sequence[tuple[str | bytes, ...]]) -> list[Any]:
+        """Run the commands, in one round trip to each server."""
+        try:
+            if len(commands) == 1:
+                return [await self._client.execute_command(*commands[0])]
+            if isinstance(self._client, RedisCluster):
+                return await asyncio.gather(
+                    *(self._client.execute_command(*command) for command in commands)
+                )
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                # Not raise_on_error: redis-py would write keys, and so account ids, into
+                # the exception's message.
+                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, BaseException):
+                    raise reply
+            return replies
+        except NoScriptError:
+            raise
+        except _UNAVAILABLE as error:
+            raise StoreUnavailableError(_complaint(error)) from error
+
+    async def ping(self) -> None:
+        """See :class:`StateStore`."""
+        try:
+            await self._client.ping()
+        except _UNAVAILABLE as error:
+            raise StoreUnavailableError(_complaint(error)) from error
+
+    async def eviction_policy(self) -> str | None:
+        """The server's ``maxmemory-policy``; None where it does not tell.
+
+        Raises:
+            StoreUnavailableError: it does not answer.
+        """
+        try:
+            if isinstance(self._client, RedisCluster):
+                node = self._client.get_random_node()
+                info = await self._client.execute_command("INFO", "memory", target_nodes=node)
+            else:
+                info = await self._client.info("memory")
+        except _UNAVAILABLE as error:
+            raise StoreUnavailableError(_complaint(error)) from error
+        policy = info.get("maxmemory_policy") if isinstance(info, dict) else None
+        return str(policy) if policy is not None else None
+
+    async def watermarks(self, partitions: int) -> dict[int, bytes]:
+        """Watermarks that there are, by partition.
+
+        Raises:
+            StoreUnavailableError: it does not answer.
+        """
+        replies = await self.load([Load(partition, []) for partition in range(partitions)])
+        return {
+            partition: reply.watermark
+            for partition, reply in enumerate(replies)
+            if reply.watermark is not None
+        }
+
+    async def close(self) -> None:
+        """See :class:`StateStore`."""
+        await self._client.aclose()
+
+
+def redis_client(settings: Settings) -> Any:
+    """A client for the Redis or Redis Cluster that the settings name; connects when used."""
+    options = settings.redis_client_options()
+    if settings.redis_cluster:
+        return RedisCluster.from_url(settings.redis_url, **options)
+    return redis_asyncio.Redis.from_url(settings.redis_url, **options)
+
+
+def _complaint(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _as_bytes(reply: Any) -> bytes:
+    if isinstance(reply, dict):  # one reply for each node of a cluster
+        reply = next(iter(reply.values()))
+    return reply if isinstance(reply, bytes) else str(reply).encode()

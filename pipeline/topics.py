@@ -1,0 +1,155 @@
+"""The topics: creates those that are missing and tells how many partitions each one has.
+
+A worker, the demo and a replay all call :func:`ensure_topics` first; several may do so at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Literal, get_args
+
+from aiokafka import errors as kafka_errors
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from pipeline.errors import StartupError
+from pipeline.settings import Settings
+
+TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
+ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
+
+RETRY_SECONDS = 0.25
+"""Between two attempts while the broker is away or a new topic is not visible yet."""
+
+_MS_PER_DAY = 86_400_000
+_HINTS = {
+    "InvalidReplicationFactorError": "lower RECUR_KAFKA_REPLICATION_FACTOR to the brokers' number",
+    "TopicAuthorizationFailedError": "create it by hand, or allow this user to create topics",
+    "ClusterAuthorizationFailedError": "create it by hand, or allow this user to create topics",
+    "PolicyViolationError": "create it by hand as the brokers' policy demands",
+    "InvalidPartitionsError": "change RECUR_PARTITIONS",
+}
+
+
+async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
+    """Create the missing topics; partitions of each topic as it now is.
+
+    An existing topic stays as it is, whatever ``settings.partitions`` says. A missing scores
+    topic is created with as many partitions as the transactions topic has. Waits up to
+    ``settings.startup_timeout_seconds`` for the broker.
+
+    Raises:
+        StartupError: the broker does not answer, refuses to create a topic, or scores has not
+            as many partitions as transactions.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    admin = await _connect(settings, deadline)
+    try:
+        counts = await _create_missing(admin, settings, deadline)
+    except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
+        raise StartupError(
+            f"the broker at {settings.kafka_bootstrap} gave no answer about topics"
+            f" ({_said(error)}): see that it is up, and start again"
+        ) from error
+    finally:
+        await admin.close()
+    if counts["scores"] != counts["transactions"]:
+        raise StartupError(
+            f"topic {settings.topic('scores')} has {counts['scores']} partitions and"
+            f" {settings.topic('transactions')} has {counts['transactions']}; a score goes to its"
+            " transaction's partition number: run kafka-topics --alter on the smaller one with"
+            f" --partitions {max(counts['scores'], counts['transactions'])},"
+            " or set another RECUR_SCORES_TOPIC"
+        )
+    return counts
+
+
+async def _connect(settings: Settings, deadline: float) -> Any:
+    """A started admin client; tries again until the deadline (``time.monotonic``)."""
+    while True:
+        admin = AIOKafkaAdminClient(
+            **settings.kafka_client_options(),
+            request_timeout_ms=round(settings.startup_timeout_seconds * 1000),
+        )
+        try:
+            await asyncio.wait_for(admin.start(), max(0.1, deadline - time.monotonic()))
+            return admin
+        except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
+            await admin.close()
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                raise StartupError(
+                    f"no Kafka broker answers at {settings.kafka_bootstrap} ({_said(error)}):"
+                    " start one, or correct RECUR_KAFKA_BOOTSTRAP or the RECUR_KAFKA_SASL_ and"
+                    " RECUR_KAFKA_SSL_ settings"
+                ) from error
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _create_missing(admin: Any, settings: Settings, deadline: float) -> dict[TopicRole, int]:
+    names = {settings.topic(role): role for role in ROLES}
+    counts = await _partition_counts(admin)
+    transactions = settings.topic("transactions")
+    if transactions not in counts:
+        await _create(admin, settings, {transactions: settings.partitions})
+        counts |= await _visible(admin, {transactions}, deadline)
+    missing = {name: settings.partitions for name in names if name not in counts}
+    if settings.topic("scores") in missing:
+        missing[settings.topic("scores")] = counts[transactions]
+    if missing:
+        await _create(admin, settings, missing)
+        counts |= await _visible(admin, set(missing), deadline)
+    return {role: counts[name] for name, role in names.items()}
+
+
+async def _partition_counts(admin: Any, *, led: bool = False) -> dict[str, int]:
+    """Partitions of each topic; with ``led``, of those whose partitions all have a leader.
+
+    Asks for all topics: asking for one by name may create it.
+    """
+    return {
+        topic["topic"]: len(topic["partitions"])
+        for topic in await admin.describe_topics()
+        if topic["partitions"]
+        and not (led and any(part["leader"] < 0 for part in topic["partitions"]))
+    }
+
+
+async def _visible(admin: Any, names: set[str], deadline: float) -> dict[str, int]:
+    """Partition counts, once every one of ``names`` is there with leaders."""
+    while True:
+        counts = await _partition_counts(admin, led=True)
+        absent = sorted(names - counts.keys())
+        if not absent:
+            return counts
+        if time.monotonic() > deadline:
+            raise StartupError(
+                f"topic {', '.join(absent)} was created but has partitions without a leader:"
+                " see that enough brokers are up, and start again"
+            )
+        await asyncio.sleep(RETRY_SECONDS / 5)
+
+
+async def _create(admin: Any, settings: Settings, partitions: dict[str, int]) -> None:
+    retention_ms = str(round(settings.log_retention_days * _MS_PER_DAY))
+    reply = await admin.create_topics(
+        [
+            NewTopic(
+                name=name,
+                num_partitions=count,
+                replication_factor=settings.kafka_replication_factor,
+                topic_configs={"retention.ms": retention_ms, "cleanup.policy": "delete"},
+            )
+            for name, count in partitions.items()
+        ]
+    )
+    for name, code, *message in reply.topic_errors:
+        error = kafka_errors.for_code(code)
+        if error in (kafka_errors.NoError, kafka_errors.TopicAlreadyExistsError):
+            continue  # another worker may have been quicker
+        said = next(iter(message), None) or error.description or error.__name__
+        hint = _HINTS.get(error.__name__, "see the broker's log")
+        raise StartupError(f"the broker refused to create topic {name} ({said}): {hint}")
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
