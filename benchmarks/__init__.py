@@ -1,0 +1,1 @@
+"""Benchmarks of the running system on a real broker and Redis: ``python -m benchmarks``."""

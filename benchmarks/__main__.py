@@ -1,0 +1,335 @@
+"""``make bench``: measures a worker on this machine and prints a table.
+
+One worker, with broker and Redis on the same cores, one score out for each transaction, all
+features in each score; 20,000 accounts, GRU of hidden size 128. The stock Faust workers
+run in the same way, on the same broker, one after the other.
+
+    python -m benchmarks [--transactions N] [--memory-transactions N] [--seconds S] [--only NAME]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from model.simulator import Simulator, account_id, merchant_id
+from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
+from pipeline.score_log import KafkaScoreLog
+from pipeline.scorer import Scorer
+from pipeline.services import Services, embedded
+from pipeline.settings import Settings
+from pipeline.startup import load_checkpoint
+from pipeline.topics import ensure_topics
+from pipeline.worker_processes import (
+    LATENCY,
+    WorkerProcess,
+    buckets,
+    quantile,
+    start_worker,
+    until_ready,
+)
+
+ACCOUNTS = 20_000
+READY_SECONDS = 60.0
+SAMPLE_SECONDS = 0.1
+STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
+RATES = (500, 5_000)
+MEBIBYTE = 1 << 20
+
+console = Console(highlight=False)
+
+
+@dataclass
+class Results:
+    """Rows of the table: what, measured, wanted, whether it is met."""
+
+    rows: list[tuple[str, str, str, bool]] = field(default_factory=list)
+
+    def add(self, what: str, measured: str, wanted: str, met: bool) -> None:
+        """Keep a row and show it at once."""
+        self.rows.append((what, measured, wanted, met))
+        console.print(f"  {what}: [bold]{measured}[/] (wanted {wanted})")
+
+    def table(self) -> Table:
+        """All rows."""
+        table = Table(title="Recur on this machine")
+        for heading in ("what", "measured", "wanted", ""):
+            table.add_column(heading)
+        for what, measured, wanted, met in self.rows:
+            table.add_row(what, measured, wanted, "[green]met[/]" if met else "[red]missed[/]")
+        return table
+
+
+class Bench:
+    """A broker, a Redis, and workers one after the other."""
+
+    def __init__(self, services: Services, directory: Path) -> None:
+        self._services = services
+        self._directory = directory
+        self.results = Results()
+        self._number = itertools.count(1)
+
+    def settings(self) -> Settings:
+        """Topics, group and keys of its own for each measurement."""
+        name = uuid.uuid4().hex[:6]
+        return Settings(
+            kafka_bootstrap=self._services.kafka_bootstrap,
+            redis_url=self._services.redis_url,
+            topic_prefix=f"{name}-",
+            key_prefix=f"bench-{name}",
+            kafka_group=f"bench-{name}",
+        )
+
+    @asynccontextmanager
+    async def worker(self, settings: Settings) -> AsyncIterator[WorkerProcess]:
+        """A worker process of these settings."""
+        names = ("kafka_bootstrap", "redis_url", "topic_prefix", "key_prefix", "kafka_group")
+        environment = {f"RECUR_{name.upper()}": str(getattr(settings, name)) for name in names}
+        process = start_worker(next(self._number), self._directory, environment)
+        try:
+            yield process
+        finally:
+            await process.stop()
+
+    # throughput and memory ----------------------------------------------------------------
+
+    async def throughput(self, transactions: int) -> float:
+        """Transactions a second while a worker drains a full log."""
+        settings = self.settings()
+        await ensure_topics(settings)
+        await preload(settings, transactions)
+        async with self.worker(settings) as worker:
+            points = await drained(worker, transactions)
+        rate = steady_rate(points, transactions)
+        self.results.add("throughput", f"{rate:,.0f} transactions/s", "45,000", rate >= 45_000)
+        state_bytes = Scorer(load_checkpoint(settings), 1).codec.size_bytes
+        self.results.add("a state", f"{state_bytes} bytes", "at most 450", state_bytes <= 450)
+        return rate
+
+    async def memory(self, transactions: int) -> None:
+        """Resident memory of a worker over a long run."""
+        settings = self.settings()
+        await ensure_topics(settings)
+        async with self.worker(settings) as worker:
+            await until_ready([worker], READY_SECONDS)
+            feeding = asyncio.create_task(feed(settings, transactions, rate=None))
+            points = await drained(worker, transactions)
+            await feeding
+        early = max(rss for done, _, rss in points if done <= max(transactions / 5, points[0][0]))
+        peak = max(rss for _, _, rss in points)
+        grown = peak / early
+        self.results.add(
+            f"resident memory over {transactions:,} transactions",
+            f"{early / MEBIBYTE:.0f} MiB after a fifth, {peak / MEBIBYTE:.0f} MiB at most",
+            "flat, under 700",
+            peak < 700 * MEBIBYTE and grown < 1.1,
+        )
+
+    # latency and start --------------------------------------------------------------------
+
+    async def latency(self, seconds: float) -> None:
+        """Start-up, and latency at live rates."""
+        settings = self.settings()
+        await ensure_topics(settings)
+        began = time.monotonic()
+        async with self.worker(settings) as worker:
+            await until_ready([worker], READY_SECONDS)
+            ready = time.monotonic() - began
+            self.results.add("a worker ready after", f"{ready:.1f} s", "10", ready <= 10)
+            for rate in RATES:
+                await feed(settings, rate * 3, rate)
+                await worker.refresh()
+                before = buckets(worker.samples, LATENCY)
+                await feed(settings, int(rate * seconds), rate)
+                await asyncio.sleep(1)
+                await worker.refresh()
+                after = buckets(worker.samples, LATENCY)
+                self._add_latency(rate, {le: after[le] - before[le] for le in after})
+
+    def _add_latency(self, rate: int, counts: dict[float, float]) -> None:
+        wanted = {500: (3.0, 12.0), 5_000: (None, 30.0)}[rate]
+        for share, limit in zip((0.5, 0.99), wanted, strict=True):
+            value = quantile(counts, share)
+            assert value is not None
+            self.results.add(
+                f"latency p{share * 100:.0f} at {rate:,}/s",
+                f"{value * 1000:.1f} ms",
+                "-" if limit is None else f"{limit:.0f}",
+                limit is None or value * 1000 <= limit,
+            )
+
+    # the reference ------------------------------------------------------------------------
+
+    async def stock(self, mode: str, rate: float) -> None:
+        """Throughput of a stock Faust worker, and how many times it our worker is."""
+        count = STOCK_TRANSACTIONS[mode]
+        settings = self.settings()
+        await ensure_topics(settings)
+        await preload(settings, count)
+        environment = {
+            **os.environ,
+            "STOCK_MODE": mode,
+            "STOCK_BROKER": settings.kafka_bootstrap,
+            "STOCK_REDIS": settings.redis_url,
+            "STOCK_GROUP": settings.kafka_group,
+            "STOCK_TRANSACTIONS": settings.topic("transactions"),
+            "STOCK_SCORES": settings.topic("scores"),
+        }
+        log = self._directory / f"stock-{mode}.log"
+        command = [sys.executable, "-m", "benchmarks.stock_faust", "worker", "-l", "warning"]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            try:
+                points = await published(settings, count, process, log)
+            finally:
+                process.kill()
+                process.wait()
+        stock_rate = steady_rate(points, count)
+        least = {"event": 25, "take": 8}[mode]
+        self.results.add(
+            f"stock Faust, {mode}", f"{stock_rate:,.0f} transactions/s", "-", True
+        )
+        if rate:
+            self.results.add(
+                f"Recur to stock Faust, {mode}",
+                f"{rate / stock_rate:.1f} times",
+                f"at least {least}",
+                rate / stock_rate >= least,
+            )
+
+
+Point = tuple[float, float, float]
+"""Transactions done, seconds, resident bytes."""
+
+
+async def drained(worker: WorkerProcess, transactions: int) -> list[Point]:
+    """Progress of a worker until all is applied."""
+    points: list[Point] = []
+    while not points or points[-1][0] < transactions:
+        await asyncio.sleep(SAMPLE_SECONDS)
+        if worker.death is not None:
+            raise SystemExit(f"the worker {worker.death}:\n{worker.log_tail()}")
+        await worker.refresh()
+        done = worker.samples.get("recur_transactions_total", 0.0)
+        if done > (points[-1][0] if points else 0.0):
+            points.append((done, time.monotonic(), resident_bytes(worker)))
+    return points
+
+
+def resident_bytes(worker: WorkerProcess) -> float:
+    """Of a worker's process."""
+    return worker.samples.get("process_resident_memory_bytes", 0.0)
+
+
+async def published(
+    settings: Settings, count: int, process: subprocess.Popen[Any], log: Path
+) -> list[Point]:
+    """Progress of a stock worker, by the records in its scores topic."""
+    score_log = KafkaScoreLog(settings)
+    await score_log.start()
+    points: list[Point] = []
+    try:
+        while not points or points[-1][0] < count:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            if process.poll() is not None:
+                raise SystemExit(f"the stock worker ended:\n{log.read_text()[-2000:]}")
+            ends = await score_log.ends(settings.topic("scores"), list(range(settings.partitions)))
+            done = float(sum(ends.values()))
+            if done > (points[-1][0] if points else 0.0):
+                points.append((done, time.monotonic(), 0.0))
+    finally:
+        await score_log.stop()
+    return points
+
+
+def steady_rate(points: list[Point], transactions: int) -> float:
+    """Transactions a second between a tenth and the end: without the start."""
+    begin = next(p for p in points if p[0] >= transactions / 10)
+    end = points[-1]
+    return (end[0] - begin[0]) / (end[1] - begin[1])
+
+
+def blocks(transactions: int) -> Iterator[Block]:
+    """Simulated transactions, encoded."""
+    left = transactions
+    for day in Simulator(customers=ACCOUNTS, start_date="2018-04-01", seed=3).days():
+        for at in range(0, len(day.amount), BLOCK_TRANSACTIONS):
+            part = slice(at, at + min(BLOCK_TRANSACTIONS, left))
+            count = len(day.amount[part])
+            yield encode_block(
+                [f"T{i}" for i in day.transaction_id[part].tolist()],
+                [account_id(i) for i in day.account[part].tolist()],
+                [merchant_id(i) for i in day.merchant[part].tolist()],
+                day.amount[part].tolist(),
+                ["EUR"] * count,
+                day.timestamp_ms[part].tolist(),
+            )
+            left -= count
+            if left <= 0:
+                return
+
+
+async def feed(settings: Settings, transactions: int, rate: float | None) -> None:
+    """Publish transactions."""
+    async with Feed(settings) as producer:
+        await producer.run(ahead(blocks(transactions)), rate=rate)
+
+
+async def preload(settings: Settings, transactions: int) -> None:
+    """Fill the log before a worker starts."""
+    console.print(f"  publishing {transactions:,} transactions ...", style="dim")
+    await feed(settings, transactions, rate=None)
+
+
+async def run(bench: Bench, only: str | None, transactions: int, memory: int, seconds: float) -> None:
+    """All measurements, or one."""
+    rate = 0.0
+    if only in (None, "throughput", "stock"):
+        rate = await bench.throughput(transactions)
+    if only in (None, "stock"):
+        for mode in STOCK_TRANSACTIONS:
+            await bench.stock(mode, rate)
+    if only in (None, "latency"):
+        await bench.latency(seconds)
+    if only in (None, "memory") and memory:
+        await bench.memory(memory)
+
+
+@click.command()
+@click.option("--transactions", default=600_000, help="of the throughput measurement")
+@click.option("--memory-transactions", default=5_000_000, help="of the memory run; 0 skips it")
+@click.option("--seconds", default=30.0, help="of each latency measurement")
+@click.option("--only", type=click.Choice(["throughput", "stock", "latency", "memory"]))
+def main(
+    transactions: int, memory_transactions: int, seconds: float, only: str | None
+) -> None:
+    """Measure a worker on this machine."""
+    console.print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
+    )
+    with tempfile.TemporaryDirectory(prefix="recur-bench-") as directory:
+        with embedded() as services:
+            bench = Bench(services, Path(directory))
+            asyncio.run(run(bench, only, transactions, memory_transactions, seconds))
+    console.print(bench.results.table())
+
+
+if __name__ == "__main__":
+    main()

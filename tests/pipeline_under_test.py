@@ -1,0 +1,273 @@
+"""A pipeline of real processes on the shared broker and Redis, and what came out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from model.transaction import Transaction
+from pipeline.account_state import AccountStates, Watermark
+from pipeline.codec import Score, decode, decode_score, encode_transaction
+from pipeline.errors import RejectedError
+from pipeline.keys import Keys
+from pipeline.processor import Part, columns
+from pipeline.score_log import KafkaScoreLog
+from pipeline.scorer import Scorer
+from pipeline.settings import Settings
+from pipeline.startup import load_checkpoint
+from pipeline.state_store import redis_client
+from pipeline.topics import ensure_topics
+from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
+
+READY_SECONDS = 60.0
+DAY_MS = 86_400_000
+EVENT_TIME_MS = 1_700_000_000_000
+
+HIDDEN_TOLERANCE = 2e-3
+"""Largest difference of a hidden between micro-batches of different sizes: a matrix product's
+last bits depend on its size, and float16 rounds them up to half of 2^-10 now and then."""
+
+
+def transactions(count: int, accounts: int, seed: int = 0) -> list[Transaction]:
+    """Transactions with ascending event time, of accounts drawn evenly."""
+    rng = np.random.default_rng(seed)
+    owners = rng.integers(0, accounts, count)
+    amounts = np.round(rng.gamma(2.0, 30.0, count), 2)
+    run = uuid.uuid4().hex[:8]
+    return [
+        Transaction(
+            transaction_id=f"{run}-{i}",
+            account_id=f"A{owner:06d}",
+            merchant_id=f"M{i % 997:06d}",
+            amount=float(amount),
+            currency="EUR",
+            timestamp=EVENT_TIME_MS + i * 20_000,
+        )
+        for i, (owner, amount) in enumerate(zip(owners.tolist(), amounts.tolist(), strict=True))
+    ]
+
+
+class PipelineUnderTest:
+    """Topics, group and keys of its own on a broker and a Redis."""
+
+    def __init__(
+        self, bootstrap: str, redis_url: str, directory: Path, **settings: Any
+    ) -> None:
+        name = uuid.uuid4().hex[:8]
+        self.overrides: dict[str, Any] = {
+            "kafka_bootstrap": bootstrap,
+            "redis_url": redis_url,
+            "topic_prefix": f"{name}-",
+            "key_prefix": f"recur-{name}",
+            "kafka_group": f"group-{name}",
+            "partitions": 4,
+            **settings,
+        }
+        self.settings = Settings(**self.overrides)
+        self.directory = directory
+        self.workers: list[WorkerProcess] = []
+        self.scorer = Scorer(load_checkpoint(self.settings), ttl_ms=30 * DAY_MS)
+        self._producer: AIOKafkaProducer | None = None
+
+    @asynccontextmanager
+    async def running(self, workers: int) -> AsyncIterator[PipelineUnderTest]:
+        """Topics there, workers ready; all gone at the end."""
+        await ensure_topics(self.settings)
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=self.settings.kafka_bootstrap,
+            linger_ms=5,
+            max_batch_size=200_000,
+            max_request_size=4_000_000,
+        )
+        await self._producer.start()
+        try:
+            await self.start_workers(workers)
+            yield self
+        finally:
+            await self._producer.stop()
+            await stop_all(self.workers)
+
+    async def start_workers(self, count: int) -> list[WorkerProcess]:
+        """More workers, ready."""
+        environment = {f"RECUR_{k.upper()}": str(v) for k, v in self.overrides.items()}
+        environment["RECUR_LOG_FORMAT"] = "text"
+        new = [
+            start_worker(len(self.workers) + i, self.directory, environment) for i in range(count)
+        ]
+        self.workers += new
+        await until_ready(new, READY_SECONDS)
+        return new
+
+    async def send(self, sent: Iterable[Transaction], rate: float | None = None) -> None:
+        """Produce transactions, acknowledged; at ``rate`` a second if one is given."""
+        await self.send_records(
+            ((t.account_id.encode(), encode_transaction(t)) for t in sent), rate
+        )
+
+    async def send_records(
+        self,
+        records: Iterable[tuple[bytes | None, bytes | None]],
+        rate: float | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        """Produce records, acknowledged."""
+        assert self._producer is not None
+        start = time.monotonic()
+        pending = []
+        for i, (key, value) in enumerate(records):
+            if rate is not None and i % 50 == 0:
+                await asyncio.sleep(max(0.0, start + i / rate - time.monotonic()))
+            topic = self.settings.topic("transactions")
+            if key is None and value is None:  # send() refuses what Kafka allows
+                batch = self._producer.create_batch()
+                batch.append(timestamp=None, key=None, value=None)
+                batch.close()
+                pending.append(await self._producer.send_batch(batch, topic, partition=0))
+            else:
+                pending.append(await self._producer.send(topic, value, key, headers=list(headers)))
+        await asyncio.gather(*pending)
+
+    async def records(self, role: str) -> list[Any]:
+        """Everything in a topic now, partition by partition."""
+        topic = self.settings.topic(role)  # type: ignore[arg-type]
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.settings.kafka_bootstrap, auto_offset_reset="earliest"
+        )
+        await consumer.start()
+        try:
+            counts = await ensure_topics(self.settings)
+            places = [TopicPartition(topic, p) for p in range(counts[role])]  # type: ignore[index]
+            consumer.assign(places)
+            ends = await consumer.end_offsets(places)
+            found: dict[TopicPartition, list[Any]] = {place: [] for place in places}
+            while any([await consumer.position(p) < ends[p] for p in places]):  # noqa: C419
+                for place, fetched in (await consumer.getmany(timeout_ms=1000)).items():
+                    found[place] += fetched
+        finally:
+            await consumer.stop()
+        return [record for place in places for record in found[place]]
+
+    async def scores(self) -> list[Score]:
+        """All published scores."""
+        return [decode_score(record.value) for record in await self.records("scores")]
+
+    async def until_applied(self, timeout_seconds: float = 60.0) -> None:
+        """Until every partition's watermark is at its log's end."""
+        await until(self._is_applied, "the workers to apply the whole log", timeout_seconds)
+
+    async def _is_applied(self) -> bool:
+        topic = self.settings.topic("transactions")
+        score_log = KafkaScoreLog(self.settings)
+        await score_log.start()
+        try:
+            ends = await score_log.ends(topic, list(range(self.settings.partitions)))
+        finally:
+            await score_log.stop()
+        marks = await self.watermarks()
+        return all(
+            end == 0 or (partition in marks and marks[partition].next_offset >= end)
+            for partition, end in ends.items()
+        )
+
+    async def watermarks(self) -> dict[int, Watermark]:
+        """Watermarks in Redis, by partition."""
+        keys = self._keys()
+        client = redis_client(self.settings)
+        try:
+            found = {}
+            for partition in range(self.settings.partitions):
+                value = await client.get(keys.watermark(partition))
+                if value is not None:
+                    found[partition] = Watermark.from_bytes(value)
+            return found
+        finally:
+            await client.aclose()
+
+    def _keys(self) -> Keys:
+        return Keys(
+            self.settings.key_prefix,
+            self.scorer.checkpoint.digest,
+            self.settings.topic("transactions"),
+        )
+
+    async def assert_states_are_the_log(self) -> None:
+        """Each account's state in Redis is the one computed from the log, from its begin."""
+        by_partition: dict[int, list[Any]] = {}
+        for record in await self.records("transactions"):
+            by_partition.setdefault(record.partition, []).append(record)
+        keys = self._keys()
+        client = redis_client(self.settings)
+        try:
+            for partition, records in by_partition.items():
+                accounts, expected = self._computed(partition, records)
+                values = await client.mget(keys.accounts(partition, accounts))
+                actual, loaded, refused = self.scorer.codec.decode(values)
+                assert refused == 0
+                assert loaded.all(), f"{int((~loaded).sum())} states are missing"
+                _assert_equal(actual, expected)
+        finally:
+            await client.aclose()
+
+    def _computed(self, partition: int, records: list[Any]) -> tuple[list[str], AccountStates]:
+        part = Part(partition, chunk=None)  # type: ignore[arg-type]
+        row_of: dict[str, int] = {}
+        for record in records:
+            try:
+                transaction = decode(record.key, record.value, "EUR")
+            except RejectedError:
+                continue
+            assert isinstance(transaction.timestamp, int)
+            part.records.append(record)
+            part.transactions.append(transaction)
+            part.timestamps_ms.append(transaction.timestamp)
+            part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
+        states, _, _, _ = self.scorer.score([None] * len(row_of), columns(part, first_row=0))
+        return list(row_of), states
+
+
+def _assert_equal(actual: AccountStates, expected: AccountStates) -> None:
+    for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids"):
+        assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
+    for name in ("last_event_ms", "count", "decayed_count", "decayed_amount"):
+        assert np.array_equal(getattr(actual.history, name), getattr(expected.history, name)), name
+    difference = np.abs(actual.hidden.astype("f4") - expected.hidden.astype("f4")).max()
+    assert difference <= HIDDEN_TOLERANCE
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]], what: str, timeout_seconds: float = 60.0
+) -> None:
+    """Wait for a condition; fail if it does not come true in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not await condition():
+        assert time.monotonic() < deadline, f"waited {timeout_seconds} s for {what}"
+        await asyncio.sleep(0.1)
+
+
+def assert_scored_once(scores: Sequence[Score], sent: Sequence[Transaction]) -> None:
+    """Every transaction has exactly one score."""
+    counts = Counter(score.transaction_id for score in scores)
+    missing = [t.transaction_id for t in sent if t.transaction_id not in counts]
+    assert not missing, f"{len(missing)} transactions without a score"
+    repeated = {i: n for i, n in counts.items() if n > 1}
+    assert not repeated, f"{len(repeated)} transactions with several scores"
+    assert len(counts) == len(sent)
+
+
+def assert_none_conflicts(scores: Sequence[Score], sent: Sequence[Transaction]) -> None:
+    """Every transaction has a score; where it has several they are the same, of one source."""
+    said: dict[str, set[tuple[str, float]]] = {}
+    for score in scores:
+        said.setdefault(score.transaction_id, set()).add((score.source, score.score))
+    assert {t.transaction_id for t in sent} == said.keys()
+    conflicts = {i: values for i, values in said.items() if len(values) > 1}
+    assert not conflicts, f"{len(conflicts)} transactions with different scores"

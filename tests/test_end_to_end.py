@@ -1,0 +1,362 @@
+"""The running system on a real broker and Redis: what survives which death."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
+from pipeline.services import Kafka, Redis
+from pipeline.worker_processes import WorkerProcess
+from tests.pipeline_under_test import (
+    PipelineUnderTest,
+    assert_none_conflicts,
+    assert_scored_once,
+    transactions,
+    until,
+)
+
+
+@pytest.fixture
+def system(kafka: Kafka, redis_server: Redis, tmp_path: Path) -> PipelineUnderTest:
+    return PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
+
+
+async def metric(worker: WorkerProcess, name: str) -> float:
+    await worker.refresh()
+    return worker.samples[name]
+
+
+def status(worker: WorkerProcess, path: str) -> int:
+    url = f"http://{worker.host}:{worker.port}{path}"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_each_transaction_is_scored_exactly_once_in_a_clean_run(system: PipelineUnderTest) -> None:
+    sent = transactions(20_000, accounts=500)
+
+    async def run() -> None:
+        async with system.running(workers=2):
+            await system.send(sent)
+            await system.until_applied()
+            scores = await system.scores()
+            assert_scored_once(scores, sent)
+            await system.assert_states_are_the_log()
+            by_id = {t.transaction_id: t for t in sent}
+            for score in scores:
+                transaction = by_id[score.transaction_id]
+                assert score.account_id == transaction.account_id
+                assert score.amount == transaction.amount == score.features["amount"] or (
+                    abs(score.features["amount"] - transaction.amount) < 1e-3
+                )
+                assert 0 <= score.score <= 1
+            alerts = [decode_alert(record.value) for record in await system.records("alerts")]
+            flagged = {score.source for score in scores if score.decision != "approve"}
+            assert {alert.source for alert in alerts} == flagged
+            assert len(alerts) == len(flagged)
+            shares = [await metric(w, "recur_transactions_total") for w in system.workers]
+            assert sum(shares) == len(sent)
+            assert min(shares) > 0, "both workers share the partitions"
+
+    asyncio.run(run())
+
+
+def test_a_killed_worker_loses_nothing_and_no_score_changes(system: PipelineUnderTest) -> None:
+    sent = transactions(40_000, accounts=500)
+
+    async def run() -> None:
+        async with system.running(workers=2):
+            feeding = asyncio.create_task(system.send(sent, rate=8_000))
+            victim = system.workers[0]
+
+            async def works() -> bool:
+                return await metric(victim, "recur_transactions_total") > 3_000
+
+            await until(works, "the worker to be in mid-stream")
+            victim.process.kill()
+            await feeding
+            await system.until_applied()
+            scores = await system.scores()
+            assert_none_conflicts(scores, sent)
+            await system.assert_states_are_the_log()
+
+    asyncio.run(run())
+
+
+def test_sigterm_finishes_the_micro_batch_and_repeats_nothing(system: PipelineUnderTest) -> None:
+    sent = transactions(40_000, accounts=500)
+
+    async def run() -> None:
+        async with system.running(workers=2):
+            feeding = asyncio.create_task(system.send(sent, rate=8_000))
+            leaver = system.workers[0]
+
+            async def works() -> bool:
+                return await metric(leaver, "recur_transactions_total") > 3_000
+
+            await until(works, "the worker to be in mid-stream")
+            assert await leaver.stop() == 0
+            await feeding
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_joins_repeats_nothing(system: PipelineUnderTest) -> None:
+    sent = transactions(40_000, accounts=500)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            feeding = asyncio.create_task(system.send(sent, rate=5_000))
+            await asyncio.sleep(1)
+            await system.start_workers(1)
+            await feeding
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+
+    asyncio.run(run())
+
+
+def test_redis_away_for_ten_seconds_loses_nothing(kafka: Kafka, tmp_path: Path) -> None:
+    sent = transactions(20_000, accounts=300)
+
+    async def run(server: Redis) -> None:
+        system = PipelineUnderTest(kafka.bootstrap, server.url, tmp_path)
+        async with system.running(workers=1):
+            feeding = asyncio.create_task(system.send(sent, rate=1_500))
+            await asyncio.sleep(2)
+            (worker,) = system.workers
+            assert status(worker, "/ready") == 200
+            await asyncio.to_thread(server.stop)
+            await asyncio.sleep(5)
+            assert status(worker, "/ready") == 503
+            assert status(worker, "/live") == 200
+            await asyncio.sleep(5)
+            await asyncio.to_thread(server.start)
+
+            async def is_ready() -> bool:
+                return status(worker, "/ready") == 200
+
+            await until(is_ready, "/ready after Redis came back", 10)
+            await feeding
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+            assert await metric(worker, "recur_redis_errors_total") > 0
+
+    with Redis() as server:
+        asyncio.run(run(server))
+
+
+def test_a_redis_that_lost_everything_is_filled_again_from_the_log(
+    system: PipelineUnderTest, redis_server: Redis
+) -> None:
+    sent = transactions(30_000, accounts=300)
+
+    async def run() -> None:
+        async with system.running(workers=2):
+            await system.send(sent[:20_000])
+            await system.until_applied()
+            with redis_server.client() as client:
+                client.flushall()
+            await system.send(sent[20_000:])
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+
+    asyncio.run(run())
+
+
+def test_a_restarted_broker_loses_nothing(redis_server: Redis, tmp_path: Path) -> None:
+    sent = transactions(20_000, accounts=300)
+
+    async def run(broker: Kafka) -> None:
+        system = PipelineUnderTest(broker.bootstrap, redis_server.url, tmp_path)
+        async with system.running(workers=1):
+            await system.send(sent[:15_000])
+            await asyncio.to_thread(broker.kill)
+            await asyncio.sleep(2)
+            await asyncio.to_thread(broker.start)
+            await system.send(sent[15_000:])
+            await system.until_applied()
+            assert_none_conflicts(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+
+    with Kafka() as broker:
+        asyncio.run(run(broker))
+
+
+def bad_records() -> dict[str, tuple[bytes | None, bytes | None]]:
+    """Reason to a record that is rejected for it; several, where one has several faces."""
+    good = json.loads(encode_transaction(transactions(1, 1)[0]))
+
+    def changed(**fields: object) -> bytes:
+        return json.dumps(good | fields).encode()
+
+    key = good["account_id"].encode()
+    far = 4_102_444_800_000  # the year 2100
+    return {
+        "not_json": (key, b"\x00\xff not json"),
+        "not_json 2": (key, b""),
+        "not_json 3": (key, changed(amount=float("nan"))),
+        "not_json 4": (key, changed(amount=float("inf"))),
+        "amount": (key, changed(amount=-1)),
+        "amount 2": (key, changed().replace(str(good["amount"]).encode(), b"1e999")),
+        "wrong_type": (key, changed(amount="12.50")),
+        "wrong_type 2": (key, b"[1,2]"),
+        "missing_field": (key, b'{"transaction_id":"t"}'),
+        "id": (key, changed(merchant_id="")),
+        "id 2": (b"A" * 10_000, changed(account_id="A" * 10_000)),
+        "too_large": (key, changed(note="x" * 1_000_000)),
+        "null_value": (key, None),
+        "null_value 2": (None, None),
+        "key_mismatch": (b"another", changed()),
+        "key_mismatch 2": (None, changed()),
+        "currency": (key, changed(currency="USD")),
+        "timestamp": (key, changed(timestamp="2018-08-15T10:00:00")),
+        "future_timestamp": (key, changed(timestamp=far)),
+    }
+
+
+def test_bad_records_go_to_dead_letter_and_good_ones_around_them_are_scored(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
+    sent = transactions(2_000, accounts=100)
+    bad = bad_records()
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            mixed: list[tuple[bytes | None, bytes | None]] = []
+            wrong = list(bad.values())
+            for i, transaction in enumerate(sent):
+                mixed.append((transaction.account_id.encode(), encode_transaction(transaction)))
+                if i % 100 == 50 and wrong:
+                    mixed.append(wrong.pop())
+            assert not wrong
+            await system.send_records(mixed)
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            letters = await system.records("dead_letter")
+            reasons = Counter(dict(letter.headers)["reason"].decode() for letter in letters)
+            assert reasons == Counter(name.split()[0] for name in bad)
+            values = {value for _, value in bad.values()}
+            for letter in letters:
+                headers = dict(letter.headers)
+                assert headers["topic"].decode() == system.settings.topic("transactions")
+                assert headers.keys() >= {"partition", "offset", "reason", "error", "time"}
+                if "truncated" in headers:
+                    assert any(v and letter.value and v.startswith(letter.value) for v in values)
+                else:
+                    assert letter.value in values
+            (worker,) = system.workers
+            for reason, count in reasons.items():
+                assert await metric(worker, f'recur_rejected_total{{reason="{reason}"}}') == count
+
+    asyncio.run(run())
+
+
+def test_a_repeated_transaction_id_is_dropped_and_counted(system: PipelineUnderTest) -> None:
+    sent = transactions(1_000, accounts=50)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(t for transaction in sent for t in (transaction, transaction))
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            assert await metric(system.workers[0], "recur_duplicates_total") == len(sent)
+
+    asyncio.run(run())
+
+
+def test_warm_records_build_states_and_raise_no_alert(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    system = PipelineUnderTest(
+        kafka.bootstrap, redis_server.url, tmp_path, review_threshold=0.0, decline_threshold=1.0
+    )
+    sent = transactions(400, accounts=20)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            records = [(t.account_id.encode(), encode_transaction(t)) for t in sent]
+            await system.send_records(records[:300], headers=[(WARM_HEADER, b"1")])
+            await system.send_records(records[300:])
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            alerts = [decode_alert(record.value) for record in await system.records("alerts")]
+            assert {a.transaction_id for a in alerts} == {t.transaction_id for t in sent[300:]}
+            await system.assert_states_are_the_log()
+
+    asyncio.run(run())
+
+
+def test_the_watchdog_ends_a_worker_whose_records_wait(kafka: Kafka, tmp_path: Path) -> None:
+    sent = transactions(200, accounts=20)
+
+    async def run(server: Redis) -> None:
+        system = PipelineUnderTest(
+            kafka.bootstrap, server.url, tmp_path, watchdog_seconds=3.0, redis_timeout_seconds=1.0
+        )
+        async with system.running(workers=1):
+            (worker,) = system.workers
+            await system.send(sent[:100])
+            await system.until_applied()
+            server.pause()
+            await system.send(sent[100:])
+
+            async def is_dead() -> bool:
+                return worker.process.poll() is not None
+
+            async def is_not_live() -> bool:
+                return status(worker, "/live") == 503
+
+            await until(is_not_live, "/live to turn false", 20)
+            await until(is_dead, "the watchdog", 20)
+            assert worker.process.poll() == 75
+            server.resume()
+            await system.start_workers(1)
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+
+    with Redis() as server:
+        asyncio.run(run(server))
+
+
+def test_a_zombie_that_wakes_up_changes_no_state(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    system = PipelineUnderTest(
+        kafka.bootstrap, redis_server.url, tmp_path, kafka_session_timeout_seconds=6.0
+    )
+    sent = transactions(40_000, accounts=300)
+
+    async def run() -> None:
+        async with system.running(workers=2):
+            feeding = asyncio.create_task(system.send(sent, rate=4_000))
+            await asyncio.sleep(2)
+            zombie = system.workers[0]
+            zombie.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(8)
+            zombie.process.send_signal(signal.SIGCONT)
+            await feeding
+            await system.until_applied()
+            scores = await system.scores()
+            assert {s.transaction_id for s in scores} == {t.transaction_id for t in sent}
+            await system.assert_states_are_the_log()
+
+    asyncio.run(run())
