@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -33,8 +31,9 @@ from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.score_log import KafkaScoreLog
 from pipeline.scorer import Scorer
 from pipeline.services import Services, embedded
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint
+from pipeline.supervisor import SupervisedProcess
 from pipeline.topics import ensure_topics
 from pipeline.worker_processes import (
     LATENCY,
@@ -88,7 +87,7 @@ class Bench:
     def settings(self) -> Settings:
         """Topics, group and keys of its own for each measurement."""
         name = uuid.uuid4().hex[:6]
-        return Settings(
+        return load_settings(
             kafka_bootstrap=self._services.kafka_bootstrap,
             redis_url=self._services.redis_url,
             topic_prefix=f"{name}-",
@@ -184,6 +183,7 @@ class Bench:
         await preload(settings, count)
         environment = {
             **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
             "STOCK_MODE": mode,
             "STOCK_BROKER": settings.kafka_bootstrap,
             "STOCK_REDIS": settings.redis_url,
@@ -192,19 +192,17 @@ class Bench:
             "STOCK_SCORES": settings.topic("scores"),
         }
         log = self._directory / f"stock-{mode}.log"
-        command = [sys.executable, "-m", "benchmarks.stock_faust", "worker", "-l", "warning"]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            try:
-                points = await published(settings, count, process, log)
-            finally:
-                process.kill()
-                process.wait()
+        command = [sys.executable, "-m", "benchmarks.stock_faust", "worker", "-l", "warn"]
+        process = SupervisedProcess(
+            command, log_path=log, directory=self._directory, environment=environment
+        )
+        try:
+            points = await published(settings, count, process, log)
+        finally:
+            process.kill()
         stock_rate = steady_rate(points, count)
         least = {"event": 25, "take": 8}[mode]
-        self.results.add(
-            f"stock Faust, {mode}", f"{stock_rate:,.0f} transactions/s", "-", True
-        )
+        self.results.add(f"stock Faust, {mode}", f"{stock_rate:,.0f} transactions/s", "-", True)
         if rate:
             self.results.add(
                 f"Recur to stock Faust, {mode}",
@@ -238,7 +236,7 @@ def resident_bytes(worker: WorkerProcess) -> float:
 
 
 async def published(
-    settings: Settings, count: int, process: subprocess.Popen[Any], log: Path
+    settings: Settings, count: int, process: SupervisedProcess, log: Path
 ) -> list[Point]:
     """Progress of a stock worker, by the records in its scores topic."""
     score_log = KafkaScoreLog(settings)
@@ -248,7 +246,7 @@ async def published(
         while not points or points[-1][0] < count:
             await asyncio.sleep(SAMPLE_SECONDS)
             if process.poll() is not None:
-                raise SystemExit(f"the stock worker ended:\n{log.read_text()[-2000:]}")
+                raise SystemExit(f"the stock worker ended; its log is {log}")
             ends = await score_log.ends(settings.topic("scores"), list(range(settings.partitions)))
             done = float(sum(ends.values()))
             if done > (points[-1][0] if points else 0.0):
@@ -297,7 +295,9 @@ async def preload(settings: Settings, transactions: int) -> None:
     await feed(settings, transactions, rate=None)
 
 
-async def run(bench: Bench, only: str | None, transactions: int, memory: int, seconds: float) -> None:
+async def run(
+    bench: Bench, only: str | None, transactions: int, memory: int, seconds: float
+) -> None:
     """All measurements, or one."""
     rate = 0.0
     if only in (None, "throughput", "stock"):
@@ -316,9 +316,7 @@ async def run(bench: Bench, only: str | None, transactions: int, memory: int, se
 @click.option("--memory-transactions", default=5_000_000, help="of the memory run; 0 skips it")
 @click.option("--seconds", default=30.0, help="of each latency measurement")
 @click.option("--only", type=click.Choice(["throughput", "stock", "latency", "memory"]))
-def main(
-    transactions: int, memory_transactions: int, seconds: float, only: str | None
-) -> None:
+def main(transactions: int, memory_transactions: int, seconds: float, only: str | None) -> None:
     """Measure a worker on this machine."""
     console.print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "

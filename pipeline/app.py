@@ -173,7 +173,7 @@ class Worker:
                 self._score_log.ends(self._topic, sorted(assigned)), timeout=5.0
             )
             self.health.up("kafka")
-        except (LogUnavailableError, asyncio.TimeoutError) as error:
+        except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
             self.health.down("kafka", "it does not answer")
             log.debug("Kafka does not answer", extra={"why": str(error)})

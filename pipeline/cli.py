@@ -45,6 +45,83 @@ def settings() -> None:
         click.echo(f"{'':{width}}  {click.style(description, dim=True)}")
 
 
+@recur.command()
+@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--customers", type=int, default=5_000, show_default=True)
+@click.option("--terminals", type=int, default=10_000, show_default=True)
+@click.option("--days", type=int, default=183, show_default=True, help="Simulated days.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
+@click.option("--hidden-size", type=int, default=128, show_default=True)
+@click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
+@click.option("--epochs", type=int, default=10, show_default=True)
+def train(output: Path, **options: Any) -> None:
+    """Train a network on simulated transactions; write its checkpoint to OUTPUT."""
+    from model.checkpoint import CheckpointError
+    from model.progress import TrainingProgress
+    from model.simulator import SimulatorError
+    from model.training import TrainingError, TrainingSettings
+    from model.training import train as train_network
+
+    try:
+        with TrainingProgress() as progress:
+            checkpoint = train_network(TrainingSettings(**options), output, progress.report)
+    except (CheckpointError, SimulatorError, TrainingError) as error:
+        raise RecurError(str(error)) from error
+    click.echo(f"{output}: model {checkpoint.digest}, on days held out:")
+    for name, value in checkpoint.header.metrics.items():
+        click.echo(f"  {name:32} {value:.4g}")
+
+
+@recur.command()
+@click.option("--transactions", type=int, default=200_000, show_default=True, help="Of the burst.")
+@click.option(
+    "--rate", type=float, default=500, show_default=True, help="Of the live part, a second."
+)
+@click.option(
+    "--seconds", type=float, default=30, show_default=True, help="Length of the live part."
+)
+@click.option("--workers", type=int, default=2, show_default=True, help="Worker processes.")
+@click.option("--keep-running", is_flag=True, help="Go on with the live part until Ctrl-C.")
+def demo(**options: Any) -> None:
+    """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""
+    from pipeline.demo import DemoOptions, run_demo
+
+    sys.exit(run_demo(DemoOptions(**options)))
+
+
+@recur.command()
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option("--example-columns", is_flag=True, help="Print a column mapping to start from.")
+@click.option("--speed", type=float, help="The recorded pace times this.")
+@click.option("--rate", type=float, help="Transactions a second; default: as fast as it goes.")
+@click.option("--warm", is_flag=True, help="Build states, raise no alerts.")
+@click.option("--limit", type=int, help="Only the first so many transactions.")
+@click.option("--offset-days", type=float, default=0.0, help="Added to every time, days.")
+@click.option("--skip-unusable", is_flag=True, help="Leave out rows that are no transactions.")
+@click.option("--allow-unsorted", is_flag=True, help="Send rows that are not in order of time.")
+@click.option("--report", is_flag=True, help="Wait for the scores and tell what came out.")
+@click.option(
+    "--report-skip-days", type=int, default=0, help="Days that the report's measures leave out."
+)
+def replay(file: Path | None, columns: str | None, example_columns: bool, **options: Any) -> None:
+    """Feed the transactions in FILE (parquet or CSV) to the workers."""
+    from pipeline.column_mapping import example_mapping
+    from pipeline.replay import ReplayOptions, run_replay
+
+    if example_columns:
+        click.echo(example_mapping())
+        return
+    if file is None or columns is None:
+        raise SettingsError(
+            "recur replay needs FILE and --columns; `recur replay --example-columns` prints a "
+            "column mapping to start from"
+        )
+    sys.exit(run_replay(ReplayOptions(file=file, columns=columns, **options), load_settings()))
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point; a known error ends with one line and no traceback."""
     try:

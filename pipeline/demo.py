@@ -266,6 +266,7 @@ class _Demo:
         )
         seconds = time.monotonic() - started
         self._display.done(name, f"ready in {seconds:.1f} s, {partitions} partitions")
+        self._display.done("metrics", "  ".join(worker.address for worker in self._workers))
         return script
 
     async def _play(self, show: Show, script: _Script) -> Played:

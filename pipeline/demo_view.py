@@ -143,9 +143,8 @@ class LiveDisplay:
     def done(self, what: str, detail: str) -> None:
         """A line with a tick."""
         self._update(Text(""))
-        self._console.print(
-            Text.assemble(("  ✓ ", "green"), f"{what:<20}", (detail, "dim")), soft_wrap=False
-        )
+        line = Text.assemble(("  ✓ ", "green"), f"{what:<20}", (detail, "dim"))
+        self._console.print(line, no_wrap=True, overflow="ellipsis")
 
     def note(self, text: str, *, bad: bool = False) -> None:
         """A marked line."""

@@ -48,7 +48,7 @@ class PollSchema(Schema):  # type: ignore[misc]
         return message.value
 
 
-class Consumer(driver.Consumer):
+class Consumer(driver.Consumer):  # type: ignore[misc]
     """Consumer whose messages are polls."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +95,7 @@ class Consumer(driver.Consumer):
         self._changed.clear()
         try:
             await asyncio.wait_for(self._changed.wait(), FETCH_TIMEOUT_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return False
         return len(self._in_flight) < POLLS_IN_FLIGHT_MAX
 
@@ -156,7 +156,7 @@ class Consumer(driver.Consumer):
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), until - monotonic())
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 log.warning("the micro-batch at work did not finish in time; it is left unacked")
         await self.commit_and_end_transactions()
 
@@ -252,7 +252,7 @@ class PartitionLog:
         await self._consumer().seek_back(TP(self._topic, partition), offset)
 
 
-class Transport(driver.Transport):
+class Transport(driver.Transport):  # type: ignore[misc]
     """The aiokafka transport with poll-wise consumers."""
 
     Consumer: ClassVar[type[driver.Consumer]] = Consumer

@@ -91,15 +91,6 @@ class Part:
         return self.owned
 
 
-@dataclass(frozen=True)
-class Said:
-    """What is said of one transaction: its score's record, and whether that is new."""
-
-    value: bytes
-    decision: str
-    is_new: bool
-
-
 @dataclass
 class Outbox:
     """What a micro-batch publishes."""
@@ -285,64 +276,68 @@ class Processor:
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
             outbox.rejected += [self._dead_letter(part.partition, *item) for item in part.rejected]
-            said = self._said(part, scored, choices, silent)
-            part.said = len(said)
-            scores = [
-                Outgoing(part.records[i].key, score.value)
-                for i, score in said.items()
-                if score.is_new
+            new, values = self._say(part, scored, choices, silent)
+            kept = self._kept(part, silent)
+            part.said = len(new) + len(kept)
+            if new:
+                outbox.scores[part.partition] = [
+                    Outgoing(part.records[i].key, value)
+                    for i, value in zip(new, values, strict=True)
+                ]
+            chosen = choices[part.scored].tolist()
+            flagged = [
+                (part.records[i], value, DECISIONS[chosen[i]])
+                for i, value in zip(new, values, strict=True)
+                if chosen[i]
             ]
-            if scores:
-                outbox.scores[part.partition] = scores
-            outbox.alerts += self._alerts(part, said)
+            outbox.alerts += self._alerts(part, [*flagged, *kept])
         return outbox
 
-    def _said(
+    def _say(
         self,
         part: Part,
         scored: Scored,
         choices: NDArray[np.intp],
         silent: NDArray[np.bool_],
-    ) -> dict[int, Said]:
-        """What is said of each transaction that is scored: anew, or as it was published."""
-        kept = part.kept
-        new = [
-            i
-            for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True))
-            if not skip and record.offset not in kept
-        ]
+    ) -> tuple[list[int], list[bytes]]:
+        """Indices of the transactions that have no score yet, and their scores' records."""
+        new: list[int] = np.flatnonzero(~silent).tolist()
+        if part.kept:
+            new = [i for i in new if part.records[i].offset not in part.kept]
         at = np.array(new, np.intp) + part.scored.start
-        decisions = [DECISIONS[choice] for choice in choices[at].tolist()]
         source = f"{self._topic}:{part.partition}:"
         values = self._encoder.encode(
             [part.transactions[i] for i in new],
             [part.timestamps_ms[i] for i in new],
             [f"{source}{part.records[i].offset}" for i in new],
             scored.score[at],
-            decisions,
+            [DECISIONS[choice] for choice in choices[at].tolist()],
             scored.raw[at],
         )
-        said = {
-            i: Said(value, decision, True)
-            for i, value, decision in zip(new, values, decisions, strict=True)
-        }
-        if kept:
-            for i, record in enumerate(part.records):
-                before = kept.get(record.offset)
-                if before is not None and not silent[i]:
-                    said[i] = Said(before.value, before.score.decision, False)
-        return said
+        return new, values
 
-    def _alerts(self, part: Part, said: dict[int, Said]) -> Iterator[Outgoing]:
+    def _kept(self, part: Part, silent: NDArray[np.bool_]) -> list[tuple[Record, bytes, str]]:
+        """Records whose score was published before, with the score and its decision."""
+        if not part.kept:
+            return []
+        found = [
+            (record, part.kept.get(record.offset))
+            for record, skip in zip(part.records, silent.tolist(), strict=True)
+            if not skip
+        ]
+        return [(record, kept.value, kept.score.decision) for record, kept in found if kept]
+
+    def _alerts(
+        self, part: Part, said: Iterable[tuple[Record, bytes, str]]
+    ) -> Iterator[Outgoing]:
         """An alert for each score at or over the review threshold, but not while warming up."""
         thresholds = {"review": self._thresholds.review, "decline": self._thresholds.decline}
         alerts_from = part.partition_owned.alerts_from
-        for i, score in said.items():
-            record = part.records[i]
-            if score.decision == APPROVE or record.offset < alerts_from or _is_warm(record):
+        for record, score, decision in said:
+            if decision == APPROVE or record.offset < alerts_from or _is_warm(record):
                 continue
-            self._metrics.alerts.labels(score.decision).inc()
-            yield Outgoing(record.key, encode_alert(score.value, thresholds, [], self._clock_ms()))
+            self._metrics.alerts.labels(decision).inc()
+            yield Outgoing(record.key, encode_alert(score, thresholds, [], self._clock_ms()))
 
     def _dead_letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
         """The original key and bytes; where from and why in headers."""

@@ -24,11 +24,14 @@ from rich.table import Table
 from pipeline.column_mapping import load_mapping
 from pipeline.errors import SettingsError
 from pipeline.feed import Block, Feed, ahead, encode_block
-from pipeline.replay_report import SentRows, Truth, gather_outcome, lost, report_rows
+from pipeline.replay_report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
 from pipeline.settings import Settings
-from pipeline.tally import TopicReader
+from pipeline.tally import TopicReader, committed_offsets
 from pipeline.topics import TopicRole, ensure_topics
 from pipeline.transaction_files import DAY_MS, TransactionFile
+
+OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
+"""Topics that a report reads, in the order of :class:`Readers`."""
 
 FRAME_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 2.0
@@ -136,19 +139,23 @@ class _Replay:
         partitions = await ensure_topics(self._settings)
         async with AsyncExitStack() as stack:
             feed = Feed(self._settings)
-            readers = []
+            readers = None
             if self._rows is not None:
-                roles: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
-                for role in roles:
-                    reader = TopicReader(self._settings, role, partitions[role])
-                    readers.append(await stack.enter_async_context(reader))
+                readers = Readers(
+                    *[
+                        await stack.enter_async_context(
+                            TopicReader(self._settings, role, partitions[role])
+                        )
+                        for role in OUTPUTS
+                    ]
+                )
             try:
                 await self._feed(feed)
             finally:
                 self._tell_sent(feed)
-            if self._rows is None:
+            if self._rows is None or readers is None:
                 return INTERRUPTED if self._stop.is_set() else 0
-            return await self._report(self._rows.first(feed.count.sent), *readers)
+            return await self._report(self._rows.first(feed.count.sent), feed, readers)
 
     async def _feed(self, feed: Feed) -> None:
         started = time.monotonic()
@@ -225,16 +232,22 @@ class _Replay:
             rows.append(("behind", f"{count.behind_seconds:.1f} s: the pace was too fast"))
         self._print(rows)
 
-    async def _report(
-        self, truth: Truth, scores: TopicReader, alerts: TopicReader, dead_letters: TopicReader
-    ) -> int:
+    async def _report(self, truth: Truth, feed: Feed, readers: Readers) -> int:
+        last_offsets = feed.count.last_offsets
+
+        async def all_applied() -> bool:
+            committed = await committed_offsets(self._settings)
+            return all(committed.get(part, 0) > last for part, last in last_offsets.items())
+
         with _bar(self._console) as bar:
 
             def show(what: str, done: int, total: int) -> None:
                 bar.show(what, done, done / max(1, total))
 
-            outcome = await gather_outcome(truth, scores, alerts, dead_letters, show)
-        self._print(report_rows(truth, outcome, self._options.report_skip_days))
+            outcome = await gather_outcome(truth, readers, all_applied, show)
+            show("adding up", outcome.tally.scored, len(truth))
+            rows = report_rows(truth, outcome, self._options.report_skip_days)
+        self._print(rows)
         if lost(truth, outcome) or outcome.tally.repeated:
             return FAILED
         return INTERRUPTED if self._stop.is_set() else 0
@@ -317,7 +330,8 @@ class _PlainBar:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._speed = _Speed()
-        self._started = self._last_line = time.monotonic()
+        self._last_line = self._started = time.monotonic()
+        self._what = ""
 
     def __enter__(self) -> _Bar:
         return self
@@ -328,6 +342,8 @@ class _PlainBar:
     def show(self, what: str, done: int, fraction: float) -> None:
         now = time.monotonic()
         speed = self._speed.per_second(what, done)
+        if what != self._what:
+            self._what, self._started = what, now
         if now - self._last_line < PLAIN_LINE_SECONDS:
             return
         self._last_line = now

@@ -44,7 +44,9 @@ class Settings(BaseSettings):
         SettingsError: from :func:`load_settings`, naming each wrong setting.
     """
 
-    model_config = SettingsConfigDict(env_prefix="RECUR_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RECUR_", extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
     # Kafka
     kafka_bootstrap: str = Field(
@@ -94,7 +96,7 @@ class Settings(BaseSettings):
         8, ge=1, le=10_000, description="partitions of each topic that Recur creates"
     )
     log_retention_days: float = Field(
-        30.0, gt=0, description="retention of topics that Recur creates, days"
+        30.0, gt=0, le=36_500, description="retention of topics that Recur creates, days"
     )
 
     # Redis
@@ -119,7 +121,10 @@ class Settings(BaseSettings):
     # Scoring
     checkpoint: Path = Field(SHIPPED_CHECKPOINT, description="model file (safetensors)")
     state_ttl_days: float = Field(
-        30.0, gt=0, description="an account silent for longer starts anew, days of record time"
+        30.0,
+        gt=0,
+        le=36_500,
+        description="an account silent for longer starts anew, days of record time",
     )
     future_limit_seconds: float = Field(
         86_400.0, gt=0, description="a timestamp further past its record's is rejected, seconds"
@@ -131,7 +136,7 @@ class Settings(BaseSettings):
         None, ge=0, le=1, description="score from which on to decline; else the checkpoint's"
     )
     micro_batch_max: int = Field(
-        4096, ge=1, le=65_536, description="most records in one poll, records"
+        2048, ge=1, le=65_536, description="most records in one poll, records"
     )
     dead_letter_value_max_bytes: int = Field(
         65_536, ge=0, le=900_000, description="longer rejected values are truncated, bytes"

@@ -152,4 +152,6 @@ async def _create(admin: Any, settings: Settings, partitions: dict[str, int]) ->
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    name = type(error).__name__
+    text = str(error).removeprefix(f"{name}: ")  # aiokafka's errors name themselves
+    return " ".join(f"{name}: {text}".rstrip(": ").split())

@@ -22,7 +22,7 @@ from pipeline.keys import Keys
 from pipeline.processor import Part, columns
 from pipeline.score_log import KafkaScoreLog
 from pipeline.scorer import Scorer
-from pipeline.settings import Settings
+from pipeline.settings import load_settings
 from pipeline.startup import load_checkpoint
 from pipeline.state_store import redis_client
 from pipeline.topics import ensure_topics
@@ -59,9 +59,7 @@ def transactions(count: int, accounts: int, seed: int = 0) -> list[Transaction]:
 class PipelineUnderTest:
     """Topics, group and keys of its own on a broker and a Redis."""
 
-    def __init__(
-        self, bootstrap: str, redis_url: str, directory: Path, **settings: Any
-    ) -> None:
+    def __init__(self, bootstrap: str, redis_url: str, directory: Path, **settings: Any) -> None:
         name = uuid.uuid4().hex[:8]
         self.overrides: dict[str, Any] = {
             "kafka_bootstrap": bootstrap,
@@ -72,7 +70,7 @@ class PipelineUnderTest:
             "partitions": 4,
             **settings,
         }
-        self.settings = Settings(**self.overrides)
+        self.settings = load_settings(**self.overrides)
         self.directory = directory
         self.workers: list[WorkerProcess] = []
         self.scorer = Scorer(load_checkpoint(self.settings), ttl_ms=30 * DAY_MS)
@@ -149,7 +147,7 @@ class PipelineUnderTest:
             consumer.assign(places)
             ends = await consumer.end_offsets(places)
             found: dict[TopicPartition, list[Any]] = {place: [] for place in places}
-            while any([await consumer.position(p) < ends[p] for p in places]):  # noqa: C419
+            while any([await consumer.position(p) < ends[p] for p in places]):
                 for place, fetched in (await consumer.getmany(timeout_ms=1000)).items():
                     found[place] += fetched
         finally:

@@ -1,0 +1,56 @@
+"""Keys: a partition in one Redis Cluster slot, and no two things under one key."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.crc import key_slot
+
+from pipeline.keys import Keys
+
+account_ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=256)
+topics = st.text("abcXYZ019._-", min_size=1, max_size=40)
+
+
+@given(topics, st.integers(0, 9999), st.lists(account_ids, max_size=20))
+def test_a_partition_lies_in_one_slot_whatever_its_accounts_are_called(
+    topic: str, partition: int, accounts: list[str]
+) -> None:
+    keys = Keys("recur", "0f3a5b7c9d1e", topic)
+
+    slots = {key_slot(key) for key in keys.accounts(partition, accounts)}
+
+    assert slots <= {key_slot(keys.watermark(partition))}
+
+
+def test_partitions_lie_in_different_slots_so_that_a_cluster_shares_the_load() -> None:
+    keys = Keys("recur", "0f3a5b7c9d1e", "transactions")
+
+    assert len({key_slot(keys.watermark(partition)) for partition in range(64)}) > 60
+
+
+@given(st.lists(account_ids, unique=True, min_size=2, max_size=20))
+def test_no_two_accounts_share_a_key_nor_take_the_watermarks(accounts: list[str]) -> None:
+    keys = Keys("recur", "m", "transactions")
+
+    names = [keys.watermark(0), *keys.accounts(0, accounts), *keys.accounts(1, accounts)]
+
+    assert len(set(names)) == 1 + 2 * len(accounts)
+
+
+def test_another_model_prefix_or_topic_has_keys_of_its_own() -> None:
+    everything = [
+        Keys("recur", "m1", "transactions"),
+        Keys("recur", "m2", "transactions"),
+        Keys("other", "m1", "transactions"),
+        Keys("recur", "m1", "other"),
+    ]
+
+    assert len({keys.watermark(0) for keys in everything}) == len(everything)
+
+
+def test_the_pattern_finds_the_watermarks_of_this_topic_by_its_hash_tag() -> None:
+    keys = Keys("recur", "m", "transactions")
+    before, after = keys.watermarks_pattern().split("*")
+
+    assert keys.watermark(12).decode() == f"{before}12{after}"
