@@ -26,7 +26,7 @@ from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
 from pipeline.patience import Patience
-from pipeline.processor import Processor
+from pipeline.processor import Computed, Processor
 from pipeline.publisher import KafkaPublisher
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.scorer import Scorer
@@ -114,16 +114,30 @@ class Worker:
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:
-        """The agent: applies polls in order and acks each by hand when it is applied."""
+        """The agent: computes polls in order, each while the one before is concluded."""
         consumer = self._consumer()
+        concluding = asyncio.create_task(asyncio.sleep(0))
         async for event in polls.noack().events():
-            if consumer.start_work(event.message):
-                try:
-                    await self.processor.process(event.value)
-                except BaseException:
-                    consumer.abandon(event.message)
-                    raise
-                event.ack()
+            if not consumer.start_work(event.message):
+                continue
+            try:
+                computed = await self.processor.compute(event.value)
+                await concluding
+            except BaseException:
+                consumer.abandon(event.message)
+                raise
+            concluding = asyncio.create_task(self._conclude(computed, event))
+
+    async def _conclude(self, computed: Computed, event: Any) -> None:
+        """Publish, save and ack by hand what was computed."""
+        try:
+            await self.processor.conclude(computed)
+        except BaseException as error:
+            self._consumer().abandon(event.message)
+            if not isinstance(error, asyncio.CancelledError):
+                await self.app.crash(error)
+            raise
+        event.ack()
 
     def _on_assigned(self, partitions: set[int]) -> None:
         self.ownership.assign(partitions)

@@ -38,7 +38,7 @@ BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16_
 SCORE_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 
 STAGES = ("decode", "load", "compute", "publish", "save", "ack")
-STATE_RESULTS = ("loaded", "missing", "refused", "expired")
+STATE_RESULTS = ("cached", "loaded", "missing", "refused", "expired")
 
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.states = Counter(
-            "recur_states", "Account states asked of Redis, by what came back", ["result"],
+            "recur_states", "Account states needed: cached, or asked of Redis", ["result"],
             registry=registry,
         )  # fmt: skip
         self.micro_batch = BatchHistogram(

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from pipeline.account_state import Watermark
@@ -97,21 +98,44 @@ class Owned:
 
     Attributes:
         watermark: its watermark's bytes, as they stand in the store.
-        next_offset: the first offset that is not applied.
+        next_offset: the first offset that is not applied: its state is not saved.
+        computed_to: the first offset whose state is not computed.
         scores_next: the next offset of its scores partition, if nobody else writes there.
         scores_from: scores of transactions from ``next_offset`` on stand from here on.
         alerts_from: alerts of transactions from here on are not published yet.
         recovery: until all that was published is read.
-        seeking: a seek to ``next_offset`` is under way.
+        neighbour: the watermark before it; during a save, the one after it.
+        states: values of accounts' states as computed, which the store has or will have once
+            what is computed is saved; the last used stand last.
+        seeking: a seek to ``computed_to`` is under way.
     """
 
     watermark: bytes
     next_offset: int
+    computed_to: int
     scores_next: int
     scores_from: int
     alerts_from: int
     recovery: Recovery | None
+    neighbour: bytes | None = None
+    states: dict[str, bytes] = field(default_factory=dict)
     seeking: bool = False
+
+    def knows(self, watermark: bytes | None) -> bool:
+        """Whether a watermark is the expected one, also while a save is under way."""
+        return watermark is not None and watermark in (self.watermark, self.neighbour)
+
+    def remember(self, accounts: Sequence[str], states: Sequence[bytes]) -> None:
+        """Keep states that were computed."""
+        held = self.states
+        for account, state in zip(accounts, states, strict=True):
+            held.pop(account, None)
+            held[account] = state
+
+    def forget_states(self, most: int) -> None:
+        """Keep only the states used last."""
+        for account in list(islice(self.states, max(0, len(self.states) - most))):
+            del self.states[account]
 
 
 class Ownership:
@@ -159,6 +183,10 @@ class Ownership:
         for partition in partitions:
             self._owned.pop(partition, None)
 
+    def owned(self, partition: int) -> Owned | None:
+        """What is known of a partition that is worked on."""
+        return self._owned.get(partition)
+
     def owns(self, partition: int, owned: Owned | None) -> bool:
         """Whether the partition is still owned as it was then."""
         return owned is not None and self._owned.get(partition) is owned
@@ -186,19 +214,15 @@ class Ownership:
             StartupError: states and log do not belong together.
         """
         owned = self._owned.get(partition)
-        if owned is None or watermark != owned.watermark:
+        if owned is None or not owned.knows(watermark):
             if owned is not None:
                 self._metrics.guard_mismatches.inc()
             owned = await self._assume(partition, watermark, chunk.begin, lost=owned is not None)
-        if chunk.begin > owned.next_offset:
-            await self._seek_back(partition, owned)
-            return None
-        if watermark is None and not self._wrote(owned.watermark):
-            # Another wrote the first watermark since: the states loaded are not its states.
-            await self._seek_back(partition, owned)
+        if chunk.begin > owned.computed_to:
+            await self.seek_back(partition, owned)
             return None
         owned.seeking = False
-        if chunk.records and chunk.records[0].offset > owned.next_offset:
+        if chunk.records and chunk.records[0].offset > owned.computed_to:
             await self._notice_lost_records(partition, owned)
         return owned
 
@@ -271,13 +295,13 @@ class Ownership:
             return
         standing = await self._standing(partition)
         owned = await self._assume(partition, standing, chunk.begin, lost=True)
-        if owned.next_offset < chunk.end:
-            await self._seek_back(partition, owned)
+        await self.seek_back(partition, owned)
 
-    async def _seek_back(self, partition: int, owned: Owned) -> None:
+    async def seek_back(self, partition: int, owned: Owned) -> None:
+        """Have the partition read again from where its states are."""
         if not owned.seeking:
             owned.seeking = True
-            await self._transaction_log.seek(partition, owned.next_offset)
+            await self._transaction_log.seek(partition, owned.computed_to)
 
     async def _assume(
         self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
@@ -296,12 +320,13 @@ class Ownership:
         owned = Owned(
             watermark=watermark,
             next_offset=mark.next_offset,
+            computed_to=mark.next_offset,
             scores_next=scores.end,
             scores_from=recovery.position,
             alerts_from=max(mark.next_offset, committed or 0),
             recovery=recovery if recovery.position < recovery.end else None,
         )
-        if bounds.begin > owned.next_offset:
+        if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
         if partition in self._assigned:
             self._owned[partition] = owned
@@ -326,9 +351,6 @@ class Ownership:
         )
         return await self._standing(partition)
 
-    def _wrote(self, watermark: bytes) -> bool:
-        return Watermark.from_bytes(watermark).writer == self._writer
-
     async def _standing(self, partition: int) -> bytes | None:
         (loaded,) = await self._patience.ask_store(lambda: self._store.load([Load(partition, [])]))
         return loaded.watermark
@@ -338,17 +360,17 @@ class Ownership:
 
     async def _notice_lost_records(self, partition: int, owned: Owned) -> None:
         bounds = await self._bounds(self._topic, partition)
-        if bounds.begin > owned.next_offset:
+        if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
 
     def _lose_records(self, partition: int, owned: Owned, log_begin: int) -> None:
-        lost = log_begin - owned.next_offset
+        lost = log_begin - owned.computed_to
         self._metrics.records_lost.inc(lost)
         log.error(
             "retention deleted records before they were applied; raise the topic's retention",
             extra={"partition": partition, "records": lost},
         )
-        owned.next_offset = log_begin
+        owned.computed_to = log_begin
 
 
 def _recovered_to(owned: Owned, recovery: Recovery, next_offset: int) -> int:

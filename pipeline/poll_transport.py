@@ -31,7 +31,8 @@ from pipeline.score_log import LogUnavailableError
 log = logging.getLogger(__name__)
 
 URL_SCHEME = "poll"
-POLLS_IN_FLIGHT_MAX = 2
+POLLS_IN_FLIGHT_MAX = 3
+"""One is fetched, one is computed, one is published and saved."""
 FETCH_TIMEOUT_SECONDS = 1.0
 
 T = TypeVar("T")

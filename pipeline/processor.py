@@ -7,13 +7,18 @@ saved before offsets are acked; a partition's states and its watermark are saved
 only if the watermark is the one that was loaded. So whatever dies at whatever moment, each
 partition's states are exactly its log up to its watermark, the scores topic tells what was
 said of transactions past it, and committed offsets are never past it.
+
+The steps are two halves: :meth:`Processor.compute` up to decide, :meth:`Processor.conclude`
+from publish on. A worker computes a poll while it concludes the one before; what is computed
+and not yet saved is held in memory (:class:`pipeline.ownership.Owned`) and is dropped with the
+partition where a save finds another watermark.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +39,7 @@ from pipeline.publisher import Appended, Outgoing, Publisher
 from pipeline.score_log import Kept
 from pipeline.scorer import MicroBatch, Scored, Scorer
 from pipeline.settings import Settings
-from pipeline.state_store import Load, Save, StateStore
+from pipeline.state_store import Load, Loaded, Save, StateStore
 
 APPROVE = DECISIONS[0]
 
@@ -52,11 +57,14 @@ class Part:
         accounts: distinct account ids.
         rejected: records that cannot be scored, with reason and error.
         owned: the partition, once its watermark is known.
-        states: values of ``accounts`` in the store.
+        values: states of ``accounts``; ``cached`` of them were held in memory.
         kept: by offset, scores that were published before.
+        begin: the first offset that was not computed before.
         scored: where this part stands in the micro-batch's arrays.
-        said: how many of its transactions have a score, new or kept.
-        saved: whether its states and watermark stand in the store.
+        said: how many transactions have a score, old or new.
+        scores, alerts, letters: what to publish.
+        changed: accounts and states to save.
+        saved: whether they and the watermark stand in the store.
     """
 
     partition: int
@@ -68,16 +76,22 @@ class Part:
     accounts: list[str] = field(default_factory=list)
     rejected: list[tuple[Record, str, str]] = field(default_factory=list)
     owned: Owned | None = None
-    states: Sequence[bytes | None] = ()
+    values: list[bytes | None] = field(default_factory=list)
+    cached: int = 0
     kept: dict[int, Kept] = field(default_factory=dict)
+    begin: int = 0
     scored: slice = field(default_factory=lambda: slice(0, 0))
     said: int = 0
+    scores: list[Outgoing] = field(default_factory=list)
+    alerts: list[Outgoing] = field(default_factory=list)
+    letters: list[Outgoing] = field(default_factory=list)
+    changed: tuple[list[str], list[bytes]] = field(default_factory=lambda: ([], []))
     saved: bool = False
 
     @property
-    def next_offset(self) -> int:
+    def end(self) -> int:
         """The first offset after this part."""
-        return max(self.chunk.end, self.partition_owned.next_offset)
+        return max(self.chunk.end, self.begin)
 
     def indices(self, failed: Iterable[int]) -> list[int]:
         """Those of the micro-batch's indices that are this part's, from its start."""
@@ -91,13 +105,14 @@ class Part:
         return self.owned
 
 
-@dataclass
-class Outbox:
-    """What a micro-batch publishes."""
+@dataclass(frozen=True)
+class Computed:
+    """A poll that is computed and not concluded."""
 
-    scores: dict[int, Sequence[Outgoing]] = field(default_factory=dict)
-    alerts: list[Outgoing] = field(default_factory=list)
-    rejected: list[Outgoing] = field(default_factory=list)
+    poll: Poll
+    parts: list[Part]
+    scored: Scored
+    batch: MicroBatch
 
 
 class Processor:
@@ -137,6 +152,8 @@ class Processor:
         self._clock_ms = clock_ms
         self._topic = settings.topic("transactions")
         self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+        self._cached_states_max = settings.cached_states_max
+        self._micro_batch_max = settings.micro_batch_max
         self._dead_letter_value_max_bytes = settings.dead_letter_value_max_bytes
         self._currency = scorer.checkpoint.header.currency
         self._thresholds = thresholds_of(settings, scorer)
@@ -150,22 +167,39 @@ class Processor:
             ScorerBrokenError: the computation fails for everything.
             StartupError: states and log do not belong together.
         """
+        await self.conclude(await self.compute(poll))
+
+    async def compute(self, poll: Poll) -> Computed:
+        """Decode, load, drop applied, rounds, features, GRU, decide.
+
+        Polls are computed one at a time, in order.
+        """
         with self._metrics.timed("decode"):
             parts = self._decode(poll)
         with self._metrics.timed("load"):
             parts = await self._load(parts)
-        if not parts:
-            return
         with self._metrics.timed("compute"):
             states, scored, batch = self._score(parts)
-            outbox = self._decide(parts, scored)
+            self._decide(parts, scored)
+            self._hold(parts, states)
+        return Computed(poll, parts, scored, batch)
+
+    async def conclude(self, computed: Computed) -> None:
+        """Publish, save, ack.
+
+        Polls are concluded one at a time, in order; the next one may be computed meanwhile.
+        """
+        # The group may have taken partitions away since, or a save have met another watermark.
+        parts = [p for p in computed.parts if self._ownership.owns(p.partition, p.owned)]
+        if not parts:
+            return
         with self._metrics.timed("publish"):
-            appended = await self._publisher.publish(outbox.scores, outbox.alerts, outbox.rejected)
-        self._observe(scored, batch)
+            appended = await self._publish(parts)
+        self._observe(computed)
         with self._metrics.timed("save"):
-            await self._save(parts, states, appended)
+            await self._save(parts, appended)
         with self._metrics.timed("ack"):
-            self._ack(poll, parts)
+            self._ack(computed.poll, parts)
 
     # decode ------------------------------------------------------------------------------
 
@@ -213,14 +247,13 @@ class Processor:
         back to where they are.
         """
         parts = [part for part in parts if self._ownership.is_assigned(part.partition)]
-        loaded = await self._patience.ask_store(
-            lambda: self._store.load([Load(part.partition, part.accounts) for part in parts])
-        )
-        for part, reply in zip(parts, loaded, strict=True):
-            part.states = reply.states
-            part.owned = await self._ownership.accept(part.partition, part.chunk, reply.watermark)
+        for part in parts:
+            part.owned = self._ownership.owned(part.partition)
+        await self._load_values(parts)
+        for part in parts:
             if part.owned is not None:
-                self._drop_applied(part, part.owned.next_offset)
+                part.begin = part.owned.computed_to
+                self._drop_applied(part)
                 part.kept = await self._ownership.published(
                     part.partition, part.owned, part.records
                 )
@@ -228,8 +261,45 @@ class Processor:
         # The group may have taken partitions away during the waits.
         return [part for part in parts if self._ownership.owns(part.partition, part.owned)]
 
-    def _drop_applied(self, part: Part, next_offset: int) -> None:
+    async def _load_values(self, parts: list[Part]) -> None:
+        """Ask the store for what is not held in memory, and for the watermarks."""
+        again = []
+        for part, reply in zip(parts, await self._ask(parts), strict=True):
+            known = part.owned
+            part.owned = await self._ownership.accept(part.partition, part.chunk, reply.watermark)
+            if part.owned is not None and part.owned is not known:
+                if known is None and part.owned.watermark == reply.watermark:
+                    continue
+                again.append(part)  # what is at hand is of another watermark
+        for part, reply in zip(again, await self._ask(again), strict=True):
+            known = part.partition_owned
+            part.owned = await self._ownership.accept(part.partition, part.chunk, reply.watermark)
+            if part.owned is not None and part.owned is not known:
+                await self._ownership.seek_back(part.partition, part.owned)
+                part.owned = None
+
+    async def _ask(self, parts: list[Part]) -> list[Loaded]:
+        """Fill ``values`` from memory and store; the store's replies, for their watermarks."""
+        if not parts:
+            return []
+        requests = []
+        for part in parts:
+            held = part.owned.states if part.owned is not None else {}
+            part.values = [held.get(account) for account in part.accounts]
+            missing = [i for i, value in enumerate(part.values) if value is None]
+            part.cached = len(part.values) - len(missing)
+            requests.append((missing, Load(part.partition, [part.accounts[i] for i in missing])))
+        replies = await self._patience.ask_store(
+            lambda: self._store.load([request for _, request in requests])
+        )
+        for part, (missing, _), reply in zip(parts, requests, replies, strict=True):
+            for i, value in zip(missing, reply.states, strict=True):
+                part.values[i] = value
+        return replies
+
+    def _drop_applied(self, part: Part) -> None:
         """Leave only what is past the watermark."""
+        next_offset = part.begin
         if part.chunk.begin >= next_offset:
             return
         before = len(part.records) + len(part.rejected)
@@ -250,24 +320,25 @@ class Processor:
         n = 0
         for part in parts:
             batches.append(columns(part, first_row=len(values)))
-            values += part.states
+            values += part.values
             part.scored = slice(n, n + len(part.records))
             n += len(part.records)
         batch = MicroBatch.concatenate(batches)
         states, scored, loaded, refused = self._scorer.score(values, batch)
-        n_loaded = int(loaded.sum())
+        n_cached = sum(part.cached for part in parts)
+        n_loaded = int(loaded.sum()) - n_cached
         counter = self._metrics.states
         counter.labels("loaded").inc(n_loaded)
         counter.labels("refused").inc(refused)
-        counter.labels("missing").inc(len(values) - n_loaded - refused)
+        counter.labels("cached").inc(n_cached)
+        counter.labels("missing").inc(len(values) - n_cached - n_loaded - refused)
         counter.labels("expired").inc(scored.expired)
         return states, scored, batch
 
     # decide ------------------------------------------------------------------------------
 
-    def _decide(self, parts: list[Part], scored: Scored) -> Outbox:
+    def _decide(self, parts: list[Part], scored: Scored) -> None:
         """Scores and decisions to records to publish."""
-        outbox = Outbox()
         choices = self._thresholds.decide(scored.score)
         for part in parts:
             silent = scored.repeated[part.scored].copy()  # transactions of which nothing is said
@@ -275,23 +346,20 @@ class Processor:
                 silent[i] = True
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
-            outbox.rejected += [self._dead_letter(part.partition, *item) for item in part.rejected]
+            part.letters = [self._dead_letter(part.partition, *item) for item in part.rejected]
             new, values = self._say(part, scored, choices, silent)
             kept = self._kept(part, silent)
             part.said = len(new) + len(kept)
-            if new:
-                outbox.scores[part.partition] = [
-                    Outgoing(part.records[i].key, value)
-                    for i, value in zip(new, values, strict=True)
-                ]
+            part.scores = [
+                Outgoing(part.records[i].key, value) for i, value in zip(new, values, strict=True)
+            ]
             chosen = choices[part.scored].tolist()
             flagged = [
                 (part.records[i], value, DECISIONS[chosen[i]])
                 for i, value in zip(new, values, strict=True)
                 if chosen[i]
             ]
-            outbox.alerts += self._alerts(part, [*flagged, *kept])
-        return outbox
+            part.alerts = list(self._alerts(part, [*flagged, *kept]))
 
     def _say(
         self,
@@ -327,9 +395,7 @@ class Processor:
         ]
         return [(record, kept.value, kept.score.decision) for record, kept in found if kept]
 
-    def _alerts(
-        self, part: Part, said: Iterable[tuple[Record, bytes, str]]
-    ) -> Iterator[Outgoing]:
+    def _alerts(self, part: Part, said: Iterable[tuple[Record, bytes, str]]) -> Iterator[Outgoing]:
         """An alert for each score at or over the review threshold, but not while warming up."""
         thresholds = {"review": self._thresholds.review, "decline": self._thresholds.decline}
         alerts_from = part.partition_owned.alerts_from
@@ -356,14 +422,34 @@ class Processor:
         if len(value or b"") > limit or len(key or b"") > key_limit:
             headers["truncated"] = str(len(value or b""))
             key, value = key and key[:key_limit], value and value[:limit]
-        if key is None and value is None:
-            value = b""  # aiokafka sends no record without both; the reason tells
         return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
+
+    def _hold(self, parts: list[Part], states: AccountStates) -> None:
+        """Hold what is computed in memory; the next poll continues it."""
+        first_row = 0
+        for part in parts:
+            owned = part.partition_owned
+            rows = np.arange(first_row, first_row + len(part.accounts))
+            first_row += len(part.accounts)
+            changed = np.flatnonzero(states.last_offset[rows] >= part.begin)
+            accounts = [part.accounts[i] for i in changed.tolist()]
+            part.changed = accounts, self._scorer.codec.encode(states, rows[changed])
+            owned.remember(*part.changed)
+            owned.computed_to = part.end
 
     # publish -----------------------------------------------------------------------------
 
-    def _observe(self, scored: Scored, batch: MicroBatch) -> None:
+    async def _publish(self, parts: list[Part]) -> dict[int, Appended]:
+        """All that the parts say; where each one's scores went."""
+        return await self._publisher.publish(
+            {part.partition: part.scores for part in parts if part.scores},
+            [alert for part in parts for alert in part.alerts],
+            [letter for part in parts for letter in part.letters],
+        )
+
+    def _observe(self, computed: Computed) -> None:
         """Latency and the like, at the moment the scores are acknowledged."""
+        batch, scored = computed.batch, computed.scored
         if not len(batch):
             return
         now_ms = self._clock_ms()
@@ -378,44 +464,38 @@ class Processor:
 
     # save --------------------------------------------------------------------------------
 
-    async def _save(
-        self, parts: list[Part], states: AccountStates, appended: dict[int, Appended]
-    ) -> None:
+    async def _save(self, parts: list[Part], appended: dict[int, Appended]) -> None:
         """States and watermarks: each part whole, or nothing of it."""
         saves = []
-        first_row = 0
         for part in parts:
-            rows = np.arange(first_row, first_row + len(part.accounts))
-            first_row += len(part.accounts)
             where = appended.get(part.partition)
             if where is not None:
                 await self._ownership.notice_foreign_scores(
-                    part.partition, part.partition_owned, where, part.next_offset
+                    part.partition, part.partition_owned, where, part.end
                 )
-            saves.append(self._save_of(part, states, rows, where))
+            saves.append(self._save_of(part, where))
         stands = await self._patience.ask_store(lambda: self._store.save(saves))
         for part, save, saved in zip(parts, saves, stands, strict=True):
             part.saved = saved
-            if saved:
-                part.partition_owned.watermark = save.watermark
-                part.partition_owned.next_offset = part.next_offset
-                self._metrics.transactions.inc(part.said)
-            else:
+            if not saved:
                 await self._ownership.follow(part.partition, part.chunk)
+                continue
+            owned = part.partition_owned
+            owned.watermark, owned.neighbour = save.watermark, owned.watermark
+            owned.next_offset = part.end
+            owned.forget_states(self._most_states_held())
+            self._metrics.transactions.inc(part.said)
 
-    def _save_of(
-        self, part: Part, states: AccountStates, rows: NDArray[np.intp], where: Appended | None
-    ) -> Save:
+    def _save_of(self, part: Part, where: Appended | None) -> Save:
         owned = part.partition_owned
-        touched = np.flatnonzero(states.last_offset[rows] >= owned.next_offset)
-        watermark = self._ownership.watermark_at(owned, part.next_offset, where)
-        return Save(
-            part.partition,
-            owned.watermark,
-            watermark.to_bytes(),
-            [part.accounts[i] for i in touched.tolist()],
-            self._scorer.codec.encode(states, rows[touched]),
-        )
+        watermark = self._ownership.watermark_at(owned, part.end, where).to_bytes()
+        owned.neighbour = watermark
+        return Save(part.partition, owned.watermark, watermark, *part.changed)
+
+    def _most_states_held(self) -> int:
+        """Of one partition; never fewer than a poll that is computed and not saved may have."""
+        partitions = max(1, len(self._ownership.assigned()))
+        return max(self._cached_states_max // partitions, self._micro_batch_max)
 
     # ack ---------------------------------------------------------------------------------
 
@@ -423,7 +503,7 @@ class Processor:
         """What is saved may be committed."""
         for part in parts:
             if part.saved and self._ownership.owns(part.partition, part.owned):
-                poll.applied[part.partition] = part.partition_owned.next_offset
+                poll.applied[part.partition] = part.end
         if any(part.saved for part in parts):
             self._health.moved()
 

@@ -138,6 +138,9 @@ class Settings(BaseSettings):
     micro_batch_max: int = Field(
         2048, ge=1, le=65_536, description="most records in one poll, records"
     )
+    cached_states_max: int = Field(
+        50_000, ge=0, description="states that a worker holds in memory (0.6 kB each), states"
+    )
     dead_letter_value_max_bytes: int = Field(
         65_536, ge=0, le=900_000, description="longer rejected values are truncated, bytes"
     )
