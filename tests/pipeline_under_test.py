@@ -111,6 +111,17 @@ class PipelineUnderTest:
             ((t.account_id.encode(), encode_transaction(t)) for t in sent), rate
         )
 
+    async def send_compressed(self, sent: Iterable[Transaction], compression: str) -> None:
+        """Produce transactions as a producer that compresses does."""
+        async with AIOKafkaProducer(
+            bootstrap_servers=self.settings.kafka_bootstrap,
+            compression_type=compression,
+            linger_ms=5,
+        ) as producer:
+            for t in sent:
+                topic = self.settings.topic("transactions")
+                await producer.send(topic, encode_transaction(t), t.account_id.encode())
+
     async def send_records(
         self,
         records: Iterable[tuple[bytes | None, bytes | None]],

@@ -305,6 +305,25 @@ def test_warm_records_build_states_and_raise_no_alert(
     asyncio.run(run())
 
 
+def test_compressed_records_are_read_and_written(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    system = PipelineUnderTest(
+        kafka.bootstrap, redis_server.url, tmp_path, kafka_compression="zstd"
+    )
+    sent = transactions(4_000, accounts=50)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            for number, compression in enumerate(("lz4", "snappy", "zstd", "gzip")):
+                part = sent[number * 1_000 : (number + 1) * 1_000]
+                await system.send_compressed(part, compression)
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+
+    asyncio.run(run())
+
+
 def test_the_watchdog_ends_a_worker_whose_records_wait(kafka: Kafka, tmp_path: Path) -> None:
     sent = transactions(200, accounts=20)
 
