@@ -46,7 +46,7 @@ from pipeline.worker_processes import (
 
 ACCOUNTS = 20_000
 READY_SECONDS = 60.0
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.5
 STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
 RATES = (500, 5_000)
 MEBIBYTE = 1 << 20

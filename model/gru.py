@@ -49,6 +49,44 @@ class Architecture:
             raise ValueError(f"dropout is {self.dropout}; it must be 0 up to, but not, 1")
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A GRU layer's weights laid out for one step; H hidden, X what comes from below.
+
+    The gates r and z take one product of [below, hidden]; torch.gru_cell takes two products of
+    all three gates and twice the temporaries, which at n = 2,000 no longer fit the cache.
+    """
+
+    gates: Tensor  # [X + H, 2 H], r and z
+    gates_bias: Tensor  # [2 H]
+    new_below: Tensor  # [X, H]
+    new_below_bias: Tensor  # [H]
+    new_hidden: Tensor  # [H, H]
+    new_hidden_bias: Tensor  # [H]
+
+    @classmethod
+    def of(cls, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> _Cell:
+        """From nn.GRU's weights: rows of r, z and n, one under the other."""
+        w_ih, w_hh, b_ih, b_hh = (w.detach() for w in (w_ih, w_hh, b_ih, b_hh))
+        rz = 2 * w_hh.shape[1]
+        return cls(
+            torch.cat((w_ih[:rz], w_hh[:rz]), 1).t().contiguous(),
+            (b_ih + b_hh)[:rz],
+            w_ih[rz:].t().contiguous(),
+            b_ih[rz:],
+            w_hh[rz:].t().contiguous(),
+            b_hh[rz:],
+        )
+
+    def step(self, below: Tensor, hidden: Tensor) -> Tensor:
+        """[n, X], [n, H] -> [n, H]: h' = n + z (h - n), n = tanh(W x + r (U h))."""
+        joined = torch.cat((below, hidden), 1)  # [n, X + H]
+        r, z = torch.addmm(self.gates_bias, joined, self.gates).sigmoid_().chunk(2, 1)  # [n, H]
+        recurrent = torch.addmm(self.new_hidden_bias, hidden, self.new_hidden)  # [n, H]
+        new = torch.addmm(self.new_below_bias, below, self.new_below)  # [n, H]
+        return torch.lerp(new.addcmul_(r, recurrent).tanh_(), hidden, z)
+
+
 class Network(nn.Module):
     """Fraud logits of each transaction, given the account's hidden before it."""
 
@@ -66,6 +104,12 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(a.dropout)
         self.head = nn.Linear(a.hidden_size + a.input_size, a.head_size)
         self.logit = nn.Linear(a.head_size, 1)
+        self._cells: list[_Cell] = []
+
+    def train(self, mode: bool = True) -> Network:
+        """Training or (``eval()``) evaluation; :meth:`step` takes the weights as they are then."""
+        self._cells = []
+        return super().train(mode)
 
     def empty_hidden(self, n: int) -> Tensor:
         """Hidden [n, L, H] of n accounts that have made no transaction: zeros."""
@@ -73,7 +117,7 @@ class Network(nn.Module):
         return torch.zeros(n, a.layers, a.hidden_size, device=self.logit.weight.device)
 
     def step(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One transaction of each of n accounts.
+        """One transaction of each of n accounts; no gradients.
 
         Args:
             inputs: [n, I] float32.
@@ -86,8 +130,10 @@ class Network(nn.Module):
         x = F.relu(self.input_layer(inputs))  # [n, X]
         below = x
         after = []
-        for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(self.gru.all_weights):
-            below = torch.gru_cell(below, hidden[:, layer], w_ih, w_hh, b_ih, b_hh)  # [n, H]
+        if not self._cells:
+            self._cells = [_Cell.of(*weights) for weights in self.gru.all_weights]
+        for layer, cell in enumerate(self._cells):
+            below = cell.step(below, hidden[:, layer])  # [n, H]
             after.append(below)
         stacked = after[0].unsqueeze(1) if len(after) == 1 else torch.stack(after, 1)
         return self._logits(below, x), stacked  # [n], [n, L, H]

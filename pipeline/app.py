@@ -6,6 +6,7 @@ The only importer of faust, with :mod:`pipeline.poll_transport`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import tempfile
@@ -40,6 +41,9 @@ MONITOR_SECONDS = 1.0
 """Between two looks at lag, Redis and the broker."""
 
 DAY_MS = 86_400_000
+
+GC_THRESHOLD = 100_000
+"""Objects allocated and not freed before the collector looks at the young ones."""
 
 
 class Worker:
@@ -269,6 +273,17 @@ class _Process(faust.Worker):  # type: ignore[misc]
         """Logging is set up already."""
 
 
+def _spare_the_collector() -> None:
+    """Keep the garbage collector from walking what stays: a poll allocates many objects.
+
+    Reference counting frees almost all of them; at Python's default threshold of 700 the
+    collector takes a tenth of the worker's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
+
+
 def run_worker(settings: Settings) -> int:
     """Run a worker until SIGTERM or SIGINT; the exit code.
 
@@ -291,6 +306,7 @@ def run_worker(settings: Settings) -> int:
             "endpoints": worker.endpoints.address,
         },
     )
+    _spare_the_collector()
     process = _Process(
         worker,
         loop=loop,

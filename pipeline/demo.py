@@ -229,7 +229,9 @@ class _Demo:
                 await stack.enter_async_context(TopicReader(self._settings, role, partitions[role]))
                 for role in ("scores", "alerts", "dead_letter")
             ]
-            self._show = Show(self._display, self._workers, feed, scores, alerts, dead_letters)
+            self._show = Show(
+                self._display, self._services, self._workers, feed, scores, alerts, dead_letters
+            )
             played = await self._play(self._show, script)
             self._display.working("adding up")
             self._display.summary(
@@ -245,11 +247,10 @@ class _Demo:
 
     @asynccontextmanager
     async def _running_workers(self) -> AsyncIterator[None]:
+        environment = self._services.environment() | {"TMPDIR": str(self._directory)}
         try:
             for number in range(1, self._options.workers + 1):
-                self._workers.append(
-                    start_worker(number, self._directory, self._services.environment())
-                )
+                self._workers.append(start_worker(number, self._directory, environment))
             yield
         finally:
             await stop_all(self._workers)

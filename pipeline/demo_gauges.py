@@ -26,7 +26,7 @@ class Rates:
         """Transactions/s in and out."""
         now = time.monotonic()
         self._counts.append((now, sent, scored))
-        while len(self._counts) > 2 and self._counts[1][0] < now - RATE_WINDOW_SECONDS:
+        while len(self._counts) > 2 and self._counts[1][0] <= now - RATE_WINDOW_SECONDS:
             self._counts.popleft()
         then, sent_then, scored_then = self._counts[0]
         seconds = max(_RATE_SPAN_MIN_SECONDS, now - then)
@@ -52,7 +52,7 @@ class Latency:
         """Remember the present counts, for :meth:`lately`."""
         now = time.monotonic()
         self._window.append((now, self._now()))
-        while len(self._window) > 2 and self._window[1][0] < now - LATENCY_WINDOW_SECONDS:
+        while len(self._window) > 2 and self._window[1][0] <= now - LATENCY_WINDOW_SECONDS:
             self._window.popleft()
 
     def lately(self, share: float) -> float | None:

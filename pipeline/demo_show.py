@@ -17,6 +17,7 @@ from pipeline.demo_gauges import Latency, Rates
 from pipeline.demo_view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
 from pipeline.feed import Block, Feed, ahead
+from pipeline.services import Services
 from pipeline.simulated_stream import SimulatedTransactions
 from pipeline.tally import Tally, TopicReader
 from pipeline.worker_processes import WorkerProcess
@@ -95,6 +96,7 @@ class Show:
     def __init__(
         self,
         display: Display,
+        services: Services,
         workers: Sequence[WorkerProcess],
         feed: Feed,
         scores: TopicReader,
@@ -103,6 +105,7 @@ class Show:
     ) -> None:
         self.faults: list[str] = []
         self._display = display
+        self._services = services
         self._workers = workers
         self._feed = feed
         self._scores = scores
@@ -247,7 +250,7 @@ class Show:
 
     async def _look(self, phase: Phase) -> None:
         """See what came out since the last look, and show it."""
-        self._check_workers()
+        self._check_processes()
         self._published, self._rejected = await asyncio.gather(
             self._scores.published(), self._dead_letters.published()
         )
@@ -266,6 +269,12 @@ class Show:
     def _waiting(self) -> int:
         """Transactions sent that have no score yet."""
         return self._feed.count.sent - self._published - self._rejected
+
+    def _check_processes(self) -> None:
+        for service in (self._services.kafka, self._services.redis):
+            if service is not None:
+                _ = service.pid  # of one that has ended it raises, with the end of its log
+        self._check_workers()
 
     def _check_workers(self) -> None:
         for worker in self._workers:

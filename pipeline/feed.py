@@ -49,6 +49,9 @@ BEHIND_MAX_SECONDS = 1.0
 REQUEST_TIMEOUT_SECONDS = 30.0
 """The broker takes nothing for so long: the feed gives up."""
 
+ABANDON_SECONDS = 2.0
+"""Unacked records of a feed that failed or was cancelled get so long."""
+
 _STAMP_EVERY = 256  # records that share one reading of the clock
 _PARTITION_CACHE_MAX = 262_144  # keys whose partition is remembered
 _STOP_SECONDS = 0.1  # a sleeping feed looks this often whether it shall stop
@@ -149,8 +152,9 @@ class Feed:
             if error is None:
                 await self.flush()
         finally:
+            patience = REQUEST_TIMEOUT_SECONDS if error is None else ABANDON_SECONDS
             try:
-                await asyncio.wait_for(self._producer.stop(), REQUEST_TIMEOUT_SECONDS)
+                await asyncio.wait_for(self._producer.stop(), patience)
             except TimeoutError as late:
                 if error is None:
                     raise self._gave_up() from late

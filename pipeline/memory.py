@@ -144,6 +144,7 @@ class MemoryKafka:
     def __init__(self, partitions: Mapping[str, int], clock_ms: Callable[[], int]) -> None:
         self._logs = {topic: [_Log() for _ in range(n)] for topic, n in partitions.items()}
         self._committed: dict[tuple[str, str, int], int] = {}
+        self._generations: dict[tuple[str, str, int], int] = {}
         self._clock_ms = clock_ms
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
@@ -196,9 +197,17 @@ class MemoryKafka:
         del log.records[: max(0, before - log.begin)]
         log.begin = max(log.begin, before)
 
-    def commit(self, group: str, topic: str, partition: int, offset: int) -> None:
-        """Set a group's committed offset."""
-        self._committed[group, topic, partition] = offset
+    def join(self, group: str, topic: str, partition: int) -> int:
+        """Give a partition to another member of a group; the generation that it commits with."""
+        place = group, topic, partition
+        self._generations[place] = self._generations.get(place, 0) + 1
+        return self._generations[place]
+
+    def commit(self, group: str, topic: str, partition: int, offset: int, generation: int) -> None:
+        """Set a group's committed offset, unless the partition is another member's by now."""
+        place = group, topic, partition
+        if self._generations[place] == generation:
+            self._committed[place] = offset
 
     def committed(self, group: str, topic: str, partition: int) -> int | None:
         """A group's committed offset; None where it has none."""
@@ -319,12 +328,14 @@ class MemoryConsumer:
         self._reset = settings.kafka_offset_reset
         self._records_max = settings.micro_batch_max
         self._positions: dict[int, int] = {}
+        self._generations: dict[int, int] = {}
         self.assign(assigned)
 
     def assign(self, partitions: Collection[int]) -> None:
         """Begin these partitions, and no others, at their committed offsets."""
         self._positions = {}
         for partition in sorted(partitions):
+            self._generations[partition] = self._kafka.join(self._group, self._topic, partition)
             offset = self._kafka.committed(self._group, self._topic, partition)
             self._positions[partition] = self._reset_offset(partition) if offset is None else offset
 
@@ -365,7 +376,8 @@ class MemoryConsumer:
         for partition, offset in poll.applied.items():
             before = self._kafka.committed(self._group, self._topic, partition)
             if partition in self._positions and (before is None or before < offset):
-                self._kafka.commit(self._group, self._topic, partition, offset)
+                generation = self._generations[partition]
+                self._kafka.commit(self._group, self._topic, partition, offset, generation)
 
     async def committed(self, partition: int) -> int | None:
         """See :class:`pipeline.ownership.TransactionLog`."""

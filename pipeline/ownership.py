@@ -316,7 +316,9 @@ class Ownership:
         scores = await self._bounds(self._scores_topic, partition)
         mark = read_watermark(self._topic, partition, watermark)
         check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
-        recovery = Recovery(min(max(mark.scores_offset, scores.begin), scores.end), scores.end)
+        # Past the end: the scores topic was recreated, and all that it holds is of since then.
+        in_log = scores.begin <= mark.scores_offset <= scores.end
+        recovery = Recovery(mark.scores_offset if in_log else scores.begin, scores.end)
         owned = Owned(
             watermark=watermark,
             next_offset=mark.next_offset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -16,8 +17,11 @@ from aiokafka.errors import KafkaError
 from pipeline.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 
-READ_TIMEOUT_MS = 5_000
-"""One fetch of published scores may take this long, milliseconds."""
+READ_TIMEOUT_SECONDS = 5.0
+"""Reading published scores may come no further for this long."""
+
+FETCH_WAIT_MS = 200
+"""So long a fetch waits for records before it is seen whether there are none, milliseconds."""
 
 OFFSET_MAX_DIGITS = 18
 
@@ -124,6 +128,9 @@ class KafkaScoreLog:
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
         """See :class:`ScoreLog`."""
+        # aiokafka's fetcher ends for good when an assignment is taken back at once.
+        if start >= end:
+            return {}, start
         async with self._one_at_a_time:  # the consumer's assignment is this call's
             return await self._read(partition, start, end, until_source)
 
@@ -136,11 +143,12 @@ class KafkaScoreLog:
         source_prefix = f"{self._source_topic}:{partition}:"
         kept: dict[int, Kept] = {}
         position = start
+        until = monotonic() + READ_TIMEOUT_SECONDS
         try:
             consumer.assign([place])
             consumer.seek(place, start)
             while position < end:
-                fetched = await consumer.getmany(place, timeout_ms=READ_TIMEOUT_MS)
+                fetched = await consumer.getmany(place, timeout_ms=FETCH_WAIT_MS)
                 records = fetched.get(place, [])
                 for record in records:
                     if record.offset >= end:
@@ -151,9 +159,12 @@ class KafkaScoreLog:
                         kept.setdefault(source, score)
                 # position() also passes transaction markers, which are no records.
                 reached = await consumer.position(place)
-                if reached == position and not records:
+                if reached > position:
+                    until = monotonic() + READ_TIMEOUT_SECONDS
+                elif monotonic() > until:
                     raise LogUnavailableError(
-                        f"no answer for scores from offset {position} within {READ_TIMEOUT_MS} ms"
+                        f"no answer for scores from offset {position} within "
+                        f"{READ_TIMEOUT_SECONDS:g} s"
                     )
                 position = min(reached, end)
                 if kept and max(kept) >= until_source:

@@ -17,7 +17,7 @@ from pipeline.errors import StartupError
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
-from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.state_store import NO_EVICTION, RedisStateStore, StoreUnavailableError
 from pipeline.topics import ensure_topics
 
 RETRY_SECONDS = 0.2
@@ -70,7 +70,7 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
         raise StartupError(
             f"no Redis answers at {address} ({error}): start one, or set RECUR_REDIS_URL"
         ) from error
-    if policy not in (None, "noeviction"):
+    if policy not in (None, NO_EVICTION):
         raise StartupError(
             f"the Redis at {address} has maxmemory-policy {policy}, so it would evict account "
             "states: set it to noeviction (redis-cli config set maxmemory-policy noeviction)"

@@ -7,7 +7,6 @@ any moment a partition's states are exactly its log up to its watermark, whoever
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +19,12 @@ from pipeline.keys import Keys
 from pipeline.settings import Settings
 
 _DAY_MS = 86_400_000
-_UNAVAILABLE = (RedisError, RedisClusterException, OSError, TimeoutError)
+# AttributeError: redis-py's cluster client, after an error of one call, closes the connections
+# of all others, some of which then find no socket.
+_UNAVAILABLE = (RedisError, RedisClusterException, OSError, TimeoutError, AttributeError)
+
+NO_EVICTION = "noeviction"
+"""The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
 
 # KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
 # time to live in milliseconds, then states. Returns the watermark that stands afterwards.
@@ -184,10 +188,6 @@ class RedisStateStore:
         try:
             if len(commands) == 1:
                 return [await self._client.execute_command(*commands[0])]
-            if isinstance(self._client, RedisCluster):
-                return await asyncio.gather(
-                    *(self._client.execute_command(*command) for command in commands)
-                )
             async with self._client.pipeline(transaction=False) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
@@ -213,19 +213,24 @@ class RedisStateStore:
     async def eviction_policy(self) -> str | None:
         """The server's ``maxmemory-policy``; None where it does not tell.
 
+        Of a cluster's nodes it is that of the first one which may evict, if there is any.
+
         Raises:
             StoreUnavailableError: it does not answer.
         """
         try:
             if isinstance(self._client, RedisCluster):
-                node = self._client.get_random_node()
-                info = await self._client.execute_command("INFO", "memory", target_nodes=node)
+                nodes = await self._client.execute_command(
+                    "INFO", "memory", target_nodes=RedisCluster.PRIMARIES
+                )
+                infos = list(nodes.values()) if "maxmemory_policy" not in nodes else [nodes]
             else:
-                info = await self._client.info("memory")
+                infos = [await self._client.info("memory")]
         except _UNAVAILABLE as error:
             raise StoreUnavailableError(_complaint(error)) from error
-        policy = info.get("maxmemory_policy") if isinstance(info, dict) else None
-        return str(policy) if policy is not None else None
+        policies = [str(info["maxmemory_policy"]) for info in infos if "maxmemory_policy" in info]
+        evicting = [policy for policy in policies if policy != NO_EVICTION]
+        return next(iter([*evicting, *policies]), None)
 
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
         """Watermarks that there are, by partition.
@@ -254,7 +259,10 @@ def redis_client(settings: Settings) -> Any:
 
 
 def _complaint(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
+    """What went wrong, without the command that both client and server may quote."""
+    if isinstance(error, RedisClusterException):
+        return type(error).__name__
+    return f"{type(error).__name__}: {error}".partition(", with args")[0][:300]
 
 
 def _as_bytes(reply: Any) -> bytes:

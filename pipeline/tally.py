@@ -10,6 +10,7 @@ Reads topics without a consumer group, so that counting disturbs nobody.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,9 @@ from pipeline.topics import TopicRole
 
 READ_MAX_RECORDS = 4096
 """Records that one read returns at most."""
+
+REQUEST_TIMEOUT_SECONDS = 10.0
+"""The broker says nothing for so long: it is away."""
 
 NOT_SCORED = -1
 """A transaction's place in DECISIONS while it has none."""
@@ -133,6 +137,7 @@ class TopicReader:
 
     async def __aenter__(self) -> TopicReader:
         options = self._settings.kafka_client_options()
+        options["request_timeout_ms"] = round(REQUEST_TIMEOUT_SECONDS * 1000)
         self._ends = AIOKafkaConsumer(**options, enable_auto_commit=False)
         self._consumer = AIOKafkaConsumer(
             **options,
@@ -143,12 +148,12 @@ class TopicReader:
         try:
             await self._ends.start()
             await self._consumer.start()
-            self._consumer.assign(self._partitions)
             ends = await self._ends.end_offsets(self._partitions)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
             await self._stop()
             raise self._away(error) from error
         self._start = sum(ends.values())
+        self._consumer.assign(self._partitions)  # and at once, before it looks for a position:
         for partition, end in ends.items():
             self._consumer.seek(partition, end)
         return self
@@ -162,8 +167,13 @@ class TopicReader:
         await self._stop()
 
     async def _stop(self) -> None:
-        await self._consumer.stop()
-        await self._ends.stop()
+        for consumer in (self._consumer, self._ends):
+            try:
+                await consumer.stop()
+            except asyncio.CancelledError:  # aiokafka's own, of a fetch that waits for a broker
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
 
     async def published(self) -> int:
         """Records written since the start; one cheap request, nothing is read."""
@@ -210,6 +220,8 @@ class TopicReader:
 async def committed_offsets(settings: Settings) -> dict[int, int]:
     """How far the workers' group has come, by partition of the transactions topic.
 
+    A partition without commits is not in it; none is while the broker finds the group's state.
+
     Raises:
         RecurError: the broker is away.
     """
@@ -218,6 +230,8 @@ async def committed_offsets(settings: Settings) -> dict[int, int]:
     try:
         await admin.start()
         found = await admin.list_consumer_group_offsets(settings.kafka_group)
+    except kafka_errors.GroupCoordinatorNotAvailableError:  # so is a broker's before any group
+        return {}
     except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
         raise RecurError(
             f"cannot ask the broker at {settings.kafka_bootstrap} for the offsets of group"

@@ -344,6 +344,8 @@ def _amounts(column: pa.Array, faults: _Faults) -> NDArray[np.float64]:
 
 def _numbers(column: pa.Array, name: str, faults: _Faults) -> NDArray[np.float64]:
     """float64, NaN where null; text that is no number is a fault."""
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.string())  # Arrow's own way to a float64 is not the nearest one
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         try:
             cast = column.cast(pa.float64(), safe=False)
@@ -490,6 +492,8 @@ class _CsvSource:
         yield from self._reader(names)
 
     def fraction_read(self) -> float:
+        if self._file.closed:  # its reader closes it at its end
+            return 1.0
         return min(1.0, int(self._file.tell()) / max(1, self._bytes))
 
 

@@ -1,0 +1,526 @@
+"""Workers on a Kafka and a store in memory: stepped, killed and started anew; and what must hold.
+
+A worker's coroutine waits only where a fake lets others run, so that a test can step several
+workers in any order, without an event loop and without a clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from prometheus_client import CollectorRegistry
+
+from model.checkpoint import Checkpoint, Header, Thresholds
+from model.features import INPUTS, AccountHistory, FeatureSpec, observe
+from model.gru import Architecture, Network
+from model.transaction import Transaction, epoch_ms
+from pipeline.account_state import RECENT_IDS, Watermark
+from pipeline.codec import CONTROL_HEADER, WARM_HEADER, decode, decode_alert, decode_score
+from pipeline.errors import RejectedError
+from pipeline.health import Health
+from pipeline.memory import (
+    MemoryConsumer,
+    MemoryKafka,
+    MemoryPublisher,
+    MemoryRecord,
+    MemoryScoreLog,
+    MemoryStateStore,
+)
+from pipeline.metrics import Metrics
+from pipeline.ownership import Ownership, Poll
+from pipeline.patience import Patience
+from pipeline.processor import Computed, Processor
+from pipeline.scorer import Scorer
+from pipeline.settings import Settings
+from pipeline.topics import ROLES
+
+DAY_MS = 86_400_000
+START_MS = 1_700_000_000_000
+HIDDEN_TOLERANCE = 4e-3
+"""Largest difference of a hidden between micro-batches of different sizes: a matrix product's
+last bits depend on its size, and float16 then rounds another way, at each step anew."""
+
+SCORE_TOLERANCE = 2e-2
+"""Of a score likewise; the network of these tests is steep."""
+
+
+def small_checkpoint(layers: int = 1, hidden_size: int = 8, seed: int = 0) -> Checkpoint:
+    """An untrained network whose scores spread over [0, 0.8]."""
+    architecture = Architecture(
+        inputs=len(INPUTS),
+        input_size=8,
+        hidden_size=hidden_size,
+        layers=layers,
+        head_size=8,
+        dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Network(architecture)
+    with torch.no_grad():
+        network.logit.weight *= 12
+    header = Header(
+        architecture=architecture,
+        features=FeatureSpec(),
+        thresholds=Thresholds(review=0.3, decline=0.6),
+    )
+    return Checkpoint(network, header)
+
+
+class Killed(BaseException):
+    """The worker dies here, as by SIGKILL: no code may handle it."""
+
+
+@dataclass
+class AccountReference:
+    """One account's state, computed transaction by transaction with nothing of the worker's."""
+
+    history: AccountHistory
+    hidden: torch.Tensor  # [1, L, H]
+    ids: list[str] = field(default_factory=list)
+    first_offset: int = -1
+    last_offset: int = -1
+    last_record_ms: int = 0
+
+
+@dataclass
+class PartitionReference:
+    """What must come of a partition's log."""
+
+    scores: dict[int, float] = field(default_factory=dict)
+    warm: set[int] = field(default_factory=set)
+    rejected: dict[int, str] = field(default_factory=dict)
+    repeated: set[int] = field(default_factory=set)
+    accounts: dict[str, AccountReference] = field(default_factory=dict)
+
+
+def reference(
+    checkpoint: Checkpoint, records: Sequence[MemoryRecord], ttl_ms: int = 30 * DAY_MS
+) -> PartitionReference:
+    """The offline computation of a partition's log."""
+    result = PartitionReference()
+    for record in records:
+        try:
+            transaction = _decoded(checkpoint, record)
+        except RejectedError as error:
+            result.rejected[record.offset] = error.reason
+            continue
+        score = _apply(checkpoint, result.accounts, transaction, record, ttl_ms)
+        if score is None:
+            result.repeated.add(record.offset)
+            continue
+        result.scores[record.offset] = score
+        if any(name == WARM_HEADER for name, _ in record.headers):
+            result.warm.add(record.offset)
+    return result
+
+
+def _decoded(checkpoint: Checkpoint, record: MemoryRecord) -> Transaction:
+    if any(name == CONTROL_HEADER for name, _ in record.headers):
+        raise RejectedError("control", "")
+    transaction = decode(record.key, record.value, checkpoint.header.currency)
+    if epoch_ms(transaction.timestamp) > record.timestamp + DAY_MS:
+        raise RejectedError("future_timestamp", "")
+    return transaction
+
+
+def _apply(
+    checkpoint: Checkpoint,
+    accounts: dict[str, AccountReference],
+    transaction: Transaction,
+    record: MemoryRecord,
+    ttl_ms: int,
+) -> float | None:
+    """The score; None for a repeat."""
+    state = accounts.get(transaction.account_id)
+    if state is not None and transaction.transaction_id in state.ids[-RECENT_IDS:]:
+        return None
+    if state is None or record.timestamp - state.last_record_ms > ttl_ms:
+        state = AccountReference(AccountHistory.empty(1), checkpoint.network.empty_hidden(1))
+        state.first_offset = record.offset
+        accounts[transaction.account_id] = state
+    raw, state.history = observe(
+        state.history,
+        np.array([transaction.amount]),
+        np.array([epoch_ms(transaction.timestamp)]),
+    )
+    with torch.inference_mode():
+        inputs = torch.from_numpy(checkpoint.encode(raw))
+        logits, hidden = checkpoint.network.step(inputs, state.hidden)
+        state.hidden = hidden.half().float()
+    state.ids.append(transaction.transaction_id)
+    state.last_offset = record.offset
+    state.last_record_ms = max(state.last_record_ms, record.timestamp)
+    return float(torch.sigmoid(logits))
+
+
+_references: dict[tuple[str, int, str], PartitionReference] = {}
+"""Computed before: tests that kill a worker at every step need the same ones again and again."""
+
+
+class World:
+    """A broker, a store and any number of workers, one after another or side by side."""
+
+    def __init__(self, checkpoint: Checkpoint | None = None, **settings: Any) -> None:
+        self.checkpoint = checkpoint or small_checkpoint()
+        self.settings = Settings(**{"partitions": 2, "micro_batch_max": 8, **settings})
+        self.now_ms = START_MS
+        self.kafka = MemoryKafka(
+            {self.settings.topic(role): self.settings.partitions for role in ROLES},
+            clock_ms=lambda: self.now_ms,
+        )
+        self.store = MemoryStateStore()
+        self.topic = self.settings.topic("transactions")
+        self.partitions = range(self.settings.partitions)
+
+    # in ----------------------------------------------------------------------------------
+
+    def produce(
+        self, account: str, transaction_id: str | None = None, **changes: Any
+    ) -> tuple[int, int]:
+        """Append a transaction, a minute after the last; its partition and offset."""
+        self.now_ms += 60_000
+        headers = changes.pop("headers", ())
+        fields = {
+            "transaction_id": transaction_id or f"t{self.now_ms}",
+            "account_id": account,
+            "merchant_id": "m1",
+            "amount": 20.0,
+            "currency": "EUR",
+            "timestamp": self.now_ms,
+        } | changes
+        return self.produce_raw(account.encode(), json.dumps(fields).encode(), headers)
+
+    def produce_raw(
+        self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> tuple[int, int]:
+        """Append a record; its partition and offset."""
+        partition = self.kafka.partition_of(self.topic, key)
+        return partition, self.kafka.produce(self.topic, key, value, headers=headers)
+
+    def produce_many(self, count: int, accounts: int = 6, seed: int = 0) -> None:
+        """Append transactions of a few accounts, with repeats, rejects and warm ones mixed in."""
+        rng = np.random.default_rng(seed)
+        for i in range(count):
+            account = f"A{rng.integers(accounts)}"
+            amount = round(float(rng.gamma(2.0, 60.0)), 2)
+            if i % 11 == 7:
+                self.produce_raw(account.encode(), b"not a transaction")
+            elif i % 9 == 8:
+                for _ in range(1 + i % 2):
+                    self.produce(account, f"t{i}-{account}", amount=amount)
+            else:
+                headers = [(WARM_HEADER, b"1")] if i % 7 == 3 else []
+                self.produce(account, amount=amount, headers=headers)
+
+    def account_in(self, partition: int, number: int = 0) -> str:
+        """Name of an account that lies in a partition."""
+        names = (f"P{partition}-{number}-{i}" for i in range(1000))
+        topic, kafka = self.topic, self.kafka
+        return next(name for name in names if kafka.partition_of(topic, name.encode()) == partition)
+
+    # workers -----------------------------------------------------------------------------
+
+    def worker(
+        self, assigned: Collection[int] | None = None, checkpoint: Checkpoint | None = None
+    ) -> MemoryWorker:
+        """A new worker process with these partitions, or all."""
+        return MemoryWorker(
+            self, self.partitions if assigned is None else assigned, checkpoint or self.checkpoint
+        )
+
+    def interrupt(self, interrupt: Callable[[str], None]) -> None:
+        """Have every effect on broker and store announced."""
+        self.kafka.interrupt = self.store.interrupt = interrupt
+
+    # out ---------------------------------------------------------------------------------
+
+    def watermark(self, partition: int) -> int:
+        """The first offset that is not applied; 0 without a watermark."""
+        value = self.store.watermarks.get(partition)
+        return 0 if value is None else Watermark.from_bytes(value).next_offset
+
+    def scores(self, partition: int) -> dict[int, list[bytes]]:
+        """Published scores' records by source offset, in the order of their publishing."""
+        found: dict[int, list[bytes]] = {}
+        for record in self.kafka.records(self.settings.topic("scores"), partition):
+            assert record.value is not None
+            score = decode_score(record.value)
+            topic, number, offset = score.source.rsplit(":", 2)
+            assert (topic, int(number)) == (self.topic, partition)
+            assert record.key == score.account_id.encode()
+            found.setdefault(int(offset), []).append(record.value)
+        return found
+
+    def alerts(self) -> Counter[str]:
+        """How often there is an alert, by source."""
+        return Counter(
+            decode_alert(record.value or b"").source
+            for record in self.kafka.records(self.settings.topic("alerts"))
+        )
+
+    def dead_letters(self) -> Counter[tuple[int, int, str]]:
+        """How often there is a rejected record, by partition, offset and reason."""
+        found: Counter[tuple[int, int, str]] = Counter()
+        for record in self.kafka.records(self.settings.topic("dead_letter")):
+            headers = dict(record.headers)
+            place = int(headers["partition"]), int(headers["offset"])
+            found[*place, headers["reason"].decode()] += 1
+        return found
+
+    # what must hold ----------------------------------------------------------------------
+
+    def assert_published_before_saved(self) -> None:
+        """Whatever a watermark has passed is in the scores, alerts and dead-letter topics."""
+        for partition in self.partitions:
+            next_offset = self.watermark(partition)
+            expected = self.references()[partition]
+            scores, alerts = self.scores(partition), self.alerts()
+            dead = {(p, offset) for p, offset, _ in self.dead_letters()}
+            for offset in range(next_offset):
+                if offset in expected.scores:
+                    assert offset in scores, "saved before its score was published"
+                    self._assert_alert(partition, offset, scores[offset][0], expected, alerts)
+                if offset in expected.rejected:
+                    assert (partition, offset) in dead, "saved before it was in dead-letter"
+
+    def references(self) -> list[PartitionReference]:
+        """The offline computation of every partition, from its whole log."""
+        ttl_ms = int(self.settings.state_ttl_days * DAY_MS)
+        found = []
+        for partition in self.partitions:
+            records = self.kafka.records(self.topic, partition)
+            key = self.checkpoint.digest, ttl_ms, str(records)
+            if key not in _references:
+                _references[key] = reference(self.checkpoint, records, ttl_ms)
+            found.append(_references[key])
+        return found
+
+    def assert_all_applied(self, *, scores_once: bool = True, alerts_once: bool = False) -> None:
+        """Every transaction is scored and applied once, and nothing else came out."""
+        alerts, dead = self.alerts(), self.dead_letters()
+        for partition, expected in zip(self.partitions, self.references(), strict=True):
+            log_end = self.kafka.bounds(self.topic, partition).end
+            assert self.watermark(partition) == log_end
+            scores = self.scores(partition)
+            assert scores.keys() == expected.scores.keys()
+            for offset, published in scores.items():
+                if scores_once:
+                    assert len(published) == 1, f"{len(published)} scores of {offset}"
+                self._assert_scores(offset, published, expected)
+                self._assert_alert(partition, offset, published[0], expected, alerts)
+            for offset, reason in expected.rejected.items():
+                assert dead.pop((partition, offset, reason)) >= 1
+            assert_states(self, partition, expected)
+        assert not dead, "records in dead-letter that were not rejected"
+        if alerts_once:
+            assert set(alerts.values()) <= {1}
+
+    def _assert_scores(
+        self, offset: int, published: Sequence[bytes], expected: PartitionReference
+    ) -> None:
+        first, *others = [decode_score(value) for value in published]
+        assert abs(first.score - expected.scores[offset]) < SCORE_TOLERANCE
+        assert first.model == self.checkpoint.digest
+        for other in others:
+            assert other.transaction_id == first.transaction_id
+            assert abs(other.score - first.score) < SCORE_TOLERANCE
+
+    def _assert_alert(
+        self,
+        partition: int,
+        offset: int,
+        value: bytes,
+        expected: PartitionReference,
+        alerts: Counter[str],
+    ) -> None:
+        score = decode_score(value)
+        thresholds = self.checkpoint.header.thresholds
+        decisions = ["approve", "review", "decline"]
+        at = (score.score >= thresholds.review) + (score.score >= thresholds.decline)
+        assert score.decision == decisions[at]
+        wanted = at > 0 and offset not in expected.warm
+        source = f"{self.topic}:{partition}:{offset}"
+        assert (alerts[source] > 0) == wanted, f"alert of {source} at score {score.score}"
+
+
+def assert_states(world: World, partition: int, expected: PartitionReference) -> None:
+    """The store's states of a partition are the offline computation's."""
+    codec = Scorer(world.checkpoint, ttl_ms=1).codec
+    stored = {account for p, account in world.store.states if p == partition}
+    assert stored == expected.accounts.keys()
+    for account, state in expected.accounts.items():
+        found, loaded, _ = codec.decode([world.store.states[partition, account]])
+        assert loaded.all(), account
+        assert int(found.first_offset[0]) == state.first_offset, account
+        assert int(found.last_offset[0]) == state.last_offset, account
+        assert int(found.last_record_ms[0]) == state.last_record_ms, account
+        history = found.history
+        assert int(history.count[0]) == int(state.history.count[0]), account
+        assert int(history.last_event_ms[0]) == int(state.history.last_event_ms[0]), account
+        np.testing.assert_allclose(history.decayed_count, state.history.decayed_count, 1e-5)
+        np.testing.assert_allclose(history.decayed_amount, state.history.decayed_amount, 1e-5)
+        ids = {xxhash.xxh3_64_intdigest(i.encode()) for i in state.ids[-RECENT_IDS:]}
+        assert set(found.recent_ids[0].tolist()) - {0} == ids, account
+        hidden = torch.from_numpy(found.hidden[0]).float()
+        assert (hidden - state.hidden[0]).abs().max() < HIDDEN_TOLERANCE, account
+
+
+Choose = Callable[[Sequence[int]], int]
+"""Which of these goes on."""
+
+
+def in_turn(candidates: Sequence[int]) -> int:
+    """The first; :func:`side_by_side` asks with the one that went last at the end."""
+    return candidates[0]
+
+
+async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) -> list[Any]:
+    """Run coroutines step by step in the order that ``choose`` gives; their results."""
+    results: list[Any] = [None] * len(coroutines)
+    alive = list(range(len(coroutines)))
+    try:
+        while alive:
+            number = choose(alive)
+            alive.remove(number)
+            try:
+                coroutines[number].send(None)
+            except StopIteration as end:
+                results[number] = end.value
+            else:
+                alive.append(number)
+                await asyncio.sleep(0)
+    finally:
+        for coroutine in coroutines:
+            coroutine.close()
+    return results
+
+
+class MemoryWorker:
+    """One worker process: the real processor on fakes."""
+
+    def __init__(self, world: World, assigned: Collection[int], checkpoint: Checkpoint) -> None:
+        self.world = world
+        settings = world.settings
+        self.metrics = Metrics(CollectorRegistry())
+        self.health = Health(10.0, clock=lambda: 0.0)
+        self.consumer = MemoryConsumer(world.kafka, settings, assigned)
+        patience = Patience(self.metrics, self.health)
+        self.scorer = Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS))
+        self.ownership = Ownership(
+            topic=world.topic,
+            scores_topic=settings.topic("scores"),
+            partitions=settings.partitions,
+            store=world.store,
+            score_log=MemoryScoreLog(world.kafka, settings),
+            transaction_log=self.consumer,
+            patience=patience,
+            metrics=self.metrics,
+        )
+        self.ownership.assign(assigned)
+        self.processor = Processor(
+            settings=settings,
+            scorer=self.scorer,
+            store=world.store,
+            publisher=MemoryPublisher(world.kafka, settings),
+            ownership=self.ownership,
+            patience=patience,
+            metrics=self.metrics,
+            health=self.health,
+            clock_ms=lambda: world.now_ms,
+        )
+        self.acked: list[dict[int, int]] = []
+        self._generation = 0
+
+    def rebalance(self, partitions: Collection[int]) -> None:
+        """The group gives these partitions and no others; polls in flight are forgotten."""
+        self.ownership.revoke(self.ownership.assigned())
+        self.ownership.assign(partitions)
+        self.consumer.assign(partitions)
+        self._generation += 1
+
+    async def process(self, poll: Poll) -> Poll:
+        """One poll alone, acked as the transport does."""
+        generation = self._generation
+        await self._conclude(await self.processor.compute(poll), generation)
+        return poll
+
+    async def _conclude(self, computed: Computed, generation: int) -> None:
+        """Publish, save and ack; what was fetched before a rebalance is not acked."""
+        await self.processor.conclude(computed)
+        if generation == self._generation:
+            self._assert_not_past_watermarks(computed.poll)
+            self.acked.append(dict(computed.poll.applied))
+            self.consumer.commit(computed.poll)
+
+    def _assert_not_past_watermarks(self, poll: Poll) -> None:
+        for partition, offset in poll.applied.items():
+            assert offset <= self.world.watermark(partition), "acked past the watermark"
+
+    async def run(
+        self,
+        polls_waiting: int = 1,
+        records_max: int | None = None,
+        choose: Choose = in_turn,
+    ) -> None:
+        """Work to the end of the log: compute each poll while the one before is concluded.
+
+        Args:
+            polls_waiting: fetched, behind the one that is computed, as in the real transport.
+            records_max: most records in a poll; else the setting.
+            choose: which of the two goes on.
+        """
+        waiting: deque[tuple[int, Poll]] = deque()
+        concluding: Coroutine[Any, Any, None] | None = None
+        try:
+            while True:
+                while len(waiting) <= polls_waiting and (poll := self.consumer.poll(records_max)):
+                    waiting.append((self._generation, poll))
+                if not waiting:
+                    if concluding is None:
+                        return
+                    await concluding
+                    concluding = None
+                    continue
+                generation, poll = waiting.popleft()
+                if generation != self._generation:
+                    continue
+                computing = self.processor.compute(poll)
+                if concluding is None:
+                    computed = await computing
+                else:
+                    computed, _ = await side_by_side(computing, concluding, choose=choose)
+                concluding = self._conclude(computed, generation)
+        finally:
+            if concluding is not None:
+                concluding.close()
+
+    def count(self, name: str, **labels: str) -> float:
+        """A metric's value."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def step(coroutine: Coroutine[Any, Any, Any]) -> bool:
+    """Run a coroutine to its next wait; False once it has ended."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return False
+    return True
+
+
+def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine that waits for nobody, step by step, to its end; what it returns."""
+    while True:
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            return end.value

@@ -1,0 +1,173 @@
+"""The demo ends well, counts every score, and leaves nothing behind, even when interrupted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipeline.demo import INTERRUPTED, DemoOptions
+from pipeline.demo_show import Phase
+from pipeline.errors import SettingsError
+from pipeline.simulated_stream import SimulatedStream
+from pipeline.tally import Tally
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_SECONDS = 180
+
+
+class Run:
+    """A short demo as a process, its output in a pipe."""
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        self.mark = f"RECUR-TEST-{uuid.uuid4().hex}"
+        self.directory = directory
+        call = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from pipeline.demo import DemoOptions, run_demo;"
+                f"sys.exit(run_demo(DemoOptions({call})))",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"TEST_MARK": self.mark, "TMPDIR": str(directory)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def until(self, text: str) -> str:
+        """Read on until a line has this text; all that was read."""
+        assert self.process.stdout is not None
+        read = ""
+        for line in self.process.stdout:
+            read += line
+            if text in line:
+                return read
+        raise AssertionError(f"{text!r} did not come:\n{read}")
+
+    def end(self) -> str:
+        """The rest of the output."""
+        return self.process.communicate(timeout=TIMEOUT_SECONDS)[0]
+
+    def left_running(self) -> list[str]:
+        """Processes that the demo started and that still run."""
+        if not Path("/proc").exists():
+            table = subprocess.run(["ps", "-axEww"], capture_output=True, text=True, check=True)
+            return [line for line in table.stdout.splitlines() if self.mark in line]
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (place / "environ").read_bytes():
+                    found.append((place / "cmdline").read_text())
+            except OSError:
+                continue  # it has ended, or is another user's
+        return found
+
+    def assert_nothing_left(self) -> None:
+        """Neither processes nor files."""
+        deadline = time.monotonic() + 5  # supervisors notice within moments
+        while self.left_running() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert self.left_running() == []
+        assert list(self.directory.iterdir()) == []
+
+
+def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, transactions=20_000, rate=200, seconds=4, history_days=2)
+    text = run.end()
+
+    assert run.process.returncode == 0, text
+    total = int(re.findall(r"transactions +([\d,]+): lost 0, scored twice 0, rejected 0", text)[0]
+                .replace(",", ""))  # fmt: skip
+    assert total > 20_800 + 2 * 5_000
+    assert "every transaction was scored exactly once" in text
+    assert len(re.findall(r"http://127\.0\.0\.1:\d+/metrics", text)) == 2
+    assert re.search(r"live +800 at \d+/s: p50 [\d.,]+ ms", text)
+    assert re.search(r"burst +20,000 in [\d.]+ s: [\d,]+/s by 2 workers", text)
+    scored = [
+        int(n.replace(",", "")) for n in re.findall(r"worker \d: ([\d,]+) transactions", text)
+    ]
+    assert sum(scored) == total
+    assert "\x1b" not in text
+    run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment", ["starting Kafka", "starting 1 worker", "live "])
+def test_ctrl_c_ends_it_at_any_time_and_leaves_nothing(moment: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, transactions=1_000, rate=200, seconds=60, history_days=0, workers=1)
+    run.until(moment)
+    run.process.send_signal(signal.SIGINT)
+    text = run.end()
+
+    assert run.process.returncode == INTERRUPTED, text
+    assert "stopped" in text
+    assert "Traceback" not in text
+    run.assert_nothing_left()
+
+
+def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
+    run = Run(tmp_path, transactions=1_000, seconds=60, history_days=0, workers=1)
+    run.until("live ")
+    run.process.kill()
+    run.end()
+
+    deadline = time.monotonic() + 30
+    while run.left_running() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert run.left_running() == []
+
+
+def test_a_worker_that_cannot_start_shows_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECUR_CHECKPOINT", str(tmp_path / "nothing.safetensors"))
+    (tmp_path / "temporary").mkdir()
+    run = Run(tmp_path / "temporary", workers=1)
+    text = run.end()
+
+    assert run.process.returncode == 1
+    assert re.search("ServiceError: worker 1 ended with exit status", text)
+    assert "nothing.safetensors" in text
+    assert run.left_running() == []
+
+
+def test_whatever_is_lost_double_or_without_its_alert_is_a_fault() -> None:
+    transactions = SimulatedStream(50, 1000, "2020-01-01", seed=1).take(6)
+    tally = Tally(6, transactions.index_of)
+    phase = Phase("live", transactions, tally, 0, 0, 0)
+    tally.times[:] = 1
+    tally.decisions[:] = [2, 1, 0, 0, 0, 0]
+    phase.alerted[:2] = True
+    assert phase.faults() == []
+
+    phase.alerted[1] = False
+    tally.times[3:] = [0, 0, 2]
+    tally.strangers = 7
+    phase.rejected = 1
+    assert phase.faults() == [
+        "1 never scored (live)",
+        "1 rejected (live)",
+        "1 scored more than once (live)",
+        "7 scored again later (live)",
+        "1 declined or reviewed without an alert (live)",
+    ]
+    phase.warm = True
+    assert "without an alert" not in " ".join(phase.faults())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"workers": 0}, "--workers is 0"), ({"rate": 0.5}, "--rate"), ({"seconds": 1e9}, "3,600")],
+)
+def test_wrong_options_are_named(options: dict[str, float], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        DemoOptions(**options)  # type: ignore[arg-type]

@@ -1,0 +1,168 @@
+"""`/metrics`, `/live` and `/ready` over real HTTP, and the watchdog behind them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import partialmethod
+from http.server import ThreadingHTTPServer
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline import endpoints as endpoints_module
+from pipeline.endpoints import STALLED_EXIT_CODE, Endpoints
+from pipeline.errors import StartupError
+from pipeline.health import Health
+from pipeline.metrics import Metrics
+
+WATCHDOG_SECONDS = 10.0
+
+
+class Server:
+    """Endpoints that serve, with all that they tell of in a test's hand."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.now_seconds = 0.0
+        self.metrics = Metrics(CollectorRegistry())
+        self.health = Health(WATCHDOG_SECONDS, clock=lambda: self.now_seconds)
+        self.exit_codes: list[int] = []
+        self.ended = threading.Event()
+        self.endpoints = Endpoints("127.0.0.1", port, self.metrics, self.health, self._end)
+
+    def _end(self, code: int) -> None:
+        self.exit_codes.append(code)
+        self.ended.set()
+
+    def get(self, path: str) -> tuple[int, str, str]:
+        """Status, content type and body."""
+        url = f"http://{self.endpoints.address}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                return reply.status, reply.headers["Content-Type"], reply.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers["Content-Type"], error.read().decode()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints_module, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(endpoints_module, "GRACE_SECONDS", 0.05)
+    serve = partialmethod(ThreadingHTTPServer.serve_forever, poll_interval=0.01)
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", serve)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    server.endpoints.start()
+    yield server
+    server.endpoints.stop()
+
+
+def test_metrics_can_be_scraped(server: Server) -> None:
+    server.metrics.duplicates.inc(3)
+    server.metrics.latency.observe([0.002, 0.5])
+
+    status, kind, body = server.get("/metrics")
+
+    assert status == 200
+    assert kind.startswith("text/plain")
+    found = {s.name: s.value for f in text_string_to_metric_families(body) for s in f.samples}
+    assert found["recur_duplicates_total"] == 3
+    assert found["recur_score_latency_seconds_count"] == 2
+
+
+def test_ready_tells_what_is_missing_until_nothing_is(server: Server) -> None:
+    status, kind, body = server.get("/ready")
+    assert (status, kind) == (503, "application/json")
+    assert json.loads(body)["missing"].keys() == {"redis", "kafka", "partitions"}
+
+    for part in ("redis", "kafka", "partitions"):
+        server.health.up(part)
+    status, _, body = server.get("/ready")
+    assert status == 200
+    assert json.loads(body) == {"ready": True, "missing": {}}
+
+    server.health.down("redis", "it does not answer")
+    status, _, body = server.get("/ready")
+    assert status == 503
+    assert json.loads(body) == {"ready": False, "missing": {"redis": "it does not answer"}}
+
+
+def test_live_stays_true_while_redis_is_away(server: Server) -> None:
+    server.health.down("redis", "it does not answer")
+
+    status, _, body = server.get("/live")
+
+    assert status == 200
+    assert json.loads(body) == {"live": True, "stalled_seconds": 0.0}
+
+
+def test_a_stall_turns_live_false_and_then_ends_the_process_so_that_it_is_started_again(
+    server: Server,
+) -> None:
+    server.health.records_wait(True)
+    server.now_seconds += WATCHDOG_SECONDS - 0.01
+    assert not server.ended.wait(0.05)
+    assert server.get("/live")[0] == 200
+
+    server.now_seconds += 0.01
+    status, _, body = server.get("/live")
+    assert status == 503
+    assert json.loads(body) == {"live": False, "stalled_seconds": WATCHDOG_SECONDS}
+    assert server.ended.wait(10)
+    assert server.exit_codes == [STALLED_EXIT_CODE]
+
+
+def test_the_ready_gauge_follows_the_health(server: Server) -> None:
+    def gauge() -> float:
+        (family,) = server.metrics.ready.collect()
+        return family.samples[0].value
+
+    def becomes(value: float) -> bool:
+        waiting = threading.Event()
+        return any(gauge() == value or waiting.wait(0.01) for _ in range(1000))
+
+    for part in ("redis", "kafka", "partitions"):
+        server.health.up(part)
+    assert becomes(1)
+    server.health.down("kafka", "gone")
+    assert becomes(0)
+
+
+@pytest.mark.parametrize("path", ["/", "/metric", "/live/", "/../etc/passwd", "/ready?x=1"])
+def test_another_path_is_not_found(server: Server, path: str) -> None:
+    assert server.get(path)[0] == 404
+
+
+def test_requests_are_served_side_by_side(server: Server) -> None:
+    """A client that connects and says nothing keeps nobody waiting."""
+    host, port = server.endpoints.address.split(":")
+    with socket.create_connection((host, int(port))):
+        assert server.get("/live")[0] == 200
+
+
+def test_a_taken_port_ends_the_start_and_names_the_setting(server: Server) -> None:
+    port = int(server.endpoints.address.split(":")[1])
+
+    with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*RECUR_HTTP_PORT"):
+        Server(port)
+
+
+def test_a_stopped_server_gives_its_port_back() -> None:
+    first = Server()
+    first.endpoints.start()
+    port = int(first.endpoints.address.split(":")[1])
+    first.endpoints.stop()
+
+    second = Server(port)
+    second.endpoints.start()
+    assert second.get("/live")[0] == 200
+    second.endpoints.stop()

@@ -1,0 +1,111 @@
+"""What `/live` and `/ready` are told, by an injected clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.health import Health
+
+
+class Clock:
+    """Monotonic seconds that a test moves."""
+
+    def __init__(self) -> None:
+        self.now_seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def health(clock: Clock) -> Health:
+    return Health(watchdog_seconds=10.0, clock=clock)
+
+
+def test_a_new_worker_is_ready_only_once_redis_kafka_and_partitions_are_there(
+    health: Health,
+) -> None:
+    for part in ("redis", "kafka", "partitions"):
+        assert not health.ready
+        assert part in health.missing()
+        health.up(part)
+
+    assert health.ready
+    assert health.missing() == {}
+
+
+@pytest.mark.parametrize("part", ["redis", "kafka", "partitions", "worker"])
+def test_a_part_that_goes_away_is_named_until_it_is_back(health: Health, part: str) -> None:
+    for everything in ("redis", "kafka", "partitions"):
+        health.up(everything)
+
+    health.down(part, "gone")
+    assert not health.ready
+    assert health.missing() == {part: "gone"}
+
+    health.up(part)
+    assert health.ready
+
+
+def test_a_worker_that_has_nothing_to_do_is_alive_for_ever(health: Health, clock: Clock) -> None:
+    health.records_wait(False)
+    clock.now_seconds += 1e6
+
+    assert health.live
+    assert health.stalled_seconds() == 0
+
+
+def test_records_that_wait_with_nothing_moving_end_the_life_after_the_time_and_not_before(
+    health: Health, clock: Clock
+) -> None:
+    health.records_wait(True)
+    clock.now_seconds += 9.9
+    assert health.live
+    assert health.stalled_seconds() == pytest.approx(9.9)
+
+    clock.now_seconds += 0.1
+    assert not health.live
+
+
+def test_looking_again_does_not_start_the_wait_anew(health: Health, clock: Clock) -> None:
+    for _ in range(11):
+        health.records_wait(True)
+        clock.now_seconds += 1
+
+    assert not health.live
+
+
+def test_each_micro_batch_starts_the_wait_anew(health: Health, clock: Clock) -> None:
+    health.records_wait(True)
+    for _ in range(100):
+        clock.now_seconds += 9
+        health.moved()
+        health.records_wait(True)
+        assert health.live
+
+    clock.now_seconds += 10
+    assert not health.live
+
+
+def test_a_wait_that_ended_is_forgotten(health: Health, clock: Clock) -> None:
+    health.records_wait(True)
+    clock.now_seconds += 9
+    health.records_wait(False)
+    clock.now_seconds += 9
+    health.records_wait(True)
+    clock.now_seconds += 9
+
+    assert health.live
+
+
+def test_being_away_is_not_being_dead(health: Health, clock: Clock) -> None:
+    """A Redis that is away makes a worker unready; only waiting records end it."""
+    health.down("redis", "gone")
+    clock.now_seconds += 1e6
+
+    assert health.live

@@ -1,0 +1,121 @@
+"""Log lines: one JSON object each, with their fields, and quiet where libraries tell too much."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+
+from pipeline import logs
+
+SECRET = "4111-1111-1111-1111"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in logs.QUIET_LOGGERS}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return [json.loads(line) for line in captured.err.splitlines()]
+
+
+def test_a_line_is_one_json_object_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+
+    logging.getLogger("pipeline.ownership").warning(
+        "partitions %s", "assigned", extra={"partitions": [1, 2], "why": 'a "reason"\nand more'}
+    )
+
+    (line,) = lines(capsys)
+    time = line.pop("time")
+    assert len(time) == len("2026-01-01T00:00:00.000Z")
+    assert time.endswith("Z")
+    assert line == {
+        "level": "warning",
+        "logger": "pipeline.ownership",
+        "message": "partitions assigned",
+        "partitions": [1, 2],
+        "why": 'a "reason"\nand more',
+    }
+
+
+def test_what_is_no_json_is_written_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+
+    logging.getLogger("x").info("m", extra={"bytes_": b"\xff", "set_": {1}, "error": OSError(2)})
+
+    (line,) = lines(capsys)
+    assert line["bytes_"] == "b'\\xff'"
+
+
+def test_an_exception_stays_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+    try:
+        raise ZeroDivisionError("by nothing")
+    except ZeroDivisionError:
+        logging.getLogger("x").exception("it failed")
+
+    (line,) = lines(capsys)
+    assert "ZeroDivisionError: by nothing" in line["exception"]
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)],
+)
+def test_the_level_is_the_least_severe_that_is_written(
+    capsys: pytest.CaptureFixture[str], level: str, expected: int
+) -> None:
+    logs.configure(level, "json")
+    log = logging.getLogger("x")
+    for severity in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        log.log(severity, "m")
+
+    assert len(lines(capsys)) == expected
+
+
+@pytest.mark.parametrize("name", ["aiokafka.producer.producer", "faust.app", "redis.client"])
+def test_libraries_that_write_payloads_at_debug_are_quiet_even_then(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    logs.configure("debug", "json")
+    log = logging.getLogger(name)
+
+    log.debug("Sending (key=%s value=%s)", SECRET, SECRET)
+    log.info("fetched %s", SECRET)
+    log.warning("the broker is away")
+
+    assert [line["message"] for line in lines(capsys)] == ["the broker is away"]
+
+
+def test_text_is_readable_and_holds_the_same_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "text")
+
+    logging.getLogger("pipeline.patience").warning("it does not answer", extra={"service": "redis"})
+
+    text = capsys.readouterr().err
+    assert text.endswith("warning  pipeline.patience  it does not answer  service=redis\n")
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_configuring_twice_does_not_double_the_lines(
+    capsys: pytest.CaptureFixture[str], form: Literal["json", "text"]
+) -> None:
+    logs.configure("info", form)
+    logs.configure("info", form)
+    logging.getLogger("x").info("once")
+
+    assert len(capsys.readouterr().err.splitlines()) == 1

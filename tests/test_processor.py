@@ -1,0 +1,1218 @@
+"""The processor on a broker and a store in memory: whatever dies, nothing is lost or said twice."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint
+from pipeline import memory as memory_module
+from pipeline import ownership as ownership_module
+from pipeline import patience as patience_module
+from pipeline.account_state import Watermark
+from pipeline.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
+from pipeline.errors import StartupError
+from pipeline.memory import MemoryPublisher
+from pipeline.ownership import Poll
+from pipeline.processor import thresholds_of
+from pipeline.publisher import Appended, Outgoing, PublishError
+from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
+from pipeline.settings import load_settings
+from tests.memory_pipeline import (
+    DAY_MS,
+    Killed,
+    MemoryWorker,
+    World,
+    finish,
+    small_checkpoint,
+    step,
+)
+
+POISON = 666.0
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience asks again at once: no test here has an event loop that could wait."""
+    monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
+
+
+def at(number: int, act: Callable[[], object]) -> Callable[[str], None]:
+    """Do something at the n-th step."""
+    steps = iter(range(number + 1))
+
+    def interrupt(name: str) -> None:
+        if next(steps, None) == number:
+            act()
+
+    return interrupt
+
+
+def when(name: str, act: Callable[[], object], times: int = 1) -> Callable[[str], None]:
+    """Do something at the first steps of this name."""
+    left = iter(range(times))
+
+    def interrupt(step_name: str) -> None:
+        if step_name == name and next(left, None) is not None:
+            act()
+
+    return interrupt
+
+
+def nothing(name: str) -> None:
+    """Every step happens."""
+
+
+def die() -> None:
+    raise Killed
+
+
+def run_until_killed(worker: MemoryWorker) -> None:
+    with pytest.raises(Killed):
+        finish(worker.run())
+
+
+def next_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
+    poll = worker.consumer.poll(records_max)
+    assert poll is not None
+    return poll
+
+
+def one_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
+    """Process the next poll alone."""
+    poll = next_poll(worker, records_max)
+    finish(worker.process(poll))
+    return poll
+
+
+def lose_everything(world: World) -> None:
+    """The store is empty, as another Redis or another model's keys are."""
+    world.store.watermarks.clear()
+    world.store.states.clear()
+
+
+def produce_everywhere(world: World) -> None:
+    """A transaction in each partition: without any, nobody looks at its states."""
+    for partition in world.partitions:
+        world.produce(world.account_in(partition))
+
+
+def read_on(world: World, **settings: Any) -> MemoryWorker:
+    """A fresh worker that works to the end of the log."""
+    world.interrupt(nothing)
+    worker = world.worker(**settings)
+    finish(worker.run())
+    return worker
+
+
+# a clean run -----------------------------------------------------------------------------
+
+
+def test_the_steps_of_a_poll_come_in_their_order() -> None:
+    world = World(partitions=1)
+    worker = world.worker()
+    world.produce("A", amount=1.0)
+    one_poll(worker)
+    steps: list[str] = []
+    world.interrupt(steps.append)
+    world.produce_raw(b"A", b"not a transaction")
+    for amount in (300.0, 0.01):
+        world.produce("A", amount=amount)
+    committed = world.kafka.committed("recur", "transactions", 0)
+
+    one_poll(worker)
+
+    names = ["load", "publish scores", "publish alerts", "publish rejected", "save"]
+    if not world.alerts():
+        names.remove("publish alerts")
+    assert steps == [f"{when} {name}" for name in names for when in ("before", "after")]
+    assert committed == 1
+    assert world.kafka.committed("recur", "transactions", 0) == 4
+
+
+@pytest.mark.parametrize("polls_waiting", [0, 1])
+@pytest.mark.parametrize("records_max", [1, 7, 1000])
+def test_a_clean_run_scores_and_applies_every_transaction_once(
+    polls_waiting: int, records_max: int
+) -> None:
+    world = World()
+    world.produce_many(120)
+    worker = world.worker()
+
+    finish(worker.run(polls_waiting, records_max))
+
+    world.assert_all_applied(alerts_once=True)
+    expected = world.references()
+    scored = sum(len(part.scores) for part in expected)
+    assert worker.count("recur_transactions_total") == scored
+    assert worker.count("recur_score_count") == scored
+    assert worker.count("recur_score_latency_seconds_count") == scored
+    repeats = sum(len(part.repeated) for part in expected)
+    assert worker.count("recur_duplicates_total") == repeats > 0
+    rejected = sum(len(part.rejected) for part in expected)
+    assert worker.count("recur_rejected_total", reason="not_json") == rejected > 0
+    alerts = [
+        worker.count("recur_alerts_total", decision=decision) for decision in ("review", "decline")
+    ]
+    assert sum(alerts) == len(world.alerts()) > 0
+    for name in ("replayed", "scores_recovered", "guard_mismatches", "foreign_scores"):
+        assert worker.count(f"recur_{name}_total") == 0
+    for partition in world.partitions:
+        assert world.kafka.committed("recur", "transactions", partition) == world.watermark(
+            partition
+        )
+
+
+def test_two_workers_share_the_partitions() -> None:
+    world = World(partitions=3)
+    world.produce_many(90)
+    first, second = world.worker([0, 2]), world.worker([1])
+
+    finish(first.run())
+    finish(second.run())
+
+    world.assert_all_applied(alerts_once=True)
+
+
+def test_a_score_holds_what_the_topic_promises() -> None:
+    world = World(partitions=1)
+    world.produce('A "1"%é', "t-1", amount=300.5, merchant_id="m-9", category="5411")
+
+    read_on(world)
+
+    ((value,),) = world.scores(0).values()
+    score = decode_score(value)
+    assert (score.transaction_id, score.account_id, score.merchant_id) == ("t-1", 'A "1"%é', "m-9")
+    assert (score.amount, score.timestamp) == (300.5, world.now_ms)
+    assert (score.model, score.source) == (world.checkpoint.digest, "transactions:0:0")
+    assert score.features["amount"] == 300.5
+    assert score.features["transactions_seen"] == 1
+    raw = np.array([list(score.features.values())], np.float32)
+    network = world.checkpoint.network
+    logits, _ = network.step(
+        torch.from_numpy(world.checkpoint.encode(raw)), network.empty_hidden(1)
+    )
+    assert np.float32(score.score) == logits.sigmoid().numpy()[0], "cannot be recomputed"
+
+
+def test_an_alert_holds_its_score_thresholds_and_time() -> None:
+    world = World(partitions=1, review_threshold=0.0, decline_threshold=1.0)
+    world.produce("A")
+
+    read_on(world)
+
+    (record,) = world.kafka.records("alerts")
+    alert = decode_alert(record.value or b"")
+    assert record.key == b"A"
+    assert alert.decision == "review"
+    assert alert.thresholds == {"review": 0.0, "decline": 1.0}
+    assert (alert.reasons, alert.created_at) == ([], world.now_ms)
+    ((value,),) = world.scores(0).values()
+    assert alert.score == decode_score(value).score
+
+
+# killed at any step ----------------------------------------------------------------------
+
+
+def small_world() -> World:
+    world = World()
+    world.produce_many(36)
+    return world
+
+
+def count_steps() -> int:
+    world = small_world()
+    steps: list[str] = []
+    world.interrupt(steps.append)
+    finish(world.worker().run())
+    return len(steps)
+
+
+@pytest.mark.parametrize("number", range(count_steps()))
+def test_a_worker_killed_at_any_step_loses_nothing_and_says_nothing_twice(number: int) -> None:
+    world = small_world()
+    world.interrupt(at(number, die))
+    run_until_killed(world.worker())
+    world.assert_published_before_saved()
+
+    worker = read_on(world)
+
+    world.assert_all_applied()
+    assert worker.count("recur_guard_mismatches_total") == 0
+    assert worker.count("recur_records_lost_total") == 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_workers_killed_again_and_again_lose_nothing_and_say_nothing_twice(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while they recover, and with published scores that are read piece by piece."""
+    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
+    rng = random.Random(seed)
+    world = World(micro_batch_max=rng.choice([3, 8, 30]))
+    world.produce_many(60, seed=seed)
+    for _ in range(100):
+        world.interrupt(at(rng.randrange(30), die))
+        try:
+            finish(world.worker().run())
+        except Killed:
+            world.assert_published_before_saved()
+        else:
+            break
+
+    read_on(world)
+
+    world.assert_all_applied()
+
+
+def test_after_a_kill_published_scores_are_kept_as_they_were_said() -> None:
+    """Even if the next worker would say something else: the score that is out stands."""
+    world = small_world()
+    world.interrupt(when("before save", lambda: None))
+    world.interrupt(when_nth("before save", 4, die))
+    run_until_killed(world.worker())
+    before = {p: world.scores(p) for p in world.partitions}
+    unsaved = sum(offset >= world.watermark(p) for p, scores in before.items() for offset in scores)
+    assert unsaved > 0
+
+    worker = read_on(world)
+
+    for partition, scores in before.items():
+        after = world.scores(partition)
+        assert {offset: after[offset] for offset in scores} == scores
+    assert worker.count("recur_scores_recovered_total") == unsaved
+
+
+def when_nth(name: str, number: int, act: Callable[[], object]) -> Callable[[str], None]:
+    """Do something at the n-th step of this name."""
+    left = iter(range(number + 1))
+
+    def interrupt(step_name: str) -> None:
+        if step_name == name and next(left, None) == number:
+            act()
+
+    return interrupt
+
+
+def test_alerts_of_scores_whose_worker_died_between_the_two_are_published() -> None:
+    world = World(partitions=1, review_threshold=0.0)
+    for _ in range(5):
+        world.produce("A")
+    world.interrupt(when("before publish alerts", die))
+    run_until_killed(world.worker())
+    assert len(world.scores(0)) == 5
+    assert not world.alerts()
+
+    read_on(world)
+
+    assert sorted(world.alerts().values()) == [1] * 5
+
+
+# other writers ---------------------------------------------------------------------------
+
+
+def save_elsewhere(world: World, partition: int, watermark: Watermark) -> None:
+    """What another worker's save leaves."""
+    world.store.watermarks[partition] = watermark.to_bytes()
+
+
+def test_a_save_that_meets_another_watermark_writes_nothing_and_goes_on_from_it() -> None:
+    world = World(partitions=1)
+    world.produce_many(40)
+    slow = world.worker()
+
+    def overtake() -> None:
+        world.interrupt(nothing)
+        quick = world.worker()
+        one_poll(quick, 13)
+
+    world.interrupt(when_nth("before save", 2, overtake))
+    finish(slow.run())
+
+    world.assert_all_applied(scores_once=False)
+    assert slow.count("recur_guard_mismatches_total") >= 1
+
+
+def test_what_another_worker_has_applied_is_dropped_and_acked() -> None:
+    world = World(partitions=1)
+    world.produce_many(20)
+    slow = world.worker()
+    poll = slow.consumer.poll(8)
+    assert poll is not None
+    finish(world.worker().run())
+
+    finish(slow.process(poll))
+
+    assert slow.acked == [{0: world.kafka.bounds("transactions", 0).end}]
+    assert slow.count("recur_replayed_total") == 8
+    world.assert_all_applied(alerts_once=True)
+
+
+def test_a_revoked_partition_is_neither_published_nor_saved_nor_acked() -> None:
+    for name in ("before load", "after load", "after committed", "after bounds", "before save"):
+        world = World(partitions=2, micro_batch_max=100)
+        world.produce_many(30)
+        worker = world.worker()
+        poll = next_poll(worker)
+        world.interrupt(when(name, partial(worker.ownership.revoke, [0])))
+
+        finish(worker.processor.process(poll))
+
+        assert 0 not in poll.applied, name
+        assert poll.applied[1] > 0, name
+        if name != "before save":  # that of the first watermark
+            assert world.scores(0) == {}, name
+            assert world.watermark(0) == 0, name
+
+
+def test_a_partition_revoked_while_its_scores_are_published_is_not_acked() -> None:
+    world = World(partitions=1)
+    world.produce_many(8)
+    worker = world.worker()
+    poll = next_poll(worker)
+    world.interrupt(when("before publish scores", lambda: worker.rebalance([])))
+
+    finish(worker.process(poll))
+
+    assert poll.applied == {}
+    assert worker.acked == []
+    read_on(world)
+    world.assert_all_applied()
+
+
+def test_a_partition_given_back_while_it_is_worked_on_is_not_acked_by_the_old_poll() -> None:
+    world = World(partitions=1)
+    world.produce_many(30)
+    worker = world.worker()
+    poll = next_poll(worker)
+    world.interrupt(when("before publish scores", lambda: worker.rebalance([0])))
+
+    finish(worker.process(poll))
+    assert poll.applied == {}
+
+    finish(worker.run())
+    world.assert_all_applied(alerts_once=False)
+
+
+def test_another_worker_that_writes_the_first_watermark_meanwhile_is_followed() -> None:
+    """Its states are not those that were loaded before it began: they were none."""
+    world = World(partitions=1)
+    for _ in range(20):
+        world.produce("A")
+    zombie = world.worker()
+    old_poll = zombie.consumer.poll(10)
+    assert old_poll is not None
+
+    def overtake() -> None:
+        world.interrupt(nothing)
+        owner = world.worker()
+        one_poll(owner, 5)
+
+    world.interrupt(when("after load", overtake))
+    finish(zombie.process(old_poll))
+    finish(zombie.run())
+
+    world.assert_all_applied(scores_once=False)
+
+
+def test_scores_of_another_worker_between_ones_own_are_counted_and_stay_the_first() -> None:
+    world = World(partitions=1)
+    for _ in range(40):
+        world.produce("A")
+    worker = world.worker()
+    one_poll(worker)
+    world.interrupt(when("before publish scores", lambda: publish_as_zombie(world, 10, 14)))
+
+    finish(worker.run())
+
+    assert worker.count("recur_foreign_scores_total") == 4
+    scores = world.scores(0)
+    assert sorted(scores) == list(range(40))
+    for offset in range(10, 14):
+        first, second = (decode_score(value) for value in scores[offset])
+        assert first.score == 0.125, "the first one published is the valid one"
+        assert second.score != 0.125
+
+
+def publish_as_zombie(world: World, start: int, stop: int, number: float = 0.125) -> None:
+    """Scores of transactions in [start, stop), whether there are such or not."""
+    for offset in range(start, stop):
+        score = Score(
+            transaction_id="t",
+            account_id="A",
+            merchant_id="m1",
+            amount=20.0,
+            timestamp=1,
+            score=number,
+            decision="approve",
+            model="of a zombie",
+            source=f"transactions:0:{offset}",
+            features={},
+        )
+        world.kafka.produce("scores", b"A", msgspec.json.encode(score), partition=0)
+
+
+def test_foreign_scores_of_transactions_to_come_are_kept_and_not_said_again() -> None:
+    world = World(partitions=1)
+    for _ in range(30):
+        world.produce("A")
+    worker = world.worker()
+    world.interrupt(when("before publish scores", lambda: publish_as_zombie(world, 6, 11)))
+
+    for _ in range(4):
+        one_poll(worker)
+
+    scores = world.scores(0)
+    assert sorted(scores) == list(range(30))
+    for offset in range(8, 11):
+        assert len(scores[offset]) == 1, "said again although another had said it"
+    for offset in (6, 7):
+        assert len(scores[offset]) == 2, "both were under way at the same time"
+    assert worker.count("recur_scores_recovered_total") == 3
+
+
+def test_a_zombies_save_that_wins_does_not_hide_what_the_owner_published() -> None:
+    """The owner has said more than the zombie, and the zombie's save comes first."""
+    world = World(partitions=1)
+    for i in range(40):
+        world.produce("A", amount=10.0 + i)
+    one_poll(world.worker(), 5)
+    zombie, owner = world.worker(), world.worker()
+    zombies = zombie.process(next_poll(zombie, 10))
+    owners = owner.process(next_poll(owner, 20))
+
+    def overtake() -> None:
+        published: list[str] = []
+        world.interrupt(note(published, "after publish scores"))
+        while not published:
+            step(owners)
+        world.interrupt(nothing)
+
+    world.interrupt(when("before publish scores", overtake))
+    finish(zombies)
+    assert world.watermark(0) == 15
+    finish(owners)
+    finish(owner.run())
+
+    scores = world.scores(0)
+    assert [len(scores[offset]) for offset in range(40)] == [1] * 5 + [2] * 10 + [1] * 25
+    world.assert_all_applied(scores_once=False)
+
+
+def note(names: list[str], name: str) -> Callable[[str], None]:
+    """Write down each step of this name."""
+
+    def interrupt(step_name: str) -> None:
+        if step_name == name:
+            names.append(step_name)
+
+    return interrupt
+
+
+class Simulation:
+    """Workers that all think they own everything, killed and overtaken at any step.
+
+    The group gives the partitions to each new worker; the old ones may hear of it or not. The
+    store may go back to what it was.
+    """
+
+    def __init__(self, seed: int) -> None:
+        rng = self.rng = random.Random(seed)
+        self.world = World(
+            partitions=rng.choice([1, 2]),
+            micro_batch_max=rng.choice([3, 8, 20]),
+            cached_states_max=rng.choice([0, 1000]),
+        )
+        self.world.produce_many(50, seed=seed)
+        self._snapshots = [self.world.store.copy()]
+        self._alive: list[tuple[MemoryWorker, Coroutine[Any, Any, None]]] = []
+
+    def run(self) -> World:
+        """As many steps as the seed wants, and then all workers to their end."""
+        for _ in range(self.rng.randrange(50, 400)):
+            if not self._alive:
+                self._start()
+            self._act(self.rng.random())
+        while self._alive:
+            self._step()
+        return self.world
+
+    def _act(self, chance: float) -> None:
+        if chance < 0.01 and len(self._alive) < 3:
+            self._start()
+        elif chance < 0.015:
+            self._alive.pop(self.rng.randrange(len(self._alive)))[1].close()
+        elif chance < 0.02:
+            self.world.store.restore(self.rng.choice(self._snapshots))
+        elif chance < 0.06:
+            self._snapshots.append(self.world.store.copy())
+        elif chance < 0.09:
+            self.world.produce_many(2, seed=self.rng.randrange(1000))
+        else:
+            self._step()
+
+    def _start(self) -> None:
+        if self._alive and self.rng.random() < 0.5:
+            self._alive[-1][0].rebalance([])
+        worker = self.world.worker()
+        self._alive.append((worker, worker.run(choose=self.rng.choice)))
+
+    def _step(self) -> None:
+        one = self.rng.choice(self._alive)
+        if not step(one[1]):
+            self._alive.remove(one)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whoever_overtakes_whom_every_transaction_is_applied_once_and_none_is_lost(
+    seed: int,
+) -> None:
+    world = Simulation(seed).run()
+    produce_everywhere(world)
+
+    read_on(world)
+
+    world.assert_all_applied(scores_once=False)
+
+
+# the store goes back ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lose", ["everything", "half"])
+@pytest.mark.parametrize("alive", [True, False], ids=["worker alive", "new worker"])
+def test_a_store_that_went_back_is_rebuilt_and_no_score_that_exists_is_published(
+    lose: str, alive: bool
+) -> None:
+    world = World()
+    world.produce_many(60)
+    worker = world.worker()
+    for _ in range(4):
+        one_poll(worker)
+    snapshot = world.store.copy()
+    finish(worker.run())
+    scores = {p: world.scores(p) for p in world.partitions}
+    alerts = world.alerts()
+
+    if lose == "everything":
+        lose_everything(world)
+    else:
+        world.store.restore(snapshot)
+    if not alive:
+        worker = world.worker()
+    produce_everywhere(world)
+    finish(worker.run())
+
+    world.assert_all_applied()
+    for partition, before in scores.items():
+        after = world.scores(partition)
+        assert {offset: after[offset] for offset in before} == before
+    after_alerts = world.alerts()
+    assert {source: after_alerts[source] for source in alerts} == alerts
+    assert worker.count("recur_scores_recovered_total") > 0
+
+
+def test_a_store_that_lost_a_partition_between_load_and_save_is_rebuilt() -> None:
+    world = World(partitions=1)
+    world.produce_many(50)
+    worker = world.worker()
+    one_poll(worker)
+
+    world.interrupt(when_nth("before save", 1, lambda: lose_everything(world)))
+    finish(worker.run())
+
+    world.assert_all_applied()
+    assert worker.count("recur_guard_mismatches_total") >= 1
+
+
+def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
+    world = World()
+    world.produce_many(60)
+    worker = world.worker()
+    rng = random.Random(7)
+    snapshots = [world.store.copy()]
+
+    def back(name: str) -> None:
+        if name == "after save":
+            snapshots.append(world.store.copy())
+        if rng.random() < 0.03 and len(snapshots) < 60:
+            world.store.restore(rng.choice(snapshots))
+
+    world.interrupt(back)
+    finish(worker.run())
+    produce_everywhere(world)
+    read_on(world)
+
+    world.assert_all_applied()
+
+
+def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
+    world = World(partitions=1)
+    world.produce_many(30)
+    one_poll(world.worker(), 10)
+    assert world.watermark(0) == 10
+    world.kafka.commit("recur", "transactions", 0, 20, world.kafka.join("recur", "transactions", 0))
+    worker = world.worker()
+
+    poll = one_poll(worker)
+
+    assert poll.applied == {}
+    assert world.watermark(0) == 10
+    assert poll.chunks[0].begin == 20
+    following = worker.consumer.poll()
+    assert following is not None
+    assert following.chunks[0].begin == 10
+    finish(worker.process(following))
+    finish(worker.run())
+    world.assert_all_applied()
+
+
+def test_a_poll_in_flight_behind_a_seek_is_dropped_without_another_seek() -> None:
+    world = World(partitions=1)
+    world.produce_many(40)
+    worker = world.worker()
+    one_poll(worker)
+    in_flight = [worker.consumer.poll(8), worker.consumer.poll(8)]
+    lose_everything(world)
+    seeks: list[str] = []
+    world.interrupt(note(seeks, "before seek"))
+
+    for poll in in_flight:
+        assert poll is not None
+        finish(worker.process(poll))
+        assert poll.applied == {}
+
+    assert len(seeks) == 1
+    finish(worker.run())
+    world.assert_all_applied()
+
+
+def test_another_model_begins_anew_and_keeps_the_scores_that_were_said() -> None:
+    world = small_world()
+    read_on(world)
+    before = {p: world.scores(p) for p in world.partitions}
+    lose_everything(world)  # another digest has keys of its own
+    alerts = world.alerts()
+    produce_everywhere(world)
+
+    worker = read_on(world, checkpoint=small_checkpoint(seed=5))
+
+    for partition, scores in before.items():
+        after = world.scores(partition)
+        assert {offset: after[offset] for offset in scores} == scores
+        assert len(after) == len(scores) + 1
+    after_alerts = world.alerts()
+    assert {source: after_alerts[source] for source in alerts} == alerts
+    assert worker.count("recur_scores_recovered_total") == sum(map(len, before.values()))
+    for partition in world.partitions:
+        assert world.watermark(partition) == world.kafka.bounds("transactions", partition).end
+
+
+# where a group begins --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reset", "scored"), [("earliest", 20), ("latest", 10)])
+def test_a_new_group_begins_by_its_reset_policy(reset: str, scored: int) -> None:
+    world = World(partitions=1, kafka_offset_reset=reset)
+    for _ in range(10):
+        world.produce("A")
+    worker = world.worker()
+    for _ in range(10):
+        world.produce("A")
+
+    finish(worker.run())
+
+    assert sorted(world.scores(0)) == list(range(20 - scored, 20))
+    assert worker.count("recur_records_lost_total") == 0
+
+
+def test_a_group_that_begins_late_and_dies_before_its_first_commit_goes_on_where_it_was() -> None:
+    world = World(partitions=1, kafka_offset_reset="latest")
+    worker = world.worker()
+    for _ in range(20):
+        world.produce("A")
+    world.interrupt(when_nth("after save", 1, die))
+    run_until_killed(worker)
+    assert world.kafka.committed("recur", "transactions", 0) is None
+    for _ in range(5):
+        world.produce("A")
+
+    read_on(world)
+    world.produce("A")  # what comes in makes the reader see that it is past the states
+    worker = read_on(world)
+
+
+# retention -------------------------------------------------------------------------------
+
+
+def test_records_that_retention_deleted_before_they_were_applied_are_counted() -> None:
+    world = World(partitions=1)
+    for _ in range(40):
+        world.produce("A")
+    worker = world.worker()
+    one_poll(worker)
+    assert world.watermark(0) == 8
+
+    world.kafka.delete_records("transactions", 0, 25)
+    finish(worker.run())
+
+    assert worker.count("recur_records_lost_total") == 17
+    assert world.watermark(0) == 40
+    assert sorted(world.scores(0)) == [*range(8), *range(25, 40)]
+
+
+def test_records_lost_while_no_worker_ran_are_counted() -> None:
+    world = World(partitions=1)
+    for _ in range(40):
+        world.produce("A")
+    one_poll(world.worker())
+    world.kafka.delete_records("transactions", 0, 25)
+
+    worker = read_on(world)
+
+    assert worker.count("recur_records_lost_total") == 17
+    assert sorted(world.scores(0)) == [*range(8), *range(25, 40)]
+
+
+def test_a_log_deleted_up_to_the_watermark_has_lost_nothing() -> None:
+    world = World(partitions=1)
+    for _ in range(40):
+        world.produce("A")
+    one_poll(world.worker())
+    world.kafka.delete_records("transactions", 0, 8)
+
+    worker = read_on(world)
+
+    assert worker.count("recur_records_lost_total") == 0
+    assert sorted(world.scores(0)) == list(range(40))
+
+
+def test_scores_that_retention_deleted_are_no_obstacle_to_a_replay() -> None:
+    world = World(partitions=1)
+    world.produce_many(40)
+    read_on(world)
+    world.kafka.delete_records("scores", 0, 10)
+    left = world.scores(0)
+    lose_everything(world)
+    produce_everywhere(world)
+
+    read_on(world)
+
+    world.assert_all_applied()
+    assert {offset: world.scores(0)[offset] for offset in left} == left
+
+
+# states and log that do not belong together ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("watermark", "message"),
+    [
+        (Watermark(8, 0, 0, 1).to_bytes(), "had 8 partitions; it has 1.*RECUR_KEY_PREFIX"),
+        (Watermark(1, 9, 0, 1).to_bytes(), "past the end of transactions-0.*RECUR_KEY_PREFIX"),
+        (b"of a version to come", "watermark of transactions-0.*RECUR_KEY_PREFIX"),
+    ],
+    ids=["partition count", "log recreated", "format"],
+)
+def test_states_that_do_not_belong_to_the_log_end_the_worker_with_what_to_do(
+    watermark: bytes, message: str
+) -> None:
+    world = World(partitions=1)
+    for _ in range(5):
+        world.produce("A")
+    world.store.watermarks[0] = watermark
+
+    with pytest.raises(StartupError, match=message):
+        finish(world.worker().run())
+
+    assert world.scores(0) == {}
+    assert world.store.watermarks == {0: watermark}
+
+
+def test_a_scores_topic_that_was_recreated_is_no_reason_to_forget_where_ones_scores_are() -> None:
+    world = World(partitions=1)
+    for _ in range(20):
+        world.produce("A")
+    save_elsewhere(world, 0, Watermark(1, 0, scores_offset=10**6, writer=1))
+    world.interrupt(when_nth("before save", 0, die))
+    run_until_killed(world.worker())
+    assert len(world.scores(0)) == 8
+
+    read_on(world)
+
+    world.assert_all_applied()
+
+
+# services away ---------------------------------------------------------------------------
+
+
+def test_a_store_that_is_away_is_waited_for_and_nothing_is_lost() -> None:
+    world = World(partitions=1)
+    world.produce_many(40)
+    worker = world.worker()
+    seen: list[bool] = []
+
+    def go_away(name: str) -> None:
+        if name.startswith("before") and name.split()[1] in ("load", "save") and len(seen) < 12:
+            world.store.is_up = not world.store.is_up
+            seen.append(worker.health.ready)
+
+    for part in ("redis", "kafka", "partitions"):
+        worker.health.up(part)
+    world.interrupt(go_away)
+    finish(worker.run())
+
+    world.assert_all_applied(alerts_once=True)
+    assert worker.count("recur_redis_errors_total") > 0
+    assert False in seen, "not ready while it is away"
+    assert worker.health.ready
+
+
+def test_a_broker_that_does_not_answer_is_waited_for() -> None:
+    world = World(partitions=1)
+    world.produce_many(20)
+    worker = world.worker()
+
+    def go_away(name: str) -> None:
+        if name in ("before committed", "before bounds", "before read scores"):
+            world.kafka.is_up = not world.kafka.is_up
+
+    world.interrupt(go_away)
+    finish(worker.run())
+
+    world.assert_all_applied(alerts_once=True)
+    assert worker.count("recur_kafka_errors_total") > 0
+
+
+def test_when_nothing_can_be_published_the_worker_ends_with_nothing_saved() -> None:
+    world = World(partitions=1)
+    world.produce_many(20)
+    worker = world.worker()
+    one_poll(worker)
+    watermark = world.watermark(0)
+    world.interrupt(when("before publish scores", lambda: setattr(world.kafka, "is_up", False)))
+
+    with pytest.raises(PublishError):
+        finish(worker.run())
+
+    assert world.watermark(0) == watermark
+    world.kafka.is_up = True
+    read_on(world)
+    world.assert_all_applied(alerts_once=True)
+
+
+def test_an_unknown_base_offset_is_looked_up() -> None:
+    """A batch that was repeated because its first answer was lost tells no offset."""
+    world = World(partitions=1)
+    world.produce_many(40)
+
+    class Forgetful(MemoryPublisher):
+        async def publish(
+            self,
+            scores: dict[int, Sequence[Outgoing]],
+            alerts: Sequence[Outgoing],
+            rejected: Sequence[Outgoing],
+        ) -> dict[int, Appended]:
+            appended = await super().publish(scores, alerts, rejected)
+            return dict.fromkeys(appended, Appended(None, None))
+
+    worker = world.worker()
+    worker.processor._publisher = Forgetful(world.kafka, world.settings)
+    world.interrupt(when_nth("before save", 3, die))
+    run_until_killed(worker)
+
+    read_on(world)
+
+    world.assert_all_applied()
+
+
+# bad records -----------------------------------------------------------------------------
+
+
+def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_goes_on() -> None:
+    world = World(partitions=1)
+    world.produce("A")
+    world.produce_raw(b"A", b"\xff junk")
+    world.produce_raw(None, None)
+    world.produce_raw(b"A", None)
+    world.produce("A", timestamp=world.now_ms + 3 * DAY_MS)
+    world.produce("A", timestamp="1969-12-31T23:59:59Z")
+    world.produce("A", headers=[(CONTROL_HEADER, b"forget")])
+    world.produce("A", amount=-1)
+    world.produce_raw(b"B", b'{"transaction_id":"t"}')
+    world.produce("A")
+
+    worker = read_on(world)
+
+    assert sorted(world.scores(0)) == [0, 9]
+    assert world.watermark(0) == 10
+    reasons = [
+        "not_json",
+        "null_value",
+        "null_value",
+        "future_timestamp",
+        "timestamp",
+        "control",
+        "amount",
+        "missing_field",
+    ]
+    log, dead = world.kafka.records("transactions"), world.kafka.records("dead-letter")
+    assert len(dead) == len(reasons)
+    for offset, (record, reason) in enumerate(zip(dead, reasons, strict=True), start=1):
+        headers = {name: value.decode() for name, value in record.headers}
+        error = headers.pop("error")
+        assert 0 < len(error) <= 300
+        assert headers == {
+            "topic": "transactions",
+            "partition": "0",
+            "offset": str(offset),
+            "reason": reason,
+            "time": str(world.now_ms),
+        }
+        assert record.key == log[offset].key
+        assert record.value == log[offset].value or (record.key, record.value) == (None, b"")
+    for reason in set(reasons):
+        assert worker.count("recur_rejected_total", reason=reason) == reasons.count(reason)
+
+
+@pytest.mark.parametrize(
+    ("key_bytes", "value_bytes", "truncated"),
+    [(10, 100, False), (10, 101, True), (101, 10, True), (1000, 1_000_000, True)],
+)
+def test_what_is_too_long_for_dead_letter_is_truncated_and_marked(
+    key_bytes: int, value_bytes: int, truncated: bool
+) -> None:
+    world = World(partitions=1, dead_letter_value_max_bytes=100)
+    world.produce_raw(b"k" * key_bytes, b"v" * value_bytes)
+
+    read_on(world)
+
+    (record,) = world.kafka.records("dead-letter")
+    assert record.key == b"k" * min(key_bytes, 100)
+    assert record.value == b"v" * min(value_bytes, 100)
+    assert dict(record.headers).get("truncated") == (
+        str(value_bytes).encode() if truncated else None
+    )
+
+
+def test_the_longest_dead_letter_fits_the_brokers_default_limit() -> None:
+    world = World(partitions=1, dead_letter_value_max_bytes=900_000)
+    world.produce_raw(b"k" * 500_000, b"v" * 1_000_000)
+
+    read_on(world)
+
+    (record,) = world.kafka.records("dead-letter")
+    headers = sum(len(name) + len(value) for name, value in record.headers)
+    assert len(record.key or b"") + len(record.value or b"") + headers < 1_000_000
+
+
+def test_rejected_records_alone_advance_the_watermark() -> None:
+    world = World(partitions=1)
+    for _ in range(5):
+        world.produce_raw(b"A", b"junk")
+    worker = world.worker()
+
+    poll = one_poll(worker)
+
+    assert poll.applied == {0: 5}
+    assert world.watermark(0) == 5
+    assert worker.count("recur_transactions_total") == 0
+
+
+def test_rejected_records_of_what_was_applied_are_not_sent_again() -> None:
+    world = World(partitions=1)
+    for _ in range(5):
+        world.produce_raw(b"A", b"junk")
+    read_on(world)
+    world.kafka.join("recur", "transactions", 0)
+    world.kafka._committed.clear()
+
+    worker = read_on(world)
+
+    assert len(world.kafka.records("dead-letter")) == 5
+    assert worker.count("recur_replayed_total") == 5
+
+
+class Brittle(Checkpoint):
+    """Its computation fails for :data:`POISON`."""
+
+    def __init__(self) -> None:
+        sound = small_checkpoint()
+        super().__init__(sound.network, sound.header)
+
+    def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if (raw[:, 0] == POISON).any():
+            raise FloatingPointError("it fails")
+        return super().encode(raw)
+
+
+def test_a_transaction_that_makes_the_computation_fail_is_rejected_alone() -> None:
+    world = World()
+    for i in range(30):
+        world.produce(f"A{i % 5}", amount=POISON if i in (3, 4, 17) else 20.0 + i)
+    poisoned = {
+        (p, record.offset)
+        for p in world.partitions
+        for record in world.kafka.records("transactions", p)
+        if b"666.0" in (record.value or b"")
+    }
+
+    worker = read_on(world, checkpoint=Brittle())
+
+    assert world.dead_letters() == {(p, offset, "computation"): 1 for p, offset in poisoned}
+    for p in world.partitions:
+        end = world.kafka.bounds("transactions", p).end
+        assert set(world.scores(p)) == set(range(end)) - {o for q, o in poisoned if q == p}
+    assert worker.count("recur_transactions_total") == 27
+    assert worker.count("recur_score_count") == 27
+
+
+def test_when_everything_fails_the_worker_ends_with_nothing_published() -> None:
+    world = World(partitions=1, micro_batch_max=100)
+    for _ in range(FAILURES_IN_A_ROW_MAX + 1):
+        world.produce("A", amount=POISON)
+
+    with pytest.raises(ScorerBrokenError):
+        finish(world.worker(checkpoint=Brittle()).run())
+
+    assert not world.dead_letters()
+    assert not world.scores(0)
+    assert world.watermark(0) == 0
+
+
+# repeats, warming up, expiry -------------------------------------------------------------
+
+
+def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> None:
+    world = World(partitions=1, review_threshold=0.0)
+    for _ in range(3):
+        world.produce("A", "same", amount=300.0)
+    world.produce("A", "other", amount=300.0)
+
+    worker = read_on(world)
+
+    assert sorted(world.scores(0)) == [0, 3]
+    assert world.alerts().keys() == {"transactions:0:0", "transactions:0:3"}
+    assert worker.count("recur_duplicates_total") == 2
+    assert worker.count("recur_transactions_total") == 2
+    assert world.watermark(0) == 4
+    world_states = world.references()[0].accounts["A"]
+    assert world_states.last_offset == 3
+
+
+def test_a_warm_transaction_is_scored_and_raises_no_alert() -> None:
+    world = World(partitions=1, review_threshold=0.0)
+    world.produce("A", headers=[(WARM_HEADER, b"")])
+    world.produce("A", headers=[("other", b"1"), (WARM_HEADER, b"1")])
+    world.produce("A", headers=[("other", b"1")])
+
+    read_on(world)
+
+    assert sorted(world.scores(0)) == [0, 1, 2]
+    assert world.alerts().keys() == {"transactions:0:2"}
+
+
+def test_states_are_counted_by_what_came_back() -> None:
+    world = World(partitions=1, state_ttl_days=1.0)
+    counts: Counter[str] = Counter()
+
+    def applied_by(worker: MemoryWorker, accounts: str) -> None:
+        for account in accounts:
+            world.produce(account)
+        one_poll(worker)
+
+    applied_by(first := world.worker(), "AB")
+    world.store.states[0, "B"] = b"damaged"
+    applied_by(second := world.worker(), "ABC")
+    applied_by(second, "AB")
+    world.now_ms += 2 * DAY_MS
+    applied_by(third := world.worker(), "A")
+
+    for worker in (first, second, third):
+        for result in ("cached", "loaded", "missing", "refused", "expired"):
+            counts[result] += int(worker.count("recur_states_total", result=result))
+    assert counts == {"cached": 2, "loaded": 2, "missing": 3, "refused": 1, "expired": 1}
+
+
+def test_states_held_in_memory_are_bounded_and_none_that_is_unsaved_is_dropped() -> None:
+    world = World(partitions=1, cached_states_max=0, micro_batch_max=5)
+    for i in range(200):
+        world.produce(f"A{i * i % 37}")
+    worker = world.worker()
+    most = []
+
+    def measure(name: str) -> None:
+        owned = worker.ownership.owned(0)
+        most.append(0 if owned is None else len(owned.states))
+
+    world.interrupt(measure)
+    finish(worker.run())
+
+    assert 0 < max(most) <= 3 * 5
+    world.assert_all_applied(alerts_once=True)
+
+
+def test_an_account_silent_too_long_starts_anew_also_in_a_replay() -> None:
+    world = World(partitions=1, state_ttl_days=1.0)
+    for _ in range(5):
+        world.produce("A")
+    world.now_ms += 2 * DAY_MS
+    for _ in range(5):
+        world.produce("A")
+    read_on(world)
+    world.assert_all_applied()
+    lose_everything(world)
+    world.produce("A")
+
+    read_on(world)
+
+    world.assert_all_applied()
+    assert world.references()[0].accounts["A"].first_offset == 5
+
+
+# health ----------------------------------------------------------------------------------
+
+
+def test_only_a_poll_that_was_applied_counts_as_movement() -> None:
+    """A worker that drops poll after poll is stalled, and its watchdog must see that."""
+    world = World(partitions=1)
+    world.produce_many(20)
+    worker = world.worker()
+    moves: list[bool] = []
+    worker.health.moved = lambda: moves.append(True)  # type: ignore[method-assign]
+
+    one_poll(worker)
+    assert moves == [True]
+
+    world.store.watermarks.clear()
+    one_poll(worker)
+    assert moves == [True]
+
+
+@pytest.mark.parametrize(
+    ("review", "decline", "expected"),
+    [
+        (None, None, (0.3, 0.6)),
+        (0.1, None, (0.1, 0.6)),
+        (0.8, None, (0.8, 0.8)),
+        (None, 0.9, (0.3, 0.9)),
+        (None, 0.2, (0.2, 0.2)),
+        (0.1, 0.2, (0.1, 0.2)),
+    ],
+)
+def test_threshold_settings_replace_the_checkpoints(
+    review: float | None, decline: float | None, expected: tuple[float, float]
+) -> None:
+    settings = load_settings(review_threshold=review, decline_threshold=decline)
+
+    thresholds = thresholds_of(settings, World().worker().scorer)
+
+    assert (thresholds.review, thresholds.decline) == expected

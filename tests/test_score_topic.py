@@ -1,0 +1,489 @@
+"""One contract for publisher and score log: on a broker in memory and on a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.partitioner import murmur2
+
+from pipeline.memory import MemoryKafka, MemoryPublisher, MemoryScoreLog
+from pipeline.ownership import ALL_SOURCES, Record
+from pipeline.publisher import (
+    PRODUCE_BATCH_BYTES,
+    Appended,
+    KafkaPublisher,
+    Outgoing,
+    Publisher,
+    PublishError,
+)
+from pipeline.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
+from pipeline.services import Kafka
+from pipeline.settings import Settings, load_settings
+from pipeline.topics import ROLES, ensure_topics
+
+PARTITIONS = 3
+
+
+class Broker(Protocol):
+    """A broker as one test sees it: the clients under test, and a way past them.
+
+    Attributes:
+        settings: name topics of the test's own.
+        publisher, score_log: what is under test.
+    """
+
+    settings: Settings
+    publisher: Publisher
+    score_log: ScoreLog
+
+    async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
+        """Write to the scores topic as another worker would; the offset."""
+
+    async def records(self, topic: str, partition: int) -> Sequence[Record]:
+        """Everything in a partition."""
+
+    async def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """What retention does."""
+
+
+Opened = Callable[[], AbstractAsyncContextManager[Broker]]
+
+
+class MemoryBroker:
+    """The fakes."""
+
+    def __init__(self) -> None:
+        self.settings = load_settings(partitions=PARTITIONS)
+        topics = {self.settings.topic(role): PARTITIONS for role in ROLES}
+        self._kafka = MemoryKafka(topics, clock_ms=lambda: 0)
+        self.publisher: Publisher = MemoryPublisher(self._kafka, self.settings)
+        self.score_log: ScoreLog = MemoryScoreLog(self._kafka, self.settings)
+
+    async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
+        return self._kafka.produce(self.settings.topic("scores"), key, value, partition=partition)
+
+    async def records(self, topic: str, partition: int) -> Sequence[Record]:
+        return self._kafka.records(topic, partition)
+
+    async def delete_records(self, topic: str, partition: int, before: int) -> None:
+        self._kafka.delete_records(topic, partition, before)
+
+
+class RealBroker:
+    """The real clients, on topics of the test's own."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self.settings = load_settings(
+            kafka_bootstrap=bootstrap,
+            partitions=PARTITIONS,
+            topic_prefix=f"{uuid.uuid4().hex[:12]}-",
+            # So that dead-letter values of the largest size are tested.
+            dead_letter_value_max_bytes=900_000,
+        )
+        self._publisher = KafkaPublisher(self.settings)
+        self._score_log = KafkaScoreLog(self.settings)
+        self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all")
+        self.publisher: Publisher = self._publisher
+        self.score_log: ScoreLog = self._score_log
+
+    async def start(self) -> None:
+        await ensure_topics(self.settings)
+        for client in (self._publisher, self._score_log, self._producer):
+            await client.start()
+
+    async def stop(self) -> None:
+        for client in (self._publisher, self._score_log, self._producer):
+            await client.stop()
+
+    async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
+        sent = await self._producer.send_and_wait(
+            self.settings.topic("scores"), value, key, partition=partition
+        )
+        offset: int = sent.offset
+        return offset
+
+    async def records(self, topic: str, partition: int) -> Sequence[Record]:
+        place = TopicPartition(topic, partition)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.settings.kafka_bootstrap, auto_offset_reset="earliest"
+        )
+        consumer.assign([place])
+        async with consumer:
+            end = (await consumer.end_offsets([place]))[place]
+            found: list[Any] = []
+            while await consumer.position(place) < end:
+                found += (await consumer.getmany(place, timeout_ms=1000)).get(place, [])
+            return found
+
+    async def delete_records(self, topic: str, partition: int, before: int) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.settings.kafka_bootstrap)
+        await admin.start()
+        try:
+            place = TopicPartition(topic, partition)
+            await admin.delete_records({place: RecordsToDelete(before_offset=before)})
+        finally:
+            await admin.close()
+
+
+@pytest.fixture(params=["memory", "kafka"])
+def opened(request: pytest.FixtureRequest) -> Opened:
+    """A broker with empty topics."""
+    if request.param == "memory":
+        return open_memory
+    return open_real(request.getfixturevalue("kafka"))
+
+
+@asynccontextmanager
+async def open_memory() -> AsyncIterator[Broker]:
+    yield MemoryBroker()
+
+
+def open_real(kafka: Kafka) -> Opened:
+    @asynccontextmanager
+    async def open_it() -> AsyncIterator[Broker]:
+        broker = RealBroker(kafka.bootstrap)
+        try:
+            await broker.start()
+            yield broker
+        finally:
+            await broker.stop()
+
+    return open_it
+
+
+def run(opened: Opened, test: Callable[[Broker], Awaitable[None]]) -> None:
+    async def go() -> None:
+        async with opened() as broker:
+            await test(broker)
+
+    asyncio.run(go())
+
+
+def score(
+    settings: Settings, partition: int, offset: int, *, padding: int = 0, number: float = 0.5
+) -> bytes:
+    """A score of the transaction at an offset, so many bytes longer than it need be."""
+    source = f"{settings.topic('transactions')}:{partition}:{offset}"
+    return b'{"source":"%b","score":%b,"decision":"review","x":"%b"}' % (
+        source.encode(),
+        repr(number).encode(),
+        b"x" * padding,
+    )
+
+
+def scores(
+    broker: Broker, partition: int, offsets: Sequence[int], padding: int = 0
+) -> list[Outgoing]:
+    return [
+        Outgoing(b"A%d" % offset, score(broker.settings, partition, offset, padding=padding))
+        for offset in offsets
+    ]
+
+
+async def read(
+    broker: Broker, partition: int, start: int, end: int, until_source: int = ALL_SOURCES
+) -> tuple[dict[int, Kept], int]:
+    return await broker.score_log.read(partition, start, end, until_source)
+
+
+# publish ---------------------------------------------------------------------------------
+
+
+def test_scores_go_to_their_partition_in_order_and_the_answer_says_where(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        appended = await broker.publisher.publish(
+            {2: scores(broker, 2, [7, 8, 9]), 0: scores(broker, 0, [1, 2])}, [], []
+        )
+        assert appended == {2: Appended(0, 3), 0: Appended(0, 2)}
+
+        appended = await broker.publisher.publish({2: scores(broker, 2, [10])}, [], [])
+        assert appended == {2: Appended(3, 4)}
+
+        topic = broker.settings.topic("scores")
+        found = await broker.records(topic, 2)
+        assert [record.offset for record in found] == [0, 1, 2, 3]
+        expected = scores(broker, 2, [7, 8, 9, 10])
+        assert [(r.key, r.value) for r in found] == [(o.key, o.value) for o in expected]
+        assert len(await broker.records(topic, 0)) == 2
+        assert len(await broker.records(topic, 1)) == 0
+
+    run(opened, test)
+
+
+def test_the_base_offset_tells_that_another_wrote_between(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        await broker.publisher.publish({1: scores(broker, 1, [0, 1])}, [], [])
+        assert await broker.append(1, b"A2", b"of a zombie") == 2
+
+        appended = await broker.publisher.publish({1: scores(broker, 1, [2])}, [], [])
+
+        assert appended == {1: Appended(3, 4)}
+
+    run(opened, test)
+
+
+def test_more_than_one_batch_of_scores_stays_in_order_and_together(opened: Opened) -> None:
+    padding = 2_000
+    count = 3 * PRODUCE_BATCH_BYTES // padding
+
+    async def test(broker: Broker) -> None:
+        appended = await broker.publisher.publish(
+            {0: scores(broker, 0, range(count), padding)}, [], []
+        )
+
+        assert appended == {0: Appended(0, count)}
+        kept, position = await read(broker, 0, 0, count)
+        assert list(kept) == list(range(count))
+        assert position == count
+
+    run(opened, test)
+
+
+def test_a_score_larger_than_a_batch_is_published_alone(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        long = scores(broker, 0, [1], PRODUCE_BATCH_BYTES + 1000)
+
+        appended = await broker.publisher.publish(
+            {0: [*scores(broker, 0, [0]), *long, *scores(broker, 0, [2])]}, [], []
+        )
+
+        assert appended == {0: Appended(0, 3)}
+        assert list((await read(broker, 0, 0, 3))[0]) == [0, 1, 2]
+
+    run(opened, test)
+
+
+@pytest.mark.parametrize("role", ["alerts", "dead_letter"])
+def test_alerts_and_rejected_records_arrive_with_key_value_and_headers(
+    opened: Opened, role: str
+) -> None:
+    headers = (("reason", b"not_json"), ("offset", b"12"), ("empty", b""), ("twice", b"1"))
+    sent = [
+        Outgoing(b"A1", b"value", headers),
+        Outgoing(b"A2", b""),
+        Outgoing(b"A2", None, headers),
+        Outgoing(b"\xff\x00", b"\xff\x00", (("twice", b"1"), ("twice", b"2"))),
+        Outgoing(None, b"no key"),
+        Outgoing(b"A3", b"x" * 900_000, headers),
+    ]
+
+    async def test(broker: Broker) -> None:
+        alerts = sent if role == "alerts" else []
+        rejected = sent if role == "dead_letter" else []
+
+        assert await broker.publisher.publish({}, alerts, rejected) == {}
+
+        topic = broker.settings.topic(role)  # type: ignore[arg-type]
+        found = [
+            (partition, record)
+            for partition in range(PARTITIONS)
+            for record in await broker.records(topic, partition)
+        ]
+        assert sorted(
+            (record.key or b"", record.value or b"", tuple(record.headers)) for _, record in found
+        ) == sorted((out.key or b"", out.value or b"", out.headers) for out in sent)
+        for partition, record in found:
+            if record.key is not None:
+                assert partition == (murmur2(record.key) & 0x7FFFFFFF) % PARTITIONS
+        nulls = [record.value for _, record in found if not record.value]
+        assert sorted(nulls, key=repr) == [None, b""], "null and empty stay apart"
+
+    run(opened, test)
+
+
+def test_publishing_nothing_is_answered_with_nothing(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        assert await broker.publisher.publish({}, [], []) == {}
+        bounds = await broker.score_log.bounds(broker.settings.topic("scores"), 0)
+        assert bounds == Bounds(0, 0)
+
+    run(opened, test)
+
+
+def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None:
+    async def test(broker: Broker) -> None:
+        with pytest.raises(PublishError, match="MessageSizeTooLarge"):
+            await broker.publisher.publish({}, [], [Outgoing(b"A1", b"x" * 2_000_000)])
+
+    run(open_real(kafka), test)
+
+
+# read ------------------------------------------------------------------------------------
+
+
+def test_published_scores_are_read_by_source_with_their_bytes(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        sent = scores(broker, 1, [5, 6, 9])
+        await broker.publisher.publish({0: scores(broker, 0, [5]), 1: sent}, [], [])
+
+        kept, position = await read(broker, 1, 0, 3)
+
+        assert list(kept) == [5, 6, 9]
+        assert position == 3
+        assert [k.value for k in kept.values()] == [out.value for out in sent]
+        assert {k.score.decision for k in kept.values()} == {"review"}
+        assert (await read(broker, 1, 1, 3))[0].keys() == {6, 9}
+
+    run(opened, test)
+
+
+def test_an_empty_range_is_read_as_nothing_at_once(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        await broker.publisher.publish({0: scores(broker, 0, [0])}, [], [])
+
+        assert await read(broker, 0, 1, 1) == ({}, 1)
+        assert await read(broker, 0, 0, 0) == ({}, 0)
+        assert (await read(broker, 2, 0, 0))[0] == {}
+
+    run(opened, test)
+
+
+def test_nothing_is_read_from_the_end_on(opened: Opened) -> None:
+    """What stands there is the worker's own, published since."""
+
+    async def test(broker: Broker) -> None:
+        await broker.publisher.publish({0: scores(broker, 0, range(50))}, [], [])
+
+        kept, position = await read(broker, 0, 10, 20)
+
+        assert list(kept) == list(range(10, 20))
+        assert position == 20
+
+    run(opened, test)
+
+
+def test_reading_stops_once_a_source_is_far_enough_and_goes_on_from_there(opened: Opened) -> None:
+    padding, count = 2_000, 1_500  # several fetches: they are of 1 MiB
+
+    async def test(broker: Broker) -> None:
+        await broker.publisher.publish({0: scores(broker, 0, range(count), padding)}, [], [])
+
+        first, position = await read(broker, 0, 0, count, until_source=10)
+        assert 10 < position < count, "not all of it"
+        assert list(first) == list(range(position))
+
+        second, end = await read(broker, 0, position, count)
+        assert list(second) == list(range(position, count))
+        assert end == count
+
+    run(opened, test)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        [None, b"", b"junk", b"[]", b"{}", b"\xff", b"[" * 5_000],
+        [
+            b'{"source":"%b","score":0.5,"decision":"review"}' % source
+            for source in (
+                b"",
+                b"transactions",
+                b"elsewhere:0:1",
+                b"{t}:1:1",
+                b"{t}:0:",
+                b"{t}:0:x",
+                b"{t}:0:-1",
+                b"{t}:0:1.0",
+                b"{t}:0:1_0",
+                b"{t}:0: 1",
+                b"{t}:0:\xd9\xa1",
+                b"{t}:0:1:2",
+                b"{t}:0:" + b"9" * 5_000,
+            )
+        ],
+        [
+            b'{"source":"{t}:0:1","score":"0.5","decision":"review"}',
+            b'{"source":"{t}:0:1","score":0.5,"decision":"perhaps"}',
+            b'{"source":"{t}:0:1","score":0.5}',
+        ],
+    ],
+    ids=["no JSON", "other sources", "other fields"],
+)
+def test_what_no_worker_wrote_is_skipped(opened: Opened, junk: Sequence[bytes | None]) -> None:
+    async def test(broker: Broker) -> None:
+        topic = broker.settings.topic("transactions").encode()
+        await broker.publisher.publish({0: scores(broker, 0, [0])}, [], [])
+        for value in junk:
+            await broker.append(0, b"A", value and value.replace(b"{t}", topic))
+        await broker.publisher.publish({0: scores(broker, 0, [2])}, [], [])
+        end = len(junk) + 2
+
+        kept, position = await read(broker, 0, 0, end)
+
+        assert list(kept) == [0, 2]
+        assert position == end
+        assert await read(broker, 0, 1, end - 1) == ({}, end - 1)
+
+    run(opened, test)
+
+
+def test_of_two_scores_of_one_source_the_first_is_the_valid_one(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        for number in (0.25, 0.75):
+            value = score(broker.settings, 0, 3, number=number)
+            await broker.publisher.publish({0: [Outgoing(b"A", value)]}, [], [])
+
+        kept, _ = await read(broker, 0, 0, 2)
+
+        assert kept[3].score.score == 0.25
+
+    run(opened, test)
+
+
+def test_reading_begins_where_retention_left_the_log(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        topic = broker.settings.topic("scores")
+        await broker.publisher.publish({0: scores(broker, 0, range(10))}, [], [])
+        await broker.delete_records(topic, 0, 4)
+
+        assert await broker.score_log.bounds(topic, 0) == Bounds(4, 10)
+        kept, position = await read(broker, 0, 0, 10)
+        assert list(kept) == [4, 5, 6, 7, 8, 9]
+        assert position == 10
+
+    run(opened, test)
+
+
+def test_several_partitions_can_be_read_at_the_same_time(opened: Opened) -> None:
+    async def test(broker: Broker) -> None:
+        everything: dict[int, Sequence[Outgoing]] = {
+            p: scores(broker, p, range(p * 10, p * 10 + 5)) for p in range(PARTITIONS)
+        }
+        await broker.publisher.publish(everything, [], [])
+
+        found = await asyncio.gather(*(read(broker, p, 0, 5) for p in range(PARTITIONS)))
+
+        for p, (kept, _) in enumerate(found):
+            assert list(kept) == list(range(p * 10, p * 10 + 5))
+
+    run(opened, test)
+
+
+def test_transaction_markers_of_others_keep_nobody_waiting(kafka: Kafka) -> None:
+    """They take an offset and are no records, also at the very end of the range."""
+
+    async def test(broker: Broker) -> None:
+        topic = broker.settings.topic("scores")
+        async with AIOKafkaProducer(
+            bootstrap_servers=kafka.bootstrap, transactional_id=uuid.uuid4().hex
+        ) as producer:
+            for offset in (0, 1):
+                async with producer.transaction():
+                    value = score(broker.settings, 0, offset)
+                    await producer.send_and_wait(topic, value, b"A", partition=0)
+        bounds = await broker.score_log.bounds(topic, 0)
+        assert bounds.end == 4
+
+        kept, position = await asyncio.wait_for(read(broker, 0, 0, bounds.end), 3)
+        assert list(kept) == [0, 1]
+        assert position == 4
+        assert await asyncio.wait_for(read(broker, 0, 3, bounds.end), 3) == ({}, 4)
+
+    run(open_real(kafka), test)

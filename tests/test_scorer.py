@@ -1,0 +1,413 @@
+"""The scorer: micro-batches leave no trace, repeats are dropped, and one culprit is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.checkpoint import Checkpoint
+from pipeline.account_state import RECENT_IDS
+from pipeline.scorer import (
+    FAILURES_IN_A_ROW_MAX,
+    MicroBatch,
+    Scored,
+    Scorer,
+    ScorerBrokenError,
+)
+from tests.memory_pipeline import DAY_MS, HIDDEN_TOLERANCE, SCORE_TOLERANCE, small_checkpoint
+
+POISON = 666.0
+"""The amount of a transaction that makes the computation fail, where a test says so."""
+
+ACCOUNTS = 5
+CHECKPOINT = small_checkpoint()
+
+
+def batch_of(
+    rows: Sequence[int],
+    amounts: Sequence[float] | None = None,
+    *,
+    ids: Sequence[int] | None = None,
+    record_ms: Sequence[int] | None = None,
+) -> MicroBatch:
+    """A micro-batch a minute apart, with ids of its own and offsets from 0 unless given."""
+    n = len(rows)
+    times = np.arange(n, dtype=np.int64) * 60_000 + 1_700_000_000_000
+    return MicroBatch(
+        row=np.array(rows, np.intp),
+        amount=np.array([20.0] * n if amounts is None else amounts, np.float64),
+        timestamp_ms=times,
+        record_ms=times if record_ms is None else np.array(record_ms, np.int64),
+        offset=np.arange(n, dtype=np.int64),
+        id_hash=np.array(range(1, n + 1) if ids is None else ids, np.uint64),
+    )
+
+
+def score(
+    scorer: Scorer, values: Sequence[bytes | None], batch: MicroBatch
+) -> tuple[list[bytes], Scored]:
+    """States after, as bytes, and the scores."""
+    states, scored, _, _ = scorer.score(values, batch)
+    return scorer.codec.encode(states, np.arange(len(values))), scored
+
+
+def assert_close(scorer: Scorer, found: Sequence[bytes], expected: Sequence[bytes]) -> None:
+    """Equal states, but for float16's rounding of the hidden."""
+    a, b = scorer.codec.decode(found)[0], scorer.codec.decode(expected)[0]
+    assert np.abs(a.hidden.astype(np.float32) - b.hidden).max(initial=0) < HIDDEN_TOLERANCE
+    a.hidden[:] = b.hidden
+    everything = np.arange(len(found))
+    assert scorer.codec.encode(a, everything) == scorer.codec.encode(b, everything)
+
+
+rows_and_amounts = st.lists(
+    st.tuples(st.integers(0, ACCOUNTS - 1), st.floats(0, 5000), st.integers(1, 12)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(rows_and_amounts, st.data())
+@settings(max_examples=60)
+def test_where_a_micro_batch_is_cut_leaves_no_trace(
+    drawn: list[tuple[int, float, int]], data: st.DataObject
+) -> None:
+    rows, amounts, ids = zip(*drawn, strict=True)
+    batch = batch_of(rows, amounts, ids=ids)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(rows)), max_size=6)) | {0, len(rows)})
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    whole, expected = score(scorer, [None] * ACCOUNTS, batch)
+
+    values: Sequence[bytes | None] = [None] * ACCOUNTS
+    parts = []
+    for start, stop in pairwise(cuts):
+        values, scored = score(scorer, values, batch.between(start, stop))
+        parts.append(scored)
+
+    assert_close(scorer, [value or b"" for value in values], whole)
+    repeated = np.concatenate([part.repeated for part in parts])
+    assert repeated.tolist() == expected.repeated.tolist()
+    scores = np.concatenate([part.score for part in parts])
+    np.testing.assert_allclose(scores, expected.score, atol=SCORE_TOLERANCE)
+    raw = np.concatenate([part.raw for part in parts])
+    np.testing.assert_array_equal(raw, expected.raw)
+
+
+@given(st.lists(st.floats(0, 5000), min_size=1, max_size=20), st.data())
+@settings(max_examples=40)
+def test_cuts_that_leave_the_rounds_as_they_are_change_no_bit(
+    amounts: list[float], data: st.DataObject
+) -> None:
+    """One account: every round has one row, wherever the micro-batch is cut."""
+    batch = batch_of([0] * len(amounts), amounts)
+    cut = data.draw(st.integers(0, len(amounts)))
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    whole, expected = score(scorer, [None], batch)
+
+    first, before = score(scorer, [None], batch.between(0, cut))
+    second, after = score(scorer, first, batch.between(cut, len(amounts)))
+
+    assert second == whole
+    assert np.concatenate((before.score, after.score)).tobytes() == expected.score.tobytes()
+
+
+def test_the_order_of_accounts_in_the_states_does_not_matter() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    straight, _ = score(scorer, [None] * 3, batch_of([0, 1, 2, 0]))
+    turned, _ = score(scorer, [None] * 3, batch_of([2, 1, 0, 2]))
+
+    assert_close(scorer, turned[::-1], straight)
+
+
+def test_a_score_is_the_networks_of_the_states_hidden() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    values, _ = score(scorer, [None], batch_of([0]))
+    hidden = torch.from_numpy(scorer.codec.decode(values)[0].hidden).float()
+
+    _, scored = score(scorer, values, batch_of([0], [50.0], ids=[9]))
+
+    inputs = torch.from_numpy(CHECKPOINT.encode(scored.raw))
+    logits, _ = CHECKPOINT.network.step(inputs, hidden)
+    assert scored.score[0] == torch.sigmoid(logits)[0]
+
+
+# repeats ---------------------------------------------------------------------------------
+
+
+def test_a_repeated_id_is_dropped_also_inside_one_micro_batch() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    once, _ = score(scorer, [None], batch_of([0, 0], ids=[7, 8]))
+
+    states, scored = score(scorer, [None], batch_of([0, 0, 0, 0], ids=[7, 8, 7, 8]))
+    assert scored.repeated.tolist() == [False, False, True, True]
+    assert states == once
+
+    states, scored = score(scorer, once, batch_of([0, 0], ids=[8, 7]))
+    assert scored.repeated.tolist() == [True, True]
+    assert states == once
+
+
+def test_the_same_id_of_another_account_is_no_repeat() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+
+    _, scored = score(scorer, [None] * 2, batch_of([0, 1], ids=[7, 7]))
+
+    assert not scored.repeated.any()
+
+
+def test_the_last_ids_are_remembered_and_older_ones_forgotten() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    ids = list(range(1, RECENT_IDS + 2))
+    states, _ = score(scorer, [None], batch_of([0] * len(ids), ids=ids))
+
+    for number in ids[1:]:
+        _, scored = score(scorer, states, batch_of([0], ids=[number]))
+        assert scored.repeated.all(), f"id {number} is one of the last {RECENT_IDS}"
+    _, scored = score(scorer, states, batch_of([0], ids=[1]))
+    assert not scored.repeated.any()
+
+
+# expiry ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("silent_ms", "expired"), [(DAY_MS, 0), (DAY_MS + 1, 1)])
+def test_an_account_silent_for_longer_than_its_time_starts_anew_by_record_time(
+    silent_ms: int, expired: int
+) -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
+    first, second = batch_of([0], record_ms=[0]), batch_of([0], ids=[2], record_ms=[silent_ms])
+    anew, fresh = score(scorer, [None], second)
+
+    states, _ = score(scorer, [None], first)
+    after, scored = score(scorer, states, second)
+
+    assert scored.expired == expired
+    assert (after == anew) == bool(expired)
+    assert (scored.score.tobytes() == fresh.score.tobytes()) == bool(expired)
+
+
+def test_expiry_inside_a_micro_batch_is_decided_like_between_two() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
+    batch = batch_of([0, 0, 0], record_ms=[0, 2 * DAY_MS, 2 * DAY_MS + 1])
+
+    together, scored = score(scorer, [None], batch)
+
+    states: Sequence[bytes | None] = [None]
+    for i in range(3):
+        states, _ = score(scorer, states, batch.between(i, i + 1))
+    assert scored.expired == 1
+    assert together == states
+    assert scorer.codec.decode(together)[0].first_offset.tolist() == [1]
+
+
+def test_a_record_time_that_runs_backwards_expires_nothing() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
+    times = [10 * DAY_MS, 0, 10 * DAY_MS + 5]
+
+    states, scored = score(scorer, [None], batch_of([0, 0, 0], record_ms=times))
+
+    assert scored.expired == 0
+    assert scorer.codec.decode(states)[0].last_record_ms.tolist() == [10 * DAY_MS + 5]
+
+
+def test_loaded_missing_and_refused_states_are_told_apart() -> None:
+    scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
+    (value,), _ = score(scorer, [None], batch_of([0]))
+
+    _, _, loaded, refused = scorer.score([value, None, b"junk"], batch_of([0, 1, 2]))
+
+    assert loaded.tolist() == [True, False, False]
+    assert refused == 1
+
+
+# failures --------------------------------------------------------------------------------
+
+
+class Brittle(Checkpoint):
+    """A checkpoint whose computation fails for :data:`POISON`."""
+
+    def __init__(self, how: Callable[[np.ndarray[Any, Any]], None]) -> None:
+        super().__init__(CHECKPOINT.network, CHECKPOINT.header)
+        self._how = how
+
+    def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The inputs, unless a transaction among them is poison."""
+        inputs = super().encode(raw)
+        self._how(inputs[raw[:, 0] == POISON])
+        return inputs
+
+
+def raise_error(poisoned: np.ndarray[Any, Any]) -> None:
+    if len(poisoned):
+        raise FloatingPointError("it fails")
+
+
+class NotANumber(Brittle):
+    """Its network gives NaN for poison."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda poisoned: None)
+
+    def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        inputs = super().encode(raw)
+        inputs[raw[:, 0] == POISON] = np.nan
+        return inputs
+
+
+BRITTLE = pytest.mark.parametrize(
+    "brittle", [Brittle(raise_error), NotANumber()], ids=["raises", "gives NaN"]
+)
+
+
+@BRITTLE
+@given(
+    st.lists(
+        st.tuples(st.integers(0, ACCOUNTS - 1), st.sampled_from([1.0, 20.0, 300.0, POISON])),
+        min_size=1,
+        max_size=30,
+    )
+)
+@settings(max_examples=50)
+def test_only_what_makes_the_computation_fail_is_left_out(
+    brittle: Brittle, drawn: list[tuple[int, float]]
+) -> None:
+    rows, amounts = zip(*drawn, strict=True)
+    batch = batch_of(rows, amounts)
+    culprits = [i for i, amount in enumerate(amounts) if amount == POISON]
+    good = np.setdiff1d(np.arange(len(rows)), culprits)
+    scorer = Scorer(brittle, ttl_ms=DAY_MS)
+    without, expected = score(scorer, [None] * ACCOUNTS, take(batch, good))
+
+    states, scored = score(scorer, [None] * ACCOUNTS, batch)
+
+    assert sorted(scored.failed) == culprits
+    assert_close(scorer, states, without)
+    np.testing.assert_allclose(scored.score[good], expected.score, atol=SCORE_TOLERANCE)
+    np.testing.assert_array_equal(scored.raw[good], expected.raw)
+    assert not scored.score[culprits].any()
+    assert not scored.repeated.any()
+
+
+def take(batch: MicroBatch, rows: np.ndarray[Any, Any]) -> MicroBatch:
+    return MicroBatch(*(column[rows] for column in vars(batch).values()))
+
+
+@BRITTLE
+def test_a_culprit_and_its_neighbours_of_the_same_account_leave_the_bits_without_it(
+    brittle: Brittle,
+) -> None:
+    scorer = Scorer(brittle, ttl_ms=DAY_MS)
+    batch = batch_of([0, 0, 0], [20.0, POISON, 30.0])
+    without, expected = score(scorer, [None], take(batch, np.array([0, 2])))
+
+    states, scored = score(scorer, [None], batch)
+
+    assert list(scored.failed) == [1]
+    assert states == without
+    assert scored.score[[0, 2]].tobytes() == expected.score.tobytes()
+
+
+def test_the_error_of_a_culprit_is_told_and_bounded() -> None:
+    def tell(poisoned: np.ndarray[Any, Any]) -> None:
+        if len(poisoned):
+            raise ValueError("x" * 10_000)
+
+    _, scored = score(Scorer(Brittle(tell), ttl_ms=DAY_MS), [None], batch_of([0], [POISON]))
+
+    assert scored.failed[0].startswith("ValueError: xxx")
+    assert len(scored.failed[0]) <= 200
+
+
+def test_an_expiry_before_a_failure_is_undone_with_it() -> None:
+    scorer = Scorer(Brittle(raise_error), ttl_ms=DAY_MS)
+    states, _ = score(scorer, [None], batch_of([0], record_ms=[0]))
+
+    after, scored = score(scorer, states, batch_of([0], [POISON], ids=[2], record_ms=[9 * DAY_MS]))
+
+    assert after == states
+    assert (scored.expired, list(scored.failed)) == (0, [0])
+
+
+def test_a_failure_that_passes_on_the_second_try_leaves_nothing_out() -> None:
+    failures = iter([True])
+
+    def once(poisoned: np.ndarray[Any, Any]) -> None:
+        if next(failures, False):
+            raise MemoryError
+
+    scorer = Scorer(Brittle(once), ttl_ms=DAY_MS)
+
+    states, scored = score(scorer, [None] * 2, batch_of([0, 1, 0]))
+
+    assert not scored.failed
+    assert states == score(Scorer(CHECKPOINT, ttl_ms=DAY_MS), [None] * 2, batch_of([0, 1, 0]))[0]
+
+
+def test_when_everything_fails_the_scorer_says_so_instead_of_rejecting_everything() -> None:
+    scorer = Scorer(Brittle(raise_error), ttl_ms=DAY_MS)
+    n = FAILURES_IN_A_ROW_MAX + 1
+
+    with pytest.raises(ScorerBrokenError, match="FloatingPointError"):
+        score(scorer, [None], batch_of([0] * n, [POISON] * n))
+
+
+def test_failures_add_up_over_micro_batches_until_one_succeeds() -> None:
+    scorer = Scorer(Brittle(raise_error), ttl_ms=DAY_MS)
+    for _ in range(FAILURES_IN_A_ROW_MAX):
+        score(scorer, [None], batch_of([0], [POISON]))
+    score(scorer, [None], batch_of([0], [20.0]))
+    for _ in range(FAILURES_IN_A_ROW_MAX):
+        score(scorer, [None], batch_of([0], [POISON]))
+
+    with pytest.raises(ScorerBrokenError):
+        score(scorer, [None], batch_of([0], [POISON]))
+
+
+def test_stacked_layers_are_advanced_together() -> None:
+    scorer = Scorer(small_checkpoint(layers=3), ttl_ms=DAY_MS)
+    together, _ = score(scorer, [None] * 2, batch_of([0, 1, 0]))
+
+    first, _ = score(scorer, [None] * 2, batch_of([0, 1]))
+    alone = batch_of([0, 1, 0]).between(2, 3)
+    second, _ = score(scorer, first, alone)
+
+    assert_close(scorer, second, together)
+    hidden = scorer.codec.decode(together)[0].hidden
+    assert hidden.shape == (2, 3, 8)
+    assert all(hidden[0, layer].any() for layer in range(3))
+
+
+def test_nothing_to_score_is_no_error() -> None:
+    states, scored = score(Scorer(CHECKPOINT, ttl_ms=DAY_MS), [], batch_of([]))
+
+    assert states == []
+    assert len(scored.score) == 0
+
+
+def test_micro_batches_are_joined_in_order() -> None:
+    parts = [batch_of([0, 1]), batch_of([2]), batch_of([])]
+
+    joined = MicroBatch.concatenate(parts)
+
+    assert joined.row.tolist() == [0, 1, 2]
+    assert len(MicroBatch.concatenate([])) == 0
+    assert {name: column.dtype for name, column in vars(MicroBatch.concatenate([])).items()} == {
+        name: column.dtype for name, column in vars(joined).items()
+    }
+
+
+def test_the_network_does_not_learn_nor_drop_out_in_the_worker() -> None:
+    scorer = Scorer(small_checkpoint(), ttl_ms=DAY_MS)
+    first = score(scorer, [None], batch_of([0]))[1].score
+    second = score(scorer, [None], batch_of([0]))[1].score
+
+    assert first.tobytes() == second.tobytes()
+    assert not scorer.checkpoint.network.training
+    assert not any(p.requires_grad for p in scorer.checkpoint.network.parameters())
