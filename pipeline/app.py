@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import sys
 import tempfile
+from pathlib import Path
 from typing import Any, cast
 
 import faust
@@ -53,9 +53,12 @@ class Worker:
         settings: all of them.
         checkpoint: the model.
         partitions: partition count of the transactions topic.
+        directory: for Faust's own files.
     """
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint, partitions: int) -> None:
+    def __init__(
+        self, settings: Settings, checkpoint: Checkpoint, partitions: int, directory: Path
+    ) -> None:
         self._settings = settings
         self._topic = settings.topic("transactions")
         self.metrics = Metrics(CollectorRegistry())
@@ -73,7 +76,7 @@ class Worker:
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
         self._score_log = KafkaScoreLog(settings)
         self._publisher = KafkaPublisher(settings)
-        self.app = faust_app(settings)
+        self.app = faust_app(settings, directory)
         patience = Patience(self.metrics, self.health)
         self.ownership = Ownership(
             topic=self._topic,
@@ -216,8 +219,11 @@ class Worker:
             return None
 
 
-def faust_app(settings: Settings) -> faust.App:
-    """A Faust app of this consumer group that reads polls; no web, no tables, no leader."""
+def faust_app(settings: Settings, directory: Path) -> faust.App:
+    """A Faust app of this consumer group that reads polls; no web, no tables, no leader.
+
+    Faust makes a folder of its own in ``directory``.
+    """
     poll_transport.register()
     hosts = [host.strip() for host in settings.kafka_bootstrap.split(",")]
     app = faust.App(
@@ -227,7 +233,7 @@ def faust_app(settings: Settings) -> faust.App:
         autodiscover=False,
         web_enabled=False,
         store="memory://",
-        datadir=tempfile.gettempdir(),
+        datadir=directory,
         topic_allow_declare=False,
         topic_disable_leader=True,
         stream_wait_empty=True,
@@ -297,22 +303,23 @@ def run_worker(settings: Settings) -> int:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     partitions = loop.run_until_complete(check_services(settings, checkpoint))
-    worker = Worker(settings, checkpoint, partitions)
-    log.info(
-        "worker starts",
-        extra={
-            "model": checkpoint.digest,
-            "partitions": partitions,
-            "endpoints": worker.endpoints.address,
-        },
-    )
-    _spare_the_collector()
+    with tempfile.TemporaryDirectory(prefix="recur-worker-") as directory:
+        worker = Worker(settings, checkpoint, partitions, Path(directory))
+        log.info(
+            "worker starts",
+            extra={
+                "model": checkpoint.digest,
+                "partitions": partitions,
+                "endpoints": worker.endpoints.address,
+            },
+        )
+        _spare_the_collector()
+        return _run(worker, loop)
+
+
+def _run(worker: Worker, loop: asyncio.AbstractEventLoop) -> int:
     process = _Process(
-        worker,
-        loop=loop,
-        quiet=True,
-        override_logging=False,
-        redirect_stdouts=False,
+        worker, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False
     )
     try:
         process.execute_from_commandline()
@@ -323,7 +330,3 @@ def run_worker(settings: Settings) -> int:
         log.info("worker ends", extra={"code": end.code})
         return 1 if crash is not None else int(end.code or 0)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit("start a worker with `recur worker`")
