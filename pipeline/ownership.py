@@ -284,15 +284,15 @@ class Ownership:
             owned.scores_from = appended.next
         return Watermark(self._partitions, next_offset, owned.scores_from, self._writer)
 
-    async def follow(self, partition: int, chunk: Chunk) -> None:
+    async def follow(self, partition: int, owned: Owned, chunk: Chunk) -> None:
         """The watermark was another at the save, and nothing was written: go on from it."""
+        if not self.owns(partition, owned):
+            return  # revoked, or the next poll has seen it already
         self._metrics.guard_mismatches.inc()
         log.warning(
             "the watermark is not the expected one; going on from the one that stands",
             extra={"partition": partition},
         )
-        if self._owned.pop(partition, None) is None:
-            return
         standing = await self._standing(partition)
         owned = await self._assume(partition, standing, chunk.begin, lost=True)
         await self.seek_back(partition, owned)

@@ -478,7 +478,7 @@ class Processor:
         for part, save, saved in zip(parts, saves, stands, strict=True):
             part.saved = saved
             if not saved:
-                await self._ownership.follow(part.partition, part.chunk)
+                await self._ownership.follow(part.partition, part.partition_owned, part.chunk)
                 continue
             owned = part.partition_owned
             owned.watermark, owned.neighbour = save.watermark, owned.watermark

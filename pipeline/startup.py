@@ -6,10 +6,8 @@ Each check that fails ends the start with one line that says what to do.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from model.checkpoint import Checkpoint, CheckpointError
@@ -48,8 +46,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     Raises:
         StartupError: something is not right; the message says what to do.
     """
-    with _quiet("aiokafka"):  # it logs each attempt; the error says it once
-        partitions = (await ensure_topics(settings))["transactions"]
+    partitions = (await ensure_topics(settings))["transactions"]
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     score_log = KafkaScoreLog(settings)
     try:
@@ -89,17 +86,6 @@ async def _check_watermarks(
     for partition, value in marks.items():
         mark = read_watermark(topic, partition, value)
         check_watermark(topic, partition, mark, partitions, ends[partition])
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 async def _before(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:

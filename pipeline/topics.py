@@ -13,6 +13,7 @@ from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from pipeline.errors import StartupError
+from pipeline.logs import quiet
 from pipeline.settings import Settings
 
 TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
@@ -43,7 +44,8 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
             as many partitions as transactions.
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
-    admin = await _connect(settings, deadline)
+    with quiet("aiokafka"):  # it logs each attempt; the error says it once
+        admin = await _connect(settings, deadline)
     try:
         counts = await _create_missing(admin, settings, deadline)
     except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
