@@ -81,7 +81,7 @@ class PipelineUnderTest:
         """Topics there, workers ready; all gone at the end."""
         await ensure_topics(self.settings)
         self._producer = AIOKafkaProducer(
-            bootstrap_servers=self.settings.kafka_bootstrap,
+            **self.settings.kafka_client_options(),
             linger_ms=5,
             max_batch_size=200_000,
             max_request_size=4_000_000,
@@ -114,7 +114,7 @@ class PipelineUnderTest:
     async def send_compressed(self, sent: Iterable[Transaction], compression: str) -> None:
         """Produce transactions as a producer that compresses does."""
         async with AIOKafkaProducer(
-            bootstrap_servers=self.settings.kafka_bootstrap,
+            **self.settings.kafka_client_options(),
             compression_type=compression,
             linger_ms=5,
         ) as producer:
@@ -149,7 +149,7 @@ class PipelineUnderTest:
         """Everything in a topic now, partition by partition."""
         topic = self.settings.topic(role)  # type: ignore[arg-type]
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self.settings.kafka_bootstrap, auto_offset_reset="earliest"
+            **self.settings.kafka_client_options(), auto_offset_reset="earliest"
         )
         await consumer.start()
         try:

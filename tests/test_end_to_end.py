@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
-from pipeline.services import Kafka, Redis
+from pipeline.services import Kafka, Redis, RedisCluster, free_port
 from pipeline.worker_processes import WorkerProcess
 from tests.pipeline_under_test import (
     PipelineUnderTest,
@@ -303,6 +303,72 @@ def test_warm_records_build_states_and_raise_no_alert(
             await system.assert_states_are_the_log()
 
     asyncio.run(run())
+
+
+def test_states_live_on_a_redis_cluster(kafka: Kafka, tmp_path: Path) -> None:
+    sent = transactions(10_000, accounts=200)
+
+    async def run(cluster: RedisCluster) -> None:
+        system = PipelineUnderTest(kafka.bootstrap, cluster.url, tmp_path, redis_cluster=True)
+        async with system.running(workers=2):
+            await system.send(sent)
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+
+    with RedisCluster() as cluster:
+        asyncio.run(run(cluster))
+
+
+class KafkaWithUsers(Kafka):
+    """A broker with one more listener, where a user must name itself."""
+
+    sasl_port = 0
+
+    def _server_properties(self, log_directory: Path) -> dict[str, str]:
+        properties = super()._server_properties(log_directory)
+        self.sasl_port = self.sasl_port or free_port()
+        own, controller = properties["listeners"].split(",")
+        protocols = properties["listener.security.protocol.map"]
+        return properties | {
+            "listeners": f"{own},SASL_PLAINTEXT://127.0.0.1:{self.sasl_port},{controller}",
+            "listener.security.protocol.map": f"{protocols},SASL_PLAINTEXT:SASL_PLAINTEXT",
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
+                "org.apache.kafka.common.security.plain.PlainLoginModule required "
+                'user_recur="of the broker";'
+            ),
+        }
+
+
+def test_the_users_of_kafka_and_redis_reach_every_client(tmp_path: Path) -> None:
+    sent = transactions(2_000, accounts=50)
+    least = "~recur-* +mget +get +set +evalsha +script|load +ping +info +client|setinfo"
+
+    async def run(broker: KafkaWithUsers, server: Redis) -> None:
+        system = PipelineUnderTest(
+            f"127.0.0.1:{broker.sasl_port}",
+            server.url,
+            tmp_path,
+            kafka_security_protocol="SASL_PLAINTEXT",
+            kafka_sasl_mechanism="PLAIN",
+            kafka_sasl_username="recur",
+            kafka_sasl_password="of the broker",
+            redis_username="recur",
+            redis_password="of-redis",
+        )
+        async with system.running(workers=1):
+            await system.send(sent)
+            await system.until_applied()
+            assert_scored_once(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+            with server.client() as admin:
+                assert "recur" in {client["user"] for client in admin.client_list()}
+
+    with KafkaWithUsers() as broker, Redis() as server:
+        with server.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "recur", "on", ">of-redis", *least.split())
+        asyncio.run(run(broker, server))
 
 
 def test_compressed_records_are_read_and_written(
