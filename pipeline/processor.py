@@ -55,6 +55,7 @@ class Part:
         records, transactions, timestamps_ms: what can be scored, in log order.
         rows: the place of each transaction's account in ``accounts``.
         accounts: distinct account ids.
+        new: indices of the transactions that have no score yet and get one.
         rejected: records that cannot be scored, with reason and error.
         owned: the partition, once its watermark is known.
         values: states of ``accounts``; ``cached`` of them were held in memory.
@@ -81,6 +82,7 @@ class Part:
     kept: dict[int, Kept] = field(default_factory=dict)
     begin: int = 0
     scored: slice = field(default_factory=lambda: slice(0, 0))
+    new: list[int] = field(default_factory=list)
     said: int = 0
     scores: list[Outgoing] = field(default_factory=list)
     alerts: list[Outgoing] = field(default_factory=list)
@@ -315,15 +317,8 @@ class Processor:
 
     def _score(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
         """Advance the states of all parts together."""
-        values: list[bytes | None] = []
-        batches = []
-        n = 0
-        for part in parts:
-            batches.append(columns(part, first_row=len(values)))
-            values += part.values
-            part.scored = slice(n, n + len(part.records))
-            n += len(part.records)
-        batch = MicroBatch.concatenate(batches)
+        batch = columns(parts)
+        values = [value for part in parts for value in part.values]
         states, scored, loaded, refused = self._scorer.score(values, batch)
         n_cached = sum(part.cached for part in parts)
         n_loaded = int(loaded.sum()) - n_cached
@@ -339,7 +334,6 @@ class Processor:
 
     def _decide(self, parts: list[Part], scored: Scored) -> None:
         """Scores and decisions to records to publish."""
-        choices = self._thresholds.decide(scored.score)
         for part in parts:
             silent = scored.repeated[part.scored].copy()  # transactions of which nothing is said
             for i in part.indices(scored.failed):
@@ -347,53 +341,49 @@ class Processor:
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
             part.letters = [self._dead_letter(part.partition, *item) for item in part.rejected]
-            new, values = self._say(part, scored, choices, silent)
-            kept = self._kept(part, silent)
-            part.said = len(new) + len(kept)
-            part.scores = [
-                Outgoing(part.records[i].key, value) for i, value in zip(new, values, strict=True)
-            ]
-            chosen = choices[part.scored].tolist()
-            flagged = [
-                (part.records[i], value, DECISIONS[chosen[i]])
-                for i, value in zip(new, values, strict=True)
-                if chosen[i]
-            ]
-            part.alerts = list(self._alerts(part, [*flagged, *kept]))
+            part.new = np.flatnonzero(~silent).tolist()
+            part.said = len(part.new)
+            if part.kept:
+                part.new = [i for i in part.new if part.records[i].offset not in part.kept]
+                part.alerts += self._alerts(part, self._kept(part, silent))
+        self._say(parts, scored)
 
-    def _say(
-        self,
-        part: Part,
-        scored: Scored,
-        choices: NDArray[np.intp],
-        silent: NDArray[np.bool_],
-    ) -> tuple[list[int], list[bytes]]:
-        """Indices of the transactions that have no score yet, and their scores' records."""
-        new: list[int] = np.flatnonzero(~silent).tolist()
-        if part.kept:
-            new = [i for i in new if part.records[i].offset not in part.kept]
-        at = np.array(new, np.intp) + part.scored.start
-        source = f"{self._topic}:{part.partition}:"
+    def _say(self, parts: list[Part], scored: Scored) -> None:
+        """Scores and alerts of the transactions that have none yet, of all parts together."""
+        at = np.array([i + part.scored.start for part in parts for i in part.new], np.intp)
+        choices = self._thresholds.decide(scored.score[at]).tolist()
+        decisions = [DECISIONS[choice] for choice in choices]
         values = self._encoder.encode(
-            [part.transactions[i] for i in new],
-            [part.timestamps_ms[i] for i in new],
-            [f"{source}{part.records[i].offset}" for i in new],
+            [part.transactions[i] for part in parts for i in part.new],
+            [part.timestamps_ms[i] for part in parts for i in part.new],
+            [
+                f"{self._topic}:{part.partition}:{part.records[i].offset}"
+                for part in parts
+                for i in part.new
+            ],
             scored.score[at],
-            [DECISIONS[choice] for choice in choices[at].tolist()],
+            decisions,
             scored.raw[at],
         )
-        return new, values
+        start = 0
+        for part in parts:
+            stop = start + len(part.new)
+            records = [part.records[i] for i in part.new]
+            part.scores = [
+                Outgoing(record.key, value)
+                for record, value in zip(records, values[start:stop], strict=True)
+            ]
+            if any(choices[start:stop]):
+                said = zip(records, values[start:stop], decisions[start:stop], strict=True)
+                part.alerts += self._alerts(part, said)
+            start = stop
 
-    def _kept(self, part: Part, silent: NDArray[np.bool_]) -> list[tuple[Record, bytes, str]]:
+    def _kept(self, part: Part, silent: NDArray[np.bool_]) -> Iterator[tuple[Record, bytes, str]]:
         """Records whose score was published before, with the score and its decision."""
-        if not part.kept:
-            return []
-        found = [
-            (record, part.kept.get(record.offset))
-            for record, skip in zip(part.records, silent.tolist(), strict=True)
-            if not skip
-        ]
-        return [(record, kept.value, kept.score.decision) for record, kept in found if kept]
+        for record, skip in zip(part.records, silent.tolist(), strict=True):
+            kept = part.kept.get(record.offset)
+            if kept is not None and not skip:
+                yield record, kept.value, kept.score.decision
 
     def _alerts(self, part: Part, said: Iterable[tuple[Record, bytes, str]]) -> Iterator[Outgoing]:
         """An alert for each score at or over the review threshold, but not while warming up."""
@@ -426,16 +416,18 @@ class Processor:
 
     def _hold(self, parts: list[Part], states: AccountStates) -> None:
         """Hold what is computed in memory; the next poll continues it."""
-        first_row = 0
+        begins = np.repeat([part.begin for part in parts], [len(part.accounts) for part in parts])
+        changed = np.flatnonzero(states.last_offset >= begins)
+        values = self._scorer.codec.encode(states, changed)
+        first_row = start = 0
         for part in parts:
-            owned = part.partition_owned
-            rows = np.arange(first_row, first_row + len(part.accounts))
-            first_row += len(part.accounts)
-            changed = np.flatnonzero(states.last_offset[rows] >= part.begin)
-            accounts = [part.accounts[i] for i in changed.tolist()]
-            part.changed = accounts, self._scorer.codec.encode(states, rows[changed])
-            owned.remember(*part.changed)
-            owned.computed_to = part.end
+            last_row = first_row + len(part.accounts)
+            stop = start + int(np.count_nonzero(changed[start:] < last_row))
+            accounts = [part.accounts[row - first_row] for row in changed[start:stop].tolist()]
+            part.changed = accounts, values[start:stop]
+            part.partition_owned.remember(*part.changed)
+            part.partition_owned.computed_to = part.end
+            first_row, start = last_row, stop
 
     # publish -----------------------------------------------------------------------------
 
@@ -508,18 +500,30 @@ class Processor:
             self._health.moved()
 
 
-def columns(part: Part, first_row: int) -> MicroBatch:
-    """A part's transactions as columns; its accounts begin at ``first_row`` of the states."""
+def columns(parts: list[Part]) -> MicroBatch:
+    """The parts' transactions as columns; sets where each part stands in them."""
+    transactions: list[Transaction] = []
+    records: list[Record] = []
+    rows: list[int] = []
+    timestamps_ms: list[int] = []
+    accounts = 0
+    for part in parts:
+        part.scored = slice(len(records), len(records) + len(part.records))
+        transactions += part.transactions
+        records += part.records
+        timestamps_ms += part.timestamps_ms
+        rows += [row + accounts for row in part.rows] if accounts else part.rows
+        accounts += len(part.accounts)
     hash_id = xxhash.xxh3_64_intdigest
     return MicroBatch(
-        row=np.array(part.rows, np.intp) + first_row,
-        amount=np.array([transaction.amount for transaction in part.transactions], np.float64),
-        timestamp_ms=np.array(part.timestamps_ms, np.int64),
-        record_ms=np.array([record.timestamp for record in part.records], np.int64),
-        offset=np.array([record.offset for record in part.records], np.int64),
+        row=np.array(rows, np.intp),
+        amount=np.array([transaction.amount for transaction in transactions], np.float64),
+        timestamp_ms=np.array(timestamps_ms, np.int64),
+        record_ms=np.array([record.timestamp for record in records], np.int64),
+        offset=np.array([record.offset for record in records], np.int64),
         # 0 marks an empty place among a state's recent ids.
         id_hash=np.array(
-            [hash_id(t.transaction_id.encode()) or 1 for t in part.transactions], np.uint64
+            [hash_id(t.transaction_id.encode()) or 1 for t in transactions], np.uint64
         ),
     )
 

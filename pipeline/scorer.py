@@ -6,7 +6,7 @@ Pure computation on columns; the processor around it does the input and output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from model.checkpoint import Checkpoint
 from model.features import FEATURES, observe, rounds_of
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec
-
-_COLUMN_TYPES = (np.intp, np.float64, np.int64, np.int64, np.int64, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.row)
-
-    @classmethod
-    def concatenate(cls, batches: Sequence[MicroBatch]) -> MicroBatch:
-        """All of them in one; the rows must count on from batch to batch already."""
-        if len(batches) == 1:
-            return batches[0]
-        if not batches:
-            return cls(*(np.empty(0, kind) for kind in _COLUMN_TYPES))  # type: ignore[arg-type]
-        names = [column.name for column in fields(cls)]
-        return cls(*(np.concatenate([getattr(b, name) for b in batches]) for name in names))
 
     def between(self, start: int, stop: int) -> MicroBatch:
         """Those transactions alone (views)."""

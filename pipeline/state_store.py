@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import redis.asyncio as redis_asyncio
@@ -124,17 +125,23 @@ class RedisStateStore:
         return cls(redis_client(settings), keys, expiry_ms)
 
     async def load(self, requests: Sequence[Load]) -> list[Loaded]:
-        """See :class:`StateStore`: one MGET for each partition."""
+        """See :class:`StateStore`: one MGET, on a cluster one for each partition."""
         keys = self._keys
-        commands: list[tuple[str | bytes, ...]] = [
-            (
-                "MGET",
+        wanted = [
+            [
                 keys.watermark(request.partition),
                 *keys.accounts(request.partition, request.account_ids),
-            )
+            ]
             for request in requests
         ]
-        replies = await self._execute(commands)
+        if isinstance(self._client, RedisCluster):
+            replies = await self._execute([("MGET", *part) for part in wanted])
+        elif wanted:
+            (values,) = await self._execute([("MGET", *chain.from_iterable(wanted))])
+            flat = iter(values)
+            replies = [list(islice(flat, len(part))) for part in wanted]
+        else:
+            replies = []
         return [Loaded(reply[0], reply[1:]) for reply in replies]
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:

@@ -239,8 +239,9 @@ class PipelineUnderTest:
             part.transactions.append(transaction)
             part.timestamps_ms.append(transaction.timestamp)
             part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
-        states, _, _, _ = self.scorer.score([None] * len(row_of), columns(part, first_row=0))
-        return list(row_of), states
+        part.accounts = list(row_of)
+        states, _, _, _ = self.scorer.score([None] * len(row_of), columns([part]))
+        return part.accounts, states
 
 
 def _assert_equal(actual: AccountStates, expected: AccountStates) -> None:

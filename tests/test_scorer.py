@@ -391,18 +391,6 @@ def test_nothing_to_score_is_no_error() -> None:
     assert len(scored.score) == 0
 
 
-def test_micro_batches_are_joined_in_order() -> None:
-    parts = [batch_of([0, 1]), batch_of([2]), batch_of([])]
-
-    joined = MicroBatch.concatenate(parts)
-
-    assert joined.row.tolist() == [0, 1, 2]
-    assert len(MicroBatch.concatenate([])) == 0
-    assert {name: column.dtype for name, column in vars(MicroBatch.concatenate([])).items()} == {
-        name: column.dtype for name, column in vars(joined).items()
-    }
-
-
 def test_the_network_does_not_learn_nor_drop_out_in_the_worker() -> None:
     scorer = Scorer(small_checkpoint(), ttl_ms=DAY_MS)
     first = score(scorer, [None], batch_of([0]))[1].score
