@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -325,7 +326,7 @@ def main(transactions: int, memory_transactions: int, seconds: float, only: str 
     with tempfile.TemporaryDirectory(prefix="recur-bench-") as directory:
         with embedded() as services:
             bench = Bench(services, Path(directory))
-            asyncio.run(run(bench, only, transactions, memory_transactions, seconds))
+            uvloop.run(run(bench, only, transactions, memory_transactions, seconds))
     console.print(bench.results.table())
 
 

@@ -121,24 +121,25 @@ class Worker:
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:
-        """The agent: computes polls in order, each while the one before is concluded."""
+        """The agent: computes polls in order, each while those before it are concluded."""
         consumer = self._consumer()
-        concluding = asyncio.create_task(asyncio.sleep(0))
+        before: asyncio.Task[None] | None = None
         async for event in polls.noack().events():
             if not consumer.start_work(event.message):
                 continue
             try:
                 computed = await self.processor.compute(event.value)
-                await concluding
             except BaseException:
                 consumer.abandon(event.message)
                 raise
-            concluding = asyncio.create_task(self._conclude(computed, event))
+            before = asyncio.create_task(self._conclude(computed, event, before))
 
-    async def _conclude(self, computed: Computed, event: Any) -> None:
+    async def _conclude(
+        self, computed: Computed, event: Any, before: asyncio.Task[None] | None
+    ) -> None:
         """Publish, save and ack by hand what was computed."""
         try:
-            await self.processor.conclude(computed)
+            await self.processor.conclude(computed, before)
         except BaseException as error:
             self._consumer().abandon(event.message)
             if not isinstance(error, asyncio.CancelledError):
