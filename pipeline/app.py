@@ -37,8 +37,11 @@ from pipeline.state_store import RedisStateStore, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
-MONITOR_SECONDS = 1.0
-"""Between two looks at lag, Redis and the broker."""
+REDIS_LOOK_SECONDS = 1.0
+"""Between two looks at Redis."""
+
+LAG_LOOK_SECONDS = 5.0
+"""Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
 
 DAY_MS = 86_400_000
 
@@ -108,7 +111,8 @@ class Worker:
         app = self.app
         topic = app.topic(self._topic, schema=poll_transport.PollSchema())
         app.agent(topic, name="score", supervisor_strategy=CrashingSupervisor)(self._score)
-        app.task(self._monitor)
+        app.task(self._monitor_redis)
+        app.task(self._monitor_lag)
         app.on_before_shutdown.connect(self._on_before_shutdown)
 
     async def start_clients(self) -> None:
@@ -171,12 +175,16 @@ class Worker:
 
     # monitors ----------------------------------------------------------------------------
 
-    async def _monitor(self) -> None:
-        """Keep lag and health up to date."""
+    async def _monitor_redis(self) -> None:
         while not self.app.should_stop:
-            await asyncio.gather(self._look_at_redis(), self._look_at_lag())
+            await self._look_at_redis()
             self.metrics.polls_in_flight.set(self._consumer().polls_in_flight)
-            await asyncio.sleep(MONITOR_SECONDS)
+            await asyncio.sleep(REDIS_LOOK_SECONDS)
+
+    async def _monitor_lag(self) -> None:
+        while not self.app.should_stop:
+            await self._look_at_lag()
+            await asyncio.sleep(LAG_LOOK_SECONDS)
 
     async def _look_at_redis(self) -> None:
         try:

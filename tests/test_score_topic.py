@@ -315,6 +315,34 @@ def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None
     run(open_real(kafka), test)
 
 
+def test_batches_that_another_wrote_between_are_told_as_unknown_places(kafka: Kafka) -> None:
+    padding = 2_000
+    count = 6 * PRODUCE_BATCH_BYTES // padding
+
+    async def test(broker: Broker) -> None:
+        published = asyncio.Event()
+
+        async def write_between() -> None:
+            while not published.is_set():
+                await broker.append(0, b"Z", b"of a zombie")
+
+        writing = asyncio.create_task(write_between())
+        sent = scores(broker, 0, range(count), padding)
+        appended = (await broker.publisher.publish({0: sent}, [], []))[0]
+        published.set()
+        await writing
+
+        found = [
+            r.offset
+            for r in await broker.records(broker.settings.topic("scores"), 0)
+            if r.value != b"of a zombie"
+        ]
+        together = found == list(range(found[0], found[0] + count))
+        assert appended == (Appended(found[0], found[-1] + 1) if together else Appended(None, None))
+
+    run(open_real(kafka), test)
+
+
 # read ------------------------------------------------------------------------------------
 
 

@@ -388,6 +388,39 @@ def test_a_full_server_refuses_a_save_whole() -> None:
         backend.run(go)
 
 
+def test_a_command_that_the_server_does_not_know_is_not_quoted() -> None:
+    """Redis puts the command's first arguments, keys and so accounts, into its message."""
+    account = "4111-1111-1111-1111"
+    with Redis(options={"rename-command": "MGET hidden"}) as server:
+
+        async def go(store: StateStore) -> None:
+            with pytest.raises(StoreUnavailableError, match="unknown command") as caught:
+                await store.load([Load(0, [account])])
+            assert account not in str(caught.value)
+
+        redis_backend(server).run(go)
+
+
+def test_one_node_of_a_cluster_that_may_evict_is_found(redis_cluster: RedisCluster) -> None:
+    settings = settings_for(redis_cluster.url, cluster=True)
+
+    async def go() -> str | None:
+        store = RedisStateStore.from_settings(settings, MODEL)
+        try:
+            return await store.eviction_policy()
+        finally:
+            await store.close()
+
+    for node in redis_cluster.nodes:
+        with node.client() as client:
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            try:
+                assert asyncio.run(go()) == "allkeys-lru"
+            finally:
+                client.config_set("maxmemory-policy", "noeviction")
+    assert asyncio.run(go()) == "noeviction"
+
+
 def test_the_eviction_policy_and_the_watermarks_can_be_checked_at_the_start(
     real_backend: Backend,
 ) -> None:
