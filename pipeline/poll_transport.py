@@ -118,7 +118,11 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             if tp in self.assignment():
                 await self._seek_thread(tp, self._begin.get(tp, fetched[0].offset))
 
-    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
+    async def _getmany(
+        self,
+        active_partitions: set[TP] | None,
+        timeout: float,  # noqa: ASYNC109 - as Faust calls it
+    ) -> Any:
         """What one fetch returned: straight from aiokafka's thread, not by Faust's queue."""
         consumer = self._thread._ensure_consumer()
         return await self._in_thread(

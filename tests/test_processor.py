@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -653,12 +653,15 @@ def test_a_store_that_loses_all_before_the_groups_first_commit_is_no_new_beginni
         for late in range(3):
             world = World(partitions=1)
             world.produce_many(40)
-            world.interrupt(when_nth("before save", number, lambda w=world: lose_everything(w)))
+            world.interrupt(when_nth("before save", number, partial(lose_everything, world)))
             worker = world.worker()
             worker.consumer.commit = lambda poll: None  # type: ignore[method-assign]
             order = iter([1] * late)
 
-            finish(worker.run(choose=lambda alive, o=order: alive[next(o, 0) % len(alive)]))
+            def choose(alive: Sequence[int], order: Iterator[int] = order) -> int:
+                return alive[next(order, 0) % len(alive)]
+
+            finish(worker.run(choose=choose))
 
             world.assert_all_applied()
 
