@@ -14,6 +14,7 @@ import base64
 import importlib.util
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -374,7 +375,8 @@ class Redis(Service):
         port: for clients; a free one when None.
         directory: its append-only file; a temporary one when None.
         appendonly: write each change to the append-only file, so that a restart keeps the data.
-        options: further lines of ``redis.conf``, such as ``{"maxmemory": "100mb"}``.
+        options: further lines of ``redis.conf``, such as ``{"maxmemory": "100mb"}``; one with
+            several words is shell-quoted text, such as ``{"rename-command": "MGET hidden"}``.
         startup_timeout_seconds: how long it may take to answer, reading its data included.
 
     Attributes:
@@ -396,7 +398,7 @@ class Redis(Service):
         super().__init__(directory, (port,), startup_timeout_seconds)
         self.port = port
         self.url = f"redis://{HOST}:{port}/0"
-        self._options = {
+        own = {
             "port": str(port),
             "bind": HOST,
             "dir": str(self.directory),
@@ -404,7 +406,10 @@ class Redis(Service):
             "save": "",
             "appendonly": "yes" if appendonly else "no",
             "maxmemory-policy": "noeviction",
-        } | dict(options)
+        }
+        self._options = {name: [value] for name, value in own.items()} | {
+            name: shlex.split(value) or [""] for name, value in options.items()
+        }
 
     def client(self) -> redis_client.Redis:
         """A client of this server; the caller closes it."""
@@ -420,7 +425,7 @@ class Redis(Service):
         return REDIS_MB
 
     def _command(self) -> list[str]:
-        options = [word for name, value in self._options.items() for word in (f"--{name}", value)]
+        options = [word for name, words in self._options.items() for word in (f"--{name}", *words)]
         return [_redis_server(), *options]
 
     def _answers(self) -> bool:
