@@ -125,25 +125,25 @@ class Worker:
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:
-        """The agent: computes polls in order, each while those before it are concluded."""
+        """The agent: computes polls in order, each while the one before is concluded."""
         consumer = self._consumer()
-        before: asyncio.Task[None] | None = None
+        concluding: asyncio.Task[None] | None = None
         async for event in polls.noack().events():
             if not consumer.start_work(event.message):
                 continue
             try:
                 computed = await self.processor.compute(event.value)
+                if concluding is not None:
+                    await concluding
             except BaseException:
                 consumer.abandon(event.message)
                 raise
-            before = asyncio.create_task(self._conclude(computed, event, before))
+            concluding = asyncio.create_task(self._conclude(computed, event))
 
-    async def _conclude(
-        self, computed: Computed, event: Any, before: asyncio.Task[None] | None
-    ) -> None:
+    async def _conclude(self, computed: Computed, event: Any) -> None:
         """Publish, save and ack by hand what was computed."""
         try:
-            await self.processor.conclude(computed, before)
+            await self.processor.conclude(computed)
         except BaseException as error:
             self._consumer().abandon(event.message)
             if not isinstance(error, asyncio.CancelledError):

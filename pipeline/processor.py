@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -186,26 +186,22 @@ class Processor:
             self._hold(parts, states)
         return Computed(poll, parts, scored, batch)
 
-    async def conclude(self, computed: Computed, before: Awaitable[None] | None = None) -> None:
-        """Publish, save, ack; the next poll may be computed and published meanwhile.
+    async def conclude(self, computed: Computed) -> None:
+        """Publish, save, ack.
 
-        Args:
-            before: done when the poll before is concluded: polls are saved in order.
+        Polls are concluded one at a time, in order; the next one may be computed meanwhile.
         """
         # The group may have taken partitions away since, or a save have met another watermark.
         parts = [p for p in computed.parts if self._ownership.owns(p.partition, p.owned)]
-        if parts:
-            with self._metrics.timed("publish"):
-                appended = await self._publish(parts)
-            self._observe(computed)
-        if before is not None:
-            await before
-        parts = [p for p in parts if self._ownership.owns(p.partition, p.owned)]
-        if parts:
-            with self._metrics.timed("save"):
-                await self._save(parts, appended)
-            with self._metrics.timed("ack"):
-                self._ack(computed.poll, parts)
+        if not parts:
+            return
+        with self._metrics.timed("publish"):
+            appended = await self._publish(parts)
+        self._observe(computed)
+        with self._metrics.timed("save"):
+            await self._save(parts, appended)
+        with self._metrics.timed("ack"):
+            self._ack(computed.poll, parts)
 
     # decode ------------------------------------------------------------------------------
 
