@@ -50,6 +50,8 @@ READY_SECONDS = 60.0
 SAMPLE_SECONDS = 0.5
 STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
 RATES = (500, 5_000)
+WARM_UP_SECONDS = 10.0
+"""Before each latency measurement: Java compiles, caches fill."""
 MEBIBYTE = 1 << 20
 
 console = Console(highlight=False)
@@ -128,7 +130,7 @@ class Bench:
         await ensure_topics(settings)
         async with self.worker(settings) as worker:
             await until_ready([worker], READY_SECONDS)
-            feeding = asyncio.create_task(feed(settings, transactions, rate=None))
+            feeding = asyncio.create_task(feed(settings, blocks(), transactions, rate=None))
             points = await drained(worker, transactions)
             await feeding
         early = max(rss for done, _, rss in points if done <= max(transactions / 5, points[0][0]))
@@ -152,11 +154,12 @@ class Bench:
             await until_ready([worker], READY_SECONDS)
             ready = time.monotonic() - began
             self.results.add("a worker ready after", f"{ready:.1f} s", "10", ready <= 10)
+            stream = blocks()
             for rate in RATES:
-                await feed(settings, rate * 3, rate)
+                await feed(settings, stream, int(rate * WARM_UP_SECONDS), rate)
                 await worker.refresh()
                 before = buckets(worker.samples, LATENCY)
-                await feed(settings, int(rate * seconds), rate)
+                await feed(settings, stream, int(rate * seconds), rate)
                 await asyncio.sleep(1)
                 await worker.refresh()
                 after = buckets(worker.samples, LATENCY)
@@ -264,36 +267,41 @@ def steady_rate(points: list[Point], transactions: int) -> float:
     return (end[0] - begin[0]) / (end[1] - begin[1])
 
 
-def blocks(transactions: int) -> Iterator[Block]:
-    """Simulated transactions, encoded."""
-    left = transactions
+def blocks() -> Iterator[Block]:
+    """Simulated transactions, encoded, without end."""
     for day in Simulator(customers=ACCOUNTS, start_date="2018-04-01", seed=3).days():
         for at in range(0, len(day.amount), BLOCK_TRANSACTIONS):
-            part = slice(at, at + min(BLOCK_TRANSACTIONS, left))
-            count = len(day.amount[part])
+            part = slice(at, at + BLOCK_TRANSACTIONS)
             yield encode_block(
                 [f"T{i}" for i in day.transaction_id[part].tolist()],
                 [account_id(i) for i in day.account[part].tolist()],
                 [merchant_id(i) for i in day.merchant[part].tolist()],
                 day.amount[part].tolist(),
-                ["EUR"] * count,
+                ["EUR"] * len(day.amount[part]),
                 day.timestamp_ms[part].tolist(),
             )
-            left -= count
-            if left <= 0:
-                return
 
 
-async def feed(settings: Settings, transactions: int, rate: float | None) -> None:
-    """Publish transactions."""
+def first(stream: Iterator[Block], transactions: int) -> Iterator[Block]:
+    """The stream's next transactions, so many; the rest of the last block is dropped."""
+    while transactions > 0:
+        block = next(stream)
+        yield Block(block.keys[:transactions], block.values[:transactions])
+        transactions -= len(block.keys)
+
+
+async def feed(
+    settings: Settings, stream: Iterator[Block], transactions: int, rate: float | None
+) -> None:
+    """Publish the stream's next transactions."""
     async with Feed(settings) as producer:
-        await producer.run(ahead(blocks(transactions)), rate=rate)
+        await producer.run(ahead(first(stream, transactions)), rate=rate)
 
 
 async def preload(settings: Settings, transactions: int) -> None:
     """Fill the log before a worker starts."""
     console.print(f"  publishing {transactions:,} transactions ...", style="dim")
-    await feed(settings, transactions, rate=None)
+    await feed(settings, blocks(), transactions, rate=None)
 
 
 async def run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +48,10 @@ DAY_MS = 86_400_000
 
 GC_THRESHOLD = 100_000
 """Objects allocated and not freed before the collector looks at the young ones."""
+
+SWITCH_INTERVAL_SECONDS = 0.0005
+"""A thread that computes lets the consumer's thread run after so long; Python's 5 ms would be
+most of a fast answer."""
 
 
 class Worker:
@@ -323,6 +328,7 @@ def run_worker(settings: Settings) -> int:
             },
         )
         _spare_the_collector()
+        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         return _run(worker, loop)
 
 
