@@ -36,8 +36,8 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
-        model.raw_features model.training_settings model.split model.training_state model.fitting
-        model.calibration model.verdict model.training model.progress
+        model.raw_features model.training_settings model.split model.adamw model.training_state
+        model.fitting model.logistic model.calibration model.verdict model.training model.progress
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
