@@ -137,6 +137,109 @@ def card_precision_at(
     return float(np.mean(shares))
 
 
+def expected_calibration_error(scores: Scores, is_fraud: Truth, bins: int = 15) -> float:
+    """Distance of mean score and share of fraud, mean over ``bins`` bins of equal width.
+
+    A bin weighs as many transactions as it has (Naeini, Cooper, Hauskrecht 2015). ``scores``
+    are probabilities.
+
+    Raises:
+        EvaluationError: no transactions.
+
+    >>> scores, is_fraud = np.array([0.1, 0.1, 0.9]), np.array([False, True, True])
+    >>> round(expected_calibration_error(scores, is_fraud), 4)
+    0.3
+    """
+    if not len(scores):
+        raise EvaluationError("no transactions; calibration is measured on at least one")
+    bin_of = np.clip((scores.astype(np.float64) * bins).astype(np.int64), 0, bins - 1)
+    expected = np.bincount(bin_of, scores, bins)
+    found = np.bincount(bin_of, is_fraud, bins)
+    return float(np.abs(expected - found).sum() / len(scores))
+
+
+def brier_score(scores: Scores, is_fraud: Truth) -> float:
+    """Mean squared distance of score and truth; 0 is best.
+
+    Raises:
+        EvaluationError: no transactions.
+
+    >>> round(brier_score(np.array([0.1, 0.8]), np.array([False, True])), 4)
+    0.025
+    """
+    if not len(scores):
+        raise EvaluationError("no transactions; the Brier score is a mean over at least one")
+    return float(np.mean((scores.astype(np.float64) - is_fraud) ** 2))
+
+
+OPERATING_POINT = (
+    "threshold",
+    "alerts_per_day",
+    "recall",
+    "false_positive_rate",
+    "precision",
+    "fraud_amount_caught_per_day",
+    "genuine_amount_flagged_per_day",
+)
+"""What the numbers of a row of :func:`operating_points` are."""
+
+
+def operating_points(
+    scores: Scores,
+    is_fraud: Truth,
+    amount: NDArray[np.float64],
+    days: float,
+    points_max: int = 200,
+) -> list[list[float]]:
+    """What alerts at or over a threshold catch and cost: rows of :data:`OPERATING_POINT`.
+
+    The thresholds are scores that occur, highest first, evenly spaced in the logarithm of the
+    number of alerts: from one alert to all transactions.
+
+    Args:
+        amount: [N] in the currency's main unit.
+        days: length of the period in which the transactions were made.
+
+    Raises:
+        EvaluationError: one class only, or no time.
+
+    >>> points = operating_points(
+    ...     np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False]),
+    ...     np.array([50.0, 30.0, 20.0, 10.0]), days=2.0)
+    >>> points[1]
+    [0.4, 1.5, 1.0, 0.5, 0.666667, 40.0, 10.0]
+    """
+    if not days > 0:
+        raise EvaluationError(f"{days} days; operating points are counted per day of some time")
+    thresholds, place = np.unique(-scores.astype(np.float64), return_inverse=True)
+    steps = len(thresholds)
+    true, false = (np.bincount(place, of, steps).cumsum() for of in (is_fraud, ~is_fraud))
+    frauds, genuine = _both_classes(true, false)
+    caught, flagged = (
+        np.bincount(place, amount * of, steps).cumsum() for of in (is_fraud, ~is_fraud)
+    )
+    alerts = true + false
+    wanted = np.geomspace(1, len(scores), points_max)
+    chosen = np.unique(np.minimum(np.searchsorted(alerts, wanted), steps - 1))
+    return [
+        [
+            float(-thresholds[at]),
+            *(
+                float(f"{value:.6g}")
+                for value in (
+                    alerts[at] / days,
+                    true[at] / frauds,
+                    false[at] / genuine,
+                    true[at] / alerts[at],
+                    caught[at] / days,
+                    flagged[at] / days,
+                )
+            ),
+        ]
+        for at in chosen
+    ]
+
+
 def recall_by_scenario(
     scores: Scores, scenario: NDArray[np.int8], threshold: float
 ) -> dict[int, float]:
