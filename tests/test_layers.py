@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.features model.gru model.checkpoint
+        model model.transaction model.merchants model.features model.gru model.checkpoint
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
-        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state pipeline.rounds
+        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state pipeline.merchant_profile
     """,
     "clients": """
-        pipeline.topics pipeline.state_store pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.memory
