@@ -4,6 +4,7 @@
     recur:<model>:{<topic>-<partition>}:<account_id>    an account's state
     recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
+    recur:labels:<topic>-<partition>                    up to where all slots have booked it
     recur:alert:{<slot>}:<hash of the transaction id>   that there was an alert, until its label
 
 The braces are Redis Cluster's hash tag: a partition's states and its watermark lie in one
@@ -63,11 +64,11 @@ class MerchantKeys:
 
     >>> keys = MerchantKeys("recur")
     >>> keys.profile("M1")
-    b'recur:merchant:{192}:M1'
+    b'recur:merchant:{178}:M1'
     >>> keys.labels_watermark(merchant_slot("M1"), "labels", 3)
-    b'recur:labels:{192}:labels-3'
+    b'recur:labels:{178}:labels-3'
     >>> keys.alert(merchant_slot("M1"), 255)
-    b'recur:alert:{192}:00000000000000ff'
+    b'recur:alert:{178}:00000000000000ff'
     """
 
     prefix: str
@@ -81,6 +82,10 @@ class MerchantKeys:
     def labels_watermark(self, slot: int, topic: str, partition: int) -> bytes:
         """Key of how far a labels partition is booked in a slot's profiles."""
         return f"{self.prefix}:labels:{{{slot}}}:{topic}-{partition}".encode()
+
+    def labels_booked(self, topic: str, partition: int) -> bytes:
+        """Key of the offset up to which a labels partition is booked in all slots."""
+        return f"{self.prefix}:labels:{topic}-{partition}".encode()
 
     def alert(self, slot: int, transaction_hash: int) -> bytes:
         """Key of a transaction's decision, where it raised an alert."""

@@ -117,6 +117,7 @@ class MemoryMerchantStore:
         profiles: values by merchant.
         alerts: decisions by hash of the transaction id.
         booked: next offset of a labels partition, by partition and slot.
+        booked_ends: up to where a labels partition is booked, by partition.
         is_up: False is a server that does not answer.
         interrupt: called before and after each call.
     """
@@ -125,6 +126,7 @@ class MemoryMerchantStore:
         self.profiles: dict[str, bytes] = {}
         self.alerts: dict[int, str] = {}
         self.booked: dict[tuple[int, int], int] = {}
+        self.booked_ends: dict[int, int] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
 
@@ -153,12 +155,14 @@ class MemoryMerchantStore:
             for alert in alerts:
                 self.alerts[alert.transaction_hash] = alert.decision
 
-    async def book(self, partition: int, labels: Sequence[Booking]) -> list[str | None]:
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("book", self.interrupt):
             self._require_up()
-            return [self._book(partition, label) for label in labels]
+            decisions = [self._book(partition, label) for label in labels]
+            self.booked_ends[partition] = end
+            return decisions
 
     def _book(self, partition: int, label: Booking) -> str | None:
         place = partition, merchant_slot(label.merchant_id)
@@ -174,7 +178,7 @@ class MemoryMerchantStore:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         self._require_up()
-        return max((end for (p, _), end in self.booked.items() if p == partition), default=0)
+        return self.booked_ends.get(partition, 0)
 
     async def close(self) -> None:
         """See :class:`pipeline.merchant_store.MerchantStore`."""

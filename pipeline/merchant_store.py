@@ -17,7 +17,7 @@ import numpy as np
 
 from model.merchants import BUCKET_MS, BUCKETS
 from pipeline.decision import DECISIONS
-from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
+from pipeline.keys import MerchantKeys, merchant_slot
 from pipeline.merchant_profile import (
     EMPTY_VALUE,
     FIXED_BYTES,
@@ -197,8 +197,11 @@ class MerchantStore(Protocol):
             StoreUnavailableError: some of it may have been done.
         """
 
-    async def book(self, partition: int, labels: Sequence[Booking]) -> list[str | None]:
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
         """Book labels of a labels partition, in order of their offsets, each once.
+
+        Args:
+            end: the offset after them, and after what of the log is no label.
 
         Returns:
             the decision of each label's transaction; None for a label booked before.
@@ -208,7 +211,7 @@ class MerchantStore(Protocol):
         """
 
     async def booked_to(self, partition: int) -> int:
-        """The offset after the last label of a labels partition that is booked; 0 for none.
+        """The furthest ``end`` of a labels partition up to which was booked; 0 for none.
 
         Raises:
             StoreUnavailableError: nothing can be said; ask again.
@@ -285,18 +288,16 @@ class RedisMerchantStore:
             [profile(merchant) for (merchant, _), _ in counts], self._expiry, numbers.tobytes()
         )
 
-    async def book(self, partition: int, labels: Sequence[Booking]) -> list[str | None]:
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
         """See :class:`MerchantStore`: one script call for each slot."""
         calls = [
             part[i : i + LABELS_PER_CALL_MAX]
             for part in _by_slot([label.merchant_id for label in labels]).values()
             for i in range(0, len(part), LABELS_PER_CALL_MAX)
         ]
-        if not calls:
-            return []
-        replies = await self._calls.execute(
-            [self._book(partition, [labels[i] for i in call]) for call in calls]
-        )
+        commands = [self._book(partition, [labels[i] for i in call]) for call in calls]
+        booked_to = self._keys.labels_booked(self._labels_topic, partition)
+        *replies, _ = await self._calls.execute([*commands, ("SET", booked_to, b"%d" % end)])
         decisions: list[str | None] = [None] * len(labels)
         for call, reply in zip(calls, replies, strict=True):
             for i, decision in zip(call, reply, strict=True):
@@ -327,15 +328,10 @@ class RedisMerchantStore:
 
     async def booked_to(self, partition: int) -> int:
         """See :class:`MerchantStore`."""
-        keys = [
-            self._keys.labels_watermark(slot, self._labels_topic, partition)
-            for slot in range(MERCHANT_SLOTS)
-        ]
-        if self._calls.is_cluster:
-            values = await self._calls.execute([("GET", key) for key in keys])
-        else:
-            (values,) = await self._calls.execute([("MGET", *keys)])
-        return max((int(value) for value in values if value is not None), default=0)
+        value = await self._calls.ask(
+            "GET", self._keys.labels_booked(self._labels_topic, partition)
+        )
+        return 0 if value is None else int(value)
 
     async def close(self) -> None:
         """See :class:`MerchantStore`."""
