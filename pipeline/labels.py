@@ -113,6 +113,8 @@ class LabelProcessor:
             return True
         booked_to = await self._patience.ask_store(lambda: self._store.booked_to(partition))
         bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))
+        if partition not in self._next_offsets:  # revoked meanwhile
+            return False
         self._next_offsets[partition] = chunk.begin
         if booked_to >= chunk.begin or chunk.begin <= bounds.begin:
             return True

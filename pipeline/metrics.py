@@ -23,6 +23,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from pipeline.codec import LABELS, REASONS
 from pipeline.decision import DECISIONS
@@ -76,7 +77,7 @@ class BatchHistogram(Collector):
     def collect(self) -> Iterator[Metric]:
         """For the registry: cumulative counts by upper bound."""
         cumulative = np.cumsum(self._counts)
-        labels = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
+        labels = [*(_text(bound) for bound in self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._documentation)
         family.add_metric(
             [], [(le, float(n)) for le, n in zip(labels, cumulative, strict=True)], self._sum
@@ -86,6 +87,11 @@ class BatchHistogram(Collector):
     def describe(self) -> Iterator[Metric]:
         """For the registry: the name, without samples."""
         yield HistogramMetricFamily(self._name, self._documentation)
+
+
+def _text(bound: float) -> str:
+    """As Prometheus's own client writes a bucket's bound."""
+    return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
 
 
 class Metrics:
