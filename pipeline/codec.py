@@ -7,17 +7,19 @@ shortest decimal that is the same float32, so that a decision can be recomputed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.transaction import Transaction
+from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
 from pipeline.decision import DECISIONS
 from pipeline.errors import RejectedError
+
+T = TypeVar("T")
 
 REASONS = (
     "null_value",
@@ -33,6 +35,8 @@ REASONS = (
     "key_mismatch",
     "control",
     "computation",
+    "label",
+    "labelled_at",
 )
 """Why a record is rejected: a closed set, fit for a metric label."""
 
@@ -52,11 +56,34 @@ _FIELD_REASONS = {
     "`$.amount`": "amount",
     "`$.currency`": "currency",
     "`$.timestamp`": "timestamp",
+    "`$.label`": "label",
+    "`$.labelled_at`": "labelled_at",
 }
 # RecursionError: brackets in brackets, a thousand deep.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_transaction = msgspec.json.Decoder(Transaction).decode
 _encode = msgspec.json.Encoder().encode
+
+
+class Label(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The truth about a transaction, as the labels topic carries it; its key is merchant_id.
+
+    ``timestamp`` is the transaction's; ``labelled_at`` is when the truth became known, and
+    ``source`` who said so.
+    """
+
+    transaction_id: Id
+    account_id: Id
+    merchant_id: Id
+    label: Literal["fraud", "genuine"]
+    timestamp: Timestamp
+    labelled_at: Timestamp
+    source: ShortText | None = None
+
+
+LABELS = ("fraud", "genuine")
+
+_decode_label = msgspec.json.Decoder(Label).decode
 
 
 def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction:
@@ -70,21 +97,48 @@ def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction
     Raises:
         RejectedError: the record cannot be scored; the message holds none of its content.
     """
-    if value is None:
-        raise RejectedError("null_value", "the value is null")
-    if len(value) > VALUE_MAX_BYTES:
-        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
-    try:
-        transaction = _decode_transaction(value)
-    except msgspec.ValidationError as error:
-        raise RejectedError(_reason(str(error)), str(error)) from None
-    except _NOT_JSON as error:
-        raise RejectedError("not_json", str(error)[:200]) from None
+    transaction = _decoded(value, _decode_transaction)
     if key != transaction.account_id.encode():
         raise RejectedError("key_mismatch", "the record's key is not its account_id")
     if transaction.currency != currency:
         raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
     return transaction
+
+
+def decode_label(key: bytes | None, value: bytes | None) -> tuple[Label, int, int]:
+    """The label in a record, its transaction's time and its own, epoch milliseconds.
+
+    Args:
+        key: must be the merchant id in UTF-8.
+        value: JSON.
+
+    Raises:
+        RejectedError: the record cannot be booked; the message holds none of its content.
+    """
+    label = _decoded(value, _decode_label)
+    if key != label.merchant_id.encode():
+        raise RejectedError("key_mismatch", "the record's key is not its merchant_id")
+    timestamp_ms, labelled_ms = epoch_ms(label.timestamp), epoch_ms(label.labelled_at)
+    if timestamp_ms < 0:
+        raise RejectedError("timestamp", "the timestamp is before 1970")
+    if labelled_ms < timestamp_ms:
+        raise RejectedError("labelled_at", "labelled_at is before the transaction's timestamp")
+    return label, timestamp_ms, labelled_ms
+
+
+def _decoded(value: bytes | None, decoder: Callable[[bytes], T]) -> T:
+    if value is None:
+        raise RejectedError("null_value", "the value is null")
+    if len(value) > VALUE_MAX_BYTES:
+        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
+    try:
+        return decoder(value)
+    except msgspec.ValidationError as error:
+        reason = _reason(str(error))
+        said = "the label is neither fraud nor genuine" if reason == "label" else str(error)
+        raise RejectedError(reason, said) from None
+    except _NOT_JSON as error:
+        raise RejectedError("not_json", str(error)[:200]) from None
 
 
 def _reason(message: str) -> str:
@@ -144,11 +198,12 @@ class Alert(Score, frozen=True, gc=False):
 
 
 class PublishedScore(msgspec.Struct, frozen=True, gc=False):
-    """What recovery needs of a score: which transaction it is of, and what was said."""
+    """What recovery needs of a score: which transaction it is of, what was said, from what."""
 
     source: str
     score: float
     decision: str
+    features: dict[str, float | None] = {}
 
 
 decode_score = msgspec.json.Decoder(Score).decode
@@ -240,3 +295,8 @@ def encode_alert(
 def encode_transaction(transaction: Transaction) -> bytes:
     """JSON of a transaction, as producers write it."""
     return _encode(transaction)
+
+
+def encode_label(label: Label) -> bytes:
+    """JSON of a label, as producers write it."""
+    return _encode(label)
