@@ -92,6 +92,63 @@ def recall_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) 
     return float((scores[is_fraud] >= threshold).mean())
 
 
+OPERATING_POINTS_MAX = 200
+
+
+def operating_points(
+    scores: Scores, is_fraud: Truth, amount: NDArray[np.float64], days: float
+) -> list[list[float]]:
+    """What thresholds are worth: rows by falling threshold, at most :data:`OPERATING_POINTS_MAX`.
+
+    The thresholds are scores that occur. Half of them are even steps of recall, the others even
+    steps of the logarithm of the alerts, and the last one is the lowest score.
+
+    Args:
+        amount: [N] of each transaction.
+        days: how long the transactions took.
+
+    Returns:
+        rows of threshold, alerts per day, recall, false positive rate, precision, fraud amount
+        caught per day, genuine amount flagged per day.
+
+    Raises:
+        EvaluationError: one class only.
+
+    >>> for row in operating_points(np.array([.9, .2, .8]), np.array([True, False, False]),
+    ...                             np.array([10., 20., 30.]), days=2):
+    ...     print(*(round(value, 2) for value in row))
+    0.9 0.5 1.0 0.0 1.0 5.0 0.0
+    0.8 1.0 1.0 0.5 0.5 5.0 15.0
+    0.2 1.5 1.0 1.0 0.33 5.0 25.0
+    """
+    order = np.argsort(-scores, kind="stable")
+    score, fraud = scores[order].astype(np.float64), is_fraud[order]
+    last = np.append(score[1:] < score[:-1], True).nonzero()[0]  # of each distinct score
+    true = np.cumsum(fraud)[last].astype(np.float64)
+    alerts = last + 1.0
+    false = alerts - true
+    frauds, genuine = _both_classes(true, false)
+    caught = np.cumsum(np.where(fraud, amount[order], 0.0))[last]
+    flagged = np.cumsum(np.where(fraud, 0.0, amount[order]))[last]
+    half = OPERATING_POINTS_MAX // 2
+    by_recall = np.searchsorted(true, np.linspace(0, frauds, half + 1)[1:] - 0.5)
+    by_alerts = np.searchsorted(alerts, np.geomspace(1, len(scores), half))
+    rows = np.unique(np.minimum(np.concatenate((by_recall, by_alerts)), len(last) - 1))
+    table = np.column_stack(
+        (
+            score[last],
+            alerts / days,
+            true / frauds,
+            false / genuine,
+            true / alerts,
+            caught / days,
+            flagged / days,
+        )
+    )
+    points: list[list[float]] = table[rows].tolist()
+    return points
+
+
 def precision_at(scores: Scores, is_fraud: Truth, day: Whole, k: int = 100) -> float:
     """Share of fraud among the k highest transactions of a day, mean over days.
 

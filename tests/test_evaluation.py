@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.evaluation import (
+    OPERATING_POINTS_MAX,
     EvaluationError,
     auc_roc,
     average_precision,
     card_precision_at,
+    operating_points,
     precision_at,
     recall_at_false_positive_rate,
     recall_by_scenario,
@@ -117,3 +119,26 @@ def test_one_class_only_is_refused(truth: bool) -> None:
         auc_roc(SCORES, np.full(6, truth))
     with pytest.raises(EvaluationError, match="both must be there"):
         average_precision(SCORES, np.full(6, truth))
+
+
+def test_operating_points_say_what_each_threshold_catches_and_costs() -> None:
+    rng = np.random.default_rng(0)
+    is_fraud = rng.random(20_000) < 0.01
+    scores = np.round(rng.normal(is_fraud * 2.0, 1.0), 2)  # many ties
+    amount = rng.gamma(2.0, 30.0, len(scores))
+
+    points = operating_points(scores, is_fraud, amount, days=4)
+
+    assert len(points) <= OPERATING_POINTS_MAX
+    thresholds = [row[0] for row in points]
+    assert thresholds == sorted(set(thresholds), reverse=True)
+    assert thresholds[-1] == scores.min()
+    assert np.diff([row[2] for row in points]).max() < 0.02, "no wide gaps in recall"
+    for threshold, alerts, recall, rate, precision, caught, flagged in points:
+        over = scores >= threshold
+        assert alerts == over.sum() / 4
+        assert recall == pytest.approx(over[is_fraud].mean())
+        assert rate == pytest.approx(over[~is_fraud].mean())
+        assert precision == pytest.approx(is_fraud[over].mean())
+        assert caught == pytest.approx(amount[over & is_fraud].sum() / 4)
+        assert flagged == pytest.approx(amount[over & ~is_fraud].sum() / 4)
