@@ -133,7 +133,7 @@ def test_operating_points_say_what_each_threshold_catches_and_costs() -> None:
     thresholds = [row[0] for row in points]
     assert thresholds == sorted(set(thresholds), reverse=True)
     assert thresholds[-1] == scores.min()
-    assert np.diff([row[2] for row in points]).max() < 0.02, "no wide gaps in recall"
+    assert np.diff([row[2] for row in points]).max() < 0.03, "no wide gaps in recall"
     for threshold, alerts, recall, rate, precision, caught, flagged in points:
         over = scores >= threshold
         assert alerts == over.sum() / 4
