@@ -343,7 +343,7 @@ def report(
         if after is not None:
             told.append(f"{points.cost_per_day(costs, after):,.0f} after")
         nothing = points.cost_of_nothing_per_day(costs)
-        yield f"  {currency} a day: {', '.join(told)}, {nothing:,.0f} if nothing were done."
+        yield f"  Cost in {currency} a day: {', '.join(told)}, {nothing:,.0f} if nothing were done."
     yield (
         f"  Expected from {points.days:g} validation days with {points.transactions:,.0f} "
         f"transactions, {points.frauds:,.0f} of them fraud."

@@ -16,7 +16,7 @@ import orjson
 from numpy.typing import NDArray
 
 from model.transaction import Transaction
-from pipeline.decision import DECISIONS
+from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
 
 REASONS = (
@@ -102,7 +102,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     """One record of the scores topic.
 
     ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
-    ``features`` are the model's raw named inputs.
+    ``features`` are the model's raw named inputs. ``thresholds`` are those that decided; where
+    they approved, they are left out.
     """
 
     transaction_id: str
@@ -115,6 +116,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     model: str
     source: str
     features: dict[str, float]
+    thresholds: dict[str, float] | None = None
 
 
 class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
@@ -132,14 +134,14 @@ class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
     features: msgspec.Raw
 
 
-class Alert(Score, frozen=True, gc=False):
+class Alert(Score, frozen=True, gc=False, kw_only=True):
     """One record of the alerts topic: a score with what led to it.
 
     ``reasons`` are closed codes with weights; ``created_at`` is epoch milliseconds.
     """
 
-    reasons: list[dict[str, Any]]
     thresholds: dict[str, float]
+    reasons: list[dict[str, Any]]
     created_at: int
 
 
@@ -149,6 +151,7 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     source: str
     score: float
     decision: str
+    thresholds: dict[str, float] | None = None
 
 
 decode_score = msgspec.json.Decoder(Score).decode
@@ -229,11 +232,15 @@ class ScoreEncoder:
         return values
 
 
-def encode_alert(
-    score: bytes, thresholds: dict[str, float], reasons: list[dict[str, Any]], created_at: int
-) -> bytes:
-    """JSON of an alert: the score's record with more fields at its end."""
-    more = _encode({"reasons": reasons, "thresholds": thresholds, "created_at": created_at})
+def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
+    """JSON of a score that raises an alert: it says what decided, whenever that is asked."""
+    more = _encode({"thresholds": {"review": thresholds.review, "decline": thresholds.decline}})
+    return score[:-1] + b"," + more[1:]
+
+
+def encode_alert(score: bytes, reasons: Sequence[dict[str, Any]], created_at: int) -> bytes:
+    """JSON of an alert: the record of its score, thresholds in it, with more at its end."""
+    more = _encode({"reasons": reasons, "created_at": created_at})
     return score[:-1] + b"," + more[1:]
 
 

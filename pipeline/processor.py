@@ -28,8 +28,15 @@ from numpy.typing import NDArray
 from model.features import FEATURES
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
-from pipeline.codec import CONTROL_HEADER, WARM_HEADER, ScoreEncoder, decode, encode_alert
-from pipeline.decision import DECISIONS, Thresholds
+from pipeline.codec import (
+    CONTROL_HEADER,
+    WARM_HEADER,
+    ScoreEncoder,
+    decode,
+    encode_alert,
+    with_thresholds,
+)
+from pipeline.decision import DECISIONS, Thresholds, thresholds_of
 from pipeline.errors import RejectedError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
@@ -158,8 +165,15 @@ class Processor:
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letter_value_max_bytes = settings.dead_letter_value_max_bytes
         self._currency = scorer.checkpoint.header.currency
-        self._thresholds = thresholds_of(settings, scorer)
         self._encoder = ScoreEncoder(FEATURES, scorer.checkpoint.digest)
+
+        self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
+
+    def use(self, thresholds: Thresholds) -> None:
+        """Decide by these from the next micro-batch on."""
+        self._thresholds = thresholds
+        self._metrics.threshold.labels("review").set(thresholds.review)
+        self._metrics.threshold.labels("decline").set(thresholds.decline)
 
     async def process(self, poll: Poll) -> None:
         """Apply a poll; when this returns, ``poll.applied`` may be committed.
@@ -365,6 +379,8 @@ class Processor:
             decisions,
             scored.raw[at],
         )
+        for i in np.flatnonzero(choices).tolist():
+            values[i] = with_thresholds(values[i], self._thresholds)
         start = 0
         for part in parts:
             stop = start + len(part.new)
@@ -383,17 +399,20 @@ class Processor:
         for record, skip in zip(part.records, silent.tolist(), strict=True):
             kept = part.kept.get(record.offset)
             if kept is not None and not skip:
-                yield record, kept.value, kept.score.decision
+                value, decision = kept.value, kept.score.decision
+                if decision != APPROVE and kept.score.thresholds is None:
+                    # An older version published it, and did not say what decided.
+                    value = with_thresholds(value, self._thresholds)
+                yield record, value, decision
 
     def _alerts(self, part: Part, said: Iterable[tuple[Record, bytes, str]]) -> Iterator[Outgoing]:
         """An alert for each score at or over the review threshold, but not while warming up."""
-        thresholds = {"review": self._thresholds.review, "decline": self._thresholds.decline}
         alerts_from = part.partition_owned.alerts_from
         for record, score, decision in said:
             if decision == APPROVE or record.offset < alerts_from or _is_warm(record):
                 continue
             self._metrics.alerts.labels(decision).inc()
-            yield Outgoing(record.key, encode_alert(score, thresholds, [], self._clock_ms()))
+            yield Outgoing(record.key, encode_alert(score, [], self._clock_ms()))
 
     def _dead_letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
         """The original key and bytes; where from and why in headers."""
@@ -530,12 +549,3 @@ def columns(parts: list[Part]) -> MicroBatch:
 
 def _is_warm(record: Record) -> bool:
     return bool(record.headers) and any(name == WARM_HEADER for name, _ in record.headers)
-
-
-def thresholds_of(settings: Settings, scorer: Scorer) -> Thresholds:
-    """The checkpoint's thresholds, each replaced by a setting where there is one."""
-    shipped = scorer.checkpoint.header.thresholds
-    review = shipped.review if settings.review_threshold is None else settings.review_threshold
-    if settings.decline_threshold is None:
-        return Thresholds(review, max(review, shipped.decline))
-    return Thresholds(min(review, settings.decline_threshold), settings.decline_threshold)

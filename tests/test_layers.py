@@ -33,7 +33,8 @@ LAYERS = {
         pipeline.processor
     """,
     "worker": """
-        pipeline.startup pipeline.endpoints pipeline.poll_transport pipeline.app
+        pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
+        pipeline.app
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.training model.progress
