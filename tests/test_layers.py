@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.features model.gru model.checkpoint model.thresholds
-        model.reasons
+        model model.transaction model.merchants model.features model.gru model.checkpoint
+        model.thresholds model.reasons
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
