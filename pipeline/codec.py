@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from model.transaction import Transaction
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
+from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 
 REASONS = (
     "null_value",
@@ -55,17 +56,23 @@ _FIELD_REASONS = {
 }
 # RecursionError: brackets in brackets, a thousand deep.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_decode_transaction = msgspec.json.Decoder(Transaction).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction:
+def decode(
+    key: bytes | None,
+    value: bytes | None,
+    currency: str,
+    further: FurtherFields = NO_FURTHER_FIELDS,
+) -> Transaction:
     """The transaction in a record.
 
     Args:
         key: must be the account id in UTF-8.
         value: JSON.
         currency: the checkpoint's; amounts in another one mean something else.
+        further: fields that the checkpoint looks at.
 
     Raises:
         RejectedError: the record cannot be scored; the message holds none of its content.
@@ -75,7 +82,7 @@ def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction
     if len(value) > VALUE_MAX_BYTES:
         raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
     try:
-        transaction = _decode_transaction(value)
+        transaction = further.decode_json(value)
     except msgspec.ValidationError as error:
         raise RejectedError(_reason(str(error)), str(error)) from None
     except _NOT_JSON as error:
@@ -85,6 +92,17 @@ def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction
     if transaction.currency != currency:
         raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
     return transaction
+
+
+def names_in(value: bytes | None) -> set[str]:
+    """The names of a transaction's fields; none of what is no JSON object with an account."""
+    if value is None or len(value) > VALUE_MAX_BYTES:
+        return set()
+    try:
+        fields = _decode_object(value)
+    except _NOT_JSON:
+        return set()
+    return set(fields) if "account_id" in fields else set()
 
 
 def _reason(message: str) -> str:
@@ -102,8 +120,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     """One record of the scores topic.
 
     ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
-    ``features`` are the model's raw named inputs. ``thresholds`` are those that decided; where
-    they approved, they are left out.
+    ``features`` are the model's raw named inputs, null where a value is missing. ``thresholds``
+    are those that decided; where they approved, they are left out.
     """
 
     transaction_id: str
@@ -115,7 +133,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     decision: str
     model: str
     source: str
-    features: dict[str, float]
+    features: dict[str, float | None]
     thresholds: dict[str, float] | None = None
 
 

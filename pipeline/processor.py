@@ -25,7 +25,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from model.features import FEATURES
 from model.merchants import MERCHANT_FEATURES
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
@@ -39,6 +38,7 @@ from pipeline.codec import (
 )
 from pipeline.decision import DECISIONS, Thresholds, thresholds_of
 from pipeline.errors import RejectedError
+from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
@@ -167,7 +167,7 @@ class Processor:
         self._dead_letter_value_max_bytes = settings.dead_letter_value_max_bytes
         self._currency = scorer.checkpoint.header.currency
         names = scorer.checkpoint.header.features.names
-        self._further_fields = len(names) - len(FEATURES)
+        self._further_fields = FurtherFields(scorer.checkpoint.header.features.fields)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
 
@@ -244,7 +244,7 @@ class Processor:
     def _decode_record(self, record: Record) -> tuple[Transaction, int]:
         if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
             raise RejectedError("control", "an instruction that this version does not know")
-        transaction = decode(record.key, record.value, self._currency)
+        transaction = decode(record.key, record.value, self._currency, self._further_fields)
         timestamp = transaction.timestamp
         timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
         if timestamp_ms < 0:
@@ -521,7 +521,7 @@ class Processor:
             self._health.moved()
 
 
-def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
+def columns(parts: list[Part], further: FurtherFields = NO_FURTHER_FIELDS) -> MicroBatch:
     """The parts' transactions as columns; sets where each part stands in them."""
     transactions: list[Transaction] = []
     records: list[Record] = []
@@ -547,7 +547,7 @@ def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
             [hash_id(t.transaction_id.encode()) or 1 for t in transactions], np.uint64
         ),
         merchant_raw=np.zeros((len(records), len(MERCHANT_FEATURES)), np.float32),
-        fields=np.zeros((len(records), further_fields), np.float32),
+        fields=further.columns(transactions),
     )
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state pipeline.rounds
+        pipeline.further_fields
     """,
     "clients": """
         pipeline.topics pipeline.state_store pipeline.scorer pipeline.publisher pipeline.score_log
