@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.gru import Architecture, Cell, Network
 
@@ -108,6 +108,6 @@ def test_a_category_changes_the_score_by_its_own_vector_only() -> None:
     logits, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     assert logits[0] != logits[1]
     assert logits[1] == logits[2]
-    net.embeddings[0].weight.data[2] += 1.0  # of a code that none of them has
+    cast(nn.Embedding, net.embeddings[0]).weight.data[2] += 1.0  # of a code that none of them has
     again, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     torch.testing.assert_close(again, logits)
