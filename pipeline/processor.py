@@ -16,6 +16,7 @@ partition where a save finds another watermark.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,10 @@ from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StateStore
 
 APPROVE = DECISIONS[0]
+
+THREAD_MIN = 256
+"""From so many transactions on a micro-batch is computed in a thread, while answers of broker
+and Redis are taken: with 2,000 that is a third more throughput, with a few it is all loss."""
 
 DEAD_LETTER_KEY_MAX_BYTES = 65_536
 """With it the longest rejected value stays under the broker's limit of 1 MiB."""
@@ -197,10 +202,18 @@ class Processor:
         with self._metrics.timed("load"):
             parts = await self._load(parts)
         with self._metrics.timed("compute"):
-            states, scored, batch = self._score(parts)
-            self._decide(parts, scored)
+            if sum(len(part.records) for part in parts) < THREAD_MIN:
+                states, scored, batch = self._score_and_decide(parts)
+            else:  # so that the poll before is concluded meanwhile
+                states, scored, batch = await asyncio.to_thread(self._score_and_decide, parts)
             self._hold(parts, states)
         return Computed(poll, parts, scored, batch)
+
+    def _score_and_decide(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
+        """Rounds, features, GRU, decide: what needs the processor alone."""
+        states, scored, batch = self._score(parts)
+        self._decide(parts, scored)
+        return states, scored, batch
 
     async def conclude(self, computed: Computed) -> None:
         """Publish, save, ack.
@@ -373,8 +386,9 @@ class Processor:
             [part.transactions[i] for part in parts for i in part.new],
             [part.timestamps_ms[i] for part in parts for i in part.new],
             [
-                f"{self._topic}:{part.partition}:{part.records[i].offset}"
+                prefix + str(part.records[i].offset)
                 for part in parts
+                for prefix in [f"{self._topic}:{part.partition}:"]
                 for i in part.new
             ],
             scored.score[at],
