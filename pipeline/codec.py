@@ -7,18 +7,20 @@ shortest decimal that is the same float32, so that a decision can be recomputed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.transaction import Transaction
+from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
 from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
+
+T = TypeVar("T")
 
 REASONS = (
     "null_value",
@@ -34,6 +36,8 @@ REASONS = (
     "key_mismatch",
     "control",
     "computation",
+    "label",
+    "labelled_at",
 )
 """Why a record is rejected: a closed set, fit for a metric label."""
 
@@ -53,11 +57,34 @@ _FIELD_REASONS = {
     "`$.amount`": "amount",
     "`$.currency`": "currency",
     "`$.timestamp`": "timestamp",
+    "`$.label`": "label",
+    "`$.labelled_at`": "labelled_at",
 }
 # RecursionError: brackets in brackets, a thousand deep.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
+
+
+class Label(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The truth about a transaction, as the labels topic carries it; its key is merchant_id.
+
+    ``timestamp`` is the transaction's; ``labelled_at`` is when the truth became known, and
+    ``source`` who said so.
+    """
+
+    transaction_id: Id
+    account_id: Id
+    merchant_id: Id
+    label: Literal["fraud", "genuine"]
+    timestamp: Timestamp
+    labelled_at: Timestamp
+    source: ShortText | None = None
+
+
+LABELS = ("fraud", "genuine")
+
+_decode_label = msgspec.json.Decoder(Label).decode
 
 
 def decode(
@@ -77,16 +104,7 @@ def decode(
     Raises:
         RejectedError: the record cannot be scored; the message holds none of its content.
     """
-    if value is None:
-        raise RejectedError("null_value", "the value is null")
-    if len(value) > VALUE_MAX_BYTES:
-        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
-    try:
-        transaction = further.decode_json(value)
-    except msgspec.ValidationError as error:
-        raise RejectedError(_reason(str(error)), str(error)) from None
-    except _NOT_JSON as error:
-        raise RejectedError("not_json", str(error)[:200]) from None
+    transaction = _decoded(value, further.decode_json)
     if key != transaction.account_id.encode():
         raise RejectedError("key_mismatch", "the record's key is not its account_id")
     if transaction.currency != currency:
@@ -103,6 +121,42 @@ def names_in(value: bytes | None) -> set[str]:
     except _NOT_JSON:
         return set()
     return set(fields) if "account_id" in fields else set()
+
+
+def decode_label(key: bytes | None, value: bytes | None) -> tuple[Label, int, int]:
+    """The label in a record, its transaction's time and its own, epoch milliseconds.
+
+    Args:
+        key: must be the merchant id in UTF-8.
+        value: JSON.
+
+    Raises:
+        RejectedError: the record cannot be booked; the message holds none of its content.
+    """
+    label = _decoded(value, _decode_label)
+    if key != label.merchant_id.encode():
+        raise RejectedError("key_mismatch", "the record's key is not its merchant_id")
+    timestamp_ms, labelled_ms = epoch_ms(label.timestamp), epoch_ms(label.labelled_at)
+    if timestamp_ms < 0:
+        raise RejectedError("timestamp", "the timestamp is before 1970")
+    if labelled_ms < timestamp_ms:
+        raise RejectedError("labelled_at", "labelled_at is before the transaction's timestamp")
+    return label, timestamp_ms, labelled_ms
+
+
+def _decoded(value: bytes | None, decoder: Callable[[bytes], T]) -> T:
+    if value is None:
+        raise RejectedError("null_value", "the value is null")
+    if len(value) > VALUE_MAX_BYTES:
+        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
+    try:
+        return decoder(value)
+    except msgspec.ValidationError as error:
+        reason = _reason(str(error))
+        said = "the label is neither fraud nor genuine" if reason == "label" else str(error)
+        raise RejectedError(reason, said) from None
+    except _NOT_JSON as error:
+        raise RejectedError("not_json", str(error)[:200]) from None
 
 
 def _reason(message: str) -> str:
@@ -164,12 +218,13 @@ class Alert(Score, frozen=True, gc=False, kw_only=True):
 
 
 class PublishedScore(msgspec.Struct, frozen=True, gc=False):
-    """What recovery needs of a score: which transaction it is of, and what was said."""
+    """What recovery needs of a score: which transaction it is of, what was said, from what."""
 
     source: str
     score: float
     decision: str
     thresholds: dict[str, float] | None = None
+    features: dict[str, float | None] = {}
 
 
 decode_score = msgspec.json.Decoder(Score).decode
@@ -265,3 +320,8 @@ def encode_alert(score: bytes, reasons: Sequence[dict[str, Any]], created_at: in
 def encode_transaction(transaction: Transaction) -> bytes:
     """JSON of a transaction, as producers write it."""
     return _encode(transaction)
+
+
+def encode_label(label: Label) -> bytes:
+    """JSON of a label, as producers write it."""
+    return _encode(label)

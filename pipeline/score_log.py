@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from model.merchants import MERCHANT_FEATURES
 from pipeline.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 
@@ -45,6 +46,13 @@ class Kept:
 
     value: bytes
     score: PublishedScore
+
+    def merchant_raw(self) -> list[float] | None:
+        """The merchant's features that it was computed from, if it records them all."""
+        features = self.score.features
+        found = [features.get(name) for name in MERCHANT_FEATURES]
+        complete = [value for value in found if value is not None]
+        return complete if len(complete) == len(found) else None
 
 
 class ScoreLog(Protocol):

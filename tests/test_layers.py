@@ -21,17 +21,18 @@ LAYERS = {
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
-        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state pipeline.rounds
-        pipeline.further_fields
+        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
+        pipeline.merchant_profile pipeline.further_fields
     """,
     "clients": """
-        pipeline.topics pipeline.state_store pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
+        pipeline.scorer pipeline.publisher pipeline.score_log
     """,
     "partitions": """
-        pipeline.patience pipeline.ownership pipeline.memory
+        pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
     """,
     "processor": """
-        pipeline.processor
+        pipeline.merchants pipeline.processor pipeline.labels
     """,
     "worker": """
         pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport

@@ -131,6 +131,7 @@ def test_the_steps_of_a_poll_come_in_their_order() -> None:
     one_poll(worker)
 
     names = ["load", "publish scores", "publish alerts", "publish rejected", "save"]
+    names.append("add to merchants")
     if not world.alerts():
         names.remove("publish alerts")
     assert steps == [f"{when} {name}" for name in names for when in ("before", "after")]
@@ -1260,7 +1261,7 @@ def test_only_a_poll_that_was_applied_counts_as_movement() -> None:
     world.produce_many(20)
     worker = world.worker()
     moves: list[bool] = []
-    worker.health.moved = lambda: moves.append(True)  # type: ignore[method-assign]
+    worker.health.moved = lambda *_: moves.append(True)  # type: ignore[method-assign]
 
     one_poll(worker)
     assert moves == [True]
