@@ -19,7 +19,8 @@ import redis.asyncio as redis_asyncio
 import torch
 
 from model.checkpoint import Checkpoint
-from model.features import FEATURES, WINDOW_DAYS, AccountHistory, observe
+from model.features import FEATURES, HISTORY_COLUMNS, AccountHistory, observe
+from model.merchants import MERCHANT_FEATURES
 from pipeline.settings import SHIPPED_CHECKPOINT
 
 TAKE_MAX = 1000
@@ -28,14 +29,14 @@ TAKE_WITHIN_SECONDS = 0.05
 torch.set_num_threads(1)
 checkpoint = Checkpoint.load(SHIPPED_CHECKPOINT)
 SIZES = checkpoint.network.architecture
-HISTORY = ("last_event_ms", "count", "decayed_count", "decayed_amount")
-WINDOWS = len(WINDOW_DAYS)
+EMPTY_HISTORY = AccountHistory.empty(1)
 STATE = np.dtype(
     [
-        ("last_event_ms", "<i8"),
-        ("count", "<u4"),
-        ("decayed_count", "<f4", (WINDOWS,)),
-        ("decayed_amount", "<f4", (WINDOWS,)),
+        *(
+            (name, column.dtype, column.shape[1:])
+            for name in HISTORY_COLUMNS
+            for column in [getattr(EMPTY_HISTORY, name)]
+        ),
         ("hidden", "<f2", (SIZES.layers, SIZES.hidden_size)),
     ]
 )
@@ -78,16 +79,17 @@ def _score(
 ) -> tuple[list[bytes], list[dict[str, Any]]]:
     """New states of distinct accounts, and scores as JSON objects: the shortest way to them."""
     table = np.frombuffer(b"".join(value or EMPTY for value in values), STATE)
-    history = AccountHistory(*(table[name] for name in HISTORY))
+    history = AccountHistory(*(table[name] for name in HISTORY_COLUMNS))
     amounts = np.array([payment.amount for payment in batch])
     times = np.array([payment.timestamp for payment in batch])
     raw, after = observe(history, amounts, times)
+    raw = np.hstack((raw, np.zeros((len(raw), len(MERCHANT_FEATURES)), np.float32)))
     with torch.inference_mode():
         hidden = torch.from_numpy(table["hidden"].astype(np.float32))
         logits, hidden = checkpoint.network.step(torch.from_numpy(checkpoint.encode(raw)), hidden)
         scores = torch.sigmoid(logits).tolist()
     new = np.empty(len(batch), STATE)
-    for name in HISTORY:
+    for name in HISTORY_COLUMNS:
         new[name] = getattr(after, name)
     new["hidden"] = hidden.numpy()
     said = [

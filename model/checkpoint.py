@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from model.features import Encoder, FeatureSpec, FeatureSpecError, Float32
 from model.gru import Architecture, Network
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the header and of the tensors' names."""
 
 HEADER_MAX_BYTES = 1 << 20
@@ -95,11 +95,9 @@ class Checkpoint:
     def __init__(self, network: Network, header: Header) -> None:
         if header.architecture != network.architecture:
             raise CheckpointError("the header's architecture is not the network's")
-        if len(header.features.inputs) != header.architecture.inputs:
-            raise CheckpointError(
-                f"the feature specification has {len(header.features.inputs)} inputs, "
-                f"the network takes {header.architecture.inputs}"
-            )
+        if header.architecture.cell != "gru":
+            raise CheckpointError(f"a checkpoint holds a GRU, not {header.architecture.cell!r}")
+        _check_inputs(header)
         for name, weight in network.state_dict().items():
             if not torch.isfinite(weight).all():
                 raise CheckpointError(f"the tensor {name} has values that are not finite")
@@ -167,6 +165,22 @@ class Checkpoint:
             return cls(network, header)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_inputs(header: Header) -> None:
+    """The feature specification gives what the network takes."""
+    architecture, features = header.architecture, header.features
+    codes = tuple(codes for codes, _ in architecture.embeddings)
+    numbers = sum(i.transform != "category" for i in features.inputs)
+    if numbers != architecture.inputs:
+        raise CheckpointError(
+            f"the feature specification has {numbers} inputs, the network takes "
+            f"{architecture.inputs}"
+        )
+    categories = tuple(i.feature for i in features.inputs if i.transform == "category")
+    sizes = {field.name: 1 + len(field.vocabulary) for field in features.fields}
+    if codes != tuple(sizes.get(name, 0) for name in categories):
+        raise CheckpointError("the network's embeddings are not those of the feature specification")
 
 
 def _read(path: Path) -> bytes:

@@ -1,16 +1,19 @@
-"""The network: input layer -> GRU (stacked) -> head on hidden and input.
+"""The network: embeddings, input layer -> GRU (stacked) -> head on hidden and input.
 
 The same parameters run in two ways that agree to 1e-5: :meth:`Network.step` advances n
 accounts by one transaction each (the worker), :meth:`Network.unroll` runs whole sequences
 (training and evaluation).
 
-Shapes: n accounts, T transactions each, I inputs, X input layer, L layers, H hidden, D head.
+Other cells than a GRU are there to compare with; only a GRU runs stepwise.
+
+Shapes: n accounts, T transactions each, I inputs with the category codes last, X input layer,
+L layers, H hidden, D head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn as nn
@@ -21,12 +24,26 @@ SIZE_MAX = 4096
 """Largest size of any layer."""
 
 LAYERS_MAX = 8
-"""Most GRU layers."""
+"""Most recurrent layers."""
+
+EMBEDDINGS_MAX = 64
+"""Most categories that are embedded."""
+
+VOCABULARY_MAX = 100_000
+"""Most codes of one category."""
+
+Cell = Literal["gru", "lstm", "rnn", "none"]
+_CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of a :class:`Network`.
+
+    Attributes:
+        inputs: numbers in; the codes of ``embeddings`` come on top of them.
+        cell: what is recurrent; ``none`` makes a feed-forward network of one transaction.
+        embeddings: for each category its codes and the size of its vectors.
 
     Raises:
         ValueError: a size is out of its bounds; the message names it.
@@ -38,6 +55,8 @@ class Architecture:
     layers: int = 1
     head_size: int = 64
     dropout: float = 0.1
+    cell: Cell = "gru"
+    embeddings: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("inputs", "input_size", "hidden_size", "head_size"):
@@ -47,6 +66,16 @@ class Architecture:
             raise ValueError(f"layers is {self.layers}; it must be 1 to {LAYERS_MAX}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be 0 up to, but not, 1")
+        if self.cell not in (*_CELLS, "none"):
+            raise ValueError(f"cell is {self.cell!r}; it must be one of {', '.join(_CELLS)}, none")
+        if len(self.embeddings) > EMBEDDINGS_MAX:
+            raise ValueError(f"{len(self.embeddings)} embeddings; at most {EMBEDDINGS_MAX}")
+        for codes, size in self.embeddings:
+            if not (1 <= codes <= VOCABULARY_MAX and 1 <= size <= SIZE_MAX):
+                raise ValueError(
+                    f"an embedding of {codes} codes in vectors of {size}; at most "
+                    f"{VOCABULARY_MAX} and {SIZE_MAX}"
+                )
 
 
 @dataclass(frozen=True)
@@ -93,17 +122,23 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
-        self.input_layer = nn.Linear(a.inputs, a.input_size)
-        self.gru = nn.GRU(
-            a.input_size,
-            a.hidden_size,
-            a.layers,
-            batch_first=True,
-            dropout=a.dropout if a.layers > 1 else 0.0,
-        )
+        self.embeddings = nn.ModuleList(nn.Embedding(codes, size) for codes, size in a.embeddings)
+        embedded = sum(size for _, size in a.embeddings)
+        self.input_layer = nn.Linear(a.inputs + embedded, a.input_size)
+        self.recurrent: nn.RNNBase | None = None
+        if a.cell != "none":
+            self.recurrent = _CELLS[a.cell](
+                a.input_size,
+                a.hidden_size,
+                a.layers,
+                batch_first=True,
+                dropout=a.dropout if a.layers > 1 else 0.0,
+            )
+        recurrent_size = a.hidden_size if a.cell != "none" else 0
         self.dropout = nn.Dropout(a.dropout)
-        self.head = nn.Linear(a.hidden_size + a.input_size, a.head_size)
+        self.head = nn.Linear(recurrent_size + a.input_size, a.head_size)
         self.logit = nn.Linear(a.head_size, 1)
+        self.verdict = nn.Linear(a.hidden_size, 1)
         self._cells: list[_Cell] = []
 
     def train(self, mode: bool = True) -> Network:
@@ -114,10 +149,11 @@ class Network(nn.Module):
     def empty_hidden(self, n: int) -> Tensor:
         """Hidden [n, L, H] of n accounts that have made no transaction: zeros."""
         a = self.architecture
-        return torch.zeros(n, a.layers, a.hidden_size, device=self.logit.weight.device)
+        size = a.hidden_size * (2 if a.cell == "lstm" else 1)
+        return torch.zeros(n, a.layers, size, device=self.logit.weight.device)
 
     def step(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One transaction of each of n accounts; no gradients.
+        """One transaction of each of n accounts, by a GRU; no gradients.
 
         Args:
             inputs: [n, I] float32.
@@ -127,11 +163,12 @@ class Network(nn.Module):
             logits: [n].
             hidden: [n, L, H] after the transaction.
         """
-        x = F.relu(self.input_layer(inputs))  # [n, X]
+        x = self._input(inputs)  # [n, X]
         below = x
         after = []
         if not self._cells:
-            self._cells = [_Cell.of(*weights) for weights in self.gru.all_weights]
+            assert isinstance(self.recurrent, nn.GRU)
+            self._cells = [_Cell.of(*weights) for weights in self.recurrent.all_weights]
         for layer, cell in enumerate(self._cells):
             below = cell.step(below, hidden[:, layer])  # [n, H]
             after.append(below)
@@ -149,12 +186,32 @@ class Network(nn.Module):
             logits: [n, T].
             hidden: [n, L, H] after the last.
         """
-        x = F.relu(self.input_layer(inputs))  # [n, T, X]
+        x = self._input(inputs)  # [n, T, X]
+        if self.recurrent is None:
+            return self._logits(None, x), self.empty_hidden(len(x))
         before = None if hidden is None else hidden.transpose(0, 1).contiguous()  # [L, n, H]
-        outputs, after = self.gru(x, before)  # [n, T, H], [L, n, H]
+        if isinstance(self.recurrent, nn.LSTM):
+            pair = None if before is None else before.chunk(2, -1)
+            outputs, (h, c) = self.recurrent(x, pair and tuple(p.contiguous() for p in pair))
+            after = torch.cat((h, c), -1)
+        else:
+            outputs, after = self.recurrent(x, before)  # [n, T, H], [L, n, H]
         return self._logits(outputs, x), after.transpose(0, 1)
 
-    def _logits(self, hidden: Tensor, x: Tensor) -> Tensor:
+    def verdict_logit(self, hidden: Tensor) -> Tensor:
+        """[n, L, H] -> [n]: the logit that an account is compromised, from its last hidden."""
+        return cast("Tensor", self.verdict(hidden[:, -1]).squeeze(-1))
+
+    def _input(self, inputs: Tensor) -> Tensor:
+        """[..., I] -> [..., X]."""
+        if self.architecture.embeddings:
+            numbers = self.architecture.inputs
+            codes = inputs[..., numbers:].long()  # [..., categories]
+            vectors = [embed(codes[..., i]) for i, embed in enumerate(self.embeddings)]
+            inputs = torch.cat((inputs[..., :numbers], *vectors), -1)
+        return F.relu(self.input_layer(inputs))
+
+    def _logits(self, hidden: Tensor | None, x: Tensor) -> Tensor:
         """[..., H], [..., X] -> [...]."""
-        joined = self.dropout(torch.cat((hidden, x), -1))  # [..., H + X]
-        return cast("Tensor", self.logit(F.relu(self.head(joined))).squeeze(-1))
+        joined = x if hidden is None else torch.cat((hidden, x), -1)  # [..., H + X]
+        return cast("Tensor", self.logit(F.relu(self.head(self.dropout(joined)))).squeeze(-1))

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.features import AccountHistory, Float32, Float64, Int64, observe, rounds_of
+from model.features import (
+    ACCOUNT_FEATURES,
+    AccountHistory,
+    Float32,
+    Float64,
+    Int64,
+    observe,
+    rounds_of,
+)
 from model.gru import Network
 
 UNROLL_STEPS = 256
@@ -86,6 +94,7 @@ def score_stepwise(
     account: Int64,
     amount: Float64,
     timestamp_ms: Int64,
+    others: Float32 | None = None,
     hidden_dtype: torch.dtype = torch.float16,
 ) -> tuple[Float32, AccountHistory, Tensor]:
     """What a worker computes of a log, from empty account states, in one thread's order.
@@ -95,6 +104,7 @@ def score_stepwise(
         account: [N] the log is in the order in which it is applied.
         amount: [N].
         timestamp_ms: [N].
+        others: [N, R - A] the columns of ``raw`` after the account's; zeros if there are none.
         hidden_dtype: the hidden is rounded to it after each step.
 
     Returns:
@@ -107,13 +117,16 @@ def score_stepwise(
     history = AccountHistory.empty(len(order))
     hidden = checkpoint.network.empty_hidden(len(order))
     scores = np.empty(len(account), np.float32)
+    if others is None:
+        columns = len(checkpoint.header.features.names) - len(ACCOUNT_FEATURES)
+        others = np.zeros((len(account), columns), np.float32)
     with torch.inference_mode():
         for rows in rounds:
             n = len(rows)
             active = slice(0, n)
             raw, after = observe(history.take(active), amount[rows], timestamp_ms[rows])
             history.put(active, after)
-            inputs = torch.from_numpy(checkpoint.encode(raw))
+            inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others[rows]))))
             logits, advanced = checkpoint.network.step(inputs, hidden[:n])
             hidden[:n] = advanced.to(hidden_dtype)
             scores[rows] = torch.sigmoid(logits).numpy()

@@ -29,6 +29,7 @@ from model import evaluation
 from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features import Encoder, FeatureSpec, Float32, observe_log
 from model.gru import Architecture, Network
+from model.merchants import Labels, observe_merchant_log
 from model.scoring import Sequences, score_unrolled
 from model.simulator import DayOfTransactions, Simulator
 
@@ -154,6 +155,7 @@ class Log:
     day: NDArray[np.int64]
     timestamp_ms: NDArray[np.int64]
     account: NDArray[np.int64]
+    merchant: NDArray[np.int64]
     amount: NDArray[np.float64]
     is_fraud: NDArray[np.bool_]
     scenario: NDArray[np.int8]
@@ -218,9 +220,9 @@ def train(
     log = simulate(settings)
     _check_fraud(log, split)
     report(Report("computing features", 0.5 * _PREPARED, f"{len(log):,} transactions"))
-    raw = observe_log(log.account, log.amount, log.timestamp_ms)
+    raw = observe_all(log, FeatureSpec())
     in_training = (log.day >= split.training) & (log.day < split.validation)
-    spec = FeatureSpec.fit(raw[in_training])
+    spec = FeatureSpec().fitted(raw[in_training])
     inputs = torch.from_numpy(Encoder(spec).encode(raw)).to(device)
     with _seeded(settings.seed, device):
         network = Network(settings.architecture(inputs.shape[1])).to(device)
@@ -255,10 +257,19 @@ def simulate(settings: TrainingSettings) -> Log:
         day=np.repeat(np.arange(len(days)), [len(d) for d in days]),
         timestamp_ms=np.concatenate([d.timestamp_ms for d in days]),
         account=np.concatenate([d.account for d in days]),
+        merchant=np.concatenate([d.merchant for d in days]),
         amount=np.concatenate([d.amount for d in days]),
         is_fraud=np.concatenate([d.is_fraud for d in days]),
         scenario=np.concatenate([d.scenario for d in days]),
     )
+
+
+def observe_all(log: Log, spec: FeatureSpec) -> Float32:
+    """Raw features [N, R] of a log whose labels all come after the spec's delay."""
+    labels = Labels.delayed(log.is_fraud, log.timestamp_ms, spec.label_delay_ms)
+    of_account = observe_log(log.account, log.amount, log.timestamp_ms)
+    of_merchant = observe_merchant_log(log.merchant, log.timestamp_ms, labels, spec.label_delay_ms)
+    return np.hstack((of_account, of_merchant))
 
 
 def fit(

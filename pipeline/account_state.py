@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import WINDOW_DAYS, AccountHistory
+from model.features import HISTORY_COLUMNS, MOMENTS, WINDOW_DAYS, AccountHistory
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 """Version of the state's layout; raise it with every change of the layout."""
 
 RECENT_IDS = 8
@@ -150,12 +150,7 @@ class StateCodec:
             first_offset=table["first_offset"].copy(),
             last_offset=table["last_offset"].copy(),
             last_record_ms=table["last_record_ms"].copy(),
-            history=AccountHistory(
-                last_event_ms=table["last_event_ms"].copy(),
-                count=table["count"].copy(),
-                decayed_count=table["decayed_count"].copy(),
-                decayed_amount=table["decayed_amount"].copy(),
-            ),
+            history=AccountHistory(*(table[name].copy() for name in HISTORY_COLUMNS)),
             recent_ids=table["recent_ids"].copy(),
             hidden=table["hidden"].copy(),
         )
@@ -170,7 +165,7 @@ class StateCodec:
         table["hidden_size"] = self.hidden_size
         for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids", "hidden"):
             table[name] = getattr(states, name)[rows]
-        for name in ("last_event_ms", "count", "decayed_count", "decayed_amount"):
+        for name in HISTORY_COLUMNS:
             table[name] = getattr(states.history, name)[rows]
         blob = self._sealed(table).tobytes()
         size = self.size_bytes
@@ -187,7 +182,7 @@ class StateCodec:
 
 
 def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
-    """The state's fields, types and order; 392 bytes for one layer of 128."""
+    """The state's fields, types and order; 408 bytes for one layer of 128."""
     windows = len(WINDOW_DAYS)
     fields: list[tuple[Any, ...]] = [
         ("format", "u1"),
@@ -200,6 +195,8 @@ def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
         ("last_event_ms", "<i8"),
         ("decayed_count", "<f4", (windows,)),
         ("decayed_amount", "<f4", (windows,)),
+        ("decayed_moments", "<f4", (MOMENTS,)),
+        ("usual_amount", "<f4"),
         ("recent_ids", "<u8", (RECENT_IDS,)),
         ("hidden", "<f2", (layers, hidden_size)),
     ]

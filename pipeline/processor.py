@@ -26,6 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from model.features import FEATURES
+from model.merchants import MERCHANT_FEATURES
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
 from pipeline.codec import CONTROL_HEADER, WARM_HEADER, ScoreEncoder, decode, encode_alert
@@ -159,7 +160,9 @@ class Processor:
         self._dead_letter_value_max_bytes = settings.dead_letter_value_max_bytes
         self._currency = scorer.checkpoint.header.currency
         self._thresholds = thresholds_of(settings, scorer)
-        self._encoder = ScoreEncoder(FEATURES, scorer.checkpoint.digest)
+        names = scorer.checkpoint.header.features.names
+        self._further_fields = len(names) - len(FEATURES)
+        self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
 
     async def process(self, poll: Poll) -> None:
         """Apply a poll; when this returns, ``poll.applied`` may be committed.
@@ -317,7 +320,7 @@ class Processor:
 
     def _score(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
         """Advance the states of all parts together."""
-        batch = columns(parts)
+        batch = columns(parts, self._further_fields)
         values = [value for part in parts for value in part.values]
         states, scored, loaded, refused = self._scorer.score(values, batch)
         n_cached = sum(part.cached for part in parts)
@@ -500,7 +503,7 @@ class Processor:
             self._health.moved()
 
 
-def columns(parts: list[Part]) -> MicroBatch:
+def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
     """The parts' transactions as columns; sets where each part stands in them."""
     transactions: list[Transaction] = []
     records: list[Record] = []
@@ -525,6 +528,8 @@ def columns(parts: list[Part]) -> MicroBatch:
         id_hash=np.array(
             [hash_id(t.transaction_id.encode()) or 1 for t in transactions], np.uint64
         ),
+        merchant_raw=np.zeros((len(records), len(MERCHANT_FEATURES)), np.float32),
+        fields=np.zeros((len(records), further_fields), np.float32),
     )
 
 

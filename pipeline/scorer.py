@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.features import FEATURES, observe, rounds_of
+from model.features import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec
 
 
@@ -28,6 +28,8 @@ class MicroBatch:
         record_ms: int64[n], the record's CreateTime.
         offset: int64[n], in the transaction's partition.
         id_hash: uint64[n], of the transaction id, never 0.
+        merchant_raw: float32[n, M], the merchant's raw features; zeros if the checkpoint uses none.
+        fields: float32[n, K], raw columns of the checkpoint's further fields.
     """
 
     row: NDArray[np.intp]
@@ -36,6 +38,8 @@ class MicroBatch:
     record_ms: NDArray[np.int64]
     offset: NDArray[np.int64]
     id_hash: NDArray[np.uint64]
+    merchant_raw: NDArray[np.float32]
+    fields: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -50,6 +54,8 @@ class MicroBatch:
             self.record_ms[part],
             self.offset[part],
             self.id_hash[part],
+            self.merchant_raw[part],
+            self.fields[part],
         )
 
 
@@ -70,6 +76,10 @@ class Scored:
     repeated: NDArray[np.bool_]
     failed: dict[int, str]
     expired: int
+
+
+FEATURES_END = len(FEATURES)
+"""Columns of ``raw`` before those of further fields, which may be missing (NaN)."""
 
 
 class ComputationError(ArithmeticError):
@@ -97,6 +107,7 @@ class Scorer:
         architecture = checkpoint.network.architecture
         self.codec = StateCodec(architecture.layers, architecture.hidden_size)
         self._ttl_ms = ttl_ms
+        self._columns = len(checkpoint.header.features.names)
         self._failures_in_a_row = 0
 
     def score(
@@ -140,7 +151,7 @@ class Scorer:
                     ) from error
                 return Scored(
                     score=np.zeros(1, np.float32),
-                    raw=np.zeros((1, len(FEATURES)), np.float32),
+                    raw=np.zeros((1, self._columns), np.float32),
                     repeated=np.zeros(1, bool),
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
@@ -169,7 +180,10 @@ class Scorer:
         """Advance ``states`` in place, round by round."""
         n = len(batch)
         score = np.zeros(n, np.float32)
-        raw = np.zeros((n, len(FEATURES)), np.float32)
+        raw = np.zeros((n, self._columns), np.float32)
+        known = len(ACCOUNT_FEATURES)
+        raw[:, known:FEATURES_END] = batch.merchant_raw
+        raw[:, FEATURES_END:] = batch.fields
         repeated = np.zeros(n, bool)
         expired = 0
         for members in rounds_of(batch.row):
@@ -185,7 +199,9 @@ class Scorer:
             if stale.any():
                 states.reset(rows[stale])
                 expired += int(stale.sum())
-            score[members], raw[members] = self._step(states, batch, members, rows)
+            score[members], raw[members] = self._step(
+                states, batch, members, rows, raw[members, known:]
+            )
         return Scored(score, raw, repeated, {}, expired)
 
     def _step(
@@ -194,10 +210,16 @@ class Scorer:
         batch: MicroBatch,
         members: NDArray[np.intp],
         rows: NDArray[np.intp],
+        others: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """One transaction of each of m distinct accounts: float32[m], float32[m, features]."""
+        """One transaction of each of m distinct accounts: float32[m], float32[m, R].
+
+        Args:
+            others: float32[m, R - A], the raw columns after the account's.
+        """
         before = states.history.take(rows)
         raw, after = observe(before, batch.amount[members], batch.timestamp_ms[members])
+        raw = np.concatenate((raw, others), axis=1)
         with torch.inference_mode():
             inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
             hidden = torch.from_numpy(states.hidden[rows]).float()  # [m, L, H]
@@ -205,7 +227,7 @@ class Scorer:
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
             # Rounded after each step, so that where a micro-batch ends leaves no trace.
             hidden16 = hidden.half().numpy()
-        if not (np.isfinite(score).all() and np.isfinite(raw).all()):
+        if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
             raise ComputationError("the score is no number")
         states.history.put(rows, after)
         states.hidden[rows] = hidden16

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
+from model.features import HISTORY_COLUMNS
 from model.transaction import Transaction
 from pipeline.account_state import AccountStates, Watermark
 from pipeline.codec import Score, decode, decode_score, encode_transaction
@@ -247,7 +248,7 @@ class PipelineUnderTest:
 def _assert_equal(actual: AccountStates, expected: AccountStates) -> None:
     for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids"):
         assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
-    for name in ("last_event_ms", "count", "decayed_count", "decayed_amount"):
+    for name in HISTORY_COLUMNS:
         assert np.array_equal(getattr(actual.history, name), getattr(expected.history, name)), name
     difference = np.abs(actual.hidden.astype("f4") - expected.hidden.astype("f4")).max()
     assert difference <= HIDDEN_TOLERANCE

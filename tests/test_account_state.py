@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from model.features import WINDOW_DAYS, AccountHistory
+from model.features import MOMENTS, WINDOW_DAYS, AccountHistory
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec, Watermark, layout
 
 WINDOWS = len(WINDOW_DAYS)
@@ -38,6 +38,8 @@ def codecs_and_states(draw: st.DrawFn) -> tuple[StateCodec, AccountStates]:
             count=count,
             decayed_count=draw(column("f4", n, WINDOWS)),
             decayed_amount=draw(column("f4", n, WINDOWS)),
+            decayed_moments=draw(column("f4", n, MOMENTS)),
+            usual_amount=draw(column("f4", n)),
         ),
         recent_ids=draw(column("u8", n, RECENT_IDS)),
         hidden=draw(column("f2", n, codec.layers, codec.hidden_size)),
@@ -145,7 +147,7 @@ def test_a_state_of_another_network_of_the_same_size_is_refused() -> None:
 
 def test_a_state_of_another_format_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = StateCodec(1, 8)
-    monkeypatch.setattr("pipeline.account_state.STATE_FORMAT", 2)
+    monkeypatch.setattr("pipeline.account_state.STATE_FORMAT", 3)
     (value,) = values_of(StateCodec(1, 8))
     monkeypatch.undo()
 

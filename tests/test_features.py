@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.features import (
+    ACCOUNT_FEATURES,
+    ACCOUNT_INPUTS,
     FEATURES,
     INPUTS,
     WINDOW_DAYS,
@@ -19,14 +21,17 @@ from model.features import (
     Encoder,
     FeatureSpec,
     FeatureSpecError,
+    Field,
     Float32,
     Float64,
     Input,
     Int64,
+    field_column,
     observe,
     observe_log,
     rounds_of,
 )
+from model.merchants import Labels, observe_merchant_log
 
 DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000  # 2018-04-01, a Sunday
@@ -50,7 +55,7 @@ def one(
     history: AccountHistory, amount: float, timestamp_ms: int
 ) -> tuple[dict[str, float], AccountHistory]:
     raw, after = observe(history, np.array([amount]), np.array([timestamp_ms]))
-    return dict(zip(FEATURES, raw[0].tolist(), strict=True)), after
+    return dict(zip(ACCOUNT_FEATURES, raw[0].tolist(), strict=True)), after
 
 
 def columns_of(history: AccountHistory) -> list[list[float]]:
@@ -59,6 +64,8 @@ def columns_of(history: AccountHistory) -> list[list[float]]:
         history.count.tolist(),
         history.decayed_count.tolist(),
         history.decayed_amount.tolist(),
+        history.decayed_moments.tolist(),
+        history.usual_amount.tolist(),
     ]
 
 
@@ -76,7 +83,7 @@ def test_a_stream_cut_into_micro_batches_anywhere_gives_the_same_bits(
 ) -> None:
     account, amount, timestamp_ms = log
     histories = AccountHistory.empty(5)
-    raw = np.empty((len(account), len(FEATURES)), np.float32)
+    raw = np.empty((len(account), len(ACCOUNT_FEATURES)), np.float32)
     edges = sorted({0, len(account), *(c for c in cuts if c < len(account))})
     for begin, end in pairwise(edges):
         for rows in rounds_of(account[begin:end]):
@@ -95,7 +102,7 @@ def test_a_rows_features_inputs_and_history_do_not_depend_on_its_neighbours(n: i
     _, history = observe(AccountHistory.empty(n), amount, timestamp_ms)
     history.count[::5] = 0
     later = timestamp_ms + rng.integers(-DAY_MS, 9 * DAY_MS, n)
-    encoder = Encoder(FeatureSpec.fit(observe(history, amount, later)[0]))
+    encoder = Encoder(FeatureSpec(ACCOUNT_INPUTS).fitted(observe(history, amount, later)[0]))
 
     raw, after = observe(history, amount, later)
     inputs = encoder.encode(raw)
@@ -131,11 +138,46 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
             amounts = [w * a for w, (_, a) in zip(from_last, before, strict=True)]
             expected[f"mean_amount_{days}d"] = sum(amounts) / sum(from_last) if before else amount
         expected["amount_to_mean"] = amount / max(expected["mean_amount_30d"], 0.01)
+        expected["usual_amount"] = usual(amounts_of(before)) if before else amount
+        expected["amount_to_usual"] = amount / max(expected["usual_amount"], 0.01)
+        weights = [math.exp((t - last_ms) / (30 * DAY_MS)) for t, _ in before]
+        mean, deviation = moments(amounts_of(before), weights, amount)
+        logs = [math.log1p(a) for a in amounts_of(before)]
+        log_mean, log_deviation = moments(logs, weights, math.log1p(amount))
+        expected["mean_log_amount_30d"] = log_mean
+        found_row = dict(zip(ACCOUNT_FEATURES, raw[row].tolist(), strict=True))
         for name, value in expected.items():
-            found = float(raw[row, FEATURES.index(name)])
-            assert found == pytest.approx(value, rel=1e-4, abs=1e-4), name
+            assert found_row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+        # float32 sums of squares hold a thousandth of the mean.
+        for name, value, scale in (
+            ("deviation_amount_30d", deviation, mean),
+            ("deviation_log_amount_30d", log_deviation, log_mean),
+        ):
+            assert found_row[name] == pytest.approx(value, rel=1e-2, abs=3e-3 * (1 + scale)), name
         # What comes out of order counts as happening at the latest time seen.
         before.append((now_ms_or_last, amount))
+
+
+def amounts_of(before: list[tuple[int, float]]) -> list[float]:
+    return [amount for _, amount in before]
+
+
+def usual(amounts: list[float]) -> float:
+    """Running mean in which what is over 2.5 times it counts as that."""
+    mean = amounts[0]
+    for number, amount in enumerate(amounts[1:], start=2):
+        mean += (min(amount, 2.5 * max(mean, 0.01)) - mean) / min(number, 100)
+    return mean
+
+
+def moments(values: list[float], weights: list[float], at_first: float) -> tuple[float, float]:
+    """Weighed mean and deviation."""
+    if not values:
+        return at_first, 0.0
+    total = sum(weights)
+    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
+    square = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / total
+    return mean, math.sqrt(square)
 
 
 def test_event_time_that_runs_backwards_counts_as_no_time_passed() -> None:
@@ -165,7 +207,7 @@ def test_extreme_amounts_and_gaps_give_finite_features_and_inputs(
     for number in range(4):
         raw, history = observe(history, np.array([amount]), np.array([number * gap_ms]))
         assert np.isfinite(raw).all()
-        assert np.isfinite(Encoder(FeatureSpec()).encode(raw)).all()
+        assert np.isfinite(Encoder(FeatureSpec(ACCOUNT_INPUTS)).encode(raw)).all()
     raw, history = observe(history, np.array([1.0]), np.array([4 * gap_ms]))
     assert np.isfinite(raw).all()
 
@@ -188,7 +230,7 @@ def test_observing_leaves_the_history_it_was_given_unchanged() -> None:
 
 def test_no_transactions_give_no_rows() -> None:
     nothing = np.array([], np.int64)
-    assert observe_log(nothing, nothing.astype(float), nothing).shape == (0, len(FEATURES))
+    assert observe_log(nothing, nothing.astype(float), nothing).shape == (0, len(ACCOUNT_FEATURES))
 
 
 @given(st.lists(st.integers(-3, 3), max_size=40))
@@ -209,12 +251,20 @@ def test_rounds_hold_each_transaction_once_in_log_order_and_accounts_once_each(
 def raw_sample(n: int = 500) -> Float32:
     rng = np.random.default_rng(3)
     timestamp_ms = START_MS + np.sort(rng.integers(0, 30 * DAY_MS, n))
-    return observe_log(rng.integers(0, 20, n), rng.gamma(1, 60, n), timestamp_ms)
+    is_fraud = rng.random(n) < 0.2
+    account, merchant = rng.integers(0, 20, n), rng.integers(0, 9, n)
+    labels = Labels.delayed(is_fraud, timestamp_ms, DAY_MS)
+    return np.hstack(
+        (
+            observe_log(account, rng.gamma(1, 60, n), timestamp_ms),
+            observe_merchant_log(merchant, timestamp_ms, labels, DAY_MS),
+        )
+    )
 
 
 def test_fitted_inputs_have_mean_0_and_deviation_1_and_are_not_clipped() -> None:
     raw = raw_sample()
-    spec = FeatureSpec.fit(raw)
+    spec = FeatureSpec().fitted(raw)
     inputs = Encoder(spec).encode(raw)
     plain = [i for i, t in enumerate(spec.inputs) if t.transform in ("log1p", "linear")]
     np.testing.assert_allclose(inputs[:, plain].mean(axis=0), 0, atol=1e-3)
@@ -230,6 +280,39 @@ def test_time_runs_round_midnight_and_the_end_of_the_week_meet() -> None:
     encoded = Encoder(FeatureSpec()).encode(np.stack((before, after)))
     hours = [i for i, t in enumerate(INPUTS) if t.feature == "hour_of_day"]
     np.testing.assert_allclose(encoded[0, hours], encoded[1, hours], atol=1e-3)
+
+
+def test_steps_and_missing_values_become_zeros_and_ones() -> None:
+    field = Field("age", "numeric")
+    spec = FeatureSpec(
+        (
+            Input("amount", "step", threshold=220.0),
+            Input("age", "linear", mean=30.0, deviation=10.0),
+            Input("age", "is_missing"),
+        ),
+        fields=(field,),
+    )
+    raw = np.hstack((raw_sample(3), field_column(field, [40, None, 20])[:, None]))
+    raw[:, 0] = [219.99, 220.0, 221.0]
+    np.testing.assert_array_equal(
+        Encoder(spec).encode(raw), [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, -1.0, 0.0]]
+    )
+
+
+def test_a_missing_value_is_left_out_of_mean_and_deviation() -> None:
+    field = Field("age", "numeric")
+    raw = np.hstack((raw_sample(4), field_column(field, [10, None, 30, None])[:, None]))
+    (age,) = FeatureSpec((Input("age", "linear"),), fields=(field,)).fitted(raw).inputs
+    assert (age.mean, age.deviation) == (20.0, 10.0)
+
+
+def test_a_category_is_its_place_in_the_vocabulary_and_comes_last() -> None:
+    field = Field("category", "categorical", ("food", "fuel"))
+    spec = FeatureSpec((Input("amount", "linear"), Input("category", "category")), fields=(field,))
+    column = field_column(field, ["fuel", "toys", None, "food"])[:, None]
+    encoded = Encoder(spec).encode(np.hstack((raw_sample(4), column)))
+    assert encoded[:, 1].tolist() == [2.0, 0.0, 0.0, 1.0]
+    assert spec.embedded == (field,)
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
@@ -249,6 +332,9 @@ def test_inputs_keep_the_order_of_the_specification(order: list[int]) -> None:
         (FeatureSpec((Input("amount", "linear", deviation=0.0),)), "deviation 0"),
         (FeatureSpec((Input("amount", "linear", mean=math.nan),)), "mean nan"),
         (FeatureSpec(()), "no inputs"),
+        (FeatureSpec(label_delay_days=31), "label_delay_days is 31"),
+        (FeatureSpec((Input("amount", "category"),)), "a category is embedded"),
+        (FeatureSpec(fields=(Field("amount", "numeric"),)), "same name"),
         (FeatureSpec(definition=99), "definition 99"),
         (FeatureSpec(window_days=(1, 2, 3)), r"\[1, 2, 3\] days"),
     ],
@@ -261,6 +347,6 @@ def test_a_specification_that_cannot_be_computed_is_refused_with_its_reason(
 
 
 def test_a_specification_survives_json_without_a_change() -> None:
-    spec = FeatureSpec.fit(raw_sample())
+    spec = FeatureSpec().fitted(raw_sample())
     again = msgspec.json.decode(msgspec.json.encode(spec), type=FeatureSpec)
     assert again == spec

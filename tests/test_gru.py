@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.gru import Architecture, Network
+from model.gru import Architecture, Cell, Network
 
 INPUTS = 17
 
 
-def network(layers: int = 1, **sizes: int) -> Network:
+def network(layers: int = 1, **sizes: Any) -> Network:
     torch.manual_seed(layers)
     made = Network(Architecture(INPUTS, layers=layers, **sizes)).eval()
     for parameter in made.parameters():  # larger than at the start, as after training
@@ -80,7 +82,32 @@ def test_an_account_is_not_changed_by_the_others_in_its_round() -> None:
     ],
 )
 def test_an_architecture_out_of_bounds_is_refused_by_name(
-    wrong: dict[str, int], named: str
+    wrong: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{named} is "):
         Architecture(**wrong)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn", "none"])
+def test_every_cell_gives_the_same_whether_unrolled_at_once_or_in_chunks(cell: Cell) -> None:
+    net = network(layers=2, cell=cell, hidden_size=8)
+    inputs = torch.randn(3, 10, INPUTS, generator=torch.Generator().manual_seed(0))
+    whole, after = net.unroll(inputs)
+    first, between = net.unroll(inputs[:, :4])
+    second, last = net.unroll(inputs[:, 4:], between)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(last, after, atol=1e-5, rtol=0)
+    if cell == "none":  # one transaction alone
+        torch.testing.assert_close(net.unroll(inputs[:, 5:6])[0][:, 0], whole[:, 5])
+
+
+def test_a_category_changes_the_score_by_its_own_vector_only() -> None:
+    net = network(embeddings=((3, 4), (5, 2)))
+    numbers = torch.zeros(3, INPUTS)
+    codes = torch.tensor([[0.0, 4.0], [1.0, 4.0], [1.0, 4.0]])
+    logits, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
+    assert logits[0] != logits[1]
+    assert logits[1] == logits[2]
+    cast(nn.Embedding, net.embeddings[0]).weight.data[2] += 1.0  # of a code that none of them has
+    again, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
+    torch.testing.assert_close(again, logits)

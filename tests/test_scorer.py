@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
+from model.merchants import MERCHANT_FEATURES
 from pipeline.account_state import RECENT_IDS
 from pipeline.scorer import (
     FAILURES_IN_A_ROW_MAX,
@@ -47,6 +48,8 @@ def batch_of(
         record_ms=times if record_ms is None else np.array(record_ms, np.int64),
         offset=np.arange(n, dtype=np.int64),
         id_hash=np.array(range(1, n + 1) if ids is None else ids, np.uint64),
+        merchant_raw=np.zeros((n, len(MERCHANT_FEATURES)), np.float32),
+        fields=np.zeros((n, 0), np.float32),
     )
 
 

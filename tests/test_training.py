@@ -15,11 +15,11 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from model.evaluation import average_precision
-from model.features import observe_log
+from model.features import ACCOUNT_FEATURES
 from model.gru import Network
 from model.progress import TrainingProgress
 from model.scoring import Sequences, score_stepwise, score_unrolled
-from model.simulator import Simulator, SimulatorError
+from model.simulator import SimulatorError
 from model.training import (
     Log,
     Report,
@@ -28,12 +28,14 @@ from model.training import (
     TrainingSettings,
     choose_thresholds,
     fit,
+    observe_all,
     simulate,
     train,
 )
 
 SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.safetensors"
 
+ACCOUNT = len(ACCOUNT_FEATURES)
 SMALL = TrainingSettings(
     customers=300,
     terminals=600,
@@ -82,8 +84,9 @@ def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
     checkpoint, _, _ = trained
     log = simulate(SMALL)
     assert log.digest() == checkpoint.header.data_digest
+    raw = observe_all(log, checkpoint.header.features)
     scores, _, _ = score_stepwise(
-        checkpoint, log.account, log.amount, log.timestamp_ms, torch.float32
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
     )
     held_out = log.day >= Split.of(SMALL.days).held_out
     metrics = checkpoint.header.metrics
@@ -185,6 +188,7 @@ def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
         day=np.repeat(np.arange(steps), accounts),
         timestamp_ms=np.arange(steps * accounts),
         account=account,
+        merchant=account,
         amount=np.ones(steps * accounts),
         is_fraud=bit.ravel(),
         scenario=bit.ravel().astype(np.int8),
@@ -210,11 +214,11 @@ def test_unrolled_and_stepwise_scores_of_a_log_agree(layers: int, tmp_path: Path
         )
         checkpoint = train(settings, tmp_path / "m")
     log = simulate(TrainingSettings(customers=40, terminals=2000, days=200, seed=4))
-    raw = observe_log(log.account, log.amount, log.timestamp_ms)
+    raw = observe_all(log, checkpoint.header.features)
     inputs = torch.from_numpy(checkpoint.encode(raw))
     unrolled = score_unrolled(checkpoint.network, inputs, log.account)
     stepwise, history, hidden = score_stepwise(
-        checkpoint, log.account, log.amount, log.timestamp_ms, torch.float32
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
     )
     np.testing.assert_allclose(stepwise, unrolled, atol=1e-5)
     accounts = np.unique(log.account)
@@ -297,17 +301,15 @@ def test_the_shipped_checkpoint_was_trained_by_the_default_settings() -> None:
 
 
 def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16() -> None:
-    days = [d for _, d in zip(range(45), Simulator(700, 1500, seed=77).days(), strict=False)]
-    account = np.concatenate([d.account for d in days])
-    amount = np.concatenate([d.amount for d in days])
-    timestamp_ms = np.concatenate([d.timestamp_ms for d in days])
-    scenario = np.concatenate([d.scenario for d in days])
+    log = simulate(TrainingSettings(customers=700, terminals=1500, days=45, seed=77))
     shipped = Checkpoint.load(SHIPPED)
-    raw = observe_log(account, amount, timestamp_ms)
-    exact = score_unrolled(shipped.network, torch.from_numpy(shipped.encode(raw)), account)
-    rounded, _, _ = score_stepwise(shipped, account, amount, timestamp_ms)
-    visible = scenario != 2  # an account cannot see a compromised terminal
-    truth = scenario[visible] > 0
+    raw = observe_all(log, shipped.header.features)
+    exact = score_unrolled(shipped.network, torch.from_numpy(shipped.encode(raw)), log.account)
+    rounded, _, _ = score_stepwise(
+        shipped, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:]
+    )
+    visible = log.scenario != 2  # a compromised terminal shows only when labels have come
+    truth = log.scenario[visible] > 0
     ap_exact = average_precision(exact[visible], truth)
     assert ap_exact > 0.7
     assert abs(average_precision(rounded[visible], truth) - ap_exact) < 1e-3
