@@ -9,7 +9,7 @@ from model.checkpoint import Checkpoint
 from model.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
 from model.features import FeatureSpec
 from model.protocol import HANDBOOK_FOLDS
-from model.results import MEASURES, Results, Summary, table
+from model.results import Results, Summary, table
 
 SCENARIOS = {
     1: "amount over 220",
@@ -112,9 +112,7 @@ def _inputs(spec: FeatureSpec) -> str:
     rows = []
     by_feature = sorted(spec.inputs, key=lambda i: spec.names.index(i.feature))
     for feature, group in groupby(by_feature, key=lambda i: i.feature):
-        seen = [
-            f"step at {i.threshold:g}" if i.transform == "step" else i.transform for i in group
-        ]
+        seen = [f"step at {i.threshold:g}" if i.transform == "step" else i.transform for i in group]
         rows.append([f"`{feature}`", ", ".join(seen)])
     return f"""## Inputs
 
@@ -138,9 +136,7 @@ fraud ({data["frauds"] / data["transactions"]:.2%}), {data["accounts"]:,} accoun
     digest = checkpoint.header.data_digest
     if digest == data["digest"]:
         return text + "\n\nThe model was trained on the part of it that the protocol says."
-    rows = [
-        [f"`{name}`", str(value)] for name, value in sorted(checkpoint.header.training.items())
-    ]
+    rows = [[f"`{name}`", str(value)] for name, value in sorted(checkpoint.header.training.items())]
     return f"""{text}
 
 The model was trained on other data, or on this read in another way: digest
@@ -177,8 +173,10 @@ def _comparison(results: Results, plots: Sequence[str]) -> str:
         f"- {name}: {meaning.format(batch=results.batch_transactions)}"
         for name, meaning in MEANINGS.items()
     ]
-    seeds = max(len({run.seed for run in results.runs if run.network == n.network})
-                for n in results.networks)
+    seeds = max(
+        len({run.seed for run in results.runs if run.network == n.network})
+        for n in results.networks
+    )
     over = "" if seeds == 1 else f" Mean over {seeds} seeds; ± is their standard deviation."
     images = "\n\n".join(f"![{name}]({name})" for name in plots)
     return f"""## How good it is
@@ -196,8 +194,7 @@ def _scenarios(results: Results) -> str:
     numbers = sorted({s for network in results.networks for s in network.recall_by_scenario})
     headings = ["network", *(SCENARIOS.get(s, f"scenario {s}") for s in numbers)]
     rows = [
-        [n.title, *(_share(n.recall_by_scenario.get(s)) for s in numbers)]
-        for n in results.networks
+        [n.title, *(_share(n.recall_by_scenario.get(s)) for s in numbers)] for n in results.networks
     ]
     return f"""## By kind of fraud
 
@@ -211,8 +208,7 @@ def _robustness(results: Results) -> str:
     found = results.robustness
     assert found is not None
     faults = [
-        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"]
-        for cost in found.faults
+        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"] for cost in found.faults
     ]
     weeks = [
         [

@@ -343,14 +343,10 @@ class Comparer:
         kind = KINDS[job.network]
         spec, inputs = self._inputs(job.fold)
         if kind.alone:
-            columns = [
-                c for c, i in enumerate(spec.inputs) if i.feature in TRANSACTION_FEATURES
-            ]
+            columns = [c for c, i in enumerate(spec.inputs) if i.feature in TRANSACTION_FEATURES]
             spec = msgspec.structs.replace(spec, inputs=tuple(spec.inputs[c] for c in columns))
             inputs = np.ascontiguousarray(inputs[:, columns])
-        settings = dataclasses.replace(
-            self._settings.training, seed=job.seed, layers=kind.layers
-        )
+        settings = dataclasses.replace(self._settings.training, seed=job.seed, layers=kind.layers)
         network, seconds = train_network(kind, inputs, self._log, job.fold, settings, show)
         tensor = torch.from_numpy(inputs)
         account = self._log.account[: len(inputs)]
@@ -450,7 +446,7 @@ def train_network(
 
 
 def microseconds_each(network: Network, inputs: torch.Tensor) -> float:
-    """Microseconds for each of a batch of transactions [n, I], of distinct accounts, on one core."""
+    """Microseconds for each of n transactions [n, I], scored as one batch on one core."""
     hidden = network.empty_hidden(len(inputs))
 
     def step() -> object:

@@ -233,10 +233,11 @@ def recall_by_scenario(
 def _check_probabilities(scores: Scores) -> None:
     if not len(scores):
         raise EvaluationError("no transactions: calibration is a mean over them")
-    if not (np.min(scores) >= 0 and np.max(scores) <= 1):
+    lowest, highest = float(scores.min()), float(scores.max())
+    if not (lowest >= 0 and highest <= 1):  # NaN neither
         raise EvaluationError(
-            f"scores reach from {np.min(scores):g} to {np.max(scores):g}; calibration needs "
-            "probabilities in [0, 1]"
+            f"scores reach from {lowest:g} to {highest:g}; calibration needs probabilities "
+            "in [0, 1]"
         )
 
 

@@ -153,9 +153,7 @@ def summarise(network: str, runs: Sequence[Run]) -> Summary:
         parameters=runs[0].parameters,
         microseconds=min(run.microseconds for run in runs),
         recall_by_scenario={
-            s: float(
-                np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario])
-            )
+            s: float(np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario]))
             for s in scenarios
         },
     )

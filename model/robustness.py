@@ -110,9 +110,7 @@ def score_with_faults(
     def advance(
         account: NDArray[np.intp], rows: NDArray[np.intp]
     ) -> tuple[AccountHistory, torch.Tensor, torch.Tensor]:
-        of_account, after = observe(
-            history.take(account), log.amount[rows], log.timestamp_ms[rows]
-        )
+        of_account, after = observe(history.take(account), log.amount[rows], log.timestamp_ms[rows])
         whole = np.hstack((of_account, raw[rows, len(ACCOUNT_FEATURES) :]))
         inputs = torch.from_numpy(checkpoint.encode(whole))
         logits, advanced = checkpoint.network.step(inputs, hidden[torch.from_numpy(account)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,8 @@ from pipeline.column_mapping import load_mapping
 from pipeline.errors import RecurError, SettingsError
 from pipeline.transaction_files import LABEL_UNKNOWN, TransactionFile
 
+SCENARIOS_MAX = 100
+
 TABLE_COLUMNS = 132
 """Width of the table where stdout is not a terminal, characters."""
 
@@ -60,10 +63,36 @@ class EvaluateOptions:
     checkpoint: Path | None = None
     plots: bool = True
     robustness: bool = True
-    simulated: dict[str, int] = field(default_factory=dict)
+    simulated: dict[str, Any] = field(default_factory=dict)
     """customers, terminals and days where no file is given."""
     training: dict[str, Any] = field(default_factory=dict)
     """Of :class:`model.training.TrainingSettings`, where other than its defaults."""
+
+
+def evaluate_options(
+    *,
+    networks: str | None,
+    no_plots: bool,
+    no_robustness: bool,
+    epochs: int | None,
+    hidden_size: int | None,
+    customers: int | None,
+    terminals: int | None,
+    days: int | None,
+    **options: Any,
+) -> EvaluateOptions:
+    """The options from those of the command line; what is none keeps its default."""
+    simulated = {"customers": customers, "terminals": terminals, "days": days}
+    training = {"epochs": epochs, "hidden_size": hidden_size}
+    chosen = NETWORKS if networks is None else tuple(n.strip() for n in networks.split(","))
+    return EvaluateOptions(
+        networks=chosen,
+        plots=not no_plots,
+        robustness=not no_robustness,
+        simulated={name: value for name, value in simulated.items() if value is not None},
+        training={name: value for name, value in training.items() if value is not None},
+        **options,
+    )
 
 
 def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Results:
@@ -173,3 +202,112 @@ def read_log(
         np.concatenate(columns[4]),
         np.concatenate(columns[5]),
     )
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
+    """The table, and what robustness was found."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = TABLE_COLUMNS
+    headings, rows = table(results)
+    console.print(f"protocol {results.protocol}: {'; '.join(results.folds.values())}")
+    _print_table(console, headings, rows)
+    found = results.robustness
+    if found is not None:
+        faults = [
+            [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"]
+            for cost in found.faults
+        ]
+        _print_table(console, ["fault of account states", "AP", "AP lost"], faults)
+        weeks = [
+            [week.first_day, f"{week.with_states:.3f}", f"{week.states_lost:.3f}"]
+            for week in found.weeks
+        ]
+        _print_table(console, ["all states lost, week from", "AP", "AP, states lost"], weeks)
+
+
+def _print_table(console: Console, headings: list[str], rows: list[list[str]]) -> None:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def _check_requirements(options: EvaluateOptions) -> None:
+    """What is not installed is told now, not after an hour of training."""
+    if REFERENCE in options.networks:
+        lightgbm()
+    if options.plots:
+        require_matplotlib()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecurError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+
+
+def _robustness(
+    comparer: Comparer, comparison: Comparison, log: LabelledLog, report: Reporter
+) -> Robustness | None:
+    """Of the checkpoint that the card describes; none where there is none."""
+    fold = comparison.folds[0]
+    checkpoint = comparison.checkpoints.get(fold.name)
+    if checkpoint is None:
+        return None
+    raw = comparer.raw(checkpoint.header.features.label_delay_days)
+    within = _within(report, _COMPARED_SHARE, 1.0)
+    return measure_robustness(
+        checkpoint, log, raw, fold, lambda share, title: within(Report(title, share))
+    )
+
+
+def _write(
+    options: EvaluateOptions, results: Results, comparison: Comparison, log: LabelledLog
+) -> None:
+    plots = []
+    if options.plots:
+        for name, plot in (
+            ("pr.png", plot_precision_recall),
+            ("calibration.png", plot_calibration),
+        ):
+            plot(comparison, log, options.output / name)
+            plots.append(name)
+    checkpoint = comparison.checkpoints.get(comparison.folds[-1].name)
+    try:
+        text = msgspec.json.format(msgspec.json.encode(results), indent=2)
+        (options.output / "results.json").write_bytes(text + b"\n")
+        (options.output / "model_card.md").write_text(
+            model_card(results, checkpoint, plots), encoding="utf-8"
+        )
+    except OSError as error:
+        raise RecurError(f"cannot write in {options.output}: {error.strerror or error}") from error
+
+
+def _within(report: Reporter, begin: float, end: float) -> Reporter:
+    """Reports whose share of the whole goes from begin to end."""
+    return lambda r: report(Report(r.stage, begin + (end - begin) * r.done, r.note))
+
+
+def _scenarios(
+    names: list[str | None] | None, labels: NDArray[np.int8], kinds: dict[str, int]
+) -> NDArray[np.int8]:
+    """Numbers of scenarios: the file's own where they are small numbers, else by appearance."""
+    if names is None:
+        return np.asarray(labels == 1, np.int8)
+    return np.fromiter((_scenario(name, kinds) for name in names), np.int8, len(names))
+
+
+def _scenario(name: str | None, kinds: dict[str, int]) -> int:
+    if name in (None, "", "0"):
+        return 0
+    assert name is not None
+    if name not in kinds:
+        if len(kinds) >= SCENARIOS_MAX:
+            raise RecurError(f"the scenario column has more than {SCENARIOS_MAX} values: map none")
+        own = int(name) if name.isdecimal() and int(name) <= SCENARIOS_MAX else 0
+        kinds[name] = own or len(kinds) + 1
+    return kinds[name]

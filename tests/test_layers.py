@@ -36,12 +36,15 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.training model.progress
+        model.labelled_log model.protocol model.windows model.reference model.run_cache
+        model.comparison model.robustness model.results model.plots model.card
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
         pipeline.column_mapping pipeline.transaction_files pipeline.feed pipeline.simulated_stream
         pipeline.tally pipeline.replay_report pipeline.replay pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
+        pipeline.evaluation
     """,
     "command line": """
         pipeline.cli pipeline.__main__
