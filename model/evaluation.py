@@ -215,6 +215,74 @@ def reliability(scores: Scores, is_fraud: Truth, bins: int = 15) -> Reliability:
     )
 
 
+OPERATING_POINT = (
+    "threshold",
+    "alerts_per_day",
+    "recall",
+    "false_positive_rate",
+    "precision",
+    "fraud_amount_caught_per_day",
+    "genuine_amount_flagged_per_day",
+)
+"""What the numbers of a row of :func:`operating_points` are."""
+
+
+def operating_points(
+    scores: Scores,
+    is_fraud: Truth,
+    amount: NDArray[np.float64],
+    days: float,
+    points_max: int = 200,
+) -> list[list[float]]:
+    """What alerts at or over a threshold catch and cost: rows of :data:`OPERATING_POINT`.
+
+    The thresholds are scores that occur, highest first, evenly spaced in the logarithm of the
+    number of alerts: from one alert to all transactions.
+
+    Args:
+        amount: [N] in the currency's main unit.
+        days: length of the period in which the transactions were made.
+
+    Raises:
+        EvaluationError: one class only, or no time.
+
+    >>> points = operating_points(
+    ...     np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False]),
+    ...     np.array([50.0, 30.0, 20.0, 10.0]), days=2.0)
+    >>> points[1]
+    [0.4, 1.5, 1.0, 0.5, 0.666667, 40.0, 10.0]
+    """
+    if not days > 0:
+        raise EvaluationError(f"{days} days; operating points are counted per day of some time")
+    thresholds, place = np.unique(-scores.astype(np.float64), return_inverse=True)
+    steps = len(thresholds)
+    true, false = (np.bincount(place, of, steps).cumsum() for of in (is_fraud, ~is_fraud))
+    frauds, genuine = _both_classes(true, false)
+    caught, flagged = (
+        np.bincount(place, amount * of, steps).cumsum() for of in (is_fraud, ~is_fraud)
+    )
+    alerts = true + false
+    wanted = np.geomspace(1, len(scores), points_max)
+    chosen = np.unique(np.minimum(np.searchsorted(alerts, wanted), steps - 1))
+    return [
+        [
+            float(-thresholds[at]),
+            *(
+                float(f"{value:.6g}")
+                for value in (
+                    alerts[at] / days,
+                    true[at] / frauds,
+                    false[at] / genuine,
+                    true[at] / alerts[at],
+                    caught[at] / days,
+                    flagged[at] / days,
+                )
+            ),
+        ]
+        for at in chosen
+    ]
+
+
 def recall_by_scenario(
     scores: Scores, scenario: NDArray[np.int8], threshold: float
 ) -> dict[int, float]:
