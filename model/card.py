@@ -26,8 +26,8 @@ MEANINGS = {
         "leaves the days after (the Handbook's definition)"
     ),
     "P@100": "each day the 100 transactions of highest score: share of fraud",
-    "recall at 0.1 %": "share of fraud found where 0.1 % of genuine transactions raise an alert",
-    "recall at 1 %": "the same at 1 %",
+    "R@0.1 %": "share of fraud found where 0.1 % of genuine transactions raise an alert",
+    "R@1 %": "the same at 1 %",
     "ECE": "expected calibration error, 15 bins of equal width",
     "Brier": "mean squared difference of score and truth",
     "µs/tx": (

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from model import evaluation
 from model.checkpoint import Checkpoint, Header
+from model.dataset import Dataset
 from model.features import DEFINITION, Encoder, FeatureSpec, Float32
 from model.gru import Cell, Network
-from model.labelled_log import LabelledLog
-from model.protocol import Fold, ProtocolName
+from model.protocol import Fold, ProtocolName, days_of
 from model.reference import PARAMETERS, TREES, fit_boosted, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
 from model.scoring import score_unrolled
@@ -153,13 +153,13 @@ class Comparison:
         return [run for run in self.runs if run.network == network]
 
 
-def measure(scores: Float32, log: LabelledLog, rows: NDArray[np.intp]) -> dict[str, float]:
+def measure(scores: Float32, log: Dataset, rows: NDArray[np.intp]) -> dict[str, float]:
     """What the scores [n] of ``rows`` [n] of the log are worth, by name.
 
     Raises:
         model.evaluation.EvaluationError: one class only.
     """
-    is_fraud, day = log.is_fraud[rows], log.day[rows]
+    is_fraud, day = log.is_fraud[rows], days_of(log)[rows]
     return {
         "auc_roc": evaluation.auc_roc(scores, is_fraud),
         "average_precision": evaluation.average_precision(scores, is_fraud),
@@ -221,7 +221,7 @@ class Comparer:
 
     def __init__(
         self,
-        log: LabelledLog,
+        log: Dataset,
         settings: ComparisonSettings,
         cache: Path | None = None,
         given: Checkpoint | None = None,
@@ -349,7 +349,7 @@ class Comparer:
         settings = dataclasses.replace(self._settings.training, seed=job.seed, layers=kind.layers)
         network, seconds = train_network(kind, inputs, self._log, job.fold, settings, show)
         tensor = torch.from_numpy(inputs)
-        account = self._log.account[: len(inputs)]
+        account = self._log.account[: len(inputs)].astype(np.int64)
         checkpoint = None
         if kind.cell == "gru":
             checkpoint = Checkpoint(
@@ -391,7 +391,7 @@ class Comparer:
         inputs = torch.from_numpy(self._given.encode(raw))
         network = self._given.network
         return _Trained(
-            score_unrolled(network, inputs, self._log.account[:end]),
+            score_unrolled(network, inputs, self._log.account[:end].astype(np.int64)),
             0.0,
             sum(weight.numel() for weight in network.parameters()),
             microseconds_each(network, inputs[-BATCH_TRANSACTIONS:]),
@@ -414,7 +414,7 @@ class Comparer:
 def train_network(
     kind: NetworkKind,
     inputs: Float32,
-    log: LabelledLog,
+    log: Dataset,
     fold: Fold,
     settings: TrainingSettings,
     show: _Show = lambda share, note: None,
@@ -479,12 +479,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _training_log(log: LabelledLog, end: int | None = None) -> Log:
+def _training_log(log: Dataset, end: int | None = None) -> Log:
     return Log(
-        day=log.day[:end],
+        day=days_of(log)[:end],
         timestamp_ms=log.timestamp_ms[:end],
-        account=log.account[:end],
-        merchant=log.merchant[:end],
+        account=log.account[:end].astype(np.int64),
+        merchant=log.merchant[:end].astype(np.int64),
         amount=log.amount[:end],
         is_fraud=log.is_fraud[:end],
         scenario=log.scenario[:end],

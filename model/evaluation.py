@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Scores = NDArray[np.float32] | NDArray[np.float64]
 Truth = NDArray[np.bool_]
-Whole = NDArray[np.int64]
+Whole = NDArray[np.int64] | NDArray[np.int32]
 
 
 class EvaluationError(ValueError):

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.comparison import REFERENCE, TITLES, Comparison
+from model.dataset import Dataset
 from model.evaluation import average_precision, reliability
 from model.features import Float32
-from model.labelled_log import LabelledLog
 from model.reference import MissingRequirementError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE_INCHES = (8.0, 6.0)
+SIZE_INCHES = (8.0, 7.0)
 DOTS_PER_INCH = 120
 POINTS_MAX = 2000
 """Of a curve: more cannot be seen."""
@@ -47,7 +47,7 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def plot_precision_recall(comparison: Comparison, log: LabelledLog, path: Path) -> None:
+def plot_precision_recall(comparison: Comparison, log: Dataset, path: Path) -> None:
     """Precision by recall of each network: all folds together, the first seed."""
     figure, axes = _figure("recall: share of fraud found", "precision: share of fraud in alerts")
     for network, colour in _coloured(comparison):
@@ -64,15 +64,15 @@ def plot_precision_recall(comparison: Comparison, log: LabelledLog, path: Path) 
         )
     share = _pooled(comparison, log, comparison.networks()[0])[1].mean()
     axes.axhline(share, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate(f"chance: {share:.2%} is fraud", (0.01, share + 0.01), fontsize=8)
+    axes.annotate(f"chance: {share:.2%} is fraud", (0.99, share + 0.01), fontsize=8, ha="right")
     axes.set_title(_title(comparison))
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.05), fontsize=8, framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     _save(figure, path)
 
 
-def plot_calibration(comparison: Comparison, log: LabelledLog, path: Path) -> None:
+def plot_calibration(comparison: Comparison, log: Dataset, path: Path) -> None:
     """Share of fraud by score of each network, in 15 bins; a bin's area is its transactions."""
     figure, axes = _figure("mean score of a bin", "share of fraud in the bin")
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="calibrated")
@@ -93,7 +93,7 @@ def plot_calibration(comparison: Comparison, log: LabelledLog, path: Path) -> No
     axes.set_title(_title(comparison))
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     _save(figure, path)
 
 
@@ -144,7 +144,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _pooled(
-    comparison: Comparison, log: LabelledLog, network: str
+    comparison: Comparison, log: Dataset, network: str
 ) -> tuple[Float32, NDArray[np.bool_]]:
     """Scores and truth of all folds, one after the other, of the network's first seed."""
     seed = min(run.seed for run in comparison.of(network))

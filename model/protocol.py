@@ -21,8 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.labelled_log import LabelledLog
-from model.simulator import DAY_MS
+from model.dataset import DAY_MS, Dataset
 
 ProtocolName = Literal["handbook", "split"]
 
@@ -75,11 +74,11 @@ class Fold:
         )
         return f"trained to {last_trained}, tested {first} to {last}"
 
-    def trained_rows(self, log: LabelledLog) -> NDArray[np.intp]:
+    def trained_rows(self, log: Dataset) -> NDArray[np.intp]:
         """Rows that count in the loss."""
         return _rows(log, self.score_from, self.train_until)
 
-    def tested_rows(self, log: LabelledLog) -> NDArray[np.intp]:
+    def tested_rows(self, log: Dataset) -> NDArray[np.intp]:
         """Rows that are measured; those of cards that are known by then are left out.
 
         The handbook's rule: on a test day the frauds of the days up to one before it less the
@@ -89,19 +88,20 @@ class Fold:
         if self.known_from is None:
             return rows
         delay_days = self.test_from - self.train_until
-        fraud = np.flatnonzero(log.is_fraud & (log.day >= self.known_from))
+        day = days_of(log)
+        fraud = np.flatnonzero(log.is_fraud & (day >= self.known_from))
         # The first fraud of each card since then: rows are in order of time.
         cards, first = np.unique(log.account[fraud], return_index=True)
-        known_on = np.append(log.day[fraud][first] + delay_days + 1, np.iinfo(np.int64).max)
+        known_on = np.append(day[fraud][first] + delay_days + 1, np.iinfo(np.int64).max)
         place = np.searchsorted(cards, log.account[rows])
         place[place == len(cards)] = -1  # the place of "never"
         place[(place >= 0) & (np.append(cards, 0)[place] != log.account[rows])] = -1
-        kept: NDArray[np.intp] = rows[log.day[rows] < known_on[place]]
+        kept: NDArray[np.intp] = rows[day[rows] < known_on[place]]
         return kept
 
 
 def split_fold(
-    log: LabelledLog,
+    log: Dataset,
     train_until: str | None = None,
     test_from: str | None = None,
     test_until: str | None = None,
@@ -124,7 +124,7 @@ def split_fold(
     return _checked(log, Fold("split", first, until, begin, end), label_delay_days)
 
 
-def handbook_folds(log: LabelledLog, start: str = HANDBOOK_START) -> list[Fold]:
+def handbook_folds(log: Dataset, start: str = HANDBOOK_START) -> list[Fold]:
     """The handbook's four folds, the earliest first.
 
     Args:
@@ -149,6 +149,11 @@ def handbook_folds(log: LabelledLog, start: str = HANDBOOK_START) -> list[Fold]:
     return folds
 
 
+def days_of(log: Dataset) -> NDArray[np.int64]:
+    """[N] the UTC day of each transaction since 1970-01-01."""
+    return log.timestamp_ms // DAY_MS
+
+
 def day_of(text: str) -> int:
     """
     >>> day_of("2018-08-15")
@@ -169,13 +174,13 @@ def iso_date(day: int) -> str:
     return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
 
 
-def _days_of(log: LabelledLog) -> tuple[int, int]:
+def _days_of(log: Dataset) -> tuple[int, int]:
     if not len(log):
         raise ProtocolError("the log has no transactions")
     return int(log.timestamp_ms[0] // DAY_MS), int(log.timestamp_ms[-1] // DAY_MS)
 
 
-def _checked(log: LabelledLog, fold: Fold, label_delay_days: int) -> Fold:
+def _checked(log: Dataset, fold: Fold, label_delay_days: int) -> Fold:
     first, last = _days_of(log)
     if not first < fold.train_until < fold.test_from < fold.test_until <= last + 1:
         raise ProtocolError(
@@ -199,5 +204,5 @@ def _checked(log: LabelledLog, fold: Fold, label_delay_days: int) -> Fold:
     return fold
 
 
-def _rows(log: LabelledLog, begin: int, end: int) -> NDArray[np.intp]:
+def _rows(log: Dataset, begin: int, end: int) -> NDArray[np.intp]:
     return np.arange(*np.searchsorted(log.timestamp_ms, [begin * DAY_MS, end * DAY_MS]))

@@ -14,8 +14,8 @@ from model.comparison import (
     Comparison,
     ComparisonSettings,
 )
-from model.labelled_log import LabelledLog
-from model.protocol import ProtocolName, iso_date
+from model.dataset import Dataset
+from model.protocol import ProtocolName, days_of, iso_date
 from model.robustness import Robustness
 from model.run_cache import Run
 
@@ -26,8 +26,8 @@ MEASURES: dict[str, str] = {
     "average_precision": "AP",
     "card_precision_at_100": "card P@100",
     "precision_at_100": "P@100",
-    "recall_at_fpr_0.001": "recall at 0.1 %",
-    "recall_at_fpr_0.01": "recall at 1 %",
+    "recall_at_fpr_0.001": "R@0.1 %",
+    "recall_at_fpr_0.01": "R@1 %",
     "expected_calibration_error": "ECE",
     "brier_score": "Brier",
 }
@@ -97,7 +97,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 def results_of(
     comparison: Comparison,
-    log: LabelledLog,
+    log: Dataset,
     settings: ComparisonSettings,
     source: str,
     robustness: Robustness | None = None,
@@ -107,7 +107,7 @@ def results_of(
     Args:
         source: where the log is from, in a few words.
     """
-    first, last = int(log.day[0]), int(log.day[-1])
+    first, last = days_of(log)[[0, -1]].tolist()
     rows = np.concatenate(list(comparison.rows.values()))
     return Results(
         protocol=comparison.protocol,

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
+from model.dataset import DAY_MS, Dataset
 from model.evaluation import average_precision
 from model.features import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
-from model.labelled_log import LabelledLog
-from model.protocol import Fold, iso_date
-from model.simulator import DAY_MS
+from model.protocol import Fold, days_of, iso_date
 
 WEEK_DAYS = 7
 
@@ -89,23 +88,23 @@ class Robustness(msgspec.Struct, frozen=True):
 
 
 def score_with_faults(
-    checkpoint: Checkpoint, log: LabelledLog, raw: Float32, faults: Faults
+    checkpoint: Checkpoint, log: Dataset, raw: Float32, faults: Faults
 ) -> Float32:
-    """Scores [N] of a log, stepwise in rounds, from empty account states.
+    """Scores [n] of a log's first n transactions, stepwise in rounds, from empty account states.
 
     Args:
-        raw: [N, R] raw features of the log. The account's columns are computed again, from
+        raw: [n, R] their raw features. The account's columns are computed again, from
             disturbed states; the others are taken from here.
     """
-    rounds = rounds_of(log.account)
+    rounds = rounds_of(log.account[: len(raw)].astype(np.int64))
     n = len(rounds[0]) if rounds else 0
     history = AccountHistory.empty(n)
     hidden = checkpoint.network.empty_hidden(n)
     wiped = np.zeros(n, np.bool_)  # has had its first transaction after the wipe
     rng = np.random.default_rng(faults.seed)
-    twice = rng.random(len(log)) < faults.twice_share
-    lost = rng.random(len(log)) < faults.lost_share
-    scores = np.empty(len(log), np.float32)
+    twice = rng.random(len(raw)) < faults.twice_share
+    lost = rng.random(len(raw)) < faults.lost_share
+    scores = np.empty(len(raw), np.float32)
 
     def advance(
         account: NDArray[np.intp], rows: NDArray[np.intp]
@@ -152,7 +151,7 @@ def _gone(
 
 def measure_robustness(
     checkpoint: Checkpoint,
-    log: LabelledLog,
+    log: Dataset,
     raw: Float32,
     fold: Fold,
     show: Callable[[float, str], None] = lambda share, note: None,
@@ -163,7 +162,7 @@ def measure_robustness(
         raw: [N, R] raw features of the log, with the checkpoint's label delay.
         show: called with the share that is done and what is going on.
     """
-    log = log.before(fold.test_until * DAY_MS)
+    end = int(np.searchsorted(log.timestamp_ms, fold.test_until * DAY_MS))
     rows = fold.tested_rows(log)
     is_fraud = log.is_fraud[rows]
     wipe = Faults("all states lost", wiped_ms=fold.test_from * DAY_MS)
@@ -171,7 +170,7 @@ def measure_robustness(
     everything = (NO_FAULTS, *FAULTS, wipe)
     for number, faults in enumerate(everything):
         show(number / len(everything), f"faults: {faults.title}")
-        scored[faults.title] = score_with_faults(checkpoint, log, raw[: len(log)], faults)[rows]
+        scored[faults.title] = score_with_faults(checkpoint, log, raw[:end], faults)[rows]
     undisturbed = scored[NO_FAULTS.title]
     best = average_precision(undisturbed, is_fraud)
     costs = []
@@ -179,7 +178,7 @@ def measure_robustness(
         found = average_precision(scored[faults.title], is_fraud)
         costs.append(FaultCost(faults.title, found, best - found))
     return Robustness(
-        best, costs, _weeks(fold, log.day[rows], is_fraud, undisturbed, scored[wipe.title])
+        best, costs, _weeks(fold, days_of(log)[rows], is_fraud, undisturbed, scored[wipe.title])
     )
 
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from model.dataset import DAY_MS, Dataset
 from model.features import Float32
-from model.labelled_log import LabelledLog
-from model.simulator import DAY_MS
 
 WINDOW_DAYS = (1, 7, 30)
 
@@ -37,7 +36,7 @@ _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _SATURDAY = 5
 
 
-def window_inputs(log: LabelledLog, label_delay_days: float = 7.0) -> Float32:
+def window_inputs(log: Dataset, label_delay_days: float = 7.0) -> Float32:
     """[N, 15] the columns of :data:`WINDOW_INPUTS` of each transaction.
 
     A window of w days that ends at t holds the times in (t - w, t]. Risk is 0 where the window
@@ -46,7 +45,7 @@ def window_inputs(log: LabelledLog, label_delay_days: float = 7.0) -> Float32:
     delay_ms = round(label_delay_days * DAY_MS)
     inputs = np.empty((len(log), len(WINDOW_INPUTS)), np.float32)
     inputs[:, 0] = log.amount
-    inputs[:, 1] = (log.day + _MONDAY_OFFSET) % 7 >= _SATURDAY
+    inputs[:, 1] = (log.timestamp_ms // DAY_MS + _MONDAY_OFFSET) % 7 >= _SATURDAY
     inputs[:, 2] = log.timestamp_ms % DAY_MS // _HOUR_MS <= _NIGHT_UNTIL_HOUR
     cards = _Past(log.account, log.timestamp_ms, log.amount)
     terminals = _Past(log.merchant, log.timestamp_ms, log.is_fraud.astype(np.float64))
@@ -69,7 +68,7 @@ class _Past:
 
     def __init__(
         self,
-        key: NDArray[np.int64],
+        key: NDArray[np.int32],
         timestamp_ms: NDArray[np.int64],
         value: NDArray[np.float64],
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,18 @@ from model.comparison import (
     ComparisonError,
     ComparisonSettings,
 )
-from model.labelled_log import LabelledLog, simulated_log
+from model.dataset import Dataset
 from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
 from model.progress import TrainingProgress
 from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
 from model.reference import MissingRequirementError, lightgbm
 from model.results import Results, results_of, table
 from model.robustness import Robustness, measure_robustness
-from model.simulator import SimulatorError
+from model.simulator import Simulator, SimulatorError
 from model.training import Report, Reporter, TrainingError, TrainingSettings
 from pipeline.column_mapping import load_mapping
 from pipeline.errors import RecurError, SettingsError
-from pipeline.transaction_files import LABEL_UNKNOWN, TransactionFile
+from pipeline.transaction_files import TransactionFile
 
 SCENARIOS_MAX = 100
 
@@ -157,7 +158,7 @@ def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
 
 def read_log(
     options: EvaluateOptions, show: Callable[[float, str], None] = lambda share, note: None
-) -> LabelledLog:
+) -> Dataset:
     """The transactions of the file, or simulated ones.
 
     Raises:
@@ -165,7 +166,7 @@ def read_log(
     """
     if options.file is None:
         show(0.0, "simulating")
-        return simulated_log(**options.simulated)
+        return simulated_dataset(**options.simulated)
     if options.columns is None:
         raise SettingsError(
             "recur evaluate FILE needs --columns; `recur replay --example-columns` prints a "
@@ -182,25 +183,36 @@ def read_log(
                 "column that has it as label under [columns]"
             )
         show(_READ_SHARE * file.fraction_read, f"{int(part.rows[-1]):,} rows")
-        columns[0].append(part.timestamps_ms)
         for names, code, into in zip(
-            (part.account_ids, part.merchant_ids), codes, columns[1:3], strict=True
+            (part.account_ids, part.merchant_ids), codes, columns[:2], strict=True
         ):
-            into.append([code.setdefault(name, len(code)) for name in names])
-        columns[3].append(part.amounts)
-        columns[4].append(part.labels == 1)
+            into.append(np.array([code.setdefault(name, len(code)) for name in names], np.int32))
+        columns[2].append(np.array(part.amounts, np.float64))
+        columns[3].append(part.timestamps_ms)
+        columns[4].append(part.labels)
         columns[5].append(_scenarios(part.scenarios, part.labels, kinds))
-        if (part.labels == LABEL_UNKNOWN).all():
-            show(_READ_SHARE * file.fraction_read, "rows without a label count as genuine")
     if not columns[0]:
         raise RecurError(f"{options.file} has no transactions")
-    return LabelledLog(
-        np.concatenate(columns[0]),
-        np.concatenate([np.array(c, np.int64) for c in columns[1]]),
-        np.concatenate([np.array(c, np.int64) for c in columns[2]]),
-        np.concatenate([np.array(c, np.float64) for c in columns[3]]),
-        np.concatenate(columns[4]),
-        np.concatenate(columns[5]),
+    account, merchant, amount, timestamp_ms, label, scenario = map(np.concatenate, columns)
+    return Dataset(account, merchant, amount, timestamp_ms, label, scenario)
+
+
+def simulated_dataset(
+    customers: int = 5000, terminals: int = 10_000, days: int = 183, seed: int = 1
+) -> Dataset:
+    """The simulator's first days."""
+    simulated = list(islice(Simulator(customers, terminals, seed=seed).days(), days))
+
+    def column(name: str, kind: Any) -> Any:
+        return np.concatenate([getattr(day, name) for day in simulated]).astype(kind)
+
+    return Dataset(
+        column("account", np.int32),
+        column("merchant", np.int32),
+        column("amount", np.float64),
+        column("timestamp_ms", np.int64),
+        column("is_fraud", np.int8),
+        column("scenario", np.int8),
     )
 
 
@@ -251,7 +263,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _robustness(
-    comparer: Comparer, comparison: Comparison, log: LabelledLog, report: Reporter
+    comparer: Comparer, comparison: Comparison, log: Dataset, report: Reporter
 ) -> Robustness | None:
     """Of the checkpoint that the card describes; none where there is none."""
     fold = comparison.folds[0]
@@ -266,7 +278,7 @@ def _robustness(
 
 
 def _write(
-    options: EvaluateOptions, results: Results, comparison: Comparison, log: LabelledLog
+    options: EvaluateOptions, results: Results, comparison: Comparison, log: Dataset
 ) -> None:
     plots = []
     if options.plots:

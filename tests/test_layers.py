@@ -36,7 +36,7 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.training model.progress
-        model.labelled_log model.protocol model.windows model.reference model.run_cache
+        model.protocol model.windows model.reference model.run_cache
         model.comparison model.robustness model.results model.plots model.card
     """,
     "tools": """
