@@ -73,13 +73,15 @@ class _Past:
         value: NDArray[np.float64],
     ) -> None:
         number = np.unique(key, return_inverse=True)[1].astype(np.int64)
-        self._since_ms = timestamp_ms - timestamp_ms.min(initial=0) if len(key) else timestamp_ms
-        self._span_ms = int(self._since_ms.max(initial=0)) + 1
-        self._base = number * self._span_ms  # of each key's own stretch of one long time line
-        place = self._base + self._since_ms
-        order = np.argsort(place, kind="stable")
-        self._place = place[order]
-        self._sum = np.concatenate((np.zeros(1), np.cumsum(value[order])))
+        since_ms = timestamp_ms - timestamp_ms.min(initial=2**62)
+        span_ms = int(since_ms.max(initial=0)) + 1
+        self._order = np.lexsort((since_ms, number))
+        # Each key has a stretch of its own of one long time line. In its order: neighbouring
+        # searches then look at neighbouring places.
+        self._base = number[self._order] * span_ms
+        self._since_ms = since_ms[self._order]
+        self._place = self._base + self._since_ms
+        self._sum = np.concatenate((np.zeros(1), np.cumsum(value[self._order])))
 
     def within(
         self, delay_ms: int, window_ms: int
@@ -87,7 +89,10 @@ class _Past:
         """Count and sum, [N] each, of the window that ended ``delay_ms`` before each time."""
         end = self._until(self._since_ms - delay_ms)
         begin = self._until(self._since_ms - delay_ms - window_ms)
-        return end - begin, self._sum[end] - self._sum[begin]
+        count, total = np.empty_like(end), np.empty(len(end))
+        count[self._order] = end - begin
+        total[self._order] = self._sum[end] - self._sum[begin]
+        return count, total
 
     def _until(self, since_ms: NDArray[np.int64]) -> NDArray[np.int64]:
         """Places after the key's transactions at or before that time."""
