@@ -105,6 +105,7 @@ class ComparisonSettings:
 
     Attributes:
         training: only what shapes and trains a network is used, not what is simulated.
+        trees: of LightGBM.
 
     Raises:
         ComparisonError: a value is out of its bounds; the message names it.
@@ -114,6 +115,7 @@ class ComparisonSettings:
     seeds: int = 1
     label_delay_days: float = 7.0
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    trees: int = TREES
 
     def __post_init__(self) -> None:
         for name in self.networks:
@@ -324,7 +326,7 @@ class Comparer:
             assert self._given is not None
             decides.append(self._given.digest)
         elif job.network == REFERENCE:
-            decides += [TREES, PARAMETERS, self._settings.label_delay_days]
+            decides += [self._settings.trees, PARAMETERS, self._settings.label_delay_days]
         else:
             settings = dataclasses.asdict(self._settings.training)
             decides += [settings, dataclasses.asdict(KINDS[job.network])]
@@ -374,7 +376,11 @@ class Comparer:
             self._windows = window_inputs(self._log, self._settings.label_delay_days)
         rows = job.fold.trained_rows(self._log)
         boosted, seconds = fit_boosted(
-            self._windows[rows], self._log.is_fraud[rows], job.seed, show
+            self._windows[rows],
+            self._log.is_fraud[rows],
+            job.seed,
+            show,
+            self._settings.trees,
         )
         batch = self._windows[rows[-BATCH_TRANSACTIONS:]]
         return _Trained(

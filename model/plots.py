@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.comparison import REFERENCE, TITLES, Comparison
 from model.dataset import Dataset
-from model.evaluation import average_precision, reliability
+from model.evaluation import Scores, average_precision, reliability
 from model.features import Float32
 from model.reference import MissingRequirementError
 
@@ -98,7 +98,7 @@ def plot_calibration(comparison: Comparison, log: Dataset, path: Path) -> None:
 
 
 def precision_recall_curve(
-    scores: Float32, is_fraud: NDArray[np.bool_]
+    scores: Scores, is_fraud: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Recall and precision at thresholds from the highest score to the lowest.
 

@@ -58,7 +58,8 @@ class RunCache:
         """
         path = self._folder / f"{key}.npz"
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            # The file is opened here: of one that is cut off np.load forgets to close it.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 run = msgspec.json.decode(kept["run"].tobytes(), type=Run)
                 scores = kept["scores"]
         except FileNotFoundError:

@@ -28,7 +28,7 @@ from model.dataset import Dataset
 from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
 from model.progress import TrainingProgress
 from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
-from model.reference import MissingRequirementError, lightgbm
+from model.reference import TREES, MissingRequirementError, lightgbm
 from model.results import Results, results_of, table
 from model.robustness import Robustness, measure_robustness
 from model.simulator import Simulator, SimulatorError
@@ -68,6 +68,7 @@ class EvaluateOptions:
     """customers, terminals and days where no file is given."""
     training: dict[str, Any] = field(default_factory=dict)
     """Of :class:`model.training.TrainingSettings`, where other than its defaults."""
+    trees: int = TREES
 
 
 def evaluate_options(
@@ -127,6 +128,7 @@ def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
         options.seeds,
         options.label_delay_days,
         TrainingSettings(**options.training),
+        options.trees,
     )
     given = None if options.checkpoint is None else Checkpoint.load(options.checkpoint)
     _make_folder(options.output)

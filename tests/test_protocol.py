@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -105,7 +107,7 @@ def test_a_card_leaves_the_test_when_its_fraud_is_known_and_not_before() -> None
     ],
 )
 def test_dates_that_cannot_be_are_refused_with_what_to_do(
-    dates: dict[str, str], message: str
+    dates: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ProtocolError, match=message):
         split_fold(a_log(), **dates)
