@@ -165,6 +165,65 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 
 
 @recur.command()
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["split", "handbook"]),
+    default="split",
+    show_default=True,
+    help="One split by time, or the Fraud Detection Handbook's four weekly folds.",
+)
+@click.option("--train-until", metavar="DATE", help="split: last day of training; default: half.")
+@click.option(
+    "--test-from", metavar="DATE", help="split: default: when the training's labels have arrived."
+)
+@click.option("--test-until", metavar="DATE", help="split: last day; default: the log's last.")
+@click.option(
+    "--fold-start",
+    metavar="DATE",
+    default="2018-08-15",
+    show_default=True,
+    help="handbook: first day of the latest training week.",
+)
+@click.option("--label-delay-days", type=int, default=7, show_default=True)
+@click.option(
+    "--networks", metavar="A,B,...", help="Of those that the table names; default: all of them."
+)
+@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings of each network.")
+@click.option("--epochs", type=int, help="Of each training.")
+@click.option("--hidden-size", type=int, help="Of each recurrent network.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Compared too, and the one that the model card is about.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("evaluation"),
+    show_default=True,
+    help="Folder of results, plots and model card; what was trained stays there and is not "
+    "trained again.",
+)
+@click.option("--no-plots", is_flag=True, help="Do without matplotlib.")
+@click.option("--no-robustness", is_flag=True, help="Leave out what faults of states cost.")
+@click.option("--customers", type=int, help="Simulated, without FILE.")
+@click.option("--terminals", type=int, help="Simulated, without FILE.")
+@click.option("--days", type=int, help="Simulated, without FILE.")
+def evaluate(**options: Any) -> None:
+    """Compare networks, and LightGBM, on the transactions in FILE or on simulated ones.
+
+    Prints a table and writes results.json, model_card.md, pr.png and calibration.png.
+    """
+    from pipeline.evaluation import evaluate_options, run_evaluate
+
+    run_evaluate(evaluate_options(**options))
+
+
+@recur.command()
 @click.option("--transactions", type=int, default=200_000, show_default=True, help="Of the burst.")
 @click.option(
     "--rate", type=float, default=500, show_default=True, help="Of the live part, a second."

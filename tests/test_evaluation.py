@@ -166,6 +166,6 @@ def test_operating_points_say_what_a_threshold_catches_and_costs() -> None:
 
 def test_operating_points_of_one_class_or_no_time_are_refused() -> None:
     with pytest.raises(EvaluationError, match="0 frauds"):
-        operating_points(SCORES, np.zeros(6, np.bool_), SCORES, 1.0)
+        operating_points(SCORES, np.zeros(6, np.bool_), SCORES.astype(np.float64), 1.0)
     with pytest.raises(EvaluationError, match="days"):
         operating_points(SCORES, FRAUD, SCORES, 0.0)
