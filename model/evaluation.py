@@ -6,12 +6,14 @@ truth. Transactions with equal scores stand or fall together: no measure depends
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float32] | NDArray[np.float64]
 Truth = NDArray[np.bool_]
-Whole = NDArray[np.int64]
+Whole = NDArray[np.int64] | NDArray[np.int32]
 
 
 class EvaluationError(ValueError):
@@ -122,54 +124,95 @@ def card_precision_at(
         known_fraudulent: cards left out from the beginning, such as those whose fraud was
             known before the first day.
     """
-    known = np.array([], np.int64) if known_fraudulent is None else known_fraudulent
+    if not len(scores):
+        raise EvaluationError("no transactions: card precision is a mean over days")
+    cards, card = np.unique(account, return_inverse=True)  # [cards], [N] small whole numbers
+    known = np.zeros(len(cards), np.bool_)
+    if known_fraudulent is not None:
+        known[np.isin(cards, known_fraudulent)] = True
+    by_day = np.argsort(day, kind="stable")
+    begins = np.flatnonzero(np.diff(day[by_day], prepend=day[by_day[0]] - 1))
     shares = []
-    for d in np.unique(day):
-        today = np.flatnonzero((day == d) & ~np.isin(account, known))
-        cards, card = np.unique(account[today], return_inverse=True)
+    for today in np.split(by_day, begins[1:]):
+        rows = today[~known[card[today]]]
         highest = np.full(len(cards), -np.inf)
-        np.maximum.at(highest, card, scores[today])
+        np.maximum.at(highest, card[rows], scores[rows])
         compromised = np.zeros(len(cards), np.bool_)
-        np.logical_or.at(compromised, card, is_fraud[today])
-        top = np.argsort(-highest, kind="stable")[:k]
-        shares.append(compromised[top].sum() / k)
-        known = np.concatenate((known, cards[top][compromised[top]]))
+        compromised[card[rows[is_fraud[rows]]]] = True
+        active = np.flatnonzero(highest > -np.inf)
+        top = active[np.argsort(-highest[active], kind="stable")[:k]]
+        found = top[compromised[top]]
+        shares.append(len(found) / k)
+        known[found] = True
     return float(np.mean(shares))
 
 
 def expected_calibration_error(scores: Scores, is_fraud: Truth, bins: int = 15) -> float:
-    """Distance of mean score and share of fraud, mean over ``bins`` bins of equal width.
+    """How far scores are from the share of fraud among those that have them (ECE).
 
-    A bin weighs as many transactions as it has (Naeini, Cooper, Hauskrecht 2015). ``scores``
-    are probabilities.
+    The mean over transactions of abs(mean score - share of fraud) of their bin, in ``bins``
+    bins of equal width (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+
+    Args:
+        scores: probabilities in [0, 1].
 
     Raises:
-        EvaluationError: no transactions.
+        EvaluationError: no transactions, or a score outside [0, 1].
 
-    >>> scores, is_fraud = np.array([0.1, 0.1, 0.9]), np.array([False, True, True])
-    >>> round(expected_calibration_error(scores, is_fraud), 4)
-    0.3
+    >>> round(expected_calibration_error(
+    ...     np.array([0.1, 0.1, 0.9, 0.9]), np.array([False, False, True, False])), 6)
+    0.25
     """
-    if not len(scores):
-        raise EvaluationError("no transactions; calibration is measured on at least one")
-    bin_of = np.clip((scores.astype(np.float64) * bins).astype(np.int64), 0, bins - 1)
-    expected = np.bincount(bin_of, scores, bins)
-    found = np.bincount(bin_of, is_fraud, bins)
-    return float(np.abs(expected - found).sum() / len(scores))
+    bins_of = reliability(scores, is_fraud, bins)
+    return float(
+        np.abs(bins_of.mean_score - bins_of.fraud_share) @ bins_of.count / bins_of.count.sum()
+    )
 
 
 def brier_score(scores: Scores, is_fraud: Truth) -> float:
-    """Mean squared distance of score and truth; 0 is best.
+    """Mean squared difference of probability and truth.
 
     Raises:
-        EvaluationError: no transactions.
+        EvaluationError: no transactions, or a score outside [0, 1].
 
-    >>> round(brier_score(np.array([0.1, 0.8]), np.array([False, True])), 4)
-    0.025
+    >>> brier_score(np.array([0.5, 1.0]), np.array([False, True]))
+    0.125
     """
-    if not len(scores):
-        raise EvaluationError("no transactions; the Brier score is a mean over at least one")
-    return float(np.mean((scores.astype(np.float64) - is_fraud) ** 2))
+    _check_probabilities(scores)
+    return float(np.square(scores.astype(np.float64) - is_fraud).mean())
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Transactions by score, in b bins of equal width that hold any.
+
+    Attributes:
+        count: [b] transactions.
+        mean_score: [b].
+        fraud_share: [b].
+    """
+
+    count: Whole
+    mean_score: NDArray[np.float64]
+    fraud_share: NDArray[np.float64]
+
+
+def reliability(scores: Scores, is_fraud: Truth, bins: int = 15) -> Reliability:
+    """What a reliability diagram shows; bins without transactions are left out.
+
+    Raises:
+        EvaluationError: no transactions, or a score outside [0, 1].
+    """
+    _check_probabilities(scores)
+    scores = scores.astype(np.float64)
+    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    some = count > 0
+    return Reliability(
+        count[some],
+        np.bincount(place, scores, bins)[some] / count[some],
+        np.bincount(place, is_fraud, bins)[some] / count[some],
+    )
 
 
 OPERATING_POINT = (
@@ -193,8 +236,8 @@ def operating_points(
 ) -> list[list[float]]:
     """What alerts at or over a threshold catch and cost: rows of :data:`OPERATING_POINT`.
 
-    The thresholds are scores that occur, highest first, evenly spaced in the logarithm of the
-    number of alerts: from one alert to all transactions.
+    The thresholds are scores that occur, highest first. Half of them are even steps of recall,
+    the others even steps of the logarithm of the alerts; the last one is the lowest score.
 
     Args:
         amount: [N] in the currency's main unit.
@@ -219,8 +262,10 @@ def operating_points(
         np.bincount(place, amount * of, steps).cumsum() for of in (is_fraud, ~is_fraud)
     )
     alerts = true + false
-    wanted = np.geomspace(1, len(scores), points_max)
-    chosen = np.unique(np.minimum(np.searchsorted(alerts, wanted), steps - 1))
+    half = points_max // 2
+    by_recall = np.searchsorted(true, np.linspace(0, frauds, half + 1)[1:] - 0.5)
+    by_alerts = np.searchsorted(alerts, np.geomspace(1, len(scores), half))
+    chosen = np.unique(np.minimum(np.concatenate((by_recall, by_alerts)), steps - 1))
     return [
         [
             float(-thresholds[at]),
@@ -253,6 +298,17 @@ def recall_by_scenario(
         for s in np.unique(scenario)
         if s > 0
     }
+
+
+def _check_probabilities(scores: Scores) -> None:
+    if not len(scores):
+        raise EvaluationError("no transactions: calibration is a mean over them")
+    lowest, highest = float(scores.min()), float(scores.max())
+    if not (lowest >= 0 and highest <= 1):  # NaN neither
+        raise EvaluationError(
+            f"scores reach from {lowest:g} to {highest:g}; calibration needs probabilities "
+            "in [0, 1]"
+        )
 
 
 def _distinct_descending(scores: Scores) -> NDArray[np.float64]:

@@ -286,11 +286,9 @@ def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -
 
 def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) -> None:
     reports: list[Report] = []
-    with pytest.raises(TrainingError, match=r"days .* have 0 frauds .* raise days or customers"):
+    with pytest.raises(TrainingError, match="all labels say genuine: both classes are needed"):
         train(
-            TrainingSettings(customers=4, terminals=3000, days=60, seed=3),
-            tmp_path / "m",
-            reports.append,
+            TrainingSettings(customers=1, terminals=5000, days=14), tmp_path / "m", reports.append
         )
     assert {report.stage for report in reports} == {"reading transactions"}
     with pytest.raises(SimulatorError, match="customers is 0"):
@@ -306,8 +304,8 @@ from pathlib import Path
 import model.fitting
 from model.training import TrainingSettings, train
 model.fitting.SAVE_EVERY_SECONDS = 0.0
-settings = TrainingSettings(customers=150, terminals=200, days=40, hidden_size=8,
-    layers=int(sys.argv[2]), epochs=6, device="cpu")
+settings = TrainingSettings(customers=80, terminals=60, days=30, hidden_size=4,
+    layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))
 """
 
@@ -319,20 +317,20 @@ def test_a_training_that_is_killed_goes_on_and_gives_the_same_bytes(
     """Killed twice: in the middle of an epoch, and when the best epoch is being looked for."""
     killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
     command = [sys.executable, "-c", RESUMED]
-    for epoch in (1, 4):
+    for epoch in (1, 3) if layers == 1 else (3,):
         process = subprocess.Popen([*command, str(killed), str(layers)], cwd=ROOT)
         wait_for_epoch(killed, epoch, process)
         process.kill()
         process.wait()
         assert not killed.exists()
     before = position(killed)
-    assert before.epoch >= 4
+    assert before.epoch >= 3
     stages: list[str] = []
     settings = TrainingSettings(
-        customers=150, terminals=200, days=40, hidden_size=8, layers=layers, epochs=6, device="cpu"
+        customers=80, terminals=60, days=30, hidden_size=4, layers=layers, epochs=5, device="cpu"
     )
     train(settings, killed, lambda report: stages.append(report.stage))
-    assert "epoch 1 of 6" not in stages
+    assert "epoch 1 of 5" not in stages
     train(settings, whole)
     assert killed.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [killed.name, whole.name]
