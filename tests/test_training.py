@@ -149,10 +149,12 @@ def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     with TrainingProgress(Console(file=out)) as progress:
         progress.report(Report("simulating transactions", 0.0))
+        progress.report(Report("simulating transactions", 0.01, "7 rows dropped", lasting=True))
         progress.report(Report("epoch 1 of 2", 0.05, "loss 0.2"))
         progress.report(Report("epoch 1 of 2", 0.3, "loss 0.1"))
     assert out.getvalue().splitlines() == [
         "train:   0% simulating transactions",
+        "train: 7 rows dropped",
         "train:   5% epoch 1 of 2, loss 0.2",
     ]
 
