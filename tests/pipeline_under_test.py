@@ -269,13 +269,16 @@ def _assert_equal(actual: AccountStates, expected: AccountStates) -> None:
 
 
 async def until(
-    condition: Callable[[], Awaitable[bool]], what: str, timeout_seconds: float = 60.0
+    condition: Callable[[], Awaitable[bool]],
+    what: str,
+    timeout_seconds: float = 60.0,
+    pause_seconds: float = 0.1,
 ) -> None:
     """Wait for a condition; fail if it does not come true in time."""
     deadline = time.monotonic() + timeout_seconds
     while not await condition():
         assert time.monotonic() < deadline, f"waited {timeout_seconds} s for {what}"
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(pause_seconds)
 
 
 def assert_scored_once(scores: Sequence[Score], sent: Sequence[Transaction]) -> None:
