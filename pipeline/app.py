@@ -6,6 +6,7 @@ The only importer of faust, with :mod:`pipeline.poll_transport`.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import sys
@@ -22,6 +23,8 @@ from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
 from pipeline import logs, poll_transport
+from pipeline.checkpoint_watch import CheckpointWatch
+from pipeline.decision import thresholds_of
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError
 from pipeline.health import Health
@@ -84,6 +87,9 @@ class Worker:
                 "architecture": f"GRU {architecture.layers}x{architecture.hidden_size}",
             }
         )
+        self._checkpoint_watch = CheckpointWatch(
+            settings.checkpoint, checkpoint.digest, checkpoint.header.thresholds
+        )
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
@@ -137,6 +143,7 @@ class Worker:
             app.agent(polls, name=name, supervisor_strategy=CrashingSupervisor)(agent)
         app.task(self._monitor_redis)
         app.task(self._monitor_lag)
+        app.task(self._monitor_checkpoint)
         app.on_before_shutdown.connect(self._on_before_shutdown)
 
     async def start_clients(self) -> None:
@@ -228,6 +235,16 @@ class Worker:
         while not self.app.should_stop:
             await self._look_at_lag()
             await asyncio.sleep(LAG_LOOK_SECONDS)
+
+    async def _monitor_checkpoint(self) -> None:
+        """New thresholds in the checkpoint's file decide from the next micro-batch on."""
+        while not self.app.should_stop:
+            shipped = await asyncio.to_thread(self._checkpoint_watch.look)
+            if shipped is not None:
+                thresholds = thresholds_of(self._settings, shipped)
+                self.processor.use(thresholds)
+                log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
+            await asyncio.sleep(self._settings.checkpoint_look_seconds)
 
     async def _look_at_redis(self) -> None:
         try:

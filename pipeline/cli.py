@@ -47,29 +47,180 @@ def settings() -> None:
 
 @recur.command()
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--customers", type=int, default=5_000, show_default=True)
-@click.option("--terminals", type=int, default=10_000, show_default=True)
-@click.option("--days", type=int, default=183, show_default=True, help="Simulated days.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Parquet or CSV file of labelled transactions; without it they are simulated.",
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option("--skip-unusable", is_flag=True, help="Leave out rows that are no transactions.")
+@click.option("--train-until", metavar="DATE", help="No label from then on is learned from.")
+@click.option("--test-from", metavar="DATE", help="The measures are taken from then on.")
+@click.option(
+    "--label-delay-days",
+    type=float,
+    default=7.0,
+    show_default=True,
+    help="From a transaction to the day when its label is there.",
+)
+@click.option("--customers", type=int, default=5_000, show_default=True, help="Simulated.")
+@click.option("--terminals", type=int, default=10_000, show_default=True, help="Simulated.")
+@click.option("--days", type=int, default=183, show_default=True, help="Simulated.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
 @click.option("--hidden-size", type=int, default=128, show_default=True)
 @click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
-@click.option("--epochs", type=int, default=10, show_default=True)
-def train(output: Path, **options: Any) -> None:
-    """Train a network on simulated transactions; write its checkpoint to OUTPUT."""
+@click.option("--epochs", type=int, help="By default by the size of the data.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+def train(
+    output: Path, data: Path | None, columns: str | None, skip_unusable: bool, **options: Any
+) -> None:
+    """Train a network on your transactions, or simulated ones; write its checkpoint to OUTPUT.
+
+    Interrupted, it goes on where it stopped when it is started again in the same way.
+    """
     from model.checkpoint import CheckpointError
     from model.progress import TrainingProgress
     from model.simulator import SimulatorError
     from model.training import TrainingError, TrainingSettings
     from model.training import train as train_network
+    from pipeline.column_mapping import load_mapping
+    from pipeline.training_data import FileData
 
+    if (data is None) != (columns is None):
+        raise SettingsError(
+            "recur train takes --data and --columns together; `recur replay --example-columns`"
+            " prints a column mapping to start from"
+        )
+    source = None
+    if data is not None and columns is not None:
+        source = FileData(data, load_mapping(columns), skip_unusable)
     try:
         with TrainingProgress() as progress:
-            checkpoint = train_network(TrainingSettings(**options), output, progress.report)
+            checkpoint = train_network(TrainingSettings(**options), output, progress.report, source)
     except (CheckpointError, SimulatorError, TrainingError) as error:
         raise RecurError(str(error)) from error
     click.echo(f"{output}: model {checkpoint.digest}, on days held out:")
     for name, value in checkpoint.header.metrics.items():
         click.echo(f"  {name:32} {value:.4g}")
+
+
+@recur.command()
+@click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
+@click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")
+@click.option("--alerts-per-day", metavar="N", help="Short for --review alerts-per-day=N.")
+@click.option("--false-positive-rate", metavar="X", help="... --review false-positive-rate=X.")
+@click.option("--precision", metavar="P", help="... --review precision=P.")
+@click.option(
+    "--cost-missed",
+    metavar="COST",
+    help="Of a missed fraud: an amount, or per cent of the fraud's amount (the default, 100%).",
+)
+@click.option("--cost-review", metavar="AMOUNT", help="Of one review, which tells the truth.")
+@click.option(
+    "--cost-decline",
+    metavar="COST",
+    help="Of declining a good payment: an amount, or per cent of the payment's.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what is expected, and write nothing.")
+def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
+    """Choose CHECKPOINT's review and decline thresholds by what they shall do.
+
+    A GOAL is one of alerts-per-day=N (at most; declined ones count), false-positive-rate=X
+    (at most, of the genuine transactions), precision=P (at least, of the alerts) or
+    threshold=T; shares as 0.9 or 90%. With costs instead, both thresholds are those whose
+    expected cost a day is the lowest. A threshold of which nothing is said stays, but for one
+    thing: decline is never under review. Without any wish, what is expected now is printed.
+
+    \b
+      recur thresholds model.safetensors --alerts-per-day 100
+      recur thresholds model.safetensors --review false-positive-rate=0.2% \\
+                                         --decline precision=0.9
+      recur thresholds model.safetensors --cost-review 4 --cost-decline 30
+
+    The weights stay, and the digest with them: running workers whose RECUR_CHECKPOINT is this
+    file decide by the new thresholds some seconds later.
+    """
+    from model.checkpoint import Checkpoint, CheckpointError
+    from model.thresholds import OperatingPoints, ThresholdsError, Wishes, report
+
+    try:
+        loaded = Checkpoint.load(checkpoint)
+        points, before = OperatingPoints(loaded.header), loaded.header.thresholds
+        wanted = Wishes.parse(wishes)
+        after = wanted.choose(points, before)
+    except (CheckpointError, ThresholdsError) as error:
+        raise RecurError(str(error)) from error
+    for line in report(points, before, after, wanted.costs):
+        click.echo(line)
+    if after is None or dry_run:
+        return
+    try:
+        loaded.with_header(thresholds=after).save(checkpoint)
+    except CheckpointError as error:
+        raise RecurError(str(error)) from error
+    click.echo(f"  Written to {checkpoint} (model {loaded.digest}).")
+
+
+@recur.command()
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["split", "handbook"]),
+    default="split",
+    show_default=True,
+    help="One split by time, or the Fraud Detection Handbook's four weekly folds.",
+)
+@click.option("--train-until", metavar="DATE", help="split: last day of training; default: half.")
+@click.option(
+    "--test-from", metavar="DATE", help="split: default: when the training's labels have arrived."
+)
+@click.option("--test-until", metavar="DATE", help="split: last day; default: the log's last.")
+@click.option(
+    "--fold-start",
+    metavar="DATE",
+    default="2018-08-15",
+    show_default=True,
+    help="handbook: first day of the latest training week.",
+)
+@click.option("--label-delay-days", type=int, default=7, show_default=True)
+@click.option(
+    "--networks", metavar="A,B,...", help="Of those that the table names; default: all of them."
+)
+@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings of each network.")
+@click.option("--epochs", type=int, help="Of each training.")
+@click.option("--hidden-size", type=int, help="Of each recurrent network.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Compared too, and the one that the model card is about.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("evaluation"),
+    show_default=True,
+    help="Folder of results, plots and model card; what was trained stays there and is not "
+    "trained again.",
+)
+@click.option("--no-plots", is_flag=True, help="Do without matplotlib.")
+@click.option("--no-robustness", is_flag=True, help="Leave out what faults of states cost.")
+@click.option("--customers", type=int, help="Simulated, without FILE.")
+@click.option("--terminals", type=int, help="Simulated, without FILE.")
+@click.option("--days", type=int, help="Simulated, without FILE.")
+def evaluate(**options: Any) -> None:
+    """Compare networks, and LightGBM, on the transactions in FILE or on simulated ones.
+
+    Prints a table and writes results.json, model_card.md, pr.png and calibration.png.
+    """
+    from pipeline.evaluation import evaluate_options, run_evaluate
+
+    run_evaluate(evaluate_options(**options))
 
 
 @recur.command()

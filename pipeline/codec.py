@@ -16,8 +16,9 @@ import orjson
 from numpy.typing import NDArray
 
 from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
-from pipeline.decision import DECISIONS
+from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
+from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ _FIELD_REASONS = {
 }
 # RecursionError: brackets in brackets, a thousand deep.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_decode_transaction = msgspec.json.Decoder(Transaction).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -86,23 +87,40 @@ LABELS = ("fraud", "genuine")
 _decode_label = msgspec.json.Decoder(Label).decode
 
 
-def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction:
+def decode(
+    key: bytes | None,
+    value: bytes | None,
+    currency: str,
+    further: FurtherFields = NO_FURTHER_FIELDS,
+) -> Transaction:
     """The transaction in a record.
 
     Args:
         key: must be the account id in UTF-8.
         value: JSON.
         currency: the checkpoint's; amounts in another one mean something else.
+        further: fields that the checkpoint looks at.
 
     Raises:
         RejectedError: the record cannot be scored; the message holds none of its content.
     """
-    transaction = _decoded(value, _decode_transaction)
+    transaction = _decoded(value, further.decode_json)
     if key != transaction.account_id.encode():
         raise RejectedError("key_mismatch", "the record's key is not its account_id")
     if transaction.currency != currency:
         raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
     return transaction
+
+
+def names_in(value: bytes | None) -> set[str]:
+    """The names of a transaction's fields; none of what is no JSON object with an account."""
+    if value is None or len(value) > VALUE_MAX_BYTES:
+        return set()
+    try:
+        fields = _decode_object(value)
+    except _NOT_JSON:
+        return set()
+    return set(fields) if "account_id" in fields else set()
 
 
 def decode_label(key: bytes | None, value: bytes | None) -> tuple[Label, int, int]:
@@ -156,7 +174,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     """One record of the scores topic.
 
     ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
-    ``features`` are the model's raw named inputs.
+    ``features`` are the model's raw named inputs, null where a value is missing. ``thresholds``
+    are those that decided; where they approved, they are left out.
     """
 
     transaction_id: str
@@ -168,7 +187,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     decision: str
     model: str
     source: str
-    features: dict[str, float]
+    features: dict[str, float | None]
+    thresholds: dict[str, float] | None = None
 
 
 class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
@@ -186,14 +206,14 @@ class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
     features: msgspec.Raw
 
 
-class Alert(Score, frozen=True, gc=False):
+class Alert(Score, frozen=True, gc=False, kw_only=True):
     """One record of the alerts topic: a score with what led to it.
 
     ``reasons`` are closed codes with weights; ``created_at`` is epoch milliseconds.
     """
 
-    reasons: list[dict[str, Any]]
     thresholds: dict[str, float]
+    reasons: list[dict[str, Any]]
     created_at: int
 
 
@@ -203,6 +223,7 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     source: str
     score: float
     decision: str
+    thresholds: dict[str, float] | None = None
     features: dict[str, float | None] = {}
 
 
@@ -284,11 +305,15 @@ class ScoreEncoder:
         return values
 
 
-def encode_alert(
-    score: bytes, thresholds: dict[str, float], reasons: list[dict[str, Any]], created_at: int
-) -> bytes:
-    """JSON of an alert: the score's record with more fields at its end."""
-    more = _encode({"reasons": reasons, "thresholds": thresholds, "created_at": created_at})
+def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
+    """JSON of a score that raises an alert: it says what decided, whenever that is asked."""
+    more = _encode({"thresholds": {"review": thresholds.review, "decline": thresholds.decline}})
+    return score[:-1] + b"," + more[1:]
+
+
+def encode_alert(score: bytes, reasons: Sequence[dict[str, Any]], created_at: int) -> bytes:
+    """JSON of an alert: the record of its score, thresholds in it, with more at its end."""
+    more = _encode({"reasons": reasons, "created_at": created_at})
     return score[:-1] + b"," + more[1:]
 
 

@@ -109,6 +109,10 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.alerts = Counter("recur_alerts", "Alerts published", ["decision"], registry=registry)
+        self.threshold = Gauge(
+            "recur_threshold", "Score from which on the decision is taken", ["decision"],
+            registry=registry,
+        )  # fmt: skip
         self.rejected = Counter(
             "recur_rejected", "Records sent to the dead-letter topic", ["reason"],
             registry=registry,

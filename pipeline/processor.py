@@ -27,14 +27,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import FEATURES
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
-from pipeline.codec import CONTROL_HEADER, WARM_HEADER, ScoreEncoder, decode, encode_alert
+from pipeline.codec import (
+    CONTROL_HEADER,
+    WARM_HEADER,
+    ScoreEncoder,
+    decode,
+    encode_alert,
+    with_thresholds,
+)
 from pipeline.dead_letter import DeadLetters
-from pipeline.decision import DECISIONS, Thresholds
+from pipeline.decision import DECISIONS, Thresholds, thresholds_of
 from pipeline.errors import RejectedError
+from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.health import Health
 from pipeline.merchant_profile import transaction_hash
 from pipeline.merchant_store import Alerted, MerchantStore
@@ -188,10 +195,16 @@ class Processor:
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
         self._currency = scorer.checkpoint.header.currency
-        self._thresholds = thresholds_of(settings, scorer)
         names = features.names
-        self._further_fields = len(names) - len(FEATURES)
+        self._further_fields = FurtherFields(features.fields)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
+        self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
+
+    def use(self, thresholds: Thresholds) -> None:
+        """Decide by these from the next micro-batch on."""
+        self._thresholds = thresholds
+        self._metrics.threshold.labels("review").set(thresholds.review)
+        self._metrics.threshold.labels("decline").set(thresholds.decline)
 
     async def process(self, poll: Poll) -> None:
         """Apply a poll; when this returns, ``poll.applied`` may be committed.
@@ -268,7 +281,7 @@ class Processor:
     def _decode_record(self, record: Record) -> tuple[Transaction, int]:
         if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
             raise RejectedError("control", "an instruction that this version does not know")
-        transaction = decode(record.key, record.value, self._currency)
+        transaction = decode(record.key, record.value, self._currency, self._further_fields)
         timestamp = transaction.timestamp
         timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
         if timestamp_ms < 0:
@@ -429,6 +442,8 @@ class Processor:
             decisions,
             scored.raw[at],
         )
+        for i in np.flatnonzero(choices).tolist():
+            values[i] = with_thresholds(values[i], self._thresholds)
         start = 0
         for part in parts:
             stop = start + len(part.new)
@@ -447,18 +462,21 @@ class Processor:
         for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True)):
             kept = part.kept.get(record.offset)
             if kept is not None and not skip:
-                yield i, kept.value, kept.score.decision
+                value, decision = kept.value, kept.score.decision
+                if decision != APPROVE and kept.score.thresholds is None:
+                    # An older version published it, and did not say what decided.
+                    value = with_thresholds(value, self._thresholds)
+                yield i, value, decision
 
     def _alert(self, part: Part, said: Iterable[tuple[int, bytes, str]]) -> None:
         """An alert for each score at or over the review threshold, but not while warming up."""
-        thresholds = {"review": self._thresholds.review, "decline": self._thresholds.decline}
         alerts_from = part.partition_owned.alerts_from
         for i, score, decision in said:
             record, transaction = part.records[i], part.transactions[i]
             if decision == APPROVE or record.offset < alerts_from or _is_warm(record):
                 continue
             self._metrics.alerts.labels(decision).inc()
-            alert = encode_alert(score, thresholds, [], self._clock_ms())
+            alert = encode_alert(score, [], self._clock_ms())
             part.alerts.append(Outgoing(record.key, alert))
             of = transaction_hash(transaction.transaction_id)
             part.alerted.append(Alerted(transaction.merchant_id, of, decision))
@@ -573,7 +591,7 @@ class Processor:
             self._health.moved()
 
 
-def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
+def columns(parts: list[Part], further: FurtherFields = NO_FURTHER_FIELDS) -> MicroBatch:
     """The parts' transactions as columns; sets where each part stands in them."""
     transactions: list[Transaction] = []
     records: list[Record] = []
@@ -598,7 +616,7 @@ def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
             [transaction_hash(t.transaction_id) or 1 for t in transactions], np.uint64
         ),
         merchant_raw=_merchant_raw(parts),
-        fields=np.zeros((len(records), further_fields), np.float32),
+        fields=further.columns(transactions),
     )
 
 
@@ -621,12 +639,3 @@ def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:
 
 def _is_warm(record: Record) -> bool:
     return bool(record.headers) and any(name == WARM_HEADER for name, _ in record.headers)
-
-
-def thresholds_of(settings: Settings, scorer: Scorer) -> Thresholds:
-    """The checkpoint's thresholds, each replaced by a setting where there is one."""
-    shipped = scorer.checkpoint.header.thresholds
-    review = shipped.review if settings.review_threshold is None else settings.review_threshold
-    if settings.decline_threshold is None:
-        return Thresholds(review, max(review, shipped.decline))
-    return Thresholds(min(review, settings.decline_threshold), settings.decline_threshold)

@@ -135,6 +135,12 @@ class Settings(BaseSettings):
     decline_threshold: float | None = Field(
         None, ge=0, le=1, description="score from which on to decline; else the checkpoint's"
     )
+    checkpoint_look_seconds: float = Field(
+        5.0,
+        ge=0.1,
+        le=3600,
+        description="between two looks at the checkpoint file for new thresholds, seconds",
+    )
     micro_batch_max: int = Field(
         2048, ge=1, le=65_536, description="most records in one poll, records"
     )

@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "model": """
         model model.transaction model.merchants model.features model.gru model.checkpoint
+        model.thresholds model.reasons
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
-        pipeline.merchant_profile
+        pipeline.merchant_profile pipeline.further_fields
     """,
     "clients": """
         pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
@@ -34,17 +35,24 @@ LAYERS = {
         pipeline.merchants pipeline.processor pipeline.labels
     """,
     "worker": """
-        pipeline.startup pipeline.endpoints pipeline.poll_transport pipeline.app
+        pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
+        pipeline.app
     """,
     "training": """
-        model.simulator model.dataset model.scoring model.evaluation model.training model.progress
+        model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
+        model.raw_features model.training_settings model.split model.training_state model.fitting
+        model.calibration model.verdict model.training model.progress
+        model.protocol model.windows model.reference model.run_cache
+        model.comparison model.robustness model.results model.plots model.card
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
-        pipeline.column_mapping pipeline.transaction_files pipeline.feed pipeline.simulated_stream
+        pipeline.column_mapping pipeline.transaction_files pipeline.training_data pipeline.feed
+        pipeline.simulated_stream
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
+        pipeline.evaluation
     """,
     "command line": """
         pipeline.cli pipeline.__main__
