@@ -50,7 +50,7 @@ LAYERS = {
         pipeline.column_mapping pipeline.transaction_files pipeline.training_data pipeline.feed
         pipeline.simulated_stream
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
-        pipeline.label_feed pipeline.demo_gauges
+        pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation
     """,
