@@ -3,7 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PINS := bootstrap torch runtime redis dev
+PINS := bootstrap torch runtime redis evaluate dev
 PIN_FILES := $(PINS:%=requirements/%.txt)
 # Written when everything is in place, so that an interrupted installation starts anew.
 INSTALLED := $(VENV)/.requirements-installed
@@ -107,7 +107,8 @@ $(INSTALLED): $(PIN_FILES)
 	fi; \
 	echo "==> installing everything else"; \
 	$$install --no-deps --require-hashes \
-		--requirement requirements/runtime.txt --requirement requirements/dev.txt; \
+		--requirement requirements/runtime.txt --requirement requirements/evaluate.txt \
+		--requirement requirements/dev.txt; \
 	version=$$($(BIN)/python -c 'import sys; print("3.%d" % min(12, sys.version_info[1]))'); \
 	$$install --no-deps --require-hashes --python-version "$$version" \
 		--requirement requirements/redis.txt \

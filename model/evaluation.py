@@ -6,12 +6,14 @@ truth. Transactions with equal scores stand or fall together: no measure depends
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float32] | NDArray[np.float64]
 Truth = NDArray[np.bool_]
-Whole = NDArray[np.int64]
+Whole = NDArray[np.int64] | NDArray[np.int32]
 
 
 class EvaluationError(ValueError):
@@ -92,63 +94,6 @@ def recall_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) 
     return float((scores[is_fraud] >= threshold).mean())
 
 
-OPERATING_POINTS_MAX = 200
-
-
-def operating_points(
-    scores: Scores, is_fraud: Truth, amount: NDArray[np.float64], days: float
-) -> list[list[float]]:
-    """What thresholds are worth: rows by falling threshold, at most :data:`OPERATING_POINTS_MAX`.
-
-    The thresholds are scores that occur. Half of them are even steps of recall, the others even
-    steps of the logarithm of the alerts, and the last one is the lowest score.
-
-    Args:
-        amount: [N] of each transaction.
-        days: how long the transactions took.
-
-    Returns:
-        rows of threshold, alerts per day, recall, false positive rate, precision, fraud amount
-        caught per day, genuine amount flagged per day.
-
-    Raises:
-        EvaluationError: one class only.
-
-    >>> for row in operating_points(np.array([.9, .2, .8]), np.array([True, False, False]),
-    ...                             np.array([10., 20., 30.]), days=2):
-    ...     print(*(round(value, 2) for value in row))
-    0.9 0.5 1.0 0.0 1.0 5.0 0.0
-    0.8 1.0 1.0 0.5 0.5 5.0 15.0
-    0.2 1.5 1.0 1.0 0.33 5.0 25.0
-    """
-    order = np.argsort(-scores, kind="stable")
-    score, fraud = scores[order].astype(np.float64), is_fraud[order]
-    last = np.append(score[1:] < score[:-1], True).nonzero()[0]  # of each distinct score
-    true = np.cumsum(fraud)[last].astype(np.float64)
-    alerts = last + 1.0
-    false = alerts - true
-    frauds, genuine = _both_classes(true, false)
-    caught = np.cumsum(np.where(fraud, amount[order], 0.0))[last]
-    flagged = np.cumsum(np.where(fraud, 0.0, amount[order]))[last]
-    half = OPERATING_POINTS_MAX // 2
-    by_recall = np.searchsorted(true, np.linspace(0, frauds, half + 1)[1:] - 0.5)
-    by_alerts = np.searchsorted(alerts, np.geomspace(1, len(scores), half))
-    rows = np.unique(np.minimum(np.concatenate((by_recall, by_alerts)), len(last) - 1))
-    table = np.column_stack(
-        (
-            score[last],
-            alerts / days,
-            true / frauds,
-            false / genuine,
-            true / alerts,
-            caught / days,
-            flagged / days,
-        )
-    )
-    points: list[list[float]] = table[rows].tolist()
-    return points
-
-
 def precision_at(scores: Scores, is_fraud: Truth, day: Whole, k: int = 100) -> float:
     """Share of fraud among the k highest transactions of a day, mean over days.
 
@@ -179,19 +124,165 @@ def card_precision_at(
         known_fraudulent: cards left out from the beginning, such as those whose fraud was
             known before the first day.
     """
-    known = np.array([], np.int64) if known_fraudulent is None else known_fraudulent
+    if not len(scores):
+        raise EvaluationError("no transactions: card precision is a mean over days")
+    cards, card = np.unique(account, return_inverse=True)  # [cards], [N] small whole numbers
+    known = np.zeros(len(cards), np.bool_)
+    if known_fraudulent is not None:
+        known[np.isin(cards, known_fraudulent)] = True
+    by_day = np.argsort(day, kind="stable")
+    begins = np.flatnonzero(np.diff(day[by_day], prepend=day[by_day[0]] - 1))
     shares = []
-    for d in np.unique(day):
-        today = np.flatnonzero((day == d) & ~np.isin(account, known))
-        cards, card = np.unique(account[today], return_inverse=True)
+    for today in np.split(by_day, begins[1:]):
+        rows = today[~known[card[today]]]
         highest = np.full(len(cards), -np.inf)
-        np.maximum.at(highest, card, scores[today])
+        np.maximum.at(highest, card[rows], scores[rows])
         compromised = np.zeros(len(cards), np.bool_)
-        np.logical_or.at(compromised, card, is_fraud[today])
-        top = np.argsort(-highest, kind="stable")[:k]
-        shares.append(compromised[top].sum() / k)
-        known = np.concatenate((known, cards[top][compromised[top]]))
+        compromised[card[rows[is_fraud[rows]]]] = True
+        active = np.flatnonzero(highest > -np.inf)
+        top = active[np.argsort(-highest[active], kind="stable")[:k]]
+        found = top[compromised[top]]
+        shares.append(len(found) / k)
+        known[found] = True
     return float(np.mean(shares))
+
+
+def expected_calibration_error(scores: Scores, is_fraud: Truth, bins: int = 15) -> float:
+    """How far scores are from the share of fraud among those that have them (ECE).
+
+    The mean over transactions of abs(mean score - share of fraud) of their bin, in ``bins``
+    bins of equal width (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+
+    Args:
+        scores: probabilities in [0, 1].
+
+    Raises:
+        EvaluationError: no transactions, or a score outside [0, 1].
+
+    >>> round(expected_calibration_error(
+    ...     np.array([0.1, 0.1, 0.9, 0.9]), np.array([False, False, True, False])), 6)
+    0.25
+    """
+    bins_of = reliability(scores, is_fraud, bins)
+    return float(
+        np.abs(bins_of.mean_score - bins_of.fraud_share) @ bins_of.count / bins_of.count.sum()
+    )
+
+
+def brier_score(scores: Scores, is_fraud: Truth) -> float:
+    """Mean squared difference of probability and truth.
+
+    Raises:
+        EvaluationError: no transactions, or a score outside [0, 1].
+
+    >>> brier_score(np.array([0.5, 1.0]), np.array([False, True]))
+    0.125
+    """
+    _check_probabilities(scores)
+    return float(np.square(scores.astype(np.float64) - is_fraud).mean())
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Transactions by score, in b bins of equal width that hold any.
+
+    Attributes:
+        count: [b] transactions.
+        mean_score: [b].
+        fraud_share: [b].
+    """
+
+    count: Whole
+    mean_score: NDArray[np.float64]
+    fraud_share: NDArray[np.float64]
+
+
+def reliability(scores: Scores, is_fraud: Truth, bins: int = 15) -> Reliability:
+    """What a reliability diagram shows; bins without transactions are left out.
+
+    Raises:
+        EvaluationError: no transactions, or a score outside [0, 1].
+    """
+    _check_probabilities(scores)
+    scores = scores.astype(np.float64)
+    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    some = count > 0
+    return Reliability(
+        count[some],
+        np.bincount(place, scores, bins)[some] / count[some],
+        np.bincount(place, is_fraud, bins)[some] / count[some],
+    )
+
+
+OPERATING_POINT = (
+    "threshold",
+    "alerts_per_day",
+    "recall",
+    "false_positive_rate",
+    "precision",
+    "fraud_amount_caught_per_day",
+    "genuine_amount_flagged_per_day",
+)
+"""What the numbers of a row of :func:`operating_points` are."""
+
+
+def operating_points(
+    scores: Scores,
+    is_fraud: Truth,
+    amount: NDArray[np.float64],
+    days: float,
+    points_max: int = 200,
+) -> list[list[float]]:
+    """What alerts at or over a threshold catch and cost: rows of :data:`OPERATING_POINT`.
+
+    The thresholds are scores that occur, highest first. Half of them are even steps of recall,
+    the others even steps of the logarithm of the alerts; the last one is the lowest score.
+
+    Args:
+        amount: [N] in the currency's main unit.
+        days: length of the period in which the transactions were made.
+
+    Raises:
+        EvaluationError: one class only, or no time.
+
+    >>> points = operating_points(
+    ...     np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False]),
+    ...     np.array([50.0, 30.0, 20.0, 10.0]), days=2.0)
+    >>> points[1]
+    [0.4, 1.5, 1.0, 0.5, 0.666667, 40.0, 10.0]
+    """
+    if not days > 0:
+        raise EvaluationError(f"{days} days; operating points are counted per day of some time")
+    thresholds, place = np.unique(-scores.astype(np.float64), return_inverse=True)
+    steps = len(thresholds)
+    true, false = (np.bincount(place, of, steps).cumsum() for of in (is_fraud, ~is_fraud))
+    frauds, genuine = _both_classes(true, false)
+    caught, flagged = (
+        np.bincount(place, amount * of, steps).cumsum() for of in (is_fraud, ~is_fraud)
+    )
+    alerts = true + false
+    half = points_max // 2
+    by_recall = np.searchsorted(true, np.linspace(0, frauds, half + 1)[1:] - 0.5)
+    by_alerts = np.searchsorted(alerts, np.geomspace(1, len(scores), half))
+    chosen = np.unique(np.minimum(np.concatenate((by_recall, by_alerts)), steps - 1))
+    return [
+        [
+            float(-thresholds[at]),
+            *(
+                float(f"{value:.6g}")
+                for value in (
+                    alerts[at] / days,
+                    true[at] / frauds,
+                    false[at] / genuine,
+                    true[at] / alerts[at],
+                    caught[at] / days,
+                    flagged[at] / days,
+                )
+            ),
+        ]
+        for at in chosen
+    ]
 
 
 def recall_by_scenario(
@@ -207,6 +298,17 @@ def recall_by_scenario(
         for s in np.unique(scenario)
         if s > 0
     }
+
+
+def _check_probabilities(scores: Scores) -> None:
+    if not len(scores):
+        raise EvaluationError("no transactions: calibration is a mean over them")
+    lowest, highest = float(scores.min()), float(scores.max())
+    if not (lowest >= 0 and highest <= 1):  # NaN neither
+        raise EvaluationError(
+            f"scores reach from {lowest:g} to {highest:g}; calibration needs probabilities "
+            "in [0, 1]"
+        )
 
 
 def _distinct_descending(scores: Scores) -> NDArray[np.float64]:

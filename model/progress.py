@@ -21,8 +21,9 @@ class TrainingProgress:
         train(settings, output, progress.report)
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, command: str = "train") -> None:
         self._console = console or Console(stderr=True)
+        self._command = command
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -64,7 +65,7 @@ class TrainingProgress:
             )
         elif report.stage != self._line_stage or elapsed - self._line_at >= LINE_EVERY_SECONDS:
             self._line_at, self._line_stage = elapsed, report.stage
-            line = f"train: {report.done:4.0%} {report.stage}"
+            line = f"{self._command}: {report.done:4.0%} {report.stage}"
             extra = [text for text in (report.note, left) if text]
             self._console.print(", ".join([line, *extra]), highlight=False, soft_wrap=True)
 

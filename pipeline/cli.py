@@ -47,24 +47,58 @@ def settings() -> None:
 
 @recur.command()
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--customers", type=int, default=5_000, show_default=True)
-@click.option("--terminals", type=int, default=10_000, show_default=True)
-@click.option("--days", type=int, default=183, show_default=True, help="Simulated days.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Parquet or CSV file of labelled transactions; without it they are simulated.",
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option("--skip-unusable", is_flag=True, help="Leave out rows that are no transactions.")
+@click.option("--train-until", metavar="DATE", help="No label from then on is learned from.")
+@click.option("--test-from", metavar="DATE", help="The measures are taken from then on.")
+@click.option(
+    "--label-delay-days",
+    type=float,
+    default=7.0,
+    show_default=True,
+    help="From a transaction to the day when its label is there.",
+)
+@click.option("--customers", type=int, default=5_000, show_default=True, help="Simulated.")
+@click.option("--terminals", type=int, default=10_000, show_default=True, help="Simulated.")
+@click.option("--days", type=int, default=183, show_default=True, help="Simulated.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
 @click.option("--hidden-size", type=int, default=128, show_default=True)
 @click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
-@click.option("--epochs", type=int, default=10, show_default=True)
-def train(output: Path, **options: Any) -> None:
-    """Train a network on simulated transactions; write its checkpoint to OUTPUT."""
+@click.option("--epochs", type=int, help="By default by the size of the data.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+def train(
+    output: Path, data: Path | None, columns: str | None, skip_unusable: bool, **options: Any
+) -> None:
+    """Train a network on your transactions, or simulated ones; write its checkpoint to OUTPUT.
+
+    Interrupted, it goes on where it stopped when it is started again in the same way.
+    """
     from model.checkpoint import CheckpointError
     from model.progress import TrainingProgress
     from model.simulator import SimulatorError
     from model.training import TrainingError, TrainingSettings
     from model.training import train as train_network
+    from pipeline.column_mapping import load_mapping
+    from pipeline.training_data import FileData
 
+    if (data is None) != (columns is None):
+        raise SettingsError(
+            "recur train takes --data and --columns together; `recur replay --example-columns`"
+            " prints a column mapping to start from"
+        )
+    source = None
+    if data is not None and columns is not None:
+        source = FileData(data, load_mapping(columns), skip_unusable)
     try:
         with TrainingProgress() as progress:
-            checkpoint = train_network(TrainingSettings(**options), output, progress.report)
+            checkpoint = train_network(TrainingSettings(**options), output, progress.report, source)
     except (CheckpointError, SimulatorError, TrainingError) as error:
         raise RecurError(str(error)) from error
     click.echo(f"{output}: model {checkpoint.digest}, on days held out:")
@@ -128,6 +162,65 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
     except CheckpointError as error:
         raise RecurError(str(error)) from error
     click.echo(f"  Written to {checkpoint} (model {loaded.digest}).")
+
+
+@recur.command()
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["split", "handbook"]),
+    default="split",
+    show_default=True,
+    help="One split by time, or the Fraud Detection Handbook's four weekly folds.",
+)
+@click.option("--train-until", metavar="DATE", help="split: last day of training; default: half.")
+@click.option(
+    "--test-from", metavar="DATE", help="split: default: when the training's labels have arrived."
+)
+@click.option("--test-until", metavar="DATE", help="split: last day; default: the log's last.")
+@click.option(
+    "--fold-start",
+    metavar="DATE",
+    default="2018-08-15",
+    show_default=True,
+    help="handbook: first day of the latest training week.",
+)
+@click.option("--label-delay-days", type=int, default=7, show_default=True)
+@click.option(
+    "--networks", metavar="A,B,...", help="Of those that the table names; default: all of them."
+)
+@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings of each network.")
+@click.option("--epochs", type=int, help="Of each training.")
+@click.option("--hidden-size", type=int, help="Of each recurrent network.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Compared too, and the one that the model card is about.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("evaluation"),
+    show_default=True,
+    help="Folder of results, plots and model card; what was trained stays there and is not "
+    "trained again.",
+)
+@click.option("--no-plots", is_flag=True, help="Do without matplotlib.")
+@click.option("--no-robustness", is_flag=True, help="Leave out what faults of states cost.")
+@click.option("--customers", type=int, help="Simulated, without FILE.")
+@click.option("--terminals", type=int, help="Simulated, without FILE.")
+@click.option("--days", type=int, help="Simulated, without FILE.")
+def evaluate(**options: Any) -> None:
+    """Compare networks, and LightGBM, on the transactions in FILE or on simulated ones.
+
+    Prints a table and writes results.json, model_card.md, pr.png and calibration.png.
+    """
+    from pipeline.evaluation import evaluate_options, run_evaluate
+
+    run_evaluate(evaluate_options(**options))
 
 
 @recur.command()

@@ -8,6 +8,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
+from model.features import FEATURES
+from model.transaction import Transaction
 from pipeline.errors import RecurError
 
 SHIPPED = Path(__file__).parent / "mappings"
@@ -17,10 +19,17 @@ OPTIONAL_FIELDS = ("category", "channel", "country")
 """Of a transaction, in the order of its definition."""
 
 
+FURTHER_FIELDS_MAX = 64
+"""Numeric and categorical fields besides those of a transaction."""
+
+FIELD_NAME_MAX_CHARACTERS = 64
+
+
 class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The file's name for each field; ``label`` and ``scenario`` are the truth, not sent."""
 
-    transaction_id: str
+    transaction_id: str | None = None
+    """Replay needs it, training does not."""
     account_id: str
     merchant_id: str
     amount: str
@@ -58,10 +67,18 @@ class TimeForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zone: str = "UTC"
 
 
+class FurtherFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Fields that a transaction carries besides its own: a list of columns, or name to column."""
+
+    numeric: list[str] | dict[str, str] = []
+    categorical: list[str] | dict[str, str] = []
+
+
 class ColumnMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mapping file's content."""
 
     columns: Columns
+    fields: FurtherFields = FurtherFields()
     constants: Constants = Constants()
     prefixes: Prefixes = Prefixes()
     time: TimeForm = TimeForm()
@@ -73,6 +90,16 @@ class ColumnMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for field, column in msgspec.structs.asdict(self.columns).items()
             if column is not None
         }
+
+    @property
+    def numeric(self) -> dict[str, str]:
+        """Name in a transaction to the file's column, of the further numeric fields."""
+        return _by_name(self.fields.numeric)
+
+    @property
+    def categorical(self) -> dict[str, str]:
+        """The same of the further categorical fields."""
+        return _by_name(self.fields.categorical)
 
 
 def load_mapping(name: str | Path) -> ColumnMapping:
@@ -110,7 +137,41 @@ def example_mapping() -> str:
     return (SHIPPED / f"{EXAMPLE}.toml").read_text(encoding="utf-8")
 
 
+def _by_name(fields: list[str] | dict[str, str]) -> dict[str, str]:
+    return fields if isinstance(fields, dict) else {column: column for column in fields}
+
+
+def _check_further(path: Path, mapping: ColumnMapping) -> None:
+    """Names that a live transaction can carry beside its own fields, none of them twice."""
+    names = [
+        name
+        for fields in (mapping.fields.numeric, mapping.fields.categorical)
+        for name in fields  # a list may name a column twice
+    ]
+    if len(names) > FURTHER_FIELDS_MAX:
+        raise RecurError(
+            f"{path}: {len(names)} columns under [fields]; at most {FURTHER_FIELDS_MAX}: leave"
+            " some out"
+        )
+    taken = {*Transaction.__struct_fields__, "label", "scenario", *FEATURES}
+    for name in names:
+        if not 1 <= len(name) <= FIELD_NAME_MAX_CHARACTERS or not name.isprintable():
+            raise RecurError(
+                f"{path}: {name[:80]!r} under [fields] cannot be a field's name: it must have 1 to"
+                f" {FIELD_NAME_MAX_CHARACTERS} printable characters; rename it, as in"
+                ' numeric = { distance = "its column" }'
+            )
+        if name in taken:
+            raise RecurError(
+                f"{path}: {name} under [fields] is there already (a field of every transaction, a"
+                " feature, or named twice): leave it out or rename it, as in numeric = { my_"
+                f'{name} = "its column" }}'
+            )
+        taken.add(name)
+
+
 def _check(path: Path, mapping: ColumnMapping) -> None:
+    _check_further(path, mapping)
     for field, value in msgspec.structs.asdict(mapping.constants).items():
         if value is not None and getattr(mapping.columns, field) is not None:
             raise RecurError(f"{path}: {field} stands under [columns] and [constants]: keep one")

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -70,6 +70,21 @@ class _Wire(Transaction, frozen=True, gc=False, omit_defaults=True):
     """A transaction as it is written: without the optional fields that it lacks."""
 
 
+@lru_cache(maxsize=16)
+def _wire_with(names: tuple[str, ...]) -> Any:
+    """:class:`_Wire` with further fields of any names."""
+    attributes = {f"further_{number}": name for number, name in enumerate(names)}
+    return msgspec.defstruct(
+        "_WireWithFurther",
+        [(attribute, float | str | None, None) for attribute in attributes],
+        bases=(_Wire,),
+        rename=attributes,
+        frozen=True,
+        gc=False,
+        omit_defaults=True,
+    )
+
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -81,11 +96,24 @@ def encode_block(
     currencies: Iterable[str],
     timestamps_ms: Iterable[int],
     *optional: Iterable[str | None],
+    further: Mapping[str, Iterable[float | str | None]] | None = None,
     due_seconds: NDArray[np.float64] | None = None,
 ) -> Block:
-    """A block from equally long columns; ``optional`` are category, channel, country in order."""
-    columns = (transaction_ids, account_ids, merchant_ids, amounts, currencies, timestamps_ms)
-    values = [_encode(_Wire(*row)) for row in zip(*columns, *optional, strict=True)]
+    """A block from equally long columns.
+
+    Args:
+        optional: category, channel and country in order.
+        further: fields besides a transaction's own, by name; None where one is missing.
+    """
+    columns: list[Iterable[Any]] = [transaction_ids, account_ids, merchant_ids, amounts]
+    columns += [currencies, timestamps_ms, *optional]
+    wire: Any = _Wire
+    if further:
+        without = len(_Wire.__struct_fields__) - len(columns)  # optional ones not given
+        columns += [[None] * len(account_ids)] * without
+        columns += further.values()
+        wire = _wire_with(tuple(further))
+    values = [_encode(wire(*row)) for row in zip(*columns, strict=True)]
     return Block([account.encode() for account in account_ids], values, due_seconds)
 
 

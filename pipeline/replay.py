@@ -207,6 +207,7 @@ class _Replay:
                 part.currencies,
                 times.tolist(),
                 *part.optional,
+                further=part.further(),
                 due_seconds=due_seconds,
             )
             if left is not None:

@@ -59,6 +59,7 @@ class Part:
     rows: NDArray[np.int64]
     """Row numbers in the file, from 1."""
     transaction_ids: list[str]
+    """Empty where the file has none, which only training takes."""
     account_ids: list[str]
     merchant_ids: list[str]
     amounts: list[float]
@@ -69,10 +70,25 @@ class Part:
     labels: NDArray[np.int8] | None
     """1 fraud, 0 genuine, -1 unknown."""
     scenarios: list[str | None] | None
+    numeric: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Further numeric fields by name; NaN: missing."""
+    categorical: dict[str, list[str | None]] = field(default_factory=dict)
+    """Further categorical fields by name; None: missing."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def further(self) -> dict[str, Sequence[float | str | None]]:
+        """Further fields as JSON has them; None: missing."""
+        numbers: dict[str, Sequence[float | str | None]] = {
+            name: [None if value != value else value for value in values.tolist()]
+            for name, values in self.numeric.items()
+        }
+        return numbers | self.categorical
 
     def first(self, rows: int) -> Part:
         """At most so many of the rows."""
-        if rows >= len(self.transaction_ids):
+        if rows >= len(self):
             return self
         return Part(
             self.rows[:rows],
@@ -85,6 +101,8 @@ class Part:
             [values[:rows] for values in self.optional],
             None if self.labels is None else self.labels[:rows],
             None if self.scenarios is None else self.scenarios[:rows],
+            {name: values[:rows] for name, values in self.numeric.items()},
+            {name: values[:rows] for name, values in self.categorical.items()},
         )
 
 
@@ -117,6 +135,8 @@ class TransactionFile:
         skip_unusable: leave out rows that cannot be transactions instead of refusing the file.
         allow_unsorted: take rows whose time is before the one above.
         latest_ms: a time past this (epoch milliseconds) is refused; now and a day by default.
+        for_training: a label is needed and a transaction id is not; repeats and the order of
+            times are the caller's affair.
 
     Raises:
         RecurError: no such file, another kind of file, a missing column, and while reading:
@@ -132,16 +152,20 @@ class TransactionFile:
         skip_unusable: bool = False,
         allow_unsorted: bool = False,
         latest_ms: int | None = None,
+        for_training: bool = False,
     ) -> None:
         self.left_out = LeftOut()
         self.unsorted_rows = 0
         self._path = path
         self._mapping = mapping
         self._columns = mapping.columns_by_field()
+        self._further = mapping.numeric | mapping.categorical
         self._offset_ms = offset_ms
         self._skip_unusable = skip_unusable
-        self._allow_unsorted = allow_unsorted
+        self._allow_unsorted = allow_unsorted or for_training
+        self._find_repeats = not for_training
         self._latest_ms = round(time.time() * 1000) + DAY_MS if latest_ms is None else latest_ms
+        self._require_fields("label" if for_training else "transaction_id")
         self._source: _ParquetSource | _CsvSource = _open(path)
         self._require_columns()
         self._rows_read = 0
@@ -160,7 +184,7 @@ class TransactionFile:
 
     def parts(self) -> Iterator[Part]:
         """The usable rows, in file order."""
-        names = sorted(set(self._columns.values()))
+        names = sorted({*self._columns.values(), *self._further.values()})
         try:
             for batch in self._source.batches(names):
                 for start in range(0, batch.num_rows, PART_ROWS):
@@ -172,10 +196,18 @@ class TransactionFile:
                 f"{self._path} cannot be read any further: {_without_content(error)}"
             ) from None
 
+    def _require_fields(self, needed: str) -> None:
+        if needed not in self._columns:
+            task = "training" if needed == "label" else "replay"
+            raise RecurError(
+                f"the column mapping names no {needed}, which {task} needs: write {needed} ="
+                ' "its column" under [columns]'
+            )
+
     def _require_columns(self) -> None:
         missing = [
             f"{column} ({field})"
-            for field, column in self._columns.items()
+            for field, column in (*self._columns.items(), *self._further.items())
             if column not in self._source.names
         ]
         if missing:
@@ -189,9 +221,11 @@ class TransactionFile:
         faults = _Faults(np.zeros(count, np.bool_))
         column = {field: batch.column(name) for field, name in self._columns.items()}
         prefixes = self._mapping.prefixes
-        transaction_ids = _ids(
-            column["transaction_id"], prefixes.transaction_id, "transaction_id", faults
-        )
+        transaction_ids = []
+        if "transaction_id" in column:
+            transaction_ids = _ids(
+                column["transaction_id"], prefixes.transaction_id, "transaction_id", faults
+            )
         account_ids = _ids(column["account_id"], prefixes.account_id, "account_id", faults)
         merchant_ids = _ids(column["merchant_id"], prefixes.merchant_id, "merchant_id", faults)
         amounts = _amounts(column["amount"], faults)
@@ -203,7 +237,16 @@ class TransactionFile:
         ]
         labels = _labels(column["label"], faults) if "label" in column else None
         scenarios = _texts(column["scenario"]) if "scenario" in column else None
-        self._check_repeats(transaction_ids, faults)
+        numeric = {
+            name: _finite(_numbers(batch.column(source), name, faults))
+            for name, source in self._mapping.numeric.items()
+        }
+        categorical = {
+            name: [value or None for value in _texts(batch.column(source))]
+            for name, source in self._mapping.categorical.items()
+        }
+        if self._find_repeats:
+            self._check_repeats(transaction_ids, faults)
         first_row = self._rows_read + 1
         self._rows_read += count
         rows = np.arange(first_row, first_row + count)
@@ -216,7 +259,7 @@ class TransactionFile:
         pick = _picker(keep, count)
         return Part(
             rows=rows[keep],
-            transaction_ids=pick(transaction_ids),
+            transaction_ids=pick(transaction_ids) if transaction_ids else [],
             account_ids=pick(account_ids),
             merchant_ids=pick(merchant_ids),
             amounts=amounts[keep].tolist(),
@@ -225,6 +268,8 @@ class TransactionFile:
             optional=[pick(values) for values in optional],
             labels=None if labels is None else labels[keep],
             scenarios=None if scenarios is None else pick(scenarios),
+            numeric={name: values[keep] for name, values in numeric.items()},
+            categorical={name: pick(values) for name, values in categorical.items()},
         )
 
     def _check_times(self, timestamps_ms: NDArray[np.int64], faults: _Faults) -> None:
@@ -363,6 +408,11 @@ def _numbers(column: pa.Array, name: str, faults: _Faults) -> NDArray[np.float64
             wrong[index] = True
     faults.add(wrong, f"{name} is not a number")
     return numbers
+
+
+def _finite(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Infinite values count as missing."""
+    return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
 def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:

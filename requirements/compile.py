@@ -1,11 +1,13 @@
 """Pin every requirement of pyproject.toml, with hashes, for every platform (`make requirements`).
 
-One resolution, written to five files that share no package:
+One resolution, written to six files that share no package:
 
     bootstrap.txt   uv and setuptools: pip installs them, they install the rest
     torch.txt       torch and, on Linux, CUDA: what another build of torch replaces
     runtime.txt     everything else that `recur worker` needs
     redis.txt       the Redis of the demo and the tests: some platforms have no wheel of it
+    evaluate.txt    LightGBM, matplotlib and what only they need: `recur evaluate` without them
+                    leaves the outside reference and the plots out
     dev.txt         what else the demo, the tests and the checks need
 
 The pins in the files stay where they still fit; `--upgrade` looks for newer ones. No file
@@ -18,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -29,7 +32,7 @@ PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9-]*)==", re.MULTILINE)
 
 
 def main(upgrade: bool) -> None:
-    """Write the five files."""
+    """Write the six files."""
     present = "".join(file.read_text() for file in sorted(FOLDER.glob("*.txt")))
     with tempfile.TemporaryDirectory() as folder:
         lock = Path(folder) / "lock.txt"
@@ -39,15 +42,21 @@ def main(upgrade: bool) -> None:
             str(PYPROJECT),
             str(FOLDER / "bootstrap.in"),
             "--extra=embedded",
+            "--extra=evaluate",
             f"--group={PYPROJECT}:dev",
             *["--upgrade"] * upgrade,
         )
-        runtime = resolve(Path(folder) / "runtime.txt", str(PYPROJECT), f"--constraint={lock}")
+        pinned = f"--constraint={lock}"
+        runtime = resolve(Path(folder) / "runtime.txt", str(PYPROJECT), pinned)
+        dev = resolve(
+            Path(folder) / "dev.txt",
+            *(str(PYPROJECT), "--extra=embedded", f"--group={PYPROJECT}:dev", pinned),
+        )
     files: dict[str, list[str]] = {
-        name: [] for name in ("bootstrap", "torch", "runtime", "redis", "dev")
+        name: [] for name in ("bootstrap", "torch", "runtime", "redis", "evaluate", "dev")
     }
     for package, pin in sorted(pins.items()):
-        files[file_of(package, in_runtime=package in runtime)].append(pin)
+        files[file_of(package, runtime.keys(), dev.keys())].append(pin)
     for name, contents in files.items():
         header = "# Made by `make requirements` from pyproject.toml and bootstrap.in.\n"
         (FOLDER / f"{name}.txt").write_text(header + "".join(contents))
@@ -75,12 +84,14 @@ def resolve(output: Path, *arguments: str) -> dict[str, str]:
     return pins
 
 
-def file_of(package: str, in_runtime: bool) -> str:
-    """Name of the file that a package belongs in."""
+def file_of(package: str, in_runtime: Set[str], in_dev: Set[str]) -> str:
+    """Name of the file that a package belongs in; the sets may overlap."""
     for name, pattern in (("bootstrap", BOOTSTRAP), ("torch", TORCH_BUILD), ("redis", REDIS)):
         if pattern.fullmatch(package):
             return name
-    return "runtime" if in_runtime else "dev"
+    if package in in_runtime:
+        return "runtime"
+    return "dev" if package in in_dev else "evaluate"
 
 
 if __name__ == "__main__":

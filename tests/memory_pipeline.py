@@ -57,10 +57,10 @@ SCORE_TOLERANCE = 2e-2
 def small_checkpoint(
     layers: int = 1,
     hidden_size: int = 8,
-    seed: int = 15,
+    seed: int = 7,
     inputs: tuple[Input, ...] = ACCOUNT_INPUTS,
 ) -> Checkpoint:
-    """An untrained network whose scores spread over [0, 0.8]; by default it sees no merchants."""
+    """An untrained network whose scores spread over [0, 1]; by default it sees no merchants."""
     architecture = Architecture(
         inputs=len(inputs),
         input_size=8,

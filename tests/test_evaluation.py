@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.evaluation import (
-    OPERATING_POINTS_MAX,
     EvaluationError,
     auc_roc,
     average_precision,
+    brier_score,
     card_precision_at,
+    expected_calibration_error,
     operating_points,
     precision_at,
     recall_at_false_positive_rate,
@@ -121,24 +122,51 @@ def test_one_class_only_is_refused(truth: bool) -> None:
         average_precision(SCORES, np.full(6, truth))
 
 
-def test_operating_points_say_what_each_threshold_catches_and_costs() -> None:
-    rng = np.random.default_rng(0)
-    is_fraud = rng.random(20_000) < 0.01
-    scores = np.round(rng.normal(is_fraud * 2.0, 1.0), 2)  # many ties
-    amount = rng.gamma(2.0, 30.0, len(scores))
+def test_calibration_error_and_brier_score_are_their_definitions() -> None:
+    rng = np.random.default_rng(3)
+    scores = rng.random(5000).astype(np.float32) ** 3
+    is_fraud = rng.random(5000) < scores**1.2
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (scores >= low) & (scores < low + 1 / 15)
+        expected += inside.mean() * abs(scores[inside].mean() - is_fraud[inside].mean())
+    assert expected_calibration_error(scores, is_fraud) == pytest.approx(expected, abs=1e-6)
+    assert brier_score(scores, is_fraud) == pytest.approx(((scores - is_fraud) ** 2).mean())
 
-    points = operating_points(scores, is_fraud, amount, days=4)
 
-    assert len(points) <= OPERATING_POINTS_MAX
-    thresholds = [row[0] for row in points]
-    assert thresholds == sorted(set(thresholds), reverse=True)
-    assert thresholds[-1] == scores.min()
-    assert np.diff([row[2] for row in points]).max() < 0.03, "no wide gaps in recall"
-    for threshold, alerts, recall, rate, precision, caught, flagged in points:
+def test_scores_that_are_the_truth_are_calibrated_and_a_score_of_one_has_a_bin() -> None:
+    truth = np.array([True, False, True])
+    assert expected_calibration_error(truth.astype(np.float64), truth) == 0
+    assert brier_score(truth.astype(np.float64), truth) == 0
+    for measure in (expected_calibration_error, brier_score):
+        with pytest.raises(EvaluationError, match="no transactions"):
+            measure(np.array([]), np.array([], np.bool_))
+
+
+def test_operating_points_say_what_a_threshold_catches_and_costs() -> None:
+    rng = np.random.default_rng(5)
+    is_fraud = rng.random(3000) < 0.05
+    normal = rng.normal(0.2 + 0.4 * is_fraud, 0.15).astype(np.float64)
+    scores = np.round(np.clip(normal, 0, 1), 3)  # with ties
+    amount = rng.gamma(2.0, 30.0, 3000)
+
+    points = operating_points(scores, is_fraud, amount, days=14.0, points_max=50)
+
+    assert 20 < len(points) <= 50
+    assert [p[0] for p in points] == sorted({p[0] for p in points}, reverse=True)
+    assert points[-1][1:5] == pytest.approx([3000 / 14, 1, 1, is_fraud.mean()], rel=1e-5)
+    for threshold, alerts, recall, false_positives, precision, caught, flagged in points:
         over = scores >= threshold
-        assert alerts == over.sum() / 4
-        assert recall == pytest.approx(over[is_fraud].mean())
-        assert rate == pytest.approx(over[~is_fraud].mean())
-        assert precision == pytest.approx(is_fraud[over].mean())
-        assert caught == pytest.approx(amount[over & is_fraud].sum() / 4)
-        assert flagged == pytest.approx(amount[over & ~is_fraud].sum() / 4)
+        assert alerts == pytest.approx(over.sum() / 14, rel=1e-5)
+        assert recall == pytest.approx(over[is_fraud].mean(), rel=1e-5)
+        assert false_positives == pytest.approx(over[~is_fraud].mean(), rel=1e-5)
+        assert precision == pytest.approx(is_fraud[over].mean(), rel=1e-5)
+        assert caught == pytest.approx(amount[over & is_fraud].sum() / 14, rel=1e-5)
+        assert flagged == pytest.approx(amount[over & ~is_fraud].sum() / 14, rel=1e-5)
+
+
+def test_operating_points_of_one_class_or_no_time_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="0 frauds"):
+        operating_points(SCORES, np.zeros(6, np.bool_), SCORES.astype(np.float64), 1.0)
+    with pytest.raises(EvaluationError, match="days"):
+        operating_points(SCORES, FRAUD, SCORES, 0.0)

@@ -244,6 +244,21 @@ def test_what_is_encoded_is_a_transaction_without_fields_that_it_lacks() -> None
     )
 
 
+def test_further_fields_are_encoded_beside_a_transactions_own_and_left_out_where_missing() -> None:
+    further: dict[str, Any] = {"age": [31.5, None], "the job": ["nurse", None]}
+    made = encode_block(
+        ["t1", "t2"], ["a1", "a2"], ["m1"] * 2, [0.1] * 2, ["EUR"] * 2, [5] * 2, ["5411", None],
+        further=further,
+    )  # fmt: skip
+
+    assert made.values == [
+        b'{"transaction_id":"t1","account_id":"a1","merchant_id":"m1","amount":0.1,'
+        b'"currency":"EUR","timestamp":5,"category":"5411","age":31.5,"the job":"nurse"}',
+        b'{"transaction_id":"t2","account_id":"a2","merchant_id":"m1","amount":0.1,'
+        b'"currency":"EUR","timestamp":5}',
+    ]
+
+
 @pytest.mark.parametrize("sizes", [[1, 5, 30_000], [10_000, 0, 10_000, 1], [3] * 10])
 def test_a_simulated_stream_has_no_gap_between_its_pieces(sizes: Sequence[int]) -> None:
     stream = SimulatedStream(500, 1000, "2020-01-01", seed=3)

@@ -298,7 +298,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[columns]\n", "missing required field `transaction_id`"),
+        ("[columns]\n", "missing required field `account_id`"),
         ("not TOML", "mapping.toml"),
         (MAPPING.format(columns='colour = "red"', time=""), "unknown field `colour`"),
         (MAPPING.format(columns='currency = "cur"', time=""), "keep one"),
@@ -325,3 +325,85 @@ def test_shipped_mappings_are_found_by_name_and_the_example_is_one() -> None:
     assert "recur replay FILE" in example_mapping()
     with pytest.raises(RecurError, match="or one of handbook"):
         load_mapping("nothing")
+
+
+FURTHER = """
+[fields]
+numeric = ["age"]
+categorical = { occupation = "job" }
+"""
+
+
+def test_further_fields_are_read_under_their_names_and_may_be_missing(tmp_path: Path) -> None:
+    source = table(age=[31.5, None, float("inf")], job=["nurse", "", None], id=["a", "b", "c"])
+    (part,) = parts(source, tmp_path, columns=FURTHER)
+
+    np.testing.assert_array_equal(part.numeric["age"], [31.5, np.nan, np.nan])
+    assert part.categorical == {"occupation": ["nurse", None, None]}
+    assert part.further() == {"age": [31.5, None, None], "occupation": ["nurse", None, None]}
+    assert part.first(1).further() == {"age": [31.5], "occupation": ["nurse"]}
+
+
+def test_the_fields_of_a_csv_file_are_text_or_numbers_as_the_mapping_says(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    path.write_text(
+        "id,card,shop,sum,at,age,job\n1,2,3,1.0,2018-08-15,040,007\n1,2,3,1,2018-08-15,x,9\n"
+    )
+    lenient = TransactionFile(path, mapping(tmp_path, FURTHER), skip_unusable=True)
+    (part,) = lenient.parts()
+
+    assert part.further() == {"age": [40.0], "occupation": ["007"]}
+    assert "row 2: age is not a number" in lenient.left_out.examples
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('numeric = ["amount"]', "amount under [fields] is there already"),
+        ('numeric = ["amount_to_mean"]', "amount_to_mean under [fields] is there already"),
+        ('numeric = ["age"]\ncategorical = ["age"]', "age under [fields] is there already"),
+        ('categorical = ["a", "a"]', "a under [fields] is there already"),
+        ('numeric = [""]', "cannot be a field's name"),
+        ('categorical = { "a\\nb" = "job" }', "cannot be a field's name"),
+        (f"numeric = {[f'n{i}' for i in range(65)]}", "65 columns under [fields]; at most 64"),
+        ("number = []", "unknown field `number`"),
+    ],
+)
+def test_further_fields_that_a_transaction_cannot_carry_are_refused(
+    fields: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecurError) as error:
+        mapping(tmp_path, f"[fields]\n{fields}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_of_a_further_field_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "has no column job (occupation)" in complaint(
+        table(age=[1, 2, 3]), tmp_path, columns=FURTHER
+    )
+
+
+def test_training_needs_a_label_and_no_transaction_id_and_replay_the_reverse(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file.parquet"
+    pq.write_table(table(fraud=[0, 1, None]).drop_columns("id"), path)
+    text = MAPPING.format(columns='label = "fraud"', time="").replace('transaction_id = "id"', "")
+    (tmp_path / "mapping.toml").write_text(text)
+    labelled = load_mapping(tmp_path / "mapping.toml")
+
+    (part,) = TransactionFile(path, labelled, for_training=True).parts()
+    assert (len(part), part.transaction_ids) == (3, [])
+    with pytest.raises(RecurError, match="names no transaction_id, which replay needs"):
+        TransactionFile(path, labelled)
+    with pytest.raises(RecurError, match="names no label, which training needs"):
+        TransactionFile(path, mapping(tmp_path), for_training=True)
+
+
+def test_training_takes_rows_in_any_order_and_repeats(tmp_path: Path) -> None:
+    source = table(id=[1, 1, 1], at=table()["at"].to_pylist()[::-1], fraud=[0, 1, 0])
+    path = tmp_path / "file.parquet"
+    pq.write_table(source, path)
+    (part,) = TransactionFile(path, mapping(tmp_path, 'label = "fraud"'), for_training=True).parts()
+    assert part.transaction_ids == ["1", "1", "1"]

@@ -1,0 +1,274 @@
+"""The model card: what a model is, what it was trained on, what it does, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from model.checkpoint import Checkpoint
+from model.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
+from model.features import FeatureSpec
+from model.protocol import HANDBOOK_FOLDS
+from model.results import Results, Summary, table
+
+SCENARIOS = {
+    1: "amount over 220",
+    2: "compromised terminal",
+    3: "stolen card",
+}
+"""What the numbers of the Handbook's and the simulator's fraud scenarios mean."""
+
+MEANINGS = {
+    "AUC": "probability that a fraud scores higher than a genuine transaction",
+    "AP": "average precision, the area under the precision-recall curve",
+    "card P@100": (
+        "each day the 100 cards of highest score: share that has a fraud that day; a card found "
+        "leaves the days after (the Handbook's definition)"
+    ),
+    "P@100": "each day the 100 transactions of highest score: share of fraud",
+    "R@0.1 %": "share of fraud found where 0.1 % of genuine transactions raise an alert",
+    "R@1 %": "the same at 1 %",
+    "ECE": "expected calibration error, 15 bins of equal width",
+    "Brier": "mean squared difference of score and truth",
+    "µs/tx": (
+        "microseconds for a transaction in batches of {batch} on one core, of the network alone: "
+        "features, Kafka and Redis come on top"
+    ),
+}
+
+
+def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[str] = ()) -> str:
+    """The card in Markdown.
+
+    Args:
+        checkpoint: the model that the card is about; none tells of the comparison only.
+        plots: names of the image files beside the card.
+    """
+    described = _described(results, checkpoint)
+    sections = [
+        _head(checkpoint),
+        *([_model(checkpoint), _inputs(checkpoint.header.features)] if checkpoint else []),
+        _data(results, checkpoint),
+        _protocol(results),
+        _comparison(results, plots),
+        _scenarios(results),
+        *([_robustness(results)] if results.robustness else []),
+        *([_thresholds(checkpoint)] if checkpoint else []),
+        _limits(results, described),
+    ]
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def _described(results: Results, checkpoint: Checkpoint | None) -> Summary:
+    """The network that the card is about, or the best one."""
+    by_name = {network.network: network for network in results.networks}
+    for name in (GIVEN, "gru"):
+        if checkpoint is not None and name in by_name:
+            return by_name[name]
+    return max(results.networks, key=lambda n: n.mean["average_precision"])
+
+
+def _head(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "# Comparison of networks"
+    return f"# Model card: Recur {checkpoint.digest}"
+
+
+def _model(checkpoint: Checkpoint) -> str:
+    a = checkpoint.header.architecture
+    layers = "one layer" if a.layers == 1 else f"{a.layers} layers"
+    return f"""## What it is
+
+A recurrent network that gives each card transaction a probability of fraud, from the
+transaction, the account's history and the merchant's recent past. An account's history is a
+hidden of {a.layers} x {a.hidden_size} numbers, which each of its transactions advances once.
+
+{
+        _markdown_table(
+            ["", ""],
+            [
+                ["digest of weights, architecture and inputs", f"`{checkpoint.digest}`"],
+                [
+                    "network",
+                    f"input layer of {a.input_size}, GRU of {a.hidden_size} in {layers}, "
+                    f"head of {a.head_size}",
+                ],
+                ["inputs", str(len(checkpoint.header.features.inputs))],
+                [
+                    "parameters",
+                    f"{sum(w.numel() for w in checkpoint.network.parameters()):,}",
+                ],
+                ["currency of amounts", checkpoint.header.currency],
+                ["a label takes", f"{checkpoint.header.features.label_delay_days:g} days"],
+            ],
+        )
+    }
+
+Meant for: ranking payments for review, and declining the worst of them, in a stream. Not meant
+for: deciding about a person, or anything else than single payments."""
+
+
+def _inputs(spec: FeatureSpec) -> str:
+    rows = []
+    by_feature = sorted(spec.inputs, key=lambda i: spec.names.index(i.feature))
+    for feature, group in groupby(by_feature, key=lambda i: i.feature):
+        seen = [f"step at {i.threshold:g}" if i.transform == "step" else i.transform for i in group]
+        rows.append([f"`{feature}`", ", ".join(seen)])
+    return f"""## Inputs
+
+Computed the same way in training and in the worker (`model/features.py`, `model/merchants.py`).
+Of a merchant only time buckets that are closed, and labels that arrived in them, are seen:
+nothing looks ahead.
+
+{_markdown_table(["feature", "as"], rows)}"""
+
+
+def _data(results: Results, checkpoint: Checkpoint | None) -> str:
+    data = results.data
+    text = f"""## Data
+
+Measured on {data["source"]}: {data["transactions"]:,} transactions, {data["frauds"]:,} of them
+fraud ({data["frauds"] / data["transactions"]:.2%}), {data["accounts"]:,} accounts,
+{data["merchants"]:,} merchants, {data["first_day"]} to {data["last_day"]}; digest
+`{data["digest"]}`."""
+    if checkpoint is None:
+        return text
+    digest = checkpoint.header.data_digest
+    if digest == data["digest"]:
+        return text + "\n\nThe model was trained on the part of it that the protocol says."
+    rows = [[f"`{name}`", str(value)] for name, value in sorted(checkpoint.header.training.items())]
+    return f"""{text}
+
+The model was trained on other data, or on this read in another way: digest
+`{digest or "unknown"}`. That none of the test days was among them cannot be seen from it.
+
+{_markdown_table(["training", ""], rows) if rows else ""}"""
+
+
+def _protocol(results: Results) -> str:
+    lines = [f"- {name}: {text}" for name, text in results.folds.items()]
+    rule = (
+        "Each network learns from all days up to a fold's training, minus a warm-up, and is "
+        "measured on the fold's test; what lies between is the time that labels take."
+    )
+    if results.protocol == "handbook":
+        rule = (
+            f"The Fraud Detection Handbook's (chapters 5 to 7): {HANDBOOK_FOLDS} folds a week "
+            "apart, seven days of training, delay and test each; a card whose fraud is known "
+            f"leaves the test from that day on. {rule}"
+        )
+    tested = results.tested
+    return f"""## Protocol
+
+{rule}
+
+{chr(10).join(lines)}
+
+Tested in all: {tested["transactions"]:,} transactions, {tested["frauds"]:,} of them fraud."""
+
+
+def _comparison(results: Results, plots: Sequence[str]) -> str:
+    headings, rows = table(results)
+    meanings = [
+        f"- {name}: {meaning.format(batch=results.batch_transactions)}"
+        for name, meaning in MEANINGS.items()
+    ]
+    seeds = max(
+        len({run.seed for run in results.runs if run.network == n.network})
+        for n in results.networks
+    )
+    over = "" if seeds == 1 else f" Mean over {seeds} seeds; ± is their standard deviation."
+    images = "\n\n".join(f"![{name}]({name})" for name in plots)
+    return f"""## How good it is
+
+{_markdown_table(headings, rows)}
+
+{over.strip()}
+
+{chr(10).join(meanings)}
+
+{images}"""
+
+
+def _scenarios(results: Results) -> str:
+    numbers = sorted({s for network in results.networks for s in network.recall_by_scenario})
+    headings = ["network", *(SCENARIOS.get(s, f"scenario {s}") for s in numbers)]
+    rows = [
+        [n.title, *(_share(n.recall_by_scenario.get(s)) for s in numbers)] for n in results.networks
+    ]
+    return f"""## By kind of fraud
+
+Share of each kind's transactions found where {RECALL_FALSE_POSITIVE_RATE:.1%} of the genuine
+ones raise an alert:
+
+{_markdown_table(headings, rows)}"""
+
+
+def _robustness(results: Results) -> str:
+    found = results.robustness
+    assert found is not None
+    faults = [
+        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"] for cost in found.faults
+    ]
+    weeks = [
+        [
+            week.first_day,
+            f"{week.frauds:,}",
+            f"{week.with_states:.3f}",
+            f"{week.states_lost:.3f}",
+            f"{week.with_states - week.states_lost:+.3f}",
+        ]
+        for week in found.weeks
+    ]
+    return f"""## Robustness
+
+Average precision stepwise as in a worker, {found.average_precision:.4f} without faults, and what
+each fault of the accounts' states costs:
+
+{_markdown_table(["fault", "AP", "AP lost"], faults)}
+
+All account states lost at the start of the test, by week:
+
+{_markdown_table(["week from", "frauds", "AP", "AP, states lost", "AP lost"], weeks)}"""
+
+
+def _thresholds(checkpoint: Checkpoint) -> str:
+    thresholds = checkpoint.header.thresholds
+    return f"""## Thresholds
+
+A score of {thresholds.review:.4g} or more is reviewed, one of {thresholds.decline:.4g} or more
+declined. `recur thresholds` sets them from a budget of alerts, a share of false positives, a
+precision or costs."""
+
+
+def _limits(results: Results, described: Summary) -> str:
+    worst = min(described.recall_by_scenario.items(), key=lambda i: i[1], default=None)
+    blind = ""
+    if worst is not None:
+        kind = SCENARIOS.get(worst[0], f"scenario {worst[0]}")
+        blind = (
+            f"- It finds least of the kind “{kind}”: {worst[1]:.1%} at "
+            f"{RECALL_FALSE_POSITIVE_RATE:.1%} false positives.\n"
+        )
+    return f"""## Limits
+
+- Data like the Fraud Detection Handbook's are simulated; real fraud is more varied and changes
+  when it is found. Train and measure on your own transactions before you trust a score.
+- Scores are probabilities as long as the share and the kinds of fraud stay as they were in
+  training (ECE {described.mean["expected_calibration_error"]:.5f} here).
+{blind}- A fraud at a merchant is not known before its label arrives, some days later; until then
+  only the account's own history speaks.
+- An account's first transactions are scored without a history, and all of them after a loss of
+  all states.
+- It has not been examined for differences between groups of people; it sees no attribute of a
+  person, but amounts, times and merchants can stand for one."""
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)

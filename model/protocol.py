@@ -1,0 +1,208 @@
+"""Which transactions networks learn from and which they are measured on.
+
+A protocol is a few folds; a fold's days in order: warm-up (seen, not scored), training, the
+days in which labels are still on their way, test.
+
+    split     one long fold: the later half of the log is the test
+    handbook  the Fraud Detection Handbook's (chapters 5 to 7): four folds a week apart, each
+              with a week of training, one of delay and one of test; cards known to be
+              fraudulent leave the test day by day
+
+A network may learn from everything before a fold's delay, as a streaming model would; the
+handbook's training week then only says which cards are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.dataset import DAY_MS, Dataset
+
+ProtocolName = Literal["handbook", "split"]
+
+WARM_UP_DAYS = 14
+"""Accounts and merchants are all new in a log's first days; a fold's first sixth at most."""
+
+HANDBOOK_START = "2018-08-15"
+"""First day of the handbook's latest training week."""
+
+HANDBOOK_FOLDS = 4
+WEEK_DAYS = 7
+
+
+class ProtocolError(ValueError):
+    """A protocol does not fit the log; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Days are UTC days since 1970-01-01; a period ends before the day that it is until.
+
+    Attributes:
+        name: short, unique in its protocol.
+        log_from: the log's first day.
+        train_until: labels of the days before it are learned from.
+        test_from, test_until: the measured days.
+        known_from: frauds from this day on, once their label has arrived, make their card
+            known, and it leaves the test; none if no card does.
+    """
+
+    name: str
+    log_from: int
+    train_until: int
+    test_from: int
+    test_until: int
+    known_from: int | None = None
+
+    @property
+    def score_from(self) -> int:
+        """First day whose transactions count in the loss: the warm-up is over."""
+        return self.log_from + min(WARM_UP_DAYS, (self.train_until - self.log_from) // 6)
+
+    def describe(self) -> str:
+        """
+        >>> Fold("split", 17622, 17713, 17720, 17805).describe()
+        'trained to 2018-06-30, tested 2018-07-08 to 2018-09-30'
+        """
+        last_trained, first, last = (
+            iso_date(d) for d in (self.train_until - 1, self.test_from, self.test_until - 1)
+        )
+        return f"trained to {last_trained}, tested {first} to {last}"
+
+    def trained_rows(self, log: Dataset) -> NDArray[np.intp]:
+        """Rows that count in the loss."""
+        return _rows(log, self.score_from, self.train_until)
+
+    def tested_rows(self, log: Dataset) -> NDArray[np.intp]:
+        """Rows that are measured; those of cards that are known by then are left out.
+
+        The handbook's rule: on a test day the frauds of the days up to one before it less the
+        delay are known, the delay being what lies between training and test.
+        """
+        rows = _rows(log, self.test_from, self.test_until)
+        if self.known_from is None:
+            return rows
+        delay_days = self.test_from - self.train_until
+        day = days_of(log)
+        fraud = np.flatnonzero(log.is_fraud & (day >= self.known_from))
+        # The first fraud of each card since then: rows are in order of time.
+        cards, first = np.unique(log.account[fraud], return_index=True)
+        known_on = np.append(day[fraud][first] + delay_days + 1, np.iinfo(np.int64).max)
+        place = np.searchsorted(cards, log.account[rows])
+        place[place == len(cards)] = -1  # the place of "never"
+        place[(place >= 0) & (np.append(cards, 0)[place] != log.account[rows])] = -1
+        kept: NDArray[np.intp] = rows[day[rows] < known_on[place]]
+        return kept
+
+
+def split_fold(
+    log: Dataset,
+    train_until: str | None = None,
+    test_from: str | None = None,
+    test_until: str | None = None,
+    label_delay_days: int = 7,
+) -> Fold:
+    """One fold over the whole log. Dates are the last or first day of their period.
+
+    Args:
+        train_until: last day of training; by default the first half of the days trains.
+        test_from: by default the day on which all labels of the training have arrived.
+        test_until: last day of the test; by default the log's.
+
+    Raises:
+        ProtocolError: a date is none, out of the log or out of order, or a period has no fraud.
+    """
+    first, last = _days_of(log)
+    until = first + (last + 1 - first) // 2 if train_until is None else day_of(train_until) + 1
+    begin = until + label_delay_days if test_from is None else day_of(test_from)
+    end = last + 1 if test_until is None else day_of(test_until) + 1
+    return _checked(log, Fold("split", first, until, begin, end), label_delay_days)
+
+
+def handbook_folds(log: Dataset, start: str = HANDBOOK_START) -> list[Fold]:
+    """The handbook's four folds, the earliest first.
+
+    Args:
+        start: first day of the latest training week; the others step back by a week.
+
+    Raises:
+        ProtocolError: the log does not hold all of these days.
+    """
+    first, _ = _days_of(log)
+    folds = []
+    for number in range(HANDBOOK_FOLDS):
+        week = day_of(start) - WEEK_DAYS * (HANDBOOK_FOLDS - 1 - number)
+        fold = Fold(
+            f"week-{number + 1}",
+            first,
+            week + WEEK_DAYS,
+            week + 2 * WEEK_DAYS,
+            week + 3 * WEEK_DAYS,
+            known_from=week,
+        )
+        folds.append(_checked(log, fold, WEEK_DAYS))
+    return folds
+
+
+def days_of(log: Dataset) -> NDArray[np.int64]:
+    """[N] the UTC day of each transaction since 1970-01-01."""
+    return log.timestamp_ms // DAY_MS
+
+
+def day_of(text: str) -> int:
+    """
+    >>> day_of("2018-08-15")
+    17758
+    """
+    try:
+        found = date.fromisoformat(text)
+    except ValueError as error:
+        raise ProtocolError(f"{text[:40]!r} is no date such as 2018-08-15") from error
+    return int(datetime(found.year, found.month, found.day, tzinfo=UTC).timestamp()) // 86_400
+
+
+def iso_date(day: int) -> str:
+    """
+    >>> iso_date(17758)
+    '2018-08-15'
+    """
+    return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
+
+
+def _days_of(log: Dataset) -> tuple[int, int]:
+    if not len(log):
+        raise ProtocolError("the log has no transactions")
+    return int(log.timestamp_ms[0] // DAY_MS), int(log.timestamp_ms[-1] // DAY_MS)
+
+
+def _checked(log: Dataset, fold: Fold, label_delay_days: int) -> Fold:
+    first, last = _days_of(log)
+    if not first < fold.train_until < fold.test_from < fold.test_until <= last + 1:
+        raise ProtocolError(
+            f"{fold.describe()}: the log has the days {iso_date(first)} to {iso_date(last)}, "
+            "and training, test from and test until must follow each other in them; choose "
+            "other dates"
+        )
+    if fold.test_from - fold.train_until < label_delay_days:
+        raise ProtocolError(
+            f"{fold.describe()}: labels take {label_delay_days} days, so that the last ones of "
+            f"the training arrive when the test has begun; test from "
+            f"{iso_date(fold.train_until + label_delay_days)} or later"
+        )
+    for what, rows in (("training", fold.trained_rows(log)), ("test", fold.tested_rows(log))):
+        frauds = int(log.is_fraud[rows].sum())
+        if not 0 < frauds < len(rows):
+            raise ProtocolError(
+                f"{fold.describe()}: {frauds} of the {len(rows)} transactions of the {what} are "
+                "fraud; both kinds must be there: choose other dates or a longer log"
+            )
+    return fold
+
+
+def _rows(log: Dataset, begin: int, end: int) -> NDArray[np.intp]:
+    return np.arange(*np.searchsorted(log.timestamp_ms, [begin * DAY_MS, end * DAY_MS]))

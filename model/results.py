@@ -1,0 +1,197 @@
+"""The results of a comparison, as they are printed, written to results.json and told in a card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from model.comparison import (
+    BATCH_TRANSACTIONS,
+    TITLES,
+    Comparison,
+    ComparisonSettings,
+)
+from model.dataset import Dataset
+from model.protocol import ProtocolName, days_of, iso_date
+from model.robustness import Robustness
+from model.run_cache import Run
+
+RESULTS_FORMAT = 1
+
+MEASURES: dict[str, str] = {
+    "auc_roc": "AUC",
+    "average_precision": "AP",
+    "card_precision_at_100": "card P@100",
+    "precision_at_100": "P@100",
+    "recall_at_fpr_0.001": "R@0.1 %",
+    "recall_at_fpr_0.01": "R@1 %",
+    "expected_calibration_error": "ECE",
+    "brier_score": "Brier",
+}
+"""Measures by name, with the heading of their column."""
+
+FINE = ("expected_calibration_error", "brier_score")
+"""Measures that are small numbers, and the smaller the better."""
+
+PUBLISHED: dict[ProtocolName, dict[str, dict[str, float]]] = {
+    "handbook": {
+        "published best (the Handbook, on its data)": {
+            "auc_roc": 0.880,
+            "average_precision": 0.687,
+            "card_precision_at_100": 0.305,
+        }
+    },
+    "split": {},
+}
+"""What the Fraud Detection Handbook states for its own protocol, on its own data."""
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """A network over all its folds and seeds.
+
+    Attributes:
+        mean: of each measure.
+        deviation: of each measure over seeds, of the mean over folds; none of one seed.
+        seconds: of training, mean of a run.
+        microseconds: see :class:`model.run_cache.Run`.
+        recall_by_scenario: mean over folds and seeds.
+    """
+
+    network: str
+    title: str
+    runs: int
+    mean: dict[str, float]
+    deviation: dict[str, float] = {}
+    seconds: float = 0.0
+    parameters: int = 0
+    microseconds: float = 0.0
+    recall_by_scenario: dict[int, float] = {}
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a comparison found.
+
+    Attributes:
+        protocol: and its folds in words.
+        data: what it was measured on.
+        published: measures of others by what they are.
+        robustness: none where it was not measured.
+        tested: transactions and frauds of all folds' tests.
+    """
+
+    format_version: int = RESULTS_FORMAT
+    protocol: ProtocolName
+    folds: dict[str, str]
+    data: dict[str, Any]
+    tested: dict[str, int]
+    settings: dict[str, Any]
+    networks: list[Summary]
+    published: dict[str, dict[str, float]]
+    runs: list[Run]
+    robustness: Robustness | None = None
+    batch_transactions: int = BATCH_TRANSACTIONS
+
+
+def results_of(
+    comparison: Comparison,
+    log: Dataset,
+    settings: ComparisonSettings,
+    source: str,
+    robustness: Robustness | None = None,
+) -> Results:
+    """The results of a comparison on a log.
+
+    Args:
+        source: where the log is from, in a few words.
+    """
+    first, last = days_of(log)[[0, -1]].tolist()
+    rows = np.concatenate(list(comparison.rows.values()))
+    return Results(
+        protocol=comparison.protocol,
+        folds={fold.name: fold.describe() for fold in comparison.folds},
+        data={
+            "source": source,
+            "digest": log.digest(),
+            "transactions": len(log),
+            "frauds": int(log.is_fraud.sum()),
+            "accounts": len(np.unique(log.account)),
+            "merchants": len(np.unique(log.merchant)),
+            "first_day": iso_date(first),
+            "last_day": iso_date(last),
+        },
+        tested={"transactions": len(rows), "frauds": int(log.is_fraud[rows].sum())},
+        settings=msgspec.to_builtins(settings),
+        networks=[summarise(name, comparison.of(name)) for name in comparison.networks()],
+        published=PUBLISHED[comparison.protocol],
+        runs=comparison.runs,
+        robustness=robustness,
+    )
+
+
+def summarise(network: str, runs: Sequence[Run]) -> Summary:
+    """A network's runs, together."""
+    seeds = sorted({run.seed for run in runs})
+    mean, deviation = {}, {}
+    for measure in MEASURES:
+        of_seed = [
+            np.mean([run.metrics[measure] for run in runs if run.seed == seed]) for seed in seeds
+        ]
+        mean[measure] = float(np.mean(of_seed))
+        if len(seeds) > 1:
+            deviation[measure] = float(np.std(of_seed, ddof=1))
+    scenarios = sorted({s for run in runs for s in run.recall_by_scenario})
+    return Summary(
+        network=network,
+        title=TITLES[network],
+        runs=len(runs),
+        mean=mean,
+        deviation=deviation,
+        seconds=float(np.mean([run.seconds for run in runs])),
+        parameters=runs[0].parameters,
+        microseconds=min(run.microseconds for run in runs),
+        recall_by_scenario={
+            s: float(np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario]))
+            for s in scenarios
+        },
+    )
+
+
+def table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of text: a network each, then what others published."""
+    headings = ["network", *MEASURES.values(), "train s", "parameters", "µs/tx"]
+    rows = []
+    for network in results.networks:
+        measures = [
+            in_figures(name, network.mean[name], network.deviation.get(name)) for name in MEASURES
+        ]
+        trained = f"{network.seconds:,.0f}" if network.seconds else "–"
+        rows.append(
+            [
+                network.title,
+                *measures,
+                trained,
+                f"{network.parameters:,}",
+                f"{network.microseconds:.2f}",
+            ]
+        )
+    for title, published in results.published.items():
+        found = [in_figures(n, published[n]) if n in published else "–" for n in MEASURES]
+        rows.append([title, *found, "–", "–", "–"])
+    return headings, rows
+
+
+def in_figures(measure: str, value: float, deviation: float | None = None) -> str:
+    """
+    >>> in_figures("average_precision", 0.78642), in_figures("brier_score", 0.003141)
+    ('.786', '.00314')
+    >>> in_figures("average_precision", 0.78642, 0.0021), in_figures("auc_roc", 1.0)
+    ('.786 ±.002', '1.000')
+    """
+    digits = 5 if measure in FINE else 3
+    text = f"{value:.{digits}f}".removeprefix("0")
+    if deviation is None or measure != "average_precision":
+        return text
+    return f"{text} ±{f'{deviation:.{digits}f}'.removeprefix('0')}"

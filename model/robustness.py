@@ -1,0 +1,201 @@
+"""What a stream's mishaps cost: a log scored a step at a time, as a worker does, with faults.
+
+Only the accounts' states are disturbed. Merchant profiles are shared by all accounts, count at
+least once and are right but for a micro-batch at a crash; their features are taken as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.checkpoint import Checkpoint
+from model.dataset import DAY_MS, Dataset
+from model.evaluation import average_precision
+from model.features import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
+from model.protocol import Fold, days_of, iso_date
+
+WEEK_DAYS = 7
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong with account states.
+
+    Attributes:
+        title: in tables.
+        hidden_dtype: the hidden is rounded to it after each step.
+        expire_days: a state that was silent for longer starts anew; none keeps it for ever.
+        twice_share: of the transactions are applied to the state twice (and scored once).
+        lost_share: of the transactions change no state: the write was lost.
+        wiped_ms: all states are lost at this time, epoch milliseconds.
+        seed: of which transactions are hit.
+    """
+
+    title: str
+    hidden_dtype: torch.dtype = torch.float32
+    expire_days: float | None = None
+    twice_share: float = 0.0
+    lost_share: float = 0.0
+    wiped_ms: int | None = None
+    seed: int = 0
+
+
+NO_FAULTS = Faults("none")
+FAULTS: tuple[Faults, ...] = (
+    Faults("states kept in float16", hidden_dtype=torch.float16),
+    Faults("states expire after 30 days", expire_days=30.0),
+    Faults("1 % of transactions applied twice", twice_share=0.01),
+    Faults("1 % of state writes lost", lost_share=0.01),
+)
+"""Each may cost less than .001 of average precision."""
+
+
+class FaultCost(msgspec.Struct, frozen=True):
+    """Average precision on the test with a fault, and how much less that is than without."""
+
+    title: str
+    average_precision: float
+    lost: float
+
+
+class Week(msgspec.Struct, frozen=True):
+    """A week of the test: average precision with all states, and with all lost at its start."""
+
+    first_day: str
+    frauds: int
+    with_states: float
+    states_lost: float
+
+
+class Robustness(msgspec.Struct, frozen=True):
+    """What faults cost.
+
+    Attributes:
+        average_precision: stepwise and without faults.
+        faults: each by itself.
+        weeks: after all states were lost at the start of the test.
+    """
+
+    average_precision: float
+    faults: list[FaultCost]
+    weeks: list[Week]
+
+
+def score_with_faults(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32, faults: Faults
+) -> Float32:
+    """Scores [n] of a log's first n transactions, stepwise in rounds, from empty account states.
+
+    Args:
+        raw: [n, R] their raw features. The account's columns are computed again, from
+            disturbed states; the others are taken from here.
+    """
+    rounds = rounds_of(log.account[: len(raw)].astype(np.int64))
+    n = len(rounds[0]) if rounds else 0
+    history = AccountHistory.empty(n)
+    hidden = checkpoint.network.empty_hidden(n)
+    wiped = np.zeros(n, np.bool_)  # has had its first transaction after the wipe
+    rng = np.random.default_rng(faults.seed)
+    twice = rng.random(len(raw)) < faults.twice_share
+    lost = rng.random(len(raw)) < faults.lost_share
+    scores = np.empty(len(raw), np.float32)
+
+    def advance(
+        account: NDArray[np.intp], rows: NDArray[np.intp]
+    ) -> tuple[AccountHistory, torch.Tensor, torch.Tensor]:
+        of_account, after = observe(history.take(account), log.amount[rows], log.timestamp_ms[rows])
+        whole = np.hstack((of_account, raw[rows, len(ACCOUNT_FEATURES) :]))
+        inputs = torch.from_numpy(checkpoint.encode(whole))
+        logits, advanced = checkpoint.network.step(inputs, hidden[torch.from_numpy(account)])
+        return after, advanced.to(faults.hidden_dtype).float(), logits
+
+    with torch.inference_mode():
+        for rows in rounds:
+            account = np.arange(len(rows))  # accounts stand in the same order in each round
+            gone = _gone(history.take(account), wiped, log.timestamp_ms[rows], faults)
+            history.put(gone, AccountHistory.empty(len(gone)))
+            hidden[torch.from_numpy(gone)] = 0.0
+            after, advanced, logits = advance(account, rows)
+            scores[rows] = torch.sigmoid(logits).numpy()
+            kept = np.flatnonzero(~lost[rows])
+            history.put(kept, after.take(kept))
+            hidden[torch.from_numpy(kept)] = advanced[torch.from_numpy(kept)]
+            again = np.flatnonzero(twice[rows])
+            if len(again):
+                after, advanced, _ = advance(again, rows[again])
+                history.put(again, after)
+                hidden[torch.from_numpy(again)] = advanced
+    return scores
+
+
+def _gone(
+    history: AccountHistory, wiped: NDArray[np.bool_], timestamp_ms: NDArray[np.int64], f: Faults
+) -> NDArray[np.intp]:
+    """Accounts of a round whose state is not there any more; notes in ``wiped`` who was wiped."""
+    gone = np.zeros(len(history), np.bool_)
+    if f.expire_days is not None:
+        silent_ms = timestamp_ms - history.last_event_ms
+        gone |= (history.count > 0) & (silent_ms > f.expire_days * DAY_MS)
+    if f.wiped_ms is not None:
+        first_after = (timestamp_ms >= f.wiped_ms) & ~wiped[: len(history)]
+        wiped[: len(history)] |= first_after
+        gone |= first_after
+    return np.flatnonzero(gone)
+
+
+def measure_robustness(
+    checkpoint: Checkpoint,
+    log: Dataset,
+    raw: Float32,
+    fold: Fold,
+    show: Callable[[float, str], None] = lambda share, note: None,
+) -> Robustness:
+    """What each of :data:`FAULTS` costs on a fold's test, and all states lost at its start.
+
+    Args:
+        raw: [N, R] raw features of the log, with the checkpoint's label delay.
+        show: called with the share that is done and what is going on.
+    """
+    end = int(np.searchsorted(log.timestamp_ms, fold.test_until * DAY_MS))
+    rows = fold.tested_rows(log)
+    is_fraud = log.is_fraud[rows]
+    wipe = Faults("all states lost", wiped_ms=fold.test_from * DAY_MS)
+    scored = {}
+    everything = (NO_FAULTS, *FAULTS, wipe)
+    for number, faults in enumerate(everything):
+        show(number / len(everything), f"faults: {faults.title}")
+        scored[faults.title] = score_with_faults(checkpoint, log, raw[:end], faults)[rows]
+    undisturbed = scored[NO_FAULTS.title]
+    best = average_precision(undisturbed, is_fraud)
+    costs = []
+    for faults in FAULTS:
+        found = average_precision(scored[faults.title], is_fraud)
+        costs.append(FaultCost(faults.title, found, best - found))
+    return Robustness(
+        best, costs, _weeks(fold, days_of(log)[rows], is_fraud, undisturbed, scored[wipe.title])
+    )
+
+
+def _weeks(
+    fold: Fold,
+    day: NDArray[np.int64],
+    is_fraud: NDArray[np.bool_],
+    with_states: Float32,
+    states_lost: Float32,
+) -> list[Week]:
+    """The test's weeks that have fraud; the last one may be short."""
+    weeks = []
+    for first in range(fold.test_from, fold.test_until, WEEK_DAYS):
+        chosen = (day >= first) & (day < first + WEEK_DAYS)
+        truth = is_fraud[chosen]
+        if not 0 < truth.sum() < len(truth):
+            continue  # no precision without fraud
+        ap = [average_precision(s[chosen], truth) for s in (with_states, states_lost)]
+        weeks.append(Week(iso_date(first), int(truth.sum()), ap[0], ap[1]))
+    return weeks

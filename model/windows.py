@@ -1,0 +1,100 @@
+"""The Fraud Detection Handbook's exact windows: the inputs of the outside reference.
+
+Only for comparison: they look at single transactions, not at closed buckets, and a stream
+would have to keep every one of the last 37 days to compute them. The published definition
+(Le Borgne, Siblini, Lebichot, Bontempi: "Reproducible Machine Learning for Credit Card Fraud
+Detection - Practical Handbook", chapter 3, "Baseline feature transformation"):
+
+- weekend, and night (hours 0 to 6), as flags;
+- of the card: transactions and mean amount in the last 1, 7 and 30 days, this one included;
+- of the terminal: transactions and the share of fraud among them in the 1, 7 and 30 days that
+  ended when a label takes to arrive.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.dataset import DAY_MS, Dataset
+from model.features import Float32
+
+WINDOW_DAYS = (1, 7, 30)
+
+WINDOW_INPUTS: tuple[str, ...] = (
+    "amount",
+    "weekend",
+    "night",
+    *(f"card_{what}_{days}d" for days in WINDOW_DAYS for what in ("transactions", "mean_amount")),
+    *(f"terminal_{what}_{days}d" for days in WINDOW_DAYS for what in ("transactions", "risk")),
+)
+"""Names of the columns that :func:`window_inputs` gives."""
+
+_HOUR_MS = 3_600_000
+_NIGHT_UNTIL_HOUR = 6
+_MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
+_SATURDAY = 5
+
+
+def window_inputs(log: Dataset, label_delay_days: float = 7.0) -> Float32:
+    """[N, 15] the columns of :data:`WINDOW_INPUTS` of each transaction.
+
+    A window of w days that ends at t holds the times in (t - w, t]. Risk is 0 where the window
+    holds no transaction.
+    """
+    delay_ms = round(label_delay_days * DAY_MS)
+    inputs = np.empty((len(log), len(WINDOW_INPUTS)), np.float32)
+    inputs[:, 0] = log.amount
+    inputs[:, 1] = (log.timestamp_ms // DAY_MS + _MONDAY_OFFSET) % 7 >= _SATURDAY
+    inputs[:, 2] = log.timestamp_ms % DAY_MS // _HOUR_MS <= _NIGHT_UNTIL_HOUR
+    cards = _Past(log.account, log.timestamp_ms, log.amount)
+    terminals = _Past(log.merchant, log.timestamp_ms, log.is_fraud.astype(np.float64))
+    column = 3
+    for days in WINDOW_DAYS:
+        count, amount = cards.within(0, days * DAY_MS)
+        inputs[:, column] = count
+        inputs[:, column + 1] = amount / count  # itself is in it: at least 1
+        column += 2
+    for days in WINDOW_DAYS:
+        count, frauds = terminals.within(delay_ms, days * DAY_MS)
+        inputs[:, column] = count
+        inputs[:, column + 1] = frauds / np.maximum(count, 1)
+        column += 2
+    return inputs
+
+
+class _Past:
+    """Counts and sums over windows of each key's own past, by binary search."""
+
+    def __init__(
+        self,
+        key: NDArray[np.int32],
+        timestamp_ms: NDArray[np.int64],
+        value: NDArray[np.float64],
+    ) -> None:
+        number = np.unique(key, return_inverse=True)[1].astype(np.int64)
+        since_ms = timestamp_ms - timestamp_ms.min(initial=2**62)
+        span_ms = int(since_ms.max(initial=0)) + 1
+        self._order = np.lexsort((since_ms, number))
+        # Each key has a stretch of its own of one long time line. In its order: neighbouring
+        # searches then look at neighbouring places.
+        self._base = number[self._order] * span_ms
+        self._since_ms = since_ms[self._order]
+        self._place = self._base + self._since_ms
+        self._sum = np.concatenate((np.zeros(1), np.cumsum(value[self._order])))
+
+    def within(
+        self, delay_ms: int, window_ms: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Count and sum, [N] each, of the window that ended ``delay_ms`` before each time."""
+        end = self._until(self._since_ms - delay_ms)
+        begin = self._until(self._since_ms - delay_ms - window_ms)
+        count, total = np.empty_like(end), np.empty(len(end))
+        count[self._order] = end - begin
+        total[self._order] = self._sum[end] - self._sum[begin]
+        return count, total
+
+    def _until(self, since_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places after the key's transactions at or before that time."""
+        clipped = np.maximum(since_ms, -1)  # before the first: where the key's stretch begins
+        return np.searchsorted(self._place, self._base + clipped, side="right").astype(np.int64)

@@ -1,0 +1,327 @@
+"""`recur evaluate`: reads the transactions, compares networks, prints and writes what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from model.card import model_card
+from model.checkpoint import Checkpoint, CheckpointError
+from model.comparison import (
+    NETWORKS,
+    REFERENCE,
+    Comparer,
+    Comparison,
+    ComparisonError,
+    ComparisonSettings,
+)
+from model.dataset import Dataset
+from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
+from model.progress import TrainingProgress
+from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
+from model.reference import TREES, MissingRequirementError, lightgbm
+from model.results import Results, results_of, table
+from model.robustness import Robustness, measure_robustness
+from model.simulator import Simulator, SimulatorError
+from model.training import Report, Reporter, TrainingError, TrainingSettings
+from pipeline.column_mapping import load_mapping
+from pipeline.errors import RecurError, SettingsError
+from pipeline.transaction_files import TransactionFile
+
+SCENARIOS_MAX = 100
+
+TABLE_COLUMNS = 132
+"""Width of the table where stdout is not a terminal, characters."""
+
+_READ_SHARE = 0.04  # of the time, about
+_COMPARED_SHARE = 0.93
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What `recur evaluate` was asked for; see its help."""
+
+    output: Path
+    file: Path | None = None
+    columns: str | None = None
+    protocol: ProtocolName = "split"
+    train_until: str | None = None
+    test_from: str | None = None
+    test_until: str | None = None
+    fold_start: str = HANDBOOK_START
+    label_delay_days: int = 7
+    networks: tuple[str, ...] = NETWORKS
+    seeds: int = 1
+    checkpoint: Path | None = None
+    plots: bool = True
+    robustness: bool = True
+    simulated: dict[str, Any] = field(default_factory=dict)
+    """customers, terminals and days where no file is given."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Of :class:`model.training.TrainingSettings`, where other than its defaults."""
+    trees: int = TREES
+
+
+def evaluate_options(
+    *,
+    networks: str | None,
+    no_plots: bool,
+    no_robustness: bool,
+    epochs: int | None,
+    hidden_size: int | None,
+    customers: int | None,
+    terminals: int | None,
+    days: int | None,
+    **options: Any,
+) -> EvaluateOptions:
+    """The options from those of the command line; what is none keeps its default."""
+    simulated = {"customers": customers, "terminals": terminals, "days": days}
+    training = {"epochs": epochs, "hidden_size": hidden_size}
+    chosen = NETWORKS if networks is None else tuple(n.strip() for n in networks.split(","))
+    return EvaluateOptions(
+        networks=chosen,
+        plots=not no_plots,
+        robustness=not no_robustness,
+        simulated={name: value for name, value in simulated.items() if value is not None},
+        training={name: value for name, value in training.items() if value is not None},
+        **options,
+    )
+
+
+def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Results:
+    """Compares, prints the table, writes results.json, model_card.md and the plots.
+
+    What was trained stays in the output folder, in ``runs``; the same command goes on there.
+
+    Raises:
+        RecurError: anything that the person who called it can put right.
+    """
+    try:
+        with TrainingProgress(command="evaluate") as progress:
+            results = _evaluate(options, progress.report)
+    except (
+        CheckpointError,
+        ComparisonError,
+        MissingRequirementError,
+        ProtocolError,
+        SimulatorError,
+        TrainingError,
+    ) as error:
+        raise RecurError(str(error)) from error
+    print_results(results, console)
+    return results
+
+
+def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
+    _check_requirements(options)
+    settings = ComparisonSettings(
+        options.networks,
+        options.seeds,
+        options.label_delay_days,
+        TrainingSettings(**options.training),
+        options.trees,
+    )
+    given = None if options.checkpoint is None else Checkpoint.load(options.checkpoint)
+    _make_folder(options.output)
+    log = read_log(options, lambda share, note: report(Report("reading", share, note)))
+    if options.protocol == "handbook":
+        folds = handbook_folds(log, options.fold_start)
+    else:
+        folds = [
+            split_fold(
+                log,
+                options.train_until,
+                options.test_from,
+                options.test_until,
+                options.label_delay_days,
+            )
+        ]
+    comparer = Comparer(log, settings, options.output / "runs", given)
+    comparison = comparer.compare(
+        options.protocol, folds, _within(report, _READ_SHARE, _COMPARED_SHARE)
+    )
+    robustness = None
+    if options.robustness and options.protocol == "split":
+        robustness = _robustness(comparer, comparison, log, report)
+    source = "simulated transactions" if options.file is None else options.file.name
+    results = results_of(comparison, log, settings, source, robustness)
+    _write(options, results, comparison, log)
+    return results
+
+
+def read_log(
+    options: EvaluateOptions, show: Callable[[float, str], None] = lambda share, note: None
+) -> Dataset:
+    """The transactions of the file, or simulated ones.
+
+    Raises:
+        RecurError: the file cannot be read, or has no labels.
+    """
+    if options.file is None:
+        show(0.0, "simulating")
+        return simulated_dataset(**options.simulated)
+    if options.columns is None:
+        raise SettingsError(
+            "recur evaluate FILE needs --columns; `recur replay --example-columns` prints a "
+            "column mapping to start from"
+        )
+    file = TransactionFile(options.file, load_mapping(options.columns))
+    columns: list[list[Any]] = [[], [], [], [], [], []]
+    codes: tuple[dict[str, int], dict[str, int]] = {}, {}
+    kinds: dict[str, int] = {}
+    for part in file.parts():
+        if part.labels is None:
+            raise RecurError(
+                f"{options.columns} names no label: a comparison needs the truth; write the "
+                "column that has it as label under [columns]"
+            )
+        show(_READ_SHARE * file.fraction_read, f"{int(part.rows[-1]):,} rows")
+        for names, code, into in zip(
+            (part.account_ids, part.merchant_ids), codes, columns[:2], strict=True
+        ):
+            into.append(np.array([code.setdefault(name, len(code)) for name in names], np.int32))
+        columns[2].append(np.array(part.amounts, np.float64))
+        columns[3].append(part.timestamps_ms)
+        columns[4].append(part.labels)
+        columns[5].append(_scenarios(part.scenarios, part.labels, kinds))
+    if not columns[0]:
+        raise RecurError(f"{options.file} has no transactions")
+    account, merchant, amount, timestamp_ms, label, scenario = map(np.concatenate, columns)
+    return Dataset(account, merchant, amount, timestamp_ms, label, scenario)
+
+
+def simulated_dataset(
+    customers: int = 5000, terminals: int = 10_000, days: int = 183, seed: int = 1
+) -> Dataset:
+    """The simulator's first days."""
+    simulated = list(islice(Simulator(customers, terminals, seed=seed).days(), days))
+
+    def column(name: str, kind: Any) -> Any:
+        return np.concatenate([getattr(day, name) for day in simulated]).astype(kind)
+
+    return Dataset(
+        column("account", np.int32),
+        column("merchant", np.int32),
+        column("amount", np.float64),
+        column("timestamp_ms", np.int64),
+        column("is_fraud", np.int8),
+        column("scenario", np.int8),
+    )
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
+    """The table, and what robustness was found."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = TABLE_COLUMNS
+    headings, rows = table(results)
+    console.print(f"protocol {results.protocol}: {'; '.join(results.folds.values())}")
+    _print_table(console, headings, rows)
+    found = results.robustness
+    if found is not None:
+        faults = [
+            [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"]
+            for cost in found.faults
+        ]
+        _print_table(console, ["fault of account states", "AP", "AP lost"], faults)
+        weeks = [
+            [week.first_day, f"{week.with_states:.3f}", f"{week.states_lost:.3f}"]
+            for week in found.weeks
+        ]
+        _print_table(console, ["all states lost, week from", "AP", "AP, states lost"], weeks)
+
+
+def _print_table(console: Console, headings: list[str], rows: list[list[str]]) -> None:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def _check_requirements(options: EvaluateOptions) -> None:
+    """What is not installed is told now, not after an hour of training."""
+    if REFERENCE in options.networks:
+        lightgbm()
+    if options.plots:
+        require_matplotlib()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecurError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+
+
+def _robustness(
+    comparer: Comparer, comparison: Comparison, log: Dataset, report: Reporter
+) -> Robustness | None:
+    """Of the checkpoint that the card describes; none where there is none."""
+    fold = comparison.folds[0]
+    checkpoint = comparison.checkpoints.get(fold.name)
+    if checkpoint is None:
+        return None
+    raw = comparer.raw(checkpoint.header.features.label_delay_days)
+    within = _within(report, _COMPARED_SHARE, 1.0)
+    return measure_robustness(
+        checkpoint, log, raw, fold, lambda share, title: within(Report(title, share))
+    )
+
+
+def _write(
+    options: EvaluateOptions, results: Results, comparison: Comparison, log: Dataset
+) -> None:
+    plots = []
+    if options.plots:
+        for name, plot in (
+            ("pr.png", plot_precision_recall),
+            ("calibration.png", plot_calibration),
+        ):
+            plot(comparison, log, options.output / name)
+            plots.append(name)
+    checkpoint = comparison.checkpoints.get(comparison.folds[-1].name)
+    try:
+        text = msgspec.json.format(msgspec.json.encode(results), indent=2)
+        (options.output / "results.json").write_bytes(text + b"\n")
+        (options.output / "model_card.md").write_text(
+            model_card(results, checkpoint, plots), encoding="utf-8"
+        )
+    except OSError as error:
+        raise RecurError(f"cannot write in {options.output}: {error.strerror or error}") from error
+
+
+def _within(report: Reporter, begin: float, end: float) -> Reporter:
+    """Reports whose share of the whole goes from begin to end."""
+    return lambda r: report(Report(r.stage, begin + (end - begin) * r.done, r.note))
+
+
+def _scenarios(
+    names: list[str | None] | None, labels: NDArray[np.int8], kinds: dict[str, int]
+) -> NDArray[np.int8]:
+    """Numbers of scenarios: the file's own where they are small numbers, else by appearance."""
+    if names is None:
+        return np.asarray(labels == 1, np.int8)
+    return np.fromiter((_scenario(name, kinds) for name in names), np.int8, len(names))
+
+
+def _scenario(name: str | None, kinds: dict[str, int]) -> int:
+    if name in (None, "", "0"):
+        return 0
+    assert name is not None
+    if name not in kinds:
+        if len(kinds) >= SCENARIOS_MAX:
+            raise RecurError(f"the scenario column has more than {SCENARIOS_MAX} values: map none")
+        own = int(name) if name.isdecimal() and int(name) <= SCENARIOS_MAX else 0
+        kinds[name] = own or len(kinds) + 1
+    return kinds[name]

@@ -1,0 +1,329 @@
+"""Networks compared on simulated transactions, small and quick, through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from model import plots, reference
+from model.checkpoint import Checkpoint
+from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
+from model.dataset import Dataset
+from model.plots import precision_recall_curve
+from model.protocol import Fold, split_fold
+from model.reference import MissingRequirementError
+from model.results import MEASURES, in_figures, summarise
+from model.run_cache import Run, RunCache
+from model.training import Report, TrainingSettings
+from pipeline import cli
+from pipeline.errors import RecurError
+from pipeline.evaluation import EvaluateOptions, run_evaluate, simulated_dataset
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "epochs": 4,
+    "accounts_per_batch": 16,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+}
+SIMULATED = {"customers": 300, "terminals": 600, "days": 70}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other in small operations crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def log() -> Dataset:
+    return simulated_dataset(**SIMULATED)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Everything once: the folder that it wrote, and results.json."""
+    output = tmp_path_factory.mktemp("evaluated") / "new folder"
+    run_evaluate(EvaluateOptions(output=output, simulated=SIMULATED, training=SMALL, trees=40))
+    return output, json.loads((output / "results.json").read_text())
+
+
+def test_every_network_is_measured_by_every_measure(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = evaluated
+    assert [n["network"] for n in results["networks"]] == list(NETWORKS)
+    for network in results["networks"]:
+        assert set(network["mean"]) == set(MEASURES)
+        assert np.isfinite(list(network["mean"].values())).all(), network
+        assert all(0 <= value <= 1 for value in network["mean"].values()), network
+        assert network["seconds"] > 0
+        assert network["parameters"] > 0
+        assert network["microseconds"] > 0
+        assert set(network["recall_by_scenario"]) == {"1", "2", "3"}
+
+
+def test_what_a_network_sees_and_remembers_shows_in_what_it_finds(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = evaluated
+    ap = {n["network"]: n["mean"]["average_precision"] for n in results["networks"]}
+    assert ap["gru"] > 1.3 * ap["transaction"]
+    assert ap["feed-forward"] > 1.3 * ap["transaction"]
+    assert ap["lightgbm"] > 1.3 * ap["transaction"]
+    parameters = {n["network"]: n["parameters"] for n in results["networks"]}
+    order = ["transaction", "feed-forward", "rnn", "gru", "gru-2", "gru-3"]
+    assert [parameters[n] for n in order] == sorted(parameters[n] for n in order)
+
+
+def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    _, results = evaluated
+    assert results["folds"] == {
+        "split": "trained to 2018-05-05, tested 2018-05-13 to 2018-06-09",
+    }
+    log = simulated_dataset(**SIMULATED)
+    assert results["data"]["digest"] == log.digest()
+    assert results["data"]["transactions"] == len(log)
+    assert [cost["title"] for cost in results["robustness"]["faults"]]
+    assert len(results["robustness"]["weeks"]) == 4
+
+
+def test_the_card_and_the_plots_are_there_and_say_what_they_must(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
+    output, results = evaluated
+    card = (output / "model_card.md").read_text(encoding="utf-8")
+    for heading in (
+        *("What it is", "Inputs", "Data", "Protocol", "How good it is", "By kind of fraud"),
+        *("Robustness", "Thresholds", "Limits"),
+    ):
+        assert f"\n## {heading}\n" in card
+    assert results["data"]["digest"] in card
+    for network in results["networks"]:
+        ap = in_figures("average_precision", network["mean"]["average_precision"])
+        assert f"| {network['title']} |" in card
+        assert f"| {ap} |" in card
+    for name in ("pr.png", "calibration.png"):
+        assert f"({name})" in card
+        content = (output / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 10_000
+
+
+def test_the_gru_of_a_comparison_is_a_checkpoint_of_its_scores(
+    evaluated: tuple[Path, dict[str, Any]], log: Dataset
+) -> None:
+    output, results = evaluated
+    (path,) = (output / "runs").glob("gru-split-1-*.safetensors")
+    checkpoint = Checkpoint.load(path)
+    assert checkpoint.header.data_digest == log.digest()
+    comparer = Comparer(log, ComparisonSettings(networks=()), given=checkpoint)
+    comparison = comparer.compare("split", [split_fold(log)])
+    (run,) = comparison.runs
+    (gru,) = (n for n in results["networks"] if n["network"] == "gru")
+    assert run.metrics["average_precision"] == pytest.approx(
+        gru["mean"]["average_precision"], abs=1e-4
+    )
+    assert run.seconds == 0
+
+
+def test_the_same_command_trains_nothing_again_and_another_network_only_that(
+    log: Dataset, tmp_path: Path
+) -> None:
+    fold = split_fold(log)
+    training = TrainingSettings(**SMALL | {"epochs": 1})
+
+    def compare(*networks: str) -> tuple[list[Run], set[str]]:
+        stages: set[str] = set()
+
+        def note(report: Report) -> None:
+            if report.note:
+                stages.add(report.stage)
+
+        settings = ComparisonSettings(networks=networks, training=training)
+        return Comparer(log, settings, tmp_path).compare("split", [fold], note).runs, stages
+
+    first, trained = compare("transaction")
+    assert trained == {"feed-forward, transaction alone, split, seed 1"}
+    again, trained = compare("transaction", "rnn")
+    assert trained == {"vanilla RNN, split, seed 1"}
+    assert again[0] == first[0]
+    for file in tmp_path.glob("*.npz"):
+        file.write_bytes(file.read_bytes()[:100])  # cut off
+    third, trained = compare("transaction")
+    assert trained == {"feed-forward, transaction alone, split, seed 1"}
+    assert third[0].metrics == first[0].metrics
+
+
+def test_progress_rises_to_1(log: Dataset) -> None:
+    done: list[float] = []
+    settings = ComparisonSettings(
+        networks=("transaction", "lightgbm"),
+        training=TrainingSettings(**SMALL | {"epochs": 1}),
+        trees=10,
+    )
+    Comparer(log, settings).compare("split", [split_fold(log)], lambda r: done.append(r.done))
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0.0, 1.0)
+
+
+def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(log: Dataset) -> None:
+    """What LightGBM and a network learn ends with the fold's training days."""
+    fold = split_fold(log)
+    later = np.flatnonzero(log.timestamp_ms >= (fold.test_until - 7) * 86_400_000)
+    label = log.label.copy()
+    label[later] = 1 - label[later]  # their labels arrive after the test
+    changed = Dataset(log.account, log.merchant, log.amount, log.timestamp_ms, label, log.scenario)
+    settings = ComparisonSettings(
+        networks=("feed-forward", "lightgbm"),
+        training=TrainingSettings(**SMALL | {"epochs": 1}),
+        trees=10,
+    )
+    scores = [Comparer(of, settings).compare("split", [fold]).scores for of in (log, changed)]
+    for key, values in scores[0].items():
+        assert np.array_equal(values, scores[1][key]), key
+
+
+def test_seeds_give_a_mean_and_a_deviation() -> None:
+    metrics = dict.fromkeys(MEASURES, 0.5)
+    runs = [
+        Run(
+            network="gru",
+            fold=fold,
+            seed=seed,
+            seconds=1.0,
+            parameters=3,
+            microseconds=2.0 + seed,
+            metrics=metrics | {"average_precision": ap},
+            recall_by_scenario={1: ap},
+        )
+        for fold, seed, ap in (("a", 1, 0.6), ("b", 1, 0.8), ("a", 2, 0.7), ("b", 2, 0.9))
+    ]
+    found = summarise("gru", runs)
+    assert found.mean["average_precision"] == pytest.approx(0.75)
+    assert found.deviation["average_precision"] == pytest.approx(0.1 / 2**0.5)  # of .7 and .8
+    assert found.microseconds == 3.0
+    assert found.recall_by_scenario == {1: pytest.approx(0.75)}
+    assert not summarise("gru", runs[:2]).deviation
+
+
+def test_a_curve_of_precision_and_recall_is_that_of_its_thresholds() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 20, 300).astype(np.float32) / 20
+    is_fraud = rng.random(300) < scores
+    found = set(
+        zip(*(c.round(9).tolist() for c in precision_recall_curve(scores, is_fraud)), strict=True)
+    )
+    expected = set()
+    for threshold in np.unique(scores):
+        over = scores >= threshold
+        recall = is_fraud[over].sum() / is_fraud.sum()
+        expected.add((round(float(recall), 9), round(float(is_fraud[over].mean()), 9)))
+    assert found <= expected
+    assert {recall for recall, _ in found} == {recall for recall, _ in expected}
+
+
+@pytest.fixture
+def file(log: Dataset, tmp_path: Path) -> Path:
+    """The log as a file in the handbook's columns."""
+    table = pa.table(
+        {
+            "TRANSACTION_ID": np.arange(len(log)),
+            "TX_DATETIME": log.timestamp_ms.astype("datetime64[ms]"),
+            "CUSTOMER_ID": log.account,
+            "TERMINAL_ID": log.merchant,
+            "TX_AMOUNT": log.amount,
+            "TX_FRAUD": log.label,
+            "TX_FRAUD_SCENARIO": log.scenario,
+        }
+    )
+    pa.parquet.write_table(table, tmp_path / "log.parquet")
+    return tmp_path / "log.parquet"
+
+
+def test_the_command_compares_on_a_file_by_the_handbooks_folds(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    cli.recur(
+        [
+            *("evaluate", str(file), "--columns", "handbook", "--protocol", "handbook"),
+            *("--fold-start", "2018-05-20", "--networks", "transaction"),
+            *("--epochs", "1", "--output", str(output)),
+        ],
+        standalone_mode=False,
+    )
+    shown = capsys.readouterr().out
+    assert "feed-forward, transaction alone" in shown
+    assert "published best" in shown
+    assert ".687" in shown
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["folds"]) == ["week-1", "week-2", "week-3", "week-4"]
+    assert [n["runs"] for n in results["networks"]] == [4]
+    assert results["robustness"] is None
+    assert "# Comparison of networks" in (output / "model_card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--networks", "gru,perceptron"], "there is no network 'perceptron'; choose of"),
+        (["--train-until", "2030-01-01"], "choose other dates"),
+        (["--protocol", "handbook", "--fold-start", "soon"], "'soon' is no date"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--seeds", "0"], "seeds is 0"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--customers", "60", "--terminals", "60", "--days", "40"]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", *small, "--output", str(tmp_path / "out"), *arguments])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert message in error
+
+
+def test_what_is_not_installed_is_told_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise MissingRequirementError("pip install 'recur[evaluate]'")
+
+    monkeypatch.setitem(__import__("sys").modules, "lightgbm", None)
+    with pytest.raises(MissingRequirementError, match=r"recur\[evaluate\].*leave lightgbm out"):
+        reference.lightgbm()
+    with pytest.raises(RecurError, match="LightGBM cannot be loaded"):
+        run_evaluate(EvaluateOptions(output=tmp_path, simulated=SIMULATED))
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(MissingRequirementError, match="matplotlib cannot be loaded"):
+        plots.require_matplotlib()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecurError, match="cannot make the folder"):
+        run_evaluate(EvaluateOptions(output=tmp_path / "file" / "out", simulated=SIMULATED))
+
+
+def test_kinds_are_named_once() -> None:
+    assert len({kind.title for kind in KINDS.values()}) == len(KINDS)
+    with pytest.raises(ComparisonError, match="there is no network"):
+        ComparisonSettings(networks=("verdict",))
+
+
+def test_an_unknown_run_is_not_in_the_cache(tmp_path: Path) -> None:
+    assert RunCache(tmp_path).get("gru-split-1-0") is None
+    assert Fold("f", 0, 10, 20, 30).score_from == 1

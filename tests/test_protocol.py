@@ -1,0 +1,123 @@
+"""Protocols: which rows are learned from and which are measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.dataset import DAY_MS, Dataset
+from model.protocol import (
+    Fold,
+    ProtocolError,
+    day_of,
+    days_of,
+    handbook_folds,
+    iso_date,
+    split_fold,
+)
+
+FIRST = day_of("2018-04-01")
+
+
+def a_log(days: int = 183, fraud_every: int = 5, fraud_days: int = 1000) -> Dataset:
+    """One transaction a day, at noon, each of another account."""
+    n = np.arange(days)
+    return Dataset(
+        account=n.astype(np.int32),
+        merchant=np.zeros(days, np.int32),
+        amount=np.ones(days),
+        timestamp_ms=(FIRST + n) * DAY_MS + DAY_MS // 2,
+        label=((n % fraud_every == 0) & (n < fraud_days)).astype(np.int8),
+        scenario=np.zeros(days, np.int8),
+    )
+
+
+def test_the_default_split_of_the_handbooks_days_is_the_stated_one() -> None:
+    fold = split_fold(a_log())
+    assert fold.describe() == "trained to 2018-06-30, tested 2018-07-08 to 2018-09-30"
+    assert iso_date(fold.score_from) == "2018-04-15"
+    log = a_log()
+    assert days_of(log)[fold.trained_rows(log)].tolist() == list(
+        range(fold.score_from, fold.train_until)
+    )
+    assert len(fold.tested_rows(log)) == 85
+
+
+def test_the_handbooks_folds_step_back_by_weeks_and_learn_from_all_days_before() -> None:
+    folds = handbook_folds(a_log())
+    assert [f.describe() for f in folds] == [
+        "trained to 2018-07-31, tested 2018-08-08 to 2018-08-14",
+        "trained to 2018-08-07, tested 2018-08-15 to 2018-08-21",
+        "trained to 2018-08-14, tested 2018-08-22 to 2018-08-28",
+        "trained to 2018-08-21, tested 2018-08-29 to 2018-09-04",
+    ]
+    assert {f.log_from for f in folds} == {FIRST}
+    assert iso_date(folds[-1].known_from or 0) == "2018-08-15"
+
+
+def test_a_card_leaves_the_test_when_its_fraud_is_known_and_not_before() -> None:
+    """By hand: training days 10 to 16, test days 24 to 30, so that labels take 7 days."""
+    transactions = [
+        # day, account, fraud
+        (9, 1, True),  # before the training week: not known
+        (10, 2, True),  # in it: known from the first test day on
+        (16, 3, True),  # its last day: known on day 24
+        (17, 4, True),  # in the delay: known on day 25
+        (20, 5, True),  # known on day 28
+        (20, 5, True),
+        (25, 6, True),  # in the test: would be known on day 33
+        *((day, account, False) for day in range(24, 31) for account in range(1, 8)),
+    ]
+    transactions.sort(key=lambda t: t[0])
+    day, account, fraud = (np.array(column) for column in zip(*transactions, strict=True))
+    log = Dataset(
+        account=account.astype(np.int32),
+        merchant=np.zeros(len(day), np.int32),
+        amount=np.ones(len(day)),
+        timestamp_ms=day * DAY_MS,
+        label=fraud.astype(np.int8),
+        scenario=np.zeros(len(day), np.int8),
+    )
+    fold = Fold("by hand", 0, train_until=17, test_from=24, test_until=31, known_from=10)
+    rows = fold.tested_rows(log)
+    days_left = {
+        int(card): np.unique(day[rows][account[rows] == card]).tolist() for card in range(1, 8)
+    }
+    whole = list(range(24, 31))
+    assert days_left == {
+        1: whole,
+        2: [],
+        3: [],
+        4: [24],
+        5: [24, 25, 26, 27],
+        6: whole,
+        7: whole,
+    }
+
+
+@pytest.mark.parametrize(
+    ("dates", "message"),
+    [
+        ({"train_until": "2018-07-01", "test_from": "2018-07-04"}, "test from 2018-07-09 or later"),
+        ({"train_until": "2019-07-01"}, "the log has the days 2018-04-01 to 2018-09-30"),
+        ({"test_until": "2018-10-01"}, "choose other dates"),
+        ({"train_until": "30.6.2018"}, "is no date such as"),
+    ],
+)
+def test_dates_that_cannot_be_are_refused_with_what_to_do(
+    dates: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        split_fold(a_log(), **dates)
+
+
+def test_a_period_of_one_class_is_refused() -> None:
+    with pytest.raises(ProtocolError, match=r"0 of the \d+ transactions of the test are fraud"):
+        split_fold(a_log(fraud_days=90), train_until="2018-06-30")
+
+
+def test_a_log_without_the_handbooks_days_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="choose other dates"):
+        handbook_folds(a_log(days=60))

@@ -1,0 +1,153 @@
+"""Faults of account states: each does to the scores what its name says, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint, Header
+from model.dataset import DAY_MS, Dataset
+from model.features import FEATURES, Encoder, FeatureSpec, Float32, observe_log
+from model.gru import Architecture, Network
+from model.protocol import Fold
+from model.robustness import (
+    FAULTS,
+    NO_FAULTS,
+    Faults,
+    measure_robustness,
+    score_with_faults,
+)
+from model.scoring import score_unrolled
+from tests.datasets import rows_of
+
+ACCOUNTS, STEPS = 12, 50
+
+
+@pytest.fixture(scope="module")
+def log() -> Dataset:
+    """Twelve accounts, one transaction a day each; account 0 is silent from day 15 to 49."""
+    rng = np.random.default_rng(3)
+    day = np.repeat(np.arange(STEPS), ACCOUNTS)
+    account = np.tile(np.arange(ACCOUNTS), STEPS)
+    kept = (account > 0) | (day < 15) | (day >= 49)
+    day, account = day[kept], account[kept]
+    return Dataset(
+        account=account.astype(np.int32),
+        merchant=rng.integers(0, 5, len(day)).astype(np.int32),
+        amount=rng.uniform(1, 300, len(day)),
+        timestamp_ms=(day + 100) * DAY_MS + account * 1000,
+        label=(rng.random(len(day)) < 0.3).astype(np.int8),
+        scenario=np.zeros(len(day), np.int8),
+    )
+
+
+@pytest.fixture(scope="module")
+def raw(log: Dataset) -> Float32:
+    of_account = observe_log(log.account.astype(np.int64), log.amount, log.timestamp_ms)
+    others = np.zeros((len(log), len(FEATURES) - of_account.shape[1]), np.float32)
+    return np.hstack((of_account, others))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(raw: Float32) -> Checkpoint:
+    """Untrained, but its hidden matters."""
+    torch.manual_seed(0)
+    spec = FeatureSpec().fitted(raw)
+    network = Network(Architecture(inputs=len(spec.inputs), hidden_size=8, layers=2))
+    return Checkpoint(network, Header(architecture=network.architecture, features=spec))
+
+
+def changed(a: Float32, b: Float32) -> set[int]:
+    """Rows whose scores differ."""
+    return set(np.flatnonzero(np.abs(a - b) > 1e-6).tolist())
+
+
+def test_without_faults_a_log_is_scored_as_unrolled(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    inputs = torch.from_numpy(Encoder(checkpoint.header.features).encode(raw))
+    unrolled = score_unrolled(checkpoint.network, inputs, log.account.astype(np.int64))
+    assert np.abs(score_with_faults(checkpoint, log, raw, NO_FAULTS) - unrolled).max() < 1e-5
+
+
+def test_float16_changes_scores_a_little(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
+    rounded = score_with_faults(checkpoint, log, raw, FAULTS[0])
+    assert 0 < np.abs(rounded - exact).max() < 1e-3
+
+
+def test_a_state_expires_only_after_silence(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
+    expired = score_with_faults(checkpoint, log, raw, FAULTS[1])
+    after_silence = np.flatnonzero((log.account == 0) & (log.day >= 49))
+    assert changed(exact, expired) == set(after_silence.tolist())
+    never = score_with_faults(checkpoint, log, raw, Faults("later", expire_days=40.0))
+    assert not changed(exact, never)
+
+
+@pytest.mark.parametrize("share", ["twice_share", "lost_share"])
+def test_a_transaction_that_is_hit_is_itself_scored_as_ever(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32, share: str
+) -> None:
+    """Only what comes after it in its account sees another state."""
+    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
+    some = dataclasses.replace(NO_FAULTS, **{share: 0.02})  # type: ignore[arg-type]
+    hit = score_with_faults(checkpoint, log, raw, some)
+    first = {int(a): int(np.flatnonzero(log.account == a)[0]) for a in range(ACCOUNTS)}
+    assert changed(exact, hit)
+    assert not changed(exact, hit) & set(first.values())
+    all_of_them = dataclasses.replace(NO_FAULTS, **{share: 1.0})  # type: ignore[arg-type]
+    every = score_with_faults(checkpoint, log, raw, all_of_them)
+    assert not changed(exact, every) & set(first.values())
+
+
+def test_a_lost_write_leaves_the_state_before_it(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    """With all writes lost each transaction is an account's first."""
+    lost = score_with_faults(checkpoint, log, raw, Faults("all", lost_share=1.0))
+    alone = dataclasses.replace(log, account=np.arange(len(log), dtype=np.int32))
+    assert not changed(lost, score_with_faults(checkpoint, alone, raw, NO_FAULTS))
+
+
+def test_a_transaction_applied_twice_is_as_if_it_had_come_twice(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    twice = score_with_faults(checkpoint, log, raw, Faults("all", twice_share=1.0))
+    repeated = rows_of(log, np.repeat(np.arange(len(log)), 2))
+    whole = score_with_faults(checkpoint, repeated, np.repeat(raw, 2, axis=0), NO_FAULTS)
+    assert not changed(twice, whole[::2])
+
+
+def test_lost_states_are_gone_once_and_from_then_on(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    wiped_ms = 125 * DAY_MS
+    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
+    wiped = score_with_faults(checkpoint, log, raw, Faults("wipe", wiped_ms=wiped_ms))
+    before = log.timestamp_ms < wiped_ms
+    assert not changed(exact, wiped) & set(np.flatnonzero(before).tolist())
+    # From then on it is as in a log that begins there.
+    later = rows_of(log, ~before)
+    anew = score_with_faults(checkpoint, later, raw[~before], NO_FAULTS)
+    assert np.abs(wiped[~before] - anew).max() < 1e-6
+
+
+def test_costs_are_told_for_each_fault_and_week(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32
+) -> None:
+    fold = Fold("split", 100, train_until=125, test_from=126, test_until=145)
+    told: list[str] = []
+    found = measure_robustness(checkpoint, log, raw, fold, lambda _, what: told.append(what))
+    assert [cost.title for cost in found.faults] == [faults.title for faults in FAULTS]
+    for cost in found.faults:
+        assert cost.lost == pytest.approx(found.average_precision - cost.average_precision)
+    assert [week.first_day for week in found.weeks] == ["1970-05-07", "1970-05-14", "1970-05-21"]
+    assert len(told) == len(FAULTS) + 2
