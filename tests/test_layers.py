@@ -51,7 +51,7 @@ LAYERS = {
         pipeline.simulated_stream
         pipeline.tally pipeline.replay_report pipeline.replay pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation
+        pipeline.evaluation pipeline.account_view
     """,
     "command line": """
         pipeline.cli pipeline.__main__
