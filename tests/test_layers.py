@@ -49,7 +49,8 @@ LAYERS = {
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
         pipeline.column_mapping pipeline.transaction_files pipeline.training_data pipeline.feed
         pipeline.simulated_stream
-        pipeline.tally pipeline.replay_report pipeline.replay pipeline.demo_gauges
+        pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
+        pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation pipeline.account_view
     """,
