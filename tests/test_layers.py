@@ -52,7 +52,7 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation
+        pipeline.evaluation pipeline.account_view
     """,
     "command line": """
         pipeline.cli pipeline.__main__
