@@ -66,6 +66,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         thresholds: chosen on the validation period.
         metrics: name to value, measured on the held-out period.
         training: the settings of the training, with its seed.
+        operating_points: what each of up to 200 thresholds is worth on the validation days, by
+            falling threshold; the columns are those of
+            :func:`model.evaluation.operating_points`.
+        validation: what those are measured on: ``days``, ``transactions``, ``frauds``,
+            ``fraud_amount_per_day`` and ``genuine_amount_per_day``.
         data_digest: of the transactions that it was trained on (12 hex digits).
     """
 
@@ -76,6 +81,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     thresholds: Thresholds = Thresholds()
     metrics: dict[str, float] = {}
     training: dict[str, Any] = {}
+    operating_points: list[list[float]] = []
+    validation: dict[str, float] = {}
     data_digest: str = ""
 
 

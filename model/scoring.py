@@ -7,6 +7,9 @@ a worker does, with its rounding, and so says what any worker must come to.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +32,35 @@ UNROLL_STEPS = 256
 UNROLL_ACCOUNTS = 256
 
 
+UNROLL_THREADS = 2
+"""Groups of accounts that are unrolled at once. Each on one core: a recurrent network's products
+are too small to share out, and threads that wait for each other crawl on a busy machine."""
+
+
+class Inputs(Protocol):
+    """The network's inputs, account by account (positions in :attr:`Sequences.row`)."""
+
+    def at(self, position: NDArray[np.intp]) -> Tensor:
+        """[..., I] of positions [...]; the caller may change it."""
+        ...
+
+
+class TensorInputs:
+    """Inputs that are held in memory.
+
+    Args:
+        inputs: [N, I] in the order of the log.
+        sequences: of its accounts.
+    """
+
+    def __init__(self, inputs: Tensor, sequences: Sequences) -> None:
+        self._inputs = inputs
+        self._row = sequences.row
+
+    def at(self, position: NDArray[np.intp]) -> Tensor:
+        return self._inputs[torch.from_numpy(self._row[position]).to(self._inputs.device)]
+
+
 class Sequences:
     """Transactions of a log as one sequence per account: where to find them.
 
@@ -38,10 +70,19 @@ class Sequences:
         length: [accounts] its transactions.
     """
 
-    def __init__(self, account: Int64) -> None:
+    def __init__(self, account: Int64 | NDArray[np.int32]) -> None:
         self.row = np.argsort(account, kind="stable")
         self.length = np.unique(account, return_counts=True)[1]
         self.start = np.cumsum(self.length) - self.length
+
+    def before(self, row: int) -> Sequences:
+        """Only the transactions before a row of the log; positions stay what they are."""
+        shorter = Sequences.__new__(Sequences)
+        shorter.row, shorter.start = self.row, self.start
+        shorter.length = (
+            np.add.reduceat(self.row < row, self.start) if len(self.row) else self.length
+        )
+        return shorter
 
     def chunks(
         self, accounts: NDArray[np.intp], steps: int
@@ -74,19 +115,44 @@ def score_unrolled(
         sequences: of ``account``, if they are at hand.
     """
     sequences = sequences or Sequences(account)
-    scores = np.empty(len(account), np.float32)
-    by_length = np.argsort(-sequences.length, kind="stable")
-    with torch.inference_mode():
-        for begin in range(0, len(by_length), UNROLL_ACCOUNTS):
-            group = by_length[begin : begin + UNROLL_ACCOUNTS]
-            hidden: Tensor | None = None
+    logits = unrolled_logits(network, TensorInputs(inputs, sequences), sequences)
+    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+
+
+def unrolled_logits(network: Network, inputs: Inputs, sequences: Sequences) -> Float32:
+    """Logits [N] in the order of the log; NaN where ``sequences`` leave transactions out.
+
+    Args:
+        network: in evaluation mode.
+    """
+    logits = np.full(len(sequences.row), np.nan, np.float32)
+    longest_first = np.argsort(-sequences.length, kind="stable")
+
+    def unroll(begin: int) -> None:
+        group = longest_first[begin : begin + UNROLL_ACCOUNTS]
+        hidden: Tensor | None = None
+        with torch.inference_mode():
             for position, there in sequences.chunks(group, UNROLL_STEPS):
-                rows = sequences.row[position]  # [n, T]
-                chunk = inputs[torch.from_numpy(rows).to(inputs.device)]  # [n, T, I]
-                before = None if hidden is None else hidden[: len(rows)]
-                logits, hidden = network.unroll(chunk, before)
-                scores[rows[there]] = torch.sigmoid(logits).cpu().numpy()[there]
-    return scores
+                before = None if hidden is None else hidden[: len(position)]
+                given, hidden = network.unroll(inputs.at(position), before)  # [n, T]
+                logits[sequences.row[position][there]] = given.cpu().numpy()[there]
+
+    with one_core_each(UNROLL_THREADS) as pool:
+        for _ in pool.map(unroll, range(0, len(longest_first), UNROLL_ACCOUNTS)):
+            pass
+    return logits
+
+
+@contextmanager
+def one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose operations keep to one core each."""
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)  # of threads that begin from here on, too
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="unroll") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(intra_op)
 
 
 def score_stepwise(

@@ -1,156 +1,133 @@
-"""Training: transactions from the simulator in, a checkpoint with its thresholds out.
+"""Training: labelled transactions in, a calibrated checkpoint with its thresholds out.
 
-    simulate -> features -> split by days -> fit by truncated back-propagation through time
-             -> thresholds on the validation days -> metrics on the held-out days -> save
+    source -> dataset on disk, in order of time
+           -> raw features on disk -> inputs chosen and fitted on the training period
+           -> network fitted, the best epoch by the validation period
+           -> calibration, thresholds and operating points on the validation period
+           -> verdict head -> metrics on the held-out period -> save
 
-The days in order: warm-up (seen, not scored), training, validation (thresholds), a gap in
-which labels would still be on their way, held out (metrics).
+Everything on disk lies in ``OUTPUT.resume/``, with the state of the fitting: a training that was
+interrupted goes on there when the same command is given again, and gives the same checkpoint.
+The folder is removed at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
-import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from model import evaluation
+from model.calibration import fold, platt
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features import Encoder, FeatureSpec, Float32, observe_log
-from model.gru import Architecture, Network
+from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
+from model.features import DEFINITION, FeatureSpec, Float32, observe_log
+from model.fitting import Truth, fit
+from model.gru import Network
+from model.inputs import chosen_fields, embedding_sizes, fitted_spec
 from model.merchants import Labels, observe_merchant_log
-from model.scoring import Sequences, score_unrolled
+from model.raw_features import EncodedInputs, open_raw, write_raw
+from model.scoring import Sequences, unrolled_logits
 from model.simulator import DayOfTransactions, Simulator
+from model.split import Split
+from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
+from model.training_state import TrainingState
+from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
 
-TRANSACTIONS_MAX = 30_000_000
-"""Largest log to train on; it is held in memory (about 250 bytes a transaction)."""
-
-GRADIENT_NORM_MAX = 1.0
-RISE_SHARE = 0.02
-"""Share of the training in which the learning rate rises, before it falls as a cosine."""
-
-LENGTH_JITTER = 0.1
-"""Accounts of about the same length train together; about: within so much of it."""
+__all__ = [
+    "DataSource",
+    "Log",
+    "Report",
+    "Reporter",
+    "SimulatedData",
+    "Split",
+    "TrainingError",
+    "TrainingSettings",
+    "choose_thresholds",
+    "fit",
+    "measure",
+    "observe_all",
+    "simulate",
+    "train",
+]
 
 ALERTS_MIN = 20
 """A precision is measured on no fewer alerts."""
 
+FIT_ROWS_MAX = 2_000_000
+"""Transactions that statistics of the inputs are taken from; of more, a random sample."""
 
-class TrainingError(ValueError):
-    """Training cannot begin or go on; the message says why and what to change."""
+_READ, _PREPARED, _FITTED, _SCORED = 0.03, 0.08, 0.93, 0.97  # shares of the time, about
+_RAW, _STATE, _CLAIM = "raw", "state.safetensors", "recur.json"
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """All that decides a trained checkpoint.
+class DataSource(Protocol):
+    """Where labelled transactions come from."""
 
-    Raises:
-        TrainingError: a value is out of its bounds; the message names it.
-    """
+    def identity(self) -> str:
+        """Differs whenever other transactions would be written."""
+        ...
 
-    customers: int = 5000
-    terminals: int = 10_000
-    days: int = 183
-    start_date: str = "2018-04-01"
-    seed: int = 1
-    """Of data, weights and dropout. Not the simulator's default: that stays data never seen."""
+    def write(self, folder: Path, show: Callable[[float, str], None]) -> Dataset:
+        """Writes them to an empty folder; calls ``show`` with the share done and a note."""
+        ...
 
-    hidden_size: int = 128
-    layers: int = 1
-    input_size: int = 64
-    head_size: int = 64
-    dropout: float = 0.1
+    def settings(self, settings: TrainingSettings) -> dict[str, Any]:
+        """What of the settings decides the checkpoint."""
+        ...
 
-    epochs: int = 10
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-4
-    chunk_steps: int = 64
-    accounts_per_batch: int = 256
 
-    review_false_positive_rate: float = 0.002
-    """Of the genuine transactions at most this share is reviewed or declined."""
-    decline_precision: float = 0.9
-    """Of the declined transactions at least this share is fraud."""
+class SimulatedData:
+    """The simulator's first days, whole."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        whole = {"days": 14, "epochs": 1, "chunk_steps": 1, "accounts_per_batch": 1, "seed": 0}
-        for name, least in whole.items():
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name} is {getattr(self, name)}; it must be {least} or more")
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}; it must be 0 to 1")
-        for name in ("review_false_positive_rate", "decline_precision"):
-            if not 0 < getattr(self, name) < 1:
-                raise TrainingError(
-                    f"{name} is {getattr(self, name)}; it must be over 0 and under 1"
-                )
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise TrainingError(f"device is {self.device!r}; it must be auto, cpu or cuda")
-        expected = 2 * self.customers * self.days
-        if expected > TRANSACTIONS_MAX:
-            raise TrainingError(
-                f"{self.customers} customers over {self.days} days make about {expected:,} "
-                f"transactions; at most {TRANSACTIONS_MAX:,} fit: lower customers or days"
-            )
-        try:
-            self.architecture(inputs=1)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
-
-    def architecture(self, inputs: int) -> Architecture:
-        return Architecture(
-            inputs=inputs,
-            input_size=self.input_size,
-            hidden_size=self.hidden_size,
-            layers=self.layers,
-            head_size=self.head_size,
-            dropout=self.dropout,
+    def __init__(self, settings: TrainingSettings) -> None:
+        self._settings = settings
+        self._simulator = Simulator(
+            settings.customers, settings.terminals, settings.start_date, settings.seed
         )
 
+    def identity(self) -> str:
+        s = self._settings
+        return f"simulated {s.customers} {s.terminals} {s.days} {s.start_date} {s.seed}"
 
-@dataclass(frozen=True)
-class Split:
-    """First day of each period; a period ends where the next begins.
+    def write(self, folder: Path, show: Callable[[float, str], None]) -> Dataset:
+        with DatasetWriter(folder) as writer:
+            for day in islice(self._simulator.days(), self._settings.days):
+                writer.append(_rows(day))
+                show(day.day / self._settings.days, "")
+            return writer.finish("EUR")
 
-    >>> Split.of(183)
-    Split(training=14, validation=139, gap=146, held_out=153, end=183)
-    >>> Split.of(30)
-    Split(training=2, validation=23, gap=24, held_out=25, end=30)
-    """
+    def settings(self, settings: TrainingSettings) -> dict[str, Any]:
+        return dataclasses.asdict(settings)
 
-    training: int
-    validation: int
-    gap: int
-    held_out: int
-    end: int
 
-    @classmethod
-    def of(cls, days: int) -> Split:
-        """14 days of warm-up, 7 validation, 7 gap, 30 held out; shorter under 183 days."""
-        share = min(1.0, days / 183)
-        held_out = days - max(1, round(30 * share))
-        gap = held_out - max(1, round(7 * share))
-        validation = gap - max(1, round(7 * share))
-        return cls(round(14 * share), validation, gap, held_out, days)
+def _rows(day: DayOfTransactions) -> Rows:
+    return Rows(
+        account=day.account.astype(np.uint64),
+        merchant=day.merchant.astype(np.uint64),
+        amount=day.amount,
+        timestamp_ms=day.timestamp_ms,
+        label=np.where(day.is_fraud, FRAUD, GENUINE).astype(np.int8),
+        scenario=day.scenario,
+        key=day.transaction_id.astype(np.uint64),
+    )
 
 
 @dataclass(frozen=True)
 class Log:
-    """Transactions in order of time: columns as in :class:`model.simulator.DayOfTransactions`."""
+    """Transactions in order of time, in memory: columns as in :class:`model.dataset.Dataset`."""
 
     day: NDArray[np.int64]
     timestamp_ms: NDArray[np.int64]
@@ -163,92 +140,14 @@ class Log:
     def __len__(self) -> int:
         return len(self.day)
 
-    def digest(self) -> str:
-        """12 hex digits of the SHA-256 of all columns."""
-        digest = hashlib.sha256()
-        for field in dataclasses.fields(self):
-            column: NDArray[np.generic] = getattr(self, field.name)
-            digest.update(field.name.encode())
-            digest.update(np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Report:
-    """How far the training is, for who watches.
-
-    Attributes:
-        stage: what is being done.
-        done: share of the whole training, 0 to 1, in time.
-        note: a figure worth reading, or nothing.
-    """
-
-    stage: str
-    done: float
-    note: str = ""
-
-
-Reporter = Callable[[Report], None]
-
-_PREPARED = 0.05  # share of the time before the first epoch, about
-_FITTED = 0.97
-
-
-def train(
-    settings: TrainingSettings, output: Path, report: Reporter = lambda _: None
-) -> Checkpoint:
-    """Trains a network on simulated transactions and writes its checkpoint.
-
-    The same settings give the same checkpoint on the same machine with the same number of
-    threads.
-
-    Args:
-        settings: what to train, and on what.
-        output: file to write; its folder is made if it does not exist.
-        report: called often, from this thread; see :mod:`model.progress`.
-
-    Raises:
-        TrainingError: a setting or the output path is wrong, or the data hold too little fraud.
-        model.simulator.SimulatorError: customers, terminals or start date are wrong.
-        model.checkpoint.CheckpointError: the file cannot be written.
-    """
-    if output.is_dir():
-        raise TrainingError(f"{output} is a directory; name a file, such as model.safetensors")
-    device = _device(settings)
-    split = Split.of(settings.days)
-    report(Report("simulating transactions", 0.0))
-    log = simulate(settings)
-    _check_fraud(log, split)
-    report(Report("computing features", 0.5 * _PREPARED, f"{len(log):,} transactions"))
-    raw = observe_all(log, FeatureSpec())
-    in_training = (log.day >= split.training) & (log.day < split.validation)
-    spec = FeatureSpec().fitted(raw[in_training])
-    inputs = torch.from_numpy(Encoder(spec).encode(raw)).to(device)
-    with _seeded(settings.seed, device):
-        network = Network(settings.architecture(inputs.shape[1])).to(device)
-        fit(network, inputs, log, split, settings, report)
-    report(Report("evaluating", _FITTED))
-    network.eval()
-    scores = score_unrolled(network, inputs, log.account)
-    thresholds = choose_thresholds(log, scores, split, settings)
-    checkpoint = Checkpoint(
-        network.cpu(),
-        Header(
-            architecture=network.architecture,
-            features=spec,
-            thresholds=thresholds,
-            metrics=measure(log, scores, split, thresholds),
-            training=dataclasses.asdict(settings) | {"device": device.type},
-            data_digest=log.digest(),
-        ),
-    )
-    checkpoint.save(output)
-    report(Report("done", 1.0))
-    return checkpoint
+    @property
+    def is_labelled(self) -> NDArray[np.bool_]:
+        """[N]: all are."""
+        return np.ones(len(self), np.bool_)
 
 
 def simulate(settings: TrainingSettings) -> Log:
-    """The simulator's first days, whole."""
+    """The simulator's first days, whole, in memory."""
     simulator = Simulator(
         settings.customers, settings.terminals, settings.start_date, settings.seed
     )
@@ -272,69 +171,229 @@ def observe_all(log: Log, spec: FeatureSpec) -> Float32:
     return np.hstack((of_account, of_merchant))
 
 
-def fit(
-    network: Network,
-    inputs: Tensor,
-    log: Log,
-    split: Split,
+def train(
     settings: TrainingSettings,
+    output: Path,
     report: Reporter = lambda _: None,
-) -> None:
-    """Fits the network's parameters to the training days, in place.
+    source: DataSource | None = None,
+) -> Checkpoint:
+    """Trains a network and writes its checkpoint.
 
-    Truncated back-propagation through time: a batch of accounts runs through its history in
-    chunks; the hidden goes on from chunk to chunk, the gradient does not.
+    The same settings and data give the same checkpoint on the same kind of machine, whether the
+    training was interrupted or not.
 
     Args:
-        inputs: [N, I] of the whole log, on the network's device.
+        settings: what to train.
+        output: file to write; its folder is made if it does not exist. Beside it
+            ``OUTPUT.resume/`` is written and removed.
+        report: called often, from this thread; see :mod:`model.progress`.
+        source: the transactions; the simulator's, if there is none.
+
+    Raises:
+        TrainingError: a setting or the output path is wrong, or the data cannot be trained on.
+        model.simulator.SimulatorError: customers, terminals or start date are wrong.
+        model.checkpoint.CheckpointError: the file cannot be written.
     """
-    seen = int(np.searchsorted(log.day, split.validation))  # training sees the log's first rows
-    sequences = Sequences(log.account[:seen])
-    in_order = torch.from_numpy(sequences.row).to(inputs.device)
-    inputs = inputs[in_order]  # [seen, I], account by account
-    labels = torch.from_numpy(log.is_fraud.astype(np.float32)).to(inputs.device)[in_order]
-    scored = (log.day >= split.training)[sequences.row]
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    rng = np.random.default_rng(settings.seed)
-    network.train()
-    for epoch in range(settings.epochs):
-        batches = _batches_of_accounts(sequences, settings.accounts_per_batch, rng)
-        losses: list[float] = []
-        for number, accounts in enumerate(batches):
-            done = (epoch + number / len(batches)) / settings.epochs
-            _set_learning_rate(optimizer, settings.learning_rate, done)
-            hidden: Tensor | None = None
-            for position, there in sequences.chunks(accounts, settings.chunk_steps):
-                before = None if hidden is None else hidden[: len(position)].detach()
-                where = torch.from_numpy(position).to(inputs.device)
-                weight = torch.from_numpy(there & scored[position]).to(inputs.device)
-                logits, hidden = network.unroll(inputs[where], before)  # [n, T]
-                if not weight.any():
-                    continue
-                loss = F.binary_cross_entropy_with_logits(logits[weight], labels[where][weight])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM_MAX)
-                optimizer.step()
-                losses.append(loss.item())
-            report(
-                Report(
-                    f"epoch {epoch + 1} of {settings.epochs}",
-                    _PREPARED + (_FITTED - _PREPARED) * done,
-                    f"loss {np.mean(losses):.5f}" if losses else "",
-                )
-            )
-        if not np.isfinite(losses).all():
-            raise TrainingError(
-                f"the loss is no longer finite in epoch {epoch + 1}; lower learning_rate "
-                f"({settings.learning_rate})"
-            )
+    if output.is_dir():
+        raise TrainingError(f"{output} is a directory; name a file, such as model.safetensors")
+    device = _device(settings)
+    source = source or SimulatedData(settings)
+    decisive = source.settings(settings)
+    identity = f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}"
+    try:
+        with _work_folder(output, identity) as folder:
+            checkpoint = _Training(settings, source, folder, device, report).run(decisive)
+            checkpoint.save(output)
+            report(Report("done", 1.0))
+            _remove(folder)
+            return checkpoint
+    except DatasetError as error:
+        raise TrainingError(str(error)) from error
+
+
+class _Training:
+    """The steps of one training; each leaves in the folder what the next needs."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        source: DataSource,
+        folder: Path,
+        device: torch.device,
+        report: Reporter,
+    ) -> None:
+        self._settings = settings
+        self._source = source
+        self._folder = folder
+        self._device = device
+        self._report = report
+
+    def run(self, decisive: dict[str, Any]) -> Checkpoint:
+        settings = self._settings
+        self._report(Report("reading transactions", 0.0))
+        dataset = self._dataset()
+        days = int(dataset.day[-1]) + 1
+        split = Split.chosen(settings, int(dataset.timestamp_ms[0]), days)
+        _check_fraud(dataset, split)
+        sequences = Sequences(dataset.account)
+        raw, spec = self._features(dataset, sequences, split)
+        inputs = EncodedInputs(raw, spec, self._device)
+        numbers = sum(i.transform != "category" for i in spec.inputs)
+        with _seeded(settings.seed, self._device):
+            network = Network(settings.architecture(numbers, embedding_sizes(spec)))
+        network = network.to(self._device)
+        fit(
+            network,
+            inputs,
+            dataset,
+            split,
+            settings,
+            self._between(_PREPARED, _FITTED),
+            sequences=sequences,
+            validate=_validation(dataset, split, sequences, inputs),
+            state=TrainingState(self._folder / _STATE),
+        )
+        self._report(Report("evaluating", _FITTED))
+        network.eval()
+        logits = unrolled_logits(network, inputs, sequences)
+        validation = _labelled(dataset, split.validation, split.gap)
+        scale, shift = platt(logits[validation], dataset.is_fraud[validation])
+        fold(network, scale, shift)
+        scores = _sigmoid(scale * logits + shift)
+        thresholds = choose_thresholds(dataset, scores, split, settings)
+        self._report(Report("fitting the verdict on accounts", _SCORED))
+        metrics = measure(dataset, scores, split, thresholds)
+        metrics |= _verdict(network, inputs, dataset, sequences, split)
+        return Checkpoint(
+            network.cpu(),
+            Header(
+                architecture=network.architecture,
+                features=spec,
+                currency=dataset.currency,
+                thresholds=thresholds,
+                metrics=metrics,
+                training=decisive | {"device": self._device.type},
+                data_digest=dataset.digest(),
+                **_operating_points(dataset, scores, split),
+            ),
+        )
+
+    def _dataset(self) -> Dataset:
+        folder = self._folder / "data"
+        if folder.is_dir():
+            return Dataset.open(folder)
+        partial = self._folder / "data.partial"
+        if partial.is_dir():
+            shutil.rmtree(partial)
+
+        def show(done: float, note: str) -> None:
+            self._report(Report("reading transactions", done * _READ, note))
+
+        written = self._source.write(partial, show)
+        partial.rename(folder)
+        note = f"{len(written):,} transactions"
+        if written.unsorted:
+            note += f"; not in order of time, sorted: {written.unsorted:,} rows"
+        if written.repeated:
+            note += f"; repeats dropped: {written.repeated:,} rows"
+        self._report(Report("reading transactions", _READ, note))
+        return Dataset.open(folder)
+
+    def _features(
+        self, dataset: Dataset, sequences: Sequences, split: Split
+    ) -> tuple[Float32, FeatureSpec]:
+        """Raw features of the whole dataset, and the inputs fitted to the training period."""
+        settings = self._settings
+        in_training = _labelled(dataset, split.training, split.validation)
+        fields, left_out = chosen_fields(dataset, in_training)
+        note = f"without {', '.join(left_out)}: constant" if left_out else ""
+        unfitted = FeatureSpec(label_delay_days=settings.label_delay_days, fields=fields)
+        path = self._folder / _RAW
+        if path.is_file():
+            raw = open_raw(path, dataset, unfitted)
+        else:
+
+            def show(done: float) -> None:
+                done = _READ + done * (_PREPARED - _READ) * 0.7
+                self._report(Report("computing features", done, note))
+
+            raw = write_raw(dataset, sequences, unfitted, path, show)
+        self._report(Report("choosing inputs", _PREPARED, note))
+        rows = in_training
+        if len(rows) > FIT_ROWS_MAX:
+            rng = np.random.default_rng(settings.seed)
+            rows = np.sort(rng.choice(rows, FIT_ROWS_MAX, replace=False))
+        place = np.empty(len(dataset), np.intp)
+        place[sequences.row] = np.arange(len(dataset))
+        sample = raw[place[rows]]
+        return raw, fitted_spec(sample, dataset.is_fraud[rows], fields, settings.label_delay_days)
+
+    def _between(self, begin: float, end: float) -> Reporter:
+        def scaled(report: Report) -> None:
+            done = begin + (end - begin) * report.done
+            self._report(Report(report.stage, done, report.note))
+
+        return scaled
+
+
+def _validation(
+    dataset: Dataset, split: Split, sequences: Sequences, inputs: EncodedInputs
+) -> Callable[[Network], float]:
+    """Average precision on the validation period."""
+    until = sequences.before(int(np.searchsorted(dataset.day, split.gap)))
+    rows = _labelled(dataset, split.validation, split.gap)
+    is_fraud = dataset.is_fraud[rows]
+
+    def validate(network: Network) -> float:
+        logits = unrolled_logits(network, inputs, until)[rows]
+        return evaluation.average_precision(logits, is_fraud)
+
+    return validate
+
+
+def _verdict(
+    network: Network,
+    inputs: EncodedInputs,
+    dataset: Dataset,
+    sequences: Sequences,
+    split: Split,
+) -> dict[str, float]:
+    """Fits the head that says whether an account is compromised now, and measures it."""
+    states = states_of(network, inputs, sequences)
+    compromised = is_compromised(dataset, sequences)[states.row]
+    day = dataset.day[states.row]
+    fitted = np.flatnonzero((day >= split.training) & (day < split.gap))
+    fit_verdict(network, states.taken(fitted), compromised[fitted])
+    held = np.flatnonzero(day >= split.held_out)
+    truth = compromised[held]
+    if not truth.any() or truth.all():
+        return {}
+    scores = verdict_scores(network, states.taken(held))
+    return {
+        "verdict_auc": evaluation.auc_roc(scores, truth),
+        "verdict_ap": evaluation.average_precision(scores, truth),
+    }
+
+
+def _operating_points(dataset: Dataset, scores: Float32, split: Split) -> dict[str, Any]:
+    """What thresholds are worth on the validation period, for the header."""
+    rows = _labelled(dataset, split.validation, split.gap)
+    is_fraud, amount = dataset.is_fraud[rows], np.asarray(dataset.amount[rows])
+    days = split.gap - split.validation
+    return {
+        "operating_points": evaluation.operating_points(scores[rows], is_fraud, amount, days),
+        "validation": {
+            "days": float(days),
+            "transactions": float(len(rows)),
+            "frauds": float(is_fraud.sum()),
+            "fraud_amount_per_day": float(amount[is_fraud].sum() / days),
+            "genuine_amount_per_day": float(amount[~is_fraud].sum() / days),
+        },
+    }
 
 
 def choose_thresholds(
-    log: Log, scores: Float32, split: Split, settings: TrainingSettings
+    log: Truth, scores: Float32, split: Split, settings: TrainingSettings
 ) -> Thresholds:
     """Thresholds on the validation days.
 
@@ -342,7 +401,7 @@ def choose_thresholds(
     transactions are reviewed or declined. Decline: the lowest score, no lower than review,
     from which on at least ``decline_precision`` is fraud; 1 where there is none.
     """
-    rows = slice(*np.searchsorted(log.day, [split.validation, split.gap]))
+    rows = _labelled(log, split.validation, split.gap)
     scored, is_fraud = scores[rows], log.is_fraud[rows]
     review = evaluation.threshold_at_false_positive_rate(
         scored, is_fraud, settings.review_false_positive_rate
@@ -354,22 +413,22 @@ def choose_thresholds(
     return Thresholds(review=review, decline=max(review, min(decline, 1.0)))
 
 
-def measure(log: Log, scores: Float32, split: Split, thresholds: Thresholds) -> dict[str, float]:
+def measure(
+    log: Dataset | Log, scores: Float32, split: Split, thresholds: Thresholds
+) -> dict[str, float]:
     """What the scores are worth on the held-out days; names in the order of reading.
 
     Cards whose fraud happened in the validation days count as known for card precision.
+    Transactions without a label do not count.
     """
-    first_validation, first_gap, first = np.searchsorted(
-        log.day, [split.validation, split.gap, split.held_out]
-    )
-    known = np.unique(
-        log.account[first_validation:first_gap][log.is_fraud[first_validation:first_gap]]
-    )
-    held = slice(int(first), len(log))
+    validated = _labelled(log, split.validation, split.gap)
+    known = np.unique(log.account[validated][log.is_fraud[validated]]).astype(np.int64)
+    held = _labelled(log, split.held_out, split.end)
     score, is_fraud, day = scores[held], log.is_fraud[held], log.day[held]
     reviewed = score >= thresholds.review
     declined = score >= thresholds.decline
     days = split.end - split.held_out
+    account = log.account[held].astype(np.int64)
     metrics = {
         "held_out_days": float(days),
         "transactions": float(len(score)),
@@ -377,11 +436,13 @@ def measure(log: Log, scores: Float32, split: Split, thresholds: Thresholds) -> 
         "average_precision": evaluation.average_precision(score, is_fraud),
         "auc_roc": evaluation.auc_roc(score, is_fraud),
         "card_precision_at_100": evaluation.card_precision_at(
-            score, is_fraud, log.account[held], day, 100, known
+            score, is_fraud, account, day, 100, known
         ),
         "precision_at_100": evaluation.precision_at(score, is_fraud, day, 100),
         "recall_at_fpr_0.001": evaluation.recall_at_false_positive_rate(score, is_fraud, 0.001),
         "recall_at_fpr_0.01": evaluation.recall_at_false_positive_rate(score, is_fraud, 0.01),
+        "calibration_error": evaluation.expected_calibration_error(score, is_fraud),
+        "brier_score": evaluation.brier_score(score, is_fraud),
         "review_alerts_per_day": float(reviewed.sum() / days),
         "review_recall": float(reviewed[is_fraud].mean()),
         "review_false_positive_rate": float(reviewed[~is_fraud].mean()),
@@ -396,38 +457,92 @@ def measure(log: Log, scores: Float32, split: Split, thresholds: Thresholds) -> 
     return metrics | {f"review_recall_scenario_{s}": r for s, r in recalls.items()}
 
 
-def _check_fraud(log: Log, split: Split) -> None:
+def _labelled(log: Truth, begin: int, end: int) -> NDArray[np.intp]:
+    """Rows of days begin up to end whose label is known."""
+    first, last = np.searchsorted(log.day, [begin, end])
+    return np.asarray(np.flatnonzero(log.is_labelled[first:last]) + first)
+
+
+def _sigmoid(logits: Float32) -> Float32:
+    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+
+
+def _check_fraud(dataset: Dataset, split: Split) -> None:
     """Fraud and genuine transactions must be there in each period that is learned or measured."""
+    if not dataset.is_labelled.any():
+        raise TrainingError("no transaction has a label: nothing can be learned from them")
+    labels = set(np.unique(dataset.label).tolist()) & {FRAUD, GENUINE}
+    if len(labels) == 1:
+        which = "fraud" if FRAUD in labels else "genuine"
+        raise TrainingError(
+            f"all labels say {which}: both classes are needed; look at the label's column"
+        )
     periods = {
         "training": (split.training, split.validation),
         "validation": (split.validation, split.gap),
         "held-out": (split.held_out, split.end),
     }
     for name, (begin, end) in periods.items():
-        is_fraud = log.is_fraud[slice(*np.searchsorted(log.day, [begin, end]))]
+        is_fraud = dataset.is_fraud[_labelled(dataset, begin, end)]
         if not is_fraud.any() or is_fraud.all():
             raise TrainingError(
                 f"the {name} days {begin} to {end - 1} have {is_fraud.sum()} frauds among "
-                f"{len(is_fraud)} transactions; raise days or customers"
+                f"{len(is_fraud)} labelled transactions; both classes are needed: raise days or "
+                "customers, or set train_until and test_from so that each period has some"
             )
 
 
-def _batches_of_accounts(
-    sequences: Sequences, size: int, rng: np.random.Generator
-) -> list[NDArray[np.intp]]:
-    """All accounts, those of about the same length together, in random order."""
-    jitter = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(sequences.length))
-    by_length = np.argsort(sequences.length * jitter)
-    batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-    rng.shuffle(batches)
-    return batches
+class _Claim(msgspec.Struct, frozen=True):
+    recur_training: str
+    """Digest of all that decides the checkpoint."""
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, highest: float, done: float) -> None:
-    rising = min(1.0, (done + 1e-3) / RISE_SHARE)
-    rate = highest * rising * 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+@contextmanager
+def _work_folder(output: Path, identity: str) -> Iterator[Path]:
+    """``OUTPUT.resume/``, empty or with what a training of the same identity left there.
+
+    Raises:
+        TrainingError: it cannot be written, is somebody else's, or in use.
+    """
+    folder = output.with_name(output.name + ".resume")
+    claim = _Claim(hashlib.sha256(identity.encode()).hexdigest())
+    try:
+        found = _claim_of(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise TrainingError(
+                    f"another training is writing {output}: wait for it, or name another file"
+                ) from error
+            if found != claim:
+                for path in folder.iterdir():
+                    if path.name != "lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                (folder / _CLAIM).write_bytes(msgspec.json.encode(claim))
+            yield folder
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write in {folder}: {error.strerror or error}; name a file elsewhere"
+        ) from error
+
+
+def _claim_of(folder: Path) -> _Claim | None:
+    if not folder.exists():
+        return None
+    try:
+        return msgspec.json.decode((folder / _CLAIM).read_bytes(), type=_Claim)
+    except (OSError, msgspec.DecodeError) as error:
+        if folder.is_dir() and set(p.name for p in folder.iterdir()) <= {"lock"}:
+            return None
+        raise TrainingError(
+            f"{folder} is there and was not made by a training: move it away"
+        ) from error
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _device(settings: TrainingSettings) -> torch.device:
@@ -439,7 +554,7 @@ def _device(settings: TrainingSettings) -> torch.device:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of initial weights and dropout; the caller's own stay as they were."""
+    """Random numbers of initial weights; the caller's own stay as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -47,24 +47,58 @@ def settings() -> None:
 
 @recur.command()
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--customers", type=int, default=5_000, show_default=True)
-@click.option("--terminals", type=int, default=10_000, show_default=True)
-@click.option("--days", type=int, default=183, show_default=True, help="Simulated days.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Parquet or CSV file of labelled transactions; without it they are simulated.",
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option("--skip-unusable", is_flag=True, help="Leave out rows that are no transactions.")
+@click.option("--train-until", metavar="DATE", help="No label from then on is learned from.")
+@click.option("--test-from", metavar="DATE", help="The measures are taken from then on.")
+@click.option(
+    "--label-delay-days",
+    type=float,
+    default=7.0,
+    show_default=True,
+    help="From a transaction to the day when its label is there.",
+)
+@click.option("--customers", type=int, default=5_000, show_default=True, help="Simulated.")
+@click.option("--terminals", type=int, default=10_000, show_default=True, help="Simulated.")
+@click.option("--days", type=int, default=183, show_default=True, help="Simulated.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
 @click.option("--hidden-size", type=int, default=128, show_default=True)
 @click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
-@click.option("--epochs", type=int, default=10, show_default=True)
-def train(output: Path, **options: Any) -> None:
-    """Train a network on simulated transactions; write its checkpoint to OUTPUT."""
+@click.option("--epochs", type=int, help="By default by the size of the data.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+def train(
+    output: Path, data: Path | None, columns: str | None, skip_unusable: bool, **options: Any
+) -> None:
+    """Train a network on your transactions, or simulated ones; write its checkpoint to OUTPUT.
+
+    Interrupted, it goes on where it stopped when it is started again in the same way.
+    """
     from model.checkpoint import CheckpointError
     from model.progress import TrainingProgress
     from model.simulator import SimulatorError
     from model.training import TrainingError, TrainingSettings
     from model.training import train as train_network
+    from pipeline.column_mapping import load_mapping
+    from pipeline.training_data import FileData
 
+    if (data is None) != (columns is None):
+        raise SettingsError(
+            "recur train takes --data and --columns together; `recur replay --example-columns`"
+            " prints a column mapping to start from"
+        )
+    source = None
+    if data is not None and columns is not None:
+        source = FileData(data, load_mapping(columns), skip_unusable)
     try:
         with TrainingProgress() as progress:
-            checkpoint = train_network(TrainingSettings(**options), output, progress.report)
+            checkpoint = train_network(TrainingSettings(**options), output, progress.report, source)
     except (CheckpointError, SimulatorError, TrainingError) as error:
         raise RecurError(str(error)) from error
     click.echo(f"{output}: model {checkpoint.digest}, on days held out:")

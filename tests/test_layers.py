@@ -35,13 +35,16 @@ LAYERS = {
         pipeline.startup pipeline.endpoints pipeline.poll_transport pipeline.app
     """,
     "training": """
-        model.simulator model.dataset model.scoring model.evaluation model.training model.progress
-        model.protocol model.windows model.reference model.run_cache
+        model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
+        model.raw_features model.training_settings model.split model.training_state model.fitting
+        model.calibration model.verdict model.training model.progress
+        model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.results model.plots model.card
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
-        pipeline.column_mapping pipeline.transaction_files pipeline.feed pipeline.simulated_stream
+        pipeline.column_mapping pipeline.transaction_files pipeline.training_data pipeline.feed
+        pipeline.simulated_stream
         pipeline.tally pipeline.replay_report pipeline.replay pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation

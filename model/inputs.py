@@ -1,0 +1,176 @@
+"""Which inputs a new network gets, and their statistics: all that a training period decides.
+
+fields = chosen_fields(dataset, rows)            further fields worth a look
+spec = fitted_spec(raw, is_fraud, fields, 7.0)   inputs with steps, means and deviations
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from model.dataset import Dataset
+from model.features import INPUTS, FeatureSpec, Field, Input
+from model.steps import learned_steps
+
+STEP_FEATURES = (
+    "amount",
+    "amount_to_mean",
+    "amount_to_usual",
+    "hour_of_day",
+    "seconds_since_last",
+    "merchant_oldest_fraud_days",
+    "merchant_streak_days",
+)
+"""Features, besides numeric fields, whose steps are looked for."""
+
+VOCABULARY_MAX = 1000
+"""Texts of a categorical field that have a vector of their own, the most frequent ones."""
+
+TEXT_COUNT_MIN = 20
+"""A rarer text counts as unknown, so that what is unknown is trained, too."""
+
+EMBEDDING_SIZE_MAX = 16
+
+CENTRAL_PERCENTILES = (0.5, 99.5)
+"""A numeric field's mean and deviation are taken over the values in between."""
+
+HEAVY_TAIL_DEVIATIONS = 30.0
+"""A numeric field with values so far out is not a linear input: one value could drown the rest."""
+
+QUANTILE_STEPS = 9
+"""Of a heavy-tailed field with values under 0."""
+
+MISSING_MIN = 20
+"""Missing values from which on that a value is missing is an input."""
+
+_FLOAT32_RESOLUTION = 1e-6
+
+Float32 = NDArray[np.float32]
+Rows = NDArray[np.intp]
+
+
+def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], tuple[str, ...]]:
+    """The dataset's fields that say something in the training period, and those that do not.
+
+    A numeric field without two different values, and a categorical one without two frequent
+    texts (or one, and missing values), are left out.
+
+    Args:
+        rows: of the training period.
+    """
+    kept: list[Field] = []
+    left_out: list[str] = []
+    for name, values in dataset.numeric.items():
+        there = np.asarray(values[rows])
+        missing = np.isnan(there)
+        there = there[~missing]
+        varied = len(there) > 0 and there.min() < there.max()
+        if varied or MISSING_MIN <= missing.sum() <= len(missing) - MISSING_MIN:
+            kept.append(Field(name, "numeric"))
+        else:
+            left_out.append(name)
+    for name, codes in dataset.categorical.items():
+        vocabulary, unknown = _vocabulary(dataset.texts[name], np.asarray(codes[rows]))
+        if len(vocabulary) + (unknown >= TEXT_COUNT_MIN) > 1:
+            kept.append(Field(name, "categorical", vocabulary))
+        else:
+            left_out.append(name)
+    return tuple(kept), tuple(left_out)
+
+
+def _vocabulary(texts: Sequence[str], codes: NDArray[np.int32]) -> tuple[tuple[str, ...], int]:
+    """The frequent texts, most frequent first, and how many transactions have another or none."""
+    count = np.bincount(codes[codes >= 0], minlength=len(texts))
+    frequent = np.argsort(-count, kind="stable")[:VOCABULARY_MAX]
+    frequent = frequent[count[frequent] >= TEXT_COUNT_MIN]
+    vocabulary = tuple(texts[code] for code in frequent)
+    return vocabulary, int(len(codes) - count[frequent].sum())
+
+
+def fitted_spec(
+    raw: Float32,
+    is_fraud: NDArray[np.bool_],
+    fields: tuple[Field, ...] = (),
+    label_delay_days: float = 7.0,
+) -> FeatureSpec:
+    """The inputs of a new network.
+
+    Args:
+        raw: [n, R] of labelled transactions of the training period, or a sample of them.
+        is_fraud: [n].
+        fields: as in the columns of ``raw``.
+    """
+    spec = FeatureSpec(label_delay_days=label_delay_days, fields=fields)
+    column = {name: raw[:, place] for place, name in enumerate(spec.names)}
+    inputs = list(INPUTS)
+    for name in STEP_FEATURES:
+        inputs += _steps(name, learned_steps(column[name], is_fraud))
+    spec = msgspec.structs.replace(spec, inputs=tuple(inputs)).fitted(raw)
+    more: list[Input] = []
+    for field in fields:
+        if field.kind == "numeric":
+            more += _numeric_inputs(field.name, column[field.name], is_fraud)
+    more += [Input(field.name, "category") for field in fields if field.kind == "categorical"]
+    return msgspec.structs.replace(spec, inputs=(*spec.inputs, *more))
+
+
+def embedding_sizes(spec: FeatureSpec) -> tuple[tuple[int, int], ...]:
+    """Codes and size of the vectors of each category.
+
+    >>> spec = FeatureSpec(fields=(Field("category", "categorical", tuple("abcdefgh")),),
+    ...                    inputs=(*INPUTS, Input("category", "category")))
+    >>> embedding_sizes(spec)
+    ((9, 5),)
+    """
+    codes = [1 + len(field.vocabulary) for field in spec.embedded]
+    return tuple((n, min(EMBEDDING_SIZE_MAX, 2 + round(n**0.5))) for n in codes)
+
+
+def _steps(name: str, thresholds: tuple[float, ...]) -> list[Input]:
+    return [Input(name, "step", threshold=threshold) for threshold in thresholds]
+
+
+def _numeric_inputs(name: str, values: Float32, is_fraud: NDArray[np.bool_]) -> list[Input]:
+    """Of a numeric field: its value on a scale that suits it, steps, and whether it is missing."""
+    missing = np.isnan(values)
+    inputs = [Input(name, "is_missing")] if missing.sum() >= MISSING_MIN else []
+    there = values[~missing].astype(np.float64)
+    if not len(there) or there.min() == there.max():
+        return inputs
+    scaled = _scaled("linear", name, there)
+    if _deviations(there, scaled) <= HEAVY_TAIL_DEVIATIONS:
+        inputs.append(scaled)
+    elif there.min() >= 0 and _deviations(
+        np.log1p(there), logged := _scaled("log1p", name, there)
+    ) <= (HEAVY_TAIL_DEVIATIONS):
+        inputs.append(logged)
+    else:
+        quantiles = np.quantile(there, np.linspace(0, 1, QUANTILE_STEPS + 2)[1:-1])
+        inputs += _steps(name, tuple(np.unique(quantiles.astype(np.float32)).tolist()))
+    return inputs + _steps(name, learned_steps(values, is_fraud))
+
+
+def _scaled(transform: str, name: str, values: NDArray[np.float64]) -> Input:
+    """Mean and deviation of the values between :data:`CENTRAL_PERCENTILES`."""
+    transformed = np.log1p(values) if transform == "log1p" else values
+    central = np.clip(transformed, *np.percentile(transformed, CENTRAL_PERCENTILES))
+    mean, deviation = float(central.mean()), float(central.std())
+    if deviation <= _FLOAT32_RESOLUTION * abs(mean):  # but for a few values it is constant
+        deviation = float(transformed.std())
+    # float32 has seven digits: what differs less is noise and is not stretched.
+    least = max(_FLOAT32_RESOLUTION * abs(mean), 1e-30)
+    return Input(
+        name,
+        "log1p" if transform == "log1p" else "linear",
+        mean=mean,
+        deviation=max(deviation, least),
+    )
+
+
+def _deviations(transformed: NDArray[np.float64], scaled: Input) -> float:
+    """How far out the furthest value is."""
+    return float(np.abs((transformed - scaled.mean) / scaled.deviation).max())

@@ -1,0 +1,165 @@
+"""Raw features of a whole dataset, on disk, account by account; and the inputs read from them.
+
+The columns are those of :mod:`model.features`, computed by the same functions as in the worker,
+for some accounts (or merchants) at a time. A training reads a stretch of each of some dozen
+accounts at once, so that account by account is the order in which they lie.
+
+Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and for each transaction 24 bytes
+(where it lies). A merchant's transactions are worked on together, however many they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.dataset import Dataset, DatasetError
+from model.features import ACCOUNT_FEATURES, FEATURES, Encoder, FeatureSpec, Field, observe_log
+from model.merchants import Labels, observe_merchant_log
+from model.scoring import Sequences
+
+GROUP_TRANSACTIONS = 2_000_000
+"""Whole accounts, or merchants, are worked on together up to so many transactions."""
+
+Float32 = NDArray[np.float32]
+Rows = NDArray[np.intp]
+
+
+def write_raw(
+    dataset: Dataset,
+    sequences: Sequences,
+    spec: FeatureSpec,
+    path: Path,
+    show: Callable[[float], None] = lambda _: None,
+) -> Float32:
+    """Computes raw features, and maps the file that holds them into memory.
+
+    Labels become known ``spec.label_delay_days`` after their transaction.
+
+    Args:
+        sequences: of the dataset's accounts.
+        spec: its fields and label delay count; its inputs do not.
+        path: file to write.
+        show: called with the share that is done.
+
+    Returns:
+        raw: [N, R] in the order of ``sequences.row``, for reading only.
+
+    Raises:
+        DatasetError: the file cannot be written, or the disk is full.
+    """
+    shape = (len(dataset), len(spec.names))
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.truncate(shape[0] * shape[1] * 4)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a fault later
+                os.posix_fallocate(file.fileno(), 0, shape[0] * shape[1] * 4)
+        raw = np.memmap(partial, np.float32, "r+", shape=shape)
+        _accounts(dataset, sequences, raw, lambda done: show(done * 0.4))
+        _fields(dataset, sequences, spec, raw)
+        _merchants(dataset, sequences, spec, raw, lambda done: show(0.4 + done * 0.6))
+        raw.flush()
+        partial.replace(path)
+    except OSError as error:
+        raise DatasetError(f"cannot write {path}: {error.strerror or error}; make room") from error
+    return open_raw(path, dataset, spec)
+
+
+def open_raw(path: Path, dataset: Dataset, spec: FeatureSpec) -> Float32:
+    """What :func:`write_raw` has written."""
+    shape = (len(dataset), len(spec.names))
+    return np.asarray(np.memmap(path, np.float32, "r", shape=shape))
+
+
+def _accounts(
+    dataset: Dataset, sequences: Sequences, raw: Float32, show: Callable[[float], None]
+) -> None:
+    for begin, end in _groups(sequences.length):
+        rows = sequences.row[begin:end]
+        raw[begin:end, : len(ACCOUNT_FEATURES)] = observe_log(
+            dataset.account[rows].astype(np.int64),
+            np.asarray(dataset.amount[rows]),
+            np.asarray(dataset.timestamp_ms[rows]),
+        )
+        show(end / len(raw))
+
+
+def _merchants(
+    dataset: Dataset,
+    sequences: Sequences,
+    spec: FeatureSpec,
+    raw: Float32,
+    show: Callable[[float], None],
+) -> None:
+    place = np.empty(len(raw), np.intp)  # of each row of the log in raw
+    place[sequences.row] = np.arange(len(raw))
+    by_merchant = np.argsort(dataset.merchant, kind="stable")
+    lengths = np.bincount(dataset.merchant)
+    delay_ms = spec.label_delay_ms
+    for begin, end in _groups(lengths):
+        rows = np.sort(by_merchant[begin:end])
+        times = np.asarray(dataset.timestamp_ms[rows])
+        labels = Labels.delayed(dataset.is_fraud[rows], times, delay_ms)
+        raw[place[rows], len(ACCOUNT_FEATURES) : len(FEATURES)] = observe_merchant_log(
+            dataset.merchant[rows].astype(np.int64), times, labels, delay_ms
+        )
+        show(end / len(raw))
+
+
+def _fields(dataset: Dataset, sequences: Sequences, spec: FeatureSpec, raw: Float32) -> None:
+    for column, field in enumerate(spec.fields, start=len(FEATURES)):
+        values = _field_values(dataset, field)
+        for begin in range(0, len(raw), GROUP_TRANSACTIONS):
+            there = slice(begin, begin + GROUP_TRANSACTIONS)
+            raw[there, column] = values(sequences.row[there])
+
+
+def _field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
+    """As :func:`model.features.field_column` gives them, of some rows."""
+    if field.kind == "numeric":
+        numbers = dataset.numeric[field.name]
+        return lambda rows: np.asarray(numbers[rows])
+    code_of = {text: code for code, text in enumerate(field.vocabulary, start=1)}
+    texts = dataset.texts[field.name]
+    codes = np.array([0, *(code_of.get(text, 0) for text in texts)], np.float32)
+    found = dataset.categorical[field.name]
+    return lambda rows: codes[found[rows] + 1]  # MISSING is -1
+
+
+def _groups(lengths: NDArray[np.intp] | NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Begin and end of runs of whole accounts, each up to :data:`GROUP_TRANSACTIONS` long.
+
+    >>> list(_groups(np.array([1_500_000, 400_000, 200_000, 3_000_000])))
+    [(0, 1900000), (1900000, 2100000), (2100000, 5100000)]
+    """
+    ends = np.cumsum(lengths)
+    begin = 0
+    while begin < (ends[-1] if len(ends) else 0):
+        last = int(np.searchsorted(ends, begin + GROUP_TRANSACTIONS, side="right")) - 1
+        end = int(ends[last]) if last >= 0 and ends[last] > begin else begin
+        if end == begin:  # one that is longer than a group
+            end = int(ends[np.searchsorted(ends, begin, side="right")])
+        yield begin, end
+        begin = end
+
+
+class EncodedInputs:
+    """Inputs that are encoded when they are asked for (:class:`model.scoring.Inputs`)."""
+
+    def __init__(self, raw: Float32, spec: FeatureSpec, device: torch.device) -> None:
+        self._raw = raw
+        self._encoder = Encoder(spec)
+        self._inputs = len(spec.inputs)
+        self._device = device
+
+    def at(self, position: NDArray[np.intp]) -> Tensor:
+        """[..., I] of positions [...]."""
+        encoded = self._encoder.encode(self._raw[position.ravel()])
+        return torch.from_numpy(encoded).view(*position.shape, self._inputs).to(self._device)

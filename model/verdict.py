@@ -1,0 +1,139 @@
+"""The verdict on an account (many to one): is it compromised now?
+
+A linear head on the account's last hidden, fitted when the network is trained and its hidden
+states do not change any more. The truth: one of the account's transactions in the seven days up
+to now, the last one included, is fraud.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.dataset import DAY_MS, Dataset
+from model.gru import Network
+from model.scoring import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
+
+COMPROMISED_DAYS = 7
+"""So long after a fraud an account counts as compromised."""
+
+EVERY = 8
+"""A verdict is asked for after every so many transactions of an account."""
+
+FIT_MAX = 200_000
+"""Verdicts that the head is fitted to; of more a random sample."""
+
+PENALTY = 1e-4
+ITERATIONS_MAX = 100
+
+Rows = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states after some of a log's transactions.
+
+    Attributes:
+        row: [m] of the log.
+        hidden: [m, H] of the last layer, after that transaction.
+    """
+
+    row: Rows
+    hidden: Tensor
+
+    def taken(self, chosen: Rows) -> States:
+        """Some of them."""
+        return States(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
+
+
+def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
+    """[N] in the order of the log: the account had a fraud in the last days, or has one now.
+
+    Memory: 24 bytes for each transaction.
+    """
+    row = sequences.row
+    times = dataset.timestamp_ms[row]
+    never = np.int64(-(2**62))
+    fraud_ms = np.where(dataset.is_fraud[row], times, never)
+    # Between accounts time starts anew: an offset for each keeps maxima apart.
+    account = np.repeat(np.arange(len(sequences.length)), sequences.length)
+    span = np.int64(times.max() - times.min() + 1) if len(times) else np.int64(1)
+    first = times.min() if len(times) else np.int64(0)
+    keyed = np.where(fraud_ms == never, np.int64(-1), fraud_ms - first) + account * span
+    latest = np.maximum.accumulate(keyed) - account * span  # under 0: none of this account
+    compromised = (latest >= 0) & (times - first - latest <= COMPROMISED_DAYS * DAY_MS)
+    found = np.empty(len(row), np.bool_)
+    found[row] = compromised
+    return found
+
+
+def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> States:
+    """States after every :data:`EVERY`-th transaction of each account."""
+    network.eval()
+    groups = np.argsort(-sequences.length, kind="stable")
+
+    def unroll(begin: int) -> list[tuple[Rows, Tensor]]:
+        found: list[tuple[Rows, Tensor]] = []
+        hidden: Tensor | None = None
+        with torch.inference_mode():
+            group = groups[begin : begin + UNROLL_ACCOUNTS]
+            for position, there in sequences.chunks(group, EVERY):
+                before = None if hidden is None else hidden[: len(position)]
+                _, hidden = network.unroll(inputs.at(position), before)
+                whole = np.flatnonzero(there[:, -1])  # the hidden of others ran on
+                rows = sequences.row[position[whole, -1]]
+                found.append((rows, hidden[torch.from_numpy(whole)][:, -1].cpu()))
+        return found
+
+    with one_core_each(2) as pool:
+        parts = [p for ps in pool.map(unroll, range(0, len(groups), UNROLL_ACCOUNTS)) for p in ps]
+    if not parts:
+        return States(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
+    return States(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]) -> None:
+    """Fits ``network.verdict`` by logistic regression, in place.
+
+    Args:
+        states: m of them.
+        compromised: [m] the truth of each; of one class only, the head says that class.
+    """
+    if len(compromised) > FIT_MAX:
+        rng = np.random.default_rng(len(compromised))
+        chosen = np.sort(rng.choice(len(compromised), FIT_MAX, replace=False))
+        states = states.taken(chosen)
+        compromised = compromised[chosen]
+    hidden = states.hidden.clone().double()
+    truth = torch.from_numpy(compromised.astype(np.float64))
+    weight = torch.zeros(hidden.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS_MAX, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(hidden @ weight + bias, truth)
+        value = value + PENALTY * (weight.square().sum() + 1e-2 * bias.square().sum())
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    if len(truth):
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        network.verdict.weight.copy_(weight[None].float())
+        network.verdict.bias.copy_(bias.float())
+
+
+def verdict_scores(network: Network, states: States) -> NDArray[np.float32]:
+    """Probability [m] that the account is compromised."""
+    device = network.verdict.weight.device
+    with torch.inference_mode():
+        logits = network.verdict_logit(states.hidden[:, None].to(device))
+        return np.asarray(torch.sigmoid(logits).cpu().numpy())
