@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from model.candidates import BATCH_TRANSACTIONS
 from model.comparison import (
-    BATCH_TRANSACTIONS,
+    DESCRIBED,
+    GIVEN,
     TITLES,
     Comparison,
     ComparisonSettings,
@@ -32,6 +34,9 @@ MEASURES: dict[str, str] = {
     "brier_score": "Brier",
 }
 """Measures by name, with the heading of their column."""
+
+VERDICT_TITLE = "  its verdict on the account"
+"""Many to one: is the account compromised now? By the last state; measured over accounts."""
 
 FINE = ("expected_calibration_error", "brier_score")
 """Measures that are small numbers, and the smaller the better."""
@@ -58,6 +63,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         seconds: of training, mean of a run.
         microseconds: see :class:`model.run_cache.Run`.
         recall_by_scenario: mean over folds and seeds.
+        verdict: of a GRU, the measures of the verdict on accounts, mean of the runs.
     """
 
     network: str
@@ -69,6 +75,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     microseconds: float = 0.0
     recall_by_scenario: dict[int, float] = {}
+    verdict: dict[str, float] = {}
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,7 +163,13 @@ def summarise(network: str, runs: Sequence[Run]) -> Summary:
             s: float(np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario]))
             for s in scenarios
         },
+        verdict=_verdict(runs),
     )
+
+
+def _verdict(runs: Sequence[Run]) -> dict[str, float]:
+    told = [run.verdict for run in runs if run.verdict]
+    return {name: float(np.mean([t[name] for t in told])) for name in MEASURES} if told else {}
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -177,6 +190,9 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{network.microseconds:.2f}",
             ]
         )
+        if network.network in (GIVEN, DESCRIBED) and network.verdict:
+            measures = [in_figures(name, network.verdict[name]) for name in MEASURES]
+            rows.append([VERDICT_TITLE, *measures, "–", "–", "–"])
     for title, published in results.published.items():
         found = [in_figures(n, published[n]) if n in published else "–" for n in MEASURES]
         rows.append([title, *found, "–", "–", "–"])
