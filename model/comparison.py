@@ -65,6 +65,8 @@ KINDS: dict[str, NetworkKind] = {
 """By the name that the command line takes."""
 
 REFERENCE_COST = 0.2
+SPEC_SHARE = 0.03
+"""Of a network's time, to compute and choose its inputs; at its fold's first network."""
 
 TITLES: dict[str, str] = {
     **{name: kind.title for name, kind in KINDS.items()},
@@ -306,13 +308,14 @@ class Comparer:
             return train_reference(
                 self.material, job.fold, settings.label_delay_days, job.seed, show, settings.trees
             )
+        spec = self._spec_of(job.fold, lambda share, note: show(SPEC_SHARE * share, note))
         return train_network(
             KINDS[job.network],
             self.material,
             job.fold,
-            self._spec_of(job.fold, show),
+            spec,
             dataclasses.replace(settings.training, seed=job.seed),
-            show,
+            lambda share, note: show(SPEC_SHARE + (1 - SPEC_SHARE) * share, note),
             None if self._cache is None else self._cache.state(key),
         )
 
