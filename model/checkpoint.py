@@ -17,7 +17,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from model.features import Encoder, FeatureSpec, FeatureSpecError, Float32
+from model.features import (
+    USUAL_OUTLIER,
+    Encoder,
+    FeatureSpec,
+    FeatureSpecError,
+    Float32,
+    Float64,
+)
 from model.gru import Architecture, Network
 
 FORMAT_VERSION = 2
@@ -30,6 +37,9 @@ FILE_MAX_BYTES = 1 << 30
 """Largest checkpoint file."""
 
 DIGEST_DIGITS = 12
+
+TAIL_MAX = 20
+"""Of :class:`Amounts`: a payment in a million is as rare as need be told."""
 
 CURRENCY = "EUR"
 """Currency of the simulator's amounts."""
@@ -55,6 +65,31 @@ class Thresholds(msgspec.Struct, frozen=True):
             raise ValueError(f"decline threshold {self.decline} is under review {self.review}")
 
 
+class Amounts(msgspec.Struct, frozen=True):
+    """How amounts spread over the training period, to say which ones are rare.
+
+    Attributes:
+        tail: amounts that a share of 1, 1/2, 1/4 and so on of all transactions reaches.
+        deviation: of an account's amounts, as a share of what it usually spends.
+    """
+
+    tail: tuple[float, ...] = ()
+    deviation: float = 0.5
+
+    @classmethod
+    def of(cls, amount: Float64, to_usual: Float64) -> Amounts:
+        """From [N] amounts, and [N] amounts as multiples of their accounts' usual ones.
+
+        >>> Amounts.of(np.arange(8.0), np.array([0.5, 1.5] * 4))
+        Amounts(tail=(0.0, 3.5, 5.25), deviation=0.5)
+        """
+        halvings = max(1, min(TAIL_MAX, int(np.log2(max(len(amount), 1)))))
+        tail = np.quantile(amount, 1.0 - 0.5 ** np.arange(halvings)) if len(amount) else []
+        outliers_cut = np.minimum(to_usual, USUAL_OUTLIER) - 1.0
+        deviation = float(np.sqrt(np.mean(outliers_cut**2))) if len(amount) else 0.5
+        return cls(tuple(float(value) for value in tail), max(deviation, 0.01))
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint says about its network.
 
@@ -71,6 +106,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             :func:`model.evaluation.operating_points`.
         validation: what those are measured on: ``days``, ``transactions``, ``frauds``,
             ``fraud_amount_per_day`` and ``genuine_amount_per_day``.
+        amounts: for the reasons of alerts.
         data_digest: of the transactions that it was trained on (12 hex digits).
     """
 
@@ -83,6 +119,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     training: dict[str, Any] = {}
     operating_points: list[list[float]] = []
     validation: dict[str, float] = {}
+    amounts: Amounts | None = None
     data_digest: str = ""
 
 

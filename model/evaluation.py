@@ -236,8 +236,8 @@ def operating_points(
 ) -> list[list[float]]:
     """What alerts at or over a threshold catch and cost: rows of :data:`OPERATING_POINT`.
 
-    The thresholds are scores that occur, highest first, evenly spaced in the logarithm of the
-    number of alerts: from one alert to all transactions.
+    The thresholds are scores that occur, highest first. Half of them are even steps of recall,
+    the others even steps of the logarithm of the alerts; the last one is the lowest score.
 
     Args:
         amount: [N] in the currency's main unit.
@@ -262,8 +262,10 @@ def operating_points(
         np.bincount(place, amount * of, steps).cumsum() for of in (is_fraud, ~is_fraud)
     )
     alerts = true + false
-    wanted = np.geomspace(1, len(scores), points_max)
-    chosen = np.unique(np.minimum(np.searchsorted(alerts, wanted), steps - 1))
+    half = points_max // 2
+    by_recall = np.searchsorted(true, np.linspace(0, frauds, half + 1)[1:] - 0.5)
+    by_alerts = np.searchsorted(alerts, np.geomspace(1, len(scores), half))
+    chosen = np.unique(np.minimum(np.concatenate((by_recall, by_alerts)), steps - 1))
     return [
         [
             float(-thresholds[at]),

@@ -46,9 +46,6 @@ ACCOUNT_FEATURES: tuple[str, ...] = (
     "mean_amount_7d",
     "mean_amount_30d",
     "amount_to_mean",  # amount / mean_amount_30d
-    "deviation_amount_30d",  # decayed standard deviation of the amount before this one
-    "mean_log_amount_30d",  # decayed mean and deviation of log(1 + amount) before this one
-    "deviation_log_amount_30d",
     "usual_amount",  # running mean before this one in which an outlier counts as 2.5 times it
     "amount_to_usual",  # amount / usual_amount
 )
@@ -74,7 +71,6 @@ _HOUR_MS = 3_600_000
 _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _COUNT_MAX = np.uint32(2**32 - 1)
 _WINDOWS = len(WINDOW_DAYS)
-MOMENTS = 3
 _DECAY_PER_MS = np.array([-1.0 / (days * _DAY_MS) for days in WINDOW_DAYS])[:, None]  # [3, 1]
 
 
@@ -88,8 +84,6 @@ class AccountHistory:
         decayed_count: [n, 3] transactions, each weighing exp(-age / window) at
             ``last_event_ms``; a window of each of :data:`WINDOW_DAYS`.
         decayed_amount: [n, 3] amounts, weighed the same.
-        decayed_moments: [n, 3] squares of the amount, logarithms log(1 + amount) and squares
-            of these, weighed as in the longest window.
         usual_amount: [n] running mean of the amount without its outliers.
     """
 
@@ -97,7 +91,6 @@ class AccountHistory:
     count: UInt32
     decayed_count: Float32
     decayed_amount: Float32
-    decayed_moments: Float32
     usual_amount: Float32
 
     @classmethod
@@ -112,7 +105,6 @@ class AccountHistory:
             np.zeros(n, np.uint32),
             np.zeros((n, _WINDOWS), np.float32),
             np.zeros((n, _WINDOWS), np.float32),
-            np.zeros((n, MOMENTS), np.float32),
             np.zeros(n, np.float32),
         )
 
@@ -164,9 +156,6 @@ def observe(
     mean_amount_7d           20.00
     mean_amount_30d          20.00
     amount_to_mean           3.00
-    deviation_amount_30d     0.00
-    mean_log_amount_30d      3.04
-    deviation_log_amount_30d 0.00
     usual_amount             20.00
     amount_to_usual          3.00
     """
@@ -198,31 +187,21 @@ def observe(
         raw[8:11, first] = raw[0, first]
     floor = np.float32(MEAN_AMOUNT_FLOOR)
     np.divide(raw[0], np.maximum(raw[10], floor), out=raw[11])
-    moments = history.decayed_moments.T / np.maximum(count_before[-1], np.float32(1.0))  # [3, n]
-    raw[12] = np.sqrt(np.maximum(moments[0] - raw[10] * raw[10], np.float32(0.0)))
-    raw[13] = moments[1]
-    raw[14] = np.sqrt(np.maximum(moments[2] - moments[1] * moments[1], np.float32(0.0)))
-    raw[15] = history.usual_amount
-    log_amount = np.log1p(raw[0])
+    raw[12] = history.usual_amount
     if first.any():
-        raw[12, first] = 0.0
-        raw[13, first] = log_amount[first]
-        raw[15, first] = raw[0, first]
-    np.divide(raw[0], np.maximum(raw[15], floor), out=raw[16])
+        raw[12, first] = raw[0, first]
+    np.divide(raw[0], np.maximum(raw[12], floor), out=raw[13])
 
     amount_after = np.multiply(amount_before, decay)
     amount_after += raw[0]
-    moments_after = np.multiply(history.decayed_moments.T, decay[-1])
-    moments_after += (raw[0] * raw[0], log_amount, log_amount * log_amount)
     counted = np.minimum(count, USUAL_COUNT_MAX).astype(np.float32)
-    within = np.minimum(raw[0], np.float32(USUAL_OUTLIER) * np.maximum(raw[15], floor))
-    usual_after = raw[15] + (within - raw[15]) / counted
+    within = np.minimum(raw[0], np.float32(USUAL_OUTLIER) * np.maximum(raw[12], floor))
+    usual_after = raw[12] + (within - raw[12]) / counted
     after = AccountHistory(
         last_event_ms,
         count.astype(np.uint32, copy=False),
         np.ascontiguousarray(count_after.T),
         np.ascontiguousarray(amount_after.T),
-        np.ascontiguousarray(moments_after.T),
         usual_after,
     )
     return np.ascontiguousarray(raw.T), after
@@ -340,11 +319,8 @@ ACCOUNT_INPUTS: tuple[Input, ...] = (
     Input("mean_amount_7d", "log1p"),
     Input("mean_amount_30d", "log1p"),
     Input("amount_to_mean", "log1p"),
-    Input("deviation_amount_30d", "log1p"),
     Input("usual_amount", "log1p"),
     Input("amount_to_usual", "log1p"),
-    Input("mean_log_amount_30d", "linear"),
-    Input("deviation_log_amount_30d", "linear"),
     Input("amount", "linear"),
     Input("amount_to_mean", "linear"),
     Input("amount_to_usual", "linear"),

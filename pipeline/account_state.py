@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import HISTORY_COLUMNS, MOMENTS, WINDOW_DAYS, AccountHistory
+from model.features import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
 
 STATE_FORMAT = 2
 """Version of the state's layout; raise it with every change of the layout."""
@@ -182,7 +182,7 @@ class StateCodec:
 
 
 def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
-    """The state's fields, types and order; 408 bytes for one layer of 128."""
+    """The state's fields, types and order; 400 bytes for one layer of 128."""
     windows = len(WINDOW_DAYS)
     fields: list[tuple[Any, ...]] = [
         ("format", "u1"),
@@ -195,7 +195,6 @@ def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
         ("last_event_ms", "<i8"),
         ("decayed_count", "<f4", (windows,)),
         ("decayed_amount", "<f4", (windows,)),
-        ("decayed_moments", "<f4", (MOMENTS,)),
         ("usual_amount", "<f4"),
         ("recent_ids", "<u8", (RECENT_IDS,)),
         ("hidden", "<f2", (layers, hidden_size)),

@@ -6,6 +6,7 @@ The only importer of faust, with :mod:`pipeline.poll_transport`.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import sys
@@ -22,9 +23,13 @@ from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
 from pipeline import logs, poll_transport
+from pipeline.checkpoint_watch import CheckpointWatch
+from pipeline.decision import thresholds_of
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError
 from pipeline.health import Health
+from pipeline.labels import STREAM, LabelProcessor
+from pipeline.merchant_store import RedisMerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
 from pipeline.patience import Patience
@@ -69,6 +74,7 @@ class Worker:
     ) -> None:
         self._settings = settings
         self._topic = settings.topic("transactions")
+        self._labels_topic = settings.topic("labels")
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(settings.watchdog_seconds)
         self.endpoints = Endpoints(
@@ -81,7 +87,11 @@ class Worker:
                 "architecture": f"GRU {architecture.layers}x{architecture.hidden_size}",
             }
         )
+        self._checkpoint_watch = CheckpointWatch(
+            settings.checkpoint, checkpoint.digest, checkpoint.header.thresholds
+        )
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
+        self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
         self._publisher = KafkaPublisher(settings)
         self.app = faust_app(settings, directory)
@@ -100,8 +110,19 @@ class Worker:
             settings=settings,
             scorer=Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS)),
             store=self._store,
+            merchant_store=self._merchant_store,
             publisher=self._publisher,
             ownership=self.ownership,
+            patience=patience,
+            metrics=self.metrics,
+            health=self.health,
+        )
+        self.labels = LabelProcessor(
+            settings=settings,
+            store=self._merchant_store,
+            publisher=self._publisher,
+            logs=self._score_log,
+            labels_log=poll_transport.PartitionLog(self._consumer, self._labels_topic),
             patience=patience,
             metrics=self.metrics,
             health=self.health,
@@ -112,12 +133,17 @@ class Worker:
         return cast(poll_transport.Consumer, self.app.consumer)
 
     def _wire(self) -> None:
-        """Register agent, monitors and lifecycle with the app."""
+        """Register agents, monitors and lifecycle with the app."""
         app = self.app
-        topic = app.topic(self._topic, schema=poll_transport.PollSchema())
-        app.agent(topic, name="score", supervisor_strategy=CrashingSupervisor)(self._score)
+        agents = {self._topic: ("score", self._score)}
+        if self._settings.merchant_counts:
+            agents[self._labels_topic] = "book", self._book
+        for topic, (name, agent) in agents.items():
+            polls = app.topic(topic, schema=poll_transport.PollSchema())
+            app.agent(polls, name=name, supervisor_strategy=CrashingSupervisor)(agent)
         app.task(self._monitor_redis)
         app.task(self._monitor_lag)
+        app.task(self._monitor_checkpoint)
         app.on_before_shutdown.connect(self._on_before_shutdown)
 
     async def start_clients(self) -> None:
@@ -127,6 +153,7 @@ class Worker:
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
+        consumer.from_begin = {self._labels_topic}
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:
@@ -156,15 +183,32 @@ class Worker:
             raise
         event.ack()
 
-    def _on_assigned(self, partitions: set[int]) -> None:
+    async def _book(self, polls: Any) -> None:
+        """The agent of labels: books polls in order."""
+        consumer = self._consumer()
+        async for event in polls.noack().events():
+            if not consumer.start_work(event.message):
+                continue
+            try:
+                await self.labels.process(event.value)
+            except BaseException:
+                consumer.abandon(event.message)
+                raise
+            event.ack()
+
+    def _on_assigned(self, assigned: set[TP]) -> None:
+        partitions = {tp.partition for tp in assigned if tp.topic == self._topic}
         self.ownership.assign(partitions)
+        self.labels.assign({tp.partition for tp in assigned if tp.topic == self._labels_topic})
         self.metrics.partitions.set(len(partitions))
         self.health.up("partitions")
         log.info("partitions assigned", extra={"partitions": sorted(partitions)})
 
-    def _on_revoked(self, partitions: set[int]) -> None:
-        if not partitions:  # the first assignment comes with an empty revocation
+    def _on_revoked(self, revoked: set[TP]) -> None:
+        if not revoked:  # the first assignment comes with an empty revocation
             return
+        partitions = {tp.partition for tp in revoked if tp.topic == self._topic}
+        self.labels.assign(())
         self.ownership.revoke(partitions)
         for partition in partitions:
             self.metrics.lag.remove(str(partition))
@@ -177,6 +221,7 @@ class Worker:
         await self._publisher.stop()
         await self._score_log.stop()
         await self._store.close()
+        await self._merchant_store.close()
 
     # monitors ----------------------------------------------------------------------------
 
@@ -191,6 +236,16 @@ class Worker:
             await self._look_at_lag()
             await asyncio.sleep(LAG_LOOK_SECONDS)
 
+    async def _monitor_checkpoint(self) -> None:
+        """New thresholds in the checkpoint's file decide from the next micro-batch on."""
+        while not self.app.should_stop:
+            shipped = await asyncio.to_thread(self._checkpoint_watch.look)
+            if shipped is not None:
+                thresholds = thresholds_of(self._settings, shipped)
+                self.processor.use(thresholds)
+                log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
+            await asyncio.sleep(self._settings.checkpoint_look_seconds)
+
     async def _look_at_redis(self) -> None:
         try:
             await self._store.ping()
@@ -201,12 +256,11 @@ class Worker:
             log.debug("Redis does not answer", extra={"why": str(error)})
 
     async def _look_at_lag(self) -> None:
-        """Lag of each assigned partition, from a connection that is not the consumer's."""
-        assigned = self.ownership.assigned()
+        """Lag of what is assigned, from a connection that is not the consumer's."""
+        assigned, labels = self.ownership.assigned(), self.labels.assigned()
         try:
-            ends = await asyncio.wait_for(
-                self._score_log.ends(self._topic, sorted(assigned)), timeout=5.0
-            )
+            ends = await self._ends(self._topic, assigned)
+            label_ends = await self._ends(self._labels_topic, labels)
             self.health.up("kafka")
         except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
@@ -214,20 +268,34 @@ class Worker:
             log.debug("Kafka does not answer", extra={"why": str(error)})
             self.health.records_wait(self._consumer().polls_in_flight > 0)
             return
-        applied = self.ownership.next_offsets()
-        waiting = False
+        lags = await self._lags(self._topic, ends, self.ownership.next_offsets())
+        for partition, lag in lags.items():
+            self.metrics.lag.labels(str(partition)).set(lag)
+        self.health.records_wait(any(lags.values()))
+        lags = await self._lags(self._labels_topic, label_ends, self.labels.next_offsets())
+        self.metrics.labels_lag.set(sum(lags.values()))
+        self.health.records_wait(any(lags.values()), STREAM)
+
+    async def _ends(self, topic: str, partitions: set[int]) -> dict[int, int]:
+        if not partitions:
+            return {}
+        return await asyncio.wait_for(self._score_log.ends(topic, sorted(partitions)), timeout=5.0)
+
+    async def _lags(
+        self, topic: str, ends: dict[int, int], applied: dict[int, int]
+    ) -> dict[int, int]:
+        """Records that wait, by partition."""
+        lags = {}
         for partition, end in ends.items():
             position = applied.get(partition)
             if position is None:
-                position = await self._committed(partition)
-            lag = max(0, end - position) if position is not None else 0
-            waiting = waiting or lag > 0
-            self.metrics.lag.labels(str(partition)).set(lag)
-        self.health.records_wait(waiting)
+                position = await self._committed(TP(topic, partition))
+            lags[partition] = max(0, end - position) if position is not None else 0
+        return lags
 
-    async def _committed(self, partition: int) -> int | None:
+    async def _committed(self, tp: TP) -> int | None:
         try:
-            return await self._consumer().committed(TP(self._topic, partition))
+            return await self._consumer().committed(tp)
         except LogUnavailableError:
             self.metrics.kafka_errors.inc()
             return None

@@ -107,6 +107,64 @@ def train(
 
 
 @recur.command()
+@click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
+@click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")
+@click.option("--alerts-per-day", metavar="N", help="Short for --review alerts-per-day=N.")
+@click.option("--false-positive-rate", metavar="X", help="... --review false-positive-rate=X.")
+@click.option("--precision", metavar="P", help="... --review precision=P.")
+@click.option(
+    "--cost-missed",
+    metavar="COST",
+    help="Of a missed fraud: an amount, or per cent of the fraud's amount (the default, 100%).",
+)
+@click.option("--cost-review", metavar="AMOUNT", help="Of one review, which tells the truth.")
+@click.option(
+    "--cost-decline",
+    metavar="COST",
+    help="Of declining a good payment: an amount, or per cent of the payment's.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what is expected, and write nothing.")
+def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
+    """Choose CHECKPOINT's review and decline thresholds by what they shall do.
+
+    A GOAL is one of alerts-per-day=N (at most; declined ones count), false-positive-rate=X
+    (at most, of the genuine transactions), precision=P (at least, of the alerts) or
+    threshold=T; shares as 0.9 or 90%. With costs instead, both thresholds are those whose
+    expected cost a day is the lowest. A threshold of which nothing is said stays, but for one
+    thing: decline is never under review. Without any wish, what is expected now is printed.
+
+    \b
+      recur thresholds model.safetensors --alerts-per-day 100
+      recur thresholds model.safetensors --review false-positive-rate=0.2% \\
+                                         --decline precision=0.9
+      recur thresholds model.safetensors --cost-review 4 --cost-decline 30
+
+    The weights stay, and the digest with them: running workers whose RECUR_CHECKPOINT is this
+    file decide by the new thresholds some seconds later.
+    """
+    from model.checkpoint import Checkpoint, CheckpointError
+    from model.thresholds import OperatingPoints, ThresholdsError, Wishes, report
+
+    try:
+        loaded = Checkpoint.load(checkpoint)
+        points, before = OperatingPoints(loaded.header), loaded.header.thresholds
+        wanted = Wishes.parse(wishes)
+        after = wanted.choose(points, before)
+    except (CheckpointError, ThresholdsError) as error:
+        raise RecurError(str(error)) from error
+    for line in report(points, before, after, wanted.costs):
+        click.echo(line)
+    if after is None or dry_run:
+        return
+    try:
+        loaded.with_header(thresholds=after).save(checkpoint)
+    except CheckpointError as error:
+        raise RecurError(str(error)) from error
+    click.echo(f"  Written to {checkpoint} (model {loaded.digest}).")
+
+
+@recur.command()
 @click.argument(
     "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
 )

@@ -7,17 +7,20 @@ shortest decimal that is the same float32, so that a decision can be recomputed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.transaction import Transaction
-from pipeline.decision import DECISIONS
+from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
+from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
+from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
+
+T = TypeVar("T")
 
 REASONS = (
     "null_value",
@@ -33,6 +36,8 @@ REASONS = (
     "key_mismatch",
     "control",
     "computation",
+    "label",
+    "labelled_at",
 )
 """Why a record is rejected: a closed set, fit for a metric label."""
 
@@ -52,39 +57,106 @@ _FIELD_REASONS = {
     "`$.amount`": "amount",
     "`$.currency`": "currency",
     "`$.timestamp`": "timestamp",
+    "`$.label`": "label",
+    "`$.labelled_at`": "labelled_at",
 }
 # RecursionError: brackets in brackets, a thousand deep.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_decode_transaction = msgspec.json.Decoder(Transaction).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def decode(key: bytes | None, value: bytes | None, currency: str) -> Transaction:
+class Label(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The truth about a transaction, as the labels topic carries it; its key is merchant_id.
+
+    ``timestamp`` is the transaction's; ``labelled_at`` is when the truth became known, and
+    ``source`` who said so.
+    """
+
+    transaction_id: Id
+    account_id: Id
+    merchant_id: Id
+    label: Literal["fraud", "genuine"]
+    timestamp: Timestamp
+    labelled_at: Timestamp
+    source: ShortText | None = None
+
+
+LABELS = ("fraud", "genuine")
+
+_decode_label = msgspec.json.Decoder(Label).decode
+
+
+def decode(
+    key: bytes | None,
+    value: bytes | None,
+    currency: str,
+    further: FurtherFields = NO_FURTHER_FIELDS,
+) -> Transaction:
     """The transaction in a record.
 
     Args:
         key: must be the account id in UTF-8.
         value: JSON.
         currency: the checkpoint's; amounts in another one mean something else.
+        further: fields that the checkpoint looks at.
 
     Raises:
         RejectedError: the record cannot be scored; the message holds none of its content.
     """
-    if value is None:
-        raise RejectedError("null_value", "the value is null")
-    if len(value) > VALUE_MAX_BYTES:
-        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
-    try:
-        transaction = _decode_transaction(value)
-    except msgspec.ValidationError as error:
-        raise RejectedError(_reason(str(error)), str(error)) from None
-    except _NOT_JSON as error:
-        raise RejectedError("not_json", str(error)[:200]) from None
+    transaction = _decoded(value, further.decode_json)
     if key != transaction.account_id.encode():
         raise RejectedError("key_mismatch", "the record's key is not its account_id")
     if transaction.currency != currency:
         raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
     return transaction
+
+
+def names_in(value: bytes | None) -> set[str]:
+    """The names of a transaction's fields; none of what is no JSON object with an account."""
+    if value is None or len(value) > VALUE_MAX_BYTES:
+        return set()
+    try:
+        fields = _decode_object(value)
+    except _NOT_JSON:
+        return set()
+    return set(fields) if "account_id" in fields else set()
+
+
+def decode_label(key: bytes | None, value: bytes | None) -> tuple[Label, int, int]:
+    """The label in a record, its transaction's time and its own, epoch milliseconds.
+
+    Args:
+        key: must be the merchant id in UTF-8.
+        value: JSON.
+
+    Raises:
+        RejectedError: the record cannot be booked; the message holds none of its content.
+    """
+    label = _decoded(value, _decode_label)
+    if key != label.merchant_id.encode():
+        raise RejectedError("key_mismatch", "the record's key is not its merchant_id")
+    timestamp_ms, labelled_ms = epoch_ms(label.timestamp), epoch_ms(label.labelled_at)
+    if timestamp_ms < 0:
+        raise RejectedError("timestamp", "the timestamp is before 1970")
+    if labelled_ms < timestamp_ms:
+        raise RejectedError("labelled_at", "labelled_at is before the transaction's timestamp")
+    return label, timestamp_ms, labelled_ms
+
+
+def _decoded(value: bytes | None, decoder: Callable[[bytes], T]) -> T:
+    if value is None:
+        raise RejectedError("null_value", "the value is null")
+    if len(value) > VALUE_MAX_BYTES:
+        raise RejectedError("too_large", f"{len(value)} bytes; the limit is {VALUE_MAX_BYTES}")
+    try:
+        return decoder(value)
+    except msgspec.ValidationError as error:
+        reason = _reason(str(error))
+        said = "the label is neither fraud nor genuine" if reason == "label" else str(error)
+        raise RejectedError(reason, said) from None
+    except _NOT_JSON as error:
+        raise RejectedError("not_json", str(error)[:200]) from None
 
 
 def _reason(message: str) -> str:
@@ -102,7 +174,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     """One record of the scores topic.
 
     ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
-    ``features`` are the model's raw named inputs.
+    ``features`` are the model's raw named inputs, null where a value is missing. ``thresholds``
+    are those that decided; where they approved, they are left out.
     """
 
     transaction_id: str
@@ -114,7 +187,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     decision: str
     model: str
     source: str
-    features: dict[str, float]
+    features: dict[str, float | None]
+    thresholds: dict[str, float] | None = None
 
 
 class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
@@ -132,23 +206,25 @@ class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
     features: msgspec.Raw
 
 
-class Alert(Score, frozen=True, gc=False):
+class Alert(Score, frozen=True, gc=False, kw_only=True):
     """One record of the alerts topic: a score with what led to it.
 
     ``reasons`` are closed codes with weights; ``created_at`` is epoch milliseconds.
     """
 
-    reasons: list[dict[str, Any]]
     thresholds: dict[str, float]
+    reasons: list[dict[str, Any]]
     created_at: int
 
 
 class PublishedScore(msgspec.Struct, frozen=True, gc=False):
-    """What recovery needs of a score: which transaction it is of, and what was said."""
+    """What recovery needs of a score: which transaction it is of, what was said, from what."""
 
     source: str
     score: float
     decision: str
+    thresholds: dict[str, float] | None = None
+    features: dict[str, float | None] = {}
 
 
 decode_score = msgspec.json.Decoder(Score).decode
@@ -229,14 +305,23 @@ class ScoreEncoder:
         return values
 
 
-def encode_alert(
-    score: bytes, thresholds: dict[str, float], reasons: list[dict[str, Any]], created_at: int
-) -> bytes:
-    """JSON of an alert: the score's record with more fields at its end."""
-    more = _encode({"reasons": reasons, "thresholds": thresholds, "created_at": created_at})
+def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
+    """JSON of a score that raises an alert: it says what decided, whenever that is asked."""
+    more = _encode({"thresholds": {"review": thresholds.review, "decline": thresholds.decline}})
+    return score[:-1] + b"," + more[1:]
+
+
+def encode_alert(score: bytes, reasons: Sequence[dict[str, Any]], created_at: int) -> bytes:
+    """JSON of an alert: the record of its score, thresholds in it, with more at its end."""
+    more = _encode({"reasons": reasons, "created_at": created_at})
     return score[:-1] + b"," + more[1:]
 
 
 def encode_transaction(transaction: Transaction) -> bytes:
     """JSON of a transaction, as producers write it."""
     return _encode(transaction)
+
+
+def encode_label(label: Label) -> bytes:
+    """JSON of a label, as producers write it."""
+    return _encode(label)

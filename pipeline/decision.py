@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Thresholds as ShippedThresholds
+from pipeline.settings import Settings
+
 DECISIONS = ("approve", "review", "decline")
 """In the order of their scores."""
 
@@ -28,3 +31,11 @@ class Thresholds:
         return np.searchsorted(
             np.array([self.review, self.decline], np.float32), scores, side="right"
         )
+
+
+def thresholds_of(settings: Settings, shipped: ShippedThresholds) -> Thresholds:
+    """The checkpoint's thresholds, each replaced by a setting where there is one."""
+    review = shipped.review if settings.review_threshold is None else settings.review_threshold
+    if settings.decline_threshold is None:
+        return Thresholds(review, max(review, shipped.decline))
+    return Thresholds(min(review, settings.decline_threshold), settings.decline_threshold)

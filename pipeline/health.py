@@ -21,7 +21,7 @@ class Health:
         self._lock = threading.Lock()
         self._missing = {"redis": "not reached yet", "kafka": "not reached yet",
                          "partitions": "not assigned yet"}  # fmt: skip
-        self._waiting_since: float | None = None
+        self._waiting_since: dict[str, float] = {}  # by what waits
 
     def up(self, part: str) -> None:
         """``part`` (redis, kafka, partitions or worker) is there."""
@@ -33,24 +33,24 @@ class Health:
         with self._lock:
             self._missing[part] = why
 
-    def moved(self) -> None:
-        """A micro-batch was applied."""
+    def moved(self, what: str = "transactions") -> None:
+        """A micro-batch was applied, or labels were booked."""
         with self._lock:
-            if self._waiting_since is not None:
-                self._waiting_since = self._clock()
+            if what in self._waiting_since:
+                self._waiting_since[what] = self._clock()
 
-    def records_wait(self, waiting: bool) -> None:
-        """Whether the log holds records that are not applied."""
+    def records_wait(self, waiting: bool, what: str = "transactions") -> None:
+        """Whether a log, of transactions or of labels, holds records that are not applied."""
         with self._lock:
             if not waiting:
-                self._waiting_since = None
-            elif self._waiting_since is None:
-                self._waiting_since = self._clock()
+                self._waiting_since.pop(what, None)
+            else:
+                self._waiting_since.setdefault(what, self._clock())
 
     def stalled_seconds(self) -> float:
         """For how long records have waited with nothing moving."""
         with self._lock:
-            since = self._waiting_since
+            since = min(self._waiting_since.values(), default=None)
         return 0.0 if since is None else self._clock() - since
 
     def missing(self) -> dict[str, str]:

@@ -2,15 +2,31 @@
 
     recur:<model>:{<topic>-<partition>}                 the partition's watermark
     recur:<model>:{<topic>-<partition>}:<account_id>    an account's state
+    recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
+    recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
+    recur:labels:<topic>-<partition>                    up to where all slots have booked it
+    recur:alert:{<slot>}:<hash of the transaction id>   that there was an alert, until its label
 
 The braces are Redis Cluster's hash tag: a partition's states and its watermark lie in one
 slot, so that one MGET reads them and one script writes them, atomically. ``<model>`` is the
-checkpoint's digest: a new model starts with states of its own.
+checkpoint's digest: a new model starts with states of its own. Merchants are every model's:
+``<slot>`` is a number under 256 that the merchant's id gives, and what a script changes
+together has the same one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import xxhash
+
+MERCHANT_SLOTS = 256
+"""Hash tags of merchants: enough to spread over a cluster, few enough to group by."""
+
+
+def merchant_slot(merchant_id: str) -> int:
+    """The slot of a merchant, in [0, MERCHANT_SLOTS)."""
+    return xxhash.xxh3_64_intdigest(merchant_id.encode()) % MERCHANT_SLOTS
 
 
 @dataclass(frozen=True)
@@ -40,3 +56,41 @@ class Keys:
     def watermarks_pattern(self) -> str:
         """SCAN pattern of this topic's watermarks."""
         return f"{self.prefix}:{self.model}:{{{self.topic}-*}}"
+
+
+@dataclass(frozen=True)
+class MerchantKeys:
+    """Names the keys of merchants, which all models share.
+
+    >>> keys = MerchantKeys("recur")
+    >>> keys.profile("M1")
+    b'recur:merchant:{178}:M1'
+    >>> keys.labels_watermark(merchant_slot("M1"), "labels", 3)
+    b'recur:labels:{178}:labels-3'
+    >>> keys.alert(merchant_slot("M1"), 255)
+    b'recur:alert:{178}:00000000000000ff'
+    """
+
+    prefix: str
+
+    def profile(self, merchant_id: str) -> bytes:
+        """Key of a merchant's profile."""
+        name = merchant_id.encode()
+        slot = xxhash.xxh3_64_intdigest(name) % MERCHANT_SLOTS
+        return b"%b:merchant:{%d}:%b" % (self.prefix.encode(), slot, name)
+
+    def labels_watermark(self, slot: int, topic: str, partition: int) -> bytes:
+        """Key of how far a labels partition is booked in a slot's profiles."""
+        return f"{self.prefix}:labels:{{{slot}}}:{topic}-{partition}".encode()
+
+    def labels_booked(self, topic: str, partition: int) -> bytes:
+        """Key of the offset up to which a labels partition is booked in all slots."""
+        return f"{self.prefix}:labels:{topic}-{partition}".encode()
+
+    def alert(self, slot: int, transaction_hash: int) -> bytes:
+        """Key of a transaction's decision, where it raised an alert."""
+        return f"{self.prefix}:alert:{{{slot}}}:{transaction_hash:016x}".encode()
+
+    def profiles_pattern(self) -> str:
+        """SCAN pattern of all profiles."""
+        return f"{self.prefix}:merchant:{{*"

@@ -18,6 +18,10 @@ from dataclasses import dataclass, field
 
 from aiokafka.partitioner import murmur2
 
+from pipeline.decision import DECISIONS
+from pipeline.keys import merchant_slot
+from pipeline.merchant_profile import Profile, is_sound
+from pipeline.merchant_store import Alerted, Booking
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
@@ -100,6 +104,84 @@ class MemoryStateStore:
 
     async def close(self) -> None:
         """See :class:`pipeline.state_store.StateStore`."""
+
+    def _require_up(self) -> None:
+        if not self.is_up:
+            raise StoreUnavailableError("the store in memory is switched off")
+
+
+class MemoryMerchantStore:
+    """A :class:`pipeline.merchant_store.MerchantStore` in memory.
+
+    Attributes:
+        profiles: values by merchant.
+        alerts: decisions by hash of the transaction id.
+        booked: next offset of a labels partition, by partition and slot.
+        booked_ends: up to where a labels partition is booked, by partition.
+        is_up: False is a server that does not answer.
+        interrupt: called before and after each call.
+    """
+
+    def __init__(self) -> None:
+        self.profiles: dict[str, bytes] = {}
+        self.alerts: dict[int, str] = {}
+        self.booked: dict[tuple[int, int], int] = {}
+        self.booked_ends: dict[int, int] = {}
+        self.is_up = True
+        self.interrupt: Interrupt = no_interrupt
+
+    def profile(self, merchant_id: str) -> Profile:
+        """A merchant's profile; a new one where there is none that can be read."""
+        value = self.profiles.get(merchant_id)
+        sound = value is not None and is_sound(value)
+        return Profile.from_bytes(value) if sound and value is not None else Profile()
+
+    async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        await asyncio.sleep(0)
+        with _step("load merchants", self.interrupt):
+            self._require_up()
+            return [self.profiles.get(merchant) for merchant in merchant_ids]
+
+    async def add(self, counts: Mapping[tuple[str, int], int], alerts: Sequence[Alerted]) -> None:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        await asyncio.sleep(0)
+        with _step("add to merchants", self.interrupt):
+            self._require_up()
+            for (merchant, bucket), n in counts.items():
+                profile = self.profile(merchant)
+                profile.count(bucket, n)
+                self.profiles[merchant] = profile.to_bytes()
+            for alert in alerts:
+                self.alerts[alert.transaction_hash] = alert.decision
+
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        await asyncio.sleep(0)
+        with _step("book", self.interrupt):
+            self._require_up()
+            decisions = [self._book(partition, label) for label in labels]
+            self.booked_ends[partition] = end
+            return decisions
+
+    def _book(self, partition: int, label: Booking) -> str | None:
+        place = partition, merchant_slot(label.merchant_id)
+        if label.offset < self.booked.get(place, 0):
+            return None
+        self.booked[place] = label.offset + 1
+        profile = self.profile(label.merchant_id)
+        if profile.book(label.entry, label.is_fraud):
+            self.profiles[label.merchant_id] = profile.to_bytes()
+        return self.alerts.get(label.entry.id_hash, DECISIONS[0])
+
+    async def booked_to(self, partition: int) -> int:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        await asyncio.sleep(0)
+        self._require_up()
+        return self.booked_ends.get(partition, 0)
+
+    async def close(self) -> None:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
 
     def _require_up(self) -> None:
         if not self.is_up:

@@ -23,8 +23,9 @@ from prometheus_client import (
 )
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from pipeline.codec import REASONS
+from pipeline.codec import LABELS, REASONS
 from pipeline.decision import DECISIONS
 
 LATENCY_BUCKETS_SECONDS = (
@@ -37,7 +38,12 @@ STAGE_BUCKETS_SECONDS = (
 BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16_000, 65_536)
 SCORE_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 
-STAGES = ("decode", "load", "compute", "publish", "save", "ack")
+DELAY_BUCKETS_SECONDS = (
+    60, 3600, 21_600, *(86_400 * days for days in (1, 2, 3, 5, 7, 10, 14, 21, 30, 45, 60, 90)),
+)  # fmt: skip
+
+STAGES = ("decode", "load", "compute", "publish", "save", "ack", "book")
+PROFILE_RESULTS = ("cached", "loaded", "missing", "refused")
 STATE_RESULTS = ("cached", "loaded", "missing", "refused", "expired")
 
 
@@ -71,7 +77,7 @@ class BatchHistogram(Collector):
     def collect(self) -> Iterator[Metric]:
         """For the registry: cumulative counts by upper bound."""
         cumulative = np.cumsum(self._counts)
-        labels = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
+        labels = [*(_text(bound) for bound in self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._documentation)
         family.add_metric(
             [], [(le, float(n)) for le, n in zip(labels, cumulative, strict=True)], self._sum
@@ -81,6 +87,11 @@ class BatchHistogram(Collector):
     def describe(self) -> Iterator[Metric]:
         """For the registry: the name, without samples."""
         yield HistogramMetricFamily(self._name, self._documentation)
+
+
+def _text(bound: float) -> str:
+    """As Prometheus's own client writes a bucket's bound."""
+    return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -98,6 +109,10 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.alerts = Counter("recur_alerts", "Alerts published", ["decision"], registry=registry)
+        self.threshold = Gauge(
+            "recur_threshold", "Score from which on the decision is taken", ["decision"],
+            registry=registry,
+        )  # fmt: skip
         self.rejected = Counter(
             "recur_rejected", "Records sent to the dead-letter topic", ["reason"],
             registry=registry,
@@ -116,6 +131,27 @@ class Metrics:
         )  # fmt: skip
         self.states = Counter(
             "recur_states", "Account states needed: cached, or asked of Redis", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        self.profiles = Counter(
+            "recur_merchant_profiles",
+            "Merchant profiles needed for a transaction: cached, or asked of Redis",
+            ["result"], registry=registry,
+        )  # fmt: skip
+        self.labels = Counter(
+            "recur_labels", "Labels booked, by truth and by what was decided of the transaction",
+            ["label", "decision"], registry=registry,
+        )  # fmt: skip
+        self.labels_repeated = Counter(
+            "recur_labels_repeated", "Labels dropped because they were booked before",
+            registry=registry,
+        )  # fmt: skip
+        self.label_delay = BatchHistogram(
+            "recur_label_delay_seconds", "From a transaction to its label, event time",
+            DELAY_BUCKETS_SECONDS, registry,
+        )  # fmt: skip
+        self.labels_lag = Gauge(
+            "recur_labels_lag_records", "Records in the labels topic that are not booked yet",
             registry=registry,
         )  # fmt: skip
         self.micro_batch = BatchHistogram(
@@ -178,6 +214,11 @@ class Metrics:
             self.alerts.labels(decision)
         for reason in REASONS:
             self.rejected.labels(reason)
+        for label in LABELS:
+            for decision in DECISIONS:
+                self.labels.labels(label, decision)
+        for result in PROFILE_RESULTS:
+            self.profiles.labels(result)
         for result in STATE_RESULTS:
             self.states.labels(result)
         self._stages = {stage: self.stage.labels(stage) for stage in STAGES}

@@ -2,9 +2,10 @@
 
 Faust's own driver makes an event of each record, which costs more than scoring it. This one
 is the aiokafka driver with another way from fetch to agent: everything that one fetch
-returned travels as one message whose value is a :class:`pipeline.ownership.Poll`. At most
-:data:`POLLS_IN_FLIGHT_MAX` polls are between fetch and ack; the next fetch waits for room,
-so that nothing is ever paused, and the consumer thread fetches while the agent computes.
+returned of a topic travels as one message whose value is a :class:`pipeline.ownership.Poll`.
+At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are between fetch and ack; the next fetch
+waits for room, so that nothing is ever paused, and the consumer thread fetches while the agent
+computes.
 
 Records of a fetch are given up only together with a seek to where they began. Registered
 with Faust for URLs that begin with ``poll://``.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from time import monotonic
 from typing import Any, ClassVar, TypeVar, cast
@@ -57,15 +59,17 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._topic: str = ""
         # Where the next chunk of each partition begins.
         self._begin: dict[TP, int] = {}
-        # Polls between fetch and ack, with whether the agent works on them.
-        self._in_flight: dict[int, bool] = {}
+        # Polls between fetch and ack: their topic, and whether the agent works on them.
+        self._in_flight: dict[int, tuple[str, bool]] = {}
         self._changed = asyncio.Event()
         # What may be committed.
         self._positions: dict[TP, int] = {}
         # Counts the moments from which on records fetched before are not wanted.
         self._resets = 0
-        self.on_assigned: Callable[[set[int]], None] = lambda partitions: None
-        self.on_revoked: Callable[[set[int]], None] = lambda partitions: None
+        self.on_assigned: Callable[[set[TP]], None] = lambda partitions: None
+        self.on_revoked: Callable[[set[TP]], None] = lambda partitions: None
+        # Topics that a group without offsets reads from their begin, whatever its policy.
+        self.from_begin: set[str] = set()
 
     # from fetch to agent -----------------------------------------------------------------
 
@@ -82,35 +86,45 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 if self.should_stop or not self.flow_active or resets != self._resets:
                     await self._give_up(records)
                     continue
-                message = self._message_of(records)
-                self._in_flight[id(message)] = False
-                await self.wait_first(self.callback(message), self.suspend_flow.wait())
+                messages = self._messages_of(records)
+                for message in messages:  # all before the first wait: a reset forgets them all
+                    self._in_flight[id(message)] = message.topic, False
+                for message in messages:
+                    await self.wait_first(self.callback(message), self.suspend_flow.wait())
         except (*self.consumer_stopped_errors, asyncio.CancelledError):
             if not self.transport.app.should_stop:
                 raise
 
     async def _room(self) -> bool:
         """Whether another poll may be fetched; waits a while for it."""
-        if len(self._in_flight) < POLLS_IN_FLIGHT_MAX:
+        if self._has_room():
             return True
         self._changed.clear()
         try:
             await asyncio.wait_for(self._changed.wait(), FETCH_TIMEOUT_SECONDS)
         except TimeoutError:
             return False
-        return len(self._in_flight) < POLLS_IN_FLIGHT_MAX
+        return self._has_room()
 
-    def _message_of(self, records: Mapping[TP, list[Any]]) -> ConsumerMessage:
-        chunks = {}
+    def _has_room(self) -> bool:
+        """Whether a poll of any topic may come: a fetch may return records of each."""
+        if len(self._in_flight) < POLLS_IN_FLIGHT_MAX:
+            return True
+        by_topic = Counter(topic for topic, _ in self._in_flight.values())
+        return max(by_topic.values()) < POLLS_IN_FLIGHT_MAX
+
+    def _messages_of(self, records: Mapping[TP, list[Any]]) -> list[ConsumerMessage]:
+        """One message with one poll for each topic that a fetch returned records of."""
+        messages: dict[str, ConsumerMessage] = {}
         for tp, fetched in records.items():
             first, end = fetched[0].offset, fetched[-1].offset + 1
             begin = min(self._begin.get(tp, first), first)
             self._begin[tp] = end
-            chunks[tp.partition] = Chunk(begin, end, fetched)
-        tp, fetched = next(iter(records.items()))
-        message = self._to_message(tp, fetched[0])
-        message.value = Poll(chunks)
-        return message
+            if tp.topic not in messages:
+                message = messages[tp.topic] = self._to_message(tp, fetched[0])
+                message.value = Poll({})
+            messages[tp.topic].value.chunks[tp.partition] = Chunk(begin, end, fetched)
+        return list(messages.values())
 
     async def _give_up(self, records: Mapping[TP, list[Any]]) -> None:
         """Forget fetched records: they will be fetched again."""
@@ -140,7 +154,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """The agent takes a poll up. False: a rebalance came between; leave it."""
         if id(message) not in self._in_flight:
             return False
-        self._in_flight[id(message)] = True
+        self._in_flight[id(message)] = message.topic, True
         return True
 
     def ack(self, message: Message) -> bool:
@@ -166,7 +180,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     async def wait_empty(self) -> None:
         """Before partitions go: let the poll at work finish, drop the others, commit."""
-        for key in [key for key, at_work in self._in_flight.items() if not at_work]:
+        for key in [key for key, (_, at_work) in self._in_flight.items() if not at_work]:
             del self._in_flight[key]
         until = monotonic() + float(self.app.conf.broker_session_timeout)
         while self._in_flight and monotonic() < until:
@@ -183,12 +197,12 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """The group takes partitions away."""
         await super().on_partitions_revoked(revoked)
         self._reset()
-        self.on_revoked({tp.partition for tp in revoked})
+        self.on_revoked(set(revoked))
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """The group gives partitions."""
         self._reset()
-        self.on_assigned({tp.partition for tp in assigned})
+        self.on_assigned(set(assigned))
         await super().on_partitions_assigned(assigned, generation_id)
 
     def _reset(self) -> None:
@@ -206,6 +220,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         for tp, offset in self._committed_offset.items():
             if offset is not None:
                 self._begin[tp] = offset
+        new = [
+            tp
+            for tp in self.assignment()
+            if tp.topic in self.from_begin and self._committed_offset.get(tp) is None
+        ]
+        if new:
+            await self._thread.seek_to_beginning(*new)
 
     async def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""
@@ -249,7 +270,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
 
 class PartitionLog:
-    """The transactions topic, as the processor moves in it.
+    """A topic, as the processor moves in it.
 
     Args:
         consumer: called for Faust's consumer, which does not exist before the app starts.

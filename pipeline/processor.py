@@ -16,23 +16,36 @@ partition where a save finds another watermark.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from model.features import FEATURES
-from model.merchants import MERCHANT_FEATURES
+from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
-from pipeline.codec import CONTROL_HEADER, WARM_HEADER, ScoreEncoder, decode, encode_alert
-from pipeline.decision import DECISIONS, Thresholds
+from pipeline.codec import (
+    CONTROL_HEADER,
+    WARM_HEADER,
+    ScoreEncoder,
+    decode,
+    encode_alert,
+    with_thresholds,
+)
+from pipeline.dead_letter import DeadLetters
+from pipeline.decision import DECISIONS, Thresholds, thresholds_of
 from pipeline.errors import RejectedError
+from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.health import Health
+from pipeline.merchant_profile import transaction_hash
+from pipeline.merchant_store import Alerted, MerchantStore
+from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience
@@ -44,8 +57,9 @@ from pipeline.state_store import Load, Loaded, Save, StateStore
 
 APPROVE = DECISIONS[0]
 
-DEAD_LETTER_KEY_MAX_BYTES = 65_536
-"""With it the longest rejected value stays under the broker's limit of 1 MiB."""
+THREAD_MIN = 256
+"""From so many transactions on a micro-batch is computed in a thread, while answers of broker
+and Redis are taken: with 2,000 that is a third more throughput, with a few it is all loss."""
 
 
 @dataclass
@@ -56,6 +70,7 @@ class Part:
         records, transactions, timestamps_ms: what can be scored, in log order.
         rows: the place of each transaction's account in ``accounts``.
         accounts: distinct account ids.
+        merchant_raw: float32[n, M], merchants' features; None where the checkpoint uses none.
         new: indices of the transactions that have no score yet and get one.
         rejected: records that cannot be scored, with reason and error.
         owned: the partition, once its watermark is known.
@@ -65,6 +80,7 @@ class Part:
         scored: where this part stands in the micro-batch's arrays.
         said: how many transactions have a score, old or new.
         scores, alerts, letters: what to publish.
+        alerted: what ``alerts`` are of.
         changed: accounts and states to save.
         saved: whether they and the watermark stand in the store.
     """
@@ -76,6 +92,7 @@ class Part:
     timestamps_ms: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     accounts: list[str] = field(default_factory=list)
+    merchant_raw: NDArray[np.float32] | None = None
     rejected: list[tuple[Record, str, str]] = field(default_factory=list)
     owned: Owned | None = None
     values: list[bytes | None] = field(default_factory=list)
@@ -88,6 +105,7 @@ class Part:
     scores: list[Outgoing] = field(default_factory=list)
     alerts: list[Outgoing] = field(default_factory=list)
     letters: list[Outgoing] = field(default_factory=list)
+    alerted: list[Alerted] = field(default_factory=list)
     changed: tuple[list[str], list[bytes]] = field(default_factory=lambda: ([], []))
     saved: bool = False
 
@@ -124,12 +142,13 @@ class Processor:
     Args:
         settings: limits and names.
         scorer: the model.
-        store: account states.
+        store, merchant_store: account states and merchants' profiles.
         publisher: scores, alerts and rejected records out.
         ownership: the partitions and how far their states are.
         patience: waits for services that are away.
         metrics, health: what operations see.
         clock_ms: wall clock, epoch milliseconds.
+        together: awaits calls side by side, as :func:`asyncio.gather` does.
     """
 
     def __init__(
@@ -138,12 +157,14 @@ class Processor:
         settings: Settings,
         scorer: Scorer,
         store: StateStore,
+        merchant_store: MerchantStore,
         publisher: Publisher,
         ownership: Ownership,
         patience: Patience,
         metrics: Metrics,
         health: Health,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        together: Callable[..., Awaitable[Any]] = asyncio.gather,
     ) -> None:
         self._scorer = scorer
         self._store = store
@@ -153,16 +174,37 @@ class Processor:
         self._metrics = metrics
         self._health = health
         self._clock_ms = clock_ms
+        self._together = together
+        self._merchant_store = merchant_store
+        self._merchant_counts = settings.merchant_counts
+        features = scorer.checkpoint.header.features
+        self._merchants: Merchants | None = None
+        if features.uses_merchants:
+            self._merchants = Merchants(
+                store=merchant_store,
+                patience=patience,
+                metrics=metrics,
+                label_delay_ms=features.label_delay_ms,
+                cached_max=settings.cached_merchants_max,
+            )
         self._topic = settings.topic("transactions")
         self._future_limit_ms = int(settings.future_limit_seconds * 1000)
         self._cached_states_max = settings.cached_states_max
         self._micro_batch_max = settings.micro_batch_max
-        self._dead_letter_value_max_bytes = settings.dead_letter_value_max_bytes
+        self._dead_letters = DeadLetters(
+            self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
+        )
         self._currency = scorer.checkpoint.header.currency
-        self._thresholds = thresholds_of(settings, scorer)
-        names = scorer.checkpoint.header.features.names
-        self._further_fields = len(names) - len(FEATURES)
+        names = features.names
+        self._further_fields = FurtherFields(features.fields)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
+        self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
+
+    def use(self, thresholds: Thresholds) -> None:
+        """Decide by these from the next micro-batch on."""
+        self._thresholds = thresholds
+        self._metrics.threshold.labels("review").set(thresholds.review)
+        self._metrics.threshold.labels("decline").set(thresholds.decline)
 
     async def process(self, poll: Poll) -> None:
         """Apply a poll; when this returns, ``poll.applied`` may be committed.
@@ -184,10 +226,18 @@ class Processor:
         with self._metrics.timed("load"):
             parts = await self._load(parts)
         with self._metrics.timed("compute"):
-            states, scored, batch = self._score(parts)
-            self._decide(parts, scored)
+            if sum(len(part.records) for part in parts) < THREAD_MIN:
+                states, scored, batch = self._score_and_decide(parts)
+            else:  # so that the poll before is concluded meanwhile
+                states, scored, batch = await asyncio.to_thread(self._score_and_decide, parts)
             self._hold(parts, states)
         return Computed(poll, parts, scored, batch)
+
+    def _score_and_decide(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
+        """Rounds, features, GRU, decide: what needs the processor alone."""
+        states, scored, batch = self._score(parts)
+        self._decide(parts, scored)
+        return states, scored, batch
 
     async def conclude(self, computed: Computed) -> None:
         """Publish, save, ack.
@@ -231,7 +281,7 @@ class Processor:
     def _decode_record(self, record: Record) -> tuple[Transaction, int]:
         if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
             raise RejectedError("control", "an instruction that this version does not know")
-        transaction = decode(record.key, record.value, self._currency)
+        transaction = decode(record.key, record.value, self._currency, self._further_fields)
         timestamp = transaction.timestamp
         timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
         if timestamp_ms < 0:
@@ -246,7 +296,7 @@ class Processor:
     # load, drop applied ------------------------------------------------------------------
 
     async def _load(self, parts: list[Part]) -> list[Part]:
-        """States with their watermarks, and what is past these.
+        """States with their watermarks, merchants' features, and what is past the watermarks.
 
         A part that does not continue its partition's states is left out: the log is read
         back to where they are.
@@ -254,7 +304,7 @@ class Processor:
         parts = [part for part in parts if self._ownership.is_assigned(part.partition)]
         for part in parts:
             part.owned = self._ownership.owned(part.partition)
-        await self._load_values(parts)
+        await self._load_all(parts)
         for part in parts:
             if part.owned is not None:
                 part.begin = part.owned.computed_to
@@ -265,6 +315,25 @@ class Processor:
                 self._metrics.scores_recovered.inc(len(part.kept))
         # The group may have taken partitions away during the waits.
         return [part for part in parts if self._ownership.owns(part.partition, part.owned)]
+
+    async def _load_all(self, parts: list[Part]) -> None:
+        """Account states and watermarks, and what is not held in memory of merchants."""
+        if self._merchants is None:
+            await self._load_values(parts)
+            return
+        wanted = self._merchants.look(
+            [transaction.merchant_id for part in parts for transaction in part.transactions],
+            np.array([time for part in parts for time in part.timestamps_ms], np.int64),
+        )
+        if len(wanted.missing):
+            await self._together(self._load_values(parts), self._merchants.fill(wanted))
+        else:
+            await self._load_values(parts)
+        start = 0
+        for part in parts:
+            stop = start + len(part.transactions)
+            part.merchant_raw = wanted.raw[start:stop]
+            start = stop
 
     async def _load_values(self, parts: list[Part]) -> None:
         """Ask the store for what is not held in memory, and for the watermarks."""
@@ -313,6 +382,8 @@ class Processor:
         del part.transactions[:applied]
         del part.timestamps_ms[:applied]
         del part.rows[:applied]
+        if part.merchant_raw is not None:
+            part.merchant_raw = part.merchant_raw[applied:]
         part.rejected = [item for item in part.rejected if item[0].offset >= next_offset]
         self._metrics.replayed.inc(before - len(part.records) - len(part.rejected))
 
@@ -343,12 +414,14 @@ class Processor:
                 silent[i] = True
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
-            part.letters = [self._dead_letter(part.partition, *item) for item in part.rejected]
+            part.letters = [
+                self._dead_letters.letter(part.partition, *item) for item in part.rejected
+            ]
             part.new = np.flatnonzero(~silent).tolist()
             part.said = len(part.new)
             if part.kept:
                 part.new = [i for i in part.new if part.records[i].offset not in part.kept]
-                part.alerts += self._alerts(part, self._kept(part, silent))
+                self._alert(part, self._kept(part, silent))
         self._say(parts, scored)
 
     def _say(self, parts: list[Part], scored: Scored) -> None:
@@ -360,14 +433,17 @@ class Processor:
             [part.transactions[i] for part in parts for i in part.new],
             [part.timestamps_ms[i] for part in parts for i in part.new],
             [
-                f"{self._topic}:{part.partition}:{part.records[i].offset}"
+                prefix + str(part.records[i].offset)
                 for part in parts
+                for prefix in [f"{self._topic}:{part.partition}:"]
                 for i in part.new
             ],
             scored.score[at],
             decisions,
             scored.raw[at],
         )
+        for i in np.flatnonzero(choices).tolist():
+            values[i] = with_thresholds(values[i], self._thresholds)
         start = 0
         for part in parts:
             stop = start + len(part.new)
@@ -377,45 +453,33 @@ class Processor:
                 for record, value in zip(records, values[start:stop], strict=True)
             ]
             if any(choices[start:stop]):
-                said = zip(records, values[start:stop], decisions[start:stop], strict=True)
-                part.alerts += self._alerts(part, said)
+                said = zip(part.new, values[start:stop], decisions[start:stop], strict=True)
+                self._alert(part, said)
             start = stop
 
-    def _kept(self, part: Part, silent: NDArray[np.bool_]) -> Iterator[tuple[Record, bytes, str]]:
-        """Records whose score was published before, with the score and its decision."""
-        for record, skip in zip(part.records, silent.tolist(), strict=True):
+    def _kept(self, part: Part, silent: NDArray[np.bool_]) -> Iterator[tuple[int, bytes, str]]:
+        """Transactions whose score was published before, with the score and its decision."""
+        for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True)):
             kept = part.kept.get(record.offset)
             if kept is not None and not skip:
-                yield record, kept.value, kept.score.decision
+                value, decision = kept.value, kept.score.decision
+                if decision != APPROVE and kept.score.thresholds is None:
+                    # An older version published it, and did not say what decided.
+                    value = with_thresholds(value, self._thresholds)
+                yield i, value, decision
 
-    def _alerts(self, part: Part, said: Iterable[tuple[Record, bytes, str]]) -> Iterator[Outgoing]:
+    def _alert(self, part: Part, said: Iterable[tuple[int, bytes, str]]) -> None:
         """An alert for each score at or over the review threshold, but not while warming up."""
-        thresholds = {"review": self._thresholds.review, "decline": self._thresholds.decline}
         alerts_from = part.partition_owned.alerts_from
-        for record, score, decision in said:
+        for i, score, decision in said:
+            record, transaction = part.records[i], part.transactions[i]
             if decision == APPROVE or record.offset < alerts_from or _is_warm(record):
                 continue
             self._metrics.alerts.labels(decision).inc()
-            yield Outgoing(record.key, encode_alert(score, thresholds, [], self._clock_ms()))
-
-    def _dead_letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
-        """The original key and bytes; where from and why in headers."""
-        self._metrics.rejected.labels(reason).inc()
-        limit = self._dead_letter_value_max_bytes
-        headers = {
-            "topic": self._topic,
-            "partition": str(partition),
-            "offset": str(record.offset),
-            "reason": reason,
-            "error": error[:300],
-            "time": str(self._clock_ms()),
-        }
-        key, value = record.key, record.value
-        key_limit = min(limit, DEAD_LETTER_KEY_MAX_BYTES)
-        if len(value or b"") > limit or len(key or b"") > key_limit:
-            headers["truncated"] = str(len(value or b""))
-            key, value = key and key[:key_limit], value and value[:limit]
-        return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
+            alert = encode_alert(score, [], self._clock_ms())
+            part.alerts.append(Outgoing(record.key, alert))
+            of = transaction_hash(transaction.transaction_id)
+            part.alerted.append(Alerted(transaction.merchant_id, of, decision))
 
     def _hold(self, parts: list[Part], states: AccountStates) -> None:
         """Hold what is computed in memory; the next poll continues it."""
@@ -469,7 +533,7 @@ class Processor:
                     part.partition, part.partition_owned, where, part.end
                 )
             saves.append(self._save_of(part, where))
-        stands = await self._patience.ask_store(lambda: self._store.save(saves))
+        stands = await self._save_all(parts, saves)
         for part, save, saved in zip(parts, saves, stands, strict=True):
             part.saved = saved
             if not saved:
@@ -480,6 +544,30 @@ class Processor:
             owned.next_offset = part.end
             owned.forget_states(self._most_states_held())
             self._metrics.transactions.inc(part.said)
+
+    async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
+        """Save states, and add to merchants' profiles meanwhile; which states stand."""
+        counts = self._count(parts)
+        alerted = [alerted for part in parts for alerted in part.alerted]
+        saving = self._patience.ask_store(lambda: self._store.save(saves))
+        if not (self._merchant_counts and (counts or alerted)):
+            return await saving
+        stands, _ = await self._together(
+            saving,
+            self._patience.ask_store(lambda: self._merchant_store.add(counts, alerted)),
+        )
+        return list(stands)
+
+    def _count(self, parts: list[Part]) -> Counter[tuple[str, int]]:
+        """Transactions that are scored for the first time, by merchant and time bucket."""
+        counts: Counter[tuple[str, int]] = Counter()
+        if self._merchant_counts:
+            for part in parts:
+                transactions, times = part.transactions, part.timestamps_ms
+                counts.update(
+                    [(transactions[i].merchant_id, times[i] // BUCKET_MS) for i in part.new]
+                )
+        return counts
 
     def _save_of(self, part: Part, where: Appended | None) -> Save:
         owned = part.partition_owned
@@ -503,7 +591,7 @@ class Processor:
             self._health.moved()
 
 
-def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
+def columns(parts: list[Part], further: FurtherFields = NO_FURTHER_FIELDS) -> MicroBatch:
     """The parts' transactions as columns; sets where each part stands in them."""
     transactions: list[Transaction] = []
     records: list[Record] = []
@@ -517,7 +605,6 @@ def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
         timestamps_ms += part.timestamps_ms
         rows += [row + accounts for row in part.rows] if accounts else part.rows
         accounts += len(part.accounts)
-    hash_id = xxhash.xxh3_64_intdigest
     return MicroBatch(
         row=np.array(rows, np.intp),
         amount=np.array([transaction.amount for transaction in transactions], np.float64),
@@ -526,21 +613,29 @@ def columns(parts: list[Part], further_fields: int = 0) -> MicroBatch:
         offset=np.array([record.offset for record in records], np.int64),
         # 0 marks an empty place among a state's recent ids.
         id_hash=np.array(
-            [hash_id(t.transaction_id.encode()) or 1 for t in transactions], np.uint64
+            [transaction_hash(t.transaction_id) or 1 for t in transactions], np.uint64
         ),
-        merchant_raw=np.zeros((len(records), len(MERCHANT_FEATURES)), np.float32),
-        fields=np.zeros((len(records), further_fields), np.float32),
+        merchant_raw=_merchant_raw(parts),
+        fields=further.columns(transactions),
     )
+
+
+def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:
+    """float32[n, M]: merchants' features; those that a published score records stay."""
+    tables = [np.zeros((0, len(MERCHANT_FEATURES)), np.float32)]
+    for part in parts:
+        if part.merchant_raw is None:
+            tables.append(np.zeros((len(part.records), len(MERCHANT_FEATURES)), np.float32))
+            continue
+        if part.kept:
+            for i, record in enumerate(part.records):
+                kept = part.kept.get(record.offset)
+                recorded = kept.merchant_raw() if kept is not None else None
+                if recorded is not None:
+                    part.merchant_raw[i] = recorded
+        tables.append(part.merchant_raw)
+    return np.concatenate(tables)
 
 
 def _is_warm(record: Record) -> bool:
     return bool(record.headers) and any(name == WARM_HEADER for name, _ in record.headers)
-
-
-def thresholds_of(settings: Settings, scorer: Scorer) -> Thresholds:
-    """The checkpoint's thresholds, each replaced by a setting where there is one."""
-    shipped = scorer.checkpoint.header.thresholds
-    review = shipped.review if settings.review_threshold is None else settings.review_threshold
-    if settings.decline_threshold is None:
-        return Thresholds(review, max(review, shipped.decline))
-    return Thresholds(min(review, settings.decline_threshold), settings.decline_threshold)

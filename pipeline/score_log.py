@@ -7,6 +7,7 @@ the transactions, and keeps what was said: a redelivered transaction has one sco
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from model.merchants import MERCHANT_FEATURES
 from pipeline.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 
@@ -44,6 +46,13 @@ class Kept:
 
     value: bytes
     score: PublishedScore
+
+    def merchant_raw(self) -> list[float] | None:
+        """The merchant's features that it was computed from, if it records them all."""
+        features = self.score.features
+        found = [features.get(name) for name in MERCHANT_FEATURES]
+        complete = [value for value in found if value is not None]
+        return complete if len(complete) == len(found) else None
 
 
 class ScoreLog(Protocol):
@@ -134,14 +143,52 @@ class KafkaScoreLog:
         async with self._one_at_a_time:  # the consumer's assignment is this call's
             return await self._read(partition, start, end, until_source)
 
+    async def last_values(self, topic: str, partition: int, count: int) -> list[bytes | None]:
+        """Values of the last records of a partition, at most ``count``, oldest first.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        bounds = await self.bounds(topic, partition)
+        start = max(bounds.begin, bounds.end - count)
+        values: list[bytes | None] = []
+
+        def take(records: list[Any]) -> bool:
+            values.extend(record.value for record in records)
+            return False
+
+        if start < bounds.end:
+            async with self._one_at_a_time:
+                await self._scan(TopicPartition(topic, partition), start, bounds.end, take)
+        return values
+
     async def _read(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
-        consumer = self._consumer
-        assert consumer is not None
-        place = TopicPartition(self._topic, partition)
         source_prefix = f"{self._source_topic}:{partition}:"
         kept: dict[int, Kept] = {}
+
+        def take(records: list[Any]) -> bool:
+            for record in records:
+                published = read_score(record.value, source_prefix)
+                if published is not None:
+                    source, score = published
+                    kept.setdefault(source, score)
+            return bool(kept) and max(kept) >= until_source
+
+        position = await self._scan(TopicPartition(self._topic, partition), start, end, take)
+        return kept, position
+
+    async def _scan(
+        self, place: TopicPartition, start: int, end: int, take: Callable[[list[Any]], bool]
+    ) -> int:
+        """Give the records in [start, end) to ``take``, until it wants no more.
+
+        Returns:
+            the offset to go on from.
+        """
+        consumer = self._consumer
+        assert consumer is not None
         position = start
         until = monotonic() + READ_TIMEOUT_SECONDS
         try:
@@ -149,31 +196,24 @@ class KafkaScoreLog:
             consumer.seek(place, start)
             while position < end:
                 fetched = await consumer.getmany(place, timeout_ms=FETCH_WAIT_MS)
-                records = fetched.get(place, [])
-                for record in records:
-                    if record.offset >= end:
-                        break
-                    published = read_score(record.value, source_prefix)
-                    if published is not None:
-                        source, score = published
-                        kept.setdefault(source, score)
+                enough = take([r for r in fetched.get(place, []) if r.offset < end])
                 # position() also passes transaction markers, which are no records.
                 reached = await consumer.position(place)
                 if reached > position:
                     until = monotonic() + READ_TIMEOUT_SECONDS
                 elif monotonic() > until:
                     raise LogUnavailableError(
-                        f"no answer for scores from offset {position} within "
+                        f"no answer for records from offset {position} within "
                         f"{READ_TIMEOUT_SECONDS:g} s"
                     )
                 position = min(reached, end)
-                if kept and max(kept) >= until_source:
+                if enough:
                     break
         except (KafkaError, OSError) as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
         finally:
             consumer.unsubscribe()
-        return kept, position
+        return position
 
 
 def read_score(value: bytes | None, source_prefix: str) -> tuple[int, Kept] | None:

@@ -135,11 +135,28 @@ class Settings(BaseSettings):
     decline_threshold: float | None = Field(
         None, ge=0, le=1, description="score from which on to decline; else the checkpoint's"
     )
+    checkpoint_look_seconds: float = Field(
+        5.0,
+        ge=0.1,
+        le=3600,
+        description="between two looks at the checkpoint file for new thresholds, seconds",
+    )
     micro_batch_max: int = Field(
         2048, ge=1, le=65_536, description="most records in one poll, records"
     )
     cached_states_max: int = Field(
         50_000, ge=0, description="states that a worker holds in memory (0.6 kB each), states"
+    )
+    cached_merchants_max: int = Field(
+        50_000,
+        ge=0,
+        le=10_000_000,
+        description="merchants whose features a worker holds in memory (0.3 kB each), merchants",
+    )
+    merchant_counts: bool = Field(
+        True,
+        description="whether to count transactions and labels in merchants' profiles; off for a"
+        " second model on the same Redis",
     )
     dead_letter_value_max_bytes: int = Field(
         65_536, ge=0, le=900_000, description="longer rejected values are truncated, bytes"

@@ -6,12 +6,16 @@ Each check that fails ends the start with one line that says what to do.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from model.checkpoint import Checkpoint, CheckpointError
+from model.features import FeatureSpec
+from pipeline.codec import names_in
 from pipeline.errors import StartupError
+from pipeline.further_fields import ALWAYS_THERE
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
@@ -19,6 +23,11 @@ from pipeline.state_store import NO_EVICTION, RedisStateStore, StoreUnavailableE
 from pipeline.topics import ensure_topics
 
 RETRY_SECONDS = 0.2
+
+RECORDS_LOOKED_AT = 400
+"""So many of the last transactions tell which fields there are; from one partition or more."""
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -46,6 +55,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     Raises:
         StartupError: something is not right; the message says what to do.
     """
+    check_names(checkpoint.header.features)
     partitions = (await ensure_topics(settings))["transactions"]
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     score_log = KafkaScoreLog(settings)
@@ -53,6 +63,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
         await _check_redis(settings, store)
         await score_log.start()
         await _check_watermarks(settings, store, score_log, partitions)
+        await _check_fields(settings, checkpoint.header.features, score_log, partitions)
     finally:
         await score_log.stop()
         await store.close()
@@ -86,6 +97,52 @@ async def _check_watermarks(
     for partition, value in marks.items():
         mark = read_watermark(topic, partition, value)
         check_watermark(topic, partition, mark, partitions, ends[partition])
+
+
+def check_names(features: FeatureSpec) -> None:
+    """The checkpoint's further fields are such as a transaction may have besides the others.
+
+    Raises:
+        StartupError: they are not.
+    """
+    wrong = sorted({field.name for field in features.fields} & ALWAYS_THERE)
+    if wrong:
+        raise StartupError(
+            f"the checkpoint looks at the field {', '.join(wrong)} as if it were a further one, "
+            "but every transaction has it: train with a mapping that gives it another name"
+        )
+
+
+async def _check_fields(
+    settings: Settings, features: FeatureSpec, score_log: KafkaScoreLog, partitions: int
+) -> None:
+    """The topic's last transactions carry the further fields that the checkpoint looks at."""
+    if not features.fields:
+        return
+    topic = settings.topic("transactions")
+    missing = {field.name for field in features.fields}
+    seen = 0
+    try:
+        for partition in range(partitions):
+            for value in await score_log.last_values(topic, partition, RECORDS_LOOKED_AT):
+                names = names_in(value)
+                seen += bool(names)
+                missing -= names
+            if not missing or seen >= RECORDS_LOOKED_AT:
+                break
+    except LogUnavailableError as error:
+        raise StartupError(f"cannot look at the transactions in {topic}: {error}") from error
+    if not seen:
+        log.info(
+            "no transactions yet; the checkpoint expects fields", extra={"fields": sorted(missing)}
+        )
+        return
+    if missing:
+        raise StartupError(
+            f"the checkpoint looks at the field {', '.join(sorted(missing))}, and none of the "
+            f"last {seen} transactions in {topic} carries it: have the producers send what the "
+            "checkpoint was trained with, or set RECUR_CHECKPOINT to one trained without it"
+        )
 
 
 async def _before(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:

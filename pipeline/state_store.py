@@ -12,34 +12,28 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
-import redis.asyncio as redis_asyncio
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from pipeline.keys import Keys
+from pipeline.redis_calls import Command, RedisCalls, Script
+from pipeline.redis_calls import StoreUnavailableError as StoreUnavailableError
+from pipeline.redis_calls import redis_client as redis_client
 from pipeline.settings import Settings
 
 _DAY_MS = 86_400_000
-# AttributeError: redis-py's cluster client, after an error of one call, closes the connections
-# of all others, some of which then find no socket.
-_UNAVAILABLE = (RedisError, RedisClusterException, OSError, TimeoutError, AttributeError)
 
 NO_EVICTION = "noeviction"
 """The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
 
 # KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
 # time to live in milliseconds, then states. Returns the watermark that stands afterwards.
-SAVE_SCRIPT = b"""
+SAVE_SCRIPT = Script(b"""
 local current = redis.call('GET', KEYS[1]) or ''
 if current ~= ARGV[1] then return current end
 for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[i + 2], 'PX', ARGV[3]) end
 redis.call('SET', KEYS[1], ARGV[2])
 return ARGV[2]
-"""
-
-
-class StoreUnavailableError(Exception):
-    """The store did not answer; what was asked may be asked again."""
+""")
 
 
 @dataclass(frozen=True)
@@ -112,10 +106,9 @@ class RedisStateStore:
     """
 
     def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
-        self._client = client
+        self._calls = RedisCalls(client, SAVE_SCRIPT)
         self._keys = keys
         self._expiry = str(expiry_ms).encode()
-        self._script_sha = b""
 
     @classmethod
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
@@ -134,10 +127,10 @@ class RedisStateStore:
             ]
             for request in requests
         ]
-        if isinstance(self._client, RedisCluster):
-            replies = await self._execute([("MGET", *part) for part in wanted])
+        if self._calls.is_cluster and wanted:
+            replies = await self._calls.execute([("MGET", *part) for part in wanted])
         elif wanted:
-            (values,) = await self._execute([("MGET", *chain.from_iterable(wanted))])
+            (values,) = await self._calls.execute([("MGET", *chain.from_iterable(wanted))])
             flat = iter(values)
             replies = [list(islice(flat, len(part))) for part in wanted]
         else:
@@ -146,76 +139,27 @@ class RedisStateStore:
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         """See :class:`StateStore`: one script call for each partition."""
-        try:
-            replies = await self._execute(self._save_commands(requests))
-        except NoScriptError:  # a new server, or one that forgot its scripts
-            await self._load_script()
-            try:
-                replies = await self._execute(self._save_commands(requests))
-            except NoScriptError as error:
-                raise StoreUnavailableError("it forgets scripts at once") from error
+        replies = await self._calls.execute([self._save(request) for request in requests])
         return [
             reply == request.watermark for reply, request in zip(replies, requests, strict=True)
         ]
 
-    def _save_commands(self, requests: Sequence[Save]) -> list[tuple[str | bytes, ...]]:
+    def _save(self, request: Save) -> Command:
         keys = self._keys
-        return [
-            (
-                "EVALSHA",
-                self._script_sha or b"0" * 40,
-                str(1 + len(request.states)).encode(),
+        return SAVE_SCRIPT.call(
+            [
                 keys.watermark(request.partition),
                 *keys.accounts(request.partition, request.account_ids),
-                request.expected or b"",
-                request.watermark,
-                self._expiry,
-                *request.states,
-            )
-            for request in requests
-        ]
-
-    async def _load_script(self) -> None:
-        try:
-            if isinstance(self._client, RedisCluster):
-                self._script_sha = _as_bytes(
-                    await self._client.execute_command(
-                        "SCRIPT LOAD", SAVE_SCRIPT, target_nodes=RedisCluster.PRIMARIES
-                    )
-                )
-            else:
-                self._script_sha = _as_bytes(
-                    await self._client.execute_command("SCRIPT LOAD", SAVE_SCRIPT)
-                )
-        except _UNAVAILABLE as error:
-            raise StoreUnavailableError(_complaint(error)) from error
-
-    async def _execute(self, commands: Sequence[tuple[str | bytes, ...]]) -> list[Any]:
-        """Run the commands, in one round trip to each server."""
-        try:
-            if len(commands) == 1:
-                return [await self._client.execute_command(*commands[0])]
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                # Not raise_on_error: redis-py would write keys, and so account ids, into
-                # the exception's message.
-                replies: list[Any] = await pipeline.execute(raise_on_error=False)
-            for reply in replies:
-                if isinstance(reply, BaseException):
-                    raise reply
-            return replies
-        except NoScriptError:
-            raise
-        except _UNAVAILABLE as error:
-            raise StoreUnavailableError(_complaint(error)) from error
+            ],
+            request.expected or b"",
+            request.watermark,
+            self._expiry,
+            *request.states,
+        )
 
     async def ping(self) -> None:
         """See :class:`StateStore`."""
-        try:
-            await self._client.ping()
-        except _UNAVAILABLE as error:
-            raise StoreUnavailableError(_complaint(error)) from error
+        await self._calls.ask("PING")
 
     async def eviction_policy(self) -> str | None:
         """The server's ``maxmemory-policy``; None where it does not tell.
@@ -225,16 +169,11 @@ class RedisStateStore:
         Raises:
             StoreUnavailableError: it does not answer.
         """
-        try:
-            if isinstance(self._client, RedisCluster):
-                nodes = await self._client.execute_command(
-                    "INFO", "memory", target_nodes=RedisCluster.PRIMARIES
-                )
-                infos = list(nodes.values()) if "maxmemory_policy" not in nodes else [nodes]
-            else:
-                infos = [await self._client.info("memory")]
-        except _UNAVAILABLE as error:
-            raise StoreUnavailableError(_complaint(error)) from error
+        if self._calls.is_cluster:
+            nodes = await self._calls.ask("INFO", "memory", target_nodes=RedisCluster.PRIMARIES)
+            infos = list(nodes.values()) if "maxmemory_policy" not in nodes else [nodes]
+        else:
+            infos = [await self._calls.ask("INFO", "memory")]
         policies = [str(info["maxmemory_policy"]) for info in infos if "maxmemory_policy" in info]
         evicting = [policy for policy in policies if policy != NO_EVICTION]
         return next(iter([*evicting, *policies]), None)
@@ -254,25 +193,4 @@ class RedisStateStore:
 
     async def close(self) -> None:
         """See :class:`StateStore`."""
-        await self._client.aclose()
-
-
-def redis_client(settings: Settings) -> Any:
-    """A client for the Redis or Redis Cluster that the settings name; connects when used."""
-    options = settings.redis_client_options()
-    if settings.redis_cluster:
-        return RedisCluster.from_url(settings.redis_url, **options)
-    return redis_asyncio.Redis.from_url(settings.redis_url, **options)
-
-
-def _complaint(error: BaseException) -> str:
-    """What went wrong, without the command that both client and server may quote."""
-    if isinstance(error, RedisClusterException):
-        return type(error).__name__
-    return f"{type(error).__name__}: {error}".partition(", with args")[0][:300]
-
-
-def _as_bytes(reply: Any) -> bytes:
-    if isinstance(reply, dict):  # one reply for each node of a cluster
-        reply = next(iter(reply.values()))
-    return reply if isinstance(reply, bytes) else str(reply).encode()
+        await self._calls.close()

@@ -19,7 +19,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features import INPUTS, AccountHistory, FeatureSpec, observe
+from model.features import ACCOUNT_INPUTS, FEATURES, AccountHistory, FeatureSpec, Input, observe
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import RECENT_IDS, Watermark
@@ -29,6 +29,7 @@ from pipeline.health import Health
 from pipeline.memory import (
     MemoryConsumer,
     MemoryKafka,
+    MemoryMerchantStore,
     MemoryPublisher,
     MemoryRecord,
     MemoryScoreLog,
@@ -53,10 +54,15 @@ SCORE_TOLERANCE = 2e-2
 """Of a score likewise; the network of these tests is steep."""
 
 
-def small_checkpoint(layers: int = 1, hidden_size: int = 8, seed: int = 0) -> Checkpoint:
-    """An untrained network whose scores spread over [0, 0.8]."""
+def small_checkpoint(
+    layers: int = 1,
+    hidden_size: int = 8,
+    seed: int = 7,
+    inputs: tuple[Input, ...] = ACCOUNT_INPUTS,
+) -> Checkpoint:
+    """An untrained network whose scores spread over [0, 1]; by default it sees no merchants."""
     architecture = Architecture(
-        inputs=len(INPUTS),
+        inputs=len(inputs),
         input_size=8,
         hidden_size=hidden_size,
         layers=layers,
@@ -70,7 +76,7 @@ def small_checkpoint(layers: int = 1, hidden_size: int = 8, seed: int = 0) -> Ch
         network.logit.weight *= 12
     header = Header(
         architecture=architecture,
-        features=FeatureSpec(),
+        features=FeatureSpec(inputs),
         thresholds=Thresholds(review=0.3, decline=0.6),
     )
     return Checkpoint(network, header)
@@ -154,7 +160,8 @@ def _apply(
         np.array([epoch_ms(transaction.timestamp)]),
     )
     with torch.inference_mode():
-        inputs = torch.from_numpy(checkpoint.encode(raw))
+        others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)
+        inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others))))
         logits, hidden = checkpoint.network.step(inputs, state.hidden)
         state.hidden = hidden.half().float()
     state.ids.append(transaction.transaction_id)
@@ -195,6 +202,7 @@ class World:
             clock_ms=lambda: self.now_ms,
         )
         self.store = AuditedStateStore()
+        self.merchants = MemoryMerchantStore()
         self.topic = self.settings.topic("transactions")
         self.partitions = range(self.settings.partitions)
 
@@ -256,7 +264,7 @@ class World:
 
     def interrupt(self, interrupt: Callable[[str], None]) -> None:
         """Have every effect on broker and store announced."""
-        self.kafka.interrupt = self.store.interrupt = interrupt
+        self.kafka.interrupt = self.store.interrupt = self.merchants.interrupt = interrupt
 
     # out ---------------------------------------------------------------------------------
 
@@ -421,6 +429,18 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) ->
     return results
 
 
+async def one_after_another(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What :func:`asyncio.gather` does with its time to itself, in an order that repeats."""
+    results = []
+    try:
+        for call in calls:
+            results.append(await call)
+    finally:
+        for call in calls:
+            call.close()
+    return results
+
+
 class MemoryWorker:
     """One worker process: the real processor on fakes."""
 
@@ -447,12 +467,14 @@ class MemoryWorker:
             settings=settings,
             scorer=self.scorer,
             store=world.store,
+            merchant_store=world.merchants,
             publisher=MemoryPublisher(world.kafka, settings),
             ownership=self.ownership,
             patience=patience,
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
+            together=one_after_another,
         )
         self.acked: list[dict[int, int]] = []
         self._generation = 0

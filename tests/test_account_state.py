@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from model.features import MOMENTS, WINDOW_DAYS, AccountHistory
+from model.features import WINDOW_DAYS, AccountHistory
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec, Watermark, layout
 
 WINDOWS = len(WINDOW_DAYS)
@@ -38,7 +38,6 @@ def codecs_and_states(draw: st.DrawFn) -> tuple[StateCodec, AccountStates]:
             count=count,
             decayed_count=draw(column("f4", n, WINDOWS)),
             decayed_amount=draw(column("f4", n, WINDOWS)),
-            decayed_moments=draw(column("f4", n, MOMENTS)),
             usual_amount=draw(column("f4", n)),
         ),
         recent_ids=draw(column("u8", n, RECENT_IDS)),

@@ -139,9 +139,9 @@ def test_safetensors_of_something_else_are_refused(tmp_path: Path) -> None:
 def test_another_format_version_is_refused_before_its_header_is_read(file: Path) -> None:
     def newer(header: dict[str, object]) -> None:
         header.clear()
-        header["format_version"] = 2
+        header["format_version"] = 3
 
-    with pytest.raises(CheckpointError, match="format version 2; this version of Recur reads 1"):
+    with pytest.raises(CheckpointError, match="format version 3; this version of Recur reads 2"):
         Checkpoint.load(rewritten(file, newer))
 
 
@@ -149,13 +149,13 @@ def test_tensors_that_are_not_the_architectures_are_refused_by_name(file: Path) 
     def wider(header: dict[str, object]) -> None:
         header["architecture"]["hidden_size"] = 9  # type: ignore[index]
 
-    with pytest.raises(CheckpointError, match=r"tensor gru\.weight_ih_l0 .*\[27, 4\]"):
+    with pytest.raises(CheckpointError, match=r"tensor recurrent\.weight_ih_l0 .*\[27, 4\]"):
         Checkpoint.load(rewritten(file, wider))
 
     def deeper(header: dict[str, object]) -> None:
         header["architecture"] |= {"hidden_size": 8, "layers": 2}  # type: ignore[operator]
 
-    with pytest.raises(CheckpointError, match=r"lacks the tensors gru\.bias_hh_l1"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensors recurrent\.bias_hh_l1"):
         Checkpoint.load(rewritten(file, deeper))
 
 

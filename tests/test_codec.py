@@ -23,8 +23,9 @@ from pipeline.codec import (
     decode_score,
     encode_alert,
     encode_transaction,
+    with_thresholds,
 )
-from pipeline.decision import DECISIONS
+from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
 
 SECRET = "4111-1111-1111-1111"
@@ -301,12 +302,12 @@ def test_an_alert_is_its_score_and_what_led_to_it(account: str) -> None:
     value = score_of(account)
 
     alert = decode_alert(
-        encode_alert(value, {"review": 0.5, "decline": 0.7}, [{"code": "amount"}], 99)
+        encode_alert(with_thresholds(value, Thresholds(0.5, 0.7)), [{"code": "amount"}], 99)
     )
 
     score = decode_score(value)
     assert {name: getattr(alert, name) for name in score.__struct_fields__} == (
-        msgspec.structs.asdict(score)
+        msgspec.structs.asdict(score) | {"thresholds": alert.thresholds}
     )
     assert alert.thresholds == {"review": 0.5, "decline": 0.7}
     assert (alert.reasons, alert.created_at) == ([{"code": "amount"}], 99)

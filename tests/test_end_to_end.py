@@ -58,7 +58,7 @@ def test_each_transaction_is_scored_exactly_once_in_a_clean_run(system: Pipeline
                 transaction = by_id[score.transaction_id]
                 assert score.account_id == transaction.account_id
                 assert score.amount == transaction.amount == score.features["amount"] or (
-                    abs(score.features["amount"] - transaction.amount) < 1e-3
+                    abs((score.features["amount"] or 0.0) - transaction.amount) < 1e-3
                 )
                 assert 0 <= score.score <= 1
             alerts = [decode_alert(record.value) for record in await system.records("alerts")]

@@ -64,7 +64,6 @@ def columns_of(history: AccountHistory) -> list[list[float]]:
         history.count.tolist(),
         history.decayed_count.tolist(),
         history.decayed_amount.tolist(),
-        history.decayed_moments.tolist(),
         history.usual_amount.tolist(),
     ]
 
@@ -140,20 +139,9 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
         expected["amount_to_mean"] = amount / max(expected["mean_amount_30d"], 0.01)
         expected["usual_amount"] = usual(amounts_of(before)) if before else amount
         expected["amount_to_usual"] = amount / max(expected["usual_amount"], 0.01)
-        weights = [math.exp((t - last_ms) / (30 * DAY_MS)) for t, _ in before]
-        mean, deviation = moments(amounts_of(before), weights, amount)
-        logs = [math.log1p(a) for a in amounts_of(before)]
-        log_mean, log_deviation = moments(logs, weights, math.log1p(amount))
-        expected["mean_log_amount_30d"] = log_mean
         found_row = dict(zip(ACCOUNT_FEATURES, raw[row].tolist(), strict=True))
         for name, value in expected.items():
             assert found_row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-        # float32 sums of squares hold a thousandth of the mean.
-        for name, value, scale in (
-            ("deviation_amount_30d", deviation, mean),
-            ("deviation_log_amount_30d", log_deviation, log_mean),
-        ):
-            assert found_row[name] == pytest.approx(value, rel=1e-2, abs=3e-3 * (1 + scale)), name
         # What comes out of order counts as happening at the latest time seen.
         before.append((now_ms_or_last, amount))
 
@@ -168,16 +156,6 @@ def usual(amounts: list[float]) -> float:
     for number, amount in enumerate(amounts[1:], start=2):
         mean += (min(amount, 2.5 * max(mean, 0.01)) - mean) / min(number, 100)
     return mean
-
-
-def moments(values: list[float], weights: list[float], at_first: float) -> tuple[float, float]:
-    """Weighed mean and deviation."""
-    if not values:
-        return at_first, 0.0
-    total = sum(weights)
-    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
-    square = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / total
-    return mean, math.sqrt(square)
 
 
 def test_event_time_that_runs_backwards_counts_as_no_time_passed() -> None:

@@ -109,3 +109,21 @@ def test_being_away_is_not_being_dead(health: Health, clock: Clock) -> None:
     clock.now_seconds += 1e6
 
     assert health.live
+
+
+def test_labels_that_move_do_not_hide_transactions_that_do_not(
+    health: Health, clock: Clock
+) -> None:
+    health.records_wait(True)
+    health.records_wait(True, "labels")
+    clock.now_seconds += 6
+    health.moved("labels")
+    clock.now_seconds += 6
+
+    assert health.stalled_seconds() == 12
+    assert not health.live
+
+    health.moved()
+    assert health.stalled_seconds() == 6
+    health.records_wait(False, "labels")
+    assert health.stalled_seconds() == 0

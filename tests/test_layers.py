@@ -17,22 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "model": """
         model model.transaction model.merchants model.features model.gru model.checkpoint
+        model.thresholds model.reasons
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
-        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state pipeline.rounds
+        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
+        pipeline.merchant_profile pipeline.further_fields
     """,
     "clients": """
-        pipeline.topics pipeline.state_store pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
+        pipeline.scorer pipeline.publisher pipeline.score_log
     """,
     "partitions": """
-        pipeline.patience pipeline.ownership pipeline.memory
+        pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
     """,
     "processor": """
-        pipeline.processor
+        pipeline.merchants pipeline.processor pipeline.labels
     """,
     "worker": """
-        pipeline.startup pipeline.endpoints pipeline.poll_transport pipeline.app
+        pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
+        pipeline.app
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs

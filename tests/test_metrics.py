@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.codec import REASONS
 from pipeline.metrics import (
     BATCH_BUCKETS,
+    DELAY_BUCKETS_SECONDS,
     LATENCY_BUCKETS_SECONDS,
     SCORE_BUCKETS,
     STAGE_BUCKETS_SECONDS,
@@ -25,7 +26,13 @@ from pipeline.metrics import (
     Metrics,
 )
 
-ALL_BUCKETS = [BATCH_BUCKETS, LATENCY_BUCKETS_SECONDS, SCORE_BUCKETS, STAGE_BUCKETS_SECONDS]
+ALL_BUCKETS = [
+    BATCH_BUCKETS,
+    DELAY_BUCKETS_SECONDS,
+    LATENCY_BUCKETS_SECONDS,
+    SCORE_BUCKETS,
+    STAGE_BUCKETS_SECONDS,
+]
 
 
 def samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -40,7 +47,7 @@ def samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str
 
 @given(
     st.sampled_from(ALL_BUCKETS),
-    st.lists(st.lists(st.floats(-1, 100_000, width=32), max_size=20), max_size=5),
+    st.lists(st.lists(st.floats(-1, 1e7, width=32), max_size=20), max_size=5),
     st.data(),
 )
 def test_the_batch_histogram_counts_as_prometheus_own_histogram(
@@ -125,6 +132,11 @@ def test_every_metric_that_dashboards_read_is_there_under_its_name(metrics: Metr
         "recur_partitions_assigned",
         "recur_ready",
         "recur_polls_in_flight",
+        "recur_labels",
+        "recur_labels_repeated",
+        "recur_label_delay_seconds",
+        "recur_labels_lag_records",
+        "recur_merchant_profiles",
     }
 
 
@@ -132,7 +144,8 @@ def test_every_label_has_a_closed_set_of_values_and_none_names_an_account(
     metrics: Metrics,
 ) -> None:
     closed = {
-        "decision": {"review", "decline"},
+        "decision": {"approve", "review", "decline"},
+        "label": {"fraud", "genuine"},
         "reason": set(REASONS),
         "result": set(STATE_RESULTS),
         "stage": set(STAGES),

@@ -19,10 +19,10 @@ from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
 from pipeline.account_state import Watermark
 from pipeline.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
+from pipeline.decision import Thresholds, thresholds_of
 from pipeline.errors import StartupError
 from pipeline.memory import MemoryPublisher
 from pipeline.ownership import Poll
-from pipeline.processor import thresholds_of
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
@@ -131,6 +131,7 @@ def test_the_steps_of_a_poll_come_in_their_order() -> None:
     one_poll(worker)
 
     names = ["load", "publish scores", "publish alerts", "publish rejected", "save"]
+    names.append("add to merchants")
     if not world.alerts():
         names.remove("publish alerts")
     assert steps == [f"{when} {name}" for name in names for when in ("before", "after")]
@@ -217,6 +218,46 @@ def test_an_alert_holds_its_score_thresholds_and_time() -> None:
     assert (alert.reasons, alert.created_at) == ([], world.now_ms)
     ((value,),) = world.scores(0).values()
     assert alert.score == decode_score(value).score
+
+
+def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
+    """Each alert says which thresholds decided, and none comes that they did not ask for."""
+    world = World(partitions=1, review_threshold=1.0, decline_threshold=1.0)
+    worker = world.worker()
+    world.produce("A")
+    finish(worker.run())
+    assert not world.alerts()
+
+    worker.processor.use(Thresholds(0.0, 0.001))
+    world.produce("A")
+    finish(worker.run())
+
+    (record,) = world.kafka.records("alerts")
+    alert = decode_alert(record.value or b"")
+    assert (alert.source, alert.decision) == ("transactions:0:1", "decline")
+    assert alert.thresholds == {"review": 0.0, "decline": 0.001}
+    assert worker.count("recur_threshold", decision="review") == 0.0
+    assert worker.count("recur_threshold", decision="decline") == 0.001
+
+
+def test_a_kept_score_keeps_its_decision_and_its_alert_the_thresholds_that_decided() -> None:
+    world = World(partitions=1, review_threshold=0.0, decline_threshold=1.0)
+    world.produce("A")
+    world.interrupt(when_nth("before save", 1, die))  # the first save is of the first watermark
+    run_until_killed(world.worker())
+    world.interrupt(nothing)
+    assert world.scores(0)
+    assert world.watermark(0) == 0
+
+    second = world.worker()
+    second.processor.use(Thresholds(1.0, 1.0))
+    finish(second.run())
+
+    for record in world.kafka.records("alerts"):
+        alert = decode_alert(record.value or b"")
+        assert alert.decision == "review"
+        assert alert.thresholds == {"review": 0.0, "decline": 1.0}
+    assert world.alerts() == {"transactions:0:0": 2}
 
 
 # killed at any step ----------------------------------------------------------------------
@@ -1220,7 +1261,7 @@ def test_only_a_poll_that_was_applied_counts_as_movement() -> None:
     world.produce_many(20)
     worker = world.worker()
     moves: list[bool] = []
-    worker.health.moved = lambda: moves.append(True)  # type: ignore[method-assign]
+    worker.health.moved = lambda *_: moves.append(True)  # type: ignore[method-assign]
 
     one_poll(worker)
     assert moves == [True]
@@ -1246,6 +1287,6 @@ def test_threshold_settings_replace_the_checkpoints(
 ) -> None:
     settings = load_settings(review_threshold=review, decline_threshold=decline)
 
-    thresholds = thresholds_of(settings, World().worker().scorer)
+    thresholds = thresholds_of(settings, small_checkpoint().header.thresholds)
 
     assert (thresholds.review, thresholds.decline) == expected

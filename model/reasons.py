@@ -1,0 +1,289 @@
+"""Why an alert was raised: up to three reasons from a closed set, with weights.
+
+A reason's weight is how far the logit falls when what it is about is made ordinary: the same
+network is asked again, in one batch, with a group of the raw features replaced by typical
+values, the hidden before the transaction as it was; for ``history``, with the features as they
+were and the hidden of an account never seen.
+
+    raw [n, R], hidden before [n, L, H]  --Explainer.explain-->  reasons of n transactions
+
+What the amount is worth is shared between ``amount_high`` and ``amount_unusual`` by surprise:
+how rare so high an amount is among all accounts' payments, and how rare for one who usually
+spends what this account does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.checkpoint import TAIL_MAX, Amounts, Checkpoint
+from model.features import FeatureSpec, Float32, Float64, Int64, rounds_of
+
+REASONS: Mapping[str, str] = {
+    "amount_unusual": "the amount is far over what this account usually spends",
+    "amount_high": "the amount is high for any account",
+    "merchant_risky": "fraud is known of this merchant, or of its kind",
+    "new_merchant": "the merchant, or its category, is new or rarely seen",
+    "velocity": "the account pays unusually often, or after an unusual pause",
+    "time": "the hour or the day of the week is unusual for a payment",
+    "history": "the account's payments before this one look like fraud",
+}
+"""The closed set: each code with its text. Of equal weights the first one comes first."""
+
+REASONS_MAX = 3
+"""Most reasons of an alert."""
+
+WEIGHT_MIN = 0.05
+"""A reason that is less of the whole is not worth a person's time, unless it is the only one."""
+
+EXPLAINED_AT_ONCE = 256
+"""Most transactions in one batch, each of which asks the network seven times."""
+
+_CODES = tuple(REASONS)
+_GROUPS = ("amount", "merchant_risky", "new_merchant", "velocity", "time", "history")
+_LOG_AMOUNT = ("amount", "log1p")
+_TIME = _GROUPS.index("time")
+_HISTORY = _GROUPS.index("history")
+_DEGREES_OF_FREEDOM = 8
+"""Of the Student distribution of an account's amounts: its usual amount is known roughly."""
+
+_PARETO_EXPONENT = 2.0
+"""How the tail of amounts goes on beyond the highest quantile known."""
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """One reason of an alert.
+
+    Attributes:
+        code: a key of :data:`REASONS`.
+        weight: its share of the shown reasons, over 0; they sum to 1.
+    """
+
+    code: str
+    weight: float
+
+
+class Explainer:
+    """Finds the reasons of transactions that one checkpoint scored.
+
+    Args:
+        checkpoint: on the CPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        spec = checkpoint.header.features
+        self._column = {name: place for place, name in enumerate(spec.names)}
+        self._typical = _typical(spec)
+        self._amounts = checkpoint.header.amounts or _lognormal(spec)
+        self._waves = np.array(
+            [place for place, i in enumerate(spec.inputs) if i.transform in ("sin", "cos")],
+            np.intp,
+        )
+        category = [field for field in spec.fields if field.name == "category"]
+        self._has_categories = bool(category) and category[0].kind == "categorical"
+
+    def explain(self, raw: Float32, hidden: NDArray[np.floating]) -> list[list[Reason]]:
+        """Reasons of n transactions, the weightiest first; at least one, at most three.
+
+        Args:
+            raw: [n, R] the raw features.
+            hidden: [n, L, H] of their accounts before them.
+        """
+        found: list[list[Reason]] = []
+        for start in range(0, len(raw), EXPLAINED_AT_ONCE):
+            part = slice(start, start + EXPLAINED_AT_ONCE)
+            found += map(_reasons, self.falls(raw[part], hidden[part]))
+        return found
+
+    def falls(self, raw: Float32, hidden: NDArray[np.floating]) -> Float64:
+        """How far the logit falls [n, codes] without each code, in the order of REASONS."""
+        n = len(raw)
+        asked = np.repeat(raw[None], 1 + len(_GROUPS), axis=0)  # [1 + groups, n, R]
+        self._make_ordinary(asked)
+        inputs = self._checkpoint.encode(asked.reshape(-1, raw.shape[1]))
+        # An hour has no typical value: the middle of the circle is none, and all alike.
+        inputs[(1 + _TIME) * n : (2 + _TIME) * n, self._waves] = 0.0
+        before = np.repeat(hidden[None].astype(np.float32), 1 + len(_GROUPS), axis=0)
+        before[1 + _HISTORY] = 0.0
+        with torch.inference_mode():
+            logits, _ = self._checkpoint.network.step(
+                torch.from_numpy(inputs), torch.from_numpy(before).flatten(0, 1)
+            )
+        logit = logits.numpy().astype(np.float64).reshape(-1, n)
+        fall = logit[0] - logit[1:]  # [groups, n]
+        unusual = self._unusual_share(raw)
+        return np.column_stack((fall[0] * unusual, fall[0] * (1.0 - unusual), *fall[1:]))
+
+    def _make_ordinary(self, asked: Float32) -> None:
+        """Replace each group's features in its part of [1 + groups, n, R]."""
+        at, typical = self._column, self._typical
+        raw = asked[0]
+        amount, risky, new, velocity = asked[1:5]
+        own = np.where(
+            raw[:, at["transactions_seen"]] > 1, raw[:, at["usual_amount"]], typical["amount"]
+        )
+        amount[:, at["amount"]] = own
+        for name in ("usual_amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d"):
+            amount[:, at[name]] = own
+        amount[:, [at["amount_to_mean"], at["amount_to_usual"]]] = 1.0
+
+        known = raw[:, at["merchant_known_frauds"]] > 0
+        for window in ("1d", "7d", "30d"):
+            risky[:, at[f"merchant_risk_{window}"]] = 0.0
+        risky[:, [at["merchant_known_frauds"], at["merchant_streak_frauds"]]] = 0.0
+        for name in ("oldest_fraud", "newest_fraud", "streak"):
+            risky[:, at[f"merchant_{name}_days"]] = -1.0
+        risky[known, at["merchant_genuine_days"]] = typical["merchant_genuine_days"]
+
+        for window in ("1d", "7d", "30d"):
+            name = f"merchant_count_{window}"
+            new[:, at[name]] = np.maximum(raw[:, at[name]], typical[name])
+        never = raw[:, at["merchant_genuine_days"]] < 0
+        new[never, at["merchant_genuine_days"]] = typical["merchant_genuine_days"]
+
+        for name in ("seconds_since_last", "count_1d", "count_7d", "count_30d"):
+            velocity[:, at[name]] = typical[name]
+
+        if self._has_categories:  # 0 is a category that training did not know, 1 its commonest
+            category = raw[:, at["category"]]
+            new[:, at["category"]] = np.where(category == 0, 1, category)
+            risky[:, at["category"]] = np.where(category == 0, 0, 1)
+
+    def _unusual_share(self, raw: Float32) -> Float64:
+        """How much of the amount's part is that it is unusual for the account, [n], 0 to 1."""
+        amount = raw[:, self._column["amount"]].astype(np.float64)
+        usual = raw[:, self._column["usual_amount"]].astype(np.float64)
+        for_account = surprise_for_account(amount, usual, self._amounts.deviation)
+        for_anyone = surprise_for_anyone(amount, np.asarray(self._amounts.tail))
+        both = for_account + for_anyone
+        share: Float64 = for_account / np.maximum(both, 1e-9)
+        return share
+
+
+def surprise_for_anyone(amount: Float64, tail: Float64) -> Float64:
+    """-log of the share of payments that are as high, [n], in nats.
+
+    Args:
+        tail: amounts that a share of 1, 1/2, 1/4 and so on of all payments reaches.
+    """
+    if len(tail) == 0:
+        return np.zeros(len(amount))
+    halvings = np.interp(amount, tail, np.arange(len(tail)))
+    beyond = np.log(np.maximum(amount / max(tail[-1], 0.01), 1.0))
+    surprise: Float64 = halvings * np.log(2.0) + _PARETO_EXPONENT * beyond
+    return surprise
+
+
+def surprise_for_account(amount: Float64, usual: Float64, deviation: float) -> Float64:
+    """-log of the chance of an amount as high from one who usually spends ``usual``, in nats.
+
+    The chance is that of a Student distribution with 8 degrees of freedom, so that it is one
+    half at the usual amount, which at an account's first transaction is its own.
+
+    Args:
+        deviation: of an account's amounts, as a share of what it usually spends.
+
+    >>> surprise_for_account(np.array([10.0, 30.0, 100.0]), np.full(3, 20.0), 0.5).round(1)
+    array([ 0.7,  1.8, 10.7])
+    """
+    t = (amount - usual) / np.maximum(deviation * usual, 0.01)
+    t = np.maximum(t, 0.0)
+    # The closed form for even degrees of freedom (Abramowitz and Stegun 26.7.4).
+    cos2 = 1.0 / (1.0 + t * t / _DEGREES_OF_FREEDOM)
+    series = 1.0 + cos2 * (1 / 2 + cos2 * (3 / 8 + cos2 * (15 / 48)))
+    two_sided = 1.0 - np.sqrt(1.0 - cos2) * series
+    surprise: Float64 = -np.log(np.maximum(two_sided / 2.0, 1e-15))
+    return surprise
+
+
+def _typical(spec: FeatureSpec) -> dict[str, float]:
+    """A value in the middle of each raw feature, from the means of the inputs."""
+    values = dict.fromkeys(spec.names, 0.0)
+    for i in spec.inputs:
+        if i.transform == "linear":
+            values[i.feature] = i.mean
+    for i in spec.inputs:
+        if i.transform == "log1p":
+            values[i.feature] = float(np.expm1(i.mean))
+    return values
+
+
+def _lognormal(spec: FeatureSpec) -> Amounts:
+    """For a checkpoint that does not say how amounts spread: what its inputs' scale tells."""
+    scale = [(i.mean, i.deviation) for i in spec.inputs if (i.feature, i.transform) == _LOG_AMOUNT]
+    if not scale:
+        return Amounts()
+    mean, deviation = scale[0]
+    shares = torch.tensor(0.5, dtype=torch.float64) ** torch.arange(1, TAIL_MAX)
+    z = -torch.special.ndtri(shares).numpy()
+    return Amounts((0.0, *np.expm1(mean + deviation * z).tolist()))
+
+
+def _reasons(falls: Float64) -> list[Reason]:
+    """The weightiest codes [codes]; the falls that are none count as nothing."""
+    order = np.argsort(-falls, kind="stable")[:REASONS_MAX]
+    counted = np.maximum(falls[order], 0.0)
+    counted[counted < WEIGHT_MIN * counted.sum()] = 0.0
+    shown = max(1, int(np.count_nonzero(counted)))
+    total = counted[:shown].sum()
+    weights = (counted[:shown] / total if total > 0 else np.ones(1)).round(3).tolist()
+    weights[0] = round(1.0 - sum(weights[1:]), 3)
+    return [
+        Reason(_CODES[code], weight)
+        for code, weight in zip(order[:shown].tolist(), weights, strict=True)
+    ]
+
+
+def explain_log(
+    checkpoint: Checkpoint, account: Int64, raw: Float32, chosen: NDArray[np.bool_]
+) -> list[list[Reason]]:
+    """Reasons of chosen transactions of a whole log, as a worker gives them.
+
+    Args:
+        account: [N] the log is in order of time.
+        raw: [N, R].
+        chosen: [N] whose reasons to give.
+
+    Returns:
+        reasons of each chosen one, in the order of the log.
+    """
+    network = checkpoint.network
+    rounds = rounds_of(account)
+    hidden = network.empty_hidden(len(rounds[0]) if rounds else 0)
+    place = np.cumsum(chosen) - 1
+    kept = torch.zeros(int(chosen.sum()), *hidden.shape[1:])
+    with torch.inference_mode():
+        for rows in rounds:
+            before = hidden[: len(rows)]
+            asked = np.flatnonzero(chosen[rows])
+            kept[place[rows[asked]]] = before[asked]
+            inputs = torch.from_numpy(checkpoint.encode(raw[rows]))
+            hidden[: len(rows)] = network.step(inputs, before)[1].half().float()
+    return Explainer(checkpoint).explain(raw[chosen], kept.numpy())
+
+
+SCENARIO_REASONS: Mapping[int, str] = {1: "amount_high", 2: "merchant_risky", 3: "amount_unusual"}
+"""Which reason is the truth in each fraud scenario of the Handbook and of the simulator."""
+
+
+def reason_agreement(first: Sequence[str], scenario: NDArray[np.integer]) -> dict[int, float]:
+    """Share of each scenario's transactions whose first reason is that of the scenario.
+
+    Args:
+        first: n codes.
+        scenario: [n], 0 where there is none.
+
+    >>> reason_agreement(["amount_high", "history", "time"], np.array([1, 1, 0]))
+    {1: 0.5}
+    """
+    return {
+        number: float(np.mean([code == truth for code in np.asarray(first)[scenario == number]]))
+        for number, truth in SCENARIO_REASONS.items()
+        if (scenario == number).any()
+    }

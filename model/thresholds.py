@@ -1,0 +1,374 @@
+"""Thresholds from what a person can state: a budget of alerts, a precision, or costs.
+
+A checkpoint carries its operating points: what each of some 200 thresholds was worth on the
+validation days (:func:`model.evaluation.operating_points`). A :class:`Goal` or :class:`Costs`
+picks among them; what is then expected is what was seen on those days.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from model.checkpoint import Header, Thresholds
+
+ALERTS_MIN = 20
+"""A precision is believed on no fewer alerts of the validation days."""
+
+GoalKind = Literal["alerts-per-day", "false-positive-rate", "precision", "threshold"]
+
+_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
+
+
+class ThresholdsError(ValueError):
+    """What was asked cannot be had from this checkpoint; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one threshold shall do; the lowest threshold that does it catches the most.
+
+    Attributes:
+        kind: at most so many alerts a day, at most such a share of the genuine transactions
+            flagged, at least such a share of the alerts fraud, or the threshold itself.
+        value: alerts a day, or a share from 0 to 1.
+    """
+
+    kind: GoalKind
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Goal:
+        """From ``kind=number`` or, for shares, ``kind=number%``.
+
+        Raises:
+            ThresholdsError: it is not one; the message says what is.
+
+        >>> Goal.parse("alerts-per-day=100"), Goal.parse("precision=90%").value
+        (Goal(kind='alerts-per-day', value=100.0), 0.9)
+        """
+        name, _, number = text.partition("=")
+        for kind in get_args(GoalKind):
+            if name.strip() == kind:
+                return cls.of(kind, number)
+        raise ThresholdsError(
+            f"a goal is one of {', '.join(f'{kind}=NUMBER' for kind in get_args(GoalKind))}; "
+            f"{text!r} is none"
+        )
+
+    @classmethod
+    def of(cls, kind: GoalKind, number: str) -> Goal:
+        """Of this kind, the number still as text.
+
+        Raises:
+            ThresholdsError: it is no number, or out of its bounds.
+        """
+        value, is_share = _number(number)
+        if kind == "alerts-per-day":
+            if value is None or is_share or value <= 0:
+                raise ThresholdsError(f"{kind} takes a number over 0, such as 100; not {number!r}")
+        elif value is None or not 0 < value <= 1:
+            raise ThresholdsError(
+                f"{kind} takes a number over 0 and at most 1, or per cent, such as 0.9 or 90%; "
+                f"not {number!r}"
+            )
+        return cls(kind, value)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one mistake costs: an amount, a share of the payment's amount, or both.
+
+    >>> Price.parse("2.50"), Price.parse("100%")
+    (Price(amount=2.5, share=0.0), Price(amount=0.0, share=1.0))
+    """
+
+    amount: float = 0.0
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Price:
+        """From ``12.50`` (an amount) or ``80%`` (of the payment's amount).
+
+        Raises:
+            ThresholdsError: it is neither.
+        """
+        value, is_share = _number(text)
+        if value is None:
+            raise ThresholdsError(f"a cost is an amount, or per cent of one; {text!r} is neither")
+        return cls(share=value) if is_share else cls(amount=value)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """In the checkpoint's currency: of a missed fraud, a review and a declined good payment."""
+
+    missed: Price
+    review: Price
+    decline: Price
+
+    def __post_init__(self) -> None:
+        if self.review.share:
+            raise ThresholdsError("a review costs an amount, not a share of the payment")
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What one threshold was worth on the validation days.
+
+    Attributes:
+        alerts_per_day: transactions at or over it.
+        recall: share of the frauds among them; ``false_positive_rate`` of the genuine.
+        precision: share of the alerts that are fraud.
+        fraud_amount_per_day, genuine_amount_per_day: of the alerts, in the currency.
+    """
+
+    threshold: float
+    alerts_per_day: float
+    recall: float
+    false_positive_rate: float
+    precision: float
+    fraud_amount_per_day: float
+    genuine_amount_per_day: float
+
+
+class OperatingPoints:
+    """A checkpoint's operating points, by falling threshold, and what they were measured on.
+
+    Args:
+        header: of the checkpoint.
+
+    Raises:
+        ThresholdsError: the header carries none.
+    """
+
+    def __init__(self, header: Header) -> None:
+        columns = len(OperatingPoint.__dataclass_fields__)
+        rows = header.operating_points
+        table = np.array(rows, np.float64) if all(len(r) == columns for r in rows) else None
+        if not rows or table is None or not (np.diff(table[:, 0]) < 0).all():
+            raise ThresholdsError(
+                "the checkpoint carries no operating points, since an older version or other "
+                "code wrote it: train it anew with `recur train`, or set the thresholds with "
+                "RECUR_REVIEW_THRESHOLD and RECUR_DECLINE_THRESHOLD"
+            )
+        needed = {
+            "days",
+            "transactions",
+            "frauds",
+            "fraud_amount_per_day",
+            "genuine_amount_per_day",
+        }
+        if missing := sorted(needed - header.validation.keys()):
+            raise ThresholdsError(
+                f"the checkpoint does not say its validation's {', '.join(missing)}: train it "
+                "anew with `recur train`"
+            )
+        if table[0, 0] < 1.0:  # nothing is at or over 1
+            table = np.vstack(([1.0, 0, 0, 0, 1, 0, 0], table))
+        self.currency = header.currency
+        self.days = header.validation["days"]
+        self.transactions = header.validation["transactions"]
+        self.frauds = header.validation["frauds"]
+        self._fraud_amount = header.validation["fraud_amount_per_day"]
+        self._table = table
+        self._points = [OperatingPoint(*row) for row in table.tolist()]
+
+    def at(self, threshold: float) -> OperatingPoint:
+        """What a threshold is worth: linear between the points around it."""
+        rising = self._table[::-1]
+        _, alerts, recall, rate, _, caught, flagged = (
+            float(np.interp(threshold, rising[:, 0], column)) for column in rising.T
+        )
+        precision = recall * self.frauds / self.days / alerts if alerts else 1.0
+        return OperatingPoint(threshold, alerts, recall, rate, precision, caught, flagged)
+
+    def lowest(self, goal: Goal) -> OperatingPoint:
+        """The lowest threshold that reaches the goal.
+
+        Raises:
+            ThresholdsError: none does; the message says how near one comes.
+        """
+        if goal.kind == "threshold":
+            return self.at(goal.value)
+        measured = [p for p in self._points if p.alerts_per_day > 0]
+        match goal.kind:
+            case "alerts-per-day":
+                reached = [p for p in measured if p.alerts_per_day <= goal.value]
+                best = f"the fewest alerts a day are {measured[0].alerts_per_day:.3g}"
+            case "false-positive-rate":
+                reached = [p for p in measured if p.false_positive_rate <= goal.value]
+                best = f"the lowest is {measured[0].false_positive_rate:.3g}"
+            case "precision":
+                sure = [p for p in measured if p.alerts_per_day * self.days >= ALERTS_MIN]
+                reached = [p for p in sure if p.precision >= goal.value]
+                highest = max((p.precision for p in sure), default=0.0)
+                best = f"the highest on {ALERTS_MIN} alerts or more is {highest:.3g}"
+        if not reached:
+            raise ThresholdsError(
+                f"no threshold gives {goal.kind}={goal.value:g} on the validation days: {best}"
+            )
+        return reached[-1]
+
+    def cheapest(self, costs: Costs) -> Thresholds:
+        """The two thresholds whose expected cost a day is the lowest."""
+        review = np.array([self._cost_of_review(costs, p) for p in self._points])
+        decline = np.array([self._cost_of_decline(costs, p) for p in self._points])
+        total = review[:, None] + decline[None, :]  # [review, decline]
+        total[np.triu_indices(len(total), 1)] = np.inf  # a decline threshold under review's
+        r, d = np.unravel_index(int(np.argmin(total)), total.shape)
+        return Thresholds(self._points[r].threshold, self._points[d].threshold)
+
+    def cost_per_day(self, costs: Costs, thresholds: Thresholds) -> float:
+        """Expected cost a day, if a review tells the truth, in the currency."""
+        return self._cost_of_review(costs, self.at(thresholds.review)) + self._cost_of_decline(
+            costs, self.at(thresholds.decline)
+        )
+
+    def cost_of_nothing_per_day(self, costs: Costs) -> float:
+        """What all the fraud would cost a day, in the currency."""
+        nothing = OperatingPoint(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+        return self._cost_of_review(costs, nothing)
+
+    def _cost_of_review(self, costs: Costs, point: OperatingPoint) -> float:
+        """Of what is missed, and of looking at all alerts."""
+        missed = (1.0 - point.recall) * self.frauds / self.days
+        return (
+            costs.missed.amount * missed
+            + costs.missed.share * (self._fraud_amount - point.fraud_amount_per_day)
+            + costs.review.amount * point.alerts_per_day
+        )
+
+    def _cost_of_decline(self, costs: Costs, point: OperatingPoint) -> float:
+        """Of declined good payments, less the reviews that declining saves."""
+        good = point.false_positive_rate * (self.transactions - self.frauds) / self.days
+        return (
+            costs.decline.amount * good
+            + costs.decline.share * point.genuine_amount_per_day
+            - costs.review.amount * point.alerts_per_day
+        )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person asks of the two thresholds: a goal for each, or costs, or nothing."""
+
+    review: Goal | None = None
+    decline: Goal | None = None
+    costs: Costs | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, str | None]) -> Wishes:
+        """From texts by name: ``review`` and ``decline`` (goals), ``alerts_per_day`` and so on
+        (of the review threshold), ``cost_missed``, ``cost_review``, ``cost_decline``.
+
+        Raises:
+            ThresholdsError: a text is wrong, or they contradict each other.
+        """
+        given = {name: text for name, text in options.items() if text is not None}
+        reviews = [Goal.parse(given["review"])] if "review" in given else []
+        for kind in get_args(GoalKind):
+            if (text := given.get(kind.replace("-", "_"))) is not None:
+                reviews.append(Goal.of(kind, text))
+        if len(reviews) > 1:
+            raise ThresholdsError(
+                f"the review threshold has one goal; {' and '.join(g.kind for g in reviews)} "
+                "are two. The other one may be the decline threshold's: --decline GOAL"
+            )
+        review = reviews[0] if reviews else None
+        decline = Goal.parse(given["decline"]) if "decline" in given else None
+        costs = _costs(given)
+        if costs and (review or decline):
+            raise ThresholdsError("give goals or costs, not both: costs decide both thresholds")
+        return cls(review, decline, costs)
+
+    def choose(self, points: OperatingPoints, now: Thresholds) -> Thresholds | None:
+        """The thresholds that do it; None if nothing is wished.
+
+        Raises:
+            ThresholdsError: a goal cannot be reached.
+        """
+        if self.costs is not None:
+            return points.cheapest(self.costs)
+        if self.review is None and self.decline is None:
+            return None
+        review = points.lowest(self.review).threshold if self.review else now.review
+        decline = points.lowest(self.decline).threshold if self.decline else now.decline
+        return Thresholds(review, max(review, decline))
+
+
+def _costs(given: Mapping[str, str]) -> Costs | None:
+    prices = {
+        name: Price.parse(given[f"cost_{name}"])
+        for name in ("missed", "review", "decline")
+        if f"cost_{name}" in given
+    }
+    if not prices:
+        return None
+    if missing := [name for name in ("review", "decline") if name not in prices]:
+        raise ThresholdsError(f"costs need --cost-{' and --cost-'.join(missing)}, too")
+    return Costs(prices.get("missed", Price(share=1.0)), prices["review"], prices["decline"])
+
+
+def report(
+    points: OperatingPoints,
+    before: Thresholds,
+    after: Thresholds | None = None,
+    costs: Costs | None = None,
+) -> Iterator[str]:
+    """Lines of a table: what is expected of thresholds, and of those that replace them."""
+    currency = points.currency
+    rows: list[tuple[str, ...]] = [
+        ("", "", "threshold", "alerts", "fraud", "false", "alerts", currency, currency),
+        ("", "", "", "a day", "caught", "positives", "are fraud", "caught", "wrongly"),
+    ]
+    for name in ("review", "decline"):
+        rows.append((name, "before" if after else "now", *_cells(points, before, name)))
+        if after is not None:
+            rows.append(("", "after", *_cells(points, after, name)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield ("  " + "  ".join(cells)).rstrip()
+    yield ""
+    if costs is not None:
+        told = [f"{points.cost_per_day(costs, before):,.0f} before"]
+        if after is not None:
+            told.append(f"{points.cost_per_day(costs, after):,.0f} after")
+        nothing = points.cost_of_nothing_per_day(costs)
+        yield f"  Cost in {currency} a day: {', '.join(told)}, {nothing:,.0f} if nothing were done."
+    yield (
+        f"  Expected from {points.days:g} validation days with {points.transactions:,.0f} "
+        f"transactions, {points.frauds:,.0f} of them fraud."
+    )
+    yield "  Amounts are of a day. The review rows hold what is declined, too."
+
+
+def _cells(points: OperatingPoints, thresholds: Thresholds, name: str) -> Sequence[str]:
+    point = points.at(getattr(thresholds, name))
+    return (
+        f"{point.threshold:.4f}",
+        f"{point.alerts_per_day:,.1f}",
+        f"{point.recall:.1%}",
+        f"{point.false_positive_rate:.3%}",
+        f"{point.precision:.1%}" if point.alerts_per_day else "-",
+        f"{point.fraud_amount_per_day:,.0f}",
+        f"{point.genuine_amount_per_day:,.0f}",
+    )
+
+
+def _number(text: str) -> tuple[float | None, bool]:
+    """The number in a text, None if there is none, and whether it was per cent."""
+    text = text.strip()
+    is_share = text.endswith("%")
+    digits = text.removesuffix("%").rstrip()
+    if not _NUMBER.fullmatch(digits):
+        return None, is_share
+    return float(digits) / (100 if is_share else 1), is_share

@@ -1,0 +1,176 @@
+"""Labels, the truths that arrive later: decode → publish what is rejected → book → ack.
+
+The store books each label once, whoever asks and how often; so there is nothing to guard
+here, and what a rebalance cuts off is done again by the next owner.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import numpy as np
+
+from model.merchants import BUCKET_MS
+from pipeline.codec import Label, decode_label
+from pipeline.dead_letter import DeadLetters
+from pipeline.errors import RejectedError
+from pipeline.health import Health
+from pipeline.merchant_profile import Fraud, transaction_hash
+from pipeline.merchant_store import Booking, MerchantStore
+from pipeline.metrics import Metrics
+from pipeline.ownership import Chunk, Poll, Record, TransactionLog
+from pipeline.patience import Patience
+from pipeline.publisher import Outgoing, Publisher
+from pipeline.score_log import Bounds
+from pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+STREAM = "labels"
+"""What the health calls the labels that wait."""
+
+
+class Logs(Protocol):
+    """Where logs begin and end."""
+
+    async def bounds(self, topic: str, partition: int) -> Bounds:
+        """Where a partition's log begins and ends now."""
+
+
+class LabelProcessor:
+    """Books polls of the labels topic, one at a time.
+
+    Args:
+        settings: limits and names.
+        store: merchants' profiles.
+        publisher: rejected records out.
+        logs, labels_log: where the labels topic begins, and how to move in it.
+        patience: waits for services that are away.
+        metrics, health: what operations see.
+        clock_ms: wall clock, epoch milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        store: MerchantStore,
+        publisher: Publisher,
+        logs: Logs,
+        labels_log: TransactionLog,
+        patience: Patience,
+        metrics: Metrics,
+        health: Health,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._store = store
+        self._publisher = publisher
+        self._logs = logs
+        self._labels_log = labels_log
+        self._patience = patience
+        self._metrics = metrics
+        self._health = health
+        self._topic = settings.topic("labels")
+        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+        self._dead_letters = DeadLetters(
+            self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
+        )
+        self._next_offsets: dict[int, int | None] = {}
+
+    def assign(self, partitions: Collection[int]) -> None:
+        """The group gave these partitions of the labels topic, and no others."""
+        self._next_offsets = dict.fromkeys(partitions)
+
+    def assigned(self) -> set[int]:
+        """The partitions that the group gave."""
+        return set(self._next_offsets)
+
+    def next_offsets(self) -> dict[int, int]:
+        """The first offset that is not booked, of each partition worked on."""
+        return {p: offset for p, offset in self._next_offsets.items() if offset is not None}
+
+    async def process(self, poll: Poll) -> None:
+        """Book a poll; when this returns, ``poll.applied`` may be committed.
+
+        Raises:
+            PublishError: the broker does not take what must be published.
+        """
+        for partition, chunk in poll.chunks.items():
+            if partition not in self._next_offsets:
+                continue
+            if await self._continues(partition, chunk):
+                await self._book(partition, chunk)
+                if partition in self._next_offsets:
+                    self._next_offsets[partition] = poll.applied[partition] = chunk.end
+        self._health.moved(STREAM)
+
+    async def _continues(self, partition: int, chunk: Chunk) -> bool:
+        """Whether the store has what is before a chunk; else the log is read from its begin."""
+        if self._next_offsets[partition] is not None:
+            return True
+        booked_to = await self._patience.ask_store(lambda: self._store.booked_to(partition))
+        bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))
+        if partition not in self._next_offsets:  # revoked meanwhile
+            return False
+        self._next_offsets[partition] = chunk.begin
+        if booked_to >= chunk.begin or chunk.begin <= bounds.begin:
+            return True
+        log.error(
+            "labels that were booked are not in Redis any more; booking the whole log again",
+            extra={"partition": partition, "from_offset": bounds.begin},
+        )
+        self._next_offsets[partition] = bounds.begin
+        await self._labels_log.seek(partition, bounds.begin)
+        return False
+
+    async def _book(self, partition: int, chunk: Chunk) -> None:
+        with self._metrics.timed("book"):
+            bookings: list[Booking] = []
+            names: list[str] = []
+            delays_ms: list[int] = []
+            letters: list[Outgoing] = []
+            for record in chunk.records:
+                try:
+                    label, timestamp_ms, labelled_ms = self._decode(record)
+                except RejectedError as error:
+                    letters.append(
+                        self._dead_letters.letter(partition, record, error.reason, str(error))
+                    )
+                    continue
+                bookings.append(booking_of(record.offset, label, timestamp_ms, labelled_ms))
+                names.append(label.label)
+                delays_ms.append(labelled_ms - timestamp_ms)
+            if letters:
+                await self._publisher.publish({}, [], letters)
+            decisions = await self._patience.ask_store(
+                lambda: self._store.book(partition, bookings, chunk.end)
+            )
+        self._observe(names, delays_ms, decisions)
+
+    def _decode(self, record: Record) -> tuple[Label, int, int]:
+        label, timestamp_ms, labelled_ms = decode_label(record.key, record.value)
+        if labelled_ms - record.timestamp > self._future_limit_ms:
+            raise RejectedError(
+                "future_timestamp",
+                f"labelled_at is over {self._future_limit_ms // 1000} s past the record's time",
+            )
+        return label, timestamp_ms, labelled_ms
+
+    def _observe(self, names: list[str], delays_ms: list[int], decisions: list[str | None]) -> None:
+        """Count labels that are new."""
+        new = [i for i, decision in enumerate(decisions) if decision is not None]
+        for i in new:
+            self._metrics.labels.labels(names[i], decisions[i]).inc()
+        self._metrics.label_delay.observe(np.array([delays_ms[i] for i in new]) / 1000.0)
+        self._metrics.labels_repeated.inc(len(names) - len(new))
+
+
+def booking_of(offset: int, label: Label, timestamp_ms: int, labelled_ms: int) -> Booking:
+    """What the store books of a label."""
+    entry = Fraud(
+        transaction_hash(label.transaction_id), timestamp_ms // BUCKET_MS, labelled_ms // BUCKET_MS
+    )
+    return Booking(offset, label.merchant_id, label.label == "fraud", entry)

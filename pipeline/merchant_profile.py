@@ -1,0 +1,194 @@
+"""A merchant's profile as bytes, and many of them as columns.
+
+    format u8, 3 spare, head u32       8 bytes
+    ring of counts u16               320 bytes, bucket j at j % BUCKETS
+    known frauds                      16 bytes each: transaction id's hash u64,
+                                      its bucket u32, the bucket in which the label came u32
+
+All big-endian, as Redis's BITFIELD counts: workers add to the ring in place. A value of
+another format or size counts as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from model.merchants import BUCKETS, MerchantProfiles
+
+PROFILE_FORMAT = 1
+"""Version of the layout; raise it with every change of the layout."""
+
+HEAD_NONE = 0xFFFF_FFFF
+"""The head of a profile in which nothing was counted."""
+
+HEADER_BYTES = 8
+FIXED_BYTES = HEADER_BYTES + 2 * BUCKETS
+FRAUD_BYTES = 16
+
+FRAUDS_MAX = 1000
+"""Known frauds that a profile holds; the ones booked first go."""
+
+FRAUD_BUCKETS_MAX = 192
+"""A fraud this much older than a new label is forgotten, buckets: 48 days."""
+
+FIXED = np.dtype(
+    [("format", "u1"), ("spare", "u1", (3,)), ("head", ">u4"), ("counts", ">u2", (BUCKETS,))]
+)
+FRAUD = np.dtype([("id_hash", ">u8"), ("bucket", ">u4"), ("known", ">u4")])
+EMPTY_VALUE = np.array(
+    (PROFILE_FORMAT, (0, 0, 0), HEAD_NONE, np.zeros(BUCKETS, "u2")), FIXED
+).tobytes()
+assert FIXED.itemsize == FIXED_BYTES == len(EMPTY_VALUE)
+assert FRAUD.itemsize == FRAUD_BYTES
+
+
+@dataclass(frozen=True)
+class Fraud:
+    """A known fraud of a merchant.
+
+    Attributes:
+        id_hash: of the transaction's id.
+        bucket: in which the transaction counts.
+        known: the bucket in which the label arrived.
+    """
+
+    id_hash: int
+    bucket: int
+    known: int
+
+
+@dataclass
+class Profile:
+    """One merchant's profile; what the store's scripts do, in Python.
+
+    Attributes:
+        head: the newest bucket that ``counts`` holds; -1 before the first.
+        counts: uint16[BUCKETS], bucket j at j % BUCKETS.
+        frauds: known frauds in the order of their booking.
+    """
+
+    head: int = -1
+    counts: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(BUCKETS, np.uint16))
+    frauds: list[Fraud] = field(default_factory=list)
+
+    def count(self, bucket: int, n: int) -> bool:
+        """Add n transactions to a bucket, unless it is older than the ring.
+
+        Returns:
+            whether the ring moved forward for it.
+        """
+        moved = bucket > self.head
+        if moved:
+            gap = min(bucket - self.head, BUCKETS) if self.head >= 0 else BUCKETS
+            self.counts[np.arange(bucket - gap + 1, bucket + 1) % BUCKETS] = 0
+            self.head = bucket
+        if bucket > self.head - BUCKETS:
+            place = bucket % BUCKETS
+            self.counts[place] = min(65_535, int(self.counts[place]) + n)
+        return moved
+
+    def book(self, fraud: Fraud, is_fraud: bool) -> bool:
+        """Take a label in: the last one of a transaction wins.
+
+        Returns:
+            whether it changed anything.
+        """
+        same = [f for f in self.frauds if f.id_hash == fraud.id_hash]
+        others = [f for f in self.frauds if f.id_hash != fraud.id_hash]
+        if not is_fraud:
+            self.frauds = others
+            return bool(same)
+        entry = Fraud(fraud.id_hash, fraud.bucket, same[0].known if same else fraud.known)
+        oldest = fraud.known - FRAUD_BUCKETS_MAX
+        self.frauds = [*(f for f in others if f.bucket > oldest), entry][-FRAUDS_MAX:]
+        return True
+
+    def to_bytes(self) -> bytes:
+        """The value that Redis holds."""
+        fixed = np.zeros(1, FIXED)
+        fixed["format"] = PROFILE_FORMAT
+        fixed["head"] = HEAD_NONE if self.head < 0 else self.head
+        fixed["counts"] = self.counts
+        tail = np.array([(f.id_hash, f.bucket, f.known) for f in self.frauds], FRAUD)
+        return fixed.tobytes() + tail.tobytes()
+
+    @classmethod
+    def from_bytes(cls, value: bytes) -> Profile:
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            ValueError: the value has another format or size.
+        """
+        if not is_sound(value):
+            raise ValueError(f"a merchant profile of {len(value)} bytes in an unknown format")
+        fixed = np.frombuffer(value, FIXED, 1)[0]
+        head = int(fixed["head"])
+        frauds = [Fraud(*entry) for entry in np.frombuffer(value, FRAUD, -1, FIXED_BYTES).tolist()]
+        return cls(-1 if head == HEAD_NONE else head, fixed["counts"].astype(np.uint16), frauds)
+
+
+def is_sound(value: bytes) -> bool:
+    """Whether a value is a profile in this format."""
+    size = len(value)
+    return (
+        size >= FIXED_BYTES
+        and value[0] == PROFILE_FORMAT
+        and (size - FIXED_BYTES) % FRAUD_BYTES == 0
+    )
+
+
+def decode_profiles(values: Sequence[bytes | None]) -> tuple[MerchantProfiles, int]:
+    """Columns of n values; None is a merchant never seen.
+
+    Returns:
+        the profiles, and how many values were refused: those count as None.
+    """
+    refused = 0
+    fixed: list[bytes] = []
+    tails: list[bytes] = []
+    tail_rows: list[int] = []
+    for row, value in enumerate(values):
+        if value is None:
+            fixed.append(EMPTY_VALUE)
+        elif len(value) == FIXED_BYTES and value[0] == PROFILE_FORMAT:
+            fixed.append(value)
+        elif is_sound(value):
+            fixed.append(value[:FIXED_BYTES])
+            tails.append(value[FIXED_BYTES:])
+            tail_rows.append(row)
+        else:
+            fixed.append(EMPTY_VALUE)
+            refused += 1
+    table = np.frombuffer(b"".join(fixed), FIXED)
+    head = table["head"].astype(np.int64)
+    head[head == HEAD_NONE] = -1
+    frauds = np.frombuffer(b"".join(tails), FRAUD)
+    counts_of_rows = [len(tail) // FRAUD_BYTES for tail in tails]
+    return (
+        MerchantProfiles(
+            head=head,
+            counts=table["counts"].astype(np.uint16),
+            fraud_row=np.repeat(np.array(tail_rows, np.intp), counts_of_rows),
+            fraud_bucket=frauds["bucket"].astype(np.int64),
+            fraud_known=frauds["known"].astype(np.int64),
+        ),
+        refused,
+    )
+
+
+def transaction_hash(transaction_id: str) -> int:
+    """What a profile remembers of a transaction's id, uint64."""
+    return xxhash.xxh3_64_intdigest(transaction_id.encode())
+
+
+def encode_frauds(frauds: Sequence[Fraud]) -> list[bytes]:
+    """The entries of known frauds, each 16 bytes."""
+    entries: NDArray[Any] = np.array([(f.id_hash, f.bucket, f.known) for f in frauds], FRAUD)
+    blob = entries.tobytes()
+    return [blob[start : start + FRAUD_BYTES] for start in range(0, len(blob), FRAUD_BYTES)]

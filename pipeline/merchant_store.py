@@ -1,0 +1,346 @@
+"""Where merchants' profiles live: Redis or Redis Cluster.
+
+Workers add to profiles side by side, so nothing here is guarded by a partition's watermark:
+transactions are counted in place, at least once. Labels are booked exactly once: a script
+changes a slot's profiles together with the offset up to which it has booked a labels
+partition, and skips what is below that.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from model.merchants import BUCKET_MS, BUCKETS
+from pipeline.decision import DECISIONS
+from pipeline.keys import MerchantKeys, merchant_slot
+from pipeline.merchant_profile import (
+    EMPTY_VALUE,
+    FIXED_BYTES,
+    FRAUD_BUCKETS_MAX,
+    FRAUD_BYTES,
+    FRAUDS_MAX,
+    HEAD_NONE,
+    HEADER_BYTES,
+    PROFILE_FORMAT,
+    Fraud,
+    encode_frauds,
+)
+from pipeline.redis_calls import Command, RedisCalls, Script, redis_client
+from pipeline.settings import Settings
+
+EXPIRY_MS = FRAUD_BUCKETS_MAX * BUCKET_MS
+"""A profile in which nothing is counted for so long goes: 48 days."""
+
+ALERT_EXPIRY_MS = 60 * 86_400_000
+"""So long after an alert its label may come and still be told from that of an approved one."""
+
+KEYS_PER_CALL_MAX = 256
+"""A script that counts works on so many profiles, and others get their turn."""
+
+LABELS_PER_CALL_MAX = 256
+
+# KEYS: profiles. ARGV: time to live in milliseconds, then 8 bytes for each profile: bucket and
+# how many transactions to add. A profile that is not there, or in another format, begins anew.
+COUNT_SCRIPT = Script(
+    b"""
+for i = 1, #KEYS do
+  local bucket, n = struct.unpack('>I4I4', ARGV[2], 8 * i - 7)
+  local header = redis.call('GETRANGE', KEYS[i], 0, %(header)d - 1)
+  local place = bucket %% %(buckets)d
+  if #header < %(header)d or string.byte(header) ~= %(format)d then
+    redis.call('SET', KEYS[i], struct.pack('>BBBBI4', %(format)d, 0, 0, 0, bucket)
+      .. string.rep('\\0', 2 * place) .. struct.pack('>I2', math.min(n, 65535))
+      .. string.rep('\\0', 2 * (%(buckets)d - 1 - place)), 'PX', ARGV[1])
+  else
+    local head = struct.unpack('>I4', header, 5)
+    if head == %(none)d then head = bucket - %(buckets)d end
+    if bucket > head then
+      local gap = math.min(bucket - head, %(buckets)d)
+      local run = string.rep('\\0', 2 * gap - 2) .. struct.pack('>I2', math.min(n, 65535))
+      local first = place - gap + 1
+      if first < 0 then
+        local front = -2 * first
+        redis.call('SETRANGE', KEYS[i], %(header)d + 2 * (first + %(buckets)d),
+          string.sub(run, 1, front))
+        run, first = string.sub(run, front + 1), 0
+      end
+      redis.call('SETRANGE', KEYS[i], %(header)d + 2 * first, run)
+      redis.call('SETRANGE', KEYS[i], 4, struct.pack('>I4', bucket))
+      redis.call('PEXPIRE', KEYS[i], ARGV[1])
+    elseif bucket > head - %(buckets)d then
+      redis.call('BITFIELD', KEYS[i], 'OVERFLOW', 'SAT', 'INCRBY', 'u16',
+        8 * %(header)d + 16 * place, n)
+    end
+  end
+end
+return #KEYS
+"""
+    % {
+        b"header": HEADER_BYTES,
+        b"buckets": BUCKETS,
+        b"format": PROFILE_FORMAT,
+        b"none": HEAD_NONE,
+    }
+)
+
+# KEYS: the slot's watermark of the labels partition, profiles, then for each label the key of
+# its transaction's alert. ARGV: time to live in milliseconds, how many profiles, an empty
+# profile, then 29 bytes for each label: which profile, offset, 1 for fraud, entry.
+# Returns for each label '' where it was booked before, else the decision of its transaction.
+BOOK_SCRIPT = Script(
+    b"""
+local next_offset = tonumber(redis.call('GET', KEYS[1]) or '0')
+local profiles, labels = tonumber(ARGV[2]), ARGV[4]
+local fixed, frauds, changed, replies = {}, {}, {}, {}
+local function known_frauds(p)
+  if not frauds[p] then
+    local value = redis.call('GET', KEYS[1 + p])
+    fixed[p], frauds[p] = ARGV[3], {}
+    if value and #value >= %(fixed)d and string.byte(value) == %(format)d
+        and (#value - %(fixed)d) %% %(fraud)d == 0 then
+      fixed[p] = string.sub(value, 1, %(fixed)d)
+      for at = %(fixed)d + 1, #value, %(fraud)d do
+        table.insert(frauds[p], string.sub(value, at, at + %(fraud)d - 1))
+      end
+    end
+  end
+  return frauds[p]
+end
+for i = 1, #labels / 29 do
+  local at = 29 * i - 28
+  local p, offset, is_fraud = struct.unpack('>I4I8B', labels, at)
+  if offset < next_offset then
+    replies[i] = ''
+  else
+    next_offset = offset + 1
+    replies[i] = redis.call('GET', KEYS[1 + profiles + i]) or '%(approve)s'
+    local entry = string.sub(labels, at + 13, at + 28)
+    local id, known = string.sub(entry, 1, 8), string.sub(entry, 13, 16)
+    local oldest = struct.unpack('>I4', known) - %(oldest)d
+    local kept, was_known = {}, false
+    for _, other in ipairs(known_frauds(p)) do
+      if string.sub(other, 1, 8) == id then
+        known, was_known = string.sub(other, 13, 16), true
+      elseif is_fraud == 0 or struct.unpack('>I4', other, 9) > oldest then
+        table.insert(kept, other)
+      end
+    end
+    if is_fraud == 1 then
+      table.insert(kept, id .. string.sub(entry, 9, 12) .. known)
+      while #kept > %(most)d do table.remove(kept, 1) end
+    end
+    if is_fraud == 1 or was_known then frauds[p], changed[p] = kept, true end
+  end
+end
+for p in pairs(changed) do
+  redis.call('SET', KEYS[1 + p], fixed[p] .. table.concat(frauds[p]), 'PX', ARGV[1])
+end
+redis.call('SET', KEYS[1], string.format('%%.0f', next_offset))
+return replies
+"""
+    % {
+        b"fixed": FIXED_BYTES,
+        b"format": PROFILE_FORMAT,
+        b"fraud": FRAUD_BYTES,
+        b"approve": DECISIONS[0].encode(),
+        b"oldest": FRAUD_BUCKETS_MAX,
+        b"most": FRAUDS_MAX,
+    }
+)
+
+_LABEL_HEAD = struct.Struct(">IQB")
+
+
+@dataclass(frozen=True)
+class Booking:
+    """A label to book.
+
+    Attributes:
+        offset: of its record in the labels partition.
+        entry: what the merchant's profile holds of it if it is a fraud.
+    """
+
+    offset: int
+    merchant_id: str
+    is_fraud: bool
+    entry: Fraud
+
+
+@dataclass(frozen=True)
+class Alerted:
+    """That a transaction raised an alert, with its decision."""
+
+    merchant_id: str
+    transaction_hash: int
+    decision: str
+
+
+class MerchantStore(Protocol):
+    """What the worker needs of a store of merchants' profiles."""
+
+    async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
+        """Values of profiles; None where there is none.
+
+        Raises:
+            StoreUnavailableError: nothing can be said; ask again.
+        """
+
+    async def add(self, counts: Mapping[tuple[str, int], int], alerts: Sequence[Alerted]) -> None:
+        """Count transactions, given by merchant and bucket, and remember alerts.
+
+        Raises:
+            StoreUnavailableError: some of it may have been done.
+        """
+
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+        """Book labels of a labels partition, in order of their offsets, each once.
+
+        Args:
+            end: the offset after them, and after what of the log is no label.
+
+        Returns:
+            the decision of each label's transaction; None for a label booked before.
+
+        Raises:
+            StoreUnavailableError: some may be booked; ask again with the same labels.
+        """
+
+    async def booked_to(self, partition: int) -> int:
+        """The furthest ``end`` of a labels partition up to which was booked; 0 for none.
+
+        Raises:
+            StoreUnavailableError: nothing can be said; ask again.
+        """
+
+    async def close(self) -> None:
+        """Give connections back."""
+
+
+class RedisMerchantStore:
+    """Profiles in one Redis or a Redis Cluster.
+
+    Args:
+        client: a connected client that returns bytes.
+        keys: names the keys.
+        labels_topic: full name.
+    """
+
+    def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
+        self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT)
+        self._keys = keys
+        self._labels_topic = labels_topic
+        self._expiry = b"%d" % EXPIRY_MS
+        self._alert_expiry = b"%d" % ALERT_EXPIRY_MS
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> RedisMerchantStore:
+        """A store on the settings' Redis; connects at the first call."""
+        keys = MerchantKeys(settings.key_prefix)
+        return cls(redis_client(settings), keys, settings.topic("labels"))
+
+    async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
+        """See :class:`MerchantStore`: one MGET, on a cluster one for each slot."""
+        if not merchant_ids:
+            return []
+        profile = self._keys.profile
+        if not self._calls.is_cluster:
+            (values,) = await self._calls.execute([("MGET", *map(profile, merchant_ids))])
+            return list(values)
+        places = _by_slot(merchant_ids)
+        replies = await self._calls.execute(
+            [("MGET", *(profile(merchant_ids[i]) for i in part)) for part in places.values()]
+        )
+        found: list[bytes | None] = [None] * len(merchant_ids)
+        for part, reply in zip(places.values(), replies, strict=True):
+            for i, value in zip(part, reply, strict=True):
+                found[i] = value
+        return found
+
+    async def add(self, counts: Mapping[tuple[str, int], int], alerts: Sequence[Alerted]) -> None:
+        """See :class:`MerchantStore`: one round trip."""
+        commands: list[Command] = []
+        items = list(counts.items())
+        for part in self._parts([merchant for (merchant, _), _ in items]):
+            commands.append(self._count([items[i] for i in part]))
+        for alert in alerts:
+            key = self._keys.alert(merchant_slot(alert.merchant_id), alert.transaction_hash)
+            commands.append(("SET", key, alert.decision.encode(), "PX", self._alert_expiry))
+        if commands:
+            await self._calls.execute(commands)
+
+    def _parts(self, merchant_ids: Sequence[str]) -> list[list[int]]:
+        """Places of merchants that one call may name together."""
+        places = [list(range(len(merchant_ids)))]
+        if self._calls.is_cluster:
+            places = list(_by_slot(merchant_ids).values())
+        most = KEYS_PER_CALL_MAX
+        return [part[i : i + most] for part in places for i in range(0, len(part), most)]
+
+    def _count(self, counts: Sequence[tuple[tuple[str, int], int]]) -> Command:
+        profile = self._keys.profile
+        numbers = np.array([(bucket, n) for (_, bucket), n in counts], ">u4")
+        return COUNT_SCRIPT.call(
+            [profile(merchant) for (merchant, _), _ in counts], self._expiry, numbers.tobytes()
+        )
+
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+        """See :class:`MerchantStore`: one script call for each slot."""
+        calls = [
+            part[i : i + LABELS_PER_CALL_MAX]
+            for part in _by_slot([label.merchant_id for label in labels]).values()
+            for i in range(0, len(part), LABELS_PER_CALL_MAX)
+        ]
+        commands = [self._book(partition, [labels[i] for i in call]) for call in calls]
+        booked_to = self._keys.labels_booked(self._labels_topic, partition)
+        *replies, _ = await self._calls.execute([*commands, ("SET", booked_to, b"%d" % end)])
+        decisions: list[str | None] = [None] * len(labels)
+        for call, reply in zip(calls, replies, strict=True):
+            for i, decision in zip(call, reply, strict=True):
+                decisions[i] = decision.decode() or None
+        return decisions
+
+    def _book(self, partition: int, labels: Sequence[Booking]) -> Command:
+        """The call that books labels of one slot."""
+        slot = merchant_slot(labels[0].merchant_id)
+        place_of: dict[str, int] = {}
+        places = [place_of.setdefault(x.merchant_id, 1 + len(place_of)) for x in labels]
+        entries = encode_frauds([label.entry for label in labels])
+        blob = b"".join(
+            _LABEL_HEAD.pack(place, label.offset, label.is_fraud) + entry
+            for place, label, entry in zip(places, labels, entries, strict=True)
+        )
+        return BOOK_SCRIPT.call(
+            [
+                self._keys.labels_watermark(slot, self._labels_topic, partition),
+                *map(self._keys.profile, place_of),
+                *(self._keys.alert(slot, label.entry.id_hash) for label in labels),
+            ],
+            self._expiry,
+            b"%d" % len(place_of),
+            EMPTY_VALUE,
+            blob,
+        )
+
+    async def booked_to(self, partition: int) -> int:
+        """See :class:`MerchantStore`."""
+        value = await self._calls.ask(
+            "GET", self._keys.labels_booked(self._labels_topic, partition)
+        )
+        return 0 if value is None else int(value)
+
+    async def close(self) -> None:
+        """See :class:`MerchantStore`."""
+        await self._calls.close()
+
+
+def _by_slot(merchant_ids: Sequence[str]) -> dict[int, list[int]]:
+    """Places of the ids by slot, in order."""
+    places: dict[int, list[int]] = {}
+    for i, merchant in enumerate(merchant_ids):
+        places.setdefault(merchant_slot(merchant), []).append(i)
+    return places

@@ -1,0 +1,446 @@
+"""One contract for every store of merchants: the fake, a real Redis and a real Redis Cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.cluster import RedisCluster as ClusterClient
+
+from model.merchants import BUCKETS
+from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
+from pipeline.memory import MemoryMerchantStore
+from pipeline.merchant_profile import FIXED_BYTES, Fraud, Profile
+from pipeline.merchant_store import (
+    ALERT_EXPIRY_MS,
+    EXPIRY_MS,
+    Alerted,
+    Booking,
+    MerchantStore,
+    RedisMerchantStore,
+)
+from pipeline.redis_calls import StoreUnavailableError
+from pipeline.services import Redis, RedisCluster
+from pipeline.settings import load_settings
+
+ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
+
+
+@dataclass
+class Backend:
+    """A place for profiles; ``client`` looks at the server past the store, None in memory."""
+
+    open: Callable[[], MerchantStore]
+    client: Callable[[], Any] | None = None
+    keys: MerchantKeys = field(default_factory=lambda: MerchantKeys("none"))
+    stop: Callable[[], object] = field(default=lambda: None)
+    start: Callable[[], object] = field(default=lambda: None)
+
+    def run(self, test: Callable[[MerchantStore], Awaitable[None]]) -> None:
+        """Run a test with a store, which is closed afterwards."""
+
+        async def go() -> None:
+            store = self.open()
+            try:
+                await test(store)
+            finally:
+                await store.close()
+
+        asyncio.run(go())
+
+
+def memory_backend() -> Backend:
+    shared = MemoryMerchantStore()
+
+    def switch(is_up: bool) -> Callable[[], None]:
+        return lambda: setattr(shared, "is_up", is_up)
+
+    return Backend(lambda: shared, stop=switch(False), start=switch(True))
+
+
+def server_backend(server: Redis | RedisCluster) -> Backend:
+    cluster = isinstance(server, RedisCluster)
+    configured = load_settings(
+        redis_url=server.url,
+        redis_cluster=cluster,
+        redis_timeout_seconds=1.0,
+        key_prefix=f"test-{uuid.uuid4().hex[:12]}",
+    )
+    host, port = server.url.removeprefix("redis://").removesuffix("/0").split(":")
+    return Backend(
+        lambda: RedisMerchantStore.from_settings(configured),
+        (lambda: ClusterClient(host=host, port=int(port)))
+        if isinstance(server, RedisCluster)
+        else server.client,
+        MerchantKeys(configured.key_prefix),
+        server.stop,
+        server.start,
+    )
+
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Shared servers, keys of one test."""
+    if request.param == "memory":
+        return memory_backend()
+    fixture = {"redis": "redis_server", "cluster": "redis_cluster"}[request.param]
+    return server_backend(request.getfixturevalue(fixture))
+
+
+@pytest.fixture(params=["redis", "cluster"])
+def real_backend(request: pytest.FixtureRequest) -> Backend:
+    """As ``backend``, without the fake."""
+    fixture = {"redis": "redis_server", "cluster": "redis_cluster"}[request.param]
+    return server_backend(request.getfixturevalue(fixture))
+
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
+def stoppable(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """A server of the test's own, which it may stop."""
+    if request.param == "memory":
+        yield memory_backend()
+    else:
+        with Redis() if request.param == "redis" else RedisCluster() as server:
+            yield server_backend(server)
+
+
+async def profile(store: MerchantStore, merchant: str) -> Profile:
+    (value,) = await store.load([merchant])
+    assert value is not None
+    return Profile.from_bytes(value)
+
+
+async def book(store: MerchantStore, partition: int, labels: Sequence[Booking]) -> list[str | None]:
+    end = labels[-1].offset + 1 if labels else 0
+    return await store.book(partition, labels, end)
+
+
+def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> Booking:
+    fields = {"bucket": 1000, "known": 1028, "is_fraud": True} | changes
+    entry = Fraud(transaction, fields["bucket"], fields["known"])
+    return Booking(offset, merchant, fields["is_fraud"], entry)
+
+
+# counts ----------------------------------------------------------------------------------
+
+
+def test_counts_add_up_in_their_merchants_buckets(backend: Backend) -> None:
+    async def go(store: MerchantStore) -> None:
+        assert await store.load(["M1", "M2"]) == [None, None]
+
+        await store.add({("M1", 100): 2, ("M2", 101): 1, ("M1", 101): 3}, [])
+        await store.add({("M1", 101): 4, ("M1", 99): 1}, [])
+
+        one, two = [await profile(store, m) for m in ("M1", "M2")]
+        assert (one.head, two.head) == (101, 101)
+        assert one.counts[[99 % BUCKETS, 100, 101]].tolist() == [1, 2, 7]
+        assert one.counts.sum() == 10
+        assert two.counts.sum() == two.counts[101] == 1
+        assert await store.load(["M3", "M1"]) == [None, one.to_bytes()]
+        assert await store.load([]) == []
+        await store.add({}, [])
+
+    backend.run(go)
+
+
+def test_merchants_may_have_any_name(backend: Backend) -> None:
+    async def go(store: MerchantStore) -> None:
+        await store.add({(name, 100): i + 1 for i, name in enumerate(ODD_IDS)}, [])
+        await book(store, 0, [fraud(i, name, i) for i, name in enumerate(ODD_IDS)])
+
+        for i, name in enumerate(ODD_IDS):
+            found = await profile(store, name)
+            assert found.counts.sum() == i + 1
+            assert found.frauds == [Fraud(i, 1000, 1028)]
+
+    backend.run(go)
+
+
+def test_more_merchants_than_fit_a_call_are_counted_in_one(backend: Backend) -> None:
+    names = [f"M{i}" for i in range(1500)]
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({(name, 5000 + i % 3): 1 + i for i, name in enumerate(names)}, [])
+        values = await store.load(names)
+        for i, value in enumerate(values):
+            assert value is not None
+            assert len(value) == FIXED_BYTES
+            found = Profile.from_bytes(value)
+            assert found.head == 5000 + i % 3
+            assert found.counts[found.head % BUCKETS] == found.counts.sum() == 1 + i
+
+    backend.run(go)
+
+
+histories = st.lists(
+    st.dictionaries(
+        st.tuples(st.sampled_from(["M1", "M2"]), st.integers(0, 400)),
+        st.integers(1, 40_000),
+        max_size=8,
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(history=histories)
+def test_every_history_of_counts_gives_what_a_profile_in_python_gives(
+    redis_server: Redis, history: list[dict[tuple[str, int], int]]
+) -> None:
+    """The ring moves forward, whatever the gap, wherever it wraps; old buckets are skipped."""
+    expected = {"M1": Profile(), "M2": Profile()}
+
+    async def go(store: MerchantStore) -> None:
+        for counts in history:
+            await store.add(counts, [])
+            for (merchant, bucket), n in counts.items():
+                expected[merchant].count(bucket, n)
+        for merchant, wanted in expected.items():
+            (value,) = await store.load([merchant])
+            if wanted.head < 0:
+                assert value is None
+            else:
+                assert value == wanted.to_bytes()
+
+    server_backend(redis_server).run(go)
+
+
+# labels ----------------------------------------------------------------------------------
+
+
+def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> None:
+    labels = [
+        fraud(10, "M1", 1),
+        fraud(11, "M2", 2),
+        fraud(12, "M1", 3),
+        fraud(15, "M1", 1, is_fraud=False),
+    ]
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({("M1", 990): 5}, [])
+        assert await store.booked_to(0) == 0
+        assert await book(store, 0, labels) == ["approve"] * 4
+        after = await store.load(["M1", "M2"])
+
+        for again in (labels, labels[:2], labels[1:3], labels[3:]):
+            assert await book(store, 0, again) == [None] * len(again)
+
+        assert await store.load(["M1", "M2"]) == after
+        one = await profile(store, "M1")
+        assert one.frauds == [Fraud(3, 1000, 1028)]
+        assert (one.head, int(one.counts.sum())) == (990, 5)
+        assert await store.booked_to(0) == 16
+        assert await store.booked_to(1) == 0
+
+    backend.run(go)
+
+
+def test_a_redelivered_label_does_not_undo_the_later_one(backend: Backend) -> None:
+    """A zombie books the first part of the log again after its successor booked all of it."""
+    first, second = fraud(0, "M1", 1), fraud(1, "M1", 1, is_fraud=False)
+
+    async def go(store: MerchantStore) -> None:
+        assert await book(store, 0, [first, second]) == ["approve", "approve"]
+        assert await book(store, 0, [first]) == [None]
+        (value,) = await store.load(["M1"])
+        assert value is None or Profile.from_bytes(value).frauds == []
+
+    backend.run(go)
+
+
+def test_partitions_of_labels_are_apart(backend: Backend) -> None:
+    async def go(store: MerchantStore) -> None:
+        assert await book(store, 0, [fraud(7, "M1", 1)]) == ["approve"]
+        assert await book(store, 1, [fraud(3, "M1", 2)]) == ["approve"]
+        assert len((await profile(store, "M1")).frauds) == 2
+
+    backend.run(go)
+
+
+def test_a_genuine_label_makes_no_profile(backend: Backend) -> None:
+    async def go(store: MerchantStore) -> None:
+        assert await book(store, 0, [fraud(0, "M1", 1, is_fraud=False)]) == ["approve"]
+        assert await store.load(["M1"]) == [None]
+        assert await book(store, 0, []) == []
+
+    backend.run(go)
+
+
+def test_a_profile_begun_by_a_label_counts_transactions(backend: Backend) -> None:
+    async def go(store: MerchantStore) -> None:
+        await book(store, 0, [fraud(0, "M1", 1)])
+        await store.add({("M1", 1029): 3}, [])
+        found = await profile(store, "M1")
+        assert (found.head, int(found.counts.sum())) == (1029, 3)
+        assert found.frauds == [Fraud(1, 1000, 1028)]
+
+    backend.run(go)
+
+
+def test_labels_tell_what_was_decided_of_their_transactions(backend: Backend) -> None:
+    alerts = [Alerted("M1", 1, "review"), Alerted("M2", 2, "decline")]
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({("M1", 1000): 1}, alerts)
+        await store.add({}, alerts[:1])
+        labels = [fraud(0, "M1", 1), fraud(1, "M2", 2, is_fraud=False), fraud(2, "M2", 3)]
+        assert await book(store, 0, labels) == ["review", "decline", "approve"]
+
+    backend.run(go)
+
+
+labels_of_one_partition = st.lists(
+    st.tuples(
+        st.sampled_from(["M1", "M2"]),
+        st.integers(0, 4),
+        st.integers(1000, 1500),
+        st.integers(0, 60),
+        st.booleans(),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=labels_of_one_partition)
+def test_every_order_of_labels_gives_what_a_profile_in_python_gives(
+    redis_server: Redis, drawn: list[tuple[str, int, int, int, bool]]
+) -> None:
+    expected: dict[str, Profile] = {}
+    labels = []
+    for offset, (merchant, transaction, bucket, delay, is_fraud) in enumerate(drawn):
+        entry = Fraud(transaction, bucket, bucket + delay)
+        labels.append(Booking(offset, merchant, is_fraud, entry))
+        expected.setdefault(merchant, Profile()).book(entry, is_fraud)
+
+    async def go(store: MerchantStore) -> None:
+        await book(store, 0, labels[: len(labels) // 2])
+        await book(store, 0, labels[len(labels) // 4 :])
+        for merchant, wanted in expected.items():
+            (value,) = await store.load([merchant])
+            assert (Profile.from_bytes(value).frauds if value else []) == wanted.frauds
+
+    server_backend(redis_server).run(go)
+
+
+# real servers ----------------------------------------------------------------------------
+
+
+def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) -> None:
+    keys = real_backend.keys
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({("M1", 1000): 1}, [Alerted("M1", 7, "review")])
+        await book(store, 3, [fraud(0, "M2", 1)])
+
+    real_backend.run(go)
+    assert real_backend.client is not None
+    with real_backend.client() as client:
+        for merchant in ("M1", "M2"):
+            assert EXPIRY_MS - 60_000 < client.pttl(keys.profile(merchant)) <= EXPIRY_MS
+        slot = merchant_slot("M1")
+        assert ALERT_EXPIRY_MS - 60_000 < client.pttl(keys.alert(slot, 7)) <= ALERT_EXPIRY_MS
+        watermark = keys.labels_watermark(merchant_slot("M2"), "labels", 3)
+        assert client.pttl(watermark) == -1
+
+
+def test_a_profile_lives_on_while_it_is_counted_in(real_backend: Backend) -> None:
+    key = real_backend.keys.profile("M1")
+    assert real_backend.client is not None
+    with real_backend.client() as client:
+
+        async def go(store: MerchantStore) -> None:
+            await store.add({("M1", 1000): 1}, [])
+            client.pexpire(key, 60_000)
+            await store.add({("M1", 1000): 1}, [])
+            assert client.pttl(key) <= 60_000, "one more call for each transaction"
+            await store.add({("M1", 1001): 1}, [])
+            assert client.pttl(key) > 60_000
+
+        real_backend.run(go)
+
+
+def test_a_profile_in_another_format_begins_anew(real_backend: Backend) -> None:
+    key = real_backend.keys.profile("M1")
+    assert real_backend.client is not None
+    with real_backend.client() as client:
+
+        async def go(store: MerchantStore) -> None:
+            client.set(key, b"\xff" * 400)
+            await store.add({("M1", 1000): 2}, [])
+            assert (await profile(store, "M1")).counts.sum() == 2
+            client.set(key, b"\x01" * 10)
+            await book(store, 0, [fraud(0, "M1", 1)])
+            assert (await profile(store, "M1")).frauds == [Fraud(1, 1000, 1028)]
+
+        real_backend.run(go)
+
+
+def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Backend) -> None:
+    assert real_backend.client is not None
+    with real_backend.client() as client:
+
+        async def go(store: MerchantStore) -> None:
+            for turn in range(2):
+                await store.add({("M1", 1000): 1}, [])
+                await book(store, 0, [fraud(turn, "M1", turn)])
+                client.script_flush()
+            found = await profile(store, "M1")
+            assert (int(found.counts.sum()), len(found.frauds)) == (2, 2)
+
+        real_backend.run(go)
+
+
+def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backend) -> None:
+    async def until_back(store: MerchantStore) -> None:
+        """Asks as :class:`pipeline.patience.Patience` does."""
+        for _ in range(100):
+            try:
+                await store.load(["M1"])
+                await store.booked_to(0)
+            except StoreUnavailableError:
+                await asyncio.sleep(0.05)
+            else:
+                return
+        raise AssertionError("it is back and the store does not notice")
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({("M1", 1000): 1}, [])
+        await asyncio.to_thread(stoppable.stop)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: store.load(["secret-merchant", "M1"]),
+            lambda: store.add({("secret-merchant", 1): 1}, []),
+            lambda: book(store, 0, [fraud(0, "secret-merchant", 1)]),
+            lambda: store.booked_to(0),
+        ]
+        for call in calls:
+            with pytest.raises(StoreUnavailableError) as caught:
+                await call()
+            assert "secret-merchant" not in str(caught.value)
+        await asyncio.to_thread(stoppable.start)
+        await until_back(store)
+        await store.add({("M1", 1000): 1}, [])
+        assert await book(store, 0, [fraud(0, "M1", 1)]) == ["approve"]
+
+    stoppable.run(go)
+
+
+def test_what_a_script_changes_together_lies_in_one_slot() -> None:
+    keys = MerchantKeys("recur")
+    names = [keys.profile(m) for m in ODD_IDS]
+    assert len(set(names)) == len(ODD_IDS)
+    for merchant, name in zip(ODD_IDS, names, strict=True):
+        slot = merchant_slot(merchant)
+        tag = b"{%d}" % slot
+        assert name.split(b"}")[0] + b"}" == b"recur:merchant:" + tag
+        assert tag in keys.labels_watermark(slot, "labels", 0)
+        assert tag in keys.alert(slot, 1)
+        assert 0 <= slot < MERCHANT_SLOTS
+    assert np.unique([merchant_slot(f"M{i}") for i in range(5000)]).size == MERCHANT_SLOTS
