@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from model.calibration import fold as fold_calibration
 from model.calibration import platt
-from model.checkpoint import Checkpoint, Header
+from model.checkpoint import Amounts, Checkpoint, Header
 from model.dataset import Dataset
 from model.evaluation import average_precision
 from model.features import FeatureSpec, Field, Float32
 from model.fitting import fit
 from model.gru import Cell, Network
 from model.inputs import chosen_fields, embedding_sizes, fitted_spec
-from model.protocol import Fold
+from model.protocol import Fold, iso_date
 from model.raw_features import EncodedInputs, write_raw
 from model.reference import TREES, fit_boosted
 from model.scoring import Sequences, unrolled_logits
@@ -229,7 +229,8 @@ def train_network(
         architecture=network.architecture,
         features=spec,
         currency=dataset.currency,
-        training={"seed": settings.seed, "fold": fold.describe()},
+        training={"seed": settings.seed, "train_until": iso_date(fold.train_until)},
+        amounts=_amounts(material, spec, fold.learned_rows(dataset)),
         data_digest=dataset.digest(),
     )
     return dataclasses.replace(
@@ -318,6 +319,13 @@ def _validation(
         return average_precision(unrolled_logits(network, inputs, until)[rows], is_fraud)
 
     return validate
+
+
+def _amounts(material: Material, spec: FeatureSpec, rows: Rows) -> Amounts:
+    """How amounts spread in those rows: the reasons of alerts need it."""
+    raw = material.raw_of(spec)(rows)
+    amount, to_usual = (raw[:, spec.names.index(n)] for n in ("amount", "amount_to_usual"))
+    return Amounts.of(amount.astype(np.float64), to_usual.astype(np.float64))
 
 
 def _parameters(network: Network) -> int:

@@ -86,6 +86,9 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
         data: what it was measured on.
         published: measures of others by what they are.
         robustness: none where it was not measured.
+        first_reasons_agree: of the described model's caught frauds, by scenario, the share
+            whose first reason is what made them.
+        cautions: what makes a figure worth less than it looks.
         tested: transactions and frauds of all folds' tests.
     """
 
@@ -99,6 +102,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     published: dict[str, dict[str, float]]
     runs: list[Run]
     robustness: Robustness | None = None
+    first_reasons_agree: dict[int, float] = {}
+    cautions: list[str] = []
     batch_transactions: int = BATCH_TRANSACTIONS
 
 
@@ -108,6 +113,7 @@ def results_of(
     settings: ComparisonSettings,
     source: str,
     robustness: Robustness | None = None,
+    first_reasons_agree: dict[int, float] | None = None,
 ) -> Results:
     """The results of a comparison on a log.
 
@@ -135,7 +141,27 @@ def results_of(
         published=PUBLISHED[comparison.protocol],
         runs=comparison.runs,
         robustness=robustness,
+        first_reasons_agree=first_reasons_agree or {},
+        cautions=cautions(comparison, log),
     )
+
+
+def cautions(comparison: Comparison, log: Dataset) -> list[str]:
+    """What is to be said about a checkpoint that was given: it may have seen the test."""
+    found = []
+    for fold in comparison.folds:
+        checkpoint = comparison.checkpoints.get(fold.name)
+        if checkpoint is None or GIVEN not in comparison.networks():
+            continue
+        header = checkpoint.header
+        until = str(header.training.get("train_until") or "")[:10]
+        if header.data_digest == log.digest() and (not until or until > iso_date(fold.test_from)):
+            found.append(
+                f"{fold.name}: the checkpoint was trained on these data "
+                f"{f'up to {until}' if until else 'without a last day'}, so that days of the test "
+                "may be among those that it learned from"
+            )
+    return found
 
 
 def summarise(network: str, runs: Sequence[Run]) -> Summary:
