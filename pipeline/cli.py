@@ -107,6 +107,22 @@ def train(
 
 
 @recur.command()
+@click.argument("account_id", metavar="ID")
+def account(account_id: str) -> None:
+    """Print what the live state in Redis says of the account ID.
+
+    Whether it is compromised now, by all of its history; its counts and amounts; where the
+    state lies and how old it is. Settings are the workers'.
+    """
+    import asyncio
+
+    from pipeline.account_view import account_lines
+
+    for line in asyncio.run(account_lines(load_settings(), account_id)):
+        click.echo(line)
+
+
+@recur.command()
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
 @click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")

@@ -30,6 +30,7 @@ class MicroBatch:
         id_hash: uint64[n], of the transaction id, never 0.
         merchant_raw: float32[n, M], the merchant's raw features; zeros if the checkpoint uses none.
         fields: float32[n, K], raw columns of the checkpoint's further fields.
+        explain_from: float32[n], the score from which on there will be reasons to give.
     """
 
     row: NDArray[np.intp]
@@ -40,6 +41,7 @@ class MicroBatch:
     id_hash: NDArray[np.uint64]
     merchant_raw: NDArray[np.float32]
     fields: NDArray[np.float32]
+    explain_from: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -56,6 +58,7 @@ class MicroBatch:
             self.id_hash[part],
             self.merchant_raw[part],
             self.fields[part],
+            self.explain_from[part],
         )
 
 
@@ -69,6 +72,7 @@ class Scored:
         repeated: bool[n], the account had this transaction id before: nothing was applied.
         failed: indices whose computation fails, with the error: nothing was applied.
         expired: how many states started anew because their account was silent too long.
+        before: float16[L, H], the hidden before it, of each index with reasons to give.
     """
 
     score: NDArray[np.float32]
@@ -76,6 +80,7 @@ class Scored:
     repeated: NDArray[np.bool_]
     failed: dict[int, str]
     expired: int
+    before: dict[int, NDArray[np.float16]]
 
 
 FEATURES_END = len(FEATURES)
@@ -155,6 +160,7 @@ class Scorer:
                     repeated=np.zeros(1, bool),
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
+                    before={},
                 )
         else:
             self._failures_in_a_row = 0
@@ -167,6 +173,7 @@ class Scorer:
             repeated=np.concatenate((first.repeated, second.repeated)),
             failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
             expired=first.expired + second.expired,
+            before=first.before | {n // 2 + i: hidden for i, hidden in second.before.items()},
         )
 
     def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
@@ -186,6 +193,7 @@ class Scorer:
         raw[:, FEATURES_END:] = batch.fields
         repeated = np.zeros(n, bool)
         expired = 0
+        before: dict[int, NDArray[np.float16]] = {}
         for members in rounds_of(batch.row):
             rows = batch.row[members]
             seen = (states.recent_ids[rows] == batch.id_hash[members, None]).any(axis=1)
@@ -199,10 +207,13 @@ class Scorer:
             if stale.any():
                 states.reset(rows[stale])
                 expired += int(stale.sum())
+            hidden = states.hidden[rows]  # a copy
             score[members], raw[members] = self._step(
                 states, batch, members, rows, raw[members, known:]
             )
-        return Scored(score, raw, repeated, {}, expired)
+            for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
+                before[int(members[place])] = hidden[place]
+        return Scored(score, raw, repeated, {}, expired, before)
 
     def _step(
         self,

@@ -40,10 +40,11 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
-        model.raw_features model.training_settings model.split model.training_state model.fitting
-        model.calibration model.verdict model.training model.progress
-        model.protocol model.windows model.reference model.run_cache
-        model.comparison model.robustness model.results model.plots model.card
+        model.raw_features model.training_settings model.split model.adamw model.training_state
+        model.fitting model.logistic model.calibration model.verdict model.training model.progress
+        model.protocol model.windows model.reference model.run_cache model.candidates
+        model.comparison model.robustness model.reason_check
+        model.results model.plots model.card
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
@@ -52,7 +53,7 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation
+        pipeline.evaluation pipeline.account_view
     """,
     "command line": """
         pipeline.cli pipeline.__main__
