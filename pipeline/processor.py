@@ -582,15 +582,18 @@ class Processor:
         )
         return list(stands)
 
-    def _count(self, parts: list[Part]) -> Counter[tuple[str, int]]:
-        """Transactions that are scored for the first time, by merchant and time bucket."""
-        counts: Counter[tuple[str, int]] = Counter()
-        if self._merchant_counts:
-            for part in parts:
-                transactions, times = part.transactions, part.timestamps_ms
-                counts.update(
-                    [(transactions[i].merchant_id, times[i] // BUCKET_MS) for i in part.new]
-                )
+    def _count(self, parts: list[Part]) -> dict[int, Counter[str]]:
+        """Transactions that are scored for the first time, by time bucket and merchant."""
+        counts: dict[int, Counter[str]] = {}
+        for part in parts if self._merchant_counts else ():
+            transactions, times = part.transactions, part.timestamps_ms
+            names = [transactions[i].merchant_id for i in part.new]
+            buckets = [times[i] // BUCKET_MS for i in part.new]
+            for bucket in set(buckets):  # almost always one
+                found = names
+                if buckets.count(bucket) < len(buckets):
+                    found = [n for n, b in zip(names, buckets, strict=True) if b == bucket]
+                counts.setdefault(bucket, Counter()).update(found)
         return counts
 
     def _save_of(self, part: Part, where: Appended | None) -> Save:
