@@ -202,10 +202,15 @@ def train(
     identity = f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}"
     try:
         with _work_folder(output, identity) as folder:
-            checkpoint = _Training(settings, source, folder, device, report).run(decisive)
-            checkpoint.save(output)
+            try:
+                checkpoint = _Training(settings, source, folder, device, report).run(decisive)
+                checkpoint.save(output)
+            except Exception:
+                if not (folder / _STATE).is_file():  # nothing in there is worth going on with
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
             report(Report("done", 1.0))
-            _remove(folder)
             return checkpoint
     except DatasetError as error:
         raise TrainingError(str(error)) from error
@@ -542,10 +547,6 @@ def _claim_of(folder: Path) -> _Claim | None:
         raise TrainingError(
             f"{folder} is there and was not made by a training: move it away"
         ) from error
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _device(settings: TrainingSettings) -> torch.device:

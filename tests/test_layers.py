@@ -40,10 +40,11 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
-        model.raw_features model.training_settings model.split model.training_state model.fitting
-        model.calibration model.verdict model.training model.progress
-        model.protocol model.windows model.reference model.run_cache
-        model.comparison model.robustness model.results model.plots model.card
+        model.raw_features model.training_settings model.split model.adamw model.training_state
+        model.fitting model.logistic model.calibration model.verdict model.training model.progress
+        model.protocol model.windows model.reference model.run_cache model.candidates
+        model.comparison model.robustness model.reason_check
+        model.results model.plots model.card
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
