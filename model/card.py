@@ -9,6 +9,7 @@ from model.checkpoint import Checkpoint
 from model.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
 from model.features import FeatureSpec
 from model.protocol import HANDBOOK_FOLDS
+from model.reasons import SCENARIO_REASONS
 from model.results import Results, Summary, table
 
 SCENARIOS = {
@@ -52,6 +53,7 @@ def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[
         _protocol(results),
         _comparison(results, plots),
         _scenarios(results),
+        *([_reasons(results)] if results.first_reasons_agree else []),
         *([_robustness(results)] if results.robustness else []),
         *([_thresholds(checkpoint)] if checkpoint else []),
         _limits(results, described),
@@ -133,8 +135,10 @@ fraud ({data["frauds"] / data["transactions"]:.2%}), {data["accounts"]:,} accoun
 `{data["digest"]}`."""
     if checkpoint is None:
         return text
+    if results.cautions:
+        text += "\n\n" + "\n".join(f"- Caution: {caution}." for caution in results.cautions)
     digest = checkpoint.header.data_digest
-    if digest == data["digest"]:
+    if digest == data["digest"] and not results.cautions:
         return text + "\n\nThe model was trained on the part of it that the protocol says."
     rows = [[f"`{name}`", str(value)] for name, value in sorted(checkpoint.header.training.items())]
     return f"""{text}
@@ -202,6 +206,18 @@ Share of each kind's transactions found where {RECALL_FALSE_POSITIVE_RATE:.1%} o
 ones raise an alert:
 
 {_markdown_table(headings, rows)}"""
+
+
+def _reasons(results: Results) -> str:
+    rows = [
+        [SCENARIOS.get(s, f"scenario {s}"), f"`{SCENARIO_REASONS[s]}`", _share(share)]
+        for s, share in sorted(results.first_reasons_agree.items())
+    ]
+    return f"""## Reasons
+
+Of the frauds caught there, how often the first reason of the alert is what made the fraud:
+
+{_markdown_table(["kind", "reason", "share"], rows)}"""
 
 
 def _robustness(results: Results) -> str:

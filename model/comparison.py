@@ -1,6 +1,6 @@
 """Networks compared on the same transactions, inputs and folds.
 
-    log -> raw features -> for each fold, network and seed: train, score the test, measure
+    dataset -> for each fold, network and seed: train, score the test, measure
 
 What was trained is kept in a folder, so that a comparison that was interrupted, or that gets
 another network, goes on where it was.
@@ -10,43 +10,37 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model import evaluation
-from model.checkpoint import Checkpoint, Header
+from model.candidates import (
+    Material,
+    NetworkKind,
+    Show,
+    Trained,
+    fold_spec,
+    score_given,
+    train_network,
+    train_reference,
+)
+from model.checkpoint import Checkpoint
 from model.dataset import Dataset
-from model.features import DEFINITION, Encoder, FeatureSpec, Float32
-from model.gru import Cell, Network
+from model.features import DEFINITION, FeatureSpec, Float32
 from model.protocol import Fold, ProtocolName, days_of
-from model.reference import PARAMETERS, TREES, fit_boosted, lightgbm
+from model.reference import PARAMETERS, TREES, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
-from model.scoring import score_unrolled
-from model.training import Log, Report, Reporter, Split, TrainingSettings, fit, observe_all
-from model.windows import window_inputs
-
-TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
-"""What a transaction shows by itself."""
-
-BATCH_TRANSACTIONS = 512
-"""Transactions that are timed together."""
-
-TIMED_BATCHES = 40
-TIMED_ROUNDS = 5
-"""Of so many rounds of batches the quickest counts: the others were disturbed."""
+from model.training_settings import Report, Reporter, TrainingSettings
 
 RECALL_FALSE_POSITIVE_RATE = 0.001
 """At the threshold with so many false positives recall by scenario is measured."""
 
-CARDS = 100
+DAILY_REVIEW = 100
 """Cards, or transactions, that a day's review has room for."""
 
 REFERENCE = "lightgbm"
@@ -57,24 +51,6 @@ DESCRIBED = "gru"
 
 class ComparisonError(ValueError):
     """A comparison cannot be made; the message says why and what to change."""
-
-
-@dataclass(frozen=True)
-class NetworkKind:
-    """One of the networks that are compared; each scores every transaction.
-
-    Attributes:
-        title: in tables and plots.
-        cell, layers: see :class:`model.gru.Architecture`.
-        alone: sees the transaction alone, neither account nor merchant.
-        cost: time of its training to that of a GRU, about.
-    """
-
-    title: str
-    cell: Cell
-    layers: int = 1
-    alone: bool = False
-    cost: float = 1.0
 
 
 KINDS: dict[str, NetworkKind] = {
@@ -89,6 +65,8 @@ KINDS: dict[str, NetworkKind] = {
 """By the name that the command line takes."""
 
 REFERENCE_COST = 0.2
+SPEC_SHARE = 0.03
+"""Of a network's time, to compute and choose its inputs; at its fold's first network."""
 
 TITLES: dict[str, str] = {
     **{name: kind.title for name, kind in KINDS.items()},
@@ -155,20 +133,29 @@ class Comparison:
         return [run for run in self.runs if run.network == network]
 
 
-def measure(scores: Float32, log: Dataset, rows: NDArray[np.intp]) -> dict[str, float]:
+def measure(
+    scores: Float32,
+    log: Dataset,
+    rows: NDArray[np.intp],
+    truth: NDArray[np.bool_] | None = None,
+) -> dict[str, float]:
     """What the scores [n] of ``rows`` [n] of the log are worth, by name.
+
+    Args:
+        truth: [n] what the scores are about, if not whether the transaction is fraud.
 
     Raises:
         model.evaluation.EvaluationError: one class only.
     """
-    is_fraud, day = log.is_fraud[rows], days_of(log)[rows]
+    is_fraud = log.is_fraud[rows] if truth is None else truth
+    day = days_of(log)[rows]
     return {
         "auc_roc": evaluation.auc_roc(scores, is_fraud),
         "average_precision": evaluation.average_precision(scores, is_fraud),
         "card_precision_at_100": evaluation.card_precision_at(
-            scores, is_fraud, log.account[rows], day, CARDS
+            scores, is_fraud, log.account[rows], day, DAILY_REVIEW
         ),
-        "precision_at_100": evaluation.precision_at(scores, is_fraud, day, CARDS),
+        "precision_at_100": evaluation.precision_at(scores, is_fraud, day, DAILY_REVIEW),
         "recall_at_fpr_0.001": evaluation.recall_at_false_positive_rate(scores, is_fraud, 0.001),
         "recall_at_fpr_0.01": evaluation.recall_at_false_positive_rate(scores, is_fraud, 0.01),
         "expected_calibration_error": evaluation.expected_calibration_error(scores, is_fraud),
@@ -196,51 +183,34 @@ class _Job:
         return f"{TITLES[self.network]}, {self.fold.name}, seed {self.seed}"
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What came out of a job, before it is measured; scores [rows up to the test's end]."""
-
-    scores: Float32
-    seconds: float
-    parameters: int
-    microseconds: float
-    checkpoint: Checkpoint | None = None
-
-
-_Show = Callable[[float, str], None]
-
-
 class Comparer:
-    """Trains, scores and measures on one log.
+    """Trains, scores and measures on one dataset.
 
     Args:
+        work: folder for what is computed of the dataset once; the caller removes it.
         cache: folder of what was trained; none keeps nothing.
         given: a checkpoint to compare with the networks that are trained here.
 
     Raises:
-        ComparisonError: the checkpoint looks at fields that the log does not have.
+        ComparisonError: the checkpoint looks at fields that the dataset does not have.
     """
 
     def __init__(
         self,
         log: Dataset,
         settings: ComparisonSettings,
+        work: Path,
         cache: Path | None = None,
         given: Checkpoint | None = None,
     ) -> None:
-        if given is not None and given.header.features.fields:
-            names = ", ".join(f.name for f in given.header.features.fields)
-            raise ComparisonError(
-                f"the checkpoint looks at the fields {names}, which this comparison does not read"
-            )
-        self._log = log
+        if given is not None:
+            _check_fields(given, log)
+        self.material = Material(log, work)
         self._settings = settings
         self._given = given
         self._cache = None if cache is None else RunCache(cache)
         self._digest = log.digest()
-        self._raw: dict[float, Float32] = {}  # by label delay
-        self._windows: Float32 | None = None
-        self._encoded: tuple[Fold, FeatureSpec, Float32] | None = None  # of the present fold
+        self._spec: tuple[Fold, FeatureSpec] | None = None  # of the present fold
 
     def compare(
         self, protocol: ProtocolName, folds: Sequence[Fold], report: Reporter = lambda _: None
@@ -252,12 +222,15 @@ class Comparer:
 
         Raises:
             model.reference.MissingRequirementError: LightGBM is asked for and not there.
-            model.training.TrainingError: a training cannot go on.
+            model.training_settings.TrainingError: a training cannot go on.
+            model.dataset.DatasetError: the disk is full.
         """
         jobs = list(self._jobs(folds))
         if any(job.network == REFERENCE for job in jobs):
             lightgbm()
-        comparison = Comparison(protocol, folds, {f.name: f.tested_rows(self._log) for f in folds})
+        log = self.material.dataset
+        comparison = Comparison(protocol, folds, {f.name: f.tested_rows(log) for f in folds})
+        described = DESCRIBED if self._given is None else GIVEN
         done, whole = 0.0, sum(job.cost for job in jobs)
         for job in jobs:
 
@@ -268,19 +241,11 @@ class Comparer:
             run, scores, checkpoint = self._kept_or_run(job, comparison.rows[job.fold.name], show)
             comparison.runs.append(run)
             comparison.scores[job.network, job.fold.name, job.seed] = scores
-            described = DESCRIBED if self._given is None else GIVEN
             if checkpoint is not None and job.network == described:
                 comparison.checkpoints.setdefault(job.fold.name, checkpoint)
             done += job.cost
         report(Report("compared", 1.0))
         return comparison
-
-    def raw(self, label_delay_days: float) -> Float32:
-        """Raw features [N, R] of the log; computed once."""
-        if label_delay_days not in self._raw:
-            spec = FeatureSpec(label_delay_days=label_delay_days)
-            self._raw[label_delay_days] = observe_all(_training_log(self._log), spec)
-        return self._raw[label_delay_days]
 
     def _jobs(self, folds: Sequence[Fold]) -> Iterator[_Job]:
         for fold in folds:
@@ -292,16 +257,16 @@ class Comparer:
                     yield _Job(network, fold, seed, days)
 
     def _kept_or_run(
-        self, job: _Job, rows: NDArray[np.intp], show: _Show
+        self, job: _Job, rows: NDArray[np.intp], show: Show
     ) -> tuple[Run, Float32, Checkpoint | None]:
         key = self._key(job)
         kept = None if self._cache is None else self._cache.get(key)
         if kept is not None:
             return kept
-        trained = self._train(job, show)
-        scores = trained.scores[rows]
+        trained = self._train(job, key, show)
+        log, scores = self.material.dataset, trained.scores[rows]
         threshold = evaluation.threshold_at_false_positive_rate(
-            scores, self._log.is_fraud[rows], RECALL_FALSE_POSITIVE_RATE
+            scores, log.is_fraud[rows], RECALL_FALSE_POSITIVE_RATE
         )
         run = Run(
             network=job.network,
@@ -310,10 +275,9 @@ class Comparer:
             seconds=trained.seconds,
             parameters=trained.parameters,
             microseconds=trained.microseconds,
-            metrics=measure(scores, self._log, rows),
-            recall_by_scenario=evaluation.recall_by_scenario(
-                scores, self._log.scenario[rows], threshold
-            ),
+            metrics=measure(scores, log, rows),
+            recall_by_scenario=evaluation.recall_by_scenario(scores, log.scenario[rows], threshold),
+            verdict=_measure_verdict(trained, log, rows),
         )
         if self._cache is not None:
             self._cache.put(key, run, scores, trained.checkpoint)
@@ -322,176 +286,63 @@ class Comparer:
     def _key(self, job: _Job) -> str:
         """A file's name: what is in it, and a digest of everything that decides it."""
         decides: list[object] = [CACHE_FORMAT, DEFINITION, self._digest, dataclasses.astuple(job)]
+        settings = self._settings
         if job.network == GIVEN:
             assert self._given is not None
             decides.append(self._given.digest)
         elif job.network == REFERENCE:
-            decides += [self._settings.trees, PARAMETERS, self._settings.label_delay_days]
+            decides += [settings.trees, PARAMETERS, settings.label_delay_days]
         else:
-            settings = dataclasses.asdict(self._settings.training)
-            decides += [settings, dataclasses.asdict(KINDS[job.network])]
-            decides.append(self._settings.label_delay_days)
+            training = dataclasses.asdict(settings.training)
+            kind = dataclasses.asdict(KINDS[job.network])
+            decides += [training, kind, settings.label_delay_days]
         digest = hashlib.sha256(msgspec.json.encode(decides, order="deterministic"))
         return f"{job.network}-{job.fold.name}-{job.seed}-{digest.hexdigest()[:12]}"
 
-    def _train(self, job: _Job, show: _Show) -> _Trained:
-        if job.network == REFERENCE:
-            return self._train_reference(job, show)
+    def _train(self, job: _Job, key: str, show: Show) -> Trained:
+        settings = self._settings
         if job.network == GIVEN:
-            return self._score_given(job)
-        return self._train_network(job, show)
-
-    def _train_network(self, job: _Job, show: _Show) -> _Trained:
-        kind = KINDS[job.network]
-        spec, inputs = self._inputs(job.fold)
-        if kind.alone:
-            columns = [c for c, i in enumerate(spec.inputs) if i.feature in TRANSACTION_FEATURES]
-            spec = msgspec.structs.replace(spec, inputs=tuple(spec.inputs[c] for c in columns))
-            inputs = np.ascontiguousarray(inputs[:, columns])
-        settings = dataclasses.replace(self._settings.training, seed=job.seed, layers=kind.layers)
-        network, seconds = train_network(kind, inputs, self._log, job.fold, settings, show)
-        tensor = torch.from_numpy(inputs)
-        account = self._log.account[: len(inputs)].astype(np.int64)
-        checkpoint = None
-        if kind.cell == "gru":
-            checkpoint = Checkpoint(
-                network,
-                Header(
-                    architecture=network.architecture,
-                    features=spec,
-                    training={"seed": job.seed, "fold": job.fold.describe()},
-                    data_digest=self._digest,
-                ),
+            assert self._given is not None
+            return score_given(self._given, self.material, job.fold)
+        if job.network == REFERENCE:
+            return train_reference(
+                self.material, job.fold, settings.label_delay_days, job.seed, show, settings.trees
             )
-        return _Trained(
-            score_unrolled(network, tensor, account),
-            seconds,
-            sum(weight.numel() for weight in network.parameters()),
-            microseconds_each(network, tensor[-BATCH_TRANSACTIONS:]),
-            checkpoint,
+        spec = self._spec_of(job.fold, lambda share, note: show(SPEC_SHARE * share, note))
+        return train_network(
+            KINDS[job.network],
+            self.material,
+            job.fold,
+            spec,
+            dataclasses.replace(settings.training, seed=job.seed),
+            lambda share, note: show(SPEC_SHARE + (1 - SPEC_SHARE) * share, note),
+            None if self._cache is None else self._cache.state(key),
         )
 
-    def _train_reference(self, job: _Job, show: _Show) -> _Trained:
-        if self._windows is None:
-            self._windows = window_inputs(self._log, self._settings.label_delay_days)
-        rows = job.fold.trained_rows(self._log)
-        boosted, seconds = fit_boosted(
-            self._windows[rows],
-            self._log.is_fraud[rows],
-            job.seed,
-            show,
-            self._settings.trees,
+    def _spec_of(self, fold: Fold, show: Show) -> FeatureSpec:
+        """How inputs are computed on a fold."""
+        if self._spec is None or self._spec[0] != fold:
+            spec = fold_spec(self.material, fold, self._settings.label_delay_days, show)
+            self._spec = fold, spec
+        return self._spec[1]
+
+
+def _measure_verdict(trained: Trained, log: Dataset, rows: NDArray[np.intp]) -> dict[str, float]:
+    """Of the verdicts that were asked for after the rows; none where all accounts are alike."""
+    if trained.verdicts is None:
+        return {}
+    asked = np.flatnonzero(np.isin(trained.verdicts.row, rows))
+    truth = trained.verdicts.truth[asked]
+    if not truth.any() or truth.all():
+        return {}
+    # In order of days, as measures by day expect neither more nor less.
+    return measure(trained.verdicts.score[asked], log, trained.verdicts.row[asked], truth)
+
+
+def _check_fields(given: Checkpoint, log: Dataset) -> None:
+    there = {*log.numeric, *log.categorical}
+    if missing := [f.name for f in given.header.features.fields if f.name not in there]:
+        raise ComparisonError(
+            f"the checkpoint looks at the fields {', '.join(missing)}, which the data do not "
+            "have: map columns to them"
         )
-        batch = self._windows[rows[-BATCH_TRANSACTIONS:]]
-        return _Trained(
-            boosted.score(self._windows),
-            seconds,
-            boosted.parameters,
-            _microseconds(lambda: boosted.score(batch, threads=1), len(batch)),
-        )
-
-    def _score_given(self, job: _Job) -> _Trained:
-        assert self._given is not None
-        end = int(job.fold.tested_rows(self._log)[-1]) + 1
-        raw = self.raw(self._given.header.features.label_delay_days)[:end]
-        inputs = torch.from_numpy(self._given.encode(raw))
-        network = self._given.network
-        return _Trained(
-            score_unrolled(network, inputs, self._log.account[:end].astype(np.int64)),
-            0.0,
-            sum(weight.numel() for weight in network.parameters()),
-            microseconds_each(network, inputs[-BATCH_TRANSACTIONS:]),
-            self._given,
-        )
-
-    def _inputs(self, fold: Fold) -> tuple[FeatureSpec, Float32]:
-        """How inputs are computed, fitted to the training days, and the inputs [n, I]."""
-        if self._encoded is None or self._encoded[0] != fold:
-            self._encoded = None  # not two of them in memory
-            delay = self._settings.label_delay_days
-            raw = self.raw(delay)
-            end = int(fold.tested_rows(self._log)[-1]) + 1
-            trained = fold.trained_rows(self._log)
-            spec = FeatureSpec(label_delay_days=delay).fitted(raw[trained])
-            self._encoded = fold, spec, Encoder(spec).encode(raw[:end])
-        return self._encoded[1:]
-
-
-def train_network(
-    kind: NetworkKind,
-    inputs: Float32,
-    log: Dataset,
-    fold: Fold,
-    settings: TrainingSettings,
-    show: _Show = lambda share, note: None,
-) -> tuple[Network, float]:
-    """A network of this kind trained on the fold's days, ready to score, and the seconds taken.
-
-    Args:
-        inputs: [n, I] of the log's first n transactions, those of the training among them.
-        show: called with the share that is done and a figure worth reading.
-    """
-    end = int(fold.trained_rows(log)[-1]) + 1
-    split = Split(
-        fold.score_from, fold.train_until, fold.test_from, fold.test_from, fold.test_until
-    )
-    architecture = dataclasses.replace(settings.architecture(inputs.shape[1]), cell=kind.cell)
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        network = Network(architecture)
-        fit(
-            network,
-            torch.from_numpy(inputs[:end]),
-            _training_log(log, end),
-            split,
-            settings,
-            lambda r: show(r.done, r.note),
-        )
-    return network.eval(), time.perf_counter() - began
-
-
-def microseconds_each(network: Network, inputs: torch.Tensor) -> float:
-    """Microseconds for each of n transactions [n, I], scored as one batch on one core."""
-    hidden = network.empty_hidden(len(inputs))
-
-    def step() -> object:
-        if network.architecture.cell == "gru":
-            return network.step(inputs, hidden)
-        return network.unroll(inputs.unsqueeze(1), hidden)
-
-    with torch.inference_mode():
-        return _microseconds(step, len(inputs))
-
-
-def _microseconds(compute: Callable[[], object], transactions: int) -> float:
-    with _one_thread():
-        rounds = []
-        for _ in range(TIMED_ROUNDS):
-            began = time.perf_counter()
-            for _ in range(TIMED_BATCHES):
-                compute()
-            rounds.append(time.perf_counter() - began)
-    return min(rounds) / TIMED_BATCHES / transactions * 1e6
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _training_log(log: Dataset, end: int | None = None) -> Log:
-    return Log(
-        day=days_of(log)[:end],
-        timestamp_ms=log.timestamp_ms[:end],
-        account=log.account[:end].astype(np.int64),
-        merchant=log.merchant[:end].astype(np.int64),
-        amount=log.amount[:end],
-        is_fraud=log.is_fraud[:end],
-        scenario=log.scenario[:end],
-    )

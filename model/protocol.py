@@ -1,7 +1,7 @@
 """Which transactions networks learn from and which they are measured on.
 
-A protocol is a few folds; a fold's days in order: warm-up (seen, not scored), training, the
-days in which labels are still on their way, test.
+A protocol is a few folds; a fold's days in order: warm-up (seen, not scored), training, with its
+last days for validation, the days in which labels are still on their way, test.
 
     split     one long fold: the later half of the log is the test
     handbook  the Fraud Detection Handbook's (chapters 5 to 7): four folds a week apart, each
@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.dataset import DAY_MS, Dataset
+from model.split import Split
+from model.training_settings import TrainingError
 
 ProtocolName = Literal["handbook", "split"]
-
-WARM_UP_DAYS = 14
-"""Accounts and merchants are all new in a log's first days; a fold's first sixth at most."""
+Rows = NDArray[np.intp]
 
 HANDBOOK_START = "2018-08-15"
 """First day of the handbook's latest training week."""
@@ -60,9 +60,18 @@ class Fold:
     known_from: int | None = None
 
     @property
-    def score_from(self) -> int:
-        """First day whose transactions count in the loss: the warm-up is over."""
-        return self.log_from + min(WARM_UP_DAYS, (self.train_until - self.log_from) // 6)
+    def split(self) -> Split:
+        """The same as a training has it: days from the log's first on.
+
+        Raises:
+            model.training_settings.TrainingError: there are too few days for all periods.
+        """
+        return Split.of(
+            self.test_until - self.log_from,
+            self.test_from - self.train_until,
+            until_day=self.train_until - self.log_from,
+            from_day=self.test_from - self.log_from,
+        )
 
     def describe(self) -> str:
         """
@@ -74,17 +83,30 @@ class Fold:
         )
         return f"trained to {last_trained}, tested {first} to {last}"
 
-    def trained_rows(self, log: Dataset) -> NDArray[np.intp]:
-        """Rows that count in the loss."""
-        return _rows(log, self.score_from, self.train_until)
+    def trained_rows(self, log: Dataset) -> Rows:
+        """Rows that are learned from in any way, the last ones by validation."""
+        return self._rows(log, self.log_from + self.split.training, self.train_until)
 
-    def tested_rows(self, log: Dataset) -> NDArray[np.intp]:
+    def learned_rows(self, log: Dataset) -> Rows:
+        """Rows that count in a network's loss."""
+        split = self.split
+        return self._rows(log, self.log_from + split.training, self.log_from + split.validation)
+
+    def validated_rows(self, log: Dataset) -> Rows:
+        """Rows by which a network's best epoch and calibration are chosen."""
+        return self._rows(log, self.log_from + self.split.validation, self.train_until)
+
+    def end_row(self, log: Dataset) -> int:
+        """The first row after the test."""
+        return int(np.searchsorted(log.timestamp_ms, self.test_until * DAY_MS))
+
+    def tested_rows(self, log: Dataset) -> Rows:
         """Rows that are measured; those of cards that are known by then are left out.
 
         The handbook's rule: on a test day the frauds of the days up to one before it less the
         delay are known, the delay being what lies between training and test.
         """
-        rows = _rows(log, self.test_from, self.test_until)
+        rows = self._rows(log, self.test_from, self.test_until)
         if self.known_from is None:
             return rows
         delay_days = self.test_from - self.train_until
@@ -96,8 +118,12 @@ class Fold:
         place = np.searchsorted(cards, log.account[rows])
         place[place == len(cards)] = -1  # the place of "never"
         place[(place >= 0) & (np.append(cards, 0)[place] != log.account[rows])] = -1
-        kept: NDArray[np.intp] = rows[day[rows] < known_on[place]]
-        return kept
+        return np.asarray(rows[day[rows] < known_on[place]])
+
+    def _rows(self, log: Dataset, begin: int, end: int) -> Rows:
+        """Labelled rows of those days."""
+        first, last = np.searchsorted(log.timestamp_ms, [begin * DAY_MS, end * DAY_MS])
+        return np.asarray(np.flatnonzero(log.is_labelled[first:last]) + first)
 
 
 def split_fold(
@@ -194,7 +220,15 @@ def _checked(log: Dataset, fold: Fold, label_delay_days: int) -> Fold:
             f"the training arrive when the test has begun; test from "
             f"{iso_date(fold.train_until + label_delay_days)} or later"
         )
-    for what, rows in (("training", fold.trained_rows(log)), ("test", fold.tested_rows(log))):
+    try:
+        periods = {
+            "training": fold.learned_rows(log),
+            "validation": fold.validated_rows(log),
+            "test": fold.tested_rows(log),
+        }
+    except TrainingError as error:
+        raise ProtocolError(f"{fold.describe()}: {error}") from error
+    for what, rows in periods.items():
         frauds = int(log.is_fraud[rows].sum())
         if not 0 < frauds < len(rows):
             raise ProtocolError(
@@ -202,7 +236,3 @@ def _checked(log: Dataset, fold: Fold, label_delay_days: int) -> Fold:
                 "fraud; both kinds must be there: choose other dates or a longer log"
             )
     return fold
-
-
-def _rows(log: Dataset, begin: int, end: int) -> NDArray[np.intp]:
-    return np.arange(*np.searchsorted(log.timestamp_ms, [begin * DAY_MS, end * DAY_MS]))

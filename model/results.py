@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from model.candidates import BATCH_TRANSACTIONS
 from model.comparison import (
-    BATCH_TRANSACTIONS,
+    DESCRIBED,
+    GIVEN,
     TITLES,
     Comparison,
     ComparisonSettings,
@@ -32,6 +34,9 @@ MEASURES: dict[str, str] = {
     "brier_score": "Brier",
 }
 """Measures by name, with the heading of their column."""
+
+VERDICT_TITLE = "  its verdict on the account"
+"""Many to one: is the account compromised now? By the last state; measured over accounts."""
 
 FINE = ("expected_calibration_error", "brier_score")
 """Measures that are small numbers, and the smaller the better."""
@@ -58,6 +63,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         seconds: of training, mean of a run.
         microseconds: see :class:`model.run_cache.Run`.
         recall_by_scenario: mean over folds and seeds.
+        verdict: of a GRU, the measures of the verdict on accounts, mean of the runs.
     """
 
     network: str
@@ -69,6 +75,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     microseconds: float = 0.0
     recall_by_scenario: dict[int, float] = {}
+    verdict: dict[str, float] = {}
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +86,9 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
         data: what it was measured on.
         published: measures of others by what they are.
         robustness: none where it was not measured.
+        first_reasons_agree: of the described model's caught frauds, by scenario, the share
+            whose first reason is what made them.
+        cautions: what makes a figure worth less than it looks.
         tested: transactions and frauds of all folds' tests.
     """
 
@@ -92,6 +102,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     published: dict[str, dict[str, float]]
     runs: list[Run]
     robustness: Robustness | None = None
+    first_reasons_agree: dict[int, float] = {}
+    cautions: list[str] = []
     batch_transactions: int = BATCH_TRANSACTIONS
 
 
@@ -101,6 +113,7 @@ def results_of(
     settings: ComparisonSettings,
     source: str,
     robustness: Robustness | None = None,
+    first_reasons_agree: dict[int, float] | None = None,
 ) -> Results:
     """The results of a comparison on a log.
 
@@ -128,7 +141,27 @@ def results_of(
         published=PUBLISHED[comparison.protocol],
         runs=comparison.runs,
         robustness=robustness,
+        first_reasons_agree=first_reasons_agree or {},
+        cautions=cautions(comparison, log),
     )
+
+
+def cautions(comparison: Comparison, log: Dataset) -> list[str]:
+    """What is to be said about a checkpoint that was given: it may have seen the test."""
+    found = []
+    for fold in comparison.folds:
+        checkpoint = comparison.checkpoints.get(fold.name)
+        if checkpoint is None or GIVEN not in comparison.networks():
+            continue
+        header = checkpoint.header
+        until = str(header.training.get("train_until") or "")[:10]
+        if header.data_digest == log.digest() and (not until or until > iso_date(fold.test_from)):
+            found.append(
+                f"{fold.name}: the checkpoint was trained on these data "
+                f"{f'up to {until}' if until else 'without a last day'}, so that days of the test "
+                "may be among those that it learned from"
+            )
+    return found
 
 
 def summarise(network: str, runs: Sequence[Run]) -> Summary:
@@ -156,7 +189,13 @@ def summarise(network: str, runs: Sequence[Run]) -> Summary:
             s: float(np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario]))
             for s in scenarios
         },
+        verdict=_verdict(runs),
     )
+
+
+def _verdict(runs: Sequence[Run]) -> dict[str, float]:
+    told = [run.verdict for run in runs if run.verdict]
+    return {name: float(np.mean([t[name] for t in told])) for name in MEASURES} if told else {}
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -177,6 +216,9 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{network.microseconds:.2f}",
             ]
         )
+        if network.network in (GIVEN, DESCRIBED) and network.verdict:
+            measures = [in_figures(name, network.verdict[name]) for name in MEASURES]
+            rows.append([VERDICT_TITLE, *measures, "–", "–", "–"])
     for title, published in results.published.items():
         found = [in_figures(n, published[n]) if n in published else "–" for n in MEASURES]
         rows.append([title, *found, "–", "–", "–"])

@@ -22,6 +22,8 @@ from model.protocol import Fold, days_of, iso_date
 
 WEEK_DAYS = 7
 
+RawOf = Callable[[NDArray[np.intp]], Float32]
+
 
 @dataclass(frozen=True)
 class Faults:
@@ -88,29 +90,31 @@ class Robustness(msgspec.Struct, frozen=True):
 
 
 def score_with_faults(
-    checkpoint: Checkpoint, log: Dataset, raw: Float32, faults: Faults
+    checkpoint: Checkpoint, log: Dataset, raw_of: RawOf, faults: Faults, end: int | None = None
 ) -> Float32:
     """Scores [n] of a log's first n transactions, stepwise in rounds, from empty account states.
 
     Args:
-        raw: [n, R] their raw features. The account's columns are computed again, from
-            disturbed states; the others are taken from here.
+        raw_of: gives the raw features [m, R] of rows [m] of the log. The account's columns are
+            computed again, from disturbed states; the others are taken from there.
+        end: how many transactions; all by default.
     """
-    rounds = rounds_of(log.account[: len(raw)].astype(np.int64))
+    n_scored = len(log) if end is None else end
+    rounds = rounds_of(log.account[:n_scored].astype(np.int64))
     n = len(rounds[0]) if rounds else 0
     history = AccountHistory.empty(n)
     hidden = checkpoint.network.empty_hidden(n)
     wiped = np.zeros(n, np.bool_)  # has had its first transaction after the wipe
     rng = np.random.default_rng(faults.seed)
-    twice = rng.random(len(raw)) < faults.twice_share
-    lost = rng.random(len(raw)) < faults.lost_share
-    scores = np.empty(len(raw), np.float32)
+    twice = rng.random(n_scored) < faults.twice_share
+    lost = rng.random(n_scored) < faults.lost_share
+    scores = np.empty(n_scored, np.float32)
 
     def advance(
         account: NDArray[np.intp], rows: NDArray[np.intp]
     ) -> tuple[AccountHistory, torch.Tensor, torch.Tensor]:
         of_account, after = observe(history.take(account), log.amount[rows], log.timestamp_ms[rows])
-        whole = np.hstack((of_account, raw[rows, len(ACCOUNT_FEATURES) :]))
+        whole = np.hstack((of_account, raw_of(rows)[:, len(ACCOUNT_FEATURES) :]))
         inputs = torch.from_numpy(checkpoint.encode(whole))
         logits, advanced = checkpoint.network.step(inputs, hidden[torch.from_numpy(account)])
         return after, advanced.to(faults.hidden_dtype).float(), logits
@@ -152,17 +156,17 @@ def _gone(
 def measure_robustness(
     checkpoint: Checkpoint,
     log: Dataset,
-    raw: Float32,
+    raw_of: RawOf,
     fold: Fold,
     show: Callable[[float, str], None] = lambda share, note: None,
 ) -> Robustness:
     """What each of :data:`FAULTS` costs on a fold's test, and all states lost at its start.
 
     Args:
-        raw: [N, R] raw features of the log, with the checkpoint's label delay.
+        raw_of: gives the raw features [m, R] of rows [m] of the log, as the checkpoint sees it.
         show: called with the share that is done and what is going on.
     """
-    end = int(np.searchsorted(log.timestamp_ms, fold.test_until * DAY_MS))
+    end = fold.end_row(log)
     rows = fold.tested_rows(log)
     is_fraud = log.is_fraud[rows]
     wipe = Faults("all states lost", wiped_ms=fold.test_from * DAY_MS)
@@ -170,7 +174,7 @@ def measure_robustness(
     everything = (NO_FAULTS, *FAULTS, wipe)
     for number, faults in enumerate(everything):
         show(number / len(everything), f"faults: {faults.title}")
-        scored[faults.title] = score_with_faults(checkpoint, log, raw[:end], faults)[rows]
+        scored[faults.title] = score_with_faults(checkpoint, log, raw_of, faults, end)[rows]
     undisturbed = scored[NO_FAULTS.title]
     best = average_precision(undisturbed, is_fraud)
     costs = []

@@ -11,6 +11,7 @@ import numpy as np
 
 from model.checkpoint import Checkpoint
 from model.features import Float32
+from model.training_state import TrainingState
 
 CACHE_FORMAT = 1
 """Version of the files; another one counts as not there."""
@@ -28,6 +29,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
             it was not timed.
         metrics: see :func:`model.comparison.measure`.
         recall_by_scenario: at a threshold of few false positives, by the scenario's number.
+        verdict: the same measures of the verdict on accounts from their last state; of a GRU.
     """
 
     network: str
@@ -38,6 +40,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     microseconds: float
     metrics: dict[str, float]
     recall_by_scenario: dict[int, float] = {}
+    verdict: dict[str, float] = {}
 
 
 class RunCache:
@@ -70,6 +73,11 @@ class RunCache:
         checkpoint = self._folder / f"{key}.safetensors"
         return run, scores, Checkpoint.load(checkpoint) if checkpoint.exists() else None
 
+    def state(self, key: str) -> TrainingState:
+        """Where a training that is interrupted leaves how far it is."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return TrainingState(self._folder / f"{key}.state")
+
     def put(self, key: str, run: Run, scores: Float32, checkpoint: Checkpoint | None) -> None:
         """Keeps a run; its scores are written last, and whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -83,3 +91,4 @@ class RunCache:
             partial.replace(self._folder / f"{key}.npz")
         finally:
             partial.unlink(missing_ok=True)
+        (self._folder / f"{key}.state").unlink(missing_ok=True)

@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import tempfile
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from model.card import model_card
 from model.checkpoint import Checkpoint, CheckpointError
 from model.comparison import (
+    DESCRIBED,
+    GIVEN,
     NETWORKS,
+    RECALL_FALSE_POSITIVE_RATE,
     REFERENCE,
     Comparer,
     Comparison,
     ComparisonError,
     ComparisonSettings,
 )
-from model.dataset import Dataset
+from model.dataset import Dataset, DatasetError
 from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
 from model.progress import TrainingProgress
 from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
+from model.reason_check import first_reasons_agree
 from model.reference import TREES, MissingRequirementError, lightgbm
 from model.results import Results, results_of, table
 from model.robustness import Robustness, measure_robustness
-from model.simulator import Simulator, SimulatorError
-from model.training import Report, Reporter, TrainingError, TrainingSettings
+from model.simulator import SimulatorError
+from model.training import DataSource, SimulatedData
+from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from pipeline.column_mapping import load_mapping
 from pipeline.errors import RecurError, SettingsError
-from pipeline.transaction_files import TransactionFile
+from pipeline.training_data import FileData
 
-SCENARIOS_MAX = 100
+SIMULATED_SEED = 1
+"""Of simulated transactions: the networks' seeds count from 1, the data stay the same."""
 
 TABLE_COLUMNS = 132
-"""Width of the table where stdout is not a terminal, characters."""
+"""Least width of the table, characters."""
 
 _READ_SHARE = 0.04  # of the time, about
-_COMPARED_SHARE = 0.93
+_COMPARED_SHARE = 0.92
+_FAULTS_SHARE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +69,9 @@ class EvaluateOptions:
     checkpoint: Path | None = None
     plots: bool = True
     robustness: bool = True
-    simulated: dict[str, Any] = field(default_factory=dict)
-    """customers, terminals and days where no file is given."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Of :class:`model.training.TrainingSettings`, where other than its defaults."""
+    """Of :class:`model.training.TrainingSettings`, where other than its defaults; what is
+    simulated, where no file is given, among them."""
     trees: int = TREES
 
 
@@ -84,14 +88,15 @@ def evaluate_options(
     **options: Any,
 ) -> EvaluateOptions:
     """The options from those of the command line; what is none keeps its default."""
-    simulated = {"customers": customers, "terminals": terminals, "days": days}
-    training = {"epochs": epochs, "hidden_size": hidden_size}
+    training = {
+        **{"customers": customers, "terminals": terminals, "days": days},
+        **{"epochs": epochs, "hidden_size": hidden_size},
+    }
     chosen = NETWORKS if networks is None else tuple(n.strip() for n in networks.split(","))
     return EvaluateOptions(
         networks=chosen,
         plots=not no_plots,
         robustness=not no_robustness,
-        simulated={name: value for name, value in simulated.items() if value is not None},
         training={name: value for name, value in training.items() if value is not None},
         **options,
     )
@@ -111,6 +116,7 @@ def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Re
     except (
         CheckpointError,
         ComparisonError,
+        DatasetError,
         MissingRequirementError,
         ProtocolError,
         SimulatorError,
@@ -123,16 +129,33 @@ def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Re
 
 def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
     _check_requirements(options)
+    training = TrainingSettings(
+        **options.training, label_delay_days=float(options.label_delay_days)
+    )
     settings = ComparisonSettings(
-        options.networks,
-        options.seeds,
-        options.label_delay_days,
-        TrainingSettings(**options.training),
-        options.trees,
+        options.networks, options.seeds, options.label_delay_days, training, options.trees
     )
     given = None if options.checkpoint is None else Checkpoint.load(options.checkpoint)
+    source = _source(options, training)
     _make_folder(options.output)
-    log = read_log(options, lambda share, note: report(Report("reading", share, note)))
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=options.output) as work:
+
+        def show(share: float, note: str) -> None:
+            report(Report("reading transactions", _READ_SHARE * share, note))
+
+        show(0.0, "")
+        log = source.write(Path(work) / "data", show)
+        return _compare(options, settings, given, log, Path(work), report)
+
+
+def _compare(
+    options: EvaluateOptions,
+    settings: ComparisonSettings,
+    given: Checkpoint | None,
+    log: Dataset,
+    work: Path,
+    report: Reporter,
+) -> Results:
     if options.protocol == "handbook":
         folds = handbook_folds(log, options.fold_start)
     else:
@@ -145,87 +168,43 @@ def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
                 options.label_delay_days,
             )
         ]
-    comparer = Comparer(log, settings, options.output / "runs", given)
+    comparer = Comparer(log, settings, work, options.output / "runs", given)
     comparison = comparer.compare(
         options.protocol, folds, _within(report, _READ_SHARE, _COMPARED_SHARE)
     )
-    robustness = None
-    if options.robustness and options.protocol == "split":
-        robustness = _robustness(comparer, comparison, log, report)
     source = "simulated transactions" if options.file is None else options.file.name
-    results = results_of(comparison, log, settings, source, robustness)
+    robustness, agree = None, None
+    if options.robustness and options.protocol == "split":
+        robustness, agree = _described(comparer, comparison, log, report)
+    results = results_of(comparison, log, settings, source, robustness, agree)
     _write(options, results, comparison, log)
     return results
 
 
-def read_log(
-    options: EvaluateOptions, show: Callable[[float, str], None] = lambda share, note: None
-) -> Dataset:
-    """The transactions of the file, or simulated ones.
+def _source(options: EvaluateOptions, training: TrainingSettings) -> DataSource:
+    """Where the transactions come from: the file, or the simulator.
 
     Raises:
-        RecurError: the file cannot be read, or has no labels.
+        RecurError: the file or its mapping cannot be used.
     """
     if options.file is None:
-        show(0.0, "simulating")
-        return simulated_dataset(**options.simulated)
+        return SimulatedData(dataclasses.replace(training, seed=SIMULATED_SEED))
     if options.columns is None:
         raise SettingsError(
             "recur evaluate FILE needs --columns; `recur replay --example-columns` prints a "
             "column mapping to start from"
         )
-    file = TransactionFile(options.file, load_mapping(options.columns))
-    columns: list[list[Any]] = [[], [], [], [], [], []]
-    codes: tuple[dict[str, int], dict[str, int]] = {}, {}
-    kinds: dict[str, int] = {}
-    for part in file.parts():
-        if part.labels is None:
-            raise RecurError(
-                f"{options.columns} names no label: a comparison needs the truth; write the "
-                "column that has it as label under [columns]"
-            )
-        show(_READ_SHARE * file.fraction_read, f"{int(part.rows[-1]):,} rows")
-        for names, code, into in zip(
-            (part.account_ids, part.merchant_ids), codes, columns[:2], strict=True
-        ):
-            into.append(np.array([code.setdefault(name, len(code)) for name in names], np.int32))
-        columns[2].append(np.array(part.amounts, np.float64))
-        columns[3].append(part.timestamps_ms)
-        columns[4].append(part.labels)
-        columns[5].append(_scenarios(part.scenarios, part.labels, kinds))
-    if not columns[0]:
-        raise RecurError(f"{options.file} has no transactions")
-    account, merchant, amount, timestamp_ms, label, scenario = map(np.concatenate, columns)
-    return Dataset(account, merchant, amount, timestamp_ms, label, scenario)
-
-
-def simulated_dataset(
-    customers: int = 5000, terminals: int = 10_000, days: int = 183, seed: int = 1
-) -> Dataset:
-    """The simulator's first days."""
-    simulated = list(islice(Simulator(customers, terminals, seed=seed).days(), days))
-
-    def column(name: str, kind: Any) -> Any:
-        return np.concatenate([getattr(day, name) for day in simulated]).astype(kind)
-
-    return Dataset(
-        column("account", np.int32),
-        column("merchant", np.int32),
-        column("amount", np.float64),
-        column("timestamp_ms", np.int64),
-        column("is_fraud", np.int8),
-        column("scenario", np.int8),
-    )
+    return FileData(options.file, load_mapping(options.columns))
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
     """The table, and what robustness was found."""
     console = console or Console()
-    if not console.is_terminal:
-        console.width = TABLE_COLUMNS
     headings, rows = table(results)
     console.print(f"protocol {results.protocol}: {'; '.join(results.folds.values())}")
     _print_table(console, headings, rows)
+    for caution in results.cautions:
+        console.print(f"caution: {caution}")
     found = results.robustness
     if found is not None:
         faults = [
@@ -246,7 +225,8 @@ def _print_table(console: Console, headings: list[str], rows: list[list[str]]) -
         shown.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
+    # A narrow terminal breaks lines itself; columns cut off could not be read at all.
+    console.print(shown, width=max(console.width, TABLE_COLUMNS), crop=False)
 
 
 def _check_requirements(options: EvaluateOptions) -> None:
@@ -264,19 +244,25 @@ def _make_folder(folder: Path) -> None:
         raise RecurError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
-def _robustness(
+def _described(
     comparer: Comparer, comparison: Comparison, log: Dataset, report: Reporter
-) -> Robustness | None:
-    """Of the checkpoint that the card describes; none where there is none."""
+) -> tuple[Robustness | None, dict[int, float]]:
+    """Robustness and reasons of the checkpoint that the card describes, if there is one."""
     fold = comparison.folds[0]
     checkpoint = comparison.checkpoints.get(fold.name)
     if checkpoint is None:
-        return None
-    raw = comparer.raw(checkpoint.header.features.label_delay_days)
-    within = _within(report, _COMPARED_SHARE, 1.0)
-    return measure_robustness(
-        checkpoint, log, raw, fold, lambda share, title: within(Report(title, share))
+        return None, {}
+    raw_of = comparer.material.raw_of(checkpoint.header.features)
+    within = _within(report, _COMPARED_SHARE, _FAULTS_SHARE)
+    robustness = measure_robustness(
+        checkpoint, log, raw_of, fold, lambda share, title: within(Report(title, share))
     )
+    report(Report("reasons of alerts", _FAULTS_SHARE))
+    run = next(run for run in comparison.runs if run.network in (GIVEN, DESCRIBED))
+    scores = comparison.scores[run.network, fold.name, run.seed]
+    agree = first_reasons_agree(checkpoint, log, raw_of, fold, scores, RECALL_FALSE_POSITIVE_RATE)
+    report(Report("done", 1.0))
+    return robustness, agree
 
 
 def _write(
@@ -304,24 +290,3 @@ def _write(
 def _within(report: Reporter, begin: float, end: float) -> Reporter:
     """Reports whose share of the whole goes from begin to end."""
     return lambda r: report(Report(r.stage, begin + (end - begin) * r.done, r.note))
-
-
-def _scenarios(
-    names: list[str | None] | None, labels: NDArray[np.int8], kinds: dict[str, int]
-) -> NDArray[np.int8]:
-    """Numbers of scenarios: the file's own where they are small numbers, else by appearance."""
-    if names is None:
-        return np.asarray(labels == 1, np.int8)
-    return np.fromiter((_scenario(name, kinds) for name in names), np.int8, len(names))
-
-
-def _scenario(name: str | None, kinds: dict[str, int]) -> int:
-    if name in (None, "", "0"):
-        return 0
-    assert name is not None
-    if name not in kinds:
-        if len(kinds) >= SCENARIOS_MAX:
-            raise RecurError(f"the scenario column has more than {SCENARIOS_MAX} values: map none")
-        own = int(name) if name.isdecimal() and int(name) <= SCENARIOS_MAX else 0
-        kinds[name] = own or len(kinds) + 1
-    return kinds[name]

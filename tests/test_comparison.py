@@ -18,14 +18,15 @@ from model.checkpoint import Checkpoint
 from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
 from model.dataset import Dataset
 from model.plots import precision_recall_curve
-from model.protocol import Fold, split_fold
+from model.protocol import split_fold
 from model.reference import MissingRequirementError
 from model.results import MEASURES, in_figures, summarise
 from model.run_cache import Run, RunCache
-from model.training import Report, TrainingSettings
+from model.training_settings import Report, TrainingSettings
 from pipeline import cli
 from pipeline.errors import RecurError
-from pipeline.evaluation import EvaluateOptions, run_evaluate, simulated_dataset
+from pipeline.evaluation import EvaluateOptions, run_evaluate
+from tests.datasets import simulated_dataset
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -55,7 +56,7 @@ def log() -> Dataset:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Everything once: the folder that it wrote, and results.json."""
     output = tmp_path_factory.mktemp("evaluated") / "new folder"
-    run_evaluate(EvaluateOptions(output=output, simulated=SIMULATED, training=SMALL, trees=40))
+    run_evaluate(EvaluateOptions(output=output, training=SMALL | SIMULATED, trees=40))
     return output, json.loads((output / "results.json").read_text())
 
 
@@ -93,7 +94,6 @@ def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any
         "split": "trained to 2018-05-05, tested 2018-05-13 to 2018-06-09",
     }
     log = simulated_dataset(**SIMULATED)
-    assert results["data"]["digest"] == log.digest()
     assert results["data"]["transactions"] == len(log)
     assert [cost["title"] for cost in results["robustness"]["faults"]]
     assert len(results["robustness"]["weeks"]) == 4
@@ -122,13 +122,13 @@ def test_the_card_and_the_plots_are_there_and_say_what_they_must(
 
 
 def test_the_gru_of_a_comparison_is_a_checkpoint_of_its_scores(
-    evaluated: tuple[Path, dict[str, Any]], log: Dataset
+    evaluated: tuple[Path, dict[str, Any]], log: Dataset, tmp_path: Path
 ) -> None:
     output, results = evaluated
     (path,) = (output / "runs").glob("gru-split-1-*.safetensors")
     checkpoint = Checkpoint.load(path)
-    assert checkpoint.header.data_digest == log.digest()
-    comparer = Comparer(log, ComparisonSettings(networks=()), given=checkpoint)
+    assert checkpoint.header.data_digest == results["data"]["digest"]
+    comparer = Comparer(log, ComparisonSettings(networks=()), tmp_path, given=checkpoint)
     comparison = comparer.compare("split", [split_fold(log)])
     (run,) = comparison.runs
     (gru,) = (n for n in results["networks"] if n["network"] == "gru")
@@ -152,33 +152,39 @@ def test_the_same_command_trains_nothing_again_and_another_network_only_that(
                 stages.add(report.stage)
 
         settings = ComparisonSettings(networks=networks, training=training)
-        return Comparer(log, settings, tmp_path).compare("split", [fold], note).runs, stages
+        return Comparer(log, settings, tmp_path, tmp_path / "runs").compare(
+            "split", [fold], note
+        ).runs, stages
 
     first, trained = compare("transaction")
     assert trained == {"feed-forward, transaction alone, split, seed 1"}
     again, trained = compare("transaction", "rnn")
     assert trained == {"vanilla RNN, split, seed 1"}
     assert again[0] == first[0]
-    for file in tmp_path.glob("*.npz"):
+    for file in (tmp_path / "runs").glob("*.npz"):
         file.write_bytes(file.read_bytes()[:100])  # cut off
     third, trained = compare("transaction")
     assert trained == {"feed-forward, transaction alone, split, seed 1"}
     assert third[0].metrics == first[0].metrics
 
 
-def test_progress_rises_to_1(log: Dataset) -> None:
+def test_progress_rises_to_1(log: Dataset, tmp_path: Path) -> None:
     done: list[float] = []
     settings = ComparisonSettings(
         networks=("transaction", "lightgbm"),
         training=TrainingSettings(**SMALL | {"epochs": 1}),
         trees=10,
     )
-    Comparer(log, settings).compare("split", [split_fold(log)], lambda r: done.append(r.done))
+    Comparer(log, settings, tmp_path).compare(
+        "split", [split_fold(log)], lambda r: done.append(r.done)
+    )
     assert done == sorted(done)
     assert (done[0], done[-1]) == (0.0, 1.0)
 
 
-def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(log: Dataset) -> None:
+def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(
+    log: Dataset, tmp_path: Path
+) -> None:
     """What LightGBM and a network learn ends with the fold's training days."""
     fold = split_fold(log)
     later = np.flatnonzero(log.timestamp_ms >= (fold.test_until - 7) * 86_400_000)
@@ -190,7 +196,9 @@ def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(log: D
         training=TrainingSettings(**SMALL | {"epochs": 1}),
         trees=10,
     )
-    scores = [Comparer(of, settings).compare("split", [fold]).scores for of in (log, changed)]
+    scores = [
+        Comparer(of, settings, tmp_path).compare("split", [fold]).scores for of in (log, changed)
+    ]
     for key, values in scores[0].items():
         assert np.array_equal(values, scores[1][key]), key
 
@@ -306,7 +314,7 @@ def test_what_is_not_installed_is_told_before_anything_is_trained(
     with pytest.raises(MissingRequirementError, match=r"recur\[evaluate\].*leave lightgbm out"):
         reference.lightgbm()
     with pytest.raises(RecurError, match="LightGBM cannot be loaded"):
-        run_evaluate(EvaluateOptions(output=tmp_path, simulated=SIMULATED))
+        run_evaluate(EvaluateOptions(output=tmp_path, training=SIMULATED))
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(MissingRequirementError, match="matplotlib cannot be loaded"):
         plots.require_matplotlib()
@@ -315,7 +323,7 @@ def test_what_is_not_installed_is_told_before_anything_is_trained(
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecurError, match="cannot make the folder"):
-        run_evaluate(EvaluateOptions(output=tmp_path / "file" / "out", simulated=SIMULATED))
+        run_evaluate(EvaluateOptions(output=tmp_path / "file" / "out", training=SIMULATED))
 
 
 def test_kinds_are_named_once() -> None:
@@ -326,4 +334,3 @@ def test_kinds_are_named_once() -> None:
 
 def test_an_unknown_run_is_not_in_the_cache(tmp_path: Path) -> None:
     assert RunCache(tmp_path).get("gru-split-1-0") is None
-    assert Fold("f", 0, 10, 20, 30).score_from == 1

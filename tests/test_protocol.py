@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,23 @@ def a_log(days: int = 183, fraud_every: int = 5, fraud_days: int = 1000) -> Data
 def test_the_default_split_of_the_handbooks_days_is_the_stated_one() -> None:
     fold = split_fold(a_log())
     assert fold.describe() == "trained to 2018-06-30, tested 2018-07-08 to 2018-09-30"
-    assert iso_date(fold.score_from) == "2018-04-15"
     log = a_log()
-    assert days_of(log)[fold.trained_rows(log)].tolist() == list(
-        range(fold.score_from, fold.train_until)
-    )
+    day = days_of(log)
+    warm = day_of("2018-04-08")  # 91 days train: a thirteenth warms up, a thirteenth validates
+    assert day[fold.learned_rows(log)].tolist() == list(range(warm, fold.train_until - 7))
+    assert day[fold.validated_rows(log)].tolist() == [fold.train_until - n for n in range(7, 0, -1)]
+    assert day[fold.trained_rows(log)].tolist() == list(range(warm, fold.train_until))
     assert len(fold.tested_rows(log)) == 85
+    assert fold.end_row(log) == len(log)
+
+
+def test_a_transaction_without_a_label_is_neither_learned_from_nor_measured() -> None:
+    log = a_log()
+    fold = split_fold(log)
+    unknown = dataclasses.replace(log, label=np.where(np.arange(len(log)) % 3, log.label, -1))
+    for rows in (fold.trained_rows, fold.learned_rows, fold.validated_rows, fold.tested_rows):
+        assert (rows(unknown) % 3 > 0).all()
+        assert len(rows(unknown)) < len(rows(log))
 
 
 def test_the_handbooks_folds_step_back_by_weeks_and_learn_from_all_days_before() -> None:

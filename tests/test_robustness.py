@@ -60,6 +60,12 @@ def checkpoint(raw: Float32) -> Checkpoint:
     return Checkpoint(network, Header(architecture=network.architecture, features=spec))
 
 
+def score(
+    checkpoint: Checkpoint, log: Dataset, raw: Float32, faults: Faults = NO_FAULTS
+) -> Float32:
+    return score_with_faults(checkpoint, log, lambda rows: raw[rows], faults)
+
+
 def changed(a: Float32, b: Float32) -> set[int]:
     """Rows whose scores differ."""
     return set(np.flatnonzero(np.abs(a - b) > 1e-6).tolist())
@@ -70,25 +76,25 @@ def test_without_faults_a_log_is_scored_as_unrolled(
 ) -> None:
     inputs = torch.from_numpy(Encoder(checkpoint.header.features).encode(raw))
     unrolled = score_unrolled(checkpoint.network, inputs, log.account.astype(np.int64))
-    assert np.abs(score_with_faults(checkpoint, log, raw, NO_FAULTS) - unrolled).max() < 1e-5
+    assert np.abs(score(checkpoint, log, raw) - unrolled).max() < 1e-5
 
 
 def test_float16_changes_scores_a_little(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
-    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
-    rounded = score_with_faults(checkpoint, log, raw, FAULTS[0])
+    exact = score(checkpoint, log, raw)
+    rounded = score(checkpoint, log, raw, FAULTS[0])
     assert 0 < np.abs(rounded - exact).max() < 1e-3
 
 
 def test_a_state_expires_only_after_silence(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
-    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
-    expired = score_with_faults(checkpoint, log, raw, FAULTS[1])
+    exact = score(checkpoint, log, raw)
+    expired = score(checkpoint, log, raw, FAULTS[1])
     after_silence = np.flatnonzero((log.account == 0) & (log.day >= 49))
     assert changed(exact, expired) == set(after_silence.tolist())
-    never = score_with_faults(checkpoint, log, raw, Faults("later", expire_days=40.0))
+    never = score(checkpoint, log, raw, Faults("later", expire_days=40.0))
     assert not changed(exact, never)
 
 
@@ -97,14 +103,14 @@ def test_a_transaction_that_is_hit_is_itself_scored_as_ever(
     checkpoint: Checkpoint, log: Dataset, raw: Float32, share: str
 ) -> None:
     """Only what comes after it in its account sees another state."""
-    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
+    exact = score(checkpoint, log, raw)
     some = dataclasses.replace(NO_FAULTS, **{share: 0.02})  # type: ignore[arg-type]
-    hit = score_with_faults(checkpoint, log, raw, some)
+    hit = score(checkpoint, log, raw, some)
     first = {int(a): int(np.flatnonzero(log.account == a)[0]) for a in range(ACCOUNTS)}
     assert changed(exact, hit)
     assert not changed(exact, hit) & set(first.values())
     all_of_them = dataclasses.replace(NO_FAULTS, **{share: 1.0})  # type: ignore[arg-type]
-    every = score_with_faults(checkpoint, log, raw, all_of_them)
+    every = score(checkpoint, log, raw, all_of_them)
     assert not changed(exact, every) & set(first.values())
 
 
@@ -112,17 +118,17 @@ def test_a_lost_write_leaves_the_state_before_it(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
     """With all writes lost each transaction is an account's first."""
-    lost = score_with_faults(checkpoint, log, raw, Faults("all", lost_share=1.0))
+    lost = score(checkpoint, log, raw, Faults("all", lost_share=1.0))
     alone = dataclasses.replace(log, account=np.arange(len(log), dtype=np.int32))
-    assert not changed(lost, score_with_faults(checkpoint, alone, raw, NO_FAULTS))
+    assert not changed(lost, score(checkpoint, alone, raw))
 
 
 def test_a_transaction_applied_twice_is_as_if_it_had_come_twice(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
-    twice = score_with_faults(checkpoint, log, raw, Faults("all", twice_share=1.0))
+    twice = score(checkpoint, log, raw, Faults("all", twice_share=1.0))
     repeated = rows_of(log, np.repeat(np.arange(len(log)), 2))
-    whole = score_with_faults(checkpoint, repeated, np.repeat(raw, 2, axis=0), NO_FAULTS)
+    whole = score(checkpoint, repeated, np.repeat(raw, 2, axis=0))
     assert not changed(twice, whole[::2])
 
 
@@ -130,13 +136,13 @@ def test_lost_states_are_gone_once_and_from_then_on(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
     wiped_ms = 125 * DAY_MS
-    exact = score_with_faults(checkpoint, log, raw, NO_FAULTS)
-    wiped = score_with_faults(checkpoint, log, raw, Faults("wipe", wiped_ms=wiped_ms))
+    exact = score(checkpoint, log, raw)
+    wiped = score(checkpoint, log, raw, Faults("wipe", wiped_ms=wiped_ms))
     before = log.timestamp_ms < wiped_ms
     assert not changed(exact, wiped) & set(np.flatnonzero(before).tolist())
     # From then on it is as in a log that begins there.
     later = rows_of(log, ~before)
-    anew = score_with_faults(checkpoint, later, raw[~before], NO_FAULTS)
+    anew = score(checkpoint, later, raw[~before])
     assert np.abs(wiped[~before] - anew).max() < 1e-6
 
 
@@ -145,7 +151,9 @@ def test_costs_are_told_for_each_fault_and_week(
 ) -> None:
     fold = Fold("split", 100, train_until=125, test_from=126, test_until=145)
     told: list[str] = []
-    found = measure_robustness(checkpoint, log, raw, fold, lambda _, what: told.append(what))
+    found = measure_robustness(
+        checkpoint, log, lambda rows: raw[rows], fold, lambda _, what: told.append(what)
+    )
     assert [cost.title for cost in found.faults] == [faults.title for faults in FAULTS]
     for cost in found.faults:
         assert cost.lost == pytest.approx(found.average_precision - cost.average_precision)

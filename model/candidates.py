@@ -1,0 +1,358 @@
+"""The candidates of a comparison: one network, or trees, trained on one fold.
+
+    material (dataset, raw features on disk) + fold -> Trained: scores of the log, seconds, speed
+
+A network is trained as :mod:`model.training` does it: inputs chosen and fitted on the training
+days, the best of its last epochs and its calibration from the validation days.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.calibration import fold as fold_calibration
+from model.calibration import platt
+from model.checkpoint import Amounts, Checkpoint, Header
+from model.dataset import Dataset
+from model.evaluation import average_precision
+from model.features import FeatureSpec, Field, Float32
+from model.fitting import fit
+from model.gru import Cell, Network
+from model.inputs import chosen_fields, embedding_sizes, fitted_spec
+from model.protocol import Fold, iso_date
+from model.raw_features import EncodedInputs, write_raw
+from model.reference import TREES, fit_boosted
+from model.scoring import Sequences, unrolled_logits
+from model.training import FIT_ROWS_MAX
+from model.training_settings import TrainingSettings
+from model.training_state import TrainingState
+from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
+from model.windows import window_inputs
+
+TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
+"""What a transaction shows by itself, besides its further fields."""
+
+BATCH_TRANSACTIONS = 512
+"""Transactions that are timed together."""
+
+TIMED_BATCHES = 40
+TIMED_ROUNDS = 5
+"""Of so many rounds of batches the quickest counts: the others were disturbed."""
+
+CPU = torch.device("cpu")
+
+Rows = NDArray[np.intp]
+Show = Callable[[float, str], None]
+"""Called with the share that is done, and a figure worth reading or nothing."""
+
+
+@dataclass(frozen=True)
+class NetworkKind:
+    """One of the networks that are compared; each scores every transaction.
+
+    Attributes:
+        title: in tables and plots.
+        cell, layers: see :class:`model.gru.Architecture`.
+        alone: sees the transaction alone, neither account nor merchant.
+        cost: time of its training to that of a GRU, about.
+    """
+
+    title: str
+    cell: Cell
+    layers: int = 1
+    alone: bool = False
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the last state says of accounts, asked after some transactions.
+
+    Attributes:
+        row: [m] the transactions after which it was asked.
+        score: [m] probability that the account is compromised.
+        truth: [m] whether it is.
+    """
+
+    row: Rows
+    score: Float32
+    truth: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out of a training.
+
+    Attributes:
+        scores: [N] of the log; NaN after the fold's test.
+        checkpoint: of a GRU.
+        verdicts: of a GRU, the fold's test days and before.
+    """
+
+    scores: Float32
+    seconds: float
+    parameters: int
+    microseconds: float
+    checkpoint: Checkpoint | None = None
+    verdicts: Verdicts | None = None
+
+
+class Material:
+    """A dataset and what is computed of it once: raw features, windows.
+
+    Args:
+        folder: for raw features, about 120 bytes for each transaction.
+    """
+
+    def __init__(self, dataset: Dataset, folder: Path) -> None:
+        self.dataset = dataset
+        self.sequences = Sequences(dataset.account)
+        self._folder = folder
+        self._place = np.empty(len(dataset), np.intp)
+        self._place[self.sequences.row] = np.arange(len(dataset))
+        self._raw: dict[tuple[tuple[Field, ...], float], Float32] = {}
+        self._windows: dict[float, Float32] = {}
+
+    def inputs(self, spec: FeatureSpec, device: torch.device = CPU) -> EncodedInputs:
+        """The inputs by a specification."""
+        return EncodedInputs(self._raw_by_position(spec), spec, device)
+
+    def raw_of(
+        self, spec: FeatureSpec, show: Show = lambda share, note: None
+    ) -> Callable[[Rows], Float32]:
+        """Gives the raw features [m, R] of rows [m] of the log."""
+        raw = self._raw_by_position(spec, show)
+        return lambda rows: raw[self._place[rows]]
+
+    def windows(self, label_delay_days: float) -> Float32:
+        """[N, .] see :func:`model.windows.window_inputs`."""
+        if label_delay_days not in self._windows:
+            self._windows[label_delay_days] = window_inputs(self.dataset, label_delay_days)
+        return self._windows[label_delay_days]
+
+    def _raw_by_position(self, spec: FeatureSpec, show: Show = lambda share, note: None) -> Float32:
+        key = spec.fields, spec.label_delay_days
+        if key not in self._raw:
+            path = self._folder / f"raw-{len(self._raw)}"
+            self._raw[key] = write_raw(
+                self.dataset,
+                self.sequences,
+                spec,
+                path,
+                lambda share: show(share, "computing features"),
+            )
+        return self._raw[key]
+
+
+def fold_spec(material: Material, fold: Fold, label_delay_days: float, show: Show) -> FeatureSpec:
+    """The inputs of a new network, chosen and fitted on the fold's training days."""
+    dataset = material.dataset
+    rows = fold.learned_rows(dataset)
+    fields, _ = chosen_fields(dataset, rows)
+    if len(rows) > FIT_ROWS_MAX:
+        rows = np.sort(np.random.default_rng(0).choice(rows, FIT_ROWS_MAX, replace=False))
+    unfitted = FeatureSpec(label_delay_days=label_delay_days, fields=fields)
+    raw = material.raw_of(unfitted, show)(rows)
+    return fitted_spec(raw, dataset.is_fraud[rows], fields, label_delay_days)
+
+
+def train_network(
+    kind: NetworkKind,
+    material: Material,
+    fold: Fold,
+    spec: FeatureSpec,
+    settings: TrainingSettings,
+    show: Show = lambda share, note: None,
+    state: TrainingState | None = None,
+) -> Trained:
+    """A network of this kind, trained and calibrated on the fold's days.
+
+    Args:
+        spec: all inputs; a network that sees the transaction alone takes some of them.
+        state: where an interrupted training goes on.
+    """
+    dataset = material.dataset
+    if kind.alone:
+        seen = (*TRANSACTION_FEATURES, *(field.name for field in spec.fields))
+        chosen = tuple(i for i in spec.inputs if i.feature in seen)
+        spec = msgspec.structs.replace(spec, inputs=chosen)
+    cuda = torch.cuda.is_available() and settings.device != "cpu"
+    inputs = material.inputs(spec, torch.device("cuda") if cuda else CPU)
+    until_test = material.sequences.before(fold.end_row(dataset))
+    numbers = sum(i.transform != "category" for i in spec.inputs)
+    settings = dataclasses.replace(settings, layers=kind.layers)
+    architecture = dataclasses.replace(
+        settings.architecture(numbers, embedding_sizes(spec)), cell=kind.cell
+    )
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = Network(architecture)
+    fit(
+        network.to("cuda" if cuda else CPU),
+        inputs,
+        dataset,
+        fold.split,
+        settings,
+        lambda r: show(0.95 * r.done, r.note),
+        sequences=material.sequences,
+        validate=_validation(material, fold, inputs),
+        state=state,
+    )
+    network.eval()
+    logits = unrolled_logits(network, inputs, until_test)
+    validated = fold.validated_rows(dataset)
+    scale, shift = platt(logits[validated], dataset.is_fraud[validated])
+    fold_calibration(network, scale, shift)
+    seconds = time.perf_counter() - began
+    scores = torch.sigmoid(torch.from_numpy(scale * logits + shift)).numpy()
+    show(0.96, "")
+    states = states_of(network, inputs, until_test) if kind.cell == "gru" else None
+    network.cpu()
+    trained = Trained(scores, seconds, _parameters(network), _timed(network, material, spec))
+    if states is None:
+        return trained
+    truth = is_compromised(dataset, material.sequences)[states.row]
+    learned = np.flatnonzero(np.isin(states.row, fold.trained_rows(dataset)))
+    fit_verdict(network, states.taken(learned), truth[learned])
+    header = Header(
+        architecture=network.architecture,
+        features=spec,
+        currency=dataset.currency,
+        training={"seed": settings.seed, "train_until": iso_date(fold.train_until)},
+        amounts=_amounts(material, spec, fold.learned_rows(dataset)),
+        data_digest=dataset.digest(),
+    )
+    return dataclasses.replace(
+        trained,
+        checkpoint=Checkpoint(network, header),
+        verdicts=Verdicts(states.row, verdict_scores(network, states), truth),
+    )
+
+
+def score_given(checkpoint: Checkpoint, material: Material, fold: Fold) -> Trained:
+    """The scores of a checkpoint that was trained elsewhere."""
+    dataset, network = material.dataset, checkpoint.network
+    inputs = material.inputs(checkpoint.header.features)
+    until_test = material.sequences.before(fold.end_row(dataset))
+    logits = unrolled_logits(network, inputs, until_test)
+    states = states_of(network, inputs, until_test)
+    truth = is_compromised(dataset, material.sequences)[states.row]
+    return Trained(
+        torch.sigmoid(torch.from_numpy(logits)).numpy(),
+        0.0,
+        _parameters(network),
+        _timed(network, material, checkpoint.header.features),
+        checkpoint,
+        Verdicts(states.row, verdict_scores(network, states), truth),
+    )
+
+
+def train_reference(
+    material: Material,
+    fold: Fold,
+    label_delay_days: float,
+    seed: int,
+    show: Show = lambda share, note: None,
+    trees: int = TREES,
+) -> Trained:
+    """LightGBM on exact windows; it learns from the days that networks validate on, too.
+
+    Raises:
+        model.reference.MissingRequirementError: LightGBM is not installed.
+    """
+    windows = material.windows(label_delay_days)
+    rows = fold.trained_rows(material.dataset)
+    boosted, seconds = fit_boosted(
+        windows[rows], material.dataset.is_fraud[rows], seed, show, trees
+    )
+    scores = np.full(len(windows), np.nan, np.float32)
+    end = fold.end_row(material.dataset)
+    scores[:end] = boosted.score(windows[:end])
+    batch = windows[rows[-BATCH_TRANSACTIONS:]]
+    return Trained(
+        scores,
+        seconds,
+        boosted.parameters,
+        _microseconds(lambda: boosted.score(batch, threads=1), len(batch)),
+    )
+
+
+def _timed(network: Network, material: Material, spec: FeatureSpec) -> float:
+    """Microseconds for each transaction of a batch of distinct accounts on one core.
+
+    Of the network alone: features, Kafka and Redis are not in it.
+    """
+    position = np.arange(BATCH_TRANSACTIONS) % len(material.dataset)
+    batch = material.inputs(spec).at(position)  # [n, I]
+    hidden = network.empty_hidden(len(batch))
+
+    def step() -> object:
+        if network.architecture.cell == "gru":
+            return network.step(batch, hidden)
+        return network.unroll(batch.unsqueeze(1), hidden)
+
+    with torch.inference_mode():
+        return _microseconds(step, len(batch))
+
+
+def _validation(
+    material: Material, fold: Fold, inputs: EncodedInputs
+) -> Callable[[Network], float]:
+    """Average precision on the fold's validation days."""
+    dataset = material.dataset
+    rows = fold.validated_rows(dataset)
+    is_fraud = dataset.is_fraud[rows]
+    until = material.sequences.before(int(rows[-1]) + 1)
+
+    def validate(network: Network) -> float:
+        return average_precision(unrolled_logits(network, inputs, until)[rows], is_fraud)
+
+    return validate
+
+
+def _amounts(material: Material, spec: FeatureSpec, rows: Rows) -> Amounts:
+    """How amounts spread in those rows: the reasons of alerts need it."""
+    raw = material.raw_of(spec)(rows)
+    amount, to_usual = (raw[:, spec.names.index(n)] for n in ("amount", "amount_to_usual"))
+    return Amounts.of(amount.astype(np.float64), to_usual.astype(np.float64))
+
+
+def _parameters(network: Network) -> int:
+    """Those that a score depends on: the verdict's are not among them."""
+    return sum(
+        weight.numel()
+        for name, weight in network.named_parameters()
+        if not name.startswith("verdict.")
+    )
+
+
+def _microseconds(compute: Callable[[], object], transactions: int) -> float:
+    with _one_thread():
+        rounds = []
+        for _ in range(TIMED_ROUNDS):
+            began = time.perf_counter()
+            for _ in range(TIMED_BATCHES):
+                compute()
+            rounds.append(time.perf_counter() - began)
+    return min(rounds) / TIMED_BATCHES / transactions * 1e6
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
