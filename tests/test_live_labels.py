@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from model.merchants import BUCKET_MS, SETTLE_MS
 from model.transaction import Transaction
+from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.label_feed import encode_labels
 from pipeline.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.merchant_store import RedisMerchantStore
+from pipeline.merchant_store import Booking, RedisMerchantStore
 from pipeline.services import Kafka, Redis
+from pipeline.startup import check_services, load_checkpoint
 from tests.parity import Log, offline_merchant_raw, random_checkpoint
 from tests.pipeline_under_test import (
     EVENT_TIME_MS,
@@ -162,6 +165,23 @@ def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_comp
             assert_none_conflicts(await system.scores(), sent)
             await system.assert_states_are_the_log()
             await assert_profiles(system, sent, expected)
+
+    asyncio.run(run())
+
+
+def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Its labels would count as booked, for their offsets are low."""
+    settings = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path).settings
+    entry = Fraud(1, 10, 20)
+
+    async def run() -> None:
+        store = RedisMerchantStore.from_settings(settings)
+        await store.book(1, [Booking(6, "M1", True, entry)], 7)
+        await store.close()
+        with pytest.raises(StartupError, match=r"labels-1 \(offset 7, the log ends at 0\)"):
+            await check_services(settings, load_checkpoint(settings))
 
     asyncio.run(run())
 
