@@ -209,7 +209,7 @@ class Processor:
 
     def use(self, thresholds: Thresholds) -> None:
         """Decide by these from the next micro-batch on."""
-        self._thresholds = thresholds
+        self.thresholds = thresholds
         self._metrics.threshold.labels("review").set(thresholds.review)
         self._metrics.threshold.labels("decline").set(thresholds.decline)
 
@@ -242,7 +242,7 @@ class Processor:
 
     def _score_and_decide(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
         """Rounds, features, GRU, decide: what needs the processor alone."""
-        thresholds = self._thresholds  # new ones may come while a thread is at it
+        thresholds = self.thresholds  # new ones may come while a thread is at it
         states, scored, batch = self._score(parts, thresholds)
         self._decide(parts, scored, thresholds)
         return states, scored, batch

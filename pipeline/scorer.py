@@ -209,7 +209,7 @@ class Scorer:
                 expired += int(stale.sum())
             hidden = states.hidden[rows]  # a copy
             score[members], raw[members] = self._step(
-                states, batch, members, rows, raw[members, known:]
+                states, batch, members, rows, raw[members, known:], hidden
             )
             for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
                 before[int(members[place])] = hidden[place]
@@ -222,26 +222,28 @@ class Scorer:
         members: NDArray[np.intp],
         rows: NDArray[np.intp],
         others: NDArray[np.float32],
+        hidden16: NDArray[np.float16],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """One transaction of each of m distinct accounts: float32[m], float32[m, R].
 
         Args:
             others: float32[m, R - A], the raw columns after the account's.
+            hidden16: float16[m, L, H], before.
         """
         before = states.history.take(rows)
         raw, after = observe(before, batch.amount[members], batch.timestamp_ms[members])
         raw = np.concatenate((raw, others), axis=1)
         with torch.inference_mode():
             inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
-            hidden = torch.from_numpy(states.hidden[rows]).float()  # [m, L, H]
+            hidden = torch.from_numpy(hidden16).float()  # [m, L, H]
             logits, hidden = self.checkpoint.network.step(inputs, hidden)
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
             # Rounded after each step, so that where a micro-batch ends leaves no trace.
-            hidden16 = hidden.half().numpy()
+            after16 = hidden.half().numpy()
         if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
             raise ComputationError("the score is no number")
         states.history.put(rows, after)
-        states.hidden[rows] = hidden16
+        states.hidden[rows] = after16
         states.recent_ids[rows, before.count % RECENT_IDS] = batch.id_hash[members]
         states.last_offset[rows] = batch.offset[members]
         states.last_record_ms[rows] = np.maximum(

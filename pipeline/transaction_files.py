@@ -500,8 +500,9 @@ def _numbers(column: pa.Array, name: str, faults: _Faults) -> NDArray[np.float64
 
 
 def _finite(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Infinite values count as missing."""
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    """Values that a worker would not take count as missing."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(numbers) <= AMOUNT_MAX, numbers, np.nan)
 
 
 def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:

@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features import ACCOUNT_INPUTS, FEATURES, FeatureSpec, Field, Input
 from model.gru import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
-from pipeline.account_view import account_lines
+from pipeline.account_view import account_lines, describe, look_at
 from pipeline.codec import Score, decode_alert
 from pipeline.errors import RecurError, StartupError
 from pipeline.services import Kafka, Redis
@@ -136,27 +136,14 @@ async def assert_the_account_can_be_looked_at(system: PipelineUnderTest) -> None
     with pytest.raises(RecurError, match="no state of this account"):
         await account_lines(system.settings, "B")
 
-
-def test_a_verdict_is_shown_where_training_fitted_one(
-    kafka: Kafka, redis_server: Redis, tmp_path: Path
-) -> None:
-    path = tmp_path / "model.safetensors"
-    checkpoint = checkpoint_with_fields(metrics={"verdict_auc": 0.9})
-    with torch.no_grad():
-        checkpoint.network.verdict.weight.zero_()
-        checkpoint.network.verdict.bias.fill_(2.0)
-    Checkpoint(checkpoint.network, checkpoint.header).save(path)
-    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, checkpoint=path)
-
-    async def run() -> list[str]:
-        async with system.running(workers=1):
-            await system.send_records([record(0, "A", **MORE[0])])
-            await system.until_applied()
-            return await account_lines(system.settings, "A")
-
-    text = "\n".join(asyncio.run(run()))
-
-    assert "yes, with probability 0.881 (AUC 0.900 on days held out)" in text
+    fitted = system.scorer.checkpoint.with_header(metrics={"verdict_auc": 0.9})
+    view = await look_at(system.settings, fitted, "A")
+    hidden = torch.from_numpy(view.state.hidden).float()
+    expected = float(torch.sigmoid(fitted.network.verdict_logit(hidden)))
+    assert view.verdict == pytest.approx(expected)
+    text = "\n".join(describe(view, fitted, ttl_days=30.0))
+    assert f"with probability {expected:.3f} (AUC 0.900 on days held out)" in text
+    assert f"offset {view.state.last_offset[0]}" in text
 
 
 async def gauge(worker: WorkerProcess, decision: str) -> float:

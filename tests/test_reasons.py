@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,6 +382,13 @@ def test_without_the_spread_of_amounts_the_inputs_scale_tells_what_is_high() -> 
 
     high, unusual = falls[CODES.index("amount_high")], falls[CODES.index("amount_unusual")]
     assert abs(high) > abs(unusual)
+
+
+def test_every_code_is_explained_to_people_with_the_same_words() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+
+    for code, text in REASONS.items():
+        assert f"| `{code}` | {text} |" in readme
 
 
 def test_agreement_is_counted_by_scenario() -> None:
