@@ -262,7 +262,8 @@ class Comparer:
         key = self._key(job)
         kept = None if self._cache is None else self._cache.get(key)
         if kept is not None:
-            return kept
+            run, scores, checkpoint = kept
+            return run, scores, self._given if job.network == GIVEN else checkpoint
         trained = self._train(job, key, show)
         log, scores = self.material.dataset, trained.scores[rows]
         threshold = evaluation.threshold_at_false_positive_rate(
@@ -280,7 +281,8 @@ class Comparer:
             verdict=_measure_verdict(trained, log, rows),
         )
         if self._cache is not None:
-            self._cache.put(key, run, scores, trained.checkpoint)
+            own = None if job.network == GIVEN else trained.checkpoint
+            self._cache.put(key, run, scores, own)
         return run, scores, trained.checkpoint
 
     def _key(self, job: _Job) -> str:
