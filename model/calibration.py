@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from model.gru import Network
+from model.logistic import fit_logistic
 
-ITERATIONS_MAX = 50
+BISECTIONS = 60
 SCALE_RANGE = (0.1, 10.0)
 """A scale outside of it is chance, of a few frauds: then only the shift is fitted."""
-
-Float64 = NDArray[np.float64]
 
 
 def platt(logits: NDArray[np.float32], is_fraud: NDArray[np.bool_]) -> tuple[float, float]:
@@ -33,39 +32,20 @@ def platt(logits: NDArray[np.float32], is_fraud: NDArray[np.bool_]) -> tuple[flo
     (True, True)
     """
     z = logits.astype(np.float64)
-    scale, shift = _newton(z, is_fraud, np.ones(2, np.bool_))
+    scale, shift = fit_logistic(z[:, None], is_fraud, np.array([1.0, 0.0]))
     if not SCALE_RANGE[0] <= scale <= SCALE_RANGE[1]:
-        scale, shift = _newton(z, is_fraud, np.array([False, True]))
-    return scale, shift
+        scale, shift = 1.0, _shift(z, is_fraud)
+    return float(scale), float(shift)
 
 
-def _newton(
-    z: Float64, is_fraud: NDArray[np.bool_], free: NDArray[np.bool_]
-) -> tuple[float, float]:
-    """Newton's method with halved steps: the loss is convex in scale and shift."""
-    ab = np.array([1.0, 0.0])
-    features = np.column_stack((z, np.ones_like(z)))
-
-    def loss(at: Float64) -> float:
-        y = features @ at
-        return float(np.logaddexp(0.0, y).mean() - y[is_fraud].sum() / len(y))
-
-    present = loss(ab)
-    for _ in range(ITERATIONS_MAX):
-        score = 1 / (1 + np.exp(-np.clip(features @ ab, -700, 700)))
-        gradient = features.T @ (score - is_fraud) / len(z)
-        curvature = (features * (score * (1 - score))[:, None]).T @ features / len(z)
-        gradient, curvature = gradient[free], curvature[np.ix_(free, free)]
-        curvature += 1e-12 * np.eye(len(gradient))
-        step = np.zeros(2)
-        step[free] = -np.linalg.solve(curvature, gradient)
-        size = 1.0
-        while (after := loss(ab + size * step)) > present and size > 1e-6:
-            size /= 2
-        if present - after < 1e-12:
-            break
-        ab, present = ab + size * step, after
-    return float(ab[0]), float(ab[1])
+def _shift(z: NDArray[np.float64], is_fraud: NDArray[np.bool_]) -> float:
+    """The shift with which the scores' mean is the share of fraud."""
+    low, high = -100.0, 100.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        over = (1 / (1 + np.exp(-np.clip(z + middle, -700, 700)))).mean() > is_fraud.mean()
+        low, high = (low, middle) if over else (middle, high)
+    return (low + high) / 2
 
 
 def fold(network: Network, scale: float, shift: float) -> None:

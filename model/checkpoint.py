@@ -77,7 +77,7 @@ class Amounts(msgspec.Struct, frozen=True):
     deviation: float = 0.5
 
     @classmethod
-    def of(cls, amount: Float64, to_usual: Float64) -> Amounts:
+    def of(cls, amount: Float32 | Float64, to_usual: Float32 | Float64) -> Amounts:
         """From [N] amounts, and [N] amounts as multiples of their accounts' usual ones.
 
         >>> Amounts.of(np.arange(8.0), np.array([0.5, 1.5] * 4))

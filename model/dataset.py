@@ -257,7 +257,7 @@ class DatasetWriter:
         columns["key"] = _mixed(list(columns.values())) if rows.key is None else rows.key
         times = rows.timestamp_ms
         if len(times):
-            self._unsorted += int((np.diff(times, prepend=self._last_ms) < 0).sum())
+            self._unsorted += int(times[0] < self._last_ms) + int((times[1:] < times[:-1]).sum())
             self._last_ms = int(times[-1])
         try:
             for name, column in columns.items():

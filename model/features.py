@@ -46,7 +46,7 @@ ACCOUNT_FEATURES: tuple[str, ...] = (
     "mean_amount_7d",
     "mean_amount_30d",
     "amount_to_mean",  # amount / mean_amount_30d
-    "usual_amount",  # running mean before this one in which an outlier counts as 2.5 times it
+    "usual_amount",  # running mean before this one, in which outliers count as 2.5 times it
     "amount_to_usual",  # amount / usual_amount
 )
 """Names of an account's raw features, in the order of the columns."""
@@ -61,7 +61,7 @@ MEAN_AMOUNT_FLOOR = 0.01
 """A mean amount counts as at least this (a cent) when an amount is divided by it."""
 
 USUAL_OUTLIER = 2.5
-"""So many times the usual amount, and no more, enters the usual amount."""
+"""Of an amount so many times the usual amount, or the plain mean if that is more, enters it."""
 
 USUAL_COUNT_MAX = 100
 """The usual amount is a mean over about so many of an account's last transactions."""
@@ -195,7 +195,9 @@ def observe(
     amount_after = np.multiply(amount_before, decay)
     amount_after += raw[0]
     counted = np.minimum(count, USUAL_COUNT_MAX).astype(np.float32)
-    within = np.minimum(raw[0], np.float32(USUAL_OUTLIER) * np.maximum(raw[12], floor))
+    # No less than the plain mean: or a first amount of a cent, a card's verification, would stay.
+    bound = np.maximum(np.float32(USUAL_OUTLIER) * raw[12], raw[10])
+    within = np.minimum(raw[0], bound)
     usual_after = raw[12] + (within - raw[12]) / counted
     after = AccountHistory(
         last_event_ms,

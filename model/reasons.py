@@ -115,7 +115,7 @@ class Explainer:
             logits, _ = self._checkpoint.network.step(
                 torch.from_numpy(inputs), torch.from_numpy(before).flatten(0, 1)
             )
-        logit = logits.numpy().astype(np.float64).reshape(-1, n)
+        logit = np.nan_to_num(logits.numpy().astype(np.float64)).reshape(-1, n)
         fall = logit[0] - logit[1:]  # [groups, n]
         unusual = self._unusual_share(raw)
         return np.column_stack((fall[0] * unusual, fall[0] * (1.0 - unusual), *fall[1:]))

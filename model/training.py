@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from model import evaluation
 from model.calibration import fold, platt
-from model.checkpoint import Checkpoint, Header, Thresholds
+from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
 from model.features import DEFINITION, FeatureSpec, Float32, observe_log
 from model.fitting import Truth, fit
@@ -202,10 +202,15 @@ def train(
     identity = f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}"
     try:
         with _work_folder(output, identity) as folder:
-            checkpoint = _Training(settings, source, folder, device, report).run(decisive)
-            checkpoint.save(output)
+            try:
+                checkpoint = _Training(settings, source, folder, device, report).run(decisive)
+                checkpoint.save(output)
+            except Exception:
+                if not (folder / _STATE).is_file():  # nothing in there is worth going on with
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
             report(Report("done", 1.0))
-            _remove(folder)
             return checkpoint
     except DatasetError as error:
         raise TrainingError(str(error)) from error
@@ -236,7 +241,7 @@ class _Training:
         split = Split.chosen(settings, int(dataset.timestamp_ms[0]), days)
         _check_fraud(dataset, split)
         sequences = Sequences(dataset.account)
-        raw, spec = self._features(dataset, sequences, split)
+        raw, spec, amounts = self._features(dataset, sequences, split)
         inputs = EncodedInputs(raw, spec, self._device)
         numbers = sum(i.transform != "category" for i in spec.inputs)
         with _seeded(settings.seed, self._device):
@@ -274,6 +279,7 @@ class _Training:
                 metrics=metrics,
                 training=decisive | {"device": self._device.type},
                 data_digest=dataset.digest(),
+                amounts=amounts,
                 **_operating_points(dataset, scores, split),
             ),
         )
@@ -301,8 +307,8 @@ class _Training:
 
     def _features(
         self, dataset: Dataset, sequences: Sequences, split: Split
-    ) -> tuple[Float32, FeatureSpec]:
-        """Raw features of the whole dataset, and the inputs fitted to the training period."""
+    ) -> tuple[Float32, FeatureSpec, Amounts]:
+        """Raw features of the whole dataset; inputs and amounts of the training period."""
         settings = self._settings
         in_training = _labelled(dataset, split.training, split.validation)
         fields, left_out = chosen_fields(dataset, in_training)
@@ -326,7 +332,9 @@ class _Training:
         place = np.empty(len(dataset), np.intp)
         place[sequences.row] = np.arange(len(dataset))
         sample = raw[place[rows]]
-        return raw, fitted_spec(sample, dataset.is_fraud[rows], fields, settings.label_delay_days)
+        spec = fitted_spec(sample, dataset.is_fraud[rows], fields, settings.label_delay_days)
+        column = {name: sample[:, i] for i, name in enumerate(spec.names)}
+        return raw, spec, Amounts.of(column["amount"], column["amount_to_usual"])
 
     def _between(self, begin: float, end: float) -> Reporter:
         def scaled(report: Report) -> None:
@@ -539,10 +547,6 @@ def _claim_of(folder: Path) -> _Claim | None:
         raise TrainingError(
             f"{folder} is there and was not made by a training: move it away"
         ) from error
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _device(settings: TrainingSettings) -> torch.device:

@@ -11,13 +11,12 @@ from pathlib import Path
 import msgspec
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from model.adamw import AdamW
 from model.gru import Network
 
-_NETWORK, _BEST, _OPTIMIZER = "network.", "best.", "optimizer."
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_NETWORK, _BEST, _MEAN, _SQUARE = "network.", "best.", "mean.", "square."
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -27,12 +26,14 @@ class Position(msgspec.Struct, frozen=True):
         epoch, batch: what comes next.
         best_epoch: the best so far by ``best``; -1 while none is measured.
         best: average precision on the validation period.
+        updates: of the optimizer so far.
     """
 
     epoch: int = 0
     batch: int = 0
     best_epoch: int = -1
     best: float = -1.0
+    updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ class TrainingState:
     def save(
         self,
         network: Network,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         position: Position,
         best: dict[str, Tensor],
     ) -> None:
         """Writes all of it or nothing."""
         tensors = {_NETWORK + name: value for name, value in network.state_dict().items()}
         tensors |= {_BEST + name: value for name, value in best.items()}
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{_OPTIMIZER}{number}.{name}": state[name] for name in _MOMENTS}
+        tensors |= {f"{_MEAN}{number}": value for number, value in enumerate(optimizer.mean)}
+        tensors |= {f"{_SQUARE}{number}": value for number, value in enumerate(optimizer.square)}
         content = safetensors.torch.save(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             {"position": msgspec.json.encode(position).decode()},
@@ -61,9 +62,7 @@ class TrainingState:
         partial.write_bytes(content)
         partial.replace(self.path)
 
-    def load(
-        self, network: Network, optimizer: torch.optim.Optimizer
-    ) -> tuple[Position, dict[str, Tensor]]:
+    def load(self, network: Network, optimizer: AdamW) -> tuple[Position, dict[str, Tensor]]:
         """Puts the saved state into network and optimizer; the beginning if there is none."""
         if not self.path.is_file():
             return Position(), {}
@@ -79,9 +78,8 @@ class TrainingState:
             }
 
         network.load_state_dict(of(_NETWORK))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in of(_OPTIMIZER).items():
-            number, _, moment = name.partition(".")
-            moments.setdefault(int(number), {})[moment] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        optimizer.updates = position.updates
+        for prefix, values in ((_MEAN, optimizer.mean), (_SQUARE, optimizer.square)):
+            for number, value in of(prefix).items():
+                values[int(number)].copy_(value)
         return position, of(_BEST)

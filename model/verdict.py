@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import DAY_MS, Dataset
 from model.gru import Network
+from model.logistic import fit_logistic
 from model.scoring import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
 
 COMPROMISED_DAYS = 7
@@ -29,7 +29,6 @@ FIT_MAX = 200_000
 """Verdicts that the head is fitted to; of more a random sample."""
 
 PENALTY = 1e-4
-ITERATIONS_MAX = 100
 
 Rows = NDArray[np.intp]
 
@@ -109,26 +108,18 @@ def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]
         chosen = np.sort(rng.choice(len(compromised), FIT_MAX, replace=False))
         states = states.taken(chosen)
         compromised = compromised[chosen]
-    hidden = states.hidden.clone().double()
-    truth = torch.from_numpy(compromised.astype(np.float64))
-    weight = torch.zeros(hidden.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=ITERATIONS_MAX, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(hidden @ weight + bias, truth)
-        value = value + PENALTY * (weight.square().sum() + 1e-2 * bias.square().sum())
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    if len(truth):
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    if not len(compromised):
+        return
+    hidden = states.hidden.numpy().astype(np.float64)
+    share = np.clip(compromised.mean(), 1e-6, 1 - 1e-6)
+    start = np.zeros(hidden.shape[1] + 1)
+    start[-1] = np.log(share / (1 - share))
+    weights = start
+    if compromised.any() and not compromised.all():
+        weights = fit_logistic(hidden, compromised, start, PENALTY)
     with torch.no_grad():
-        network.verdict.weight.copy_(weight[None].float())
-        network.verdict.bias.copy_(bias.float())
+        network.verdict.weight.copy_(torch.from_numpy(weights[None, :-1]))
+        network.verdict.bias.copy_(torch.from_numpy(weights[-1:]))
 
 
 def verdict_scores(network: Network, states: States) -> NDArray[np.float32]:

@@ -242,8 +242,9 @@ class Worker:
             shipped = await asyncio.to_thread(self._checkpoint_watch.look)
             if shipped is not None:
                 thresholds = thresholds_of(self._settings, shipped)
-                self.processor.use(thresholds)
-                log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
+                if thresholds != self.processor.thresholds:
+                    self.processor.use(thresholds)
+                    log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
             await asyncio.sleep(self._settings.checkpoint_look_seconds)
 
     async def _look_at_redis(self) -> None:

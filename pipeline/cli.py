@@ -107,6 +107,22 @@ def train(
 
 
 @recur.command()
+@click.argument("account_id", metavar="ID")
+def account(account_id: str) -> None:
+    """Print what the live state in Redis says of the account ID.
+
+    Whether it is compromised now, by all of its history; its counts and amounts; where the
+    state lies and how old it is. Settings are the workers'.
+    """
+    import asyncio
+
+    from pipeline.account_view import account_lines
+
+    for line in asyncio.run(account_lines(load_settings(), account_id)):
+        click.echo(line)
+
+
+@recur.command()
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
 @click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")
@@ -271,6 +287,47 @@ def replay(file: Path | None, columns: str | None, example_columns: bool, **opti
             "column mapping to start from"
         )
     sys.exit(run_replay(ReplayOptions(file=file, columns=columns, **options), load_settings()))
+
+
+@recur.command()
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
+)
+@click.option(
+    "--columns",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="MAPPING",
+    help="TOML file that names FILE's columns ([columns], [prefixes], [time]).",
+)
+@click.option(
+    "--from-transactions",
+    metavar="MAPPING",
+    help="FILE holds transactions; their column mapping: a TOML file, or `handbook`.",
+)
+@click.option(
+    "--delay-days",
+    type=float,
+    default=7.0,
+    show_default=True,
+    help="With --from-transactions: labels come so long after.",
+)
+@click.option("--genuine", is_flag=True, help="With --from-transactions: not frauds alone.")
+@click.option("--offset-days", type=float, default=0.0, help="Added to every time, days.")
+@click.option("--transaction-id", help="A single label: of this transaction,")
+@click.option("--account-id", help="of this account")
+@click.option("--merchant-id", help="at this merchant")
+@click.option("--label", type=click.Choice(["fraud", "genuine"]), help="is this")
+@click.option("--timestamp", help="and was made then (ISO 8601 with zone, or milliseconds).")
+@click.option("--labelled-at", help="When that became known; default: now.")
+def label(file: Path | None, **options: Any) -> None:
+    """Send labels, the truth about transactions: those in FILE (parquet or CSV), or a single one.
+
+    FILE has columns transaction_id, account_id, merchant_id, label (fraud or genuine), timestamp
+    (of the transaction) and labelled_at.
+    """
+    from pipeline.label_feed import LabelOptions, run_label
+
+    sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 
 
 def main(arguments: list[str] | None = None) -> Any:

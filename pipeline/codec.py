@@ -8,13 +8,14 @@ shortest decimal that is the same float32, so that a decision can be recomputed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from model.reasons import Reason
 from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
@@ -209,11 +210,11 @@ class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
 class Alert(Score, frozen=True, gc=False, kw_only=True):
     """One record of the alerts topic: a score with what led to it.
 
-    ``reasons`` are closed codes with weights; ``created_at`` is epoch milliseconds.
+    ``reasons`` are one to three, the weightiest first; ``created_at`` is epoch milliseconds.
     """
 
     thresholds: dict[str, float]
-    reasons: list[dict[str, Any]]
+    reasons: list[Reason]
     created_at: int
 
 
@@ -311,7 +312,7 @@ def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
     return score[:-1] + b"," + more[1:]
 
 
-def encode_alert(score: bytes, reasons: Sequence[dict[str, Any]], created_at: int) -> bytes:
+def encode_alert(score: bytes, reasons: Sequence[Reason], created_at: int) -> bytes:
     """JSON of an alert: the record of its score, thresholds in it, with more at its end."""
     more = _encode({"reasons": reasons, "created_at": created_at})
     return score[:-1] + b"," + more[1:]

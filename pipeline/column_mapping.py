@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
@@ -14,6 +14,8 @@ from pipeline.errors import RecurError
 
 SHIPPED = Path(__file__).parent / "mappings"
 EXAMPLE = "example"
+
+T = TypeVar("T")
 
 OPTIONAL_FIELDS = ("category", "channel", "country")
 """Of a transaction, in the order of its definition."""
@@ -102,6 +104,38 @@ class ColumnMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return _by_name(self.fields.categorical)
 
 
+class LabelColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file of labels' name for each field."""
+
+    transaction_id: str = "transaction_id"
+    account_id: str = "account_id"
+    merchant_id: str = "merchant_id"
+    label: str = "label"
+    timestamp: str = "timestamp"
+    labelled_at: str = "labelled_at"
+
+
+class LabelMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content of a mapping file for labels; ``time`` is the form of both times."""
+
+    columns: LabelColumns = LabelColumns()
+    prefixes: Prefixes = Prefixes()
+    time: TimeForm = TimeForm()
+
+
+def load_label_mapping(path: Path | None) -> LabelMapping:
+    """Read a mapping for a file of labels; without one columns are called as the fields are.
+
+    Raises:
+        RecurError: there is no such file, or it is not a mapping; says which key is wrong.
+    """
+    if path is None:
+        return LabelMapping()
+    mapping = _decoded(path, LabelMapping)
+    _check_zone(path, mapping.time)
+    return mapping
+
+
 def load_mapping(name: str | Path) -> ColumnMapping:
     """Read a mapping: a file's path, or the name of a shipped one such as ``handbook``.
 
@@ -117,14 +151,18 @@ def load_mapping(name: str | Path) -> ColumnMapping:
                 f" (`recur replay --example-columns` prints one) or one of {shipped_mappings()}"
             )
         path = shipped
+    mapping = _decoded(path, ColumnMapping)
+    _check(path, mapping)
+    return mapping
+
+
+def _decoded(path: Path, kind: type[T]) -> T:
     try:
-        mapping = msgspec.toml.decode(path.read_bytes(), type=ColumnMapping)
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:  # ValidationError is one
         raise RecurError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecurError(f"{path} cannot be read: {error}") from None
-    _check(path, mapping)
-    return mapping
 
 
 def shipped_mappings() -> str:
@@ -183,10 +221,14 @@ def _check(path: Path, mapping: ColumnMapping) -> None:
     constant = mapping.constants.currency
     if constant is not None and len(constant) != 3:
         raise RecurError(f"{path}: constants.currency must be an ISO 4217 code such as EUR")
+    _check_zone(path, mapping.time)
+
+
+def _check_zone(path: Path, form: TimeForm) -> None:
     try:
-        ZoneInfo(mapping.time.zone)
+        ZoneInfo(form.zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise RecurError(
-            f"{path}: time.zone {mapping.time.zone!r} is no time zone known here;"
+            f"{path}: time.zone {form.zone!r} is no time zone known here;"
             " write one such as UTC or Europe/Madrid"
         ) from None

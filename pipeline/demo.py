@@ -6,9 +6,10 @@ Kafka and Redis start (:mod:`pipeline.services`), and workers as processes of th
     live        the days after them at a steady rate, with fraud in them
     burst       more days, prepared beforehand, as fast as the workers take them
 
-After each, every score is read back and counted: the demo ends well only if each transaction
-was scored exactly once. The payments are simulated and their time runs faster than the clock;
-everything else is real.
+Frauds become known seven simulated days later, by the labels topic, so that skimmed terminals
+are found. After each part every score is read back and counted: the demo ends well only if
+each transaction was scored exactly once. The payments are simulated and their time runs faster
+than the clock; everything else is real.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from pipeline.demo_labels import LateLabels
 from pipeline.demo_show import Show
 from pipeline.demo_summary import Played, summarize
 from pipeline.demo_view import Display, display_for
@@ -39,12 +41,16 @@ from pipeline.settings import load_settings
 from pipeline.simulated_stream import SimulatedStream, SimulatedTransactions
 from pipeline.tally import TopicReader
 from pipeline.topics import ensure_topics
+from pipeline.transaction_files import DAY_MS
 from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
 
 CUSTOMERS = 5_000
 TERMINALS = 10_000
 SEED = 20_260
 """Not the one that the shipped model was trained with: these accounts are new to it."""
+
+LABEL_DELAY_DAYS = 7
+"""A fraud becomes known so long after; then other payments at its terminal are suspected."""
 
 READY_SECONDS = 60.0
 PREPARED_MAX = 500_000
@@ -229,8 +235,16 @@ class _Demo:
                 await stack.enter_async_context(TopicReader(self._settings, role, partitions[role]))
                 for role in ("scores", "alerts", "dead_letter")
             ]
+            label_feed = await stack.enter_async_context(Feed(self._settings, "labels"))
             self._show = Show(
-                self._display, self._services, self._workers, feed, scores, alerts, dead_letters
+                self._display,
+                self._services,
+                self._workers,
+                feed,
+                LateLabels(label_feed, LABEL_DELAY_DAYS * DAY_MS),
+                scores,
+                alerts,
+                dead_letters,
             )
             played = await self._play(self._show, script)
             self._display.working("adding up")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.codec import decode_alert
 from pipeline.demo_gauges import Latency, Rates
+from pipeline.demo_labels import LateLabels
 from pipeline.demo_view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
 from pipeline.feed import Block, Feed, ahead
@@ -87,6 +88,7 @@ class Show:
     """Feeds one phase after the other, shows it, and counts what came out.
 
     Args:
+        labels: the frauds, known late.
         scores, alerts, dead_letters: readers that start where the demo starts.
 
     Attributes:
@@ -99,6 +101,7 @@ class Show:
         services: Services,
         workers: Sequence[WorkerProcess],
         feed: Feed,
+        labels: LateLabels,
         scores: TopicReader,
         alerts: TopicReader,
         dead_letters: TopicReader,
@@ -108,6 +111,7 @@ class Show:
         self._services = services
         self._workers = workers
         self._feed = feed
+        self.labels = labels
         self._scores = scores
         self._alerts = alerts
         self._dead_letters = dead_letters
@@ -189,6 +193,7 @@ class Show:
         warm: bool = False,
     ) -> Phase:
         self._rates = Rates(self._feed.count.acked, self._published)
+        self.labels.add(transactions)
         return Phase(
             name,
             transactions,
@@ -203,6 +208,8 @@ class Show:
     async def _perform(
         self, phase: Phase, blocks: Iterable[Block], rate: float | None = None
     ) -> None:
+        if not phase.read_along:  # time flies, and a label says itself from when on it is known
+            await self.labels.send_until(int(phase.transactions.columns.timestamp_ms[-1]))
         feed = self._feed.run(ahead(blocks), rate=rate, warm=phase.warm)
         feeding = asyncio.ensure_future(feed)
         try:
@@ -257,6 +264,8 @@ class Show:
         phase.rejected = self._rejected - phase.rejected_before
         if time.monotonic() - self._last_scrape > SCRAPE_SECONDS:
             await self._scrape()
+        if phase.read_along:
+            await self.labels.send_until(self._event_ms(phase))
         while records := await self._alerts.read():
             self._add_alerts(phase, records)
         while phase.read_along and (records := await self._scores.read()):
@@ -265,6 +274,12 @@ class Show:
         scene.rate_in, scene.rate_out = self._rates.add(self._feed.count.acked, self._published)
         scored = self._published - phase.scored_before
         self._show(phase, phase.name, scored, "scored")
+
+    def _event_ms(self, phase: Phase) -> int:
+        """How far simulated time has come."""
+        sent = self._feed.count.sent - phase.sent_before
+        last = len(phase.transactions) - 1
+        return int(phase.transactions.columns.timestamp_ms[min(sent, last)])
 
     def _waiting(self) -> int:
         """Transactions sent that have no score yet."""
@@ -342,8 +357,7 @@ class Show:
             scene.p50_seconds = scene.p99_seconds = None  # of a flood it is the time in a queue
         else:
             scene.p50_seconds, scene.p99_seconds = map(self._latency.lately, (0.5, 0.99))
-        sent = self._feed.count.sent - phase.sent_before
-        scene.event_ms = int(phase.transactions.columns.timestamp_ms[min(sent, total - 1)])
+        scene.event_ms = self._event_ms(phase)
         scene.alerts = self._alerts_read
         scene.rates_out, scene.recent = self._rates.curve, self._recent
         scene.workers = [worker.name for worker in self._workers if worker.number not in self._dead]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from redis.asyncio import Redis
 
 from pipeline.demo_show import Phase, Show
 from pipeline.demo_view import SCENARIOS, Caught, Summary, milliseconds
+from pipeline.keys import MerchantKeys
 from pipeline.settings import Settings
 from pipeline.worker_processes import WorkerProcess
 
-STATES_SAMPLED = 100
-"""Account states whose size is looked at."""
+_ACCOUNT_STATE = re.compile(rb"^[^:]+:[0-9a-f]{12}:\{[^{}]+\}:")
+SAMPLED = 100
+"""Account states, and merchant profiles, whose size is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ async def summarize(
             ("burst", _burst(played.burst, sum(worker.death is None for worker in workers)))
         )
     rows.append(("alerts", _alerts(played, show)))
+    rows.append(("labels", _labels(show)))
     rows.append(("states", await _states(settings)))
     return Summary(
         rows, _caught(played), [_worker(worker) for worker in workers], list(show.faults)
@@ -85,6 +89,12 @@ def _alerts(played: Played, show: Show) -> str:
     return f"{flagged:,}{share}"
 
 
+def _labels(show: Show) -> str:
+    labels = show.labels
+    days = labels.delay_ms / 86_400_000
+    return f"{labels.sent:,} frauds became known, each {days:.0f} simulated days late"
+
+
 def _caught(played: Played) -> list[Caught]:
     phases = [phase for phase in (played.live, played.burst) if phase is not None]
     scenario = np.concatenate([phase.transactions.columns.scenario for phase in phases])
@@ -96,18 +106,22 @@ def _caught(played: Played) -> list[Caught]:
 
 
 async def _states(settings: Settings) -> str:
-    """How many account states Redis holds, and how large they are."""
+    """How many account states and merchant profiles Redis holds, and how large they are."""
+    merchant = MerchantKeys(settings.key_prefix).profiles_begin()
     client = Redis.from_url(settings.redis_url, **settings.redis_client_options())
     async with client:
-        keys = await client.dbsize()
-        watermarks = len([key async for key in client.scan_iter(match="*}", count=10_000)])
-        sampled = [await client.randomkey() for _ in range(STATES_SAMPLED)]
-        states = {bytes(key) for key in sampled if isinstance(key, bytes) and key[-1:] != b"}"}
-        sizes = [await client.strlen(state) for state in states]
+        keys = [bytes(key) async for key in client.scan_iter(count=10_000)]
+        profiles = [key for key in keys if key.startswith(merchant)]
+        states = [key for key in keys if _ACCOUNT_STATE.search(key)]
+        sizes = [await client.strlen(key) for key in states[:SAMPLED]]
+        profile_sizes = [await client.strlen(key) for key in profiles[:SAMPLED]]
         used_bytes = (await client.info("memory"))["used_memory"]
-    size = f" of {np.mean(sizes):,.0f} bytes" if sizes else ""
-    accounts = f"{keys - watermarks:,} accounts, a state{size} each"
-    return f"{accounts}; Redis holds {used_bytes / 1e6:,.0f} MB"
+    accounts = f"{len(states):,} accounts{_each(sizes)}, {len(profiles):,} merchants"
+    return f"{accounts}{_each(profile_sizes)}: {used_bytes / 1e6:,.0f} MB"
+
+
+def _each(sizes: list[int]) -> str:
+    return f" of {np.mean(sizes):,.0f} B" if sizes else ""
 
 
 def _worker(worker: WorkerProcess) -> str:

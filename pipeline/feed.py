@@ -1,4 +1,4 @@
-"""Publishes transactions to the transactions topic: at a rate, by a timetable, or flat out.
+"""Publishes transactions, or labels, to their topic: at a rate, by a timetable, or flat out.
 
     async with Feed(settings) as feed:
         await feed.run(ahead(blocks), rate=500, stop=stop)
@@ -30,6 +30,7 @@ from model.transaction import Transaction
 from pipeline.codec import WARM_HEADER
 from pipeline.errors import RecurError
 from pipeline.settings import Settings
+from pipeline.topics import TopicRole
 
 BLOCK_TRANSACTIONS = 8192
 """A good size of a block: large enough for large batches, small enough to stop in."""
@@ -119,7 +120,7 @@ def encode_block(
 
 @dataclass(slots=True)
 class FeedCount:
-    """What a feed has sent so far; offsets are those of the transactions topic."""
+    """What a feed has sent so far; offsets are those of its topic."""
 
     sent: int = 0
     acked: int = 0
@@ -131,7 +132,10 @@ class FeedCount:
 
 
 class Feed:
-    """A producer of transactions.
+    """A producer of transactions, or of labels.
+
+    Args:
+        role: whose topic it is.
 
     Use it as an asynchronous context manager: leaving it waits for the acks of what was sent.
 
@@ -139,10 +143,11 @@ class Feed:
         RecurError: the broker is away or does not take the transactions.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, role: TopicRole = "transactions") -> None:
         self.count = FeedCount()
         self._settings = settings
-        self._topic = settings.topic("transactions")
+        self._role = role
+        self._topic = settings.topic(role)
         self._partitions: list[int] = []
         self._partition_of: dict[bytes, int] = {}
         self._producer: Any = None
@@ -189,7 +194,7 @@ class Feed:
 
     @property
     def partitions(self) -> int:
-        """Partitions of the transactions topic."""
+        """Partitions of the topic."""
         return len(self._partitions)
 
     async def run(
@@ -317,7 +322,7 @@ class Feed:
             f"no ack for {REQUEST_TIMEOUT_SECONDS:g} s" if error is None else type(error).__name__
         )
         return RecurError(
-            f"the broker at {self._settings.kafka_bootstrap} does not take transactions ({said});"
+            f"the broker at {self._settings.kafka_bootstrap} does not take {self._role} ({said});"
             f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"
         )
 

@@ -91,6 +91,6 @@ class MerchantKeys:
         """Key of a transaction's decision, where it raised an alert."""
         return f"{self.prefix}:alert:{{{slot}}}:{transaction_hash:016x}".encode()
 
-    def profiles_pattern(self) -> str:
-        """SCAN pattern of all profiles."""
-        return f"{self.prefix}:merchant:{{*"
+    def profiles_begin(self) -> bytes:
+        """What every profile's key begins with."""
+        return f"{self.prefix}:merchant:{{".encode()

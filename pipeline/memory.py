@@ -21,12 +21,13 @@ from aiokafka.partitioner import murmur2
 from pipeline.decision import DECISIONS
 from pipeline.keys import merchant_slot
 from pipeline.merchant_profile import Profile, is_sound
-from pipeline.merchant_store import Alerted, Booking
+from pipeline.merchant_store import Alerted, Booking, Counts
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
+from pipeline.topics import TopicRole
 
 FETCH_RECORDS = 100
 """Published scores are fetched in pieces of this many, records."""
@@ -143,15 +144,16 @@ class MemoryMerchantStore:
             self._require_up()
             return [self.profiles.get(merchant) for merchant in merchant_ids]
 
-    async def add(self, counts: Mapping[tuple[str, int], int], alerts: Sequence[Alerted]) -> None:
+    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("add to merchants", self.interrupt):
             self._require_up()
-            for (merchant, bucket), n in counts.items():
-                profile = self.profile(merchant)
-                profile.count(bucket, n)
-                self.profiles[merchant] = profile.to_bytes()
+            for bucket, merchants in counts.items():
+                for merchant, n in merchants.items():
+                    profile = self.profile(merchant)
+                    profile.count(bucket, n)
+                    self.profiles[merchant] = profile.to_bytes()
             for alert in alerts:
                 self.alerts[alert.transaction_hash] = alert.decision
 
@@ -401,11 +403,18 @@ class MemoryConsumer:
         kafka: the broker.
         settings: names topic and group, and where a group without offsets begins.
         assigned: the member's partitions.
+        role: whose topic it reads.
     """
 
-    def __init__(self, kafka: MemoryKafka, settings: Settings, assigned: Collection[int]) -> None:
+    def __init__(
+        self,
+        kafka: MemoryKafka,
+        settings: Settings,
+        assigned: Collection[int],
+        role: TopicRole = "transactions",
+    ) -> None:
         self._kafka = kafka
-        self._topic = settings.topic("transactions")
+        self._topic = settings.topic(role)
         self._group = settings.kafka_group
         self._reset = settings.kafka_offset_reset
         self._records_max = settings.micro_batch_max

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.merchants import BUCKET_MS, BUCKETS
+from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline.decision import DECISIONS
 from pipeline.keys import MerchantKeys, merchant_slot
 from pipeline.merchant_profile import (
@@ -34,7 +34,7 @@ from pipeline.redis_calls import Command, RedisCalls, Script, redis_client
 from pipeline.settings import Settings
 
 EXPIRY_MS = FRAUD_BUCKETS_MAX * BUCKET_MS
-"""A profile in which nothing is counted for so long goes: 48 days."""
+"""A profile in which nothing is counted for so long goes: 48 days (or up to a day less)."""
 
 ALERT_EXPIRY_MS = 60 * 86_400_000
 """So long after an alert its label may come and still be told from that of an approved one."""
@@ -44,37 +44,46 @@ KEYS_PER_CALL_MAX = 256
 
 LABELS_PER_CALL_MAX = 256
 
-# KEYS: profiles. ARGV: time to live in milliseconds, then 8 bytes for each profile: bucket and
-# how many transactions to add. A profile that is not there, or in another format, begins anew.
+# KEYS: profiles. ARGV: time to live in milliseconds, a bucket, then for each profile u16: how
+# many transactions to add. A profile that is not there, or in another format, begins anew.
+# It counts first and looks then, for almost always the bucket is in the ring: one call.
 COUNT_SCRIPT = Script(
     b"""
+local bucket = tonumber(ARGV[2])
+local place = bucket %% %(buckets)d
+local field = '#' .. (%(header)d / 2 + place)
+local text = {}
 for i = 1, #KEYS do
-  local bucket, n = struct.unpack('>I4I4', ARGV[2], 8 * i - 7)
-  local header = redis.call('GETRANGE', KEYS[i], 0, %(header)d - 1)
-  local place = bucket %% %(buckets)d
-  if #header < %(header)d or string.byte(header) ~= %(format)d then
-    redis.call('SET', KEYS[i], struct.pack('>BBBBI4', %(format)d, 0, 0, 0, bucket)
-      .. string.rep('\\0', 2 * place) .. struct.pack('>I2', math.min(n, 65535))
-      .. string.rep('\\0', 2 * (%(buckets)d - 1 - place)), 'PX', ARGV[1])
+  local key = KEYS[i]
+  local high, low = string.byte(ARGV[3], 2 * i - 1, 2 * i)
+  local n = 256 * high + low
+  if not text[n] then text[n] = tostring(n) end
+  local found = redis.call('BITFIELD', key, 'GET', 'u8', '0', 'GET', 'u32', '32',
+    'OVERFLOW', 'SAT', 'INCRBY', 'u16', field, text[n])
+  local head = found[2]
+  if found[1] ~= %(format)d then
+    redis.call('SET', key, struct.pack('>BBBBI4', %(format)d, 0, 0, 0, bucket)
+      .. string.rep('\0', 2 * place) .. struct.pack('>I2', n)
+      .. string.rep('\0', 2 * (%(buckets)d - 1 - place)), 'PX', ARGV[1])
   else
-    local head = struct.unpack('>I4', header, 5)
     if head == %(none)d then head = bucket - %(buckets)d end
     if bucket > head then
       local gap = math.min(bucket - head, %(buckets)d)
-      local run = string.rep('\\0', 2 * gap - 2) .. struct.pack('>I2', math.min(n, 65535))
+      local run = string.rep('\0', 2 * gap - 2) .. struct.pack('>I2', n)
       local first = place - gap + 1
       if first < 0 then
         local front = -2 * first
-        redis.call('SETRANGE', KEYS[i], %(header)d + 2 * (first + %(buckets)d),
+        redis.call('SETRANGE', key, %(header)d + 2 * (first + %(buckets)d),
           string.sub(run, 1, front))
         run, first = string.sub(run, front + 1), 0
       end
-      redis.call('SETRANGE', KEYS[i], %(header)d + 2 * first, run)
-      redis.call('SETRANGE', KEYS[i], 4, struct.pack('>I4', bucket))
-      redis.call('PEXPIRE', KEYS[i], ARGV[1])
-    elseif bucket > head - %(buckets)d then
-      redis.call('BITFIELD', KEYS[i], 'OVERFLOW', 'SAT', 'INCRBY', 'u16',
-        8 * %(header)d + 16 * place, n)
+      redis.call('SETRANGE', key, %(header)d + 2 * first, run)
+      redis.call('SETRANGE', key, '4', struct.pack('>I4', bucket))
+      if math.floor(bucket / 4) > math.floor(head / 4) then  -- another day
+        redis.call('PEXPIRE', key, ARGV[1])
+      end
+    elseif bucket <= head - %(buckets)d then
+      redis.call('BITFIELD', key, 'OVERFLOW', 'SAT', 'INCRBY', 'u16', field, '-' .. text[n])
     end
   end
 end
@@ -180,6 +189,10 @@ class Alerted:
     decision: str
 
 
+Counts = Mapping[int, Mapping[str, int]]
+"""How many transactions, by time bucket and merchant id."""
+
+
 class MerchantStore(Protocol):
     """What the worker needs of a store of merchants' profiles."""
 
@@ -190,8 +203,8 @@ class MerchantStore(Protocol):
             StoreUnavailableError: nothing can be said; ask again.
         """
 
-    async def add(self, counts: Mapping[tuple[str, int], int], alerts: Sequence[Alerted]) -> None:
-        """Count transactions, given by merchant and bucket, and remember alerts.
+    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
+        """Count transactions, and remember alerts.
 
         Raises:
             StoreUnavailableError: some of it may have been done.
@@ -261,32 +274,34 @@ class RedisMerchantStore:
                 found[i] = value
         return found
 
-    async def add(self, counts: Mapping[tuple[str, int], int], alerts: Sequence[Alerted]) -> None:
+    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
         """See :class:`MerchantStore`: one round trip."""
-        commands: list[Command] = []
-        items = list(counts.items())
-        for part in self._parts([merchant for (merchant, _), _ in items]):
-            commands.append(self._count([items[i] for i in part]))
+        commands = [command for bucket in counts for command in self._count(bucket, counts[bucket])]
         for alert in alerts:
             key = self._keys.alert(merchant_slot(alert.merchant_id), alert.transaction_hash)
             commands.append(("SET", key, alert.decision.encode(), "PX", self._alert_expiry))
         if commands:
             await self._calls.execute(commands)
 
-    def _parts(self, merchant_ids: Sequence[str]) -> list[list[int]]:
-        """Places of merchants that one call may name together."""
+    def _count(self, bucket: int, counts: Mapping[str, int]) -> list[Command]:
+        """The calls that count in one bucket."""
+        merchant_ids = list(counts)
+        numbers = np.minimum(list(counts.values()), COUNT_MAX).astype(">u2")
         places = [list(range(len(merchant_ids)))]
         if self._calls.is_cluster:
             places = list(_by_slot(merchant_ids).values())
         most = KEYS_PER_CALL_MAX
-        return [part[i : i + most] for part in places for i in range(0, len(part), most)]
-
-    def _count(self, counts: Sequence[tuple[tuple[str, int], int]]) -> Command:
+        calls = [part[i : i + most] for part in places for i in range(0, len(part), most)]
         profile = self._keys.profile
-        numbers = np.array([(bucket, n) for (_, bucket), n in counts], ">u4")
-        return COUNT_SCRIPT.call(
-            [profile(merchant) for (merchant, _), _ in counts], self._expiry, numbers.tobytes()
-        )
+        return [
+            COUNT_SCRIPT.call(
+                [profile(merchant_ids[i]) for i in part],
+                self._expiry,
+                b"%d" % bucket,
+                numbers[part].tobytes(),
+            )
+            for part in calls
+        ]
 
     async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
         """See :class:`MerchantStore`: one script call for each slot."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from time import monotonic
 from typing import Any, ClassVar, TypeVar, cast
 
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from faust import Schema
 from faust.transport import drivers
@@ -221,7 +222,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             if offset is not None:
                 self._begin[tp] = offset
         new = [
-            tp
+            TopicPartition(tp.topic, tp.partition)  # seek_to_beginning() takes nothing else
             for tp in self.assignment()
             if tp.topic in self.from_begin and self._committed_offset.get(tp) is None
         ]

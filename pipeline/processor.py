@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
+from model.reasons import Explainer
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
 from pipeline.codec import (
@@ -57,6 +58,9 @@ from pipeline.state_store import Load, Loaded, Save, StateStore
 
 APPROVE = DECISIONS[0]
 
+NEVER = 2.0
+"""A score that there is none of."""
+
 THREAD_MIN = 256
 """From so many transactions on a micro-batch is computed in a thread, while answers of broker
 and Redis are taken: with 2,000 that is a third more throughput, with a few it is all loss."""
@@ -80,6 +84,7 @@ class Part:
         scored: where this part stands in the micro-batch's arrays.
         said: how many transactions have a score, old or new.
         scores, alerts, letters: what to publish.
+        flagged: index, score and decision of what is to raise an alert.
         alerted: what ``alerts`` are of.
         changed: accounts and states to save.
         saved: whether they and the watermark stand in the store.
@@ -105,6 +110,7 @@ class Part:
     scores: list[Outgoing] = field(default_factory=list)
     alerts: list[Outgoing] = field(default_factory=list)
     letters: list[Outgoing] = field(default_factory=list)
+    flagged: list[tuple[int, bytes, str]] = field(default_factory=list)
     alerted: list[Alerted] = field(default_factory=list)
     changed: tuple[list[str], list[bytes]] = field(default_factory=lambda: ([], []))
     saved: bool = False
@@ -197,12 +203,13 @@ class Processor:
         self._currency = scorer.checkpoint.header.currency
         names = features.names
         self._further_fields = FurtherFields(features.fields)
+        self._explainer = Explainer(scorer.checkpoint)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
 
     def use(self, thresholds: Thresholds) -> None:
         """Decide by these from the next micro-batch on."""
-        self._thresholds = thresholds
+        self.thresholds = thresholds
         self._metrics.threshold.labels("review").set(thresholds.review)
         self._metrics.threshold.labels("decline").set(thresholds.decline)
 
@@ -235,8 +242,9 @@ class Processor:
 
     def _score_and_decide(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
         """Rounds, features, GRU, decide: what needs the processor alone."""
-        states, scored, batch = self._score(parts)
-        self._decide(parts, scored)
+        thresholds = self.thresholds  # new ones may come while a thread is at it
+        states, scored, batch = self._score(parts, thresholds)
+        self._decide(parts, scored, thresholds)
         return states, scored, batch
 
     async def conclude(self, computed: Computed) -> None:
@@ -389,9 +397,11 @@ class Processor:
 
     # rounds, features, GRU ---------------------------------------------------------------
 
-    def _score(self, parts: list[Part]) -> tuple[AccountStates, Scored, MicroBatch]:
+    def _score(
+        self, parts: list[Part], thresholds: Thresholds
+    ) -> tuple[AccountStates, Scored, MicroBatch]:
         """Advance the states of all parts together."""
-        batch = columns(parts, self._further_fields)
+        batch = columns(parts, self._further_fields, thresholds.review)
         values = [value for part in parts for value in part.values]
         states, scored, loaded, refused = self._scorer.score(values, batch)
         n_cached = sum(part.cached for part in parts)
@@ -406,7 +416,7 @@ class Processor:
 
     # decide ------------------------------------------------------------------------------
 
-    def _decide(self, parts: list[Part], scored: Scored) -> None:
+    def _decide(self, parts: list[Part], scored: Scored, thresholds: Thresholds) -> None:
         """Scores and decisions to records to publish."""
         for part in parts:
             silent = scored.repeated[part.scored].copy()  # transactions of which nothing is said
@@ -421,13 +431,14 @@ class Processor:
             part.said = len(part.new)
             if part.kept:
                 part.new = [i for i in part.new if part.records[i].offset not in part.kept]
-                self._alert(part, self._kept(part, silent))
-        self._say(parts, scored)
+                self._flag(part, self._kept(part, silent, thresholds))
+        self._say(parts, scored, thresholds)
+        self._alert(parts, scored)
 
-    def _say(self, parts: list[Part], scored: Scored) -> None:
-        """Scores and alerts of the transactions that have none yet, of all parts together."""
+    def _say(self, parts: list[Part], scored: Scored, thresholds: Thresholds) -> None:
+        """Scores of the transactions that have none yet, of all parts together."""
         at = np.array([i + part.scored.start for part in parts for i in part.new], np.intp)
-        choices = self._thresholds.decide(scored.score[at]).tolist()
+        choices = thresholds.decide(scored.score[at]).tolist()
         decisions = [DECISIONS[choice] for choice in choices]
         values = self._encoder.encode(
             [part.transactions[i] for part in parts for i in part.new],
@@ -443,7 +454,7 @@ class Processor:
             scored.raw[at],
         )
         for i in np.flatnonzero(choices).tolist():
-            values[i] = with_thresholds(values[i], self._thresholds)
+            values[i] = with_thresholds(values[i], thresholds)
         start = 0
         for part in parts:
             stop = start + len(part.new)
@@ -454,10 +465,12 @@ class Processor:
             ]
             if any(choices[start:stop]):
                 said = zip(part.new, values[start:stop], decisions[start:stop], strict=True)
-                self._alert(part, said)
+                self._flag(part, said)
             start = stop
 
-    def _kept(self, part: Part, silent: NDArray[np.bool_]) -> Iterator[tuple[int, bytes, str]]:
+    def _kept(
+        self, part: Part, silent: NDArray[np.bool_], thresholds: Thresholds
+    ) -> Iterator[tuple[int, bytes, str]]:
         """Transactions whose score was published before, with the score and its decision."""
         for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True)):
             kept = part.kept.get(record.offset)
@@ -465,21 +478,32 @@ class Processor:
                 value, decision = kept.value, kept.score.decision
                 if decision != APPROVE and kept.score.thresholds is None:
                     # An older version published it, and did not say what decided.
-                    value = with_thresholds(value, self._thresholds)
+                    value = with_thresholds(value, thresholds)
                 yield i, value, decision
 
-    def _alert(self, part: Part, said: Iterable[tuple[int, bytes, str]]) -> None:
-        """An alert for each score at or over the review threshold, but not while warming up."""
+    def _flag(self, part: Part, said: Iterable[tuple[int, bytes, str]]) -> None:
+        """Scores at or over the review threshold are to raise alerts, but not while warming up."""
         alerts_from = part.partition_owned.alerts_from
         for i, score, decision in said:
-            record, transaction = part.records[i], part.transactions[i]
-            if decision == APPROVE or record.offset < alerts_from or _is_warm(record):
-                continue
-            self._metrics.alerts.labels(decision).inc()
-            alert = encode_alert(score, [], self._clock_ms())
-            part.alerts.append(Outgoing(record.key, alert))
-            of = transaction_hash(transaction.transaction_id)
-            part.alerted.append(Alerted(transaction.merchant_id, of, decision))
+            record = part.records[i]
+            if decision != APPROVE and record.offset >= alerts_from and not _is_warm(record):
+                part.flagged.append((i, score, decision))
+
+    def _alert(self, parts: list[Part], scored: Scored) -> None:
+        """Alerts of what is flagged; their reasons are found in one batch."""
+        at = [i + part.scored.start for part in parts for i, _, _ in part.flagged]
+        if not at:
+            return
+        before = np.stack([scored.before[i] for i in at])
+        reasons = iter(self._explainer.explain(scored.raw[at], before))
+        for part in parts:
+            for i, score, decision in part.flagged:
+                record, transaction = part.records[i], part.transactions[i]
+                self._metrics.alerts.labels(decision).inc()
+                alert = encode_alert(score, next(reasons), self._clock_ms())
+                part.alerts.append(Outgoing(record.key, alert))
+                of = transaction_hash(transaction.transaction_id)
+                part.alerted.append(Alerted(transaction.merchant_id, of, decision))
 
     def _hold(self, parts: list[Part], states: AccountStates) -> None:
         """Hold what is computed in memory; the next poll continues it."""
@@ -558,15 +582,18 @@ class Processor:
         )
         return list(stands)
 
-    def _count(self, parts: list[Part]) -> Counter[tuple[str, int]]:
-        """Transactions that are scored for the first time, by merchant and time bucket."""
-        counts: Counter[tuple[str, int]] = Counter()
-        if self._merchant_counts:
-            for part in parts:
-                transactions, times = part.transactions, part.timestamps_ms
-                counts.update(
-                    [(transactions[i].merchant_id, times[i] // BUCKET_MS) for i in part.new]
-                )
+    def _count(self, parts: list[Part]) -> dict[int, Counter[str]]:
+        """Transactions that are scored for the first time, by time bucket and merchant."""
+        counts: dict[int, Counter[str]] = {}
+        for part in parts if self._merchant_counts else ():
+            transactions, times = part.transactions, part.timestamps_ms
+            names = [transactions[i].merchant_id for i in part.new]
+            buckets = [times[i] // BUCKET_MS for i in part.new]
+            for bucket in set(buckets):  # almost always one
+                found = names
+                if buckets.count(bucket) < len(buckets):
+                    found = [n for n, b in zip(names, buckets, strict=True) if b == bucket]
+                counts.setdefault(bucket, Counter()).update(found)
         return counts
 
     def _save_of(self, part: Part, where: Appended | None) -> Save:
@@ -591,7 +618,11 @@ class Processor:
             self._health.moved()
 
 
-def columns(parts: list[Part], further: FurtherFields = NO_FURTHER_FIELDS) -> MicroBatch:
+def columns(
+    parts: list[Part],
+    further: FurtherFields = NO_FURTHER_FIELDS,
+    review: float = NEVER,
+) -> MicroBatch:
     """The parts' transactions as columns; sets where each part stands in them."""
     transactions: list[Transaction] = []
     records: list[Record] = []
@@ -617,6 +648,7 @@ def columns(parts: list[Part], further: FurtherFields = NO_FURTHER_FIELDS) -> Mi
         ),
         merchant_raw=_merchant_raw(parts),
         fields=further.columns(transactions),
+        explain_from=_explain_from(parts, review),
     )
 
 
@@ -635,6 +667,21 @@ def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:
                     part.merchant_raw[i] = recorded
         tables.append(part.merchant_raw)
     return np.concatenate(tables)
+
+
+def _explain_from(parts: list[Part], review: float) -> NDArray[np.float32]:
+    """float32[n]: the score from which on a transaction may raise an alert.
+
+    A score that was published keeps its decision, whatever comes out now.
+    """
+    found = np.full(sum(len(part.records) for part in parts), review, np.float32)
+    for part in parts:
+        if part.kept:
+            for i, record in enumerate(part.records, part.scored.start):
+                kept = part.kept.get(record.offset)
+                if kept is not None:
+                    found[i] = NEVER if kept.score.decision == APPROVE else 0.0
+    return found
 
 
 def _is_warm(record: Record) -> bool:

@@ -14,16 +14,15 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline.column_mapping import load_mapping
 from pipeline.errors import SettingsError
 from pipeline.feed import Block, Feed, ahead, encode_block
+from pipeline.progress_bar import bar_for
 from pipeline.replay_report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
 from pipeline.settings import Settings
 from pipeline.tally import TopicReader, committed_offsets
@@ -34,7 +33,6 @@ OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
 """Topics that a report reads, in the order of :class:`Readers`."""
 
 FRAME_SECONDS = 0.2
-PLAIN_LINE_SECONDS = 2.0
 PARTITIONS_SHOWN = 16
 OFFSET_DAYS_MAX = 100_000
 FAILED = 1
@@ -159,7 +157,7 @@ class _Replay:
 
     async def _feed(self, feed: Feed) -> None:
         started = time.monotonic()
-        with _bar(self._console) as bar:
+        with bar_for(self._console) as bar:
             async with feed:
                 feeding = asyncio.ensure_future(
                     feed.run(
@@ -240,7 +238,7 @@ class _Replay:
             committed = await committed_offsets(self._settings)
             return all(committed.get(part, 0) > last for part, last in last_offsets.items())
 
-        with _bar(self._console) as bar:
+        with bar_for(self._console) as bar:
 
             def show(what: str, done: int, total: int) -> None:
                 bar.show(what, done, done / max(1, total))
@@ -268,85 +266,3 @@ def _by_partition(counts: dict[int, int]) -> str:
     )
     more = len(counts) - PARTITIONS_SHOWN
     return shown + (f"  and {more} more" if more > 0 else "")
-
-
-class _Bar(Protocol):
-    def __enter__(self) -> _Bar: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def show(self, what: str, done: int, fraction: float) -> None: ...
-
-
-def _bar(console: Console) -> _Bar:
-    """A progress bar in a terminal, else a line now and then."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        return _TerminalBar(console)
-    return _PlainBar(console)
-
-
-class _Speed:
-    """Of the last seconds, from a count that grows."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._marks: list[tuple[float, int]] = []
-
-    def per_second(self, what: str, done: int) -> float:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._marks = what, []
-        self._marks = [*self._marks[-10:], (now, done)]
-        then, before = self._marks[0]
-        return (done - before) / (now - then) if now > then else 0.0
-
-
-class _TerminalBar:
-    def __init__(self, console: Console) -> None:
-        self._speed = _Speed()
-        self._progress = Progress(
-            TextColumn("{task.description:>18}", style="dim"),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[told]}", style="bold"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=1.0, told="")
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, what: str, done: int, fraction: float) -> None:
-        told = f"{done:,}  {self._speed.per_second(what, done):,.0f}/s"
-        self._progress.update(self._task, description=what, completed=min(1.0, fraction), told=told)
-
-
-class _PlainBar:
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._speed = _Speed()
-        self._last_line = self._started = time.monotonic()
-        self._what = ""
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def show(self, what: str, done: int, fraction: float) -> None:
-        now = time.monotonic()
-        speed = self._speed.per_second(what, done)
-        if what != self._what:
-            self._what, self._started = what, now
-        if now - self._last_line < PLAIN_LINE_SECONDS:
-            return
-        self._last_line = now
-        left = f", {(now - self._started) * (1 / fraction - 1):,.0f} s left" if fraction else ""
-        self._console.print(f"{what}: {done:,} ({min(1.0, fraction):.0%}), {speed:,.0f}/s{left}")

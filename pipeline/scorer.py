@@ -30,6 +30,7 @@ class MicroBatch:
         id_hash: uint64[n], of the transaction id, never 0.
         merchant_raw: float32[n, M], the merchant's raw features; zeros if the checkpoint uses none.
         fields: float32[n, K], raw columns of the checkpoint's further fields.
+        explain_from: float32[n], the score from which on there will be reasons to give.
     """
 
     row: NDArray[np.intp]
@@ -40,6 +41,7 @@ class MicroBatch:
     id_hash: NDArray[np.uint64]
     merchant_raw: NDArray[np.float32]
     fields: NDArray[np.float32]
+    explain_from: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -56,6 +58,7 @@ class MicroBatch:
             self.id_hash[part],
             self.merchant_raw[part],
             self.fields[part],
+            self.explain_from[part],
         )
 
 
@@ -69,6 +72,7 @@ class Scored:
         repeated: bool[n], the account had this transaction id before: nothing was applied.
         failed: indices whose computation fails, with the error: nothing was applied.
         expired: how many states started anew because their account was silent too long.
+        before: float16[L, H], the hidden before it, of each index with reasons to give.
     """
 
     score: NDArray[np.float32]
@@ -76,6 +80,7 @@ class Scored:
     repeated: NDArray[np.bool_]
     failed: dict[int, str]
     expired: int
+    before: dict[int, NDArray[np.float16]]
 
 
 FEATURES_END = len(FEATURES)
@@ -155,6 +160,7 @@ class Scorer:
                     repeated=np.zeros(1, bool),
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
+                    before={},
                 )
         else:
             self._failures_in_a_row = 0
@@ -167,6 +173,7 @@ class Scorer:
             repeated=np.concatenate((first.repeated, second.repeated)),
             failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
             expired=first.expired + second.expired,
+            before=first.before | {n // 2 + i: hidden for i, hidden in second.before.items()},
         )
 
     def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
@@ -186,6 +193,7 @@ class Scorer:
         raw[:, FEATURES_END:] = batch.fields
         repeated = np.zeros(n, bool)
         expired = 0
+        before: dict[int, NDArray[np.float16]] = {}
         for members in rounds_of(batch.row):
             rows = batch.row[members]
             seen = (states.recent_ids[rows] == batch.id_hash[members, None]).any(axis=1)
@@ -199,10 +207,13 @@ class Scorer:
             if stale.any():
                 states.reset(rows[stale])
                 expired += int(stale.sum())
+            hidden = states.hidden[rows]  # a copy
             score[members], raw[members] = self._step(
-                states, batch, members, rows, raw[members, known:]
+                states, batch, members, rows, raw[members, known:], hidden
             )
-        return Scored(score, raw, repeated, {}, expired)
+            for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
+                before[int(members[place])] = hidden[place]
+        return Scored(score, raw, repeated, {}, expired, before)
 
     def _step(
         self,
@@ -211,26 +222,28 @@ class Scorer:
         members: NDArray[np.intp],
         rows: NDArray[np.intp],
         others: NDArray[np.float32],
+        hidden16: NDArray[np.float16],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """One transaction of each of m distinct accounts: float32[m], float32[m, R].
 
         Args:
             others: float32[m, R - A], the raw columns after the account's.
+            hidden16: float16[m, L, H], before.
         """
         before = states.history.take(rows)
         raw, after = observe(before, batch.amount[members], batch.timestamp_ms[members])
         raw = np.concatenate((raw, others), axis=1)
         with torch.inference_mode():
             inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
-            hidden = torch.from_numpy(states.hidden[rows]).float()  # [m, L, H]
+            hidden = torch.from_numpy(hidden16).float()  # [m, L, H]
             logits, hidden = self.checkpoint.network.step(inputs, hidden)
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
             # Rounded after each step, so that where a micro-batch ends leaves no trace.
-            hidden16 = hidden.half().numpy()
+            after16 = hidden.half().numpy()
         if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
             raise ComputationError("the score is no number")
         states.history.put(rows, after)
-        states.hidden[rows] = hidden16
+        states.hidden[rows] = after16
         states.recent_ids[rows, before.count % RECENT_IDS] = batch.id_hash[members]
         states.last_offset[rows] = batch.offset[members]
         states.last_record_ms[rows] = np.maximum(

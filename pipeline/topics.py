@@ -66,6 +66,26 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
     return counts
 
 
+async def partition_count(settings: Settings, topic: str) -> int | None:
+    """Partitions of a topic, which is not created; None if there is none.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    with quiet("aiokafka"):
+        admin = await _connect(settings, deadline)
+    try:
+        return (await _partition_counts(admin)).get(topic)
+    except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
+        raise StartupError(
+            f"the broker at {settings.kafka_bootstrap} gave no answer about topics"
+            f" ({_said(error)}): see that it is up, and start again"
+        ) from error
+    finally:
+        await admin.close()
+
+
 async def _connect(settings: Settings, deadline: float) -> Any:
     """A started admin client; tries again until the deadline (``time.monotonic``)."""
     while True:

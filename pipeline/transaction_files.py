@@ -27,7 +27,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from model.transaction import AMOUNT_MAX, ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
-from pipeline.column_mapping import OPTIONAL_FIELDS, ColumnMapping
+from pipeline.column_mapping import OPTIONAL_FIELDS, ColumnMapping, LabelMapping, TimeForm
 from pipeline.errors import RecurError
 
 PART_ROWS = 8192
@@ -229,7 +229,7 @@ class TransactionFile:
         account_ids = _ids(column["account_id"], prefixes.account_id, "account_id", faults)
         merchant_ids = _ids(column["merchant_id"], prefixes.merchant_id, "merchant_id", faults)
         amounts = _amounts(column["amount"], faults)
-        timestamps_ms = _epoch_ms(column["timestamp"], self._mapping, faults) + self._offset_ms
+        timestamps_ms = _epoch_ms(column["timestamp"], self._mapping.time, faults) + self._offset_ms
         self._check_times(timestamps_ms, faults)
         currencies = self._currencies(column.get("currency"), count, faults)
         optional = [
@@ -340,6 +340,95 @@ class TransactionFile:
         self.left_out.examples += complaints[: max(0, room)]
 
 
+@dataclass(frozen=True, slots=True)
+class LabelPart:
+    """Some labels in file order; every column has as many values."""
+
+    transaction_ids: list[str]
+    account_ids: list[str]
+    merchant_ids: list[str]
+    is_fraud: NDArray[np.bool_]
+    timestamps_ms: NDArray[np.int64]
+    labelled_ms: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.transaction_ids)
+
+
+class LabelFile:
+    """A parquet or CSV file of labels with its column mapping.
+
+    Raises:
+        RecurError: no such file, another kind of file, a missing column, and while reading:
+            a row that is no label, by its number.
+    """
+
+    def __init__(self, path: Path, mapping: LabelMapping) -> None:
+        self._path = path
+        self._mapping = mapping
+        self._columns = mapping.columns
+        self._source = _open(path)
+        self._rows_read = 0
+        missing = [name for name in self._names() if name not in self._source.names]
+        if missing:
+            raise RecurError(
+                f"{path} has no column {', '.join(missing)}; its columns are"
+                f" {', '.join(self._source.names)}: name yours in a column mapping (--columns), or"
+                " make labels of a file of transactions with --from-transactions"
+            )
+
+    def _names(self) -> list[str]:
+        return [getattr(self._columns, name) for name in self._columns.__struct_fields__]
+
+    @property
+    def fraction_read(self) -> float:
+        """How much of the file has been read, 0 to 1."""
+        return self._source.fraction_read()
+
+    def parts(self) -> Iterator[LabelPart]:
+        """The labels, in file order."""
+        try:
+            for batch in self._source.batches(sorted(set(self._names()))):
+                for start in range(0, batch.num_rows, PART_ROWS):
+                    yield self._part(batch.slice(start, PART_ROWS))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RecurError(
+                f"{self._path} cannot be read any further: {_without_content(error)}"
+            ) from None
+
+    def _part(self, batch: pa.RecordBatch) -> LabelPart:
+        faults = _Faults(np.zeros(batch.num_rows, np.bool_))
+        prefixes, names, form = self._mapping.prefixes, self._columns, self._mapping.time
+        ids = {
+            name: _ids(batch.column(getattr(names, name)), getattr(prefixes, name), name, faults)
+            for name in ("transaction_id", "account_id", "merchant_id")
+        }
+        labels = _labels(batch.column(names.label), faults)
+        faults.add(labels == LABEL_UNKNOWN, "label is empty")
+        timestamps_ms = _epoch_ms(batch.column(names.timestamp), form, faults)
+        labelled_ms = _epoch_ms(batch.column(names.labelled_at), form, faults, "labelled_at")
+        faults.add((timestamps_ms < 0) & ~faults.bad, "timestamp is before 1970")
+        faults.add(
+            (labelled_ms < timestamps_ms) & ~faults.bad,
+            "labelled_at is before the transaction's timestamp",
+        )
+        if faults.bad.any():
+            what, index = min(faults.first.items(), key=lambda item: item[1])
+            row = self._rows_read + 1 + index
+            raise RecurError(
+                f"{self._path}, row {row:,}: {what}: correct it and send the file again"
+            )
+        self._rows_read += batch.num_rows
+        return LabelPart(
+            ids["transaction_id"],
+            ids["account_id"],
+            ids["merchant_id"],
+            labels == 1,
+            timestamps_ms,
+            labelled_ms,
+        )
+
+
 def _picker(keep: NDArray[np.intp], count: int) -> Callable[[list[Any]], list[Any]]:
     if len(keep) == count:
         return lambda values: values
@@ -411,8 +500,9 @@ def _numbers(column: pa.Array, name: str, faults: _Faults) -> NDArray[np.float64
 
 
 def _finite(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Infinite values count as missing."""
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    """Values that a worker would not take count as missing."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(numbers) <= AMOUNT_MAX, numbers, np.nan)
 
 
 def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:
@@ -434,19 +524,21 @@ def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:
 # Times
 
 
-def _epoch_ms(column: pa.Array, mapping: ColumnMapping, faults: _Faults) -> NDArray[np.int64]:
+def _epoch_ms(
+    column: pa.Array, form: TimeForm, faults: _Faults, name: str = "timestamp"
+) -> NDArray[np.int64]:
     """int64 epoch milliseconds; 0 where it is a fault."""
-    kind, form = column.type, mapping.time
+    kind = column.type
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     missing = np.asarray(pc.is_null(column).to_numpy(zero_copy_only=False), np.bool_)
-    faults.add(missing, "timestamp is missing")
+    faults.add(missing, f"{name} is missing")
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return _from_arrow_times(column, form.zone)
     if text and form.unit is None:
-        return _from_texts(column.to_pylist(), form.format, ZoneInfo(form.zone), faults)
+        return _from_texts(column.to_pylist(), form.format, ZoneInfo(form.zone), faults, name)
     if form.unit is None:
         raise RecurError(
-            f"timestamp: its column holds {kind}; say in the column mapping what the numbers"
+            f"{name}: its column holds {kind}; say in the column mapping what the numbers"
             ' count, as in [time] unit = "ms"'
         )
     if pa.types.is_integer(kind):  # a float64 would round nanoseconds
@@ -454,8 +546,8 @@ def _epoch_ms(column: pa.Array, mapping: ColumnMapping, faults: _Faults) -> NDAr
         if form.unit == "s":
             return np.clip(whole, -1, TIMESTAMP_MAX_MS // 1000 + 1) * 1000
         return whole // (_PER_SECOND[form.unit] // 1000)
-    numbers = _numbers(column, "timestamp", faults)
-    faults.add(~np.isfinite(numbers) & ~faults.bad, "timestamp is missing or not finite")
+    numbers = _numbers(column, name, faults)
+    faults.add(~np.isfinite(numbers) & ~faults.bad, f"{name} is missing or not finite")
     milliseconds = np.nan_to_num(numbers, posinf=0, neginf=0) * (1000 / _PER_SECOND[form.unit])
     return np.round(np.clip(milliseconds, -1, TIMESTAMP_MAX_MS + 1)).astype(np.int64)
 
@@ -470,7 +562,7 @@ def _from_arrow_times(column: pa.Array, zone: str) -> NDArray[np.int64]:
 
 
 def _from_texts(
-    texts: Sequence[str | None], form: str | None, zone: ZoneInfo, faults: _Faults
+    texts: Sequence[str | None], form: str | None, zone: ZoneInfo, faults: _Faults, name: str
 ) -> NDArray[np.int64]:
     milliseconds = np.zeros(len(texts), np.int64)
     wrong = np.zeros(len(texts), np.bool_)
@@ -482,7 +574,7 @@ def _from_texts(
         except (ValueError, OverflowError):
             wrong[index] = True
     expected = f"of the form {form}" if form else "ISO 8601 (set [time] format or unit)"
-    faults.add(wrong & ~faults.bad, f"timestamp is not {expected}")
+    faults.add(wrong & ~faults.bad, f"{name} is not {expected}")
     return milliseconds
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from model.features import HISTORY_COLUMNS
+from model.merchants import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.account_state import AccountStates, Watermark
 from pipeline.codec import Score, decode, decode_score, encode_transaction
@@ -210,7 +211,13 @@ class PipelineUnderTest:
         )
 
     async def assert_states_are_the_log(self) -> None:
-        """Each account's state in Redis is the one computed from the log, from its begin."""
+        """Each account's state in Redis is the one computed from the log, from its begin.
+
+        Merchants' features are the ones that the first score of each transaction records.
+        """
+        recorded: dict[str, Score] = {}
+        for score in await self.scores():
+            recorded.setdefault(score.source, score)
         by_partition: dict[int, list[Any]] = {}
         for record in await self.records("transactions"):
             by_partition.setdefault(record.partition, []).append(record)
@@ -218,7 +225,7 @@ class PipelineUnderTest:
         client = redis_client(self.settings)
         try:
             for partition, records in by_partition.items():
-                accounts, expected = self._computed(partition, records)
+                accounts, expected = self._computed(partition, records, recorded)
                 values = await client.mget(keys.accounts(partition, accounts))
                 actual, loaded, refused = self.scorer.codec.decode(values)
                 assert refused == 0
@@ -227,7 +234,9 @@ class PipelineUnderTest:
         finally:
             await client.aclose()
 
-    def _computed(self, partition: int, records: list[Any]) -> tuple[list[str], AccountStates]:
+    def _computed(
+        self, partition: int, records: list[Any], recorded: dict[str, Score]
+    ) -> tuple[list[str], AccountStates]:
         part = Part(partition, chunk=None)  # type: ignore[arg-type]
         row_of: dict[str, int] = {}
         for record in records:
@@ -241,6 +250,11 @@ class PipelineUnderTest:
             part.timestamps_ms.append(transaction.timestamp)
             part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
         part.accounts = list(row_of)
+        topic = self.settings.topic("transactions")
+        features = [recorded[f"{topic}:{partition}:{r.offset}"].features for r in part.records]
+        part.merchant_raw = np.array(
+            [[known[name] for name in MERCHANT_FEATURES] for known in features], np.float32
+        ).reshape(len(features), len(MERCHANT_FEATURES))
         states, _, _, _ = self.scorer.score([None] * len(row_of), columns([part]))
         return part.accounts, states
 
@@ -255,13 +269,16 @@ def _assert_equal(actual: AccountStates, expected: AccountStates) -> None:
 
 
 async def until(
-    condition: Callable[[], Awaitable[bool]], what: str, timeout_seconds: float = 60.0
+    condition: Callable[[], Awaitable[bool]],
+    what: str,
+    timeout_seconds: float = 60.0,
+    pause_seconds: float = 0.1,
 ) -> None:
     """Wait for a condition; fail if it does not come true in time."""
     deadline = time.monotonic() + timeout_seconds
     while not await condition():
         assert time.monotonic() < deadline, f"waited {timeout_seconds} s for {what}"
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(pause_seconds)
 
 
 def assert_scored_once(scores: Sequence[Score], sent: Sequence[Transaction]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction, epoch_ms
 from pipeline.codec import (
     REASONS,
@@ -297,12 +298,15 @@ def score_of(account: str) -> bytes:
     return value
 
 
+REASONS_FOUND = [Reason("amount_high", 0.75), Reason("history", 0.25)]
+
+
 @given(ids)
 def test_an_alert_is_its_score_and_what_led_to_it(account: str) -> None:
     value = score_of(account)
 
     alert = decode_alert(
-        encode_alert(with_thresholds(value, Thresholds(0.5, 0.7)), [{"code": "amount"}], 99)
+        encode_alert(with_thresholds(value, Thresholds(0.5, 0.7)), REASONS_FOUND, 99)
     )
 
     score = decode_score(value)
@@ -310,7 +314,7 @@ def test_an_alert_is_its_score_and_what_led_to_it(account: str) -> None:
         msgspec.structs.asdict(score) | {"thresholds": alert.thresholds}
     )
     assert alert.thresholds == {"review": 0.5, "decline": 0.7}
-    assert (alert.reasons, alert.created_at) == ([{"code": "amount"}], 99)
+    assert (alert.reasons, alert.created_at) == (REASONS_FOUND, 99)
 
 
 def test_recovery_reads_what_a_worker_published() -> None:

@@ -146,8 +146,8 @@ def test_scores_that_are_the_truth_are_calibrated_and_a_score_of_one_has_a_bin()
 def test_operating_points_say_what_a_threshold_catches_and_costs() -> None:
     rng = np.random.default_rng(5)
     is_fraud = rng.random(3000) < 0.05
-    normal = rng.normal(0.2 + 0.4 * is_fraud, 0.15).astype(np.float64)
-    scores = np.round(np.clip(normal, 0, 1), 3)  # with ties
+    normal = rng.normal(0.2 + 0.4 * is_fraud, 0.15)
+    scores = np.asarray(np.round(np.clip(normal, 0, 1), 3), np.float64)  # with ties
     amount = rng.gamma(2.0, 30.0, 3000)
 
     points = operating_points(scores, is_fraud, amount, days=14.0, points_max=50)

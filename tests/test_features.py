@@ -137,7 +137,7 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
             amounts = [w * a for w, (_, a) in zip(from_last, before, strict=True)]
             expected[f"mean_amount_{days}d"] = sum(amounts) / sum(from_last) if before else amount
         expected["amount_to_mean"] = amount / max(expected["mean_amount_30d"], 0.01)
-        expected["usual_amount"] = usual(amounts_of(before)) if before else amount
+        expected["usual_amount"] = usual(before) if before else amount
         expected["amount_to_usual"] = amount / max(expected["usual_amount"], 0.01)
         found_row = dict(zip(ACCOUNT_FEATURES, raw[row].tolist(), strict=True))
         for name, value in expected.items():
@@ -150,12 +150,23 @@ def amounts_of(before: list[tuple[int, float]]) -> list[float]:
     return [amount for _, amount in before]
 
 
-def usual(amounts: list[float]) -> float:
-    """Running mean in which what is over 2.5 times it counts as that."""
-    mean = amounts[0]
-    for number, amount in enumerate(amounts[1:], start=2):
-        mean += (min(amount, 2.5 * max(mean, 0.01)) - mean) / min(number, 100)
-    return mean
+def usual(history: list[tuple[int, float]]) -> float:
+    """Running mean in which what is over 2.5 times it, and over the plain mean, counts as that."""
+    usual = history[0][1]
+    for number, (_, amount) in enumerate(history[1:], start=1):
+        last_ms = max(t for t, _ in history[:number])
+        weights = [math.exp((t - last_ms) / (30 * DAY_MS)) for t, _ in history[:number]]
+        amounts = [weight * a for weight, (_, a) in zip(weights, history, strict=False)]
+        mean = sum(amounts) / sum(weights)
+        usual += (min(amount, max(2.5 * usual, mean)) - usual) / min(number + 1, 100)
+    return usual
+
+
+def test_a_first_amount_of_a_cent_does_not_stay_the_usual_amount() -> None:
+    history = AccountHistory.empty(1)
+    for day in range(8):
+        seen, history = one(history, 0.01 if day == 0 else 50.0, START_MS + day * DAY_MS)
+    assert 20 < seen["usual_amount"] < 50
 
 
 def test_event_time_that_runs_backwards_counts_as_no_time_passed() -> None:

@@ -40,8 +40,8 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
-        model.raw_features model.training_settings model.split model.training_state model.fitting
-        model.calibration model.verdict model.training model.progress
+        model.raw_features model.training_settings model.split model.adamw model.training_state
+        model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.reason_check
         model.results model.plots model.card
@@ -50,9 +50,10 @@ LAYERS = {
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
         pipeline.column_mapping pipeline.transaction_files pipeline.training_data pipeline.feed
         pipeline.simulated_stream
-        pipeline.tally pipeline.replay_report pipeline.replay pipeline.demo_gauges
+        pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
+        pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation
+        pipeline.evaluation pipeline.account_view
     """,
     "command line": """
         pipeline.cli pipeline.__main__

@@ -135,8 +135,8 @@ def test_counts_add_up_in_their_merchants_buckets(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
         assert await store.load(["M1", "M2"]) == [None, None]
 
-        await store.add({("M1", 100): 2, ("M2", 101): 1, ("M1", 101): 3}, [])
-        await store.add({("M1", 101): 4, ("M1", 99): 1}, [])
+        await store.add({100: {"M1": 2}, 101: {"M2": 1, "M1": 3}}, [])
+        await store.add({101: {"M1": 4}, 99: {"M1": 1}}, [])
 
         one, two = [await profile(store, m) for m in ("M1", "M2")]
         assert (one.head, two.head) == (101, 101)
@@ -152,7 +152,7 @@ def test_counts_add_up_in_their_merchants_buckets(backend: Backend) -> None:
 
 def test_merchants_may_have_any_name(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
-        await store.add({(name, 100): i + 1 for i, name in enumerate(ODD_IDS)}, [])
+        await store.add({100: {name: i + 1 for i, name in enumerate(ODD_IDS)}}, [])
         await book(store, 0, [fraud(i, name, i) for i, name in enumerate(ODD_IDS)])
 
         for i, name in enumerate(ODD_IDS):
@@ -167,7 +167,10 @@ def test_more_merchants_than_fit_a_call_are_counted_in_one(backend: Backend) -> 
     names = [f"M{i}" for i in range(1500)]
 
     async def go(store: MerchantStore) -> None:
-        await store.add({(name, 5000 + i % 3): 1 + i for i, name in enumerate(names)}, [])
+        counts: dict[int, dict[str, int]] = {}
+        for i, name in enumerate(names):
+            counts.setdefault(5000 + i % 3, {})[name] = 1 + i
+        await store.add(counts, [])
         values = await store.load(names)
         for i, value in enumerate(values):
             assert value is not None
@@ -181,9 +184,9 @@ def test_more_merchants_than_fit_a_call_are_counted_in_one(backend: Backend) -> 
 
 histories = st.lists(
     st.dictionaries(
-        st.tuples(st.sampled_from(["M1", "M2"]), st.integers(0, 400)),
-        st.integers(1, 40_000),
-        max_size=8,
+        st.integers(0, 400),
+        st.dictionaries(st.sampled_from(["M1", "M2"]), st.integers(1, 40_000), min_size=1),
+        max_size=4,
     ),
     max_size=8,
 )
@@ -192,7 +195,7 @@ histories = st.lists(
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=histories)
 def test_every_history_of_counts_gives_what_a_profile_in_python_gives(
-    redis_server: Redis, history: list[dict[tuple[str, int], int]]
+    redis_server: Redis, history: list[dict[int, dict[str, int]]]
 ) -> None:
     """The ring moves forward, whatever the gap, wherever it wraps; old buckets are skipped."""
     expected = {"M1": Profile(), "M2": Profile()}
@@ -200,8 +203,9 @@ def test_every_history_of_counts_gives_what_a_profile_in_python_gives(
     async def go(store: MerchantStore) -> None:
         for counts in history:
             await store.add(counts, [])
-            for (merchant, bucket), n in counts.items():
-                expected[merchant].count(bucket, n)
+            for bucket, merchants in counts.items():
+                for merchant, n in merchants.items():
+                    expected[merchant].count(bucket, n)
         for merchant, wanted in expected.items():
             (value,) = await store.load([merchant])
             if wanted.head < 0:
@@ -224,7 +228,7 @@ def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> Non
     ]
 
     async def go(store: MerchantStore) -> None:
-        await store.add({("M1", 990): 5}, [])
+        await store.add({990: {"M1": 5}}, [])
         assert await store.booked_to(0) == 0
         assert await book(store, 0, labels) == ["approve"] * 4
         after = await store.load(["M1", "M2"])
@@ -276,7 +280,7 @@ def test_a_genuine_label_makes_no_profile(backend: Backend) -> None:
 def test_a_profile_begun_by_a_label_counts_transactions(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
         await book(store, 0, [fraud(0, "M1", 1)])
-        await store.add({("M1", 1029): 3}, [])
+        await store.add({1029: {"M1": 3}}, [])
         found = await profile(store, "M1")
         assert (found.head, int(found.counts.sum())) == (1029, 3)
         assert found.frauds == [Fraud(1, 1000, 1028)]
@@ -288,7 +292,7 @@ def test_labels_tell_what_was_decided_of_their_transactions(backend: Backend) ->
     alerts = [Alerted("M1", 1, "review"), Alerted("M2", 2, "decline")]
 
     async def go(store: MerchantStore) -> None:
-        await store.add({("M1", 1000): 1}, alerts)
+        await store.add({1000: {"M1": 1}}, alerts)
         await store.add({}, alerts[:1])
         labels = [fraud(0, "M1", 1), fraud(1, "M2", 2, is_fraud=False), fraud(2, "M2", 3)]
         assert await book(store, 0, labels) == ["review", "decline", "approve"]
@@ -337,7 +341,7 @@ def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) 
     keys = real_backend.keys
 
     async def go(store: MerchantStore) -> None:
-        await store.add({("M1", 1000): 1}, [Alerted("M1", 7, "review")])
+        await store.add({1000: {"M1": 1}}, [Alerted("M1", 7, "review")])
         await book(store, 3, [fraud(0, "M2", 1)])
 
     real_backend.run(go)
@@ -357,11 +361,11 @@ def test_a_profile_lives_on_while_it_is_counted_in(real_backend: Backend) -> Non
     with real_backend.client() as client:
 
         async def go(store: MerchantStore) -> None:
-            await store.add({("M1", 1000): 1}, [])
+            await store.add({1000: {"M1": 1}}, [])
             client.pexpire(key, 60_000)
-            await store.add({("M1", 1000): 1}, [])
+            await store.add({1000: {"M1": 1}}, [])
             assert client.pttl(key) <= 60_000, "one more call for each transaction"
-            await store.add({("M1", 1001): 1}, [])
+            await store.add({1004: {"M1": 1}}, [])
             assert client.pttl(key) > 60_000
 
         real_backend.run(go)
@@ -374,7 +378,7 @@ def test_a_profile_in_another_format_begins_anew(real_backend: Backend) -> None:
 
         async def go(store: MerchantStore) -> None:
             client.set(key, b"\xff" * 400)
-            await store.add({("M1", 1000): 2}, [])
+            await store.add({1000: {"M1": 2}}, [])
             assert (await profile(store, "M1")).counts.sum() == 2
             client.set(key, b"\x01" * 10)
             await book(store, 0, [fraud(0, "M1", 1)])
@@ -389,7 +393,7 @@ def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Back
 
         async def go(store: MerchantStore) -> None:
             for turn in range(2):
-                await store.add({("M1", 1000): 1}, [])
+                await store.add({1000: {"M1": 1}}, [])
                 await book(store, 0, [fraud(turn, "M1", turn)])
                 client.script_flush()
             found = await profile(store, "M1")
@@ -412,11 +416,11 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
         raise AssertionError("it is back and the store does not notice")
 
     async def go(store: MerchantStore) -> None:
-        await store.add({("M1", 1000): 1}, [])
+        await store.add({1000: {"M1": 1}}, [])
         await asyncio.to_thread(stoppable.stop)
         calls: list[Callable[[], Awaitable[object]]] = [
             lambda: store.load(["secret-merchant", "M1"]),
-            lambda: store.add({("secret-merchant", 1): 1}, []),
+            lambda: store.add({1: {"secret-merchant": 1}}, []),
             lambda: book(store, 0, [fraud(0, "secret-merchant", 1)]),
             lambda: store.booked_to(0),
         ]
@@ -426,7 +430,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
             assert "secret-merchant" not in str(caught.value)
         await asyncio.to_thread(stoppable.start)
         await until_back(store)
-        await store.add({("M1", 1000): 1}, [])
+        await store.add({1000: {"M1": 1}}, [])
         assert await book(store, 0, [fraud(0, "M1", 1)]) == ["approve"]
 
     stoppable.run(go)

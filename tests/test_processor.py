@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
+from model.reasons import REASONS_MAX
 from pipeline import memory as memory_module
 from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
@@ -37,6 +39,9 @@ from tests.memory_pipeline import (
 )
 
 POISON = 666.0
+
+REASON_TOLERANCE = 0.02
+"""Of a weight: micro-batches of other sizes give other last bits."""
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +220,9 @@ def test_an_alert_holds_its_score_thresholds_and_time() -> None:
     assert record.key == b"A"
     assert alert.decision == "review"
     assert alert.thresholds == {"review": 0.0, "decline": 1.0}
-    assert (alert.reasons, alert.created_at) == ([], world.now_ms)
+    assert alert.created_at == world.now_ms
+    assert 1 <= len(alert.reasons) <= REASONS_MAX
+    assert sum(reason.weight for reason in alert.reasons) == pytest.approx(1.0)
     ((value,),) = world.scores(0).values()
     assert alert.score == decode_score(value).score
 
@@ -355,6 +362,44 @@ def test_alerts_of_scores_whose_worker_died_between_the_two_are_published() -> N
     read_on(world)
 
     assert sorted(world.alerts().values()) == [1] * 5
+
+
+def test_alerts_raised_again_have_the_reasons_that_they_would_have_had() -> None:
+    """Of the hidden before each one, as the log makes it, and of nothing that came later."""
+    reasons = []
+    for interrupt in (nothing, when("before publish alerts", die)):
+        world = World(partitions=1, review_threshold=0.0)
+        for amount in (20.0, 500.0, 20.0, 30.0, 900.0):
+            world.produce("A", amount=amount)
+        world.interrupt(interrupt)
+        with suppress(Killed):
+            finish(world.worker().run())
+        read_on(world)
+        alerts = [decode_alert(r.value or b"") for r in world.kafka.records("alerts")]
+        reasons.append([[reason.code for reason in alert.reasons] for alert in alerts])
+
+    assert reasons[0] == reasons[1]
+    assert len(reasons[0]) == 5
+
+
+def test_reasons_are_of_the_state_before_the_transaction_whatever_the_micro_batch() -> None:
+    """A micro-batch of many gives the reasons that as many of one give."""
+    found = []
+    for size in (1, 100):
+        world = World(partitions=2, review_threshold=0.0, micro_batch_max=size)
+        world.produce_many(60)
+        read_on(world)
+        found.append(
+            {
+                alert.source: [(reason.code, reason.weight) for reason in alert.reasons]
+                for record in world.kafka.records("alerts")
+                for alert in [decode_alert(record.value or b"")]
+            }
+        )
+    one, many = found
+    assert one.keys() == many.keys()
+    for source, reasons in one.items():
+        assert dict(many[source]) == pytest.approx(dict(reasons), abs=REASON_TOLERANCE), source
 
 
 # other writers ---------------------------------------------------------------------------
@@ -729,7 +774,8 @@ def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
 
 
 def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
-    world = World(partitions=1)
+    # A network without alerts: of what is committed, as here by hand, they were published.
+    world = World(small_checkpoint(seed=0), partitions=1)
     world.produce_many(30)
     one_poll(world.worker(), 10)
     assert world.watermark(0) == 10

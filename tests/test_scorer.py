@@ -37,6 +37,7 @@ def batch_of(
     *,
     ids: Sequence[int] | None = None,
     record_ms: Sequence[int] | None = None,
+    explain_from: Sequence[float] | None = None,
 ) -> MicroBatch:
     """A micro-batch a minute apart, with ids of its own and offsets from 0 unless given."""
     n = len(rows)
@@ -50,6 +51,7 @@ def batch_of(
         id_hash=np.array(range(1, n + 1) if ids is None else ids, np.uint64),
         merchant_raw=np.zeros((n, len(MERCHANT_FEATURES)), np.float32),
         fields=np.zeros((n, 0), np.float32),
+        explain_from=np.array([2.0] * n if explain_from is None else explain_from, np.float32),
     )
 
 
@@ -402,3 +404,43 @@ def test_the_network_does_not_learn_nor_drop_out_in_the_worker() -> None:
     assert first.tobytes() == second.tobytes()
     assert not scorer.checkpoint.network.training
     assert not any(p.requires_grad for p in scorer.checkpoint.network.parameters())
+
+
+def test_the_hidden_before_is_kept_of_what_reaches_its_threshold_and_of_nothing_else() -> None:
+    scorer = Scorer(CHECKPOINT, 30 * DAY_MS)
+    rows, amounts = [0, 1, 0, 0, 1, 2], [20.0, 300.0, 5.0, 250.0, 1.0, 90.0]
+    _, plain = score(scorer, [None] * ACCOUNTS, batch_of(rows, amounts))
+    assert plain.before == {}
+    middle = float(np.sort(plain.score)[3])
+
+    found = [middle] * 5 + [0.0]
+    _, scored = score(scorer, [None] * ACCOUNTS, batch_of(rows, amounts, explain_from=found))
+
+    wanted = {i for i in range(6) if plain.score[i] >= found[i]}
+    assert scored.before.keys() == wanted
+    states: list[bytes | None] = [None] * ACCOUNTS
+    for i in range(6):  # one at a time, so that the state before each is at hand
+        if i in wanted:
+            hidden = scorer.codec.decode(states)[0].hidden[rows[i]]
+            difference = np.abs(scored.before[i].astype("f4") - hidden.astype("f4")).max()
+            assert difference <= HIDDEN_TOLERANCE
+        after, _ = score(scorer, states, batch_of(rows, amounts).between(i, i + 1))
+        states = list(after)
+
+
+def test_the_hidden_before_survives_a_bisection() -> None:
+    class Poisoned(Scorer):
+        def _step(self, states: Any, batch: MicroBatch, *rest: Any) -> Any:
+            if POISON in batch.amount:
+                raise ValueError("poison")
+            return super()._step(states, batch, *rest)
+
+    rows, amounts = [0, 1, 0, 1], [20.0, 300.0, POISON, 250.0]
+    batch = batch_of(rows, amounts, explain_from=[0.0] * 4)
+
+    _, scored = score(Poisoned(CHECKPOINT, 30 * DAY_MS), [None] * ACCOUNTS, batch)
+
+    assert scored.failed.keys() == {2}
+    assert scored.before.keys() == {0, 1, 3}
+    assert not scored.before[1].any()
+    assert scored.before[3].any()

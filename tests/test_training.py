@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import safetensors
 import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
+from model.dataset import Dataset
 from model.evaluation import average_precision
 from model.features import ACCOUNT_FEATURES
 from model.gru import Network
@@ -32,7 +39,9 @@ from model.training import (
     simulate,
     train,
 )
+from model.training_state import Position
 
+ROOT = Path(__file__).parent.parent
 SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.safetensors"
 
 ACCOUNT = len(ACCOUNT_FEATURES)
@@ -83,7 +92,6 @@ def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
 ) -> None:
     checkpoint, _, _ = trained
     log = simulate(SMALL)
-    assert log.digest() == checkpoint.header.data_digest
     raw = observe_all(log, checkpoint.header.features)
     scores, _, _ = score_stepwise(
         checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
@@ -266,6 +274,8 @@ def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
         ({"learning_rate": -1.0}, r"learning_rate is -1\.0"),
         ({"decline_precision": 1.5}, r"decline_precision is 1\.5"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"label_delay_days": 31.0}, r"label_delay_days is 31\.0"),
+        ({"train_until": "in May"}, "train_until is 'in May'"),
         ({"customers": 10**6}, "lower customers or days"),
     ],
 )
@@ -276,16 +286,206 @@ def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -
 
 def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) -> None:
     reports: list[Report] = []
-    with pytest.raises(TrainingError, match=r"days .* have 0 frauds .*; raise days or customers"):
+    with pytest.raises(TrainingError, match="all labels say genuine: both classes are needed"):
         train(
             TrainingSettings(customers=1, terminals=5000, days=14), tmp_path / "m", reports.append
         )
-    assert [report.stage for report in reports] == ["simulating transactions"]
+    assert {report.stage for report in reports} == {"reading transactions"}
     with pytest.raises(SimulatorError, match="customers is 0"):
         train(TrainingSettings(customers=0), tmp_path / "m")
     with pytest.raises(TrainingError, match="is a directory"):
         train(SMALL, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+RESUMED = """
+import sys
+from pathlib import Path
+import model.fitting
+from model.training import TrainingSettings, train
+model.fitting.SAVE_EVERY_SECONDS = 0.0
+settings = TrainingSettings(customers=80, terminals=60, days=30, hidden_size=4,
+    layers=int(sys.argv[2]), epochs=5, device="cpu")
+train(settings, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_training_that_is_killed_goes_on_and_gives_the_same_bytes(
+    layers: int, tmp_path: Path
+) -> None:
+    """Killed twice: in the middle of an epoch, and when the best epoch is being looked for."""
+    killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
+    command = [sys.executable, "-c", RESUMED]
+    for epoch in (1, 3) if layers == 1 else (3,):
+        process = subprocess.Popen([*command, str(killed), str(layers)], cwd=ROOT)
+        wait_for_epoch(killed, epoch, process)
+        process.kill()
+        process.wait()
+        assert not killed.exists()
+    before = position(killed)
+    assert before.epoch >= 3
+    stages: list[str] = []
+    settings = TrainingSettings(
+        customers=80, terminals=60, days=30, hidden_size=4, layers=layers, epochs=5, device="cpu"
+    )
+    train(settings, killed, lambda report: stages.append(report.stage))
+    assert "epoch 1 of 5" not in stages
+    train(settings, whole)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [killed.name, whole.name]
+
+
+def position(output: Path) -> Position:
+    with safetensors.safe_open(resume_folder(output) / "state.safetensors", "pt") as file:
+        return msgspec.json.decode(file.metadata()["position"], type=Position)
+
+
+def resume_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".resume")
+
+
+def wait_for_epoch(output: Path, epoch: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        if (resume_folder(output) / "state.safetensors").is_file():
+            at = position(output)
+            if at.epoch >= epoch and at.batch >= 1:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"no epoch {epoch} was saved; exit code {process.poll()}")
+
+
+def test_other_settings_begin_anew_and_somebody_elses_folder_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    tiny = {"customers": 120, "terminals": 100, "days": 40, "hidden_size": 4, "epochs": 1}
+    output = tmp_path / "m"
+
+    def interrupted(report: Report) -> None:
+        if report.stage == "evaluating":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingSettings(**tiny, device="cpu"), output, interrupted)  # type: ignore[arg-type]
+    assert (resume_folder(output) / "state.safetensors").is_file()
+    stages: list[str] = []
+    other = TrainingSettings(**tiny, seed=2, device="cpu")  # type: ignore[arg-type]
+    assert (
+        train(other, output, lambda r: stages.append(r.stage)).digest
+        == train(other, tmp_path / "n").digest
+    )
+    assert "epoch 1 of 1" in stages
+
+    resume_folder(output).mkdir()
+    (resume_folder(output) / "thesis.txt").write_text("mine")
+    with pytest.raises(TrainingError, match="was not made by a training: move it away"):
+        train(other, output)
+    assert (resume_folder(output) / "thesis.txt").read_text() == "mine"
+
+
+def test_one_training_at_a_time_writes_a_file(tmp_path: Path) -> None:
+    output = tmp_path / "m"
+    tiny = TrainingSettings(customers=120, terminals=100, days=40, hidden_size=4, epochs=1)
+    refused: list[str] = []
+
+    def second(report: Report) -> None:
+        if report.stage == "computing features" and not refused:
+            with pytest.raises(TrainingError) as error:
+                train(tiny, output)
+            refused.append(str(error.value))
+
+    train(tiny, output, second)
+    assert "another training is writing" in refused[0]
+
+
+def test_the_number_of_cores_does_not_change_the_network(tmp_path: Path) -> None:
+    tiny = TrainingSettings(
+        customers=120, terminals=100, days=40, hidden_size=4, epochs=1, device="cpu"
+    )
+    digests = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        digests.add(train(tiny, tmp_path / "m").digest)
+        assert torch.get_num_threads() == threads
+    assert len(digests) == 1
+
+
+def test_scores_are_calibrated_and_the_header_says_what_thresholds_are_worth(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> None:
+    checkpoint, _, _ = trained
+    header, log = checkpoint.header, simulate(SMALL)
+    split = Split.of(SMALL.days)
+    raw = observe_all(log, header.features)
+    scores = score_unrolled(
+        checkpoint.network, torch.from_numpy(checkpoint.encode(raw)), log.account
+    )
+    validated = (log.day >= split.validation) & (log.day < split.gap)
+    is_fraud = log.is_fraud[validated]
+    assert scores[validated].mean() == pytest.approx(is_fraud.mean(), rel=1e-3)
+    assert header.validation["frauds"] == is_fraud.sum()
+    assert header.validation["days"] == split.gap - split.validation
+    points = header.operating_points
+    assert 20 < len(points) <= 200
+    for threshold, alerts, recall, *_ in points[:: len(points) // 10]:
+        over = scores[validated] >= threshold - 1e-6
+        assert over.sum() == pytest.approx(alerts * header.validation["days"], abs=2)
+        assert over[is_fraud].mean() == pytest.approx(recall, abs=0.01)
+    assert header.metrics["calibration_error"] < 0.1
+
+
+def test_the_verdict_finds_compromised_accounts(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> None:
+    checkpoint, _, _ = trained
+    metrics = checkpoint.header.metrics
+    assert metrics["verdict_auc"] > 0.7
+    assert checkpoint.network.verdict.weight.abs().sum() > 0
+
+
+def test_what_has_no_label_is_not_learned_from(tmp_path: Path) -> None:
+    """Wrong labels that are marked as unknown change nothing."""
+    log = simulate(replace(SMALL, customers=120))
+    split = Split.of(SMALL.days)
+    settings = replace(SMALL, epochs=1)
+    inputs = torch.randn(len(log), 3)
+    unknown = np.random.default_rng(0).random(len(log)) < 0.3
+    weights = []
+    for is_fraud in (log.is_fraud, np.where(unknown, ~log.is_fraud, log.is_fraud)):
+        dataset = Dataset(
+            log.account.astype(np.int32),
+            log.merchant.astype(np.int32),
+            log.amount,
+            log.timestamp_ms,
+            np.where(unknown, -1, is_fraud).astype(np.int8),
+            log.scenario,
+        )
+        torch.manual_seed(0)
+        network = Network(settings.architecture(3))
+        fit(network, inputs, dataset, split, settings)
+        weights.append(network.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("days", [8, 9, 13, 30, 90, 183, 730, 3650])
+def test_every_period_of_a_split_has_a_day(days: int) -> None:
+    for delay in (0.0, 0.5, 7.0, 30.0):
+        split = Split.of(days, delay)
+        assert 0 <= split.training < split.validation < split.gap <= split.held_out < split.end
+        assert split.end == days
+
+
+def test_dates_divide_the_data_as_they_say() -> None:
+    april = round(datetime(2018, 4, 1, 13, tzinfo=UTC).timestamp() * 1000)
+    settings = TrainingSettings(train_until="2018-07-01", test_from="2018-07-08")
+    split = Split.chosen(settings, april, 183)
+    assert (split.gap, split.held_out, split.end) == (91, 98, 183)
+    assert Split.chosen(TrainingSettings(train_until="2018-07-01"), april, 183).held_out == 98
+    with pytest.raises(TrainingError, match="leaves no room"):
+        Split.chosen(TrainingSettings(train_until="2019-07-01"), april, 183)
+    with pytest.raises(TrainingError, match="span 5 days; training needs 8"):
+        Split.chosen(TrainingSettings(), april, 5)
 
 
 def test_the_shipped_checkpoint_was_trained_by_the_default_settings() -> None:

@@ -1,0 +1,177 @@
+"""What the live state says of one account: `recur account ID`.
+
+Nothing is written, and the account need not be one that a worker holds: its state lies in Redis,
+in the partition that Kafka's default partitioner gives its id.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import torch
+from aiokafka.partitioner import DefaultPartitioner
+
+from model.checkpoint import Checkpoint
+from model.features import WINDOW_DAYS
+from pipeline.account_state import AccountStates, StateCodec
+from pipeline.errors import RecurError
+from pipeline.redis_calls import StoreUnavailableError
+from pipeline.settings import Settings
+from pipeline.startup import load_checkpoint
+from pipeline.state_store import Load, RedisStateStore
+from pipeline.topics import partition_count
+
+VERDICT_METRIC = "verdict_auc"
+"""A checkpoint whose training fitted the verdict says how good it is."""
+
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True)
+class AccountView:
+    """One account's state and what it says.
+
+    Attributes:
+        partition: where it lies; ``expected_partition`` is where Kafka's partitioner puts it.
+        state: columns of one row.
+        size_bytes: of the value in Redis.
+        verdict: probability that the account is compromised now; None if the checkpoint's
+            training fitted no verdict.
+    """
+
+    account_id: str
+    partition: int
+    expected_partition: int
+    state: AccountStates
+    size_bytes: int
+    verdict: float | None
+
+
+async def look_at(settings: Settings, checkpoint: Checkpoint, account_id: str) -> AccountView:
+    """The account's live state.
+
+    Raises:
+        RecurError: Kafka or Redis does not answer, or there is no state that can be read.
+    """
+    topic = settings.topic("transactions")
+    partitions = await partition_count(settings, topic)
+    if partitions is None:
+        raise RecurError(
+            f"there is no topic {topic} at {settings.kafka_bootstrap}, and so no state: correct "
+            "RECUR_TRANSACTIONS_TOPIC or RECUR_TOPIC_PREFIX"
+        )
+    places = list(range(partitions))
+    expected = int(DefaultPartitioner()(account_id.encode(), places, places))
+    values = await _values(settings, checkpoint, account_id, partitions)
+    found = [p for p in (expected, *places) if values[p] is not None]
+    if not found:
+        raise RecurError(
+            f"no state of this account for model {checkpoint.digest} in Redis, in none of the "
+            f"{partitions} partitions of {topic}: it made no transaction since the workers began "
+            f"with this model, or none for {settings.state_ttl_days:g} days and longer. See that "
+            "RECUR_CHECKPOINT, RECUR_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
+        )
+    value = values[found[0]]
+    assert value is not None
+    architecture = checkpoint.network.architecture
+    state, loaded, _ = StateCodec(architecture.layers, architecture.hidden_size).decode([value])
+    if not loaded.all():
+        raise RecurError(
+            f"the account's state ({len(value)} bytes) is of another format or damaged: workers "
+            "take it for absent and start the account anew at its next transaction"
+        )
+    return AccountView(
+        account_id, found[0], expected, state, len(value), _verdict(checkpoint, state)
+    )
+
+
+async def _values(
+    settings: Settings, checkpoint: Checkpoint, account_id: str, partitions: int
+) -> list[bytes | None]:
+    """The account's value in each partition: producers may use another partitioner."""
+    store = RedisStateStore.from_settings(settings, checkpoint.digest)
+    try:
+        replies = await store.load([Load(p, [account_id]) for p in range(partitions)])
+    except StoreUnavailableError as error:
+        raise RecurError(
+            f"Redis does not answer ({error}): start it, or set RECUR_REDIS_URL"
+        ) from error
+    finally:
+        await store.close()
+    return [reply.states[0] for reply in replies]
+
+
+def _verdict(checkpoint: Checkpoint, state: AccountStates) -> float | None:
+    if VERDICT_METRIC not in checkpoint.header.metrics:
+        return None
+    with torch.inference_mode():
+        logit = checkpoint.network.verdict_logit(torch.from_numpy(state.hidden).float())
+    return float(torch.sigmoid(logit))
+
+
+def describe(view: AccountView, checkpoint: Checkpoint, ttl_days: float) -> Iterator[str]:
+    """Lines for a person to read."""
+    state, history = view.state, view.state.history
+    silent_ms = max(0, time.time_ns() // 1_000_000 - int(state.last_record_ms[0]))
+    currency = checkpoint.header.currency
+    counts = history.decayed_count[0]
+    means = history.decayed_amount[0] / counts
+    windows = " / ".join(f"{days} d" for days in WINDOW_DAYS)
+    rows = [
+        ("compromised now?", _verdict_text(view, checkpoint)),
+        ("transactions seen", f"{int(history.count[0]):,}"),
+        ("last transaction", f"{_utc(int(history.last_event_ms[0]))} (event time)"),
+        ("received", f"{_ago(silent_ms)} ago, offset {int(state.last_offset[0])}"),
+        ("first one in this state", f"offset {int(state.first_offset[0])}"),
+        (f"payments in {windows}", " / ".join(f"{value:.1f}" for value in counts)),
+        (f"mean amount in {windows}", " / ".join(f"{m:,.2f}" for m in means) + f" {currency}"),
+        ("usual amount", f"{float(history.usual_amount[0]):,.2f} {currency}"),
+        ("partition", f"{view.partition}{_note_on_partition(view)}"),
+        ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
+    ]
+    if silent_ms > ttl_days * _DAY_MS:
+        rows.append(("", f"silent for over {ttl_days:g} days: its next payment starts it anew"))
+    width = max(len(name) for name, _ in rows)
+    yield f"account {view.account_id}"
+    for name, text in rows:
+        yield f"  {name:{width}}  {text}"
+
+
+def _verdict_text(view: AccountView, checkpoint: Checkpoint) -> str:
+    if view.verdict is None:
+        return "no verdict in this checkpoint"
+    answer = "yes" if view.verdict >= 0.5 else "no"
+    auc = checkpoint.header.metrics[VERDICT_METRIC]
+    return f"{answer}, with probability {view.verdict:.3f} (AUC {auc:.3f} on days held out)"
+
+
+def _note_on_partition(view: AccountView) -> str:
+    if view.partition == view.expected_partition:
+        return ""
+    return f" (Kafka's default partitioner gives {view.expected_partition})"
+
+
+def _utc(timestamp_ms: int) -> str:
+    return f"{datetime.fromtimestamp(timestamp_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _ago(milliseconds: int) -> str:
+    seconds = milliseconds / 1000
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+async def account_lines(settings: Settings, account_id: str) -> list[str]:
+    """What `recur account ID` prints.
+
+    Raises:
+        RecurError: there is nothing to print; the message says why.
+    """
+    checkpoint = load_checkpoint(settings)
+    view = await look_at(settings, checkpoint, account_id)
+    return list(describe(view, checkpoint, settings.state_ttl_days))

@@ -1,0 +1,126 @@
+"""`recur account`: what a person reads of a state, and of one that is not where it should be."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import numpy as np
+import pytest
+
+from model.features import AccountHistory
+from pipeline.account_state import AccountStates, StateCodec
+from pipeline.account_view import AccountView, describe, look_at
+from pipeline.errors import RecurError
+from pipeline.keys import Keys
+from pipeline.services import Kafka, Redis
+from pipeline.settings import Settings, load_settings
+from pipeline.state_store import redis_client
+from pipeline.topics import ensure_topics
+from tests.memory_pipeline import small_checkpoint
+
+CHECKPOINT = small_checkpoint()
+CODEC = StateCodec(1, 8)
+DAY_MS = 86_400_000
+
+
+def state(last_record_ms: int) -> AccountStates:
+    states, _, _ = CODEC.decode([None])
+    states.first_offset[:], states.last_offset[:] = 5, 1234
+    states.last_record_ms[:] = last_record_ms
+    history = AccountHistory.empty(1)
+    history.count[:] = 1412
+    history.last_event_ms[:] = 1_534_327_200_000
+    history.decayed_count[:] = [1.5, 8.0, 30.0]
+    history.decayed_amount[:] = [30.0, 320.0, 1500.0]
+    history.usual_amount[:] = 47.5
+    states.history.put(slice(None), history)
+    return states
+
+
+def test_a_state_is_told_in_a_person_s_words() -> None:
+    now_ms = time.time_ns() // 1_000_000
+    lines = list(
+        describe(AccountView("A", 3, 3, state(now_ms - 3 * 3_600_000), 200, None), CHECKPOINT, 30.0)
+    )
+    text = "\n".join(lines)
+
+    for words in [
+        "1,412",
+        "2018-08-15 10:00:00 UTC",
+        "3 hours ago, offset 1234",
+        "1.5 / 8.0 / 30.0",
+        "20.00 / 40.00 / 50.00 EUR",
+        "47.50 EUR",
+        f"200 bytes, of model {CHECKPOINT.digest}",
+        "no verdict in this checkpoint",
+    ]:
+        assert words in text
+    assert "partitioner" not in text
+    assert "anew" not in text
+
+
+def test_a_state_elsewhere_or_too_old_is_told_as_such() -> None:
+    now_ms = time.time_ns() // 1_000_000
+    view = AccountView("A", 2, 3, state(now_ms - 40 * DAY_MS), 200, 0.75)
+    checkpoint = CHECKPOINT.with_header(metrics={"verdict_auc": 0.95})
+
+    text = "\n".join(describe(view, checkpoint, 30.0))
+
+    assert "2 (Kafka's default partitioner gives 3)" in text
+    assert "silent for over 30 days: its next payment starts it anew" in text
+    assert "yes, with probability 0.750 (AUC 0.950" in text
+
+
+def settings_of(kafka: Kafka, redis_server: Redis) -> Settings:
+    name = uuid.uuid4().hex[:8]
+    return load_settings(
+        kafka_bootstrap=kafka.bootstrap,
+        redis_url=redis_server.url,
+        topic_prefix=f"{name}-",
+        key_prefix=name,
+        partitions=3,
+        startup_timeout_seconds=30,
+    )
+
+
+def test_an_account_is_found_wherever_it_lies(kafka: Kafka, redis_server: Redis) -> None:
+    settings = settings_of(kafka, redis_server)
+    keys = Keys(settings.key_prefix, CHECKPOINT.digest, settings.topic("transactions"))
+    value = CODEC.encode(state(1_700_000_000_000), np.arange(1))[0]
+
+    async def run() -> None:
+        with pytest.raises(RecurError, match="there is no topic"):
+            await look_at(settings, CHECKPOINT, "A")
+        await ensure_topics(settings)
+        with pytest.raises(RecurError, match="in none of the 3 partitions"):
+            await look_at(settings, CHECKPOINT, "A")
+        client = redis_client(settings)
+        try:
+            for partition in range(3):
+                key = keys.accounts(partition, ["A"])[0]
+                await client.set(key, value)
+                view = await look_at(settings, CHECKPOINT, "A")
+                assert view.partition == partition
+                assert int(view.state.history.count[0]) == 1412
+                await client.set(key, value[:-1] + bytes([value[-1] ^ 1]))
+                with pytest.raises(RecurError, match="of another format or damaged"):
+                    await look_at(settings, CHECKPOINT, "A")
+                await client.delete(key)
+        finally:
+            await client.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_redis_that_is_away_is_named(kafka: Kafka, redis_server: Redis) -> None:
+    settings = settings_of(kafka, redis_server)
+    away = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+
+    async def run() -> None:
+        await ensure_topics(settings)
+        await look_at(away, CHECKPOINT, "A")
+
+    with pytest.raises(RecurError, match="Redis does not answer"):
+        asyncio.run(run())

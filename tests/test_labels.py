@@ -1,0 +1,315 @@
+"""Labels on a broker and a store in memory, and as JSON: each is booked once, or says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from model.merchants import BUCKET_MS
+from pipeline import patience as patience_module
+from pipeline.codec import REASONS, Label, decode_label, encode_label
+from pipeline.errors import RejectedError
+from pipeline.health import Health
+from pipeline.labels import LabelProcessor
+from pipeline.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
+from pipeline.merchant_profile import Fraud, transaction_hash
+from pipeline.merchant_store import Alerted
+from pipeline.metrics import Metrics
+from pipeline.patience import Patience
+from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish
+
+# as JSON ---------------------------------------------------------------------------------
+
+GOOD: dict[str, Any] = {
+    "transaction_id": "t1",
+    "account_id": "secret-account",
+    "merchant_id": "M1",
+    "label": "fraud",
+    "timestamp": START_MS,
+    "labelled_at": "2024-05-31T18:00:00Z",
+    "source": "chargeback",
+}
+
+
+def reason_of(value: bytes | None, key: bytes | None = b"M1") -> str:
+    with pytest.raises(RejectedError) as caught:
+        decode_label(key, value)
+    assert caught.value.reason in REASONS
+    assert "secret" not in str(caught.value)
+    return caught.value.reason
+
+
+def test_a_good_label_is_decoded_with_both_its_times() -> None:
+    label, timestamp_ms, labelled_ms = decode_label(b"M1", json.dumps(GOOD).encode())
+
+    assert (label.transaction_id, label.label, label.source) == ("t1", "fraud", "chargeback")
+    assert (timestamp_ms, labelled_ms) == (START_MS, 1_717_178_400_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"label": "secret"}, "label"),
+        ({"label": None}, "wrong_type"),
+        ({"label": 1}, "wrong_type"),
+        ({"transaction_id": ""}, "id"),
+        ({"merchant_id": "x" * 257}, "id"),
+        ({"timestamp": "yesterday"}, "timestamp"),
+        ({"timestamp": "1969-12-31T00:00:00Z"}, "timestamp"),
+        ({"labelled_at": "2024-05-31T18:00:00"}, "labelled_at"),
+        ({"labelled_at": START_MS - 1}, "labelled_at"),
+        ({"account_id": 7}, "wrong_type"),
+    ],
+)
+def test_each_kind_of_bad_label_is_rejected_with_its_reason(
+    changes: dict[str, Any], reason: str
+) -> None:
+    value = json.dumps(GOOD | changes).encode()
+    assert reason_of(value, str((GOOD | changes)["merchant_id"]).encode()) == reason
+
+
+@pytest.mark.parametrize("missing", sorted(GOOD.keys() - {"source"}))
+def test_a_label_without_a_field_is_rejected(missing: str) -> None:
+    value = {name: value for name, value in GOOD.items() if name != missing}
+    assert reason_of(json.dumps(value).encode()) == "missing_field"
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "reason"),
+    [
+        (None, b"M1", "null_value"),
+        (b"{", b"M1", "not_json"),
+        (b"[1]", b"M1", "wrong_type"),
+        (b" " * 70_000, b"M1", "too_large"),
+        (json.dumps(GOOD).encode(), b"M2", "key_mismatch"),
+        (json.dumps(GOOD).encode(), None, "key_mismatch"),
+    ],
+)
+def test_what_is_no_label_is_rejected(value: bytes | None, key: bytes | None, reason: str) -> None:
+    assert reason_of(value, key) == reason
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise_anything_but_rejected(value: bytes) -> None:
+    with pytest.raises(RejectedError):
+        decode_label(b"M1", value)
+
+
+@given(st.sampled_from(sorted(GOOD)), st.recursive(st.none() | st.text() | st.integers(), st.lists))
+def test_random_json_in_a_field_never_raises_anything_but_rejected(field: str, value: Any) -> None:
+    with contextlib.suppress(RejectedError):
+        decode_label(b"M1", msgspec.json.encode(GOOD | {field: value}))
+
+
+# booked ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience asks again at once: no test here has an event loop that could wait."""
+    monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
+
+
+class LabelWorker:
+    """What a worker does with labels: the real processor on fakes."""
+
+    def __init__(self, world: World) -> None:
+        self.metrics = Metrics(CollectorRegistry())
+        self.health = Health(10.0, clock=lambda: 0.0)
+        self.consumer = MemoryConsumer(world.kafka, world.settings, world.partitions, "labels")
+        self.labels = LabelProcessor(
+            settings=world.settings,
+            store=world.merchants,
+            publisher=MemoryPublisher(world.kafka, world.settings),
+            logs=MemoryScoreLog(world.kafka, world.settings),
+            labels_log=self.consumer,
+            patience=Patience(self.metrics, self.health),
+            metrics=self.metrics,
+            health=self.health,
+            clock_ms=lambda: world.now_ms,
+        )
+        self.labels.assign(world.partitions)
+
+    def run(self, *, commit: bool = True) -> None:
+        """Work to the end of the log."""
+        while poll := self.consumer.poll():
+            finish(self.labels.process(poll))
+            if commit:
+                self.consumer.commit(poll)
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def produce_label(
+    world: World, transaction: str, merchant: str = "M1", label: Any = "fraud", days: float = 7.0
+) -> None:
+    value = Label(
+        transaction_id=transaction,
+        account_id="A1",
+        merchant_id=merchant,
+        label=label,
+        timestamp=START_MS - 10 * DAY_MS,
+        labelled_at=START_MS - 10 * DAY_MS + round(days * DAY_MS),
+    )
+    world.kafka.produce(world.settings.topic("labels"), merchant.encode(), encode_label(value))
+
+
+def known(world: World, merchant: str = "M1") -> list[str]:
+    """Which of t0 to t99 are known frauds of a merchant."""
+    name_of = {transaction_hash(f"t{i}"): f"t{i}" for i in range(100)}
+    return [name_of[fraud.id_hash] for fraud in world.merchants.profile(merchant).frauds]
+
+
+def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_letter() -> None:
+    world = World()
+    finish(world.merchants.add({}, [Alerted("M1", transaction_hash("t1"), "decline")]))
+    produce_label(world, "t1")
+    produce_label(world, "t2", "M2", days=3.0)
+    produce_label(world, "t3", "M2", "genuine")
+    world.kafka.produce(world.settings.topic("labels"), b"M1", b"not a label")
+    produce_label(world, "t4", days=30.0)  # known in twenty days
+    worker = LabelWorker(world)
+
+    worker.run()
+
+    bucket = (START_MS - 10 * DAY_MS) // BUCKET_MS
+    (fraud,) = world.merchants.profile("M1").frauds
+    assert fraud == Fraud(transaction_hash("t1"), bucket, bucket + 28)
+    assert known(world, "M2") == ["t2"]
+    assert sorted(reason for _, _, reason in world.dead_letters()) == [
+        "future_timestamp",
+        "not_json",
+    ]
+    assert worker.count("recur_labels_total", label="fraud", decision="decline") == 1
+    assert worker.count("recur_labels_total", label="fraud", decision="approve") == 1
+    assert worker.count("recur_labels_total", label="genuine", decision="approve") == 1
+    assert worker.count("recur_label_delay_seconds_sum") == pytest.approx((7 + 3 + 7) * 86_400)
+    ends = {
+        p: world.kafka.bounds(world.settings.topic("labels"), p).end
+        for p in world.partitions
+        if world.kafka.bounds(world.settings.topic("labels"), p).end
+    }
+    assert worker.labels.next_offsets() == ends
+
+
+def test_labels_that_come_again_are_booked_and_counted_once() -> None:
+    """A worker that dies before its commit, a rebalance, a zombie."""
+    world = World(partitions=1)
+    for i in range(20):
+        produce_label(world, f"t{i % 16}", f"M{i % 2}", "genuine" if i >= 16 else "fraud")
+    LabelWorker(world).run(commit=False)
+    profiles = dict(world.merchants.profiles)
+
+    again = LabelWorker(world)
+    again.run()
+
+    assert world.merchants.profiles == profiles
+    assert again.count("recur_labels_repeated_total") == 20
+    assert again.count("recur_labels_total", label="fraud", decision="approve") == 0
+    assert len(known(world, "M0") + known(world, "M1")) == 12
+
+
+def die() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_worker_may_die_at_any_step(number: int) -> None:
+    world = World(partitions=2, micro_batch_max=4)
+    topic = world.settings.topic("labels")
+    for i in range(10):
+        produce_label(world, f"t{i}", f"M{i % 3}")
+        if i % 4 == 1:
+            produce_label(world, f"t{i}", f"M{i % 3}", "genuine")
+    world.kafka.produce(topic, b"M1", b"not a label")
+    steps = iter(range(number + 1))
+
+    def interrupt(name: str) -> None:
+        if next(steps, None) == number:
+            die()
+
+    world.interrupt(interrupt)
+    with pytest.raises(Killed):
+        LabelWorker(world).run()
+    world.interrupt(lambda name: None)
+    LabelWorker(world).run()
+
+    expected = [i for i in range(10) if i % 4 != 1]
+    for merchant in range(3):
+        wanted = [f"t{i}" for i in expected if i % 3 == merchant]
+        assert sorted(known(world, f"M{merchant}")) == wanted
+    assert {reason for _, _, reason in world.dead_letters()} == {"not_json"}
+
+
+def test_a_store_that_is_away_is_waited_for() -> None:
+    world = World(partitions=1)
+    produce_label(world, "t1")
+    worker = LabelWorker(world)
+    world.merchants.is_up = False
+    poll = worker.consumer.poll()
+    assert poll is not None
+    work = worker.labels.process(poll)
+    for _ in range(20):
+        work.send(None)
+    assert poll.applied == {}
+    assert "redis" in worker.health.missing()
+    world.merchants.is_up = True
+    finish(work)
+    assert poll.applied == {0: 1}
+    assert known(world) == ["t1"]
+
+
+def lost(world: World) -> None:
+    world.merchants.profiles.clear()
+    world.merchants.booked.clear()
+    world.merchants.booked_ends.clear()
+
+
+def test_labels_that_a_redis_lost_are_booked_again_from_the_logs_begin() -> None:
+    world = World(partitions=1)
+    produce_label(world, "t1")
+    produce_label(world, "t2")
+    LabelWorker(world).run()
+    lost(world)
+    produce_label(world, "t3")
+
+    LabelWorker(world).run()
+
+    assert known(world) == ["t1", "t2", "t3"]
+
+
+def test_a_log_whose_begin_is_deleted_is_read_from_where_it_begins() -> None:
+    world = World(partitions=1)
+    for i in range(4):
+        produce_label(world, f"t{i}")
+    world.kafka.delete_records(world.settings.topic("labels"), 0, 2)
+
+    LabelWorker(world).run()
+
+    assert known(world) == ["t2", "t3"]
+
+
+def test_a_partition_taken_away_meanwhile_is_not_acked() -> None:
+    world = World(partitions=1)
+    produce_label(world, "t1")
+    worker = LabelWorker(world)
+
+    def revoke(name: str) -> None:
+        if name == "after book":
+            worker.labels.assign(())
+
+    world.interrupt(revoke)
+    poll = worker.consumer.poll()
+    assert poll is not None
+    finish(worker.labels.process(poll))
+
+    assert poll.applied == {}
+    assert worker.labels.assigned() == set()

@@ -1,0 +1,186 @@
+"""Labels on the running system: they change later scores, and are booked once whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.merchants import BUCKET_MS, SETTLE_MS
+from model.transaction import Transaction
+from pipeline.feed import Feed
+from pipeline.label_feed import encode_labels
+from pipeline.merchant_profile import Fraud, Profile, transaction_hash
+from pipeline.merchant_store import RedisMerchantStore
+from pipeline.services import Kafka, Redis
+from tests.parity import Log, offline_merchant_raw, random_checkpoint
+from tests.pipeline_under_test import (
+    EVENT_TIME_MS,
+    PipelineUnderTest,
+    assert_none_conflicts,
+    transactions,
+    until,
+)
+
+DAY_MS = 86_400_000
+
+
+async def send_labels(
+    feed: Feed, labelled: Sequence[Transaction], delay_ms: int, *, is_fraud: bool = True
+) -> None:
+    times = np.array([t.timestamp for t in labelled], np.int64)
+    block = encode_labels(
+        [t.transaction_id for t in labelled],
+        [t.account_id for t in labelled],
+        [t.merchant_id for t in labelled],
+        np.full(len(labelled), is_fraud),
+        times,
+        times + delay_ms,
+        "test",
+    )
+    await feed.send(block.keys, block.values)
+
+
+async def until_booked(system: PipelineUnderTest, feed: Feed) -> None:
+    """Until every label sent is booked."""
+    await feed.flush()
+    store = RedisMerchantStore.from_settings(system.settings)
+
+    async def booked() -> bool:
+        return all(
+            [
+                await store.booked_to(partition) > last
+                for partition, last in feed.count.last_offsets.items()
+            ]
+        )
+
+    try:
+        await until(booked, "the labels to be booked")
+    finally:
+        await store.close()
+
+
+def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    log = Log.simulated(2_000, customers=100, terminals=50, seed=1)
+    path = tmp_path / "checkpoint.safetensors"
+    random_checkpoint(log, offline_merchant_raw(log, 7 * DAY_MS)).save(path)
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, checkpoint=path)
+    begin = EVENT_TIME_MS // BUCKET_MS * BUCKET_MS + SETTLE_MS
+
+    def payment(name: str, merchant: str, timestamp_ms: int) -> Transaction:
+        return Transaction(
+            transaction_id=f"{name}-{merchant}",
+            account_id=f"A-{name}-{merchant}",
+            merchant_id=merchant,
+            amount=25.0,
+            currency="EUR",
+            timestamp=timestamp_ms,
+        )
+
+    history = [
+        payment(f"past{i}", merchant, begin + i * 60_000)
+        for i in range(20)
+        for merchant in ("skimmed", "sound")
+    ]
+
+    async def scores_at(bucket: int) -> tuple[float, float]:
+        pair = [payment(f"at{bucket}", m, begin + bucket * BUCKET_MS) for m in ("skimmed", "sound")]
+        await system.send(pair)
+        await system.until_applied()
+        found = {score.transaction_id: score.score for score in await system.scores()}
+        one, two = (found[payment.transaction_id] for payment in pair)
+        return one, two
+
+    async def run() -> None:
+        async with system.running(workers=1), Feed(system.settings, "labels") as labels:
+            await system.send(history)
+            await system.until_applied()
+            skimmed = [t for t in history if t.merchant_id == "skimmed"]
+            await send_labels(labels, skimmed, 29 * BUCKET_MS)
+            await until_booked(system, labels)
+            before, alike = await scores_at(29)
+            assert before == alike, "the label came in this bucket, which is not closed"
+            after, other = await scores_at(30)
+            assert abs(after - other) > 1e-3
+            # The last word is genuine: all is as if there had been no label.
+            await send_labels(labels, skimmed, 30 * BUCKET_MS, is_fraud=False)
+            await until_booked(system, labels)
+            after, other = await scores_at(31)
+            assert after == other
+
+    asyncio.run(run())
+
+
+def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_computing(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    system = PipelineUnderTest(
+        kafka.bootstrap, redis_server.url, tmp_path, kafka_session_timeout_seconds=6.0
+    )
+    sent = transactions(30_000, accounts=500)
+    labelled = sent[::5]
+    expected: dict[str, Profile] = {}
+    for t in labelled:
+        assert isinstance(t.timestamp, int)
+        entry = Fraud(
+            transaction_hash(t.transaction_id),
+            t.timestamp // BUCKET_MS,
+            (t.timestamp + 7 * DAY_MS) // BUCKET_MS,
+        )
+        expected.setdefault(t.merchant_id, Profile()).book(entry, True)
+    contradicted = labelled[::9]
+    for t in contradicted:
+        entry = Fraud(transaction_hash(t.transaction_id), 0, 2**31)
+        expected[t.merchant_id].book(entry, False)
+
+    async def stream_labels(feed: Feed) -> None:
+        for start in range(0, len(labelled), 200):
+            await send_labels(feed, labelled[start : start + 200], 7 * DAY_MS)
+            await asyncio.sleep(0.1)
+        await send_labels(feed, contradicted, 8 * DAY_MS, is_fraud=False)
+
+    async def run() -> None:
+        async with system.running(workers=2), Feed(system.settings, "labels") as labels:
+            feeding = asyncio.create_task(system.send(sent, rate=8_000))
+            labelling = asyncio.create_task(stream_labels(labels))
+            victim = system.workers[0]
+
+            async def works() -> bool:
+                await victim.refresh()
+                booked = victim.samples['recur_labels_total{decision="approve",label="fraud"}']
+                return booked > 500 and victim.samples["recur_transactions_total"] > 2_000
+
+            await until(works, "the worker to be in mid-stream")
+            victim.process.kill()
+            await asyncio.gather(feeding, labelling)
+            await system.until_applied()
+            await until_booked(system, labels)
+            assert_none_conflicts(await system.scores(), sent)
+            await system.assert_states_are_the_log()
+            await assert_profiles(system, sent, expected)
+
+    asyncio.run(run())
+
+
+async def assert_profiles(
+    system: PipelineUnderTest, sent: Sequence[Transaction], expected: dict[str, Profile]
+) -> None:
+    """Labels are booked exactly once; counts differ by the micro-batches at the crash."""
+    names = sorted({t.merchant_id for t in sent})
+    store = RedisMerchantStore.from_settings(system.settings)
+    values = await store.load(names)
+    await store.close()
+    counted = 0
+    for name, value in zip(names, values, strict=True):
+        assert value is not None
+        profile = Profile.from_bytes(value)
+        wanted = expected.get(name, Profile()).frauds
+        assert sorted(profile.frauds, key=lambda f: f.id_hash) == sorted(
+            wanted, key=lambda f: f.id_hash
+        ), name
+        counted += int(profile.counts.sum())
+    assert abs(counted - len(sent)) <= 2 * system.settings.micro_batch_max

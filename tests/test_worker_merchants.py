@@ -1,0 +1,261 @@
+"""Merchants in the worker: counted once, seen only in closed buckets, the same after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from model.features import INPUTS
+from model.merchants import (
+    BUCKET_MS,
+    MERCHANT_FEATURES,
+    SETTLE_MS,
+    observe_merchants,
+    present_bucket,
+)
+from pipeline import patience as patience_module
+from pipeline.codec import decode_score
+from pipeline.health import Health
+from pipeline.memory import MemoryMerchantStore
+from pipeline.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
+from pipeline.merchant_store import Booking
+from pipeline.merchants import Merchants
+from pipeline.metrics import Metrics
+from pipeline.patience import Patience
+from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish, small_checkpoint
+
+START_BUCKET = START_MS // BUCKET_MS
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
+
+
+def world_with_merchants(**settings: Any) -> World:
+    """Whose checkpoint looks at merchants."""
+    return World(small_checkpoint(inputs=INPUTS), partitions=1, **settings)
+
+
+def total(world: World, merchant: str = "m1") -> int:
+    return int(world.merchants.profile(merchant).counts.sum())
+
+
+def features(world: World) -> list[dict[str, float | None]]:
+    """Of each published score, in the order of the log."""
+    scores = world.scores(0)
+    return [decode_score(scores[offset][0]).features for offset in sorted(scores)]
+
+
+def jump_to_next_bucket(world: World) -> None:
+    world.now_ms = (world.now_ms // BUCKET_MS + 1) * BUCKET_MS + SETTLE_MS
+
+
+# counts ----------------------------------------------------------------------------------
+
+
+def test_each_new_transaction_is_counted_in_its_bucket_and_nothing_else_is() -> None:
+    world = World(partitions=2)
+    for i in range(30):
+        world.produce(f"A{i % 5}", f"t{i}", merchant_id=f"m{i % 3}")
+    world.produce("A1", "t26", merchant_id="m2")  # a repeat
+    world.produce_raw(b"A1", b"not a transaction")
+    finish(world.worker().run())
+
+    assert [total(world, f"m{i}") for i in range(3)] == [10, 10, 10]
+    assert world.merchants.profile("m0").head == START_BUCKET
+
+
+def test_a_replay_counts_nothing_again() -> None:
+    world = world_with_merchants()
+    for i in range(10):
+        world.produce(f"A{i}")
+    finish(world.worker().run())
+    world.store.watermarks.clear()
+    world.store.states.clear()
+    world.produce("A1")
+
+    finish(world.worker().run())
+
+    assert total(world) == 11
+    world.assert_published_before_saved()
+
+
+@pytest.mark.parametrize("when", ["before save", "after save", "before add to merchants"])
+def test_a_crash_changes_counts_by_no_more_than_its_micro_batch(when: str) -> None:
+    world = world_with_merchants(micro_batch_max=4)
+    for i in range(12):
+        world.produce(f"A{i}")
+    left = iter([None])
+
+    def die(name: str) -> None:
+        if name == when and next(left, 0) is None:
+            raise Killed
+
+    world.interrupt(die)
+    with pytest.raises(Killed):
+        finish(world.worker().run())
+    world.interrupt(lambda name: None)
+    finish(world.worker().run())
+
+    assert abs(total(world) - 12) <= 4
+    assert sum(len(said) for said in world.scores(0).values()) == 12
+
+
+def test_a_shadow_model_counts_nothing() -> None:
+    world = world_with_merchants(merchant_counts=False, review_threshold=0.0)
+    world.produce("A1")
+    finish(world.worker().run())
+
+    assert world.merchants.profiles == {}
+    assert world.merchants.alerts == {}
+
+
+def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
+    world = World(partitions=1, review_threshold=0.0, decline_threshold=1.0)
+    world.produce("A1", "t1")
+    finish(world.worker().run())
+
+    assert world.merchants.alerts == {transaction_hash("t1"): "review"}
+
+
+# features --------------------------------------------------------------------------------
+
+
+def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_closed() -> None:
+    world = world_with_merchants()
+    worker = world.worker()
+    for account in ("A1", "A2"):
+        world.produce(account, f"first-{account}")
+    finish(worker.run())
+    bucket = world.now_ms // BUCKET_MS
+    entry = Fraud(transaction_hash("first-A1"), bucket, bucket + 1)
+    jump_to_next_bucket(world)
+    world.produce("A3")
+    finish(worker.run())
+    finish(world.merchants.book(0, [Booking(0, "m1", True, entry)], 1))
+    world.produce("A4")
+    finish(worker.run())
+    jump_to_next_bucket(world)
+    world.produce("A5")
+    finish(worker.run())
+
+    seen = [(f["merchant_count_1d"], f["merchant_known_frauds"]) for f in features(world)]
+    assert seen == [(0, 0), (0, 0), (2, 0), (2, 0), (4, 1)]
+
+
+def test_a_checkpoint_that_looks_at_no_merchant_loads_none() -> None:
+    world = World(partitions=1)
+    steps: list[str] = []
+    world.interrupt(steps.append)
+    world.produce("A1")
+    finish(world.worker().run())
+
+    assert "before load merchants" not in steps
+    assert total(world) == 1
+
+
+def test_a_merchant_is_loaded_once_in_a_bucket() -> None:
+    world = world_with_merchants(micro_batch_max=1)
+    world.now_ms = START_BUCKET * BUCKET_MS + SETTLE_MS
+    steps: list[str] = []
+    world.interrupt(steps.append)
+    worker = world.worker()
+    for i in range(6):
+        world.produce(f"A{i}")
+    finish(worker.run())
+    assert steps.count("before load merchants") == 1
+    assert worker.count("recur_merchant_profiles_total", result="cached") == 5
+
+    jump_to_next_bucket(world)
+    world.produce("A7")
+    finish(worker.run())
+    assert steps.count("before load merchants") == 2
+
+
+def test_a_kept_score_advances_its_state_with_the_features_that_it_records() -> None:
+    """The worker dies with a score published; before the next one comes the profile changes."""
+    world = world_with_merchants()
+    worker = world.worker()
+    world.produce("A0", "t0")
+    finish(worker.run())
+    world.produce("A1", "t1")
+    left = iter([None])
+
+    def die(name: str) -> None:
+        if name == "before save" and next(left, 0) is None:
+            raise Killed
+
+    world.interrupt(die)
+    with pytest.raises(Killed):
+        finish(worker.run())
+    world.interrupt(lambda name: None)
+    undisturbed = world_with_merchants()
+    undisturbed.produce("A0", "t0")
+    undisturbed.produce("A1", "t1")
+    finish(undisturbed.worker().run())
+
+    entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
+    bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
+    finish(world.merchants.book(0, bookings, 9))
+    finish(world.worker().run())
+
+    assert len(world.scores(0)[1]) == 1
+    assert world.store.states[0, "A1"] == undisturbed.store.states[0, "A1"]
+
+
+def test_without_the_record_the_features_would_have_been_others() -> None:
+    """What the test above rests on."""
+    world = world_with_merchants()
+    entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
+    bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
+    finish(world.merchants.book(0, bookings, 9))
+    world.produce("A1", "t1")
+    finish(world.worker().run())
+    assert features(world)[0]["merchant_known_frauds"] == 9
+
+
+# held in memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached_max", [0, 1, 3, 7, 1000])
+def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> None:
+    """Whatever the order of buckets and merchants, and however few are held."""
+    rng = np.random.default_rng(cached_max)
+    store = MemoryMerchantStore()
+    names = [f"m{i}" for i in range(10)]
+    for name in names[:8]:
+        profile = Profile()
+        for bucket in range(START_BUCKET - 50, START_BUCKET + 10):
+            profile.count(bucket, int(rng.integers(0, 5)))
+        profile.book(Fraud(1, START_BUCKET - 40, START_BUCKET - int(rng.integers(5, 12))), True)
+        store.profiles[name] = profile.to_bytes()
+    store.profiles["m9"] = b"damaged"
+    metrics = Metrics(CollectorRegistry())
+    merchants = Merchants(
+        store=store,
+        patience=Patience(metrics, Health(1.0)),
+        metrics=metrics,
+        label_delay_ms=7 * DAY_MS,
+        cached_max=cached_max,
+    )
+
+    async def go() -> None:
+        for _ in range(60):
+            n = int(rng.integers(1, 8))
+            ids = [names[i] for i in rng.integers(0, 10, n)]
+            times = START_MS + rng.integers(-2, 3, n) * BUCKET_MS
+            wanted = merchants.look(ids, times)
+            if len(wanted.missing):
+                await merchants.fill(wanted)
+            profiles, _ = decode_profiles([store.profiles.get(name) for name in ids])
+            expected = observe_merchants(profiles, np.arange(n), times, 7 * DAY_MS)
+            np.testing.assert_array_equal(wanted.raw, expected)
+            assert wanted.raw.shape == (n, len(MERCHANT_FEATURES))
+
+    asyncio.run(go())
+    assert present_bucket(np.array([START_MS])).item() in (START_BUCKET, START_BUCKET - 1)
