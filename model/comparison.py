@@ -158,7 +158,7 @@ def measure(
         "precision_at_100": evaluation.precision_at(scores, is_fraud, day, DAILY_REVIEW),
         "recall_at_fpr_0.001": evaluation.recall_at_false_positive_rate(scores, is_fraud, 0.001),
         "recall_at_fpr_0.01": evaluation.recall_at_false_positive_rate(scores, is_fraud, 0.01),
-        "expected_calibration_error": evaluation.expected_calibration_error(scores, is_fraud),
+        "calibration_error": evaluation.expected_calibration_error(scores, is_fraud),
         "brier_score": evaluation.brier_score(scores, is_fraud),
     }
 
