@@ -31,7 +31,7 @@ from model.candidates import (
 )
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
-from model.features import DEFINITION, FeatureSpec, Float32
+from model.features import DEFINITION, INPUTS, FeatureSpec, Float32
 from model.protocol import Fold, ProtocolName, days_of
 from model.reference import PARAMETERS, TREES, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
@@ -287,7 +287,8 @@ class Comparer:
 
     def _key(self, job: _Job) -> str:
         """A file's name: what is in it, and a digest of everything that decides it."""
-        decides: list[object] = [CACHE_FORMAT, DEFINITION, self._digest, dataclasses.astuple(job)]
+        decides: list[object] = [CACHE_FORMAT, DEFINITION, INPUTS, self._digest]
+        decides.append(dataclasses.astuple(job))
         settings = self._settings
         if job.network == GIVEN:
             assert self._given is not None
