@@ -48,7 +48,9 @@ BETWEEN_ACCOUNTS_SHARE = 0.95
 """Of a field's variance: with more it says which account it is, more than what happens there."""
 
 ACCOUNTS_FEW = 20_000
-"""So few accounts a network can learn by heart by such a field: it is left out."""
+"""So few accounts a network can learn by heart by such a field: it is left out. With positions,
+ages and occupations of 400 accounts average precision was .949, without .956 (validation .937 and
+.953; data of benchmarks/bursts.py, one seed)."""
 
 TEXTS_PER_ACCOUNT = 0.1
 """The same of a categorical field that is constant for each account, with more texts than this."""
