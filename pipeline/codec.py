@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from model.merchants import MERCHANT_FEATURES
 from model.reasons import Reason
 from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
 from pipeline.decision import DECISIONS, Thresholds
@@ -218,6 +219,15 @@ class Alert(Score, frozen=True, gc=False, kw_only=True):
     created_at: int
 
 
+MerchantRecord = msgspec.defstruct(
+    "MerchantRecord",
+    [(name, float | None, None) for name in MERCHANT_FEATURES],
+    frozen=True,
+    gc=False,
+)
+"""Of a score's features those of the merchant: what else there is, the account's state gives."""
+
+
 class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     """What recovery needs of a score: which transaction it is of, what was said, from what."""
 
@@ -225,7 +235,7 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     score: float
     decision: str
     thresholds: dict[str, float] | None = None
-    features: dict[str, float | None] = {}
+    features: MerchantRecord | None = None  # type: ignore[valid-type]
 
 
 decode_score = msgspec.json.Decoder(Score).decode

@@ -12,6 +12,7 @@ import redis.asyncio as redis_asyncio
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
+from pipeline.errors import RecurError
 from pipeline.settings import Settings
 
 # AttributeError: redis-py's cluster client, after an error of one call, closes the connections
@@ -21,8 +22,26 @@ _UNAVAILABLE = (RedisError, RedisClusterException, OSError, TimeoutError, Attrib
 Command = tuple[str | bytes, ...]
 
 
+RIGHTS = (
+    "+get +mget +set +bitfield +setrange +pexpire +evalsha +script|load +ping +info +client|setinfo"
+)
+"""What an ACL user of Redis must be allowed, on keys that begin with ``RECUR_KEY_PREFIX``."""
+
+_FORBIDDEN = ("no permissions", "can't run this command", "ACL failure")
+
+
 class StoreUnavailableError(Exception):
     """The store did not answer; what was asked may be asked again."""
+
+
+class StoreForbiddenError(RecurError):
+    """Redis's ACL does not allow its user a command; asking again does not help."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"Redis does not allow its user all that Recur does: grant {RIGHTS} on the keys that"
+            " begin with RECUR_KEY_PREFIX (ACL SETUSER), and start again"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class RedisCalls:
 
         Raises:
             StoreUnavailableError: one of them was not answered; others may have been run.
+            StoreForbiddenError: Redis does not allow one of them.
         """
         try:
             return await self._execute(commands)
@@ -90,7 +110,7 @@ class RedisCalls:
         except NoScriptError:
             raise
         except _UNAVAILABLE as error:
-            raise StoreUnavailableError(_complaint(error)) from error
+            raise _unanswered(error) from error
 
     async def _load_scripts(self) -> None:
         options = {"target_nodes": RedisCluster.PRIMARIES} if self.is_cluster else {}
@@ -106,7 +126,7 @@ class RedisCalls:
         try:
             return await self.client.execute_command(*command, **options)
         except _UNAVAILABLE as error:
-            raise StoreUnavailableError(_complaint(error)) from error
+            raise _unanswered(error) from error
 
     async def close(self) -> None:
         """Give connections back."""
@@ -119,6 +139,13 @@ def redis_client(settings: Settings) -> Any:
     if settings.redis_cluster:
         return RedisCluster.from_url(settings.redis_url, **options)
     return redis_asyncio.Redis.from_url(settings.redis_url, **options)
+
+
+def _unanswered(error: BaseException) -> StoreUnavailableError | StoreForbiddenError:
+    """What to raise where a command was not answered."""
+    if any(sign in str(error) for sign in _FORBIDDEN):
+        return StoreForbiddenError()
+    return StoreUnavailableError(_complaint(error))
 
 
 def _complaint(error: BaseException) -> str:

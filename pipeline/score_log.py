@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
+import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from model.merchants import MERCHANT_FEATURES
 from pipeline.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 
@@ -47,12 +47,12 @@ class Kept:
     value: bytes
     score: PublishedScore
 
-    def merchant_raw(self) -> list[float] | None:
+    def merchant_raw(self) -> tuple[float, ...] | None:
         """The merchant's features that it was computed from, if it records them all."""
-        features = self.score.features
-        found = [features.get(name) for name in MERCHANT_FEATURES]
-        complete = [value for value in found if value is not None]
-        return complete if len(complete) == len(found) else None
+        if self.score.features is None:
+            return None
+        found = msgspec.structs.astuple(self.score.features)
+        return None if None in found else found
 
 
 class ScoreLog(Protocol):

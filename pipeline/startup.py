@@ -16,6 +16,7 @@ from model.features import FeatureSpec
 from pipeline.codec import names_in
 from pipeline.errors import StartupError
 from pipeline.further_fields import ALWAYS_THERE
+from pipeline.merchant_store import RedisMerchantStore
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
@@ -56,17 +57,21 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
         StartupError: something is not right; the message says what to do.
     """
     check_names(checkpoint.header.features)
-    partitions = (await ensure_topics(settings))["transactions"]
+    counts = await ensure_topics(settings)
+    partitions = counts["transactions"]
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
+    merchant_store = RedisMerchantStore.from_settings(settings)
     score_log = KafkaScoreLog(settings)
     try:
         await _check_redis(settings, store)
         await score_log.start()
         await _check_watermarks(settings, store, score_log, partitions)
+        await _check_labels(settings, merchant_store, score_log, counts["labels"])
         await _check_fields(settings, checkpoint.header.features, score_log, partitions)
     finally:
         await score_log.stop()
         await store.close()
+        await merchant_store.close()
     return partitions
 
 
@@ -97,6 +102,26 @@ async def _check_watermarks(
     for partition, value in marks.items():
         mark = read_watermark(topic, partition, value)
         check_watermark(topic, partition, mark, partitions, ends[partition])
+
+
+async def _check_labels(
+    settings: Settings, store: RedisMerchantStore, score_log: KafkaScoreLog, partitions: int
+) -> None:
+    """No labels are booked past the end of their log: those to come would count as booked."""
+    topic = settings.topic("labels")
+    try:
+        ends = await score_log.ends(topic, list(range(partitions)))
+        booked = {partition: await store.booked_to(partition) for partition in ends}
+    except (StoreUnavailableError, LogUnavailableError) as error:
+        raise StartupError(f"cannot compare the booked labels with the log: {error}") from error
+    for partition, end in ends.items():
+        if booked[partition] > end:
+            raise StartupError(
+                f"labels in Redis are booked past the end of {topic}-{partition} (offset "
+                f"{booked[partition]}, the log ends at {end}): the topic was recreated or "
+                "truncated. Set RECUR_LABELS_TOPIC to a new topic, or RECUR_KEY_PREFIX to a new "
+                "prefix to begin anew"
+            )
 
 
 def check_names(features: FeatureSpec) -> None:

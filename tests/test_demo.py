@@ -92,6 +92,8 @@ def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Pa
     assert "every transaction was scored exactly once" in text
     assert len(re.findall(r"http://127\.0\.0\.1:\d+/metrics", text)) == 2
     assert re.search(r"live +800 at \d+/s: p50 [\d.,]+ ms", text)
+    assert re.search(r"labels +[\d,]+ frauds became known, each 7 simulated days late", text)
+    assert re.search(r"states +[\d,]+ accounts of \d+ B, [\d,]+ merchants of \d+ B", text)
     assert re.search(r"burst +20,000 in [\d.]+ s: [\d,]+/s by 2 workers", text)
     scored = [
         int(n.replace(",", "")) for n in re.findall(r"worker \d: ([\d,]+) transactions", text)

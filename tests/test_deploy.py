@@ -288,7 +288,8 @@ def sample_names() -> set[str]:
 def expressions() -> dict[str, str]:
     """Every query of alerts and dashboard, by where it stands."""
     groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
-    found = {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+    rules = [rule for group in groups for rule in group["rules"]]
+    found = {rule.get("alert") or rule["record"]: rule["expr"] for rule in rules}
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             found[f"{panel['title']} ({target['refId']})"] = target["expr"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
+from pipeline.keys import MerchantKeys
+from pipeline.redis_calls import RIGHTS
 from pipeline.services import Kafka, Redis, RedisCluster, free_port
 from pipeline.worker_processes import WorkerProcess
 from tests.pipeline_under_test import (
@@ -343,7 +345,7 @@ class KafkaWithUsers(Kafka):
 
 def test_the_users_of_kafka_and_redis_reach_every_client(tmp_path: Path) -> None:
     sent = transactions(2_000, accounts=50)
-    least = "~recur-* +mget +get +set +evalsha +script|load +ping +info +client|setinfo"
+    least = f"~recur-* {RIGHTS}"
 
     async def run(broker: KafkaWithUsers, server: Redis) -> None:
         system = PipelineUnderTest(
@@ -363,6 +365,8 @@ def test_the_users_of_kafka_and_redis_reach_every_client(tmp_path: Path) -> None
             assert_scored_once(await system.scores(), sent)
             await system.assert_states_are_the_log()
             with server.client() as admin:
+                keys = MerchantKeys(system.settings.key_prefix)
+                assert admin.exists(keys.profile(sent[0].merchant_id))
                 assert "recur" in {client["user"] for client in admin.client_list()}
 
     with KafkaWithUsers() as broker, Redis() as server:

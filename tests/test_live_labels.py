@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from model.merchants import BUCKET_MS, SETTLE_MS
 from model.transaction import Transaction
+from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.label_feed import encode_labels
 from pipeline.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.merchant_store import RedisMerchantStore
+from pipeline.merchant_store import Booking, RedisMerchantStore
 from pipeline.services import Kafka, Redis
+from pipeline.startup import check_services, load_checkpoint
 from tests.parity import Log, offline_merchant_raw, random_checkpoint
 from tests.pipeline_under_test import (
     EVENT_TIME_MS,
@@ -162,6 +166,56 @@ def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_comp
             assert_none_conflicts(await system.scores(), sent)
             await system.assert_states_are_the_log()
             await assert_profiles(system, sent, expected)
+
+    asyncio.run(run())
+
+
+def test_the_labels_topic_may_have_another_number_of_partitions(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Partition 2 of the one topic is not partition 2 of the other, nor of the same worker."""
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=2)
+    sent = transactions(2_000, accounts=100)
+
+    async def run() -> None:
+        admin = AIOKafkaAdminClient(**system.settings.kafka_client_options())
+        await admin.start()
+        await admin.create_topics([NewTopic(system.settings.topic("labels"), 5, 1)])
+        await admin.close()
+        async with system.running(workers=2), Feed(system.settings, "labels") as labels:
+            assert labels.partitions == 5
+            await send_labels(labels, sent[:500], 7 * DAY_MS)
+            await system.send(sent)
+            await until_booked(system, labels)
+            await send_labels(labels, sent[500:600], 7 * DAY_MS)
+            await until_booked(system, labels)
+            await system.until_applied()
+            assert_none_conflicts(await system.scores(), sent)
+            booked = 0.0
+            for worker in system.workers:
+                await worker.refresh()
+                assert worker.samples["recur_partitions_assigned"] == 1
+                booked += worker.samples['recur_labels_total{decision="approve",label="fraud"}']
+                booked += worker.samples['recur_labels_total{decision="review",label="fraud"}']
+                booked += worker.samples['recur_labels_total{decision="decline",label="fraud"}']
+            assert booked == 600
+
+    asyncio.run(run())
+
+
+def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Its labels would count as booked, for their offsets are low."""
+    settings = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path).settings
+    entry = Fraud(1, 10, 20)
+
+    async def run() -> None:
+        store = RedisMerchantStore.from_settings(settings)
+        await store.book(1, [Booking(6, "M1", True, entry)], 7)
+        await store.close()
+        with pytest.raises(StartupError, match=r"labels-1 \(offset 7, the log ends at 0\)"):
+            await check_services(settings, load_checkpoint(settings))
 
     asyncio.run(run())
 

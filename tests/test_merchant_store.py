@@ -26,7 +26,7 @@ from pipeline.merchant_store import (
     MerchantStore,
     RedisMerchantStore,
 )
-from pipeline.redis_calls import StoreUnavailableError
+from pipeline.redis_calls import RIGHTS, StoreForbiddenError, StoreUnavailableError
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import load_settings
 
@@ -434,6 +434,28 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
         assert await book(store, 0, [fraud(0, "M1", 1)]) == ["approve"]
 
     stoppable.run(go)
+
+
+@pytest.mark.parametrize("missing", ["+bitfield", "+setrange", "+pexpire", "+mget", "+set"])
+def test_a_right_that_is_missing_is_told_and_not_waited_for(missing: str) -> None:
+    rights = [right for right in RIGHTS.split() if right != missing]
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({1000: {"secret-merchant": 1}}, [])
+        await store.add({1004: {"secret-merchant": 1}}, [])
+        await store.load(["secret-merchant"])
+
+    with Redis() as server, server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "recur", "on", ">of-redis", "~*", *rights)
+        configured = load_settings(
+            redis_url=server.url, redis_username="recur", redis_password="of-redis"
+        )
+        backend = Backend(lambda: RedisMerchantStore.from_settings(configured))
+        with pytest.raises(StoreForbiddenError, match=r"grant .*\+bitfield") as caught:
+            backend.run(go)
+        assert "secret" not in str(caught.value)
+        admin.execute_command("ACL", "SETUSER", "recur", missing)
+        backend.run(go)
 
 
 def test_what_a_script_changes_together_lies_in_one_slot() -> None:
