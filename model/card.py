@@ -233,7 +233,7 @@ def _robustness(results: Results) -> str:
     found = results.robustness
     assert found is not None
     faults = [
-        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"] for cost in found.faults
+        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.5f}"] for cost in found.faults
     ]
     weeks = [
         [
