@@ -57,7 +57,7 @@ label = "is_fraud"
 currency = "USD"
 
 [fields]
-numeric = ["lat", "long", "merch_lat", "merch_long", "city_pop", "age"]
+numeric = ["lat", "long", "merch_lat", "merch_long", "distance", "city_pop", "age"]
 categorical = ["job"]
 """
 
@@ -113,6 +113,7 @@ def transactions(
             "long": place[:, 1],
             "merch_lat": merchant_place[:, 0],
             "merch_long": merchant_place[:, 1],
+            "distance": np.hypot(*(merchant_place - place).T),
             "city_pop": np.round(rng.lognormal(8, 2, accounts))[account],
             "age": rng.integers(18, 90, accounts)[account],
             "job": pa.array([f"job {j}" for j in range(400)]).take(

@@ -44,6 +44,15 @@ HEAVY_TAIL_DEVIATIONS = 30.0
 QUANTILE_STEPS = 9
 """Of a heavy-tailed field with values under 0."""
 
+BETWEEN_ACCOUNTS_SHARE = 0.95
+"""Of a field's variance: with more it says which account it is, more than what happens there."""
+
+ACCOUNTS_FEW = 20_000
+"""So few accounts a network can learn by heart by such a field: it is left out."""
+
+TEXTS_PER_ACCOUNT = 0.1
+"""The same of a categorical field that is constant for each account, with more texts than this."""
+
 MISSING_MIN = 20
 """Missing values from which on that a value is missing is an input."""
 
@@ -53,33 +62,64 @@ Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
 
-def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], tuple[str, ...]]:
-    """The dataset's fields that say something in the training period, and those that do not.
+CONSTANT = "always the same"
+OF_ACCOUNT = "little but which of the few accounts it is"
+"""What a field says that is left out."""
 
-    A numeric field without two different values, and a categorical one without two frequent
-    texts (or one, and missing values), are left out.
+
+def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict[str, str]]:
+    """The dataset's fields that are worth a look, and what those say that are left out, by name.
+
+    A field is left out that has not two different values (or frequent texts), or that tells few
+    accounts apart and little else, as a position or a birthday does.
 
     Args:
         rows: of the training period.
     """
     kept: list[Field] = []
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}
+    account = np.asarray(dataset.account[rows])
     for name, values in dataset.numeric.items():
         there = np.asarray(values[rows])
         missing = np.isnan(there)
-        there = there[~missing]
-        varied = len(there) > 0 and there.min() < there.max()
-        if varied or MISSING_MIN <= missing.sum() <= len(missing) - MISSING_MIN:
+        varied = not missing.all() and np.nanmin(there) < np.nanmax(there)
+        if not varied and not MISSING_MIN <= missing.sum() <= len(missing) - MISSING_MIN:
+            left_out[name] = CONSTANT
+        elif varied and _tells_accounts_apart(account[~missing], there[~missing]):
+            left_out[name] = OF_ACCOUNT
+        else:
             kept.append(Field(name, "numeric"))
-        else:
-            left_out.append(name)
     for name, codes in dataset.categorical.items():
-        vocabulary, unknown = _vocabulary(dataset.texts[name], np.asarray(codes[rows]))
-        if len(vocabulary) + (unknown >= TEXT_COUNT_MIN) > 1:
-            kept.append(Field(name, "categorical", vocabulary))
+        coded = np.asarray(codes[rows])
+        vocabulary, unknown = _vocabulary(dataset.texts[name], coded)
+        if len(vocabulary) + (unknown >= TEXT_COUNT_MIN) <= 1:
+            left_out[name] = CONSTANT
+        elif _names_accounts(account, coded):
+            left_out[name] = OF_ACCOUNT
         else:
-            left_out.append(name)
-    return tuple(kept), tuple(left_out)
+            kept.append(Field(name, "categorical", vocabulary))
+    return tuple(kept), left_out
+
+
+def _tells_accounts_apart(account: NDArray[np.int32], values: Float32) -> bool:
+    """Whether almost all of a numeric field's variance lies between accounts, and these are few."""
+    ranks = np.unique(values, return_inverse=True)[1].astype(np.float64)  # whatever its tails
+    count = np.bincount(account)
+    accounts = int((count > 0).sum())
+    if not 1 < accounts <= ACCOUNTS_FEW or len(values) < 2 * accounts:
+        return False
+    mean = np.bincount(account, ranks) / np.maximum(count, 1)
+    within = float(np.square(ranks - mean[account]).sum())
+    return within <= (1 - BETWEEN_ACCOUNTS_SHARE) * float(np.square(ranks - ranks.mean()).sum())
+
+
+def _names_accounts(account: NDArray[np.int32], codes: NDArray[np.int32]) -> bool:
+    """Whether a categorical field is constant for almost every account, with many texts."""
+    accounts = len(np.unique(account))
+    if not 1 < accounts <= ACCOUNTS_FEW or len(codes) < 2 * accounts:
+        return False
+    pairs = len(np.unique(account.astype(np.int64) << 32 | (codes.astype(np.int64) + 1)))
+    return pairs <= 1.05 * accounts and len(np.unique(codes)) > TEXTS_PER_ACCOUNT * accounts
 
 
 def _vocabulary(texts: Sequence[str], codes: NDArray[np.int32]) -> tuple[tuple[str, ...], int]:

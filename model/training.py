@@ -314,8 +314,9 @@ class _Training:
         settings = self._settings
         in_training = _labelled(dataset, split.training, split.validation)
         fields, left_out = chosen_fields(dataset, in_training)
-        if left_out:
-            self._keep_in_sight(_READ, f"not used, since constant: {', '.join(left_out)}")
+        for said in sorted(set(left_out.values())):
+            names = ", ".join(name for name in left_out if left_out[name] == said)
+            self._keep_in_sight(_READ, f"not used, since they say {said}: {names}")
         unfitted = FeatureSpec(label_delay_days=settings.label_delay_days, fields=fields)
         path = self._folder / _RAW
         if path.is_file():

@@ -48,12 +48,12 @@ class TrainingSettings:
     dropout: float = 0.1
 
     epochs: int | None = None
-    """None: 6, more where the data are few."""
+    """None: 8, more where the data are few."""
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     chunk_steps: int = 64
     accounts_per_batch: int | None = None
-    """None: 64, fewer where that would make few updates."""
+    """None: 32, fewer where that would make few updates."""
 
     review_false_positive_rate: float = 0.002
     """Of the genuine transactions at most this share is reviewed or declined."""

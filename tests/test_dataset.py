@@ -23,7 +23,7 @@ from model.dataset import (
     text_keys,
 )
 from model.features import FEATURES, Encoder, FeatureSpec, Field, field_column
-from model.inputs import chosen_fields, embedding_sizes, fitted_spec
+from model.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
 from model.raw_features import EncodedInputs, open_raw, write_raw
 from model.scoring import Sequences
 from model.training import SimulatedData, TrainingSettings, observe_all, simulate
@@ -207,9 +207,31 @@ def test_fields_that_say_something_are_chosen_with_the_texts_that_are_frequent(
 ) -> None:
     dataset = fields_of(tmp_path)
     fields, left_out = chosen_fields(dataset, np.arange(len(dataset)))
-    assert set(left_out) == {"constant", "empty", "always"}
+    assert left_out == dict.fromkeys(("constant", "empty", "always"), CONSTANT)
     assert [f.name for f in fields] == ["age", "tiny", "heavy", "wild", "huge", "job"]
     assert set(fields[-1].vocabulary) == {"nurse", "cook", "pilot"}  # the astronauts are few
+
+
+def test_fields_by_which_few_accounts_could_be_learned_by_heart_are_left_out(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    n, accounts = 3000, 100
+    account = rng.integers(0, accounts, n)
+    home = rng.uniform(-60, 60, accounts)[account]
+    categorical: dict[str, list[str | None]] = {
+        "street": [f"street {a}" for a in account],
+        "gender": ["fm"[a % 2] for a in account],
+        "mcc": [str(m) for m in rng.integers(0, 50, n)],
+    }
+    numeric = {"home": home, "shop": home + rng.normal(0, 1, n), "distance": rng.random(n)}
+    given_rows = rows(
+        n, account=account.astype(np.uint64), numeric=numeric, categorical=categorical
+    )
+    dataset = written(tmp_path, given_rows, numeric=tuple(numeric), categorical=tuple(categorical))
+    fields, left_out = chosen_fields(dataset, np.arange(n))
+    assert left_out == dict.fromkeys(("home", "shop", "street"), OF_ACCOUNT)
+    assert [field.name for field in fields] == ["distance", "gender", "mcc"]
 
 
 def test_inputs_of_fields_are_standardised_whatever_their_scale(tmp_path: Path) -> None:
