@@ -284,7 +284,7 @@ def train_reference(
         scores,
         seconds,
         boosted.parameters,
-        _microseconds(lambda: boosted.score(batch, threads=1), len(batch)),
+        _microseconds(lambda: boosted.score(batch), len(batch)),
     )
 
 

@@ -271,7 +271,7 @@ def _limits(results: Results, described: Summary) -> str:
 - Data like the Fraud Detection Handbook's are simulated; real fraud is more varied and changes
   when it is found. Train and measure on your own transactions before you trust a score.
 - Scores are probabilities as long as the share and the kinds of fraud stay as they were in
-  training (ECE {described.mean["expected_calibration_error"]:.5f} here).
+  training (ECE {described.mean["calibration_error"]:.5f} here).
 {blind}- A fraud at a merchant is not known before its label arrives, some days later; until then
   only the account's own history speaks.
 - An account's first transactions are scored without a history, and all of them after a loss of

@@ -31,7 +31,7 @@ from model.candidates import (
 )
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
-from model.features import DEFINITION, FeatureSpec, Float32
+from model.features import DEFINITION, INPUTS, FeatureSpec, Float32
 from model.protocol import Fold, ProtocolName, days_of
 from model.reference import PARAMETERS, TREES, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
@@ -158,7 +158,7 @@ def measure(
         "precision_at_100": evaluation.precision_at(scores, is_fraud, day, DAILY_REVIEW),
         "recall_at_fpr_0.001": evaluation.recall_at_false_positive_rate(scores, is_fraud, 0.001),
         "recall_at_fpr_0.01": evaluation.recall_at_false_positive_rate(scores, is_fraud, 0.01),
-        "expected_calibration_error": evaluation.expected_calibration_error(scores, is_fraud),
+        "calibration_error": evaluation.expected_calibration_error(scores, is_fraud),
         "brier_score": evaluation.brier_score(scores, is_fraud),
     }
 
@@ -262,7 +262,8 @@ class Comparer:
         key = self._key(job)
         kept = None if self._cache is None else self._cache.get(key)
         if kept is not None:
-            return kept
+            run, scores, checkpoint = kept
+            return run, scores, self._given if job.network == GIVEN else checkpoint
         trained = self._train(job, key, show)
         log, scores = self.material.dataset, trained.scores[rows]
         threshold = evaluation.threshold_at_false_positive_rate(
@@ -280,12 +281,14 @@ class Comparer:
             verdict=_measure_verdict(trained, log, rows),
         )
         if self._cache is not None:
-            self._cache.put(key, run, scores, trained.checkpoint)
+            own = None if job.network == GIVEN else trained.checkpoint
+            self._cache.put(key, run, scores, own)
         return run, scores, trained.checkpoint
 
     def _key(self, job: _Job) -> str:
         """A file's name: what is in it, and a digest of everything that decides it."""
-        decides: list[object] = [CACHE_FORMAT, DEFINITION, self._digest, dataclasses.astuple(job)]
+        decides: list[object] = [CACHE_FORMAT, DEFINITION, INPUTS, self._digest]
+        decides.append(dataclasses.astuple(job))
         settings = self._settings
         if job.network == GIVEN:
             assert self._given is not None

@@ -55,6 +55,9 @@ class TrainingProgress:
         """Shows a report of :func:`model.training.train`."""
         elapsed = time.monotonic() - self._began
         left = time_left(elapsed, report.done)
+        if report.lasting:
+            self._console.print(f"{self._command}: {report.note}", highlight=False, soft_wrap=True)
+            return
         if self._console.is_terminal:
             self._bar.update(
                 self._task,

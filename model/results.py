@@ -30,7 +30,7 @@ MEASURES: dict[str, str] = {
     "precision_at_100": "P@100",
     "recall_at_fpr_0.001": "R@0.1 %",
     "recall_at_fpr_0.01": "R@1 %",
-    "expected_calibration_error": "ECE",
+    "calibration_error": "ECE",
     "brier_score": "Brier",
 }
 """Measures by name, with the heading of their column."""
@@ -38,7 +38,7 @@ MEASURES: dict[str, str] = {
 VERDICT_TITLE = "  its verdict on the account"
 """Many to one: is the account compromised now? By the last state; measured over accounts."""
 
-FINE = ("expected_calibration_error", "brier_score")
+FINE = ("calibration_error", "brier_score")
 """Measures that are small numbers, and the smaller the better."""
 
 PUBLISHED: dict[ProtocolName, dict[str, dict[str, float]]] = {

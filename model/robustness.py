@@ -19,8 +19,11 @@ from model.dataset import DAY_MS, Dataset
 from model.evaluation import average_precision
 from model.features import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.protocol import Fold, days_of, iso_date
+from model.scoring import one_core_each
 
 WEEK_DAYS = 7
+THREADS = 2
+"""Faults that are tried at once."""
 
 RawOf = Callable[[NDArray[np.intp]], Float32]
 
@@ -170,11 +173,15 @@ def measure_robustness(
     rows = fold.tested_rows(log)
     is_fraud = log.is_fraud[rows]
     wipe = Faults("all states lost", wiped_ms=fold.test_from * DAY_MS)
-    scored = {}
     everything = (NO_FAULTS, *FAULTS, wipe)
-    for number, faults in enumerate(everything):
-        show(number / len(everything), f"faults: {faults.title}")
-        scored[faults.title] = score_with_faults(checkpoint, log, raw_of, faults, end)[rows]
+    scored = {}
+    with one_core_each(THREADS) as pool:
+        running = pool.map(
+            lambda faults: score_with_faults(checkpoint, log, raw_of, faults, end), everything
+        )
+        for number, faults in enumerate(everything):
+            show(number / len(everything), f"faults: {faults.title}")
+            scored[faults.title] = next(running)[rows]
     undisturbed = scored[NO_FAULTS.title]
     best = average_precision(undisturbed, is_fraud)
     costs = []

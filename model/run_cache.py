@@ -9,12 +9,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
 from model.features import Float32
 from model.training_state import TrainingState
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Version of the files; another one counts as not there."""
+
+_UNUSABLE = (
+    *(ValueError, KeyError, OSError, zipfile.BadZipFile),
+    *(msgspec.DecodeError, CheckpointError),
+)
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,24 +59,21 @@ class RunCache:
         self._folder = folder
 
     def get(self, key: str) -> tuple[Run, Float32, Checkpoint | None] | None:
-        """What was kept under the key; none if it is not there whole.
-
-        Raises:
-            model.checkpoint.CheckpointError: its checkpoint cannot be used.
-        """
+        """What was kept under the key; none if it is not there whole, or of another version."""
         path = self._folder / f"{key}.npz"
         try:
             # The file is opened here: of one that is cut off np.load forgets to close it.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 run = msgspec.json.decode(kept["run"].tobytes(), type=Run)
                 scores = kept["scores"]
+            weights = self._folder / f"{key}.safetensors"
+            checkpoint = Checkpoint.load(weights) if weights.exists() else None
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile, msgspec.DecodeError):
-            path.unlink(missing_ok=True)  # cut off by a full disk, or not ours: made again
+        except _UNUSABLE:  # cut off by a full disk, or of another version: made again
+            path.unlink(missing_ok=True)
             return None
-        checkpoint = self._folder / f"{key}.safetensors"
-        return run, scores, Checkpoint.load(checkpoint) if checkpoint.exists() else None
+        return run, scores, checkpoint
 
     def state(self, key: str) -> TrainingState:
         """Where a training that is interrupted leaves how far it is."""

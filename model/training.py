@@ -292,17 +292,19 @@ class _Training:
         if partial.is_dir():
             shutil.rmtree(partial)
 
+        notes = [""]
+
         def show(done: float, note: str) -> None:
+            notes[0] = note
             self._report(Report("reading transactions", done * _READ, note))
 
         written = self._source.write(partial, show)
         partial.rename(folder)
-        note = f"{len(written):,} transactions"
         if written.unsorted:
-            note += f"; not in order of time, sorted: {written.unsorted:,} rows"
+            notes.append(f"{written.unsorted:,} were not in order of time: sorted")
         if written.repeated:
-            note += f"; repeats dropped: {written.repeated:,} rows"
-        self._report(Report("reading transactions", _READ, note))
+            notes.append(f"{written.repeated:,} rows were repeats: dropped")
+        self._keep_in_sight(_READ, ", ".join(note for note in notes if note))
         return Dataset.open(folder)
 
     def _features(
@@ -312,7 +314,8 @@ class _Training:
         settings = self._settings
         in_training = _labelled(dataset, split.training, split.validation)
         fields, left_out = chosen_fields(dataset, in_training)
-        note = f"without {', '.join(left_out)}: constant" if left_out else ""
+        if left_out:
+            self._keep_in_sight(_READ, f"not used, since constant: {', '.join(left_out)}")
         unfitted = FeatureSpec(label_delay_days=settings.label_delay_days, fields=fields)
         path = self._folder / _RAW
         if path.is_file():
@@ -321,10 +324,10 @@ class _Training:
 
             def show(done: float) -> None:
                 done = _READ + done * (_PREPARED - _READ) * 0.7
-                self._report(Report("computing features", done, note))
+                self._report(Report("computing features", done))
 
             raw = write_raw(dataset, sequences, unfitted, path, show)
-        self._report(Report("choosing inputs", _PREPARED, note))
+        self._report(Report("choosing inputs", _PREPARED))
         rows = in_training
         if len(rows) > FIT_ROWS_MAX:
             rng = np.random.default_rng(settings.seed)
@@ -335,6 +338,10 @@ class _Training:
         spec = fitted_spec(sample, dataset.is_fraud[rows], fields, settings.label_delay_days)
         column = {name: sample[:, i] for i, name in enumerate(spec.names)}
         return raw, spec, Amounts.of(column["amount"], column["amount_to_usual"])
+
+    def _keep_in_sight(self, done: float, note: str) -> None:
+        if note:
+            self._report(Report("reading transactions", done, note, lasting=True))
 
     def _between(self, begin: float, end: float) -> Reporter:
         def scaled(report: Report) -> None:

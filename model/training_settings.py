@@ -136,11 +136,13 @@ class Report:
         stage: what is being done.
         done: share of the whole training, 0 to 1, in time.
         note: a figure worth reading, or nothing.
+        lasting: the note is to be kept in sight, not only until the next one.
     """
 
     stage: str
     done: float
     note: str = ""
+    lasting: bool = False
 
 
 Reporter = Callable[[Report], None]

@@ -200,6 +200,8 @@ def _source(options: EvaluateOptions, training: TrainingSettings) -> DataSource:
 def print_results(results: Results, console: Console | None = None) -> None:
     """The table, and what robustness was found."""
     console = console or Console()
+    # A narrow terminal breaks lines itself; columns cut off could not be read at all.
+    console.width = max(console.width, TABLE_COLUMNS)
     headings, rows = table(results)
     console.print(f"protocol {results.protocol}: {'; '.join(results.folds.values())}")
     _print_table(console, headings, rows)
@@ -225,8 +227,7 @@ def _print_table(console: Console, headings: list[str], rows: list[list[str]]) -
         shown.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         shown.add_row(*row)
-    # A narrow terminal breaks lines itself; columns cut off could not be read at all.
-    console.print(shown, width=max(console.width, TABLE_COLUMNS), crop=False)
+    console.print(shown)
 
 
 def _check_requirements(options: EvaluateOptions) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,6 +18,7 @@ from model import plots, reference
 from model.checkpoint import Checkpoint
 from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
 from model.dataset import Dataset
+from model.features import Field
 from model.plots import precision_recall_curve
 from model.protocol import split_fold
 from model.reference import MissingRequirementError
@@ -35,7 +37,7 @@ SMALL: dict[str, Any] = {
     "learning_rate": 1e-2,
     "device": "cpu",
 }
-SIMULATED = {"customers": 300, "terminals": 600, "days": 70}
+SIMULATED = {"customers": 200, "terminals": 500, "days": 60}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,9 +82,9 @@ def test_what_a_network_sees_and_remembers_shows_in_what_it_finds(
 ) -> None:
     _, results = evaluated
     ap = {n["network"]: n["mean"]["average_precision"] for n in results["networks"]}
-    assert ap["gru"] > 1.3 * ap["transaction"]
-    assert ap["feed-forward"] > 1.3 * ap["transaction"]
-    assert ap["lightgbm"] > 1.3 * ap["transaction"]
+    assert ap["gru"] > 1.1 * ap["transaction"]
+    assert ap["feed-forward"] > 1.1 * ap["transaction"]
+    assert ap["lightgbm"] > 1.1 * ap["transaction"]
     parameters = {n["network"]: n["parameters"] for n in results["networks"]}
     order = ["transaction", "feed-forward", "rnn", "gru", "gru-2", "gru-3"]
     assert [parameters[n] for n in order] == sorted(parameters[n] for n in order)
@@ -91,7 +93,7 @@ def test_what_a_network_sees_and_remembers_shows_in_what_it_finds(
 def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any]]) -> None:
     _, results = evaluated
     assert results["folds"] == {
-        "split": "trained to 2018-05-05, tested 2018-05-13 to 2018-06-09",
+        "split": "trained to 2018-04-30, tested 2018-05-08 to 2018-05-30",
     }
     log = simulated_dataset(**SIMULATED)
     assert results["data"]["transactions"] == len(log)
@@ -136,6 +138,44 @@ def test_the_gru_of_a_comparison_is_a_checkpoint_of_its_scores(
         gru["mean"]["average_precision"], abs=1e-4
     )
     assert run.seconds == 0
+
+
+def test_a_checkpoint_that_may_have_seen_the_test_is_told_of(
+    evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output, results = evaluated
+    assert results["cautions"] == []
+    (path,) = (output / "runs").glob("gru-split-1-*.safetensors")
+    trained = Checkpoint.load(path)
+    other = tmp_path / "other.safetensors"
+    options = EvaluateOptions(
+        output=tmp_path, networks=(), checkpoint=other, plots=False, training=SIMULATED
+    )
+    for training, cautions in (
+        ({"train_until": "2018-05-01"}, 0),
+        ({"train_until": "2018-06-01"}, 1),
+        ({}, 1),
+    ):
+        trained.with_header(training=training).save(other)
+        found = run_evaluate(options)
+        assert len(found.cautions) == cautions
+        card = (tmp_path / "model_card.md").read_text(encoding="utf-8")
+        assert card.count("Caution: ") == cautions
+        assert f"# Model card: Recur {trained.digest}" in card
+
+
+def test_the_verdict_and_the_reasons_are_measured(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
+    output, results = evaluated
+    (gru,) = (n for n in results["networks"] if n["network"] == "gru")
+    assert set(gru["verdict"]) == set(MEASURES)
+    assert gru["verdict"]["auc_roc"] > 0.55
+    card = (output / "model_card.md").read_text(encoding="utf-8")
+    assert "its verdict on the account" in card
+    assert set(results["first_reasons_agree"]) <= {"1", "2", "3"}
+    assert results["first_reasons_agree"]
+    assert "\n## Reasons\n" in card
 
 
 def test_the_same_command_trains_nothing_again_and_another_network_only_that(
@@ -267,7 +307,7 @@ def test_the_command_compares_on_a_file_by_the_handbooks_folds(
     cli.recur(
         [
             *("evaluate", str(file), "--columns", "handbook", "--protocol", "handbook"),
-            *("--fold-start", "2018-05-20", "--networks", "transaction"),
+            *("--fold-start", "2018-05-09", "--networks", "transaction"),
             *("--epochs", "1", "--output", str(output)),
         ],
         standalone_mode=False,
@@ -330,6 +370,21 @@ def test_kinds_are_named_once() -> None:
     assert len({kind.title for kind in KINDS.values()}) == len(KINDS)
     with pytest.raises(ComparisonError, match="there is no network"):
         ComparisonSettings(networks=("verdict",))
+
+
+def test_a_checkpoint_with_fields_that_the_data_lack_is_refused(
+    evaluated: tuple[Path, dict[str, Any]], log: Dataset, tmp_path: Path
+) -> None:
+    output, _ = evaluated
+    (path,) = (output / "runs").glob("gru-split-1-*.safetensors")
+    checkpoint = Checkpoint.load(path)
+    features = msgspec.structs.replace(
+        checkpoint.header.features, fields=(Field("age", "numeric"),)
+    )
+    with pytest.raises(ComparisonError, match="the fields age, which the data do not have"):
+        Comparer(
+            log, ComparisonSettings(), tmp_path, given=checkpoint.with_header(features=features)
+        )
 
 
 def test_an_unknown_run_is_not_in_the_cache(tmp_path: Path) -> None:
