@@ -33,7 +33,7 @@ from model.protocol import Fold, iso_date
 from model.raw_features import EncodedInputs, write_raw
 from model.reference import TREES, fit_boosted
 from model.scoring import Sequences, unrolled_logits
-from model.training import FIT_ROWS_MAX
+from model.training import FIT_ROWS_MAX, choose_thresholds
 from model.training_settings import TrainingSettings
 from model.training_state import TrainingState
 from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
@@ -230,6 +230,7 @@ def train_network(
         features=spec,
         currency=dataset.currency,
         training={"seed": settings.seed, "train_until": iso_date(fold.train_until)},
+        thresholds=choose_thresholds(dataset, scores, fold.split, settings),
         amounts=_amounts(material, spec, fold.learned_rows(dataset)),
         data_digest=dataset.digest(),
     )

@@ -11,6 +11,7 @@ from model.features import FeatureSpec
 from model.protocol import HANDBOOK_FOLDS
 from model.reasons import SCENARIO_REASONS
 from model.results import Results, Summary, table
+from model.verdict import COMPROMISED_DAYS, EVERY
 
 SCENARIOS = {
     1: "amount over 220",
@@ -173,6 +174,13 @@ Tested in all: {tested["transactions"]:,} transactions, {tested["frauds"]:,} of 
 
 def _comparison(results: Results, plots: Sequence[str]) -> str:
     headings, rows = table(results)
+    verdict = (
+        "The verdict on the account (many to one) is asked of the last state after every "
+        f"{EVERY}th of an account's transactions and after its last: had the account a fraud "
+        f"within {COMPROMISED_DAYS} days? Its measures are over these questions."
+        if any(network.verdict for network in results.networks)
+        else ""
+    )
     meanings = [
         f"- {name}: {meaning.format(batch=results.batch_transactions)}"
         for name, meaning in MEANINGS.items()
@@ -187,7 +195,7 @@ def _comparison(results: Results, plots: Sequence[str]) -> str:
 
 {_markdown_table(headings, rows)}
 
-{over.strip()}
+{" ".join(text for text in (over.strip(), verdict) if text)}
 
 {chr(10).join(meanings)}
 
@@ -215,7 +223,8 @@ def _reasons(results: Results) -> str:
     ]
     return f"""## Reasons
 
-Of the frauds caught there, how often the first reason of the alert is what made the fraud:
+Of the frauds caught at that threshold, how often the first reason of the alert is what made
+the fraud:
 
 {_markdown_table(["kind", "reason", "share"], rows)}"""
 
@@ -224,7 +233,7 @@ def _robustness(results: Results) -> str:
     found = results.robustness
     assert found is not None
     faults = [
-        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"] for cost in found.faults
+        [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.5f}"] for cost in found.faults
     ]
     weeks = [
         [
@@ -286,5 +295,7 @@ def _share(value: float | None) -> str:
 
 def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows
+    ]
     return "\n".join(lines)

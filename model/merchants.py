@@ -55,6 +55,18 @@ MERCHANT_FEATURES: tuple[str, ...] = (
 )
 """Names of a merchant's raw features, in the order of the columns."""
 
+WITHOUT_KNOWN_FRAUDS: dict[str, float] = {
+    "merchant_risk_1d": 0.0,
+    "merchant_risk_7d": 0.0,
+    "merchant_risk_30d": 0.0,
+    "merchant_known_frauds": 0.0,
+    "merchant_oldest_fraud_days": -1.0,
+    "merchant_newest_fraud_days": -1.0,
+    "merchant_streak_frauds": 0.0,
+    "merchant_streak_days": -1.0,
+}
+"""Features of a merchant of which no fraud is known, and that is almost every one."""
+
 _WINDOW_BUCKETS = tuple(days * 86_400_000 // BUCKET_MS for days in (1, 7, 30))
 _BUCKET_DAYS = np.float32(BUCKET_MS / 86_400_000)
 _NONE = np.float32(-1.0)

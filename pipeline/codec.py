@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.merchants import MERCHANT_FEATURES
+from model.merchants import MERCHANT_FEATURES, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
 from pipeline.decision import DECISIONS, Thresholds
@@ -51,6 +51,8 @@ CONTROL_HEADER = "recur-control"
 
 WARM_HEADER = "recur-warm"
 """Marks a transaction that builds state and raises no alert."""
+
+KNOWN_FRAUDS = "merchant_known_frauds"
 
 _FIELD_REASONS = {
     "`$.transaction_id`": "id",
@@ -221,11 +223,12 @@ class Alert(Score, frozen=True, gc=False, kw_only=True):
 
 MerchantRecord = msgspec.defstruct(
     "MerchantRecord",
-    [(name, float | None, None) for name in MERCHANT_FEATURES],
+    [(name, float | None, WITHOUT_KNOWN_FRAUDS.get(name)) for name in MERCHANT_FEATURES],
     frozen=True,
     gc=False,
 )
-"""Of a score's features those of the merchant: what else there is, the account's state gives."""
+"""Of a score's features those of the merchant: what else there is, the account's state gives.
+A score leaves out what every merchant without known frauds has."""
 
 
 class PublishedScore(msgspec.Struct, frozen=True, gc=False):
@@ -263,11 +266,14 @@ class ScoreEncoder:
     """
 
     def __init__(self, feature_names: Sequence[str], model: str) -> None:
-        names = [_encode(name) for name in feature_names]
-        self._features = (
-            b"{" + b",".join(name.replace(b"%", b"%%") + b":%b" for name in names) + b"}"
-        )
         self._model = model
+        self._template = _template(feature_names)
+        # Of a merchant without known frauds a score leaves out what they all have.
+        left_out = WITHOUT_KNOWN_FRAUDS if KNOWN_FRAUDS in feature_names else {}
+        self._known_frauds = feature_names.index(KNOWN_FRAUDS) if left_out else None
+        short = [name for name in feature_names if name not in left_out]
+        self._short_template = _template(short)
+        self._short_columns = [0, *(1 + feature_names.index(name) for name in short)]
 
     def encode(
         self,
@@ -287,16 +293,17 @@ class ScoreEncoder:
         """
         if not transactions:
             return []
-        table = np.column_stack((scores, raw))
-        text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)  # [[score,input,...],...]
         raw_json = msgspec.Raw
-        template = self._features
         model = self._model
         values = []
-        for transaction, timestamp, source, decision, row in zip(
-            transactions, timestamps_ms, sources, decisions, text[2:-2].split(b"],["), strict=True
+        for transaction, timestamp, source, decision, (score, features) in zip(
+            transactions,
+            timestamps_ms,
+            sources,
+            decisions,
+            self._numbers(np.column_stack((scores, raw))),
+            strict=True,
         ):
-            score, *features = row.split(b",")
             values.append(
                 _encode(
                     _ScoreToWrite(
@@ -309,17 +316,46 @@ class ScoreEncoder:
                         decision,
                         model,
                         source,
-                        raw_json(template % tuple(features)),
+                        raw_json(features),
                     )
                 )
             )
         return values
+
+    def _numbers(self, table: NDArray[np.float32]) -> list[tuple[bytes, bytes]]:
+        """JSON of each row's score and of its features."""
+        if self._known_frauds is None:
+            return _numbers(table, self._template)
+        short = np.ascontiguousarray(table[:, self._short_columns])
+        numbers = _numbers(short, self._short_template)
+        rated = np.flatnonzero(table[:, 1 + self._known_frauds])
+        if len(rated):
+            full = _numbers(table[rated], self._template)
+            for row, text in zip(rated.tolist(), full, strict=True):
+                numbers[row] = text
+        return numbers
 
 
 def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
     """JSON of a score that raises an alert: it says what decided, whenever that is asked."""
     more = _encode({"thresholds": {"review": thresholds.review, "decline": thresholds.decline}})
     return score[:-1] + b"," + more[1:]
+
+
+def _template(names: Sequence[str]) -> bytes:
+    """A JSON object with a place for the number of each name."""
+    fields = [_encode(name).replace(b"%", b"%%") + b":%b" for name in names]
+    return b"{" + b",".join(fields) + b"}"
+
+
+def _numbers(table: NDArray[np.float32], template: bytes) -> list[tuple[bytes, bytes]]:
+    """JSON of each row's first number, and of the others by the template."""
+    text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)  # [[score,input,...],...]
+    numbers = []
+    for row in text[2:-2].split(b"],["):
+        score, *features = row.split(b",")
+        numbers.append((score, template % tuple(features)))
+    return numbers
 
 
 def encode_alert(score: bytes, reasons: Sequence[Reason], created_at: int) -> bytes:

@@ -210,7 +210,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     found = results.robustness
     if found is not None:
         faults = [
-            [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.4f}"]
+            [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.5f}"]
             for cost in found.faults
         ]
         _print_table(console, ["fault of account states", "AP", "AP lost"], faults)

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from model.features import FEATURES
+from model.merchants import MERCHANT_FEATURES, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction, epoch_ms
 from pipeline.codec import (
@@ -28,6 +30,7 @@ from pipeline.codec import (
 )
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
+from pipeline.score_log import Kept
 
 SECRET = "4111-1111-1111-1111"
 """An account number that must not come back in a message."""
@@ -352,3 +355,25 @@ def test_recovery_knows_every_decision(decision: str) -> None:
     value = b'{"source":"t:0:9","score":0.5,"decision":"%b"}' % decision.encode()
 
     assert decode_published(value) is not None
+
+
+def test_a_score_leaves_out_what_every_merchant_without_known_frauds_has() -> None:
+    raw = np.zeros((2, len(FEATURES)), np.float32)
+    for name, number in WITHOUT_KNOWN_FRAUDS.items():
+        raw[:, FEATURES.index(name)] = number
+    raw[:, FEATURES.index("merchant_count_7d")] = 12
+    raw[1, FEATURES.index("merchant_known_frauds")] = 3
+    raw[1, FEATURES.index("merchant_oldest_fraud_days")] = 20.25
+    transactions = [Transaction(f"t{i}", "a", "m", 1.0, "EUR", i) for i in range(2)]
+    values = ScoreEncoder(FEATURES, "0f3a").encode(
+        transactions, [1, 2], ["t:0:1", "t:0:2"], np.zeros(2, np.float32), ["approve"] * 2, raw
+    )
+    first, second = (decode_score(value).features for value in values)
+    assert FEATURES == tuple(name for name in FEATURES if name in second)
+    assert set(first) == set(FEATURES) - set(WITHOUT_KNOWN_FRAUDS)
+    assert second["merchant_oldest_fraud_days"] == 20.25
+    columns = [FEATURES.index(name) for name in MERCHANT_FEATURES]
+    for value, expected in zip(values, raw[:, columns].tolist(), strict=True):
+        published = decode_published(value)
+        assert published is not None
+        assert Kept(value, published).merchant_raw() == tuple(expected)

@@ -19,6 +19,7 @@ from pipeline.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.merchant_store import Booking, RedisMerchantStore
 from pipeline.services import Kafka, Redis
 from pipeline.startup import check_services, load_checkpoint
+from pipeline.topics import ensure_topics
 from tests.parity import Log, offline_merchant_raw, random_checkpoint
 from tests.pipeline_under_test import (
     EVENT_TIME_MS,
@@ -199,6 +200,25 @@ def test_the_labels_topic_may_have_another_number_of_partitions(
                 booked += worker.samples['recur_labels_total{decision="review",label="fraud"}']
                 booked += worker.samples['recur_labels_total{decision="decline",label="fraud"}']
             assert booked == 600
+
+    asyncio.run(run())
+
+
+def test_a_new_group_reads_labels_from_their_begin_whatever_its_policy(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Transactions may begin at the end of their topic; a merchant's frauds are its past."""
+    system = PipelineUnderTest(
+        kafka.bootstrap, redis_server.url, tmp_path, kafka_offset_reset="latest"
+    )
+    sent = transactions(100, accounts=20)
+
+    async def run() -> None:
+        await ensure_topics(system.settings)
+        async with Feed(system.settings, "labels") as labels:
+            await send_labels(labels, sent, 7 * DAY_MS)
+            async with system.running(workers=1):
+                await until_booked(system, labels)
 
     asyncio.run(run())
 
