@@ -182,8 +182,9 @@ class Processor:
         self._clock_ms = clock_ms
         self._together = together
         self._merchant_store = merchant_store
-        self._merchant_counts = settings.merchant_counts
         features = scorer.checkpoint.header.features
+        self._is_serving = settings.merchant_counts
+        self._merchant_counts = self._is_serving and features.uses_merchants
         self._merchants: Merchants | None = None
         if features.uses_merchants:
             self._merchants = Merchants(
@@ -574,7 +575,7 @@ class Processor:
         counts = self._count(parts)
         alerted = [alerted for part in parts for alerted in part.alerted]
         saving = self._patience.ask_store(lambda: self._store.save(saves))
-        if not (self._merchant_counts and (counts or alerted)):
+        if not (self._is_serving and (counts or alerted)):
             return await saving
         stands, _ = await self._together(
             saving,
