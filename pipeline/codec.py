@@ -7,6 +7,7 @@ shortest decimal that is the same float32, so that a decision can be recomputed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -178,8 +179,9 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     """One record of the scores topic.
 
     ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
-    ``features`` are the model's raw named inputs, null where a value is missing. ``thresholds``
-    are those that decided; where they approved, they are left out.
+    ``features`` are the model's raw named inputs, null where a value is missing, without what
+    every merchant has of which no fraud is known (:meth:`raw` knows it). ``thresholds`` are those
+    that decided; where they approved, they are left out.
     """
 
     transaction_id: str
@@ -193,6 +195,12 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     source: str
     features: dict[str, float | None]
     thresholds: dict[str, float] | None = None
+
+    def raw(self, names: Sequence[str]) -> list[float]:
+        """Values of the raw columns of these names, to compute the score again; NaN is missing."""
+        known = {**WITHOUT_KNOWN_FRAUDS, **self.features}
+        values = [known[name] for name in names]
+        return [math.nan if value is None else value for value in values]
 
 
 class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):

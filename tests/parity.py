@@ -205,7 +205,7 @@ async def compare(
     return Parity(
         np.array([score.score for score in scores], np.float32),
         offline,
-        np.array([[s.features[name] for name in MERCHANT_FEATURES] for s in scores], np.float32),
+        np.array([score.raw(MERCHANT_FEATURES) for score in scores], np.float32),
         merchant_raw,
         seconds,
         buckets,

@@ -251,10 +251,10 @@ class PipelineUnderTest:
             part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
         part.accounts = list(row_of)
         topic = self.settings.topic("transactions")
-        features = [recorded[f"{topic}:{partition}:{r.offset}"].features for r in part.records]
+        scores = [recorded[f"{topic}:{partition}:{r.offset}"] for r in part.records]
         part.merchant_raw = np.array(
-            [[known[name] for name in MERCHANT_FEATURES] for known in features], np.float32
-        ).reshape(len(features), len(MERCHANT_FEATURES))
+            [score.raw(MERCHANT_FEATURES) for score in scores], np.float32
+        ).reshape(len(scores), len(MERCHANT_FEATURES))
         states, _, _, _ = self.scorer.score([None] * len(row_of), columns([part]))
         return part.accounts, states
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
+from model.features import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline import memory as memory_module
 from pipeline import ownership as ownership_module
@@ -201,7 +202,7 @@ def test_a_score_holds_what_the_topic_promises() -> None:
     assert (score.model, score.source) == (world.checkpoint.digest, "transactions:0:0")
     assert score.features["amount"] == 300.5
     assert score.features["transactions_seen"] == 1
-    raw = np.array([list(score.features.values())], np.float32)
+    raw = np.array([score.raw(FEATURES)], np.float32)
     network = world.checkpoint.network
     logits, _ = network.step(
         torch.from_numpy(world.checkpoint.encode(raw)), network.empty_hidden(1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from model.features import INPUTS
+from model.features import FEATURES, INPUTS
 from model.merchants import (
     BUCKET_MS,
     MERCHANT_FEATURES,
@@ -45,10 +45,11 @@ def total(world: World, merchant: str = "m1") -> int:
     return int(world.merchants.profile(merchant).counts.sum())
 
 
-def features(world: World) -> list[dict[str, float | None]]:
+def features(world: World) -> list[dict[str, float]]:
     """Of each published score, in the order of the log."""
     scores = world.scores(0)
-    return [decode_score(scores[offset][0]).features for offset in sorted(scores)]
+    found = [decode_score(scores[offset][0]) for offset in sorted(scores)]
+    return [dict(zip(FEATURES, score.raw(FEATURES), strict=True)) for score in found]
 
 
 def jump_to_next_bucket(world: World) -> None:
