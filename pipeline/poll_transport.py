@@ -38,6 +38,11 @@ POLLS_IN_FLIGHT_MAX = 3
 """One is fetched, one is computed, one is published and saved."""
 FETCH_TIMEOUT_SECONDS = 1.0
 
+PREFETCH_BACKOFF_SECONDS = 60.0
+"""What was fetched is taken up before more is asked for. aiokafka waits 0.1 s for that and then
+asks for the partitions that are empty here; where they are empty at the broker, too, as labels
+often are, it holds that request for 1.5 s, and no other one is sent meanwhile."""
+
 T = TypeVar("T")
 
 
@@ -202,6 +207,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """The group gives partitions."""
+        self._thread._ensure_consumer()._fetcher._prefetch_backoff = PREFETCH_BACKOFF_SECONDS
         self._reset()
         self.on_assigned(set(assigned))
         await super().on_partitions_assigned(assigned, generation_id)
