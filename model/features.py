@@ -278,8 +278,13 @@ def field_column(field: Field, values: Sequence[float | str | None]) -> Float32:
     """
     if field.kind == "categorical":
         code_of = {text: code for code, text in enumerate(field.vocabulary, start=1)}
-        return np.array([code_of.get(str(value), 0) for value in values], np.float32)
+        return np.array([code_of.get(category_text(value), 0) for value in values], np.float32)
     return np.array([np.nan if value is None else value for value in values], np.float32)
+
+
+def category_text(value: object) -> str:
+    """A category as text; true and false as files have them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 Transform = Literal["log1p", "linear", "is_first", "sin", "cos", "step", "is_missing", "category"]

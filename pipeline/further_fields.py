@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import Field
+from model.features import Field, category_text
 from model.transaction import Transaction
 
 NUMBER_MAX = 1e12
@@ -92,7 +92,7 @@ class FurtherFields:
                 table[i] = np.array([np.nan if value is None else value for value in values])
             else:
                 code_of = self._code_of[i]
-                table[i] = [code_of.get(str(value), 0) for value in values]
+                table[i] = [code_of.get(category_text(value), 0) for value in values]
         return np.ascontiguousarray(table.T)
 
 

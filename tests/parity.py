@@ -4,7 +4,7 @@ Transactions and the labels that arrive in the same six hours are sent through K
 next bucket follows once the workers have applied all of it, as it does where six hours are six
 hours. What comes out must be what :func:`model.scoring.score_stepwise` computes of the log.
 
-    python -m tests.parity shared/data/fdh/transactions.parquet --columns handbook --every 10
+    python -m tests.parity FILE --columns handbook --every 10
 """
 
 from __future__ import annotations

@@ -302,6 +302,7 @@ def test_a_category_is_its_place_in_the_vocabulary_and_comes_last() -> None:
     encoded = Encoder(spec).encode(np.hstack((raw_sample(4), column)))
     assert encoded[:, 1].tolist() == [2.0, 0.0, 0.0, 1.0]
     assert spec.embedded == (field,)
+    assert field_column(Field("online", "categorical", ("true",)), [True, False]).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
