@@ -17,7 +17,7 @@ from pipeline.further_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, FurtherFiel
 FIELDS = (
     Field("category", "categorical", ("food", "5411")),
     Field("card age", "numeric"),
-    Field("online", "categorical", ("True",)),
+    Field("online", "categorical", ("true",)),
 )
 FURTHER = FurtherFields(FIELDS)
 
