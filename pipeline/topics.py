@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Literal, get_args
 
 from aiokafka import errors as kafka_errors
@@ -44,17 +46,8 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
             as many partitions as transactions.
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
-    with quiet("aiokafka"):  # it logs each attempt; the error says it once
-        admin = await _connect(settings, deadline)
-    try:
+    async with _admin(settings, deadline) as admin:
         counts = await _create_missing(admin, settings, deadline)
-    except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
-        raise StartupError(
-            f"the broker at {settings.kafka_bootstrap} gave no answer about topics"
-            f" ({_said(error)}): see that it is up, and start again"
-        ) from error
-    finally:
-        await admin.close()
     if counts["scores"] != counts["transactions"]:
         raise StartupError(
             f"topic {settings.topic('scores')} has {counts['scores']} partitions and"
@@ -73,10 +66,17 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
         StartupError: the broker does not answer.
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
-    with quiet("aiokafka"):
+    async with _admin(settings, deadline) as admin:
+        return (await _partition_counts(admin)).get(topic)
+
+
+@asynccontextmanager
+async def _admin(settings: Settings, deadline: float) -> AsyncIterator[Any]:
+    """A started admin client; what the broker does not answer is a StartupError."""
+    with quiet("aiokafka"):  # it logs each attempt; the error says it once
         admin = await _connect(settings, deadline)
     try:
-        return (await _partition_counts(admin)).get(topic)
+        yield admin
     except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
         raise StartupError(
             f"the broker at {settings.kafka_bootstrap} gave no answer about topics"
