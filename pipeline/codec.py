@@ -53,6 +53,9 @@ CONTROL_HEADER = "recur-control"
 WARM_HEADER = "recur-warm"
 """Marks a transaction that builds state and raises no alert."""
 
+STATE_REFUSED = "refused"
+"""Of a score: the account's state was damaged or of another version, and counted as absent."""
+
 KNOWN_FRAUDS = "merchant_known_frauds"
 
 _FIELD_REASONS = {
@@ -181,7 +184,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     ``source`` is ``topic:partition:offset`` of the transaction and is the score's id.
     ``features`` are the model's raw named inputs, null where a value is missing, without what
     every merchant has of which no fraud is known (:meth:`raw` knows it). ``thresholds`` are those
-    that decided; where they approved, they are left out.
+    that decided; where they approved, they are left out. ``state`` is left out, too, but where the
+    account's state could not be used (:data:`STATE_REFUSED`).
     """
 
     transaction_id: str
@@ -195,6 +199,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     source: str
     features: dict[str, float | None]
     thresholds: dict[str, float] | None = None
+    state: Literal["refused"] | None = None
 
     def raw(self, names: Sequence[str]) -> list[float]:
         """Values of the raw columns of these names, to compute the score again; NaN is missing."""
@@ -348,6 +353,11 @@ def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
     """JSON of a score that raises an alert: it says what decided, whenever that is asked."""
     more = _encode({"thresholds": {"review": thresholds.review, "decline": thresholds.decline}})
     return score[:-1] + b"," + more[1:]
+
+
+def with_refused_state(score: bytes) -> bytes:
+    """JSON of a score that was computed as if the account had no state, for it was refused."""
+    return score[:-1] + b"," + _encode({"state": STATE_REFUSED})[1:]
 
 
 def _template(names: Sequence[str]) -> bytes:

@@ -37,6 +37,7 @@ from pipeline.codec import (
     ScoreEncoder,
     decode,
     encode_alert,
+    with_refused_state,
     with_thresholds,
 )
 from pipeline.dead_letter import DeadLetters
@@ -81,6 +82,7 @@ class Part:
         values: states of ``accounts``; ``cached`` of them were held in memory.
         kept: by offset, scores that were published before.
         begin: the first offset that was not computed before.
+        refused: indices of the transactions whose account's state could not be used.
         scored: where this part stands in the micro-batch's arrays.
         said: how many transactions have a score, old or new.
         scores, alerts, letters: what to publish.
@@ -104,6 +106,7 @@ class Part:
     cached: int = 0
     kept: dict[int, Kept] = field(default_factory=dict)
     begin: int = 0
+    refused: list[int] = field(default_factory=list)
     scored: slice = field(default_factory=lambda: slice(0, 0))
     new: list[int] = field(default_factory=list)
     said: int = 0
@@ -413,6 +416,11 @@ class Processor:
         counter.labels("cached").inc(n_cached)
         counter.labels("missing").inc(len(values) - n_cached - n_loaded - refused)
         counter.labels("expired").inc(scored.expired)
+        if refused:
+            absent = ~loaded & np.array([value is not None for value in values], bool)
+            of_refused = np.flatnonzero(absent[batch.row]).tolist()
+            for part in parts:
+                part.refused = part.indices(of_refused)
         return states, scored, batch
 
     # decide ------------------------------------------------------------------------------
@@ -459,6 +467,10 @@ class Processor:
         start = 0
         for part in parts:
             stop = start + len(part.new)
+            for i in part.refused:
+                place = start + bisect_left(part.new, i)
+                if place < stop and part.new[place - start] == i:
+                    values[place] = with_refused_state(values[place])
             records = [part.records[i] for i in part.new]
             part.scores = [
                 Outgoing(record.key, value)

@@ -26,6 +26,7 @@ from pipeline.codec import (
     decode_score,
     encode_alert,
     encode_transaction,
+    with_refused_state,
     with_thresholds,
 )
 from pipeline.decision import DECISIONS, Thresholds
@@ -318,6 +319,21 @@ def test_an_alert_is_its_score_and_what_led_to_it(account: str) -> None:
     )
     assert alert.thresholds == {"review": 0.5, "decline": 0.7}
     assert (alert.reasons, alert.created_at) == (REASONS_FOUND, 99)
+
+
+@given(ids)
+def test_the_mark_of_a_refused_state_changes_nothing_else_and_reaches_the_alert(
+    account: str,
+) -> None:
+    value = score_of(account)
+    marked = with_refused_state(value)
+
+    assert decode_score(value).state is None
+    assert decode_score(marked) == msgspec.structs.replace(decode_score(value), state="refused")
+    said = encode_alert(with_thresholds(marked, Thresholds(0.5, 0.7)), REASONS_FOUND, 99)
+    assert decode_alert(said).state == "refused"
+    published, plain = decode_published(marked), decode_published(value)
+    assert published == plain, "recovery reads it as any other"
 
 
 def test_recovery_reads_what_a_worker_published() -> None:

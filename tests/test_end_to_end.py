@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.account_state import STATE_FORMAT
 from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
 from pipeline.keys import MerchantKeys
 from pipeline.redis_calls import RIGHTS
@@ -303,6 +304,47 @@ def test_warm_records_build_states_and_raise_no_alert(
             alerts = [decode_alert(record.value) for record in await system.records("alerts")]
             assert {a.transaction_id for a in alerts} == {t.transaction_id for t in sent[300:]}
             await system.assert_states_are_the_log()
+
+    asyncio.run(run())
+
+
+def test_a_damaged_state_counts_as_absent_is_counted_and_marks_its_scores(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Flipped bits, another version and another size; a worker with empty memory finds them."""
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
+    sent = transactions(600, accounts=12)
+    damaged = {
+        "A000001": lambda value: value[:200] + bytes([value[200] ^ 16]) + value[201:],
+        "A000002": lambda value: bytes([STATE_FORMAT + 1]) + value[1:],
+        "A000003": lambda value: value + value[-8:],
+    }
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent[:300])
+            await system.until_applied()
+            await system.workers[0].stop()
+            with redis_server.client() as client:
+                for account, damage in damaged.items():
+                    pattern = f"{system.settings.key_prefix}:*:{account}"
+                    (key,) = client.scan_iter(pattern, count=10_000)
+                    client.set(key, damage(client.get(key)), keepttl=True)
+            (worker,) = await system.start_workers(1)
+            await system.send(sent[300:])
+            await system.until_applied()
+            assert await metric(worker, 'recur_states_total{result="refused"}') == len(damaged)
+            scores = await system.scores()
+            assert_scored_once(scores, sent)
+            before = {t.transaction_id for t in sent[:300]}
+            later = [s for s in scores if s.transaction_id not in before]
+            assert {s.account_id for s in scores if s.state == "refused"} == damaged.keys()
+            assert not [s for s in scores if s.state and s.transaction_id in before]
+            for account in damaged:
+                own = [s for s in later if s.account_id == account]
+                own.sort(key=lambda s: s.features["transactions_seen"] or 0.0)
+                assert own[0].state == "refused"
+                assert own[0].features["transactions_seen"] == 1, "it began anew"
 
     asyncio.run(run())
 

@@ -1263,6 +1263,42 @@ def test_states_are_counted_by_what_came_back() -> None:
     assert counts == {"cached": 2, "loaded": 2, "missing": 3, "refused": 1, "expired": 1}
 
 
+def test_scores_of_an_account_whose_state_was_refused_say_so_and_no_others() -> None:
+    """Also beside repeats, rejects, kept scores and another partition, and in the alerts."""
+    world = World(partitions=2, review_threshold=0.0, decline_threshold=1.0)
+    a, b, c = world.account_in(0), world.account_in(0, 1), world.account_in(1)
+
+    def produce(*names: str) -> list[str]:
+        return [f"{world.topic}:{p}:{offset}" for p, offset in map(world.produce, names)]
+
+    def marked(records: Iterator[bytes | None]) -> set[str]:
+        found = [decode_score(value or b"") for value in records]
+        assert {score.state for score in found} <= {None, "refused"}
+        return {score.source for score in found if score.state == "refused"}
+
+    produce(a, b, c)
+    finish(world.worker().run())
+    world.store.states[0, b] = world.store.states[0, b][:-1]
+    world.store.states[1, c] = b""
+    _, first = produce(a, b)
+    world.produce(b, "again")
+    world.produce_raw(b.encode(), b"rejected")
+    world.produce(b, "again")
+    (of_c,) = produce(c)
+    again = f"{world.topic}:0:4"
+    worker = world.worker()
+    one_poll(worker)
+
+    scores = world.kafka.records("scores", 0) + world.kafka.records("scores", 1)
+    assert marked(record.value for record in scores) == {first, again, of_c}
+    assert marked(record.value for record in world.kafka.records("alerts")) == {first, again, of_c}
+    assert worker.count("recur_states_total", result="refused") == 2
+
+    produce(a, b, c)
+    finish(worker.run())
+    assert len(marked(record.value for record in world.kafka.records("alerts"))) == 3
+
+
 def test_states_held_in_memory_are_bounded_and_none_that_is_unsaved_is_dropped() -> None:
     world = World(partitions=1, cached_states_max=0, micro_batch_max=5)
     for i in range(200):
