@@ -47,11 +47,27 @@ CURRENCY = "EUR"
 _METADATA_KEY = "recur"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 
+# RecursionError: brackets in brackets, a thousand deep.
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
+MESSAGE_MAX = 1000
+"""Longest message of a :class:`CheckpointError`, characters."""
+
+
 class CheckpointError(Exception):
-    """A file is not a checkpoint that this version can run; the message says why."""
+    """A file is not a checkpoint that this version can run; the message says why.
+
+    A message may quote the file, which may be anything: it is one line, of bounded length.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = message if len(message) <= MESSAGE_MAX else message[: MESSAGE_MAX - 3] + "..."
+        super().__init__(
+            "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
+        )
 
 
 class Thresholds(msgspec.Struct, frozen=True):
@@ -230,14 +246,15 @@ def _check_inputs(header: Header) -> None:
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            content = file.read(FILE_MAX_BYTES + 1)
+            size = file.seek(0, os.SEEK_END)  # read() makes room for as much as it is asked for
+            if size > FILE_MAX_BYTES:
+                raise CheckpointError(f"{path} is over the limit of {FILE_MAX_BYTES} bytes")
+            file.seek(0)
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(
             f"cannot read the checkpoint {path}: {error.strerror or error}"
         ) from error
-    if len(content) > FILE_MAX_BYTES:
-        raise CheckpointError(f"{path} is over the limit of {FILE_MAX_BYTES} bytes")
-    return content
 
 
 def _header_bytes(content: bytes) -> int:
@@ -269,7 +286,7 @@ def _header(content: bytes, path: Path) -> Header:
         outer = msgspec.json.decode(
             content[_LENGTH_BYTES : _LENGTH_BYTES + length], type=_SafetensorsHeader
         )
-    except msgspec.DecodeError as error:
+    except _NOT_JSON as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of Recur: its safetensors header has no text under "
             f"__metadata__.{_METADATA_KEY} ({error})"
@@ -283,7 +300,7 @@ def _header(content: bytes, path: Path) -> Header:
                 f"{FORMAT_VERSION}: train it anew, or install the version that wrote it"
             )
         return msgspec.json.decode(text, type=Header)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (*_NOT_JSON, ValueError) as error:
         raise CheckpointError(f"{path} has a header that cannot be read: {error}") from error
 
 

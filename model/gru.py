@@ -116,13 +116,22 @@ class _Cell:
         return torch.lerp(new.addcmul_(r, recurrent).tanh_(), hidden, z)
 
 
+def _embedding(codes: int, size: int) -> nn.Embedding:
+    """As nn.Embedding makes it; on the meta device without values, for torch imports compiler
+    and symbolic algebra to draw none there: that takes seconds."""
+    weight = torch.empty(codes, size)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding(codes, size, _weight=weight)
+
+
 class Network(nn.Module):
     """Fraud logits of each transaction, given the account's hidden before it."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
-        self.embeddings = nn.ModuleList(nn.Embedding(codes, size) for codes, size in a.embeddings)
+        self.embeddings = nn.ModuleList(_embedding(codes, size) for codes, size in a.embeddings)
         embedded = sum(size for _, size in a.embeddings)
         self.input_layer = nn.Linear(a.inputs + embedded, a.input_size)
         self.recurrent: nn.RNNBase | None = None

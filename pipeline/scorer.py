@@ -121,7 +121,8 @@ class Scorer:
         """Advance the states that ``values`` hold.
 
         Where the computation fails the micro-batch is bisected, so that only the
-        transactions that make it fail are left out.
+        transactions that make it fail are left out. States with numbers that make it fail
+        are refused then: or one account's transactions would end one worker after another.
 
         Returns:
             the states after, the scores, bool[accounts] of states that were there and sound,
@@ -135,7 +136,7 @@ class Scorer:
             scored = self._advance(states, batch)
             self._failures_in_a_row = 0
         except Exception:  # whatever a transaction does to NumPy or torch
-            states, _, _ = self.codec.decode(values)
+            states, loaded, refused = self.codec.decode(values, check_numbers=True)
             scored = self._bisect(states, batch)
         return states, scored, loaded, refused
 

@@ -203,7 +203,10 @@ def test_the_layout_is_little_endian_words_without_gaps(layers: int, hidden_size
     assert end == dtype.itemsize
 
 
-@given(st.integers(1, 2**32 - 1), int64s, int64s, st.integers(0, 2**64 - 1))
+offsets = st.integers(0, 2**63 - 1)
+
+
+@given(st.integers(1, 2**32 - 1), offsets, offsets, st.integers(0, 2**64 - 1))
 def test_a_watermark_survives_the_round_trip(
     partitions: int, next_offset: int, scores_offset: int, writer: int
 ) -> None:
@@ -220,6 +223,15 @@ def test_a_watermark_of_another_size_or_format_is_refused(value: bytes) -> None:
 
     with pytest.raises(ValueError, match="unknown format"):
         Watermark.from_bytes(value)
+
+
+@pytest.mark.parametrize("damaged", [(0, 1, 2, 3), (8, -1, 2, 3), (8, 1, -2, 3)])
+def test_a_watermark_of_no_partition_or_a_negative_offset_is_refused(
+    damaged: tuple[int, int, int, int],
+) -> None:
+    """A worker would take its partition's whole log for lost, or replay from nowhere."""
+    with pytest.raises(ValueError, match="damaged"):
+        Watermark.from_bytes(Watermark(*damaged).to_bytes())
 
 
 def test_watermarks_of_two_writers_at_one_place_differ() -> None:

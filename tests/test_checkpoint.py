@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +17,12 @@ import pytest
 import safetensors.torch
 import torch
 
+import model
+import pipeline
 from model.checkpoint import (
+    FILE_MAX_BYTES,
     HEADER_MAX_BYTES,
+    MESSAGE_MAX,
     Checkpoint,
     CheckpointError,
     Header,
@@ -122,6 +129,48 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_archives_are_refused_by_their_form_and_nothing_unpickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that fell back to torch.load, zipfile or NumPy's loader would run what is in it."""
+    mark = tmp_path / "harm"
+
+    def forbidden(*_: object, **__: object) -> None:
+        mark.mkdir()
+
+    torch.save({"recur": Payload(mark)}, tmp_path / "zip", _use_new_zipfile_serialization=True)
+    torch.save({"recur": Payload(mark)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "archive", "w") as archive:
+        archive.writestr("data.pkl", pickle.dumps(Payload(mark)))
+    np.save(tmp_path / "numpy", np.array([Payload(mark)], object), allow_pickle=True)
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (np, "load")):
+        monkeypatch.setattr(module, name, forbidden)
+    for name in ("zip", "old", "archive", "numpy.npy"):
+        with pytest.raises(CheckpointError, match=name):
+            Checkpoint.load(tmp_path / name)
+    assert not mark.exists()
+
+
+def test_no_module_of_the_product_can_unpickle() -> None:
+    """Neither checkpoints nor anything else that comes from outside is ever unpickled."""
+    unpickling = re.compile(
+        r"(?<!safetensors\.)\btorch\.load\(|\bnp\.load\((?!.*allow_pickle=False)"
+        r"|\bimport (pickle|dill|joblib|marshal)"
+        r"|from (pickle|dill|joblib|marshal) |shelve|weights_only"
+    )
+    product = [
+        *Path(model.__file__).parent.rglob("*.py"),
+        *Path(pipeline.__file__).parent.glob("*.py"),
+    ]
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in product
+        for line in path.read_text().splitlines()
+        if unpickling.search(line)
+    ]
+    assert not found
+
+
 def test_a_file_cut_short_is_refused(file: Path) -> None:
     content = file.read_bytes()
     for length in (len(content) - 1, len(content) // 2, 100, 8):
@@ -176,6 +225,91 @@ def test_a_header_that_cannot_be_run_is_refused_with_its_reason(
 ) -> None:
     with pytest.raises(CheckpointError, match=says):
         Checkpoint.load(rewritten(file, lambda header: header.update({field: value})))
+
+
+def safetensors_of(header: bytes, tensors: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + tensors
+
+
+DEEP = '{"a":' * 10_000
+"""Objects in objects, deeper than any parser of them may go."""
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"__metadata__":{"recur":"\xa1"}}',
+        b'{"__metadata__":{"recur":"\\ud800"}}',
+        DEEP.encode(),
+        b'{"a":' + b"[" * 10_000 + b'],"__metadata__":{"recur":"{}"}}',
+        json.dumps({"__metadata__": {"recur": DEEP}}).encode(),
+        json.dumps({"__metadata__": {"recur": '{"format_version":2,"training":' + DEEP}}).encode(),
+    ],
+)
+def test_a_header_that_breaks_parsers_is_refused(tmp_path: Path, header: bytes) -> None:
+    """Bytes that are no UTF-8 and nesting without end are errors of their own kind."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_of(header))
+    with pytest.raises(CheckpointError, match="header"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([2**40, 2**40], [0, 8]),
+        ([0, 2**63 - 1], [0, 0]),
+        ([0, 2**62, 2**62], [0, 0]),
+        ([2**64 - 1], [0, 8]),
+        ([-1], [0, 4]),
+        ([1], [4, 0]),
+        ([1], [0, 2**63]),
+        ([1.5], [0, 4]),
+        ([1] * 1000, [0, 4]),
+    ],
+)
+def test_tensors_that_declare_the_impossible_are_refused_without_their_memory(
+    file: Path, shape: list[float], offsets: list[int]
+) -> None:
+    """A shape is a claim of the file's: nothing is allocated for it."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["logit.bias"] |= {"shape": shape, "data_offsets": offsets}
+    file.write_bytes(safetensors_of(json.dumps(header).encode(), content[8 + length :]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            Checkpoint.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_message_quotes_of_a_file_is_one_bounded_line(file: Path) -> None:
+    """It goes to logs and terminals, and whoever made the file chose it."""
+    evil = "\x1b[2J\n" + "x" * 100_000
+    for change in (
+        {"currency": evil},
+        {"features": {"inputs": [{"feature": "amount", "transform": evil}] * 2}},
+        {"features": {"inputs": [{"feature": evil, "transform": "linear"}] * 2}},
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint.load(rewritten(file, lambda header, change=change: header.update(change)))  # type: ignore[misc]
+        assert len(str(caught.value)) <= MESSAGE_MAX
+        assert str(caught.value).isprintable()
+
+
+def test_an_oversize_file_is_refused_without_reading_it(file: Path) -> None:
+    with file.open("r+b") as sparse:
+        sparse.truncate(FILE_MAX_BYTES + 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="over the limit"):
+            Checkpoint.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_oversize_header_is_refused_without_reading_it(file: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -314,7 +315,7 @@ def test_a_damaged_state_counts_as_absent_is_counted_and_marks_its_scores(
     """Flipped bits, another version and another size; a worker with empty memory finds them."""
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
     sent = transactions(600, accounts=12)
-    damaged = {
+    damaged: dict[str, Callable[[bytes], bytes]] = {
         "A000001": lambda value: value[:200] + bytes([value[200] ^ 16]) + value[201:],
         "A000002": lambda value: bytes([STATE_FORMAT + 1]) + value[1:],
         "A000003": lambda value: value + value[-8:],
@@ -328,7 +329,7 @@ def test_a_damaged_state_counts_as_absent_is_counted_and_marks_its_scores(
             with redis_server.client() as client:
                 for account, damage in damaged.items():
                     pattern = f"{system.settings.key_prefix}:*:{account}"
-                    (key,) = client.scan_iter(pattern, count=10_000)
+                    (key,) = client.keys(pattern)
                     client.set(key, damage(client.get(key)), keepttl=True)
             (worker,) = await system.start_workers(1)
             await system.send(sent[300:])

@@ -111,3 +111,28 @@ def test_a_category_changes_the_score_by_its_own_vector_only() -> None:
     cast(nn.Embedding, net.embeddings[0]).weight.data[2] += 1.0  # of a code that none of them has
     again, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     torch.testing.assert_close(again, logits)
+
+
+def test_an_embedding_begins_as_torchs_own_and_costs_nothing_without_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the meta device torch would import its compiler to draw no numbers: seconds at a start."""
+    architecture = Architecture(2, 4, 4, embeddings=((5, 3), (4, 2)))
+    torch.manual_seed(3)
+    network = Network(architecture)
+    torch.manual_seed(3)
+    plain = [nn.Embedding(5, 3), nn.Embedding(4, 2)]
+    for mine, its in zip(network.embeddings, plain, strict=True):
+        assert isinstance(mine, nn.Embedding)
+        assert torch.equal(mine.weight, its.weight)
+        assert mine.weight.requires_grad
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("values are drawn on the meta device")
+
+    monkeypatch.setattr(nn.init, "normal_", forbidden)
+    with torch.device("meta"):
+        shapes = Network(architecture).state_dict()
+    assert {name: weight.shape for name, weight in shapes.items()} == {
+        name: weight.shape for name, weight in network.state_dict().items()
+    }

@@ -340,6 +340,39 @@ def test_an_expiry_before_a_failure_is_undone_with_it() -> None:
     assert (scored.expired, list(scored.failed)) == (0, [0])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the computation fails with
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("hidden", np.nan),
+        ("hidden", np.inf),
+        ("decayed_amount", np.nan),
+        ("decayed_count", np.nan),
+        ("usual_amount", np.inf),
+        ("last_event_ms", -(2**63)),
+    ],
+)
+def test_a_state_whose_numbers_make_the_computation_fail_is_refused(
+    name: str, number: float
+) -> None:
+    """Or its account's transactions would all be rejected, and many in a row end the worker."""
+    scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
+    values, _ = score(scorer, [None] * 2, batch_of([0, 1]))
+    table = np.frombuffer(values[1], scorer.codec.dtype).copy()
+    table[name] = number
+    poisoned = scorer.codec._sealed(table).tobytes()
+    assert scorer.codec.decode([poisoned])[1].all(), "the checksum is right"
+    rows = [0, *[1] * (FAILURES_IN_A_ROW_MAX + 1)]
+    batch = batch_of(rows, ids=range(10, 10 + len(rows)))
+
+    states, scored, loaded, refused = scorer.score([values[0], poisoned], batch)
+
+    assert (loaded.tolist(), refused) == ([True, False], 1)
+    assert not scored.failed
+    expected, _ = score(scorer, [values[0], None], batch)
+    assert_close(scorer, scorer.codec.encode(states, np.arange(2)), expected)
+
+
 def test_a_failure_that_passes_on_the_second_try_leaves_nothing_out() -> None:
     failures = iter([True])
 

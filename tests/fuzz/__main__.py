@@ -1,0 +1,65 @@
+"""``python -m tests.fuzz --target transaction --inputs 1000000``; see ``--help``.
+
+With atheris, where it is installed, inputs follow the coverage of our own modules; otherwise they
+follow what came of those before. Each target runs in a process of its own, and no input may take
+more than so much memory. An input that finds something is kept in tests/fuzz/corpus, and the exit
+code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+NAMES = ("transaction", "label", "state", "watermark", "profile", "checkpoint")
+ENGINES = ("atheris", "mutations")
+
+
+def main() -> int:
+    """Parse the command line and fuzz; the exit code."""
+    has_atheris = importlib.util.find_spec("atheris") is not None
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--target", choices=("all", *NAMES), default="all")
+    parser.add_argument("--inputs", type=int, default=100_000, help="for each target")
+    parser.add_argument("--seed", type=int, default=1, help="the same one gives the same inputs")
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[not has_atheris])
+    options = parser.parse_args()
+    if options.target != "all":
+        fuzz(options.target, options.inputs, options.seed, options.engine)
+    arguments = [f"--inputs={options.inputs}", f"--seed={options.seed}"]
+    arguments.append(f"--engine={options.engine}")
+    command = [sys.executable, "-m", "tests.fuzz", *arguments, "--target"]
+    return int(any([subprocess.run([*command, name]).returncode for name in NAMES]))
+
+
+def fuzz(name: str, inputs: int, seed: int, engine: str) -> NoReturn:
+    """Fuzz one target in this process and end it: with 0, or 1 where something was found."""
+    if engine == "atheris":
+        import atheris
+
+        with atheris.instrument_imports(include=["model", "pipeline"]):
+            from tests.fuzz import targets
+    else:
+        from tests.fuzz import targets
+    from tests.fuzz.engine import run_atheris, run_mutations
+    from tests.fuzz.guard import CORPUS, Guard, corpus
+
+    target = targets.TARGETS[name]
+    for data in target.seeds:
+        target.run(data)  # what is made at the first time counts for no input
+    guard = Guard(target, inputs, found=CORPUS, out=sys.stdout)
+    known = corpus(target)
+    if engine == "atheris":
+        folder = Path(tempfile.mkdtemp(prefix="recur-fuzz-"))
+        run_atheris(target, guard, seed, known, folder)
+    run_mutations(target, guard, seed, known)
+    guard.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
