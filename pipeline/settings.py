@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -184,8 +185,18 @@ class Settings(BaseSettings):
             raise ValueError(
                 "kafka_security_protocol needs kafka_sasl_username and kafka_sasl_password"
             )
+        if "@" in self.kafka_bootstrap:
+            raise ValueError(
+                "kafka_bootstrap has host:port alone; who logs in is kafka_sasl_username"
+            )
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("redis_url must begin with redis://, rediss:// or unix://")
+        if not _is_address(self.redis_url):
+            raise ValueError(
+                "redis_url has no host, or a port that is no number; a password with one of the"
+                " characters / ? # @ goes into redis_password"
+            )
+        self._use_what_is_set()
         if (
             self.review_threshold is not None
             and self.decline_threshold is not None
@@ -193,6 +204,21 @@ class Settings(BaseSettings):
         ):
             raise ValueError("decline_threshold must not be under review_threshold")
         return self
+
+    def _use_what_is_set(self) -> None:
+        """A certificate that nobody asks for would mean that there is no TLS where one thinks so.
+
+        Raises:
+            ValueError: there are TLS settings, and TLS is not on.
+        """
+        for service, is_on, how in (
+            ("kafka", self.kafka_security_protocol.endswith("SSL"), "kafka_security_protocol"),
+            ("redis", self.redis_url.startswith("rediss://"), "a redis_url of rediss://"),
+        ):
+            names = [f"{service}_ssl_{name}" for name in ("cafile", "certfile", "keyfile")]
+            there = [name for name in names if getattr(self, name)]
+            if there and not is_on:
+                raise ValueError(f"{', '.join(there)} is set, but TLS is not on: set {how}")
 
     @classmethod
     def settings_customise_sources(
@@ -217,7 +243,11 @@ class Settings(BaseSettings):
         return self.topic_prefix + str(getattr(self, f"{name}_topic"))
 
     def kafka_client_options(self) -> dict[str, Any]:
-        """Connection arguments that aiokafka's consumer, producer and admin client share."""
+        """Connection arguments that aiokafka's consumer, producer and admin client share.
+
+        Raises:
+            SettingsError: as :meth:`kafka_ssl_context`.
+        """
         options: dict[str, Any] = {
             "bootstrap_servers": self.kafka_bootstrap,
             "security_protocol": self.kafka_security_protocol,
@@ -234,21 +264,44 @@ class Settings(BaseSettings):
         return options
 
     def kafka_ssl_context(self) -> ssl.SSLContext:
-        """TLS context for the brokers, with the client's certificate where one is set."""
-        context = ssl.create_default_context(
-            cafile=str(self.kafka_ssl_cafile) if self.kafka_ssl_cafile else None
+        """TLS context for the brokers, with the client's certificate where one is set.
+
+        Raises:
+            SettingsError: a file is missing or not what it should be; the message names the setting.
+        """
+        return self._ssl_context("kafka", self.kafka_ssl_key_password)
+
+    def _ssl_context(
+        self, service: Literal["kafka", "redis"], key_password: SecretStr | None = None
+    ) -> ssl.SSLContext:
+        cafile, certfile, keyfile = (
+            getattr(self, f"{service}_ssl_{name}") for name in ("cafile", "certfile", "keyfile")
         )
-        if self.kafka_ssl_certfile:
-            password = self.kafka_ssl_key_password
-            context.load_cert_chain(
-                self.kafka_ssl_certfile,
-                self.kafka_ssl_keyfile,
-                password.get_secret_value() if password else None,
-            )
+        try:
+            context = ssl.create_default_context(cafile=cafile)
+        except OSError as error:  # ssl's own errors are of this kind
+            name = f"{service}_ssl_cafile"
+            raise SettingsError(f"{_named(name)}: no certificates in {cafile} ({error})") from error
+        if certfile:
+            try:
+                # Without a password OpenSSL would ask the terminal for one.
+                password = key_password.get_secret_value() if key_password else ""
+                context.load_cert_chain(certfile, keyfile, password)
+            except OSError as error:
+                names = [f"{service}_ssl_{name}" for name in ("certfile", "keyfile")]
+                names += [f"{service}_ssl_key_password"] * (service == "kafka")
+                raise SettingsError(
+                    f"{', '.join(map(_named, names))}: no certificate with its key in {certfile}"
+                    f"{f' and {keyfile}' if keyfile else ''} ({error})"
+                ) from error
         return context
 
     def redis_client_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``redis.asyncio``'s ``from_url`` besides the address."""
+        """Keyword arguments of ``redis.asyncio``'s ``from_url`` besides the address.
+
+        Raises:
+            SettingsError: a file is missing or not what it should be; the message names the setting.
+        """
         options: dict[str, Any] = {
             "socket_timeout": self.redis_timeout_seconds,
             "socket_connect_timeout": self.redis_timeout_seconds,
@@ -258,6 +311,7 @@ class Settings(BaseSettings):
         if self.redis_password:
             options["password"] = self.redis_password.get_secret_value()
         if self.redis_url.startswith("rediss://"):
+            self._ssl_context("redis")  # so that a wrong file is told at once, by its setting
             for name in ("cafile", "certfile", "keyfile"):
                 path = getattr(self, f"redis_ssl_{name}")
                 if path:
@@ -288,13 +342,38 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError(f"{file}: {error}") from None
 
 
+def _named(name: str) -> str:
+    return f"{name} (RECUR_{name.upper()})"
+
+
+def _is_address(url: str) -> bool:
+    """Whether a Redis address has a host and, if any, a port that is a number."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "unix" or (bool(parts.hostname) and parts.port != 0)
+    except ValueError:
+        return False
+
+
+def redis_address(url: str) -> str:
+    """A Redis address as it may be shown: without user, password and what options there are.
+
+    >>> redis_address("rediss://recur:secret@redis.example:6379/0?password=secret")
+    'rediss://**********@redis.example:6379/0?**********'
+    """
+    head, _, tail = url.rpartition("@")
+    place, _, query = tail.partition("?")
+    shown = f"{head.partition('://')[0]}://**********@{place}" if head else place
+    return f"{shown}?**********" if query else shown
+
+
 def _complaints(error: ValidationError) -> Iterator[str]:
     for problem in error.errors(include_input=False, include_url=False):
         name = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "no such setting; `recur settings` lists them all"
-        yield f"{name} (RECUR_{name.upper()}): {message}" if name else message
+        yield f"{_named(name)}: {message}" if name else message
 
 
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
@@ -308,9 +387,7 @@ def _shown(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if name == "redis_url":  # a password may stand in the address
-        head, _, tail = str(value).rpartition("@")
-        scheme = head.partition("://")[0]
-        return f"{scheme}://**********@{tail}" if head else tail
+        return redis_address(value)
     if name == "checkpoint" and value == SHIPPED_CHECKPOINT:
         return "(the shipped one)"
     return str(value)

@@ -19,7 +19,7 @@ from pipeline.further_fields import ALWAYS_THERE
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
-from pipeline.settings import Settings
+from pipeline.settings import Settings, redis_address
 from pipeline.state_store import NO_EVICTION, RedisStateStore, StoreUnavailableError
 from pipeline.topics import ensure_topics
 
@@ -27,6 +27,8 @@ RETRY_SECONDS = 0.2
 
 RECORDS_LOOKED_AT = 400
 """So many of the last transactions tell which fields there are; from one partition or more."""
+
+_LOGIN_SIGNS = ("WRONGPASS", "NOAUTH", "AuthenticationError", "invalid username-password")
 
 log = logging.getLogger(__name__)
 
@@ -76,18 +78,38 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
 
 
 async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
-    address = settings.redis_url.rpartition("@")[2].removeprefix("redis://")
+    address = redis_address(settings.redis_url)
     try:
         policy = await _before(settings.startup_timeout_seconds, store.eviction_policy)
     except StoreUnavailableError as error:
-        raise StartupError(
-            f"no Redis answers at {address} ({error}): start one, or set RECUR_REDIS_URL"
-        ) from error
+        raise StartupError(_redis_hint(address, str(error))) from error
     if policy not in (None, NO_EVICTION):
         raise StartupError(
             f"the Redis at {address} has maxmemory-policy {policy}, so it would evict account "
             "states: set it to noeviction (redis-cli config set maxmemory-policy noeviction)"
         )
+
+
+def _redis_hint(address: str, said: str) -> str:
+    """What a first call to Redis failed with, as the setting to correct."""
+    if any(sign in said for sign in _LOGIN_SIGNS):
+        return (
+            f"the Redis at {address} refuses the login ({said}): correct RECUR_REDIS_USERNAME and"
+            " RECUR_REDIS_PASSWORD"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        return (
+            f"the Redis at {address} shows a certificate that is not trusted ({said}): set"
+            " RECUR_REDIS_SSL_CAFILE to the authorities that signed it, and RECUR_REDIS_URL to a"
+            " host that is named in it"
+        )
+    if "SSL" in said:
+        return (
+            f"the Redis at {address} and we do not agree on TLS ({said}): correct RECUR_REDIS_URL"
+            " (rediss:// is with TLS), or RECUR_REDIS_SSL_CERTFILE where it asks for a client's"
+            " certificate"
+        )
+    return f"no Redis answers at {address} ({said}): start one, or set RECUR_REDIS_URL"
 
 
 async def _check_watermarks(

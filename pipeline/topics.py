@@ -6,6 +6,7 @@ A worker, the demo and a replay all call :func:`ensure_topics` first; several ma
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.conn import collect_hosts, create_conn
 
 from pipeline.errors import StartupError
 from pipeline.logs import quiet
@@ -23,6 +25,9 @@ ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
 
 RETRY_SECONDS = 0.25
 """Between two attempts while the broker is away or a new topic is not visible yet."""
+
+REFUSAL_SECONDS = 5.0
+"""So long a broker may take to say why it refuses us."""
 
 _MS_PER_DAY = 86_400_000
 _HINTS = {
@@ -99,12 +104,67 @@ async def _connect(settings: Settings, deadline: float) -> Any:
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
             await admin.close()
             if time.monotonic() + RETRY_SECONDS > deadline:
+                refusal = await _refusal(settings)
+                if refusal is not None:
+                    raise StartupError(refusal) from error
                 raise StartupError(
                     f"no Kafka broker answers at {settings.kafka_bootstrap} ({_said(error)}):"
                     " start one, or correct RECUR_KAFKA_BOOTSTRAP or the RECUR_KAFKA_SASL_ and"
                     " RECUR_KAFKA_SSL_ settings"
                 ) from error
             await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _refusal(settings: Settings) -> str | None:
+    """Why a broker that is there does not let us in, and what to set; None if it is not that.
+
+    The clients tell only that there is no connection, so one more is tried here.
+    """
+    options = settings.kafka_client_options()
+    for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
+        try:
+            connection = await create_conn(
+                host, port, request_timeout_ms=round(REFUSAL_SECONDS * 1000), **options
+            )
+        except (kafka_errors.KafkaError, ValueError, OSError, TimeoutError) as error:
+            hint = _hint(error)
+            if hint is not None:
+                return f"the broker at {host}:{port} {hint}"
+        else:
+            connection.close()
+    return None
+
+
+# ValueError: a server that does not know the password, either.
+_LOGIN_REFUSED = (
+    kafka_errors.AuthenticationFailedError,
+    kafka_errors.SaslAuthenticationFailed,
+    ValueError,
+)
+
+
+def _hint(error: BaseException) -> str | None:
+    """What a connection failed with, as the setting to correct."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"shows a certificate that is not trusted ({error.verify_message}): set"
+            " RECUR_KAFKA_SSL_CAFILE to the authorities that signed it, and RECUR_KAFKA_BOOTSTRAP"
+            " to a host that is named in it"
+        )
+    if isinstance(error, ssl.SSLError):
+        return (
+            f"and we do not agree on TLS ({error.reason}): correct RECUR_KAFKA_SECURITY_PROTOCOL,"
+            " the port in RECUR_KAFKA_BOOTSTRAP, or RECUR_KAFKA_SSL_CERTFILE where it asks for a"
+            " client's certificate"
+        )
+    if isinstance(error, kafka_errors.UnsupportedSaslMechanismError):
+        return f"does not take RECUR_KAFKA_SASL_MECHANISM ({_said(error)})"
+    if isinstance(error, _LOGIN_REFUSED):
+        return (
+            "refuses the login: correct RECUR_KAFKA_SASL_USERNAME, RECUR_KAFKA_SASL_PASSWORD or"
+            " RECUR_KAFKA_SASL_MECHANISM"
+        )
+    return None
 
 
 async def _create_missing(admin: Any, settings: Settings, deadline: float) -> dict[TopicRole, int]:
