@@ -524,21 +524,31 @@ def _check(spec: FeatureSpec) -> None:
         )
     kinds = {field.name: field.kind for field in spec.fields}
     for number, i in enumerate(spec.inputs):
-        if i.feature not in names:
-            raise FeatureSpecError(
-                f"input {number} needs the feature {i.feature[:64]!r}; known are {', '.join(names)}"
-            )
-        numbers = (i.mean, i.deviation, i.period, i.threshold)
-        if not np.isfinite(numbers).all() or i.deviation <= 0 or i.period <= 0:
-            raise FeatureSpecError(
-                f"input {number} ({i.feature}): mean {i.mean}, deviation {i.deviation}, "
-                f"period {i.period}, threshold {i.threshold}; they must be finite, deviation and "
-                "period over 0"
-            )
-        if (i.transform == "category") != (kinds.get(i.feature) == "categorical"):
-            raise FeatureSpecError(
-                f"input {number} ({i.feature}): a category is embedded, and nothing else is"
-            )
+        _check_input(number, i, names, kinds)
     transforms = [i.transform for i in spec.inputs]
     if "category" in transforms and set(transforms[transforms.index("category") :]) != {"category"}:
         raise FeatureSpecError("the inputs that are categories must be the last ones")
+
+
+def _check_input(number: int, i: Input, names: Sequence[str], kinds: dict[str, FieldKind]) -> None:
+    """One input, by its place among the others and the names and kinds of the columns."""
+    if i.feature not in names:
+        raise FeatureSpecError(
+            f"input {number} needs the feature {i.feature[:64]!r}; known are {', '.join(names)}"
+        )
+    numbers = (i.mean, i.deviation, i.period, i.threshold)
+    if not np.isfinite(numbers).all() or i.deviation <= 0 or i.period <= 0:
+        raise FeatureSpecError(
+            f"input {number} ({i.feature}): mean {i.mean}, deviation {i.deviation}, "
+            f"period {i.period}, threshold {i.threshold}; they must be finite, deviation and "
+            "period over 0"
+        )
+    if i.transform == "category" and (i.mean, i.deviation) != (0.0, 1.0):
+        raise FeatureSpecError(
+            f"input {number} ({i.feature}): mean {i.mean}, deviation {i.deviation}; a category"
+            " is a code and not standardised"
+        )
+    if (i.transform == "category") != (kinds.get(i.feature) == "categorical"):
+        raise FeatureSpecError(
+            f"input {number} ({i.feature}): a category is embedded, and nothing else is"
+        )

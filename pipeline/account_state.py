@@ -165,7 +165,10 @@ class StateCodec:
             hidden=table["hidden"].copy(),
         )
         loaded = present & (states.history.count > 0)
-        return states, loaded, int(present.sum() - loaded.sum())
+        refused = int(present.sum() - loaded.sum())
+        if refused:  # also what says that it counts nothing, whatever else is in it
+            states.reset(np.flatnonzero(present & ~loaded))
+        return states, loaded, refused
 
     def encode(self, states: AccountStates, rows: NDArray[np.intp]) -> list[bytes]:
         """One value of :attr:`size_bytes` for each of ``rows``."""

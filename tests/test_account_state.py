@@ -165,6 +165,21 @@ def test_a_refused_state_leaves_its_neighbours_whole() -> None:
     assert states.last_offset.tolist() == [41, -1, -1, 41]
 
 
+def test_a_state_that_counts_no_transaction_leaves_nothing_of_itself() -> None:
+    """No worker writes one; refused, it must not lend its hidden to an account that begins."""
+    codec = StateCodec(1, 8)
+    (value,) = values_of(codec)
+    table = np.frombuffer(value, codec.dtype).copy()
+    table["count"] = 0
+    table["hidden"] = 0.5
+
+    states, loaded, refusals = codec.decode([codec._sealed(table).tobytes(), None])
+
+    assert not loaded.any()
+    assert refusals == 1
+    assert len(set(codec.encode(states, np.arange(2)))) == 1
+
+
 def test_no_states_are_decoded_and_encoded_as_none() -> None:
     codec = StateCodec(1, 8)
 

@@ -315,6 +315,9 @@ def test_inputs_keep_the_order_of_the_specification(order: list[int]) -> None:
     np.testing.assert_array_equal(encoded, np.stack(one_by_one, axis=1))
 
 
+CATEGORY = Field("c", "categorical", ("food",))
+
+
 @pytest.mark.parametrize(
     ("spec", "names"),
     [
@@ -324,6 +327,8 @@ def test_inputs_keep_the_order_of_the_specification(order: list[int]) -> None:
         (FeatureSpec(()), "no inputs"),
         (FeatureSpec(label_delay_days=31), "label_delay_days is 31"),
         (FeatureSpec((Input("amount", "category"),)), "a category is embedded"),
+        (FeatureSpec((Input("c", "category", mean=1.0),), fields=(CATEGORY,)), "not standardised"),
+        (FeatureSpec((Input("c", "category", deviation=0.1),), fields=(CATEGORY,)), "a code"),
         (FeatureSpec(fields=(Field("amount", "numeric"),)), "same name"),
         (FeatureSpec(definition=99), "definition 99"),
         (FeatureSpec(window_days=(1, 2, 3)), r"\[1, 2, 3\] days"),

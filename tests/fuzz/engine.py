@@ -22,12 +22,11 @@ SEED_SHARE = 0.3
 def run_mutations(target: Target, guard: Guard, seed: int, corpus: list[bytes]) -> None:
     """Make inputs from the seeds and from those with a new outcome; the same for the same seed."""
     random = Random(_seed_of(target.name, seed))
-    seeds = [*target.seeds, *corpus]
-    for data in seeds:
+    pool = [*target.seeds, *corpus]
+    for data in pool:
         guard.run(data)
-    pool = list(seeds)
     while not guard.is_over:
-        parents = seeds if random.random() < SEED_SHARE else pool
+        parents = target.seeds if random.random() < SEED_SHARE else pool
         data = random.choice(parents)
         for _ in range(1 + (random.random() < 0.2)):
             data = target.mutate(data, random)[:LONGEST_BYTES]
