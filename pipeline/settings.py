@@ -267,7 +267,7 @@ class Settings(BaseSettings):
         """TLS context for the brokers, with the client's certificate where one is set.
 
         Raises:
-            SettingsError: a file is missing or not what it should be; the message names the setting.
+            SettingsError: a file is missing or not what it should be; it names the setting.
         """
         return self._ssl_context("kafka", self.kafka_ssl_key_password)
 
@@ -300,7 +300,7 @@ class Settings(BaseSettings):
         """Keyword arguments of ``redis.asyncio``'s ``from_url`` besides the address.
 
         Raises:
-            SettingsError: a file is missing or not what it should be; the message names the setting.
+            SettingsError: a file is missing or not what it should be; it names the setting.
         """
         options: dict[str, Any] = {
             "socket_timeout": self.redis_timeout_seconds,
@@ -350,7 +350,10 @@ def _is_address(url: str) -> bool:
     """Whether a Redis address has a host and, if any, a port that is a number."""
     try:
         parts = urlsplit(url)
-        return parts.scheme == "unix" or (bool(parts.hostname) and parts.port != 0)
+        if parts.scheme == "unix":
+            return True
+        rest = parts.path + parts.query + parts.fragment
+        return bool(parts.hostname) and parts.port != 0 and "@" not in rest
     except ValueError:
         return False
 

@@ -18,6 +18,7 @@ from pipeline.errors import StartupError
 from pipeline.further_fields import ALWAYS_THERE
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.ownership import check_watermark, read_watermark
+from pipeline.rights import check_rights
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings, redis_address
 from pipeline.state_store import NO_EVICTION, RedisStateStore, StoreUnavailableError
@@ -61,6 +62,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     check_names(checkpoint.header.features)
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
+    await check_rights(settings)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     merchant_store = RedisMerchantStore.from_settings(settings)
     score_log = KafkaScoreLog(settings)

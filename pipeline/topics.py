@@ -30,10 +30,14 @@ REFUSAL_SECONDS = 5.0
 """So long a broker may take to say why it refuses us."""
 
 _MS_PER_DAY = 86_400_000
+_NOT_ALLOWED = (
+    "create it by hand, or allow this user (RECUR_KAFKA_SASL_USERNAME) to create topics; where it"
+    " is there, allow this user to use it: docs/security.md lists all that a worker needs"
+)
 _HINTS = {
     "InvalidReplicationFactorError": "lower RECUR_KAFKA_REPLICATION_FACTOR to the brokers' number",
-    "TopicAuthorizationFailedError": "create it by hand, or allow this user to create topics",
-    "ClusterAuthorizationFailedError": "create it by hand, or allow this user to create topics",
+    "TopicAuthorizationFailedError": _NOT_ALLOWED,
+    "ClusterAuthorizationFailedError": _NOT_ALLOWED,
     "PolicyViolationError": "create it by hand as the brokers' policy demands",
     "InvalidPartitionsError": "change RECUR_PARTITIONS",
 }
@@ -51,7 +55,7 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
             as many partitions as transactions.
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
-    async with _admin(settings, deadline) as admin:
+    async with admin_client(settings, deadline) as admin:
         counts = await _create_missing(admin, settings, deadline)
     if counts["scores"] != counts["transactions"]:
         raise StartupError(
@@ -71,13 +75,20 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
         StartupError: the broker does not answer.
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
-    async with _admin(settings, deadline) as admin:
+    async with admin_client(settings, deadline) as admin:
         return (await _partition_counts(admin)).get(topic)
 
 
 @asynccontextmanager
-async def _admin(settings: Settings, deadline: float) -> AsyncIterator[Any]:
-    """A started admin client; what the broker does not answer is a StartupError."""
+async def admin_client(settings: Settings, deadline: float | None = None) -> AsyncIterator[Any]:
+    """A started admin client; what the broker does not answer is a StartupError.
+
+    Args:
+        deadline: until when to wait for the broker (``time.monotonic``); by default as long as
+            the settings say.
+    """
+    if deadline is None:
+        deadline = time.monotonic() + settings.startup_timeout_seconds
     with quiet("aiokafka"):  # it logs each attempt; the error says it once
         admin = await _connect(settings, deadline)
     try:

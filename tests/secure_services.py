@@ -42,6 +42,19 @@ KAFKA_PASSWORDS = {
 }
 REDIS_PASSWORD = "redis-secret-c0de"
 
+LACKING = {
+    "lacks-transactions": ("Read", "transactions"),
+    "lacks-scores-read": ("Read", "scores"),
+    "lacks-scores-write": ("Write", "scores"),
+    "lacks-alerts": ("Write", "alerts"),
+    "lacks-dead-letter": ("Write", "dead-letter"),
+    "lacks-labels": ("Read", "labels"),
+    "lacks-group": ("Read", "recur"),
+}
+"""Users with all rights of a worker but that one."""
+
+KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING}
+
 LITERAL = 3
 _RESOURCES = {"topic": 2, "group": 3}
 _OPERATIONS = {"Read": 3, "Write": 4, "Create": 5, "Describe": 8}
@@ -202,6 +215,16 @@ def kafka_rules() -> list[Rule]:
                 for operation in arguments.operation
             ]
     return rules
+
+
+def rules_of_the_lacking() -> list[Rule]:
+    """What the users of :data:`LACKING` may do."""
+    return [
+        Rule(f"User:{user}", rule.operation, rule.resource, rule.name)
+        for user, lacking in LACKING.items()
+        for rule in kafka_rules()
+        if rule.principal == "User:recur-worker" and (rule.operation, rule.name) != lacking
+    ]
 
 
 async def allow(broker: Kafka, rules: Iterable[Rule]) -> None:

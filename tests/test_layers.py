@@ -25,8 +25,8 @@ LAYERS = {
         pipeline.merchant_profile pipeline.further_fields
     """,
     "clients": """
-        pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
-        pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
+        pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory

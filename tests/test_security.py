@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +19,21 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from pipeline.codec import decode_score, encode_transaction
 from pipeline.errors import RecurError
 from pipeline.redis_calls import RIGHTS
+from pipeline.rights import NEEDS
 from pipeline.services import HOST, Redis
-from pipeline.settings import load_settings
+from pipeline.settings import Settings, load_settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.topics import ensure_topics
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions
+from pipeline.worker_processes import WorkerProcess, start_worker
+from tests.pipeline_under_test import (
+    PipelineUnderTest,
+    assert_scored_once,
+    transactions,
+    until,
+)
 from tests.secure_services import (
     KAFKA_PASSWORDS,
+    LACKING,
     REDIS_PASSWORD,
     REDIS_RULES,
     Authority,
@@ -29,10 +42,45 @@ from tests.secure_services import (
     allow,
     kafka_rules,
     redis_with_users,
+    rules_of_the_lacking,
 )
 
 WORKER = "recur-worker"
-FAST = {"startup_timeout_seconds": 1.5, "redis_timeout_seconds": 2.0}
+FAST = {"startup_timeout_seconds": 0.8, "redis_timeout_seconds": 2.0}
+
+SECRETS = (*KAFKA_PASSWORDS.values(), REDIS_PASSWORD, "wrong-secret", "key-secret")
+
+
+def assert_holds_no_secret(text: str) -> None:
+    """None of the passwords that are about here."""
+    assert not [secret for secret in SECRETS if secret in text], text
+
+
+async def everything_shown(worker: WorkerProcess) -> str:
+    """What others see of a worker: its log, its pages, its and its supervisor's process titles."""
+    shown = [await asyncio.to_thread(worker.log_path.read_text)]
+    for path in ("/metrics", "/ready", "/live"):
+        _, page = await asyncio.to_thread(get, f"http://{worker.host}:{worker.port}{path}")
+        shown.append(page)
+    if sys.platform == "linux":
+        shown += titles(worker.process.pid) + titles(worker.process.supervisor_pid)
+    assert all(shown)
+    return "\n".join(shown)
+
+
+def titles(pid: int) -> list[str]:
+    """What ps shows of a process."""
+    return [Path(f"/proc/{pid}/{title}").read_text() for title in ("cmdline", "comm")]
+
+
+def get(url: str) -> tuple[int, str]:
+    """Status and text of a page."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as page:
+            return page.status, page.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
 
 
 @dataclass(frozen=True)
@@ -63,9 +111,8 @@ class Site:
         }
         return {name: v for name, v in (settings | changes).items() if v is not None}
 
-
     def kafka_and_redis(self) -> dict[str, Any]:
-        """The same, with the addresses by the names that :class:`PipelineUnderTest` has for them."""
+        """The same, with the addresses by the names of :class:`PipelineUnderTest`."""
         settings = self.settings()
         return {"bootstrap": settings.pop("kafka_bootstrap"), **settings}
 
@@ -82,7 +129,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         TlsProxy(*certificate, redis.port) as proxy,
     ):
         asyncio.run(ensure_topics(load_settings(kafka_bootstrap=broker.bootstrap, partitions=2)))
-        asyncio.run(allow(broker, kafka_rules()))
+        asyncio.run(allow(broker, kafka_rules() + rules_of_the_lacking()))
         yield Site(authority, other, broker, redis, proxy, folder)
 
 
@@ -93,7 +140,9 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
     """
     sent = transactions(300, accounts=20)
     names = {"topic_prefix": "", "key_prefix": "recur", "kafka_group": "recur"}
-    system = PipelineUnderTest(directory=tmp_path, **names, **site.kafka_and_redis())
+    system = PipelineUnderTest(
+        directory=tmp_path, log_level="debug", **names, **site.kafka_and_redis()
+    )
 
     def options(user: str) -> dict[str, Any]:
         own = site.settings(kafka_sasl_username=user, kafka_sasl_password=KAFKA_PASSWORDS[user])
@@ -101,9 +150,12 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
 
     async def run() -> None:
         async with system.running(workers=1):
+            (worker,) = system.workers
             async with AIOKafkaProducer(**options("recur-producer")) as producer:
                 for t in sent:
-                    await producer.send("transactions", encode_transaction(t), t.account_id.encode())
+                    await producer.send(
+                        "transactions", encode_transaction(t), t.account_id.encode()
+                    )
             await system.until_applied()
             assert_scored_once(await system.scores(), sent)
             async with AIOKafkaConsumer(
@@ -113,27 +165,46 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
                 **options("recur-reader"),
             ) as reader:
                 assert decode_score((await reader.getone()).value)
-            with site.redis.client() as admin:
+            with site.redis.client() as client:
+                admin: Any = client
                 assert "recur" in {client["user"] for client in admin.client_list()}
+                admin.execute_command("ACL", "SETUSER", "recur", "resetpass", ">another")
+                admin.client_kill_filter(_type="normal", skipme=True)
+
+                async def has_noticed() -> bool:
+                    await worker.refresh()
+                    return worker.samples["recur_redis_errors_total"] > 0
+
+                await until(has_noticed, "the worker to be refused by Redis")
+                admin.execute_command("ACL", "SETUSER", "recur", "resetpass", f">{REDIS_PASSWORD}")
+            assert_holds_no_secret(await everything_shown(worker))
 
     asyncio.run(run())
 
 
 def test_the_file_of_redis_rights_holds_what_recur_says_it_needs() -> None:
-    (line,) = [line for line in REDIS_RULES.read_text().splitlines() if line.startswith("user recur ")]
+    (line,) = [
+        line for line in REDIS_RULES.read_text().splitlines() if line.startswith("user recur ")
+    ]
 
     assert set(RIGHTS.split()) == {word for word in line.split() if word.startswith("+")}
 
 
+async def checked(settings: Settings) -> int:
+    """Partitions, as a worker's start finds them."""
+    try:
+        return await check_services(settings, load_checkpoint(settings))
+    finally:
+        await asyncio.sleep(0.1)  # connections close by TLS's leave, after the clients are done
+
+
 def refusal(settings: dict[str, Any]) -> str:
     """The line that a worker's start ends with."""
-    configured = load_settings(**settings | FAST)
     with pytest.raises(RecurError) as caught:
-        asyncio.run(check_services(configured, load_checkpoint(configured)))
+        asyncio.run(checked(load_settings(**settings | FAST)))
     message = str(caught.value)
     assert "\n" not in message
-    for secret in (*KAFKA_PASSWORDS.values(), REDIS_PASSWORD, "wrong-secret"):
-        assert secret not in message
+    assert_holds_no_secret(message)
     return message
 
 
@@ -161,7 +232,92 @@ def test_who_is_not_let_in_is_told_which_setting(
     settings = site.settings(**changes)
 
     if says is None:
-        configured = load_settings(**settings)
-        assert asyncio.run(check_services(configured, load_checkpoint(configured))) == 2
+        assert asyncio.run(checked(load_settings(**settings))) == 2
     else:
         assert says in refusal(settings)
+
+
+@pytest.mark.parametrize("user", LACKING)
+def test_a_right_that_is_missing_on_kafka_is_named_at_the_start(site: Site, user: str) -> None:
+    """Not at the first alert, nor by a worker that waits in silence."""
+    operation, name = LACKING[user]
+
+    said = refusal(
+        site.settings(kafka_sasl_username=user, kafka_sasl_password=KAFKA_PASSWORDS[user])
+    )
+
+    assert name in said
+    assert "docs/security.md" in said
+    assert "RECUR_KAFKA_SASL_USERNAME" in said
+    if name == "scores":  # of the other topics nothing is visible without the one right
+        assert f"{user} (RECUR_KAFKA_SASL_USERNAME) the operation {operation} on" in said
+
+
+def test_the_file_of_kafka_rights_holds_what_a_worker_asks_for() -> None:
+    settings = load_settings()
+    rules = {
+        (rule.resource, rule.name, rule.operation)
+        for rule in kafka_rules()
+        if rule.principal == f"User:{WORKER}"
+    }
+
+    assert rules == {("group", settings.kafka_group, "Read")} | {
+        ("topic", settings.topic(role), operation)
+        for role, operations in NEEDS.items()
+        for operation in operations
+    }
+
+
+def environment(settings: dict[str, Any]) -> dict[str, str]:
+    """The settings as a process is given them."""
+    return {f"RECUR_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def test_workers_that_do_not_start_say_why_in_one_line_without_a_secret(
+    site: Site, tmp_path: Path
+) -> None:
+    """At the level debug, as whole processes: nothing else comes out of them, no traceback."""
+    inside = f"redis://recur:wrong-secret@{HOST}:{site.redis.port}/0"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"kafka_bootstrap": f"{HOST}:1"}, "RECUR_KAFKA_BOOTSTRAP"),
+        ({"kafka_sasl_password": "wrong-secret"}, "RECUR_KAFKA_SASL_PASSWORD"),
+        ({"redis_password": "wrong-secret"}, "RECUR_REDIS_PASSWORD"),
+        ({"redis_url": inside, "redis_ssl_cafile": None}, "RECUR_REDIS_PASSWORD"),
+        ({"redis_url": "rediss://recur:wrong-secret/1@host/0"}, "redis_url"),
+    ]
+    workers = []
+    for number, (changes, _) in enumerate(cases):
+        settings = site.settings(**changes) | FAST | {"log_level": "debug"}
+        if "redis_url" in changes:
+            del settings["redis_username"], settings["redis_password"]
+        workers.append(start_worker(number, tmp_path, environment(settings)))
+
+    try:
+        codes = [worker.process.wait(90) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.process.kill()
+    assert set(codes) <= {1, 2}
+    for worker, (_, says) in zip(workers, cases, strict=True):
+        (line,) = worker.log_path.read_text().splitlines()
+        assert line.startswith("recur: ")
+        assert says in line
+        assert_holds_no_secret(line)
+
+
+def test_recur_settings_shows_no_secret(site: Site) -> None:
+    settings = site.settings(
+        kafka_ssl_key_password="key-secret",
+        redis_url=f"rediss://recur:wrong-secret@{HOST}:1/0?password=wrong-secret",
+    )
+
+    shown = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "settings"],
+        env=os.environ | environment(settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert_holds_no_secret(shown.stdout + shown.stderr)
+    assert shown.stdout.count("**********") >= 5

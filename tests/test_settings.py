@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import SettingsError
-from pipeline.settings import CONFIG_VARIABLE, Settings, describe, load_settings
+from pipeline.settings import CONFIG_VARIABLE, Settings, describe, load_settings, redis_address
+from tests.secure_services import Authority
 
 PASSWORD = "hunter2-hunter2"
 
@@ -198,6 +199,50 @@ def test_no_secret_is_in_a_complaint() -> None:
     assert PASSWORD not in complaint(redis_password=[PASSWORD])
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://recur:{PASSWORD}/x@redis.example/0",
+        f"redis://recur:{PASSWORD}#x@redis.example/0",
+        f"redis://recur:{PASSWORD}?x@redis.example/0",
+        f"redis://recur:123?{PASSWORD}@redis.example/0",
+        f"redis://:{PASSWORD}",
+        f"redis://@/{PASSWORD}",
+        f"redis://redis.example:{PASSWORD}/0",
+    ],
+)
+def test_an_address_that_clients_would_quote_in_an_error_is_refused_before(url: str) -> None:
+    """Most of them are of a password with a character that ends a host's name."""
+    message = complaint(redis_url=url)
+
+    assert "redis_password" in message
+    assert PASSWORD not in message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"rediss://u:{PASSWORD}@h:1/0", "rediss://**********@h:1/0"),
+        (f"redis://u:{PASSWORD}@x@h:1/0", "redis://**********@h:1/0"),
+        (f"redis://h:1/0?password={PASSWORD}", "redis://h:1/0?**********"),
+        (f"unix://u:{PASSWORD}@/run/redis.sock", "unix://**********@/run/redis.sock"),
+        ("redis://h", "redis://h"),
+    ],
+)
+def test_of_an_address_is_shown_what_is_no_secret(url: str, shown: str) -> None:
+    assert redis_address(url) == shown
+    assert (
+        dict((name, value) for name, value, *_ in describe(load_settings(redis_url=url)))[
+            "redis_url"
+        ]
+        == shown
+    )
+
+
+def test_a_password_in_the_brokers_address_is_refused() -> None:
+    assert PASSWORD not in complaint(kafka_bootstrap=f"recur:{PASSWORD}@broker:9092")
+
+
 def test_secrets_reach_the_clients(secretive: Settings) -> None:
     assert secretive.kafka_client_options()["sasl_plain_password"] == PASSWORD
     assert secretive.redis_client_options()["password"] == PASSWORD
@@ -212,16 +257,54 @@ def test_every_setting_is_described_and_those_with_a_unit_name_it() -> None:
 
 
 def test_tls_settings_reach_both_clients(tmp_path: Path) -> None:
-    authorities = tmp_path / "ca.pem"
-    authorities.write_text("not read by Redis before it connects")
+    authority = Authority.create(tmp_path)
     settings = load_settings(
-        redis_url="rediss://redis.example:6380/0", redis_ssl_cafile=authorities
+        redis_url="rediss://redis.example:6380/0", redis_ssl_cafile=authority.cafile
     )
 
-    assert settings.redis_client_options()["ssl_ca_certs"] == str(authorities)
+    assert settings.redis_client_options()["ssl_ca_certs"] == str(authority.cafile)
     context = load_settings(kafka_security_protocol="SSL").kafka_client_options()["ssl_context"]
     assert isinstance(context, ssl.SSLContext)
     assert context.verify_mode == ssl.CERT_REQUIRED
+    assert context.check_hostname
+
+
+def test_a_client_key_is_read_with_its_password_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
+    """A missing password would have OpenSSL wait at the terminal; a wrong one is not shown."""
+    certfile, keyfile = Authority.create(tmp_path).issue(tmp_path, "client", password=PASSWORD)
+    options: dict[str, Any] = {
+        "kafka_security_protocol": "SSL",
+        "kafka_ssl_certfile": certfile,
+        "kafka_ssl_keyfile": keyfile,
+    }
+    load_settings(**options, kafka_ssl_key_password=PASSWORD).kafka_client_options()
+
+    for password in (None, f"not {PASSWORD}"):
+        wrong = load_settings(**options, kafka_ssl_key_password=password)
+        with pytest.raises(SettingsError, match="RECUR_KAFKA_SSL_KEY_PASSWORD") as caught:
+            wrong.kafka_client_options()
+        assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize("service", ["kafka", "redis"])
+def test_a_tls_file_that_is_none_is_told_by_its_setting(service: str, tmp_path: Path) -> None:
+    on = {"kafka": {"kafka_security_protocol": "SSL"}, "redis": {"redis_url": "rediss://redis"}}
+    no_pem = tmp_path / "no.pem"
+    no_pem.write_text("no certificate")
+    for name in ("cafile", "certfile"):
+        for path in (tmp_path / "missing.pem", no_pem):
+            settings = load_settings(**on[service], **{f"{service}_ssl_{name}": path})
+            with pytest.raises(SettingsError) as caught:
+                getattr(settings, f"{service}_client_options")()
+            assert f"RECUR_{service}_SSL_{name}".upper() in str(caught.value)
+            assert str(path) in str(caught.value)
+
+
+def test_tls_files_without_tls_are_a_mistake() -> None:
+    """Or passwords would go in clear where one thinks that they do not."""
+    for name in ("cafile", "certfile", "keyfile"):
+        assert "kafka_security_protocol" in complaint(**{f"kafka_ssl_{name}": "a.pem"})
+        assert "rediss://" in complaint(**{f"redis_ssl_{name}": "a.pem"})
 
 
 def test_settings_cannot_be_changed_once_loaded() -> None:
