@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from model.merchants import MERCHANT_FEATURES, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
-from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
+from model.transaction import (
+    ID_MAX_CHARACTERS,
+    Id,
+    ShortText,
+    Timestamp,
+    Transaction,
+    epoch_ms,
+)
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
 from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
@@ -48,7 +55,14 @@ VALUE_MAX_BYTES = 65_536
 """A transaction's JSON is a few hundred bytes; a value over this is not looked at."""
 
 CONTROL_HEADER = "recur-control"
-"""Marks a record that is an instruction, not a transaction."""
+"""Marks a record of the transactions topic that is an instruction, not a transaction; the header
+names the instruction, and the record has no value."""
+
+FORGET = b"forget"
+"""The instruction to forget the account that is the record's key: it begins anew."""
+
+LOOK = b"look"
+"""The instruction to look at the partition's watermark, which each poll does: it wakes a worker."""
 
 WARM_HEADER = "recur-warm"
 """Marks a transaction that builds state and raises no alert."""
@@ -115,6 +129,33 @@ def decode(
     if transaction.currency != currency:
         raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
     return transaction
+
+
+def decode_instruction(
+    key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
+) -> str | None:
+    """What a record with a control header instructs.
+
+    Returns:
+        the account to forget; None where there is nothing to do.
+
+    Raises:
+        RejectedError: it is no instruction that this version knows.
+    """
+    instructions = [text for name, text in headers if name == CONTROL_HEADER]
+    if instructions not in ([FORGET], [LOOK]):
+        raise RejectedError("control", "an instruction that this version does not know")
+    if value:
+        raise RejectedError("control", "an instruction has no value")
+    if instructions == [LOOK]:
+        return None
+    try:
+        account_id = (key or b"").decode()
+    except UnicodeDecodeError:
+        account_id = ""
+    if not 0 < len(account_id) <= ID_MAX_CHARACTERS:
+        raise RejectedError("control", "the key of this instruction is no account id")
+    return account_id
 
 
 def names_in(value: bytes | None) -> set[str]:

@@ -96,7 +96,10 @@ class MemoryStateStore:
             return current == request.watermark
         self.watermarks[request.partition] = request.watermark
         for account, state in zip(request.account_ids, request.states, strict=True):
-            self.states[request.partition, account] = state
+            if state is None:
+                self.states.pop((request.partition, account), None)
+            else:
+                self.states[request.partition, account] = state
         return True
 
     async def ping(self) -> None:

@@ -20,7 +20,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from pipeline.codec import (
     WARM_HEADER,
     ScoreEncoder,
     decode,
+    decode_instruction,
     encode_alert,
     with_thresholds,
 )
@@ -66,6 +67,21 @@ THREAD_MIN = 256
 and Redis are taken: with 2,000 that is a third more throughput, with a few it is all loss."""
 
 
+@dataclass(frozen=True)
+class Forget:
+    """An instruction to forget an account.
+
+    Attributes:
+        offset: of its record.
+        row: the account's row for what comes after it, with an empty state.
+        row_before: its row for what came before, if anything did.
+    """
+
+    offset: int
+    row: int
+    row_before: int | None
+
+
 @dataclass
 class Part:
     """A partition's part of a micro-batch on its way through the steps.
@@ -73,12 +89,14 @@ class Part:
     Attributes:
         records, transactions, timestamps_ms: what can be scored, in log order.
         rows: the place of each transaction's account in ``accounts``.
-        accounts: distinct account ids.
+        accounts: account ids; distinct, but that one which is forgotten is another from there on.
+        forgets: instructions to forget an account.
         merchant_raw: float32[n, M], merchants' features; None where the checkpoint uses none.
         new: indices of the transactions that have no score yet and get one.
         rejected: records that cannot be scored, with reason and error.
         owned: the partition, once its watermark is known.
-        values: states of ``accounts``; ``cached`` of them were held in memory.
+        values: states of ``accounts``; those of the rows ``asked`` came from the store, the
+            others were held in memory.
         kept: by offset, scores that were published before.
         begin: the first offset that was not computed before.
         scored: where this part stands in the micro-batch's arrays.
@@ -86,7 +104,7 @@ class Part:
         scores, alerts, letters: what to publish.
         flagged: index, score and decision of what is to raise an alert.
         alerted: what ``alerts`` are of.
-        changed: accounts and states to save.
+        changed: accounts and states to save; None is to be deleted.
         saved: whether they and the watermark stand in the store.
     """
 
@@ -97,11 +115,12 @@ class Part:
     timestamps_ms: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     accounts: list[str] = field(default_factory=list)
+    forgets: list[Forget] = field(default_factory=list)
     merchant_raw: NDArray[np.float32] | None = None
     rejected: list[tuple[Record, str, str]] = field(default_factory=list)
     owned: Owned | None = None
     values: list[bytes | None] = field(default_factory=list)
-    cached: int = 0
+    asked: list[int] = field(default_factory=list)
     kept: dict[int, Kept] = field(default_factory=dict)
     begin: int = 0
     scored: slice = field(default_factory=lambda: slice(0, 0))
@@ -112,7 +131,7 @@ class Part:
     letters: list[Outgoing] = field(default_factory=list)
     flagged: list[tuple[int, bytes, str]] = field(default_factory=list)
     alerted: list[Alerted] = field(default_factory=list)
-    changed: tuple[list[str], list[bytes]] = field(default_factory=lambda: ([], []))
+    changed: tuple[list[str], Sequence[bytes | None]] = field(default_factory=lambda: ([], []))
     saved: bool = False
 
     @property
@@ -275,6 +294,14 @@ class Processor:
             row_of: dict[str, int] = {}
             for record in chunk.records:
                 try:
+                    if record.headers and is_instruction(record):
+                        account_id = decode_instruction(record.key, record.value, record.headers)
+                        if account_id is not None:
+                            row, before = len(part.accounts), row_of.get(account_id)
+                            part.forgets.append(Forget(record.offset, row, before))
+                            part.accounts.append(account_id)
+                            row_of[account_id] = row
+                        continue
                     transaction, timestamp_ms = self._decode_record(record)
                 except RejectedError as error:
                     part.rejected.append((record, error.reason, str(error)))
@@ -282,14 +309,14 @@ class Processor:
                 part.records.append(record)
                 part.transactions.append(transaction)
                 part.timestamps_ms.append(timestamp_ms)
-                part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
-            part.accounts = list(row_of)
+                row = row_of.setdefault(transaction.account_id, len(part.accounts))
+                if row == len(part.accounts):
+                    part.accounts.append(transaction.account_id)
+                part.rows.append(row)
             parts.append(part)
         return parts
 
     def _decode_record(self, record: Record) -> tuple[Transaction, int]:
-        if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
-            raise RejectedError("control", "an instruction that this version does not know")
         transaction = decode(record.key, record.value, self._currency, self._further_fields)
         timestamp = transaction.timestamp
         timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
@@ -318,6 +345,8 @@ class Processor:
             if part.owned is not None:
                 part.begin = part.owned.computed_to
                 self._drop_applied(part)
+                for forget in part.forgets:
+                    part.values[forget.row] = None
                 part.kept = await self._ownership.published(
                     part.partition, part.owned, part.records
                 )
@@ -368,15 +397,14 @@ class Processor:
         requests = []
         for part in parts:
             held = part.owned.states if part.owned is not None else {}
-            part.values = [held.get(account) for account in part.accounts]
-            missing = [i for i, value in enumerate(part.values) if value is None]
-            part.cached = len(part.values) - len(missing)
-            requests.append((missing, Load(part.partition, [part.accounts[i] for i in missing])))
-        replies = await self._patience.ask_store(
-            lambda: self._store.load([request for _, request in requests])
-        )
-        for part, (missing, _), reply in zip(parts, requests, replies, strict=True):
-            for i, value in zip(missing, reply.states, strict=True):
+            accounts = part.accounts
+            part.values = values = [held.get(account) for account in accounts]
+            absent = [i for i, value in enumerate(values) if value is None]
+            part.asked = [i for i in absent if accounts[i] not in held]
+            requests.append(Load(part.partition, [accounts[i] for i in part.asked]))
+        replies = await self._patience.ask_store(lambda: self._store.load(requests))
+        for part, reply in zip(parts, replies, strict=True):
+            for i, value in zip(part.asked, reply.states, strict=True):
                 part.values[i] = value
         return replies
 
@@ -394,6 +422,7 @@ class Processor:
         if part.merchant_raw is not None:
             part.merchant_raw = part.merchant_raw[applied:]
         part.rejected = [item for item in part.rejected if item[0].offset >= next_offset]
+        part.forgets = [forget for forget in part.forgets if forget.offset >= next_offset]
         self._metrics.replayed.inc(before - len(part.records) - len(part.rejected))
 
     # rounds, features, GRU ---------------------------------------------------------------
@@ -405,8 +434,11 @@ class Processor:
         batch = columns(parts, self._further_fields, thresholds.review)
         values = [value for part in parts for value in part.values]
         states, scored, loaded, refused = self._scorer.score(values, batch)
-        n_cached = sum(part.cached for part in parts)
-        n_loaded = int(loaded.sum()) - n_cached
+        n_loaded = first_row = 0
+        for part in parts:
+            n_loaded += int(np.count_nonzero(loaded[first_row:][part.asked]))
+            first_row += len(part.accounts)
+        n_cached = int(np.count_nonzero(loaded)) - n_loaded
         counter = self._metrics.states
         counter.labels("loaded").inc(n_loaded)
         counter.labels("refused").inc(refused)
@@ -509,7 +541,9 @@ class Processor:
     def _hold(self, parts: list[Part], states: AccountStates) -> None:
         """Hold what is computed in memory; the next poll continues it."""
         begins = np.repeat([part.begin for part in parts], [len(part.accounts) for part in parts])
-        changed = np.flatnonzero(states.last_offset >= begins)
+        is_changed = states.last_offset >= begins
+        gone = _forgotten(parts, is_changed)
+        changed = np.flatnonzero(is_changed)
         values = self._scorer.codec.encode(states, changed)
         first_row = start = 0
         for part in parts:
@@ -517,6 +551,9 @@ class Processor:
             stop = start + int(np.count_nonzero(changed[start:] < last_row))
             accounts = [part.accounts[row - first_row] for row in changed[start:stop].tolist()]
             part.changed = accounts, values[start:stop]
+            if part.forgets:
+                left = gone[part.partition]
+                part.changed = accounts + left, [*values[start:stop], *[None] * len(left)]
             part.partition_owned.remember(*part.changed)
             part.partition_owned.computed_to = part.end
             first_row, start = last_row, stop
@@ -568,6 +605,7 @@ class Processor:
             owned.watermark, owned.neighbour = save.watermark, owned.watermark
             owned.next_offset = part.end
             owned.forget_states(self._most_states_held())
+            self._metrics.forgotten.inc(len(part.forgets))
             self._metrics.transactions.inc(part.said)
 
     async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
@@ -653,6 +691,23 @@ def columns(
     )
 
 
+def _forgotten(parts: list[Part], is_changed: NDArray[np.bool_]) -> dict[int, list[str]]:
+    """Accounts that are forgotten and made no transaction since, by partition.
+
+    States of accounts before they were forgotten are taken out of ``is_changed``.
+    """
+    gone = {}
+    first_row = 0
+    for part in parts:
+        for forget in part.forgets:
+            if forget.row_before is not None:
+                is_changed[first_row + forget.row_before] = False
+        last = {part.accounts[forget.row]: forget.row for forget in part.forgets}
+        gone[part.partition] = [a for a, row in last.items() if not is_changed[first_row + row]]
+        first_row += len(part.accounts)
+    return gone
+
+
 def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:
     """float32[n, M]: merchants' features; those that a published score records stay."""
     tables = [np.zeros((0, len(MERCHANT_FEATURES)), np.float32)]
@@ -683,6 +738,11 @@ def _explain_from(parts: list[Part], review: float) -> NDArray[np.float32]:
                 if kept is not None:
                     found[i] = NEVER if kept.score.decision == APPROVE else 0.0
     return found
+
+
+def is_instruction(record: Record) -> bool:
+    """Whether a record is an instruction, known or not, and no transaction."""
+    return any(name == CONTROL_HEADER for name, _ in record.headers)
 
 
 def _is_warm(record: Record) -> bool:

@@ -23,7 +23,8 @@ Command = tuple[str | bytes, ...]
 
 
 RIGHTS = (
-    "+get +mget +set +bitfield +setrange +pexpire +evalsha +script|load +ping +info +client|setinfo"
+    "+get +mget +set +del +bitfield +setrange +pexpire +evalsha +script|load +ping +info"
+    " +client|setinfo"
 )
 """What an ACL user of Redis must be allowed, on keys that begin with ``RECUR_KEY_PREFIX``."""
 
