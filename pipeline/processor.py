@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.reasons import Explainer
 from model.transaction import Transaction, epoch_ms
@@ -161,6 +162,73 @@ class Computed:
     batch: MicroBatch
 
 
+class PartDecoder:
+    """Records to transactions, for the worker and for whoever computes its states again.
+
+    Args:
+        settings: limits.
+        checkpoint: its currency and further fields.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
+        self.further_fields = FurtherFields(checkpoint.header.features.fields)
+        self._currency = checkpoint.header.currency
+        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+
+    def part(self, partition: int, chunk: Chunk) -> Part:
+        """A chunk's transactions; what cannot be scored is set aside with its reason."""
+        part = Part(partition, chunk)
+        row_of: dict[str, int] = {}
+        for record in chunk.records:
+            try:
+                if record.headers and _is_instruction(record):
+                    _obey(part, row_of, record)
+                    continue
+                transaction, timestamp_ms = self._decode(record)
+            except RejectedError as error:
+                part.rejected.append((record, error.reason, str(error)))
+                continue
+            part.records.append(record)
+            part.transactions.append(transaction)
+            part.timestamps_ms.append(timestamp_ms)
+            row = row_of.setdefault(transaction.account_id, len(part.accounts))
+            if row == len(part.accounts):
+                part.accounts.append(transaction.account_id)
+            part.rows.append(row)
+        return part
+
+    def _decode(self, record: Record) -> tuple[Transaction, int]:
+        transaction = decode(record.key, record.value, self._currency, self.further_fields)
+        timestamp = transaction.timestamp
+        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
+        if timestamp_ms < 0:
+            raise RejectedError("timestamp", "the timestamp is before 1970")
+        if timestamp_ms - record.timestamp > self._future_limit_ms:
+            raise RejectedError(
+                "future_timestamp",
+                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
+            )
+        return transaction, timestamp_ms
+
+
+def _is_instruction(record: Record) -> bool:
+    """Whether a record is an instruction, known or not, and no transaction."""
+    return any(name == CONTROL_HEADER for name, _ in record.headers)
+
+
+def _obey(part: Part, row_of: dict[str, int], record: Record) -> None:
+    """Take an instruction into a part.
+
+    Raises:
+        RejectedError: it is none that this version knows.
+    """
+    account_id = decode_instruction(record.key, record.value, record.headers)
+    if account_id is not None:
+        part.forgets.append(Forget(record.offset, len(part.accounts), row_of.get(account_id)))
+        row_of[account_id] = len(part.accounts)
+        part.accounts.append(account_id)
+
+
 class Processor:
     """Applies polls, one at a time.
 
@@ -214,15 +282,14 @@ class Processor:
                 cached_max=settings.cached_merchants_max,
             )
         self._topic = settings.topic("transactions")
-        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
         self._cached_states_max = settings.cached_states_max
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
-        self._currency = scorer.checkpoint.header.currency
         names = features.names
-        self._further_fields = FurtherFields(features.fields)
+        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._further_fields = self._decoder.further_fields
         self._explainer = Explainer(scorer.checkpoint)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
@@ -288,46 +355,7 @@ class Processor:
 
     def _decode(self, poll: Poll) -> list[Part]:
         """Records to transactions; what cannot be scored is set aside with its reason."""
-        parts = []
-        for partition, chunk in poll.chunks.items():
-            part = Part(partition, chunk)
-            row_of: dict[str, int] = {}
-            for record in chunk.records:
-                try:
-                    if record.headers and is_instruction(record):
-                        account_id = decode_instruction(record.key, record.value, record.headers)
-                        if account_id is not None:
-                            row, before = len(part.accounts), row_of.get(account_id)
-                            part.forgets.append(Forget(record.offset, row, before))
-                            part.accounts.append(account_id)
-                            row_of[account_id] = row
-                        continue
-                    transaction, timestamp_ms = self._decode_record(record)
-                except RejectedError as error:
-                    part.rejected.append((record, error.reason, str(error)))
-                    continue
-                part.records.append(record)
-                part.transactions.append(transaction)
-                part.timestamps_ms.append(timestamp_ms)
-                row = row_of.setdefault(transaction.account_id, len(part.accounts))
-                if row == len(part.accounts):
-                    part.accounts.append(transaction.account_id)
-                part.rows.append(row)
-            parts.append(part)
-        return parts
-
-    def _decode_record(self, record: Record) -> tuple[Transaction, int]:
-        transaction = decode(record.key, record.value, self._currency, self._further_fields)
-        timestamp = transaction.timestamp
-        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
-        if timestamp_ms < 0:
-            raise RejectedError("timestamp", "the timestamp is before 1970")
-        if timestamp_ms - record.timestamp > self._future_limit_ms:
-            raise RejectedError(
-                "future_timestamp",
-                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
-            )
-        return transaction, timestamp_ms
+        return [self._decoder.part(partition, chunk) for partition, chunk in poll.chunks.items()]
 
     # load, drop applied ------------------------------------------------------------------
 
@@ -738,11 +766,6 @@ def _explain_from(parts: list[Part], review: float) -> NDArray[np.float32]:
                 if kept is not None:
                     found[i] = NEVER if kept.score.decision == APPROVE else 0.0
     return found
-
-
-def is_instruction(record: Record) -> bool:
-    """Whether a record is an instruction, known or not, and no transaction."""
-    return any(name == CONTROL_HEADER for name, _ in record.headers)
 
 
 def _is_warm(record: Record) -> bool:

@@ -22,17 +22,18 @@ LAYERS = {
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
-        pipeline.merchant_profile pipeline.further_fields
+        pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
     """,
     "clients": """
         pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
         pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.log_reader pipeline.scores_in_step
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
     """,
     "processor": """
-        pipeline.merchants pipeline.processor pipeline.labels
+        pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute
     """,
     "worker": """
         pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
