@@ -11,6 +11,7 @@ import click
 
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
+from pipeline.state_cli import state
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -328,6 +329,9 @@ def label(file: Path | None, **options: Any) -> None:
     from pipeline.label_feed import LabelOptions, run_label
 
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
+
+
+recur.add_command(state)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -411,12 +411,13 @@ def check_watermark(
     if mark.partitions != partitions:
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
-            f"has {partitions}, so accounts lie elsewhere. Set RECUR_KEY_PREFIX to a new prefix: "
-            "the workers rebuild all states from the log"
+            f"has {partitions}, so accounts lie elsewhere: run `recur state rekey`, which moves "
+            "their states. Or set RECUR_KEY_PREFIX to a new prefix, and all begin anew"
         )
     if mark.next_offset > log_end:
         raise StartupError(
             f"the states in Redis are past the end of {topic}-{partition} (offset "
             f"{mark.next_offset}, the log ends at {log_end}): the topic was recreated or "
-            "truncated. Set RECUR_KEY_PREFIX to a new prefix to begin anew"
+            "truncated. Run `recur state rebuild --all` to compute the states from the log as it "
+            "is, or set RECUR_KEY_PREFIX to a new prefix to begin anew"
         )

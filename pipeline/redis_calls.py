@@ -4,7 +4,7 @@ errors that quote neither keys nor values."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ RIGHTS = (
 )
 """What an ACL user of Redis must be allowed, on keys that begin with ``RECUR_KEY_PREFIX``."""
 
+COMMAND_RIGHTS = "+scan +strlen +pttl +getrange"
+"""What the user of a person who runs ``recur state`` needs besides."""
+
 _FORBIDDEN = ("no permissions", "can't run this command", "ACL failure")
 
 
@@ -40,8 +43,9 @@ class StoreForbiddenError(RecurError):
 
     def __init__(self) -> None:
         super().__init__(
-            f"Redis does not allow its user all that Recur does: grant {RIGHTS} on the keys that"
-            " begin with RECUR_KEY_PREFIX (ACL SETUSER), and start again"
+            f"Redis does not allow its user all that Recur does: grant {RIGHTS}, and for the"
+            f" commands `recur state` {COMMAND_RIGHTS}, on the keys that begin with"
+            " RECUR_KEY_PREFIX (ACL SETUSER), and start again"
         )
 
 
@@ -126,6 +130,21 @@ class RedisCalls:
         """
         try:
             return await self.client.execute_command(*command, **options)
+        except _UNAVAILABLE as error:
+            raise _unanswered(error) from error
+
+    async def scan(self, pattern: bytes, step: int) -> AsyncIterator[bytes]:
+        """Keys that match a pattern, of all servers; one may come twice.
+
+        Args:
+            step: so many keys are looked at in one command.
+
+        Raises:
+            StoreUnavailableError: it is not answered.
+        """
+        try:
+            async for key in self.client.scan_iter(match=pattern, count=step):
+                yield key
         except _UNAVAILABLE as error:
             raise _unanswered(error) from error
 

@@ -9,10 +9,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from pipeline.errors import StartupError
 from pipeline.logs import quiet
@@ -68,6 +70,68 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
     deadline = time.monotonic() + settings.startup_timeout_seconds
     async with _admin(settings, deadline) as admin:
         return (await _partition_counts(admin)).get(topic)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How long a topic keeps a record.
+
+    Attributes:
+        is_deleted: whether records are deleted by their age.
+        retention_ms: a segment goes so long after its last record, milliseconds; -1: never.
+        segment_ms: a segment takes records for so long at most, milliseconds.
+    """
+
+    is_deleted: bool
+    retention_ms: int
+    segment_ms: int
+
+    @property
+    def longest_ms(self) -> int | None:
+        """From a record's time until it is deleted, at most, but for minutes; None: no end."""
+        if not self.is_deleted or self.retention_ms < 0:
+            return None
+        return self.retention_ms + self.segment_ms
+
+
+async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
+    """Of the topics that there are; None where the broker does not say.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    found: dict[TopicRole, Retention | None] = {}
+    async with _admin(settings, deadline) as admin:
+        counts = await _partition_counts(admin)
+        for role in ROLES:
+            name = settings.topic(role)
+            if name not in counts:
+                continue
+            asked = [ConfigResource(ConfigResourceType.TOPIC, name)]
+            ((error, _, _, _, entries),) = (await admin.describe_configs(asked))[0].resources
+            values = {entry[0]: entry[1] for entry in entries}
+            found[role] = None
+            if not error:
+                found[role] = Retention(
+                    "delete" in values["cleanup.policy"],
+                    int(values["retention.ms"]),
+                    int(values["segment.ms"]),
+                )
+    return found
+
+
+async def group_members(settings: Settings) -> int:
+    """How many workers the consumer group has now.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    async with _admin(settings, deadline) as admin:
+        (reply,) = await admin.describe_consumer_groups([settings.kafka_group])
+        ((_, _, _, _, _, members, *_),) = reply.groups
+        return len(members)
 
 
 @asynccontextmanager

@@ -46,6 +46,7 @@ from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience
 from pipeline.processor import Computed, Processor
+from pipeline.rebuild import Rebuild
 from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.state_store import Save
@@ -279,6 +280,16 @@ class World:
         """A new worker process with these partitions, or all."""
         return MemoryWorker(
             self, self.partitions if assigned is None else assigned, checkpoint or self.checkpoint
+        )
+
+    def rebuild(self) -> Rebuild:
+        """What takes watermarks back."""
+        return Rebuild(
+            self.topic,
+            self.settings.topic("scores"),
+            self.settings.partitions,
+            self.store,
+            MemoryScoreLog(self.kafka, self.settings),
         )
 
     def interrupt(self, interrupt: Callable[[str], None]) -> None:

@@ -55,9 +55,11 @@ LAYERS = {
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation pipeline.account_view
+        pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
+        pipeline.rebuild
     """,
     "command line": """
-        pipeline.cli pipeline.__main__
+        pipeline.state_cli pipeline.cli pipeline.__main__
     """,
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

@@ -27,6 +27,7 @@ from pipeline.errors import StartupError
 from pipeline.memory import MemoryPublisher
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
+from pipeline.rebuild import TakenBack
 from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from tests.memory_pipeline import (
@@ -621,6 +622,7 @@ class Simulation:
         )
         self.world.produce_many(50, seed=seed)
         self._snapshots = [self.world.store.copy()]
+        self.also: tuple[float, Callable[[], None]] = 0.0, lambda: None  # done now and then
         self._alive: list[tuple[MemoryWorker, Coroutine[Any, Any, None]]] = []
 
     def run(self) -> World:
@@ -634,6 +636,9 @@ class Simulation:
         return self.world
 
     def _act(self, chance: float) -> None:
+        share, act = self.also
+        if share and self.rng.random() < share:
+            act()
         if chance < 0.01 and len(self._alive) < self._workers_max:
             self._start()
         elif chance < 0.015:
@@ -1052,6 +1057,121 @@ def test_an_unknown_base_offset_is_looked_up() -> None:
 
     read_on(world)
 
+    world.assert_all_applied()
+
+
+# a watermark that is taken back ------------------------------------------------------------
+
+
+def rebuild(world: World, partition: int) -> TakenBack | None:
+    """What `recur state rebuild` does to a partition, at one moment."""
+    plan: TakenBack | None = finish(world.rebuild().take_back(partition))
+    return plan
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
+    """The watermark is taken back again and again, between any two steps of the workers; what
+    stands past it never gets into a state again, although nothing deletes it."""
+    rng = random.Random(seed)
+    simulation = Simulation(seed, workers_max=rng.choice([1, 3]))
+    world = simulation.world
+    taken: list[TakenBack | None] = []
+
+    def act() -> None:
+        taken.append(rebuild(world, rng.choice(world.partitions)))
+
+    simulation.also = (0.03, act)
+    simulation.run()
+    act()
+    produce_everywhere(world)
+
+    read_on(world)
+
+    assert any(taken)
+    world.assert_all_applied(scores_once=False)
+
+
+def test_a_rebuild_mends_states_and_says_nothing_again() -> None:
+    """Of whatever kind the damage is; accounts that the log does not have stay as they are."""
+    world = World(partitions=1)
+    world.produce_many(60)
+    world.produce("gone")
+    worker = world.worker()
+    finish(worker.run())
+    scores, alerts = world.scores(0), world.alerts()
+    states = world.store.states
+    right = dict(states)
+    accounts = sorted(account for _, account in states if account != "gone")
+    states[0, accounts[0]] = states[0, accounts[1]]
+    states[0, accounts[2]] = states[0, accounts[2]][:-1] + b"x"
+    del states[0, accounts[3]]
+
+    plan = rebuild(world, 0)
+    produce_everywhere(world)
+    finish(worker.run())
+
+    assert plan is not None
+    assert (plan.begin, plan.end) == (0, world.watermark(0) - 1)
+    world.assert_all_applied()
+    assert states.keys() >= right.keys()
+    assert {offset: world.scores(0)[offset] for offset in scores} == scores
+    assert {source: world.alerts()[source] for source in alerts} == alerts
+
+
+def test_what_the_log_has_no_more_keeps_its_state_in_a_rebuild() -> None:
+    world = World(partitions=1)
+    for account in ("old", "both", "both", "new"):
+        world.produce(account)
+    worker = world.worker()
+    finish(worker.run())
+    before = dict(world.store.states)
+    world.kafka.delete_records("transactions", 0, before=2)
+
+    plan = rebuild(world, 0)
+    assert plan is not None
+    assert (plan.begin, plan.end) == (2, 4)
+    world.produce("old")
+    finish(worker.run())
+
+    decode = worker.scorer.codec.decode
+    first = {
+        account: int(decode([value])[0].first_offset[0])
+        for (_, account), value in world.store.states.items()
+    }
+    assert first == {"old": 0, "both": 2, "new": 3}
+    assert world.store.states[0, "new"] == before[0, "new"]
+    assert worker.count("recur_records_lost_total") == 0
+
+
+def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
+    """The topic was recreated: the offsets of scores that are out mean other transactions."""
+    world = World(partitions=1)
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    world.kafka.recreate("transactions")
+    world.produce("A", "t-new")
+    with pytest.raises(StartupError, match="recur state rebuild --all"):
+        finish(world.worker().run())
+
+    assert rebuild(world, 0) == TakenBack(0, 0, 1)
+    read_on(world)
+
+    first, second = world.scores(0)[0]
+    assert decode_score(second).transaction_id == "t-new"
+    assert decode_score(second).features["transactions_seen"] == 1
+    assert decode_score(first).transaction_id != "t-new"
+
+
+def test_without_a_watermark_there_is_nothing_to_take_back() -> None:
+    world = World(partitions=1)
+    world.produce("A")
+
+    assert rebuild(world, 0) is None
+
+    assert not world.store.watermarks
+    read_on(world)
     world.assert_all_applied()
 
 

@@ -1,0 +1,88 @@
+"""The commands ``recur state ...``: what the accounts' states are, and how to mend them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from pipeline.errors import SettingsError
+from pipeline.settings import load_settings
+
+
+@click.group()
+def state() -> None:
+    """Look at accounts' states, rebuild, forget and move them, while workers run or not."""
+
+
+@state.command()
+@click.argument("account_id", metavar="ACCOUNT")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the workers have applied it.")
+@click.option(
+    "--timeout", type=float, default=60.0, show_default=True, help="Longest wait, seconds."
+)
+def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> None:
+    """Erase ACCOUNT: its state goes, and it begins anew at its next transaction.
+
+    An instruction is put into the log behind the account's transactions; workers, caches, replays
+    and `recur verify` come to it in the account's order. The receipt on standard output says what
+    is erased, and which records remain until when. ACCOUNT `-` reads the id from standard input,
+    so that it stands in no list of processes.
+    """
+    import asyncio
+
+    from pipeline.forget import forget_lines
+
+    if account_id == "-":
+        account_id = sys.stdin.readline().rstrip("\r\n")
+    lines, done = asyncio.run(
+        forget_lines(
+            load_settings(),
+            account_id,
+            dry_run=dry_run,
+            wait_seconds=0.0 if no_wait else timeout,
+            console=_console(),
+        )
+    )
+    for line in lines:
+        click.echo(line)
+    sys.exit(0 if done else 1)
+
+
+@state.command()
+@click.option("--partition", "partitions", type=int, multiple=True, help="One or more.")
+@click.option("--all", "everything", is_flag=True, help="All partitions.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the workers are through.")
+def rebuild(partitions: tuple[int, ...], everything: bool, dry_run: bool, no_wait: bool) -> None:
+    """Have the workers compute states again from the log, as far back as it reaches.
+
+    Workers may run: they keep the scores that were published, and score what comes as soon as
+    they are through the log. Without workers it is done when one starts.
+    """
+    import asyncio
+
+    from pipeline.rebuild import rebuild_lines
+
+    if bool(partitions) == everything:
+        raise SettingsError("recur state rebuild takes --partition N, or --all")
+    lines = asyncio.run(
+        rebuild_lines(
+            load_settings(),
+            sorted(set(partitions)) if partitions else None,
+            dry_run=dry_run,
+            wait=not no_wait,
+            console=_console(),
+        )
+    )
+    for line in lines:
+        click.echo(line)
+
+
+def _console() -> Any:
+    """Progress goes to standard error: standard output is the answer."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
