@@ -7,7 +7,7 @@ between them. What is written meanwhile may be found or not; what stands all the
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -120,6 +120,28 @@ class KeyScan:
         names = [keys.watermark(partition), *keys.accounts(partition, list(account_ids))]
         (swept,) = await self._calls.execute([SWEEP_SCRIPT.call(names, b"%d" % STATE_FORMAT)])
         return int(swept)
+
+    async def copy(self, model: str, source: int, target: int, states: Mapping[str, bytes]) -> None:
+        """Write accounts' states into another partition, to expire when those here do."""
+        if not states:
+            return
+        keys, accounts = self._keys(model), list(states)
+        left = await self._calls.execute([("PTTL", key) for key in keys.accounts(source, accounts)])
+        await self._calls.execute(
+            [
+                ("SET", key, value, *(("PX", b"%d" % ms) if ms > 0 else ()))
+                for key, value, ms in zip(
+                    keys.accounts(target, accounts), states.values(), left, strict=True
+                )
+            ]
+        )
+
+    async def delete(self, model: str, partition: int, account_ids: list[str]) -> None:
+        """Delete accounts' states in a partition."""
+        if account_ids:
+            await self._calls.execute(
+                [("DEL", *self._keys(model).accounts(partition, account_ids))]
+            )
 
     def _keys(self, model: str) -> Keys:
         return Keys(self._prefix, model, self._topic)

@@ -141,7 +141,7 @@ async def rebuild_lines(
         taken = [item for p in wanted if (item := await act(p)) is not None]
         stood = await _states(settings, model, [item.partition for item in taken], not dry_run)
         workers = await group_members(settings)
-        if workers and not dry_run:
+        if not dry_run:  # a worker looks at a partition when a record of it comes
             await send_instruction(settings, LOOK, wanted)
         done = False
         if workers and wait and not dry_run:

@@ -81,6 +81,33 @@ def rebuild(partitions: tuple[int, ...], everything: bool, dry_run: bool, no_wai
         click.echo(line)
 
 
+@state.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option(
+    "--accept-stranded",
+    is_flag=True,
+    help="Go on although records of accounts that move wait in their old partitions.",
+)
+def rekey(dry_run: bool, accept_stranded: bool) -> None:
+    """Move states to where their accounts' records go, after the topic got more partitions.
+
+    Stop the producers; when the workers have applied everything, stop them; add partitions to the
+    transactions topic; run this command, which gives the scores topic as many; start the workers
+    and the producers. It refuses while workers run. Cut off, it goes on when it is run again.
+    """
+    import asyncio
+
+    from pipeline.rekey import rekey_lines
+
+    lines = asyncio.run(
+        rekey_lines(
+            load_settings(), dry_run=dry_run, accept_stranded=accept_stranded, console=_console()
+        )
+    )
+    for line in lines:
+        click.echo(line)
+
+
 def _console() -> Any:
     """Progress goes to standard error: standard output is the answer."""
     from rich.console import Console

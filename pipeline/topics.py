@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from aiokafka import errors as kafka_errors
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from pipeline.errors import StartupError
@@ -26,6 +26,10 @@ ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
 RETRY_SECONDS = 0.25
 """Between two attempts while the broker is away or a new topic is not visible yet."""
 
+_NO_COORDINATOR_YET = (  # a broker that is new makes the topic of groups when first asked
+    kafka_errors.GroupCoordinatorNotAvailableError,
+    kafka_errors.GroupLoadInProgressError,
+)
 _MS_PER_DAY = 86_400_000
 _HINTS = {
     "InvalidReplicationFactorError": "lower RECUR_KAFKA_REPLICATION_FACTOR to the brokers' number",
@@ -121,6 +125,24 @@ async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
     return found
 
 
+async def add_partitions(settings: Settings, topic: str, total: int) -> None:
+    """Give a topic more partitions; returns once they have leaders.
+
+    Raises:
+        StartupError: the broker does not answer, or refuses.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    async with _admin(settings, deadline) as admin:
+        await admin.create_partitions({topic: NewPartitions(total_count=total)})
+        while (await _partition_counts(admin, led=True)).get(topic) != total:
+            if time.monotonic() > deadline:
+                raise StartupError(
+                    f"topic {topic} got {total} partitions, of which some have no leader: see that"
+                    " enough brokers are up, and start again"
+                )
+            await asyncio.sleep(RETRY_SECONDS)
+
+
 async def group_members(settings: Settings) -> int:
     """How many workers the consumer group has now.
 
@@ -129,9 +151,16 @@ async def group_members(settings: Settings) -> int:
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
     async with _admin(settings, deadline) as admin:
-        (reply,) = await admin.describe_consumer_groups([settings.kafka_group])
-        ((_, _, _, _, _, members, *_),) = reply.groups
-        return len(members)
+        while True:
+            try:
+                (reply,) = await admin.describe_consumer_groups([settings.kafka_group])
+            except _NO_COORDINATOR_YET:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            ((_, _, _, _, _, members, *_),) = reply.groups
+            return len(members)
 
 
 @asynccontextmanager

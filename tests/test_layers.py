@@ -56,7 +56,7 @@ LAYERS = {
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation pipeline.account_view
         pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
-        pipeline.rebuild
+        pipeline.rebuild pipeline.rekey
     """,
     "command line": """
         pipeline.state_cli pipeline.cli pipeline.__main__
