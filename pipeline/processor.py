@@ -75,12 +75,10 @@ class Forget:
     Attributes:
         offset: of its record.
         row: the account's row for what comes after it, with an empty state.
-        row_before: its row for what came before, if anything did.
     """
 
     offset: int
     row: int
-    row_before: int | None
 
 
 @dataclass
@@ -224,7 +222,7 @@ def _obey(part: Part, row_of: dict[str, int], record: Record) -> None:
     """
     account_id = decode_instruction(record.key, record.value, record.headers)
     if account_id is not None:
-        part.forgets.append(Forget(record.offset, len(part.accounts), row_of.get(account_id)))
+        part.forgets.append(Forget(record.offset, len(part.accounts)))
         row_of[account_id] = len(part.accounts)
         part.accounts.append(account_id)
 
@@ -569,9 +567,7 @@ class Processor:
     def _hold(self, parts: list[Part], states: AccountStates) -> None:
         """Hold what is computed in memory; the next poll continues it."""
         begins = np.repeat([part.begin for part in parts], [len(part.accounts) for part in parts])
-        is_changed = states.last_offset >= begins
-        gone = _forgotten(parts, is_changed)
-        changed = np.flatnonzero(is_changed)
+        changed = np.flatnonzero(states.last_offset >= begins)
         values = self._scorer.codec.encode(states, changed)
         first_row = start = 0
         for part in parts:
@@ -580,8 +576,10 @@ class Processor:
             accounts = [part.accounts[row - first_row] for row in changed[start:stop].tolist()]
             part.changed = accounts, values[start:stop]
             if part.forgets:
-                left = gone[part.partition]
-                part.changed = accounts + left, [*values[start:stop], *[None] * len(left)]
+                last = {part.accounts[forget.row]: forget.row for forget in part.forgets}
+                alive = set((changed[start:stop] - first_row).tolist())
+                gone = [account for account, row in last.items() if row not in alive]
+                part.changed = accounts + gone, [*values[start:stop], *[None] * len(gone)]
             part.partition_owned.remember(*part.changed)
             part.partition_owned.computed_to = part.end
             first_row, start = last_row, stop
@@ -717,23 +715,6 @@ def columns(
         fields=further.columns(transactions),
         explain_from=_explain_from(parts, review),
     )
-
-
-def _forgotten(parts: list[Part], is_changed: NDArray[np.bool_]) -> dict[int, list[str]]:
-    """Accounts that are forgotten and made no transaction since, by partition.
-
-    States of accounts before they were forgotten are taken out of ``is_changed``.
-    """
-    gone = {}
-    first_row = 0
-    for part in parts:
-        for forget in part.forgets:
-            if forget.row_before is not None:
-                is_changed[first_row + forget.row_before] = False
-        last = {part.accounts[forget.row]: forget.row for forget in part.forgets}
-        gone[part.partition] = [a for a, row in last.items() if not is_changed[first_row + row]]
-        first_row += len(part.accounts)
-    return gone
 
 
 def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:

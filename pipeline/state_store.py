@@ -60,7 +60,7 @@ class Loaded:
 class Save:
     """A request to write states and the new watermark, if ``expected`` still stands.
 
-    A state that is None is deleted.
+    A state that is None is deleted. An account may stand there again: what comes last counts.
     """
 
     partition: int

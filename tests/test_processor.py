@@ -1192,6 +1192,9 @@ def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
     world.forget("A")
     world.produce("A", "again", amount=40.0)  # no repeat: the id is forgotten, too
     world.forget("B")
+    world.forget("A")
+    world.forget("A")
+    world.produce("A", amount=50.0)
     worker = world.worker()
 
     finish(worker.run(records_max=records_max))
@@ -1199,8 +1202,8 @@ def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
     world.assert_all_applied(alerts_once=True)
     assert sorted(account for _, account in world.store.states) == ["A"]
     features = [decode_score(values[0]).features for values in world.scores(0).values()]
-    assert [raw["transactions_seen"] for raw in features] == [1, 2, 1, 1, 1]
-    assert worker.count("recur_accounts_forgotten_total") == 3
+    assert [raw["transactions_seen"] for raw in features] == [1, 2, 1, 1, 1, 1]
+    assert worker.count("recur_accounts_forgotten_total") == 5
     found, _, _ = worker.scorer.codec.decode([world.store.states[0, "A"]])
     assert int(found.first_offset[0]) > forgotten
     assert int(found.history.count[0]) == 1

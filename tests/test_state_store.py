@@ -233,6 +233,10 @@ def test_a_state_that_is_none_is_deleted_with_the_others_save(backend: Backend) 
         found = await content(store, 0, "A", "B", "C", "D")
         assert found == (b"w2", [None, b"b2", b"c1", None])
 
+        again = Save(0, b"w2", b"w3", ["B", "E", "B", "E"], [b"b3", None, None, b"e3"])
+        assert await store.save([again]) == [True]
+        assert await content(store, 0, "B", "E") == (b"w3", [None, b"e3"])
+
     backend.run(go)
 
 
