@@ -45,7 +45,8 @@ class Advanced:
         score: float32[n], as computed.
         recorded: n scores, as published first; None where there is none.
         begins: bool[n], the account had no state before it.
-        is_sure: bool[n], the score depends on nothing that the log does not tell.
+        is_complete: bool[n], the account's history is in the log from its begin.
+        is_sure: bool[n], it is, and the score depends on nothing else that is not known.
         seen: int64[n], applied transactions of the account in the log before this micro-batch.
         unexpected: source and account's key of scores of what is no transaction, or a repeat.
         end: the first offset after it.
@@ -58,6 +59,7 @@ class Advanced:
     score: NDArray[np.float32]
     recorded: Sequence[RecordedScore | None]
     begins: NDArray[np.bool_]
+    is_complete: NDArray[np.bool_]
     is_sure: NDArray[np.bool_]
     seen: NDArray[np.int64]
     unexpected: Sequence[tuple[int, bytes]]
@@ -133,7 +135,7 @@ class RecomputedStates:
         applied[list(scored.failed)] = False
         begins = applied & (scored.raw[:, _PAUSE_COLUMN] == FIRST_PAUSE)
         seen = self._seen[row]
-        is_sure = self._judge(row, applied, begins, computed.has_features, recorded)
+        is_complete, is_sure = self._judge(row, applied, begins, computed.has_features, recorded)
         np.add.at(self._seen, row[applied], 1)
         return Advanced(
             row=row,
@@ -142,6 +144,7 @@ class RecomputedStates:
             score=scored.score,
             recorded=recorded,
             begins=begins,
+            is_complete=is_complete,
             is_sure=is_sure,
             seen=seen,
             unexpected=(),
@@ -166,12 +169,13 @@ class RecomputedStates:
         begins: NDArray[np.bool_],
         has_features: NDArray[np.bool_],
         recorded: Sequence[RecordedScore | None],
-    ) -> NDArray[np.bool_]:
-        """bool[n]: the account's history is in the log, and nothing is unknown of it."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """bool[n], bool[n]: the account's history is in the log; and nothing is unknown of it."""
         begun, lacks = self._begins_in_log, self.lacks_features
         if self._is_whole and has_features[applied].all() and not lacks[row].any():
-            return np.ones(len(row), bool)
-        sure = np.zeros(len(row), bool)
+            everything = np.ones(len(row), bool)
+            return everything, everything
+        complete, sure = np.zeros(len(row), bool), np.zeros(len(row), bool)
         for i in np.flatnonzero(applied).tolist():
             account = row[i]
             if begins[i]:
@@ -179,8 +183,9 @@ class RecomputedStates:
                 score = recorded[i]
                 begun[account] |= score is not None and score.begins
             lacks[account] |= not has_features[i]
+            complete[i] = begun[account]
             sure[i] = begun[account] and not lacks[account]
-        return sure
+        return complete, sure
 
 
 @dataclass(frozen=True)

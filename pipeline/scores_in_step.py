@@ -203,6 +203,14 @@ class ScoresInStep:
     def _is_unsaid(self, source: int) -> bool:
         return bool(np.isnan(self._said[source - self._begin]))
 
+    async def read_rest(self) -> None:
+        """Read to the end for further scores of what was computed; nothing may be asked after."""
+        while records := await self._reader.read(self._end, READ_MOST):
+            for record in records:
+                if record.offset not in self._late_taken and self._is_wanted(record):
+                    self._see(record)
+            self._first.clear()
+
     def forget(self, end: int, applied: NDArray[np.int64]) -> list[tuple[int, bytes]]:
         """Let go of the scores of transactions before ``end``.
 
