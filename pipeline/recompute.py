@@ -8,17 +8,19 @@ Everything else is computed. Used to verify, to look back in time, and to build 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from model.features import ACCOUNT_FEATURES
 from model.merchants import MERCHANT_FEATURES
 from pipeline.account_choice import Choice, Everyone
 from pipeline.codec import PAUSE, RecordedScore
-from pipeline.log_reader import LogReader
+from pipeline.log_reader import OpenReader, kafka_readers
 from pipeline.ownership import Chunk
 from pipeline.processor import Part, PartDecoder, columns
 from pipeline.scorer import Scored, Scorer
@@ -211,7 +213,8 @@ class PartitionLog:
     Args:
         settings: name the broker and the topics.
         scorer: the model.
-        choice: the accounts that are computed.
+        choice: the accounts that are computed; None: all.
+        open_reader: of the log; None: at the broker that the settings name.
 
     Attributes:
         begin: the first offset from which the log is whole: its transactions are there, and their
@@ -223,34 +226,34 @@ class PartitionLog:
     """
 
     def __init__(
-        self, settings: Settings, scorer: Scorer, partition: int, choice: Choice | None = None
+        self,
+        settings: Settings,
+        scorer: Scorer,
+        partition: int,
+        choice: Choice | None = None,
+        open_reader: OpenReader | None = None,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
         self.partition = partition
         self._takes = None if choice is None or isinstance(choice, Everyone) else choice.takes
         wants = None if self._takes is None or choice is None else choice.wants
-        self._records = LogReader(settings, settings.topic("transactions"), partition)
-        self._scores = ScoresInStep(settings, partition, wants)
+        open_reader = open_reader or kafka_readers(settings)
+        self._records = open_reader(settings.topic("transactions"), partition, 0)
+        self._scores = ScoresInStep(settings, partition, wants, open_reader)
         self.begin = self.next_offset = self.end = 0
 
     async def __aenter__(self) -> PartitionLog:
-        await self._records.__aenter__()
-        try:
-            await self._scores.__aenter__()
-            try:
-                await self._find_begin()
-            except BaseException:
-                await self._scores.__aexit__(None, None, None)
-                raise
-        except BaseException:
-            await self._records.__aexit__(None, None, None)
-            raise
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_one_thread())
+            await stack.enter_async_context(self._records)
+            await stack.enter_async_context(self._scores)
+            await self._find_begin()
+            self._opened = stack.pop_all()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._scores.__aexit__()
-        await self._records.__aexit__(None, None, None)
+        await self._opened.aclose()
 
     @property
     def scores(self) -> ScoresInStep:
@@ -317,3 +320,14 @@ class PartitionLog:
         advanced = self.states.keep(computed, recorded)
         unexpected = self._scores.forget(part.chunk.end, advanced.offset[advanced.applied])
         return replace(advanced, unexpected=unexpected)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: the matrices are small, and two threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -28,7 +28,7 @@ from pipeline.account_view import (
 )
 from pipeline.errors import RecurError
 from pipeline.keys import Keys
-from pipeline.log_reader import LogReader
+from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.recompute import PartitionLog
@@ -49,7 +49,7 @@ async def shown_lines(settings: Settings, account_id: str) -> list[str]:
     view = await look_at(settings, checkpoint, account_id)
     topic = settings.topic("transactions")
     keys = Keys(settings.key_prefix, checkpoint.digest, topic)
-    async with LogReader(settings, topic, view.partition) as reader:
+    async with KafkaLogReader(settings, topic, view.partition) as reader:
         log_end = (await reader.bounds()).end
     (key,) = keys.accounts(view.partition, [account_id])
     rows = [

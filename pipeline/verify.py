@@ -12,10 +12,10 @@ Memory: the states of one partition, four bytes for each of its transactions, th
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -23,19 +23,21 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from pipeline.account_choice import Choice, Everyone, One, Sample
-from pipeline.account_state import RECENT_IDS, Watermark
+from pipeline.account_state import Watermark
 from pipeline.errors import RecurError, StartupError
-from pipeline.log_reader import LogReader
+from pipeline.log_reader import OpenReader, kafka_readers
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.progress_bar import Bar
 from pipeline.recompute import Advanced, PartitionLog
 from pipeline.redis_calls import StoreForbiddenError, StoreUnavailableError
+from pipeline.score_comparison import ScoreTally
 from pipeline.scorer import Scorer, ScorerBrokenError
 from pipeline.settings import Settings
 from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
-from pipeline.state_store import Load, RedisStateStore
+from pipeline.state_store import Load, RedisStateStore, StateStore
 from pipeline.topics import partition_count
+from pipeline.verification import Difference, Verification
 
 HIDDEN_TOLERANCE = 2e-3
 """Default of the largest difference of a hidden that is none; docs/verify.md has what was
@@ -49,9 +51,6 @@ LOAD_ACCOUNTS = 2_000
 
 ATTEMPTS = 3
 """Times that a partition is verified whose watermark goes back meanwhile."""
-
-DETAILS_MAX = 10_000
-"""Accounts that are named of each kind; all are counted."""
 
 _DAY_MS = 86_400_000
 _SCORES_ALONE = "the state is right, scores are not"
@@ -86,112 +85,6 @@ class VerifyOptions:
         return Everyone()
 
 
-@dataclass(frozen=True)
-class Difference:
-    """An account that is not what the log says.
-
-    Attributes:
-        what: is wrong.
-        offset: the first one whose score differs, or where the state began anew; None where it is
-            the state alone, so that the log cannot tell since when.
-        hidden, score: largest differences; None where there is nothing to compare.
-    """
-
-    account_id: str
-    partition: int
-    what: str
-    offset: int | None
-    hidden: float | None
-    score: float | None
-
-
-@dataclass
-class Verification:
-    """What was found.
-
-    Attributes:
-        records, transactions: of the log, up to the watermarks read first.
-        not_applied: records of the log past them.
-        accounts: compared with Redis; ``right`` of them are what the log says.
-        expired: that Redis let go as it should.
-        largest_hidden, largest_score: differences, of all that could be compared.
-        scores: compared.
-        missing, duplicate, conflicting: scores by their source.
-        first_missing, first_conflicting: partition and offset.
-        unexpected: scores of records that must have none: rejected, or repeats.
-        foreign_model: scores of other models, not compared.
-        unverifiable_scores: of accounts whose history is not wholly known at that transaction.
-        without_log: states of accounts without a transaction in the log; None: not looked for.
-        lost_partitions: with published scores, and no watermark in Redis.
-        unverifiable, differences: accounts with what is the matter, at most DETAILS_MAX of each.
-        unverifiable_accounts, different_accounts: how many there are.
-    """
-
-    records: int = 0
-    transactions: int = 0
-    not_applied: int = 0
-    accounts: int = 0
-    right: int = 0
-    expired: int = 0
-    largest_hidden: float = 0.0
-    largest_score: float = 0.0
-    scores: int = 0
-    missing: int = 0
-    duplicate: int = 0
-    conflicting: int = 0
-    first_missing: tuple[int, int] | None = None
-    first_conflicting: tuple[int, int] | None = None
-    unexpected: int = 0
-    foreign_model: int = 0
-    unverifiable_scores: int = 0
-    without_log: int | None = 0
-    lost_partitions: list[int] = field(default_factory=list)
-    unverifiable_accounts: int = 0
-    different_accounts: int = 0
-    unverifiable: list[tuple[str, int, str]] = field(default_factory=list)
-    differences: list[Difference] = field(default_factory=list)
-
-    @property
-    def is_right(self) -> bool:
-        """Nothing contradicts the log, as far as it can be verified."""
-        return not (
-            self.different_accounts
-            or self.missing
-            or self.conflicting
-            or self.unexpected
-            or self.without_log
-            or self.lost_partitions
-        )
-
-    def differs(self, difference: Difference) -> None:
-        """Note an account that is not what the log says."""
-        self.different_accounts += 1
-        if len(self.differences) < DETAILS_MAX:
-            self.differences.append(difference)
-
-    def cannot_verify(self, account_id: str, partition: int, why: str) -> None:
-        """Note an account of which the log does not tell enough."""
-        self.unverifiable_accounts += 1
-        if len(self.unverifiable) < DETAILS_MAX:
-            self.unverifiable.append((account_id, partition, why))
-
-    def add(self, other: Verification) -> None:
-        """Add what was found in another partition."""
-        for name in (
-            "records transactions not_applied accounts right expired scores missing duplicate"
-            " conflicting unexpected foreign_model unverifiable_scores unverifiable_accounts"
-            " different_accounts"
-        ).split():
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.largest_hidden = max(self.largest_hidden, other.largest_hidden)
-        self.largest_score = max(self.largest_score, other.largest_score)
-        self.first_missing = self.first_missing or other.first_missing
-        self.first_conflicting = self.first_conflicting or other.first_conflicting
-        self.lost_partitions += other.lost_partitions
-        self.unverifiable += other.unverifiable[: DETAILS_MAX - len(self.unverifiable)]
-        self.differences += other.differences[: DETAILS_MAX - len(self.differences)]
-
-
 class _WentBackError(Exception):
     """The watermark is behind the one that was read before."""
 
@@ -224,7 +117,10 @@ async def verify(
     partitions = await same_partition_counts(settings)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     try:
-        return await _Verify(settings, checkpoint, options, bar, store, partitions).run()
+        verifier = Verifier(
+            settings, checkpoint, options, bar, store, partitions, kafka_readers(settings)
+        )
+        return await verifier.run()
     except StoreUnavailableError as error:
         raise RecurError(
             f"Redis does not answer ({error}): start it, or set RECUR_REDIS_URL"
@@ -260,21 +156,43 @@ async def same_partition_counts(settings: Settings) -> int:
     return count
 
 
-class _Verify:
+class VerifiedStore(StateStore, Protocol):
+    """What verifying needs of a store."""
+
+    async def watermarks(self, partitions: int) -> dict[int, bytes]:
+        """Watermarks that there are, by partition."""
+
+    def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+        """Partition and account of every state that there is."""
+
+
+class Verifier:
+    """Verifies what lies in a store and a log.
+
+    Args:
+        settings, checkpoint: the workers'.
+        bar: shows how far it is.
+        store: account states.
+        partitions: how many there are.
+        open_reader: of the log.
+    """
+
     def __init__(
         self,
         settings: Settings,
         checkpoint: Checkpoint,
         options: VerifyOptions,
         bar: Bar,
-        store: RedisStateStore,
+        store: VerifiedStore,
         partitions: int,
+        open_reader: OpenReader,
     ) -> None:
         self._settings = settings
         self._options = options
         self._bar = bar
         self._store = store
         self._partitions = partitions
+        self._open = open_reader
         self._model = checkpoint.digest
         self._scorer = Scorer(checkpoint, int(settings.state_ttl_days * _DAY_MS))
         self._topic = settings.topic("transactions")
@@ -282,6 +200,12 @@ class _Verify:
         self._total = self._done = 0
 
     async def run(self) -> Verification:
+        """Verify all partitions.
+
+        Raises:
+            RecurError: see :func:`verify`.
+            StoreUnavailableError: the store does not answer.
+        """
         marks = await self._first_watermarks()
         found = Verification()
         verified: dict[int, _Partition] = {}
@@ -315,7 +239,7 @@ class _Verify:
         values = await self._ask(lambda: self._store.watermarks(self._partitions))
         marks = {p: read_watermark(self._topic, p, value) for p, value in values.items()}
         for partition, mark in marks.items():
-            async with LogReader(self._settings, self._topic, partition) as reader:
+            async with self._open(self._topic, partition, 0) as reader:
                 bounds = await reader.bounds()
             check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
             self._total += max(0, mark.next_offset - bounds.begin)
@@ -328,7 +252,7 @@ class _Verify:
 
     async def _lost(self, partition: int) -> list[int]:
         """The partition, if there are scores of it, so that it should have a watermark."""
-        async with LogReader(self._settings, self._settings.topic("scores"), partition) as reader:
+        async with self._open(self._settings.topic("scores"), partition, 0) as reader:
             bounds = await reader.bounds()
         return [partition] if bounds.end > bounds.begin else []
 
@@ -337,7 +261,7 @@ class _Verify:
     async def _verify(self, partition: int, mark: Watermark) -> tuple[Verification, _Partition]:
         choice = self._options.choice(partition, self._partitions)
         found = Verification()
-        async with PartitionLog(self._settings, self._scorer, partition, choice) as log:
+        async with PartitionLog(self._settings, self._scorer, partition, choice, self._open) as log:
             until = mark.next_offset
             found.not_applied = max(0, log.end - max(until, log.begin))
             tally = ScoreTally(
@@ -346,7 +270,6 @@ class _Verify:
             async for advanced in log.advance(until):
                 tally.add(advanced)
                 found.records += advanced.records
-                found.transactions += int(advanced.applied.sum())
                 self._show(advanced)
             choice.settle()
             chosen = [
@@ -356,7 +279,7 @@ class _Verify:
             ]
             await self._compare(log, choice, chosen, until, tally, found)
             await log.scores.read_rest()
-            tally.count(found, partition, chosen, log, choice)
+            tally.count(found, partition, chosen, log.scores, choice)
             names = _hashes(account.encode() for account in log.states.row_of)
             return found, _Partition(names, log.begin, until, choice)
 
@@ -516,97 +439,6 @@ class _Verify:
 
     async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
         return await answered_within(self._settings.startup_timeout_seconds, call)
-
-
-class ScoreTally:
-    """Scores of one partition, compared as they are computed.
-
-    Args:
-        model: digest of the one that computes; other models' scores are not compared.
-        offsets: of the transactions whose scores are compared.
-        tolerance: largest difference that is none.
-    """
-
-    def __init__(self, model: str, offsets: range, tolerance: float) -> None:
-        self._model = model
-        self._offsets = offsets
-        self._tolerance = tolerance
-        self._largest = np.zeros(0, np.float32)  # by row
-        self._counts = np.zeros((0, 3), np.int64)  # by row: compared, foreign, unverifiable
-        self._first_difference: dict[int, int] = {}
-        self._missing: list[tuple[int, int]] = []  # row and offset
-        self._unexpected: list[bytes] = []
-
-    def add(self, advanced: Advanced) -> None:
-        """Compare a micro-batch's scores."""
-        row, offset = advanced.row, advanced.offset
-        self._grow(int(row.max(initial=-1)) + 1)
-        asked = advanced.applied & (offset >= self._offsets.start) & (offset < self._offsets.stop)
-        there = np.array([score is not None for score in advanced.recorded], bool)
-        is_ours = np.array(
-            [s is not None and s.model == self._model for s in advanced.recorded], bool
-        )
-        published = np.array([0.0 if s is None else s.score for s in advanced.recorded], np.float32)
-        compared = asked & is_ours & advanced.is_sure
-        difference = np.where(compared, np.abs(advanced.score - published), np.float32(0))
-        np.maximum.at(self._largest, row, difference)
-        np.add.at(self._counts, (row[compared], 0), 1)
-        np.add.at(self._counts, (row[asked & there & ~is_ours], 1), 1)
-        # A transaction without a score may be a repeat of one that is in the log no longer.
-        surely_missing = advanced.is_complete | (advanced.seen >= RECENT_IDS)
-        missing = asked & ~there & surely_missing
-        unsure = asked & ~compared & ~missing & ~(there & ~is_ours)
-        np.add.at(self._counts, (row[unsure], 2), 1)
-        for i in np.flatnonzero(missing).tolist():
-            self._missing.append((int(row[i]), int(offset[i])))
-        for i in np.flatnonzero(difference > self._tolerance).tolist():
-            self._first_difference.setdefault(int(row[i]), int(offset[i]))
-        self._unexpected += [key for source, key in advanced.unexpected if source in self._offsets]
-
-    def _grow(self, rows: int) -> None:
-        more = rows - len(self._largest)
-        if more > 0:
-            more = max(more, 1024, len(self._largest))
-            self._largest = np.concatenate((self._largest, np.zeros(more, np.float32)))
-            self._counts = np.concatenate((self._counts, np.zeros((more, 3), np.int64)))
-
-    def first_difference(self, row: int) -> int | None:
-        """The account's first offset whose score differs past the tolerance."""
-        return self._first_difference.get(row)
-
-    def largest(self, row: int) -> float | None:
-        """The account's largest difference; None where no score was compared."""
-        return float(self._largest[row]) if self._counts[row, 0] else None
-
-    def count(
-        self,
-        found: Verification,
-        partition: int,
-        chosen: Sequence[tuple[str, int]],
-        log: PartitionLog,
-        choice: Choice,
-    ) -> None:
-        """Add up what was found of the chosen accounts."""
-        rows = np.array([row for _, row in chosen], np.intp)
-        if len(rows):
-            compared, foreign, unsure = self._counts[rows].sum(axis=0).tolist()
-            found.scores += compared
-            found.foreign_model += foreign
-            found.unverifiable_scores += unsure
-            found.largest_score = max(found.largest_score, float(self._largest[rows].max()))
-        are_chosen = set(rows.tolist())
-        missing = [offset for row, offset in self._missing if row in are_chosen]
-        found.missing = len(missing)
-        found.first_missing = (partition, missing[0]) if missing else None
-        found.unexpected = sum(choice.wants(key) for key in self._unexpected)
-        conflicting = []
-        for again in log.scores.again:
-            if again.source in self._offsets and choice.wants(again.key):
-                found.duplicate += not again.differs
-                if again.differs:
-                    conflicting.append(again.source)
-        found.conflicting = len(conflicting)
-        found.first_conflicting = (partition, min(conflicting)) if conflicting else None
 
 
 def _is_stranger(known: _Partition, account: str) -> bool:

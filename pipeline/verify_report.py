@@ -14,7 +14,8 @@ from pipeline.errors import SettingsError
 from pipeline.progress_bar import bar_for
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
-from pipeline.verify import Difference, Verification, VerifyOptions, verify
+from pipeline.verification import Difference, Verification
+from pipeline.verify import VerifyOptions, verify
 
 NAMED_MAX = 20
 """Accounts of each kind that are printed; --json has more."""

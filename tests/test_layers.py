@@ -55,7 +55,8 @@ LAYERS = {
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation pipeline.account_view pipeline.time_option
-        pipeline.state_comparison pipeline.verify pipeline.verify_report pipeline.state_view
+        pipeline.state_comparison pipeline.verification pipeline.score_comparison
+        pipeline.verify pipeline.verify_report pipeline.state_view
     """,
     "command line": """
         pipeline.cli pipeline.__main__
