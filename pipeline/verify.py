@@ -309,8 +309,8 @@ class Verifier:
     ) -> None:
         """Load the states in Redis, and compare each with the log up to its own watermark."""
         loads = await self._load(log.partition, chosen, until)
-        if loads and loads[-1][0] > log.end:
-            await log.see_end()
+        if loads and loads[-1][0] > until:
+            await log.see_end()  # of what is applied since, the scores stand past the end then
         for next_offset, accounts, values in loads:
             async for _ in log.advance(next_offset):
                 pass
