@@ -17,6 +17,9 @@ class Choice(Protocol):
     def wants(self, key: bytes) -> bool:
         """Whether the account is chosen, or would be once a transaction of it is seen."""
 
+    def settle(self) -> None:
+        """Take no further accounts."""
+
 
 class Everyone:
     """All accounts."""
@@ -28,6 +31,9 @@ class Everyone:
     def wants(self, key: bytes) -> bool:
         """See :class:`Choice`."""
         return True
+
+    def settle(self) -> None:
+        """See :class:`Choice`: an account that begins later is taken, too."""
 
 
 class One:
@@ -43,6 +49,9 @@ class One:
     def wants(self, key: bytes) -> bool:
         """See :class:`Choice`."""
         return key == self._key
+
+    def settle(self) -> None:
+        """See :class:`Choice`: there is no further one."""
 
 
 class Sample:
@@ -65,12 +74,15 @@ class Sample:
         self._accounts = accounts
         self._chosen: set[int] = set()
         self._largest: list[int] = []  # a heap of the chosen, negated
+        self._is_settled = False
 
     def takes(self, key: bytes) -> bool:
         """See :class:`Choice`."""
         number = xxhash.xxh3_64_intdigest(key)
         if number in self._chosen:
             return True
+        if self._is_settled:
+            return False
         if len(self._chosen) < self._accounts:
             heappush(self._largest, -number)
         elif self._largest and number < -self._largest[0]:
@@ -85,3 +97,7 @@ class Sample:
         if len(self._chosen) < self._accounts:
             return True
         return bool(self._largest) and xxhash.xxh3_64_intdigest(key) <= -self._largest[0]
+
+    def settle(self) -> None:
+        """See :class:`Choice`."""
+        self._is_settled = True

@@ -1,7 +1,7 @@
 """Finds states by their keys, for commands that look at all of them.
 
-A SCAN walks every key of the Redis in steps of :data:`KEYS_PER_STEP`, and others get their turn
-between them. What is written meanwhile may be found or not; what stands all the while is found.
+A SCAN walks every key of the Redis, some at a time, and others get their turn between
+them. What is written meanwhile may be found or not; what stands all the while is found.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pipeline.account_state import STATE_FORMAT
 from pipeline.keys import Keys
 from pipeline.redis_calls import RedisCalls, Script, redis_client
 from pipeline.settings import Settings
-
-KEYS_PER_STEP = 1000
 
 STATES_PER_CALL = 500
 
@@ -153,7 +151,8 @@ class KeyScan:
         place = "*" if partition is None else str(partition)
         account = "*" if account_id is None else re.sub(r"([][*?\\^-])", r"\\\1", account_id)
         pattern = f"{self._prefix}:{model}:{{{self._topic}-{place}}}:{account}"
-        async for key in self._calls.scan(pattern.encode(), KEYS_PER_STEP):
-            name = self._state.fullmatch(key.decode(errors="replace"))
-            if name is not None and account_id in (None, name[3]):
-                yield name[1], int(name[2]), name[3]
+        async for keys in self._calls.scan(pattern):
+            for key in keys:
+                name = self._state.fullmatch(key.decode(errors="replace"))
+                if name is not None and account_id in (None, name[3]):
+                    yield name[1], int(name[2]), name[3]

@@ -7,9 +7,10 @@ transactions, those that were taken back are not there.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from time import monotonic
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -31,16 +32,61 @@ class LogReaderError(RecurError):
     """The broker did not answer; the message says what to do."""
 
 
-class LogReader:
-    """Reads a partition in order.
+class LogReader(Protocol):
+    """Reads a partition in order; an async context manager.
+
+    Attributes:
+        position: the next offset to be returned, if a record has it.
+    """
+
+    position: int
+
+    async def __aenter__(self) -> LogReader: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+    async def bounds(self) -> Bounds:
+        """Where the partition begins and ends now.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+        """
+
+    async def first_at(self, time_ms: int) -> int | None:
+        """The first offset whose record's time is this or later; None where there is none.
+
+        Args:
+            time_ms: CreateTime, epoch milliseconds.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+        """
+
+    def skip_to(self, offset: int) -> None:
+        """Read on from there; to be called before the first read."""
+
+    async def read(self, end: int, most: int) -> list[Any]:
+        """The next records with offsets before ``end``; none once all of them are read.
+
+        Args:
+            most: of them, at most.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+        """
+
+
+OpenReader = Callable[[str, int, int], LogReader]
+"""A reader of a topic (its full name) and partition, from an offset on."""
+
+
+class KafkaLogReader:
+    """A :class:`LogReader` with a consumer of its own.
 
     Args:
         settings: names the broker.
         topic: its full name.
         start: the first offset to read; where the log begins later, it is read from there.
-
-    Attributes:
-        position: the next offset to be returned, if a record has it.
     """
 
     def __init__(self, settings: Settings, topic: str, partition: int, start: int = 0) -> None:
@@ -50,7 +96,7 @@ class LogReader:
         self._ahead: deque[Any] = deque()
         self._consumer: AIOKafkaConsumer | None = None
 
-    async def __aenter__(self) -> LogReader:
+    async def __aenter__(self) -> KafkaLogReader:
         self._consumer = AIOKafkaConsumer(
             **self._settings.kafka_client_options(),
             enable_auto_commit=False,
@@ -67,21 +113,12 @@ class LogReader:
             raise self._away(error) from error
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         assert self._consumer is not None
         await self._consumer.stop()
 
     async def bounds(self) -> Bounds:
-        """Where the partition begins and ends now.
-
-        Raises:
-            LogReaderError: the broker does not answer.
-        """
+        """See :class:`LogReader`."""
         assert self._consumer is not None
         try:
             begin = await self._consumer.beginning_offsets([self._place])
@@ -91,14 +128,7 @@ class LogReader:
         return Bounds(begin[self._place], end[self._place])
 
     async def first_at(self, time_ms: int) -> int | None:
-        """The first offset whose record's time is this or later; None where there is none.
-
-        Args:
-            time_ms: CreateTime, epoch milliseconds.
-
-        Raises:
-            LogReaderError: the broker does not answer.
-        """
+        """See :class:`LogReader`."""
         assert self._consumer is not None
         try:
             found = await self._consumer.offsets_for_times({self._place: time_ms})
@@ -108,20 +138,13 @@ class LogReader:
         return None if at is None else int(at.offset)
 
     def skip_to(self, offset: int) -> None:
-        """Read on from there; to be called before the first read."""
+        """See :class:`LogReader`."""
         assert self._consumer is not None
         self.position = self._reached = offset
         self._consumer.seek(self._place, offset)
 
     async def read(self, end: int, most: int) -> list[Any]:
-        """The next records with offsets before ``end``; none once all of them are read.
-
-        Args:
-            most: of them, at most.
-
-        Raises:
-            LogReaderError: the broker does not answer.
-        """
+        """See :class:`LogReader`."""
         until = monotonic() + STALL_SECONDS
         while not self._ahead and self.position < end:
             assert self._consumer is not None
@@ -155,3 +178,8 @@ class LogReader:
             f"cannot read {topic}-{partition} at {self._settings.kafka_bootstrap}"
             f" ({type(error).__name__}: {error}): see that the broker is up"
         )
+
+
+def kafka_readers(settings: Settings) -> OpenReader:
+    """Readers of the log on the broker that the settings name."""
+    return partial(KafkaLogReader, settings)

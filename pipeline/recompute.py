@@ -8,17 +8,19 @@ Everything else is computed. Used to verify, to look back in time, and to build 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from model.features import ACCOUNT_FEATURES
 from model.merchants import MERCHANT_FEATURES
 from pipeline.account_choice import Choice, Everyone
 from pipeline.codec import PAUSE, RecordedScore
-from pipeline.log_reader import LogReader
+from pipeline.log_reader import OpenReader, kafka_readers
 from pipeline.ownership import Chunk
 from pipeline.processor import Part, PartDecoder, columns
 from pipeline.scorer import Scored, Scorer
@@ -45,7 +47,8 @@ class Advanced:
         score: float32[n], as computed.
         recorded: n scores, as published first; None where there is none.
         begins: bool[n], the account had no state before it.
-        is_sure: bool[n], the score depends on nothing that the log does not tell.
+        is_complete: bool[n], the account's history is in the log from its begin.
+        is_sure: bool[n], it is, and the score depends on nothing else that is not known.
         seen: int64[n], applied transactions of the account in the log before this micro-batch.
         unexpected: source and account's key of scores of what is no transaction, or a repeat.
         end: the first offset after it.
@@ -58,6 +61,7 @@ class Advanced:
     score: NDArray[np.float32]
     recorded: Sequence[RecordedScore | None]
     begins: NDArray[np.bool_]
+    is_complete: NDArray[np.bool_]
     is_sure: NDArray[np.bool_]
     seen: NDArray[np.int64]
     unexpected: Sequence[tuple[int, bytes]]
@@ -136,7 +140,7 @@ class RecomputedStates:
         applied[list(scored.failed)] = False
         begins = applied & (scored.raw[:, _PAUSE_COLUMN] == FIRST_PAUSE)
         seen = self._seen[row]
-        is_sure = self._judge(row, applied, begins, computed.has_features, recorded)
+        is_complete, is_sure = self._judge(row, applied, begins, computed.has_features, recorded)
         np.add.at(self._seen, row[applied], 1)
         return Advanced(
             row=row,
@@ -145,6 +149,7 @@ class RecomputedStates:
             score=scored.score,
             recorded=recorded,
             begins=begins,
+            is_complete=is_complete,
             is_sure=is_sure,
             seen=seen,
             unexpected=(),
@@ -169,12 +174,13 @@ class RecomputedStates:
         begins: NDArray[np.bool_],
         has_features: NDArray[np.bool_],
         recorded: Sequence[RecordedScore | None],
-    ) -> NDArray[np.bool_]:
-        """bool[n]: the account's history is in the log, and nothing is unknown of it."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """bool[n], bool[n]: the account's history is in the log; and nothing is unknown of it."""
         begun, lacks = self._begins_in_log, self.lacks_features
         if self._is_whole and has_features[applied].all() and not lacks[row].any():
-            return np.ones(len(row), bool)
-        sure = np.zeros(len(row), bool)
+            everything = np.ones(len(row), bool)
+            return everything, everything
+        complete, sure = np.zeros(len(row), bool), np.zeros(len(row), bool)
         for i in np.flatnonzero(applied).tolist():
             account = row[i]
             if begins[i]:
@@ -182,8 +188,9 @@ class RecomputedStates:
                 score = recorded[i]
                 begun[account] |= score is not None and score.begins
             lacks[account] |= not has_features[i]
+            complete[i] = begun[account]
             sure[i] = begun[account] and not lacks[account]
-        return sure
+        return complete, sure
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,8 @@ class PartitionLog:
     Args:
         settings: name the broker and the topics.
         scorer: the model.
-        choice: the accounts that are computed.
+        choice: the accounts that are computed; None: all.
+        open_reader: of the log; None: at the broker that the settings name.
 
     Attributes:
         begin: the first offset from which the log is whole: its transactions are there, and their
@@ -221,34 +229,34 @@ class PartitionLog:
     """
 
     def __init__(
-        self, settings: Settings, scorer: Scorer, partition: int, choice: Choice | None = None
+        self,
+        settings: Settings,
+        scorer: Scorer,
+        partition: int,
+        choice: Choice | None = None,
+        open_reader: OpenReader | None = None,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
         self.partition = partition
         self._takes = None if choice is None or isinstance(choice, Everyone) else choice.takes
         wants = None if self._takes is None or choice is None else choice.wants
-        self._records = LogReader(settings, settings.topic("transactions"), partition)
-        self._scores = ScoresInStep(settings, partition, wants)
+        open_reader = open_reader or kafka_readers(settings)
+        self._records = open_reader(settings.topic("transactions"), partition, 0)
+        self._scores = ScoresInStep(settings, partition, wants, open_reader)
         self.begin = self.next_offset = self.end = 0
 
     async def __aenter__(self) -> PartitionLog:
-        await self._records.__aenter__()
-        try:
-            await self._scores.__aenter__()
-            try:
-                await self._find_begin()
-            except BaseException:
-                await self._scores.__aexit__(None, None, None)
-                raise
-        except BaseException:
-            await self._records.__aexit__(None, None, None)
-            raise
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_one_thread())
+            await stack.enter_async_context(self._records)
+            await stack.enter_async_context(self._scores)
+            await self._find_begin()
+            self._opened = stack.pop_all()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._scores.__aexit__()
-        await self._records.__aexit__(None, None, None)
+        await self._opened.aclose()
 
     @property
     def scores(self) -> ScoresInStep:
@@ -315,3 +323,14 @@ class PartitionLog:
         advanced = self.states.keep(computed, recorded)
         unexpected = self._scores.forget(part.chunk.end, advanced.offset[advanced.applied])
         return replace(advanced, unexpected=unexpected)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: the matrices are small, and two threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

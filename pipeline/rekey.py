@@ -24,7 +24,7 @@ from rich.console import Console
 from pipeline.account_state import StateCodec, Watermark
 from pipeline.errors import RecurError
 from pipeline.key_scan import KeyScan
-from pipeline.log_reader import LogReader
+from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.redis_calls import StoreUnavailableError
@@ -174,7 +174,7 @@ class Rekey:
         stranded = 0
         for partition in range(before):
             start = marks[partition].next_offset if partition in marks else 0
-            async with LogReader(self._settings, self._topic, partition, start) as reader:
+            async with KafkaLogReader(self._settings, self._topic, partition, start) as reader:
                 end = (await reader.bounds()).end
                 while records := await reader.read(end, READ_MOST):
                     stranded += sum(

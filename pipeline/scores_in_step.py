@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.codec import RecordedScore, decode_recorded
-from pipeline.log_reader import LogReader
+from pipeline.log_reader import OpenReader
 from pipeline.score_log import source_offset
 from pipeline.settings import Settings
 
@@ -47,8 +48,9 @@ class ScoresInStep:
     """Scores by the offset of their transaction, the first one of each.
 
     Args:
-        settings: name the broker and the topics.
+        settings: name the topics.
         wants: whether the scores of the account with this key are looked at; None: all are.
+        open_reader: of the log.
 
     Attributes:
         again: further scores of sources, in the order of the topic.
@@ -56,15 +58,18 @@ class ScoresInStep:
     """
 
     def __init__(
-        self, settings: Settings, partition: int, wants: Callable[[bytes], bool] | None = None
+        self,
+        settings: Settings,
+        partition: int,
+        wants: Callable[[bytes], bool] | None,
+        open_reader: OpenReader,
     ) -> None:
         self.again: list[Again] = []
         self.strangers = 0
-        self._settings = settings
-        self._partition = partition
+        self._open = partial(open_reader, settings.topic("scores"), partition)
         self._prefix = f"{settings.topic('transactions')}:{partition}:"
         self._wants = wants
-        self._reader = self._new_reader(0)
+        self._reader = self._open(0)
         self._end = 0
         self._begin = 0
         self._said = np.empty(0, np.float32)  # by source, from _begin on; NaN: none yet
@@ -75,15 +80,12 @@ class ScoresInStep:
         self._late_to = 0
         self._late_newest = NO_SOURCE
 
-    def _new_reader(self, start: int) -> LogReader:
-        return LogReader(self._settings, self._settings.topic("scores"), self._partition, start)
-
     async def __aenter__(self) -> ScoresInStep:
         await self._reader.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._reader.__aexit__(None, None, None)
+        await self._reader.__aexit__(*error)
 
     async def see_end(self) -> int:
         """Read up to where the topic ends now.
@@ -108,7 +110,7 @@ class ScoresInStep:
         """
         least: int | None = None
         seen = 0
-        async with self._new_reader(0) as reader:
+        async with self._open(0) as reader:
             while seen < LOOKAHEAD and (records := await reader.read(self._end, READ_MOST)):
                 seen += len(records)
                 for record in records:
@@ -188,7 +190,7 @@ class ScoresInStep:
         if start >= self._end:
             return
         newest = max(self._late_newest, self._newest)
-        async with self._new_reader(start) as reader:
+        async with self._open(start) as reader:
             while records := await reader.read(self._end, READ_MOST):
                 for record in records:
                     source, score = self._read(record)
@@ -202,6 +204,14 @@ class ScoresInStep:
 
     def _is_unsaid(self, source: int) -> bool:
         return bool(np.isnan(self._said[source - self._begin]))
+
+    async def read_rest(self) -> None:
+        """Read to the end for further scores of what was computed; nothing may be asked after."""
+        while records := await self._reader.read(self._end, READ_MOST):
+            for record in records:
+                if record.offset not in self._late_taken and self._is_wanted(record):
+                    self._see(record)
+            self._first.clear()
 
     def forget(self, end: int, applied: NDArray[np.int64]) -> list[tuple[int, bytes]]:
         """Let go of the scores of transactions before ``end``.

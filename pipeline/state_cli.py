@@ -18,6 +18,40 @@ def state() -> None:
 
 @state.command()
 @click.argument("account_id", metavar="ACCOUNT")
+def show(account_id: str) -> None:
+    """Print the state of ACCOUNT that is in Redis, and where it lies."""
+    import asyncio
+
+    from pipeline.state_view import shown_lines
+
+    for line in asyncio.run(shown_lines(load_settings(), account_id)):
+        click.echo(line)
+
+
+@state.command()
+@click.argument("account_id", metavar="ACCOUNT")
+@click.option(
+    "--time",
+    "at_time",
+    metavar="TIME",
+    required=True,
+    help="By records' CreateTime: 2024-05-31T18:00:00Z or milliseconds since 1970.",
+)
+def at(account_id: str, at_time: str) -> None:
+    """Print the state of ACCOUNT as of a TIME, computed from the log.
+
+    The state is the one after the last record before the first that came after TIME. It is
+    computed up to the watermark at most: what is not applied yet has no score to compute from.
+    """
+    from pipeline.state_view import lines_at
+    from pipeline.time_option import epoch_ms_of
+
+    for line in lines_at(load_settings(), account_id, epoch_ms_of(at_time, "--time")):
+        click.echo(line)
+
+
+@state.command()
+@click.argument("account_id", metavar="ACCOUNT")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the workers have applied it.")
 @click.option(

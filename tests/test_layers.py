@@ -54,7 +54,9 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation pipeline.account_view
+        pipeline.evaluation pipeline.account_view pipeline.time_option
+        pipeline.state_comparison pipeline.verification pipeline.score_comparison
+        pipeline.verify pipeline.verify_report pipeline.state_view
         pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
         pipeline.rebuild pipeline.rekey
     """,
