@@ -143,7 +143,7 @@ def account(account_id: str) -> None:
 @click.option(
     "--tolerance-score",
     type=click.FloatRange(min=0),
-    default=2e-3,
+    default=2e-4,
     show_default=True,
     help="Of a score.",
 )
