@@ -53,6 +53,8 @@ READY_SECONDS = 60.0
 SAMPLE_SECONDS = 0.5
 STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
 RATES = (500, 5_000)
+LIVE_BLOCK_TRANSACTIONS = 500
+"""A second of them at the lower rate, so that times are not old when they are sent."""
 WARM_UP_SECONDS = 10.0
 """Before each latency measurement: Java compiles, caches fill."""
 MEBIBYTE = 1 << 20
@@ -185,7 +187,7 @@ class Bench:
             await until_ready([worker], READY_SECONDS)
             ready = time.monotonic() - began
             self.results.add("a worker ready after", f"{ready:.1f} s", "10", ready <= 10)
-            stream = blocks()
+            stream = blocks(live=True)
             for rate in RATES:
                 await feed(settings, stream, int(rate * WARM_UP_SECONDS), rate)
                 await worker.refresh()
@@ -312,18 +314,27 @@ def steady_rate(points: list[Point], transactions: int) -> float:
     return (end[0] - begin[0]) / (end[1] - begin[1])
 
 
-def blocks() -> Iterator[Block]:
-    """Simulated transactions, encoded, without end; flat out a second of them is a day or more."""
+def blocks(*, live: bool = False) -> Iterator[Block]:
+    """Simulated transactions, encoded, without end.
+
+    Args:
+        live: stamped with the time at which they are encoded, as a payment system does.
+            Otherwise with the simulator's: flat out, a second of them is a day or more.
+    """
+    size = LIVE_BLOCK_TRANSACTIONS if live else BLOCK_TRANSACTIONS
     for day in Simulator(customers=ACCOUNTS, start_date="2018-04-01", seed=3).days():
-        for at in range(0, len(day.amount), BLOCK_TRANSACTIONS):
-            part = slice(at, at + BLOCK_TRANSACTIONS)
+        for at in range(0, len(day.amount), size):
+            part = slice(at, at + size)
+            times = day.timestamp_ms[part].tolist()
+            if live:
+                times = [time.time_ns() // 1_000_000] * len(times)
             yield encode_block(
                 [f"T{i}" for i in day.transaction_id[part].tolist()],
                 [account_id(i) for i in day.account[part].tolist()],
                 [merchant_id(i) for i in day.merchant[part].tolist()],
                 day.amount[part].tolist(),
-                ["EUR"] * len(day.amount[part]),
-                day.timestamp_ms[part].tolist(),
+                ["EUR"] * len(times),
+                times,
             )
 
 

@@ -244,9 +244,13 @@ def rounds_of(account: Int64) -> list[NDArray[np.intp]]:
     """
     if len(account) == 0:
         return []
-    by_account = np.argsort(account, kind="stable")
-    lengths = np.unique(account, return_counts=True)[1]
-    starts = np.cumsum(lengths) - lengths
+    by_account = account.argsort(kind="stable")
+    grouped = account[by_account]
+    is_another = grouped[1:] != grouped[:-1]
+    if is_another.all():
+        return [by_account]
+    starts = np.concatenate(([0], is_another.nonzero()[0] + 1))
+    lengths = np.diff(starts, append=len(account))
     longest_first = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[longest_first], lengths[longest_first]
     active = np.searchsorted(-lengths, -np.arange(lengths[0]), side="left")  # lengths > round

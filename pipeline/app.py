@@ -55,8 +55,8 @@ GC_THRESHOLD = 100_000
 """Objects allocated and not freed before the collector looks at the young ones."""
 
 SWITCH_INTERVAL_SECONDS = 0.0005
-"""A thread that computes lets the consumer's thread run after so long; Python's 5 ms would be
-most of a fast answer."""
+"""A thread that computes lets the event loop run after so long; Python's 5 ms would be most of a
+fast answer."""
 
 
 class Worker:
