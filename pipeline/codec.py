@@ -324,10 +324,19 @@ class RecordedScore(msgspec.Struct, frozen=True, gc=False):
         return None if None in found else found
 
 
+class CountedScore(msgspec.Struct, frozen=True, gc=False):
+    """What whoever counts merchants' transactions again needs of a score's record."""
+
+    source: str
+    merchant_id: str
+    timestamp: int
+
+
 decode_score = msgspec.json.Decoder(Score).decode
 decode_alert = msgspec.json.Decoder(Alert).decode
 _decode_published = msgspec.json.Decoder(PublishedScore).decode
 _decode_recorded = msgspec.json.Decoder(RecordedScore).decode
+_decode_counted = msgspec.json.Decoder(CountedScore).decode
 
 
 def decode_published(value: bytes | None) -> PublishedScore | None:
@@ -339,6 +348,16 @@ def decode_published(value: bytes | None) -> PublishedScore | None:
     except _NOT_JSON:
         return None
     return score if score.decision in DECISIONS else None
+
+
+def decode_counted(value: bytes | None) -> CountedScore | None:
+    """What counting it again needs of a score's record; None for what no worker wrote."""
+    if value is None:
+        return None
+    try:
+        return _decode_counted(value)
+    except _NOT_JSON:
+        return None
 
 
 def decode_recorded(value: bytes | None) -> RecordedScore | None:

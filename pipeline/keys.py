@@ -110,6 +110,10 @@ class MerchantKeys:
         """Key of a transaction's decision, where it raised an alert."""
         return f"{self.prefix}:alert:{{{slot}}}:{transaction_hash:016x}".encode()
 
+    def labels_watermarks(self, slot: int, topic: str, partitions: int) -> list[bytes]:
+        """Keys of how far each labels partition is booked in a slot's profiles."""
+        return [self.labels_watermark(slot, topic, partition) for partition in range(partitions)]
+
     def profiles_begin(self) -> bytes:
         """What every profile's key begins with."""
         return f"{self.prefix}:merchant:{{".encode()

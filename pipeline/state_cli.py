@@ -88,20 +88,30 @@ def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> Non
 @state.command()
 @click.option("--partition", "partitions", type=int, multiple=True, help="One or more.")
 @click.option("--all", "everything", is_flag=True, help="All partitions.")
+@click.option("--merchants", is_flag=True, help="The merchants' profiles.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the workers are through.")
-def rebuild(partitions: tuple[int, ...], everything: bool, dry_run: bool, no_wait: bool) -> None:
+def rebuild(
+    partitions: tuple[int, ...], everything: bool, merchants: bool, dry_run: bool, no_wait: bool
+) -> None:
     """Have the workers compute states again from the log, as far back as it reaches.
 
     Workers may run: they keep the scores that were published, and score what comes as soon as
-    they are through the log. Without workers it is done when one starts.
+    they are through the log. Without workers it is done when one starts. With --merchants this
+    command counts what scores and labels say, and corrects the profiles that differ.
     """
     import asyncio
 
     from pipeline.rebuild import rebuild_lines
+    from pipeline.rebuild_merchants import rebuild_merchants_lines
 
-    if bool(partitions) == everything:
-        raise SettingsError("recur state rebuild takes --partition N, or --all")
+    if bool(partitions) + everything + merchants != 1:
+        raise SettingsError("recur state rebuild takes --partition N, --all or --merchants")
+    if merchants:
+        told = rebuild_merchants_lines(load_settings(), dry_run=dry_run, console=_console())
+        for line in asyncio.run(told):
+            click.echo(line)
+        return
     lines = asyncio.run(
         rebuild_lines(
             load_settings(),

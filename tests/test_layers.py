@@ -59,6 +59,7 @@ LAYERS = {
         pipeline.verify pipeline.verify_report pipeline.state_view
         pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
         pipeline.rebuild pipeline.rekey
+        pipeline.merchant_log pipeline.merchant_repair pipeline.rebuild_merchants
     """,
     "command line": """
         pipeline.state_cli pipeline.cli pipeline.__main__

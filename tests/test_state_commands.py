@@ -8,22 +8,37 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from model.merchants import BUCKET_MS
+from model.transaction import Transaction
+from pipeline import rebuild_merchants as rebuild_merchants_module
 from pipeline.cli import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
+from pipeline.feed import Feed
 from pipeline.forget import forget_lines
 from pipeline.key_scan import KeyScan
-from pipeline.keys import Keys
+from pipeline.keys import MERCHANT_SLOTS, Keys, MerchantKeys
+from pipeline.label_feed import encode_labels
+from pipeline.merchant_profile import FIXED_BYTES, Profile
+from pipeline.merchant_store import RedisMerchantStore
 from pipeline.ownership import check_watermark
 from pipeline.rebuild import rebuild_lines
+from pipeline.rebuild_merchants import rebuild_merchants_lines
 from pipeline.rekey import partition_of, rekey_lines
 from pipeline.services import Kafka, Redis
 from pipeline.state_store import redis_client
 from pipeline.topics import add_partitions
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions
+from tests.pipeline_under_test import (
+    EVENT_TIME_MS,
+    PipelineUnderTest,
+    assert_scored_once,
+    transactions,
+    until,
+)
 
 
 @pytest.fixture
@@ -222,8 +237,9 @@ async def records_of_scores(system: PipelineUnderTest) -> Counter[tuple[Any, Any
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["rebuild"], "takes --partition N, or --all"),
-        (["rebuild", "--all", "--partition", "1"], "takes --partition N, or --all"),
+        (["rebuild"], "takes --partition N, --all or --merchants"),
+        (["rebuild", "--all", "--partition", "1"], "takes --partition N, --all or --merchants"),
+        (["rebuild", "--all", "--merchants"], "takes --partition N, --all or --merchants"),
         (["forget", ""], "an account id has 1 to 256 characters"),
         (["forget", "x" * 257], "an account id has 1 to 256 characters"),
     ],
@@ -308,3 +324,101 @@ def test_states_move_with_their_accounts_when_the_topic_gets_more_partitions(
             assert_scored_once(await system.scores(), [*sent, *more])
 
     asyncio.run(run())
+
+
+async def rebuild_merchants(system: PipelineUnderTest, *, dry_run: bool = False) -> str:
+    lines = await rebuild_merchants_lines(system.settings, dry_run=dry_run, console=quiet())
+    return "\n".join(lines)
+
+
+RIGHT = "counts of 0 profiles corrected: 0 transactions were missing, 0 too many"
+
+
+def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
+    system: PipelineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is missing, doubled or damaged; what is counted meanwhile is neither."""
+    monkeypatch.setattr(rebuild_merchants_module, "SETTLE_SECONDS", 0.3)
+    sent = transactions(4_000, accounts=60)
+    more = transactions(3_000, accounts=60, seed=1)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent)
+            async with Feed(system.settings, "labels") as feed:
+                await feed.send(*labels_of(sent[:200]))
+            await system.until_applied()
+            keys = MerchantKeys(system.settings.key_prefix)
+            client = redis_client(system.settings)
+            store = RedisMerchantStore.from_settings(system.settings)
+            names = sorted({t.merchant_id for t in sent})
+
+            async def all_booked() -> bool:
+                found = [Profile.from_bytes(v) for v in await store.load(names) if v]
+                return sum(len(profile.frauds) for profile in found) == 200
+
+            await until(all_booked, "the labels to be booked")
+            told = await rebuild_merchants(system)
+            assert f"{len(names)} merchants in the log" in told
+            assert RIGHT in told
+            assert "known frauds of 0 profiles corrected" in told
+            right = await store.load(names)
+
+            labelled = [t.merchant_id for t in sent[:200]]
+            await client.delete(keys.profile(labelled[0]))
+            await client.set(keys.profile(labelled[1]), b"\1junk")
+            bucket = EVENT_TIME_MS // BUCKET_MS
+            await store.add({bucket: {labelled[2]: 7}}, [])
+            value = await client.get(keys.profile(labelled[3]))
+            await client.set(keys.profile(labelled[3]), value[:FIXED_BYTES])
+            harmed = await store.load(names)
+            told = await rebuild_merchants(system, dry_run=True)
+            assert "counts of 3 profiles would be corrected" in told
+            assert "7 too many" in told
+            assert "known frauds of 3 profiles would be corrected" in told
+            assert await store.load(names) == harmed
+
+            sending = asyncio.create_task(system.send(more, rate=1_000))
+            told = await rebuild_merchants(system)
+            await sending
+            await system.until_applied()
+
+            assert "counts of 3 profiles corrected" in told
+            await rebuild_merchants(system)  # what came in the moment of the last round
+            assert RIGHT in await rebuild_merchants(system)
+            counts = Counter(t.merchant_id for t in [*sent, *more])
+            profiles = [Profile.from_bytes(v or b"") for v in await store.load(names)]
+            for name, profile, value in zip(names, profiles, right, strict=True):
+                assert int(profile.counts.sum()) == counts[name]
+                assert profile.frauds == Profile.from_bytes(value or b"").frauds
+
+            gone = [keys.profile(name) for name in names]
+            gone += [
+                keys.labels_watermark(slot, system.settings.topic("labels"), partition)
+                for slot in range(MERCHANT_SLOTS)
+                for partition in range(4)
+            ]
+            await client.delete(*gone)
+            await rebuild_merchants(system)
+            assert [Profile.from_bytes(v or b"").frauds for v in await store.load(names)] == [
+                profile.frauds for profile in profiles
+            ]
+            assert RIGHT in await rebuild_merchants(system)
+            await store.close()
+            await client.aclose()
+
+    asyncio.run(run())
+
+
+def labels_of(labelled: list[Transaction]) -> tuple[Any, Any]:
+    times = np.array([t.timestamp for t in labelled], np.int64)
+    block = encode_labels(
+        [t.transaction_id for t in labelled],
+        [t.account_id for t in labelled],
+        [t.merchant_id for t in labelled],
+        np.ones(len(labelled), bool),
+        times,
+        times + 86_400_000,
+        "test",
+    )
+    return block.keys, block.values
