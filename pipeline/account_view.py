@@ -175,12 +175,17 @@ def history_rows(
     return [
         ("transactions seen", f"{int(history.count[0]):,}"),
         ("last transaction", f"{utc(int(history.last_event_ms[0]))} (event time)"),
-        ("received", f"{silent} {before}, offset {int(state.last_offset[0])}"),
-        ("first one in this state", f"offset {int(state.first_offset[0])}"),
+        ("received", f"{silent} {before}, {_place(int(state.last_offset[0]))}"),
+        ("first one in this state", _place(int(state.first_offset[0]))),
         (f"payments in {windows}", " / ".join(f"{value:.1f}" for value in counts)),
         (f"mean amount in {windows}", " / ".join(f"{m:,.2f}" for m in means) + f" {currency}"),
         ("usual amount", f"{float(history.usual_amount[0]):,.2f} {currency}"),
     ]
+
+
+def _place(offset: int) -> str:
+    """Where a transaction of a state lies."""
+    return f"offset {offset}" if offset >= 0 else "in another partition, before `recur state rekey`"
 
 
 def silent_ms(state: AccountStates, now_ms: int | None = None) -> int:
