@@ -123,6 +123,107 @@ def account(account_id: str) -> None:
 
 
 @recur.command()
+@click.option("--account", metavar="ID", help="Only this account.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only so many accounts, chosen by the hashes of their ids: the same ones each time.",
+)
+@click.option("--from", "from_time", metavar="TIME", help="Only scores of records from then on,")
+@click.option("--to", "to_time", metavar="TIME", help="and before then (the record's CreateTime).")
+@click.option(
+    "--tolerance-hidden",
+    type=click.FloatRange(min=0),
+    default=2e-3,
+    show_default=True,
+    help="Of a hidden; see docs/verify.md for what was measured.",
+)
+@click.option(
+    "--tolerance-score",
+    type=click.FloatRange(min=0),
+    default=2e-3,
+    show_default=True,
+    help="Of a score.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what was found to this file, too.",
+)
+def verify(
+    account: str | None,
+    sample: int | None,
+    from_time: str | None,
+    to_time: str | None,
+    json_file: Path | None,
+    **tolerances: float,
+) -> None:
+    """Verify that states in Redis and published scores are what the log says.
+
+    Computes both from the log again, up to the watermarks, and compares; workers may run
+    meanwhile, and nothing is written. Ends with code 1 where a state or score differs past its
+    tolerance, a score is missing or two of one transaction contradict each other, or a state has
+    no log. Accounts whose history began before the log does are listed as unverifiable. A TIME is
+    2024-05-31T18:00:00Z or milliseconds since 1970. Settings are the workers'.
+    """
+    from pipeline.time_option import epoch_ms_of
+    from pipeline.verify import VerifyOptions
+    from pipeline.verify_report import run_verify
+
+    if account is not None and sample is not None:
+        raise SettingsError("recur verify takes --account or --sample, not both")
+    options = VerifyOptions(
+        account=account,
+        sample=sample,
+        from_ms=None if from_time is None else epoch_ms_of(from_time, "--from"),
+        to_ms=None if to_time is None else epoch_ms_of(to_time, "--to"),
+        **tolerances,
+    )
+    sys.exit(run_verify(options, load_settings(), json_file))
+
+
+@recur.group()
+def state() -> None:
+    """Look at accounts' states, in Redis and in the past."""
+
+
+@state.command()
+@click.argument("account_id", metavar="ACCOUNT")
+def show(account_id: str) -> None:
+    """Print the state of ACCOUNT that is in Redis, and where it lies."""
+    import asyncio
+
+    from pipeline.state_view import shown_lines
+
+    for line in asyncio.run(shown_lines(load_settings(), account_id)):
+        click.echo(line)
+
+
+@state.command()
+@click.argument("account_id", metavar="ACCOUNT")
+@click.option(
+    "--time",
+    "at_time",
+    metavar="TIME",
+    required=True,
+    help="By records' CreateTime: 2024-05-31T18:00:00Z or milliseconds since 1970.",
+)
+def at(account_id: str, at_time: str) -> None:
+    """Print the state of ACCOUNT as of a TIME, computed from the log.
+
+    The state is the one after the last record before the first that came after TIME. It is
+    computed up to the watermark at most: what is not applied yet has no score to compute from.
+    """
+    from pipeline.state_view import lines_at
+    from pipeline.time_option import epoch_ms_of
+
+    for line in lines_at(load_settings(), account_id, epoch_ms_of(at_time, "--time")):
+        click.echo(line)
+
+
+@recur.command()
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
 @click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")

@@ -54,6 +54,7 @@ WARM_HEADER = "recur-warm"
 """Marks a transaction that builds state and raises no alert."""
 
 KNOWN_FRAUDS = "merchant_known_frauds"
+PAUSE = "seconds_since_last"
 
 _FIELD_REASONS = {
     "`$.transaction_id`": "id",
@@ -249,9 +250,43 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     features: MerchantRecord | None = None  # type: ignore[valid-type]
 
 
+_RecordedFeatures = msgspec.defstruct(
+    "_RecordedFeatures",
+    [
+        (PAUSE, float | None, None),
+        *((name, float | None, WITHOUT_KNOWN_FRAUDS.get(name)) for name in MERCHANT_FEATURES),
+    ],
+    frozen=True,
+    gc=False,
+)
+
+
+class RecordedScore(msgspec.Struct, frozen=True, gc=False):
+    """What whoever computes a score again needs of its record."""
+
+    source: str
+    score: float
+    decision: str
+    model: str = ""
+    features: _RecordedFeatures | None = None  # type: ignore[valid-type]
+
+    @property
+    def begins(self) -> bool:
+        """Whether the account had no state before it, by what the score's writer saw."""
+        return self.features is not None and getattr(self.features, PAUSE) == -1.0
+
+    def merchant_raw(self) -> tuple[float, ...] | None:
+        """The merchant's features that it was computed from, if it records them all."""
+        if self.features is None:
+            return None
+        found = msgspec.structs.astuple(self.features)[1:]
+        return None if None in found else found
+
+
 decode_score = msgspec.json.Decoder(Score).decode
 decode_alert = msgspec.json.Decoder(Alert).decode
 _decode_published = msgspec.json.Decoder(PublishedScore).decode
+_decode_recorded = msgspec.json.Decoder(RecordedScore).decode
 
 
 def decode_published(value: bytes | None) -> PublishedScore | None:
@@ -260,6 +295,17 @@ def decode_published(value: bytes | None) -> PublishedScore | None:
         return None
     try:
         score = _decode_published(value)
+    except _NOT_JSON:
+        return None
+    return score if score.decision in DECISIONS else None
+
+
+def decode_recorded(value: bytes | None) -> RecordedScore | None:
+    """What computing it again needs of a score's record; None for what no worker wrote."""
+    if value is None:
+        return None
+    try:
+        score = _decode_recorded(value)
     except _NOT_JSON:
         return None
     return score if score.decision in DECISIONS else None

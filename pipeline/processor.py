@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.reasons import Explainer
 from model.transaction import Transaction, epoch_ms
@@ -142,6 +143,52 @@ class Computed:
     batch: MicroBatch
 
 
+class PartDecoder:
+    """Records to transactions, for the worker and for whoever computes its states again.
+
+    Args:
+        settings: limits.
+        checkpoint: its currency and further fields.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
+        self.further_fields = FurtherFields(checkpoint.header.features.fields)
+        self._currency = checkpoint.header.currency
+        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+
+    def part(self, partition: int, chunk: Chunk) -> Part:
+        """A chunk's transactions; what cannot be scored is set aside with its reason."""
+        part = Part(partition, chunk)
+        row_of: dict[str, int] = {}
+        for record in chunk.records:
+            try:
+                transaction, timestamp_ms = self._decode(record)
+            except RejectedError as error:
+                part.rejected.append((record, error.reason, str(error)))
+                continue
+            part.records.append(record)
+            part.transactions.append(transaction)
+            part.timestamps_ms.append(timestamp_ms)
+            part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
+        part.accounts = list(row_of)
+        return part
+
+    def _decode(self, record: Record) -> tuple[Transaction, int]:
+        if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
+            raise RejectedError("control", "an instruction that this version does not know")
+        transaction = decode(record.key, record.value, self._currency, self.further_fields)
+        timestamp = transaction.timestamp
+        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
+        if timestamp_ms < 0:
+            raise RejectedError("timestamp", "the timestamp is before 1970")
+        if timestamp_ms - record.timestamp > self._future_limit_ms:
+            raise RejectedError(
+                "future_timestamp",
+                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
+            )
+        return transaction, timestamp_ms
+
+
 class Processor:
     """Applies polls, one at a time.
 
@@ -195,15 +242,14 @@ class Processor:
                 cached_max=settings.cached_merchants_max,
             )
         self._topic = settings.topic("transactions")
-        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
         self._cached_states_max = settings.cached_states_max
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
-        self._currency = scorer.checkpoint.header.currency
         names = features.names
-        self._further_fields = FurtherFields(features.fields)
+        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._further_fields = self._decoder.further_fields
         self._explainer = Explainer(scorer.checkpoint)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
@@ -269,38 +315,7 @@ class Processor:
 
     def _decode(self, poll: Poll) -> list[Part]:
         """Records to transactions; what cannot be scored is set aside with its reason."""
-        parts = []
-        for partition, chunk in poll.chunks.items():
-            part = Part(partition, chunk)
-            row_of: dict[str, int] = {}
-            for record in chunk.records:
-                try:
-                    transaction, timestamp_ms = self._decode_record(record)
-                except RejectedError as error:
-                    part.rejected.append((record, error.reason, str(error)))
-                    continue
-                part.records.append(record)
-                part.transactions.append(transaction)
-                part.timestamps_ms.append(timestamp_ms)
-                part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
-            part.accounts = list(row_of)
-            parts.append(part)
-        return parts
-
-    def _decode_record(self, record: Record) -> tuple[Transaction, int]:
-        if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
-            raise RejectedError("control", "an instruction that this version does not know")
-        transaction = decode(record.key, record.value, self._currency, self._further_fields)
-        timestamp = transaction.timestamp
-        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
-        if timestamp_ms < 0:
-            raise RejectedError("timestamp", "the timestamp is before 1970")
-        if timestamp_ms - record.timestamp > self._future_limit_ms:
-            raise RejectedError(
-                "future_timestamp",
-                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
-            )
-        return transaction, timestamp_ms
+        return [self._decoder.part(partition, chunk) for partition, chunk in poll.chunks.items()]
 
     # load, drop applied ------------------------------------------------------------------
 

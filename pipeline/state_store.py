@@ -7,7 +7,7 @@ any moment a partition's states are exactly its log up to its watermark, whoever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -190,6 +190,18 @@ class RedisStateStore:
             for partition, reply in enumerate(replies)
             if reply.watermark is not None
         }
+
+    async def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+        """Partition and account id of every state that there is, some at a time.
+
+        A state that is written meanwhile may be among them or not.
+
+        Raises:
+            StoreUnavailableError: it does not answer.
+            StoreForbiddenError: Redis does not allow its user to list keys.
+        """
+        async for keys in self._calls.scan(self._keys.accounts_pattern()):
+            yield [place for key in keys if (place := self._keys.account_of(key)) is not None]
 
     async def close(self) -> None:
         """See :class:`StateStore`."""
