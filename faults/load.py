@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,9 @@ TERMINALS = 2_000
 START_DATE = "2018-04-01"
 PIECE_TRANSACTIONS = 500
 """That are made at once: a fraction of a second of them."""
+
+PATIENCE_SECONDS = 120.0
+"""So long the broker may be away, and the load goes on when it is back."""
 
 NO_TRANSACTION = -1
 """Number of a record that must have no score."""
@@ -55,14 +58,11 @@ def nothing_else(sent: Sent, rng: np.random.Generator) -> Sent:
 
 
 class Load:
-    """The simulator's transactions at a rate, until it is told to stop.
+    """The simulator's transactions; may be stopped and started again.
 
     Args:
         seed: of the simulator, and of the changes.
         change_columns, change_records: what a fault does to them.
-
-    Attributes:
-        count: what the broker has of it.
     """
 
     def __init__(
@@ -72,31 +72,31 @@ class Load:
         change_columns: ChangeColumns = as_they_are,
         change_records: ChangeRecords = nothing_else,
     ) -> None:
-        self._feed = Feed(settings)
-        self.count = self._feed.count
+        self._settings = settings
         self._stream = SimulatedStream(CUSTOMERS, TERMINALS, START_DATE, seed)
         self._rng = np.random.default_rng(seed)
         self._change_columns = change_columns
         self._change_records = change_records
-        self._numbers: list[NDArray[np.int64]] = []
         self._accounts: list[NDArray[np.int64]] = []
-        self._stop = asyncio.Event()
-        self._feeding: asyncio.Task[None] | None = None
+        self._runs: list[_Run] = []
 
-    async def start(self, rate: float | None, history: int = 0) -> None:
+    async def start(self, rate: float | None, history: int = 0, most: int | None = None) -> None:
         """Send ``history`` records as fast as the broker takes them, then go on at ``rate``.
 
         Args:
             rate: records/s; None: as fast as the broker takes them.
+            most: transactions besides the history; None: until it is stopped.
 
         Raises:
             RecurError: the broker is away.
         """
-        await self._feed.__aenter__()
+        run = _Run(Feed(self._settings, timeout_seconds=PATIENCE_SECONDS))
+        await run.feed.__aenter__()
+        self._runs.append(run)
         if history:
-            await self._feed.run(ahead(self._blocks(history)))
-        self._feeding = asyncio.create_task(
-            self._feed.run(ahead(self._blocks()), rate=rate, stop=self._stop)
+            await run.feed.run(ahead(self._blocks(run, history)))
+        run.feeding = asyncio.create_task(
+            run.feed.run(ahead(self._blocks(run, most)), rate=rate, stop=run.stop)
         )
 
     def raise_failure(self) -> None:
@@ -105,8 +105,9 @@ class Load:
         Raises:
             RecurError: the broker did not take it.
         """
-        if self._feeding is not None and self._feeding.done():
-            self._feeding.result()
+        for run in self._runs:
+            if run.feeding is not None and run.feeding.done():
+                run.feeding.result()
 
     async def stop(self) -> None:
         """Send no more, and wait until the broker has what was sent.
@@ -114,27 +115,18 @@ class Load:
         Raises:
             RecurError: the broker does not take it.
         """
-        if self._feeding is None:
-            return
-        self._stop.set()
-        feeding, self._feeding = self._feeding, None
-        try:
-            await feeding
-        except BaseException as error:
-            await self._feed.__aexit__(type(error), error, error.__traceback__)
-            raise
-        await self._feed.__aexit__(None, None, None)
+        for run in self._runs:
+            run.stop.set()
+            await run.end()
 
     async def abandon(self) -> None:
         """Stop at once, whatever the broker has."""
-        if self._feeding is not None:
-            feeding, self._feeding = self._feeding, None
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
-            error = asyncio.CancelledError()
-            await self._feed.__aexit__(type(error), error, None)
+        for run in self._runs:
+            if run.feeding is not None:
+                run.feeding.cancel()
+                await asyncio.gather(run.end(), return_exceptions=True)
 
-    def _blocks(self, most: int | None = None) -> Iterator[Block]:
+    def _blocks(self, run: _Run, most: int | None = None) -> Iterator[Block]:
         left = most
         while left is None or left > 0:
             size = PIECE_TRANSACTIONS if left is None else min(PIECE_TRANSACTIONS, left)
@@ -145,14 +137,15 @@ class Load:
             (block,) = SimulatedTransactions(piece.first, columns).blocks()
             numbers = np.arange(piece.first, piece.first + len(columns))
             sent = self._change_records(Sent(block.keys, block.values, numbers), self._rng)
-            self._numbers.append(sent.numbers)
+            run.numbers.append(sent.numbers)
             yield Block(sent.keys, sent.values)
 
     # what must have come out ------------------------------------------------------------
 
     def numbers_sent(self) -> NDArray[np.int64]:
         """int64[n]: the number of each record that was sent, in order."""
-        return np.concatenate([*self._numbers, np.empty(0, np.int64)])[: self.count.sent]
+        nothing = np.empty(0, np.int64)
+        return np.concatenate([nothing, *(run.numbers_sent() for run in self._runs)])
 
     def transactions_made(self) -> int:
         """Those of the stream that were made, sent or not: numbers are less than this."""
@@ -168,6 +161,36 @@ class Load:
             account_id(name): count
             for name, count in zip(names.tolist(), counts.tolist(), strict=True)
         }
+
+
+@dataclass
+class _Run:
+    """From a start to a stop; what was made and not sent then is never sent."""
+
+    feed: Feed
+    numbers: list[NDArray[np.int64]] = field(default_factory=list)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    feeding: asyncio.Task[None] | None = None
+
+    async def end(self) -> None:
+        """Wait for its end and for the acks.
+
+        Raises:
+            RecurError: the broker does not take it.
+        """
+        if self.feeding is None:
+            return
+        feeding, self.feeding = self.feeding, None
+        try:
+            await feeding
+        except BaseException as error:
+            await self.feed.__aexit__(type(error), error, error.__traceback__)
+            raise
+        await self.feed.__aexit__(None, None, None)
+
+    def numbers_sent(self) -> NDArray[np.int64]:
+        """int64[n]: of the records that were sent, in order."""
+        return np.concatenate([np.empty(0, np.int64), *self.numbers])[: self.feed.count.sent]
 
 
 def of_one_account(share: float) -> ChangeColumns:

@@ -16,6 +16,7 @@ from faults.crew import Crew
 from faults.load import ChangeColumns, ChangeRecords, Load, as_they_are, nothing_else
 from faults.watch import Sample, Watch
 from model.checkpoint import Checkpoint
+from pipeline.errors import RecurError
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint
 from pipeline.topics import ensure_topics
@@ -26,6 +27,10 @@ RECOVERY_LIMIT_SECONDS = 240.0
 
 LAG_SECONDS = 1.0
 """The lag is gone once no more waits than arrives in so long."""
+
+
+class NoEffectError(RecurError):
+    """A fault did not do what it is to do."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,15 @@ class Rig:
             for partition, end in sample.ends.items()
             if end
         )
+
+    def require(self, has_bitten: bool, what: str) -> None:
+        """A fault that did not do what it is to do shows nothing.
+
+        Raises:
+            NoEffectError: it has not bitten.
+        """
+        if not has_bitten:
+            raise NoEffectError(f"the fault had no effect: {what}")
 
     async def settle(self) -> None:
         """Send no more, and wait until everything is applied.

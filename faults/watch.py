@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -142,3 +142,21 @@ class Watch:
                 return await self._score_log.ends(self._topic, self._partitions)
         except (LogUnavailableError, TimeoutError):
             return None
+
+
+async def until_true(
+    condition: Callable[[], Awaitable[bool]], what: str, limit_seconds: float
+) -> None:
+    """Return once a condition holds.
+
+    Raises:
+        StuckError: it does not in time.
+    """
+    try:
+        async with asyncio.timeout(limit_seconds):
+            while True:
+                if await condition():
+                    return
+                await asyncio.sleep(LOOK_SECONDS)
+    except TimeoutError as error:
+        raise StuckError(f"waited {limit_seconds:g} s for {what}") from error
