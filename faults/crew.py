@@ -38,6 +38,7 @@ class Crew:
         self._environment = {**environment, "TMPDIR": str(directory), "RECUR_LOG_FORMAT": "text"}
         self._numbers = 0
         self._killed: set[int] = set()
+        self._is_over = False
         self._keeping: asyncio.Task[None] | None = None
         self._leaving: list[asyncio.Task[int]] = []
 
@@ -50,6 +51,7 @@ class Crew:
         for _ in range(count):
             await self.join()
         await until_ready(self.members, READY_SECONDS)
+        self._is_over = False
         self._keeping = asyncio.create_task(self._keep())
 
     async def join(self) -> WorkerProcess:
@@ -99,15 +101,15 @@ class Crew:
     async def stop(self) -> list[int]:
         """SIGTERM to all of them, and start none again; exit statuses."""
         if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.gather(self._keeping, return_exceptions=True)
+            self._is_over = True
+            await self._keeping  # not cancelled: a worker that it just started would be lost
             self._keeping = None
         members, self.members, self.frozen = self.members, [], []
         statuses = await stop_all(members)
         return statuses + list(await asyncio.gather(*self._leaving))
 
     async def _keep(self) -> None:
-        while True:
+        while not self._is_over:
             await asyncio.sleep(LOOK_SECONDS)
             for worker in list(self.members):
                 if worker.process.poll() is not None and not worker.stopping:

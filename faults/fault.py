@@ -157,6 +157,7 @@ async def run_fault(
     bar: Bar,
     *,
     show_seconds: float = FRAME_SECONDS,
+    workers: int | None = None,
     scale: float = 1.0,
     seed: int = 0,
     overrides: Mapping[str, Any] = {},
@@ -165,6 +166,7 @@ async def run_fault(
 
     Args:
         show_seconds: between two updates of the bar.
+        workers: how many run; as many as the fault says when None.
         scale: 1 for the whole fault, less for a shorter form.
         seed: of all that is drawn.
         overrides: settings of the workers that go before the fault's.
@@ -176,7 +178,7 @@ async def run_fault(
             async with rigged(
                 {**fault.settings, **overrides, **addresses},
                 directory,
-                workers=fault.workers,
+                workers=workers or fault.workers,
                 rate=fault.rate,
                 scale=scale,
                 seed=seed,

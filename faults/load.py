@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator import account_id
-from pipeline.feed import Block, Feed, ahead
+from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead
 from pipeline.settings import Settings
 from pipeline.simulated_stream import Columns, SimulatedStream, SimulatedTransactions
 
@@ -20,6 +20,9 @@ TERMINALS = 2_000
 START_DATE = "2018-04-01"
 PIECE_TRANSACTIONS = 500
 """That are made at once: a fraction of a second of them."""
+
+PIECE_TRANSACTIONS_FLAT_OUT = BLOCK_TRANSACTIONS
+"""Likewise, where there is no rate."""
 
 PATIENCE_SECONDS = 120.0
 """So long the broker may be away, and the load goes on when it is back."""
@@ -94,9 +97,10 @@ class Load:
         await run.feed.__aenter__()
         self._runs.append(run)
         if history:
-            await run.feed.run(ahead(self._blocks(run, history)))
+            await run.feed.run(ahead(self._blocks(run, PIECE_TRANSACTIONS_FLAT_OUT, history)))
+        piece = PIECE_TRANSACTIONS_FLAT_OUT if rate is None else PIECE_TRANSACTIONS
         run.feeding = asyncio.create_task(
-            run.feed.run(ahead(self._blocks(run, most)), rate=rate, stop=run.stop)
+            run.feed.run(ahead(self._blocks(run, piece, most)), rate=rate, stop=run.stop)
         )
 
     def raise_failure(self) -> None:
@@ -126,10 +130,10 @@ class Load:
                 run.feeding.cancel()
                 await asyncio.gather(run.end(), return_exceptions=True)
 
-    def _blocks(self, run: _Run, most: int | None = None) -> Iterator[Block]:
+    def _blocks(self, run: _Run, at_once: int, most: int | None = None) -> Iterator[Block]:
         left = most
         while left is None or left > 0:
-            size = PIECE_TRANSACTIONS if left is None else min(PIECE_TRANSACTIONS, left)
+            size = at_once if left is None else min(at_once, left)
             left = None if left is None else left - size
             piece = self._stream.take(size)
             columns = self._change_columns(piece.columns, self._rng)

@@ -29,6 +29,7 @@ class SigtermOfAll(Fault):
         for stop in stops:
             rig.fraction = stop / len(stops)
             await rig.go_on(2.0, 5.0)
+            workers = len(rig.crew.members)
             producer_stops = asyncio.create_task(rig.load.stop())  # once the broker took the rest
             statuses, _, _ = await asyncio.gather(
                 rig.crew.stop(),
@@ -41,5 +42,5 @@ class SigtermOfAll(Fault):
             )
             await producer_stops
             mark = await rig.mark()
-            await asyncio.gather(rig.crew.start(self.workers), rig.load.start(self.rate))
+            await asyncio.gather(rig.crew.start(workers), rig.load.start(self.rate))
             await rig.recover(mark)

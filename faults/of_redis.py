@@ -88,6 +88,7 @@ class RedisSnapshot(OwnRedis):
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
+        await rig.go_on(2.0, 4.0)
         await asyncio.to_thread(self.ask, "SAVE")
         await rig.go_on(rig.seconds(30, least=4))
         rig.fraction = 0.5

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from faults.load import NO_TRANSACTION, Load
 from model.checkpoint import Checkpoint
 from pipeline.account_state import StateCodec
-from pipeline.codec import decode_alert, decode_score
+from pipeline.codec import decode_alert
+from pipeline.decision import DECISIONS
 from pipeline.log_reader import kafka_readers
 from pipeline.settings import Settings
 from pipeline.state_store import Load as StatesWanted
@@ -23,6 +25,17 @@ from pipeline.verification import Verification
 from pipeline.verify import VerifyOptions, verify
 
 READ_RECORDS = 4096
+APPROVE = DECISIONS[0]
+
+
+class _Said(msgspec.Struct, frozen=True, gc=False):
+    """What of a score tells whether it demands an alert."""
+
+    source: str
+    decision: str
+
+
+_decode = msgspec.json.Decoder(_Said).decode
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,8 @@ async def find_outcome(settings: Settings, checkpoint: Checkpoint, load: Load) -
     demanding: set[str] = set()
     async for records in topic_records(settings, "scores"):
         tally.add(records)
-        demanding |= {_source(r.value) for r in records if b'"decision":"approve"' not in r.value}
+        said = [_decode(record.value) for record in records]
+        demanding |= {score.source for score in said if score.decision != APPROVE}
     alerted = {
         decode_alert(record.value).source
         async for records in topic_records(settings, "alerts")
@@ -148,10 +162,6 @@ def _numbers_of(transaction_ids: Sequence[str]) -> NDArray[np.int64]:
         ],
         np.int64,
     )
-
-
-def _source(value: bytes) -> str:
-    return decode_score(value).source
 
 
 async def _applied_by_account(settings: Settings, checkpoint: Checkpoint) -> dict[str, int]:
