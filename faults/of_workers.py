@@ -20,15 +20,19 @@ class Sigkill(Fault):
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
         deaths = rig.times(50, least=2)
+        was_whole = True
         for death in deaths:
             rig.fraction = death / len(deaths)
             await rig.go_on(0.0, 3.0)
             await rig.crew.kill(rig.any_worker())
             mark = await rig.mark()
-            if death == deaths[-1] or rig.random.random() < 0.5:
-                await rig.recover(mark)
-            else:
+            if death != deaths[-1] and rig.random.random() < 0.5:
                 await rig.go_on(0.2, 8.0)
+                was_whole = False
+            else:
+                await rig.recover(mark, measured=was_whole)
+                await rig.watch.until(_is_whole, "the new worker to be ready", WAKE_LIMIT_SECONDS)
+                was_whole = True
 
 
 class Zombie(Fault):
@@ -38,6 +42,8 @@ class Zombie(Fault):
     what = "SIGSTOP of a worker for longer than the session time-out, then SIGCONT, 5 times"
     ready_within = WORKER_DEATH_SECONDS
     leaves_zombies = True
+    rate = 6_000.0
+    """So that the zombie has something computed that it has not published."""
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
@@ -52,6 +58,12 @@ class Zombie(Fault):
             await rig.go_on(1.0, 3.0)
             rig.crew.thaw(zombie)
             await rig.watch.until(_is_whole, "the woken worker to be ready", WAKE_LIMIT_SECONDS)
+
+    async def check(self, rig: Rig) -> list[str]:
+        """See :class:`Fault`."""
+        foreign = await rig.crew.samples("recur_foreign_scores_total")
+        rig.notes.append(f"{foreign:,.0f} scores of another worker between a worker's own, noticed")
+        return []
 
 
 def _is_whole(sample: Sample) -> bool:

@@ -132,8 +132,11 @@ class Rig:
         workers = frozenset(worker.process.pid for worker in self.crew.alive())
         return Mark(at, await self.watch.applied(), workers)
 
-    async def recover(self, mark: Mark) -> Recovery:
+    async def recover(self, mark: Mark, *, measured: bool = True) -> None:
         """Wait until the system works as before, and note how long that took since a mark.
+
+        Args:
+            measured: whether it was whole before; else the time is not that of one fault alone.
 
         Raises:
             StuckError: it does not.
@@ -149,9 +152,8 @@ class Rig:
             RECOVERY_LIMIT_SECONDS,
         )
         applied = sum((last.applied or {}).values()) - sum(mark.applied.values())
-        recovery = Recovery(first.at - mark.at, last.at - mark.at, applied)
-        self.recoveries.append(recovery)
-        return recovery
+        if measured:
+            self.recoveries.append(Recovery(first.at - mark.at, last.at - mark.at, applied))
 
     def _moves(self, sample: Sample, mark: Mark) -> bool:
         """The workers are ready, and every partition has another watermark than at the mark."""

@@ -48,6 +48,14 @@ class Sample:
             return None
         return sum(max(0, end - self.applied.get(p, 0)) for p, end in self.ends.items())
 
+    def describe(self) -> str:
+        """For a person who asks what is stuck."""
+        if self.applied is None or self.ends is None:
+            return "Redis does not answer" if self.applied is None else "Kafka does not answer"
+        waiting = {p: end - self.applied.get(p, 0) for p, end in self.ends.items()}
+        behind = ", ".join(f"{waiting[p]:,} in partition {p}" for p in waiting if waiting[p])
+        return f"{len(self.not_ready)} workers are not ready; records wait: {behind or 'none'}"
+
 
 class Watch:
     """Looks every so often; an async context manager.
@@ -112,7 +120,7 @@ class Watch:
             if self._watching.done():
                 self._watching.result()
             if monotonic() - start > limit_seconds:
-                raise StuckError(f"waited {limit_seconds:g} s for {what}; lag {sample.lag}")
+                raise StuckError(f"waited {limit_seconds:g} s for {what}: {sample.describe()}")
             try:
                 await asyncio.wait_for(self._changed.wait(), 1.0)
             except TimeoutError:

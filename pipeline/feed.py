@@ -326,9 +326,7 @@ class Feed:
             raise self._gave_up(self._failure) from self._failure
 
     def _gave_up(self, error: BaseException | None = None) -> RecurError:
-        said = (
-            f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
-        )
+        said = f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
         return RecurError(
             f"the broker at {self._settings.kafka_bootstrap} does not take {self._role} ({said});"
             f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"
