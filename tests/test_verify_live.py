@@ -32,8 +32,8 @@ from pipeline.verify_report import run_verify
 from tests.memory_verify import NoBar
 from tests.pipeline_under_test import PipelineUnderTest, transactions
 
-TOGETHER = 3_000
-ACCOUNTS = 150
+TOGETHER = 2_000
+ACCOUNTS = 120
 
 
 @pytest.fixture
