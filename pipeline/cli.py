@@ -142,7 +142,7 @@ def account(account_id: str) -> None:
 @click.option(
     "--tolerance-score",
     type=click.FloatRange(min=0),
-    default=2e-3,
+    default=2e-4,
     show_default=True,
     help="Of a score.",
 )
@@ -293,11 +293,17 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
     show_default=True,
     help="One split by time, or the Fraud Detection Handbook's four weekly folds.",
 )
-@click.option("--train-until", metavar="DATE", help="split: last day of training; default: half.")
+@click.option(
+    "--train-until",
+    metavar="DATE",
+    help="split: no label from then on is learned from; default: half of the days are.",
+)
 @click.option(
     "--test-from", metavar="DATE", help="split: default: when the training's labels have arrived."
 )
-@click.option("--test-until", metavar="DATE", help="split: last day; default: the log's last.")
+@click.option(
+    "--test-until", metavar="DATE", help="split: the test ends before it; default: the log's end."
+)
 @click.option(
     "--fold-start",
     metavar="DATE",

@@ -205,10 +205,10 @@ class Computation:
     has_features: NDArray[np.bool_]
 
 
-class PartitionLog:
-    """A partition's transactions and scores, and the states computed from them.
+class RecomputedPartition:
+    """A partition's log, and the states computed from it, up to any offset.
 
-    Use as an async context manager; then :attr:`states` may be advanced to any offset.
+    An async context manager: it reads transactions and scores while it is open.
 
     Args:
         settings: name the broker and the topics.
@@ -243,7 +243,7 @@ class PartitionLog:
         self._scores = ScoresInStep(settings, partition, wants, open_reader)
         self.begin = self.next_offset = self.end = 0
 
-    async def __aenter__(self) -> PartitionLog:
+    async def __aenter__(self) -> RecomputedPartition:
         async with AsyncExitStack() as stack:
             stack.enter_context(_one_thread())
             await stack.enter_async_context(self._records)

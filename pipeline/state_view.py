@@ -31,7 +31,7 @@ from pipeline.keys import Keys
 from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
-from pipeline.recompute import PartitionLog
+from pipeline.recompute import RecomputedPartition
 from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
@@ -119,7 +119,7 @@ async def state_at(
             "RECUR_REDIS_URL are the workers'"
         )
     scorer = Scorer(checkpoint, int(settings.state_ttl_days * _DAY_MS))
-    async with PartitionLog(settings, scorer, place.partition, One(account_id)) as log:
+    async with RecomputedPartition(settings, scorer, place.partition, One(account_id)) as log:
         later = await log.first_at(time_ms + 1)
         wanted = log.end if later is None else later
         until = min(wanted, mark.next_offset)

@@ -28,7 +28,7 @@ from pipeline.errors import RecurError, StartupError
 from pipeline.log_reader import OpenReader, kafka_readers
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.progress_bar import Bar
-from pipeline.recompute import Advanced, PartitionLog
+from pipeline.recompute import Advanced, RecomputedPartition
 from pipeline.redis_calls import StoreForbiddenError, StoreUnavailableError
 from pipeline.score_comparison import ScoreTally
 from pipeline.scorer import Scorer, ScorerBrokenError
@@ -43,7 +43,7 @@ HIDDEN_TOLERANCE = 2e-3
 """Default of the largest difference of a hidden that is none; docs/verify.md has what was
 measured."""
 
-SCORE_TOLERANCE = 2e-3
+SCORE_TOLERANCE = 2e-4
 """Of a score likewise."""
 
 LOAD_ACCOUNTS = 2_000
@@ -261,7 +261,9 @@ class Verifier:
     async def _verify(self, partition: int, mark: Watermark) -> tuple[Verification, _Partition]:
         choice = self._options.choice(partition, self._partitions)
         found = Verification()
-        async with PartitionLog(self._settings, self._scorer, partition, choice, self._open) as log:
+        async with RecomputedPartition(
+            self._settings, self._scorer, partition, choice, self._open
+        ) as log:
             until = mark.next_offset
             found.not_applied = max(0, log.end - max(until, log.begin))
             tally = ScoreTally(
@@ -283,7 +285,7 @@ class Verifier:
             names = _hashes(account.encode() for account in log.states.row_of)
             return found, _Partition(names, log.begin, until, choice)
 
-    async def _range(self, log: PartitionLog, until: int) -> range:
+    async def _range(self, log: RecomputedPartition, until: int) -> range:
         """Offsets of the transactions whose scores are compared."""
         first, last = log.begin, until
         if self._options.from_ms is not None:
@@ -300,7 +302,7 @@ class Verifier:
 
     async def _compare(
         self,
-        log: PartitionLog,
+        log: RecomputedPartition,
         choice: Choice,
         chosen: Sequence[tuple[str, int]],
         until: int,

@@ -18,7 +18,9 @@ from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
 from pipeline.keys import MerchantKeys
 from pipeline.redis_calls import RIGHTS
 from pipeline.services import Kafka, Redis, RedisCluster, free_port
+from pipeline.verify import VerifyOptions, verify
 from pipeline.worker_processes import WorkerProcess
+from tests.memory_verify import NoBar
 from tests.pipeline_under_test import (
     PipelineUnderTest,
     assert_scored_once,
@@ -305,6 +307,12 @@ def test_the_users_of_kafka_and_redis_reach_every_client(tmp_path: Path) -> None
             await system.until_applied()
             assert_scored_once(await system.scores(), sent)
             await system.assert_states_are_the_log()
+            found = await verify(
+                system.settings, system.scorer.checkpoint, VerifyOptions(), NoBar()
+            )
+            assert found.is_right
+            assert found.accounts == len({t.account_id for t in sent})
+            assert found.without_log is None, "a worker's rights do not list keys"
             with server.client() as admin:
                 keys = MerchantKeys(system.settings.key_prefix)
                 assert admin.exists(keys.profile(sent[0].merchant_id))

@@ -17,7 +17,9 @@ from pipeline.account_state import Watermark
 from pipeline.codec import decode_score
 from pipeline.errors import RecurError
 from pipeline.scorer import Scorer
-from pipeline.verification import Verification
+from pipeline.verification import Difference, Verification
+from pipeline.verify import VerifyOptions
+from pipeline.verify_report import describe, to_json
 from tests.memory_pipeline import DAY_MS, World, finish, small_checkpoint
 from tests.memory_verify import NoBar, StoreOfWorld, verify_world
 
@@ -297,6 +299,26 @@ def scored_from(world: World, partition: int) -> int:
     return min(world.scores(partition))
 
 
+def test_a_group_that_began_at_the_log_s_end_owes_no_scores_of_what_came_before() -> None:
+    """With `latest` the workers were never given what was there before them."""
+    world = World(
+        small_checkpoint(inputs=INPUTS), kafka_offset_reset="latest", log_retention_days=36_000
+    )
+    world.produce_many(30)
+    worker = world.worker()
+    world.produce_many(60, seed=4)
+    finish(worker.run())
+
+    found = verify_world(world)
+
+    assert found.is_right
+    assert found.accounts == found.right == len(world.store.states)
+    assert found.scores == found.transactions > 40
+    assert found.unverifiable_accounts == 0
+    del world.store.states[a_state(world)]
+    assert not verify_world(world).is_right
+
+
 def test_states_that_expired_are_no_difference() -> None:
     """Redis lets go of accounts that were silent for their time to live and the retention."""
     world = World(small_checkpoint(inputs=INPUTS))  # whose records are years old
@@ -490,3 +512,37 @@ def test_counts_of_partitions_add_up() -> None:
     total.add(other)
     assert (total.scores, total.missing, total.first_missing) == (7, 1, (0, 7))
     assert total.largest_hidden == 0.5
+
+
+def test_the_report_names_what_differs_and_what_cannot_be_verified() -> None:
+    """What a person reads: counts, first places, accounts, and that more are not named."""
+    found = Verification(records=1_000, scores=990, missing=2, first_missing=(3, 77))
+    found.conflicting, found.first_conflicting = 1, (2, 5)
+    for i in range(30):
+        found.differs(Difference(f"D{i}", 1, "the hidden differs", None, 0.5, 1e-9))
+    found.differs(Difference("E", 1, "began at another offset", 123, None, None))
+    found.cannot_verify("U", 2, "began before the log does")
+    found.without_log = None
+    found.lost_partitions = [4]
+
+    text = "\n".join(describe(found, VerifyOptions(), "0f3a", 0.5))
+
+    for words in [
+        "model 0f3a",
+        "1,000 records",
+        "(2,000/s)",
+        "2 missing (first: partition 3, offset 77)",
+        "1 conflicting (first: partition 2, offset 5)",
+        "grant +scan",
+        "of partition 4: Redis lost it",
+        "D0 (partition 1): the hidden differs; the state alone: no score tells since when; |Δh|",
+        "and 11 more",
+        "U (partition 2): began before the log does",
+        "NOT what the log says",
+    ]:
+        assert words in text
+    assert "D20 " not in text
+    report = msgspec.json.decode(to_json(found, VerifyOptions(sample=5), "0f3a", 0.5))
+    assert report["right"] is False
+    assert report["options"]["sample"] == 5
+    assert report["found"]["differences"][30]["offset"] == 123
