@@ -206,6 +206,8 @@ class Worker:
         self.labels.assign({tp.partition for tp in assigned if tp.topic == self._labels_topic})
         self.metrics.partitions.set(len(partitions))
         self.health.up("partitions")
+        # Until the monitors have looked: a worker that does not even begin is stalled, too.
+        self.health.records_wait(bool(partitions))
         log.info("partitions assigned", extra={"partitions": sorted(partitions)})
 
     def _on_revoked(self, revoked: set[TP]) -> None:

@@ -44,6 +44,12 @@ PREFETCH_BACKOFF_SECONDS = 60.0
 asks for the partitions that are empty here; where they are empty at the broker, too, as labels
 often are, it holds that request for 1.5 s, and no other one is sent meanwhile."""
 
+PREFETCH_BACKOFF_SEEKING_SECONDS = 0.1
+"""Between an assignment and the flow that follows the seek to where it begins nobody takes up what
+was fetched. aiokafka's fetcher, which may miss the end of a request, then looks only after the
+backoff again what there is to do, such as to find a partition's begin, and the seek waits for it:
+with the longer one until it fails."""
+
 
 class ConsumerTask:
     """Runs a service of mode's that would run in a thread as a task of this loop."""
@@ -239,7 +245,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """The group gives partitions."""
-        self._thread._ensure_consumer()._fetcher._prefetch_backoff = PREFETCH_BACKOFF_SECONDS
+        self._set_prefetch_backoff(PREFETCH_BACKOFF_SEEKING_SECONDS)
         self._reset()
         self.on_assigned(set(assigned))
         await super().on_partitions_assigned(assigned, generation_id)
@@ -266,6 +272,11 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         ]
         if new:
             await self._thread.seek_to_beginning(*new)
+        self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
+
+    def _set_prefetch_backoff(self, seconds: float) -> None:
+        """Of what is fetched from now on."""
+        self._thread._ensure_consumer()._fetcher._prefetch_backoff = seconds
 
     def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""

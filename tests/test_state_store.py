@@ -172,6 +172,30 @@ def test_what_was_saved_is_loaded_together_with_its_watermark(backend: Backend) 
     backend.run(go)
 
 
+def test_every_account_with_a_state_is_listed_and_nothing_else(real_backend: Backend) -> None:
+    """Of all nodes, whatever accounts are called, and no other topic's or model's."""
+
+    async def go(store: StateStore) -> None:
+        assert isinstance(store, RedisStateStore)
+        assert real_backend.keys is not None
+        assert real_backend.client is not None
+        names = [name for name in ODD_IDS if name]
+        for partition in range(4):
+            states = {f"{name}{partition}": b"s" for name in names}
+            await store.save([save_of(partition, None, b"w", states)])
+        key = real_backend.keys.accounts(3, ["A"])[0]
+        with real_backend.client() as client:
+            client.set(key.replace(b"transactions", b"transactions-1"), b"s")
+            client.set(key.replace(MODEL.encode(), b"another"), b"s")
+            client.set(key[:-1] + b"\xff", b"s")
+
+        found = [place async for places in store.accounts() for place in places]
+
+        assert sorted(found) == sorted((p, f"{name}{p}") for p in range(4) for name in names)
+
+    real_backend.run(go)
+
+
 def test_accounts_may_have_any_name_and_partitions_are_apart(backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         for partition in range(3):

@@ -362,6 +362,26 @@ def scored_from(world: World, partition: int) -> int:
     return min(world.scores(partition))
 
 
+def test_a_group_that_began_at_the_log_s_end_owes_no_scores_of_what_came_before() -> None:
+    """With `latest` the workers were never given what was there before them."""
+    world = World(
+        small_checkpoint(inputs=INPUTS), kafka_offset_reset="latest", log_retention_days=36_000
+    )
+    world.produce_many(30)
+    worker = world.worker()
+    world.produce_many(60, seed=4)
+    finish(worker.run())
+
+    found = verify_world(world)
+
+    assert found.is_right
+    assert found.accounts == found.right == len(world.store.states)
+    assert found.scores == found.transactions > 40
+    assert found.unverifiable_accounts == 0
+    del world.store.states[a_state(world)]
+    assert not verify_world(world).is_right
+
+
 def test_states_that_expired_are_no_difference() -> None:
     """Redis lets go of accounts that were silent for their time to live and the retention."""
     world = World(small_checkpoint(inputs=INPUTS))  # whose records are years old

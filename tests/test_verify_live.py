@@ -32,8 +32,8 @@ from pipeline.verify_report import run_verify
 from tests.memory_verify import NoBar
 from tests.pipeline_under_test import PipelineUnderTest, transactions
 
-TOGETHER = 3_000
-ACCOUNTS = 150
+TOGETHER = 2_000
+ACCOUNTS = 120
 
 
 @pytest.fixture
@@ -232,3 +232,21 @@ def test_the_command_s_defaults_are_the_measured_tolerances() -> None:
     }
     assert defaults["tolerance_hidden"] == HIDDEN_TOLERANCE
     assert defaults["tolerance_score"] == SCORE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["verify", "--account", "A", "--sample", "3"], "--account or --sample, not both"),
+        (["verify", "--from", "yesterday"], "--from is no time"),
+        (["state", "at", "A", "--time", "2024-05-31T18:00:00"], "--time is no time"),
+    ],
+)
+def test_a_wrong_option_ends_with_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is asked of broker or Redis."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
