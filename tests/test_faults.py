@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,8 +115,11 @@ class Tampered(Fault):
             await client.aclose()
 
 
-def test_every_kind_of_wrong_is_counted(kafka: Kafka, redis_server: Redis) -> None:
+def test_every_kind_of_wrong_is_counted(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A harness that saw nothing would report that everything held."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for the logs that are kept
     row = run_short(Tampered(), kafka, redis_server, workers=1)
     found = row.outcome
     assert found is not None
