@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
 from faults.proxy import Proxy
-from faults.rig import Mark, Rig
+from faults.rig import Mark, Rig, require
 from pipeline.services import HOST, Redis
 
 
@@ -35,7 +35,7 @@ class OwnRedis(Fault):
         await asyncio.to_thread(self.redis.start)
         mark = await rig.mark()
         if loses_data:
-            _require_loss(rig, before, mark)
+            require_loss(before, mark)
         await rig.recover(mark)
         if loses_data:
             _tell_replay(rig)
@@ -109,8 +109,13 @@ class RedisEmpty(OwnRedis):
         await self.restart(rig, loses_data=True)
 
 
-def _require_loss(rig: Rig, before: dict[int, int], mark: Mark) -> None:
-    rig.require(sum(mark.applied.values()) < sum(before.values()), "Redis lost nothing")
+def require_loss(before: dict[int, int], mark: Mark) -> None:
+    """The watermarks are behind those of before.
+
+    Raises:
+        NoEffectError: they are not.
+    """
+    require(sum(mark.applied.values()) < sum(before.values()), "Redis lost nothing")
 
 
 def _tell_replay(rig: Rig) -> None:
@@ -159,7 +164,7 @@ class RedisFailover(Fault):
             self._master = replica
             await self._address.lead_to(replica.port)
             mark = await rig.mark()
-            _require_loss(rig, before, mark)
+            require_loss(before, mark)
             await rig.recover(mark)
             _tell_replay(rig)
 
@@ -186,7 +191,7 @@ class RedisFull(OwnRedis):
             await rig.go_on(rig.seconds(10, least=4))
             before = await rig.watch.applied()
             await rig.go_on(1.0)
-            rig.require(await rig.watch.applied() == before, "Redis saved while it was full")
+            require(await rig.watch.applied() == before, "Redis saved while it was full")
             await asyncio.to_thread(self.ask, "CONFIG", "SET", "maxmemory", "0")
             await rig.recover(await rig.mark())
 

@@ -33,6 +33,16 @@ class NoEffectError(RecurError):
     """A fault did not do what it is to do."""
 
 
+def require(has_bitten: bool, what: str) -> None:
+    """A fault that did not do what it is to do shows nothing.
+
+    Raises:
+        NoEffectError: it has not bitten.
+    """
+    if not has_bitten:
+        raise NoEffectError(f"the fault had no effect: {what}")
+
+
 @dataclass(frozen=True)
 class Mark:
     """When something happened.
@@ -164,15 +174,6 @@ class Rig:
             for partition, end in sample.ends.items()
             if end
         )
-
-    def require(self, has_bitten: bool, what: str) -> None:
-        """A fault that did not do what it is to do shows nothing.
-
-        Raises:
-            NoEffectError: it has not bitten.
-        """
-        if not has_bitten:
-            raise NoEffectError(f"the fault had no effect: {what}")
 
     async def settle(self) -> None:
         """Send no more, and wait until everything is applied.

@@ -264,6 +264,7 @@ class ServiceCluster(ABC, Generic[S]):
             node.launch()
         for node in self.nodes:
             node.wait_until_ready()
+        self._introduce()
         self.wait_until_whole()
         return self
 
@@ -306,6 +307,9 @@ class ServiceCluster(ABC, Generic[S]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _introduce(self) -> None:
+        """Let nodes that all run know of each other, where their configuration does not."""
 
     @abstractmethod
     def wait_until_whole(self) -> None:
@@ -644,7 +648,7 @@ class RedisCluster(ServiceCluster[Redis]):
         )
         self.url = self.nodes[0].url
 
-    def _meet(self) -> None:
+    def _introduce(self) -> None:
         """Give each new node its slots and introduce it to the first; old ones know already."""
         for index, node in enumerate(self.nodes):
             with node.client() as client:
@@ -659,7 +663,6 @@ class RedisCluster(ServiceCluster[Redis]):
 
     def wait_until_whole(self) -> None:
         """See :class:`ServiceCluster`."""
-        self._meet()
         deadline = time.monotonic() + self._startup_timeout_seconds
         for node in self.nodes:
             with node.client() as client:

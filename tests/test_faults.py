@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,11 @@ from faults.fault import Fault, Row, Shared, run_fault
 from faults.load import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
 from faults.of_input import Undecodable
 from faults.of_kafka import BrokerKilled
-from faults.of_redis import RedisEmpty
+from faults.of_redis import RedisEmpty, require_loss
 from faults.of_workers import Sigkill, Zombie
 from faults.outcome import topic_records
 from faults.proxy import Proxy
-from faults.rig import Rig
+from faults.rig import Mark, NoEffectError, Rig
 from pipeline.account_state import StateCodec
 from pipeline.keys import Keys
 from pipeline.services import HOST, Kafka, Redis
@@ -113,8 +115,11 @@ class Tampered(Fault):
             await client.aclose()
 
 
-def test_every_kind_of_wrong_is_counted(kafka: Kafka, redis_server: Redis) -> None:
+def test_every_kind_of_wrong_is_counted(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A harness that saw nothing would report that everything held."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for the logs that are kept
     row = run_short(Tampered(), kafka, redis_server, workers=1)
     found = row.outcome
     assert found is not None
@@ -133,14 +138,13 @@ def test_every_kind_of_wrong_is_counted(kafka: Kafka, redis_server: Redis) -> No
     assert not any("conflicting" in line for line in found.complaints(allow_conflicts=True))
 
 
-def test_a_fault_that_has_no_effect_is_no_proof(kafka: Kafka, redis_server: Redis) -> None:
+def test_a_fault_that_has_no_effect_is_no_proof() -> None:
     """A Redis that keeps its data shows nothing about one that loses it."""
-
-    class Harmless(RedisEmpty):
-        appendonly = True
-
-    row = run_short(Harmless(), kafka, redis_server, workers=1)
-    assert row.complaints == ["the fault had no effect: Redis lost nothing"]
+    before = {0: 500, 1: 700}
+    require_loss(before, Mark(0.0, {0: 500, 1: 699}, frozenset()))
+    for after in (before, {0: 501, 1: 702}):
+        with pytest.raises(NoEffectError, match="Redis lost nothing"):
+            require_loss(before, Mark(0.0, after, frozenset()))
 
 
 def test_a_repeat_has_the_number_of_what_it_repeats() -> None:
