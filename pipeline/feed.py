@@ -319,7 +319,9 @@ class Feed:
         while self.count.sent - self.count.acked > records and self._failure is None:
             self._ack_came.clear()
             try:
-                await asyncio.wait_for(self._ack_came.wait(), self._timeout_seconds)
+                # wait_for() may lose a cancellation before Python 3.12.
+                async with asyncio.timeout(self._timeout_seconds):
+                    await self._ack_came.wait()
             except TimeoutError as error:
                 raise self._gave_up() from error
         if self._failure is not None:

@@ -124,7 +124,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """Faust's fetcher runs this until it is stopped."""
         try:
             while not (self.should_stop or fetcher.should_stop):
-                if not await self._room():
+                if not await self._room() or fetcher.should_stop:
                     continue
                 resets = self._resets
                 records, _ = await self._wait_next_records(FETCH_TIMEOUT_SECONDS)
@@ -148,7 +148,10 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             return True
         self._changed.clear()
         try:
-            await asyncio.wait_for(self._changed.wait(), FETCH_TIMEOUT_SECONDS)
+            # Not wait_for(), which before Python 3.12 loses a cancellation that comes together
+            # with what it waits for: a worker told to stop then waited for ever.
+            async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
+                await self._changed.wait()
         except TimeoutError:
             return False
         return self._has_room()
@@ -230,7 +233,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         while self._in_flight and monotonic() < until:
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), until - monotonic())
+                async with asyncio.timeout(until - monotonic()):
+                    await self._changed.wait()
             except TimeoutError:
                 log.warning("the micro-batch at work did not finish in time; it is left unacked")
         await self.commit_and_end_transactions()

@@ -56,3 +56,26 @@ def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
         assert seen == [(step, PREFETCH_BACKOFF_SEEKING_SECONDS) for step in steps]
         assert fetcher._prefetch_backoff == PREFETCH_BACKOFF_SECONDS
         seen.clear()
+
+
+@pytest.mark.parametrize("ticks", range(4))
+def test_who_is_told_to_stop_while_room_comes_stops(ticks: int) -> None:
+    """A cancellation that was lost there left a worker waiting for ever, until it was killed."""
+
+    async def run() -> None:
+        consumer: Any = Consumer.__new__(Consumer)
+        consumer._changed = asyncio.Event()
+        consumer._in_flight = {number: ("payments", True) for number in range(3)}
+        room = asyncio.create_task(consumer._room())
+        await asyncio.sleep(0.01)
+        consumer._in_flight.clear()
+        consumer._changed.set()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        if room.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await room
+        else:
+            assert room.result()
+
+    asyncio.run(run())
