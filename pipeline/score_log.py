@@ -91,7 +91,7 @@ class KafkaScoreLog:
     def __init__(self, settings: Settings) -> None:
         self._topic = settings.topic("scores")
         self._source_topic = settings.topic("transactions")
-        self._options: dict[str, Any] = settings.kafka_client_options() | {
+        self._options: dict[str, Any] = settings.kafka_consumer_options() | {
             "enable_auto_commit": False,
             "auto_offset_reset": "earliest",
         }

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     kafka_replication_factor: int = Field(
         1, ge=1, le=9, description="replicas of a topic that Recur creates"
     )
+    transactional: bool = Field(
+        False,
+        description="whether scores, alerts and offsets are committed together, in Kafka"
+        " transactions; who reads with read_committed then sees each score once",
+    )
     kafka_compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = Field(
         "none", description="compression of published records"
     )
@@ -232,6 +237,10 @@ class Settings(BaseSettings):
         if self.kafka_security_protocol.endswith("SSL"):
             options["ssl_context"] = self.kafka_ssl_context()
         return options
+
+    def kafka_consumer_options(self) -> dict[str, Any]:
+        """Those of aiokafka's consumer: what a producer took back is never read."""
+        return self.kafka_client_options() | {"isolation_level": "read_committed"}
 
     def kafka_ssl_context(self) -> ssl.SSLContext:
         """TLS context for the brokers, with the client's certificate where one is set."""
