@@ -437,7 +437,9 @@ class Processor:
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
             part.letters = [
-                self._dead_letters.letter(part.partition, *item) for item in part.rejected
+                self._dead_letters.letter(part.partition, *item)
+                for item in part.rejected
+                if item[0].offset >= part.partition_owned.alerts_from or item[0].offset in part.kept
             ]
             part.new = np.flatnonzero(~silent).tolist()
             part.said = len(part.new)
