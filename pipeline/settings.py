@@ -238,10 +238,6 @@ class Settings(BaseSettings):
             options["ssl_context"] = self.kafka_ssl_context()
         return options
 
-    def kafka_consumer_options(self) -> dict[str, Any]:
-        """Those of aiokafka's consumer: what a producer took back is never read."""
-        return self.kafka_client_options() | {"isolation_level": "read_committed"}
-
     def kafka_ssl_context(self) -> ssl.SSLContext:
         """TLS context for the brokers, with the client's certificate where one is set."""
         context = ssl.create_default_context(

@@ -144,7 +144,7 @@ def save_of(
     states: dict[str, bytes] | None = None,
 ) -> Save:
     states = states or {}
-    return Save(partition, expected, watermark, list(states), list(states.values()))
+    return Save(partition, expected, watermark, list(states), [*states.values()])
 
 
 async def content(
@@ -216,6 +216,28 @@ def test_asking_for_nothing_is_answered_with_nothing(backend: Backend) -> None:
 
 
 # save, guarded ---------------------------------------------------------------------------
+
+
+def test_a_state_that_is_none_is_deleted_with_the_others_save(backend: Backend) -> None:
+    async def go(store: StateStore) -> None:
+        await store.save([save_of(0, None, b"w1", {"A": b"a1", "B": b"b1", "C": b"c1"})])
+        states = [None, b"b2", None]
+
+        stale = await store.save([Save(0, b"w0", b"w2", ["A", "B", "D"], states)])
+        assert stale == [False]
+        assert await content(store, 0, "A", "B") == (b"w1", [b"a1", b"b1"])
+
+        for _ in range(2):  # and once more, as after a lost answer
+            saved = await store.save([Save(0, b"w1", b"w2", ["A", "B", "D"], states)])
+            assert saved == [True]
+        found = await content(store, 0, "A", "B", "C", "D")
+        assert found == (b"w2", [None, b"b2", b"c1", None])
+
+        again = Save(0, b"w2", b"w3", ["B", "E", "B", "E"], [b"b3", None, None, b"e3"])
+        assert await store.save([again]) == [True]
+        assert await content(store, 0, "B", "E") == (b"w3", [None, b"e3"])
+
+    backend.run(go)
 
 
 @pytest.mark.parametrize("expected", [None, b"w0", b"w", b"w11"])

@@ -1,4 +1,4 @@
-"""Exactly-once output on a real broker and Redis: each score once for who reads what is committed."""
+"""Exactly-once output on a real broker and Redis, for whoever reads what is committed."""
 
 from __future__ import annotations
 
