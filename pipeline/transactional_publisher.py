@@ -182,6 +182,8 @@ class TransactionalPublisher:
             try:
                 committed[partition] = await publisher.commit(said[partition])
             except FencedError:
+                if self._publishers.get(partition) == (tenure, publisher):
+                    self.release([partition])
                 log.warning(
                     "another worker has taken the partition; nothing was published",
                     extra={"partition": partition},
