@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
     IllegalOperation,
     InvalidProducerEpoch,
@@ -121,6 +121,10 @@ class PartitionPublisher(KafkaPublisher):
         """Disconnect once no transaction is under way: aiokafka would wait for ever for its end."""
         async with self._at_work:
             await self.stop()
+        assert self._producer is not None
+        for future in _left_by(self._producer):
+            if future.done() and not future.cancelled():
+                future.exception()  # seen: it was told to whoever awaited the commit
 
 
 class TransactionalPublisher:
@@ -199,6 +203,17 @@ class TransactionalPublisher:
 def transactional_id(settings: Settings, partition: int) -> str:
     """The id that whoever owns an input partition produces with."""
     return f"{settings.kafka_group}-{settings.topic('transactions')}-{partition}"
+
+
+def _left_by(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]]:
+    """Futures of a producer that failed; asyncio logs the errors that nobody looks at."""
+    yield producer._sender.sender_task
+    transaction = producer._txn_manager.wait_for_transaction_end()
+    if transaction is not None:
+        yield transaction
+    for batches in producer._message_accumulator._batches.values():
+        for batch in batches:
+            yield batch._drain_waiter
 
 
 def _is_fenced(error: BaseException | None) -> bool:
