@@ -184,10 +184,12 @@ def test_a_fenced_owner_that_gets_the_partition_again_goes_on() -> None:
 
 
 def test_offsets_never_go_back_while_a_store_that_lost_its_data_is_filled_again() -> None:
+    """Also where the scores are gone, too, and are published again on the way."""
     world = World(partitions=1, transactional=True)
     world.produce_many(40)
     finish(world.worker().run())
     lose_everything(world)
+    world.kafka.delete_records("scores", 0, world.kafka.bounds("scores", 0).end)
     seen: list[int] = []
     world.interrupt(lambda name: seen.append(committed(world, 0) or 0))
     produce_everywhere(world)
