@@ -79,38 +79,22 @@ async def total(workers: Sequence[WorkerProcess], name: str) -> float:
     return sum(worker.samples[name] for worker in alive)
 
 
-def test_a_clean_run_with_a_worker_that_leaves_says_everything_once(
-    system: PipelineUnderTest,
-) -> None:
-    sent = transactions(8_000, accounts=200)
+def test_workers_that_are_killed_or_leave_say_nothing_twice(system: PipelineUnderTest) -> None:
+    """Killed at a moment by chance, which may fall between the commit and the save; and without a
+    zombie nobody is fenced."""
+    sent = transactions(12_000, accounts=200)
 
     async def run() -> None:
         async with system.running(workers=2):
-            feeding = asyncio.create_task(system.send_records(records_of(sent), rate=3_000))
-            await asyncio.sleep(1)
-            assert await system.workers[0].stop() == 0
+            feeding = asyncio.create_task(system.send_records(records_of(sent), rate=2_000))
+            await asyncio.sleep(0.5 + random.random())
+            system.workers[0].process.kill()
+            await system.start_workers(1)
+            assert await system.workers[1].stop() == 0
             await feeding
             await assert_exactly_once(system, sent)
             for name in ("recur_fenced_total", "recur_foreign_scores_total"):
                 assert await total(system.workers, name) == 0
-
-    asyncio.run(run())
-
-
-def test_workers_killed_again_and_again_say_nothing_twice(system: PipelineUnderTest) -> None:
-    """At moments by chance; some fall between the commit of a transaction and the save."""
-    sent = transactions(10_000, accounts=200)
-    rng = random.Random(5)
-
-    async def run() -> None:
-        async with system.running(workers=2):
-            feeding = asyncio.create_task(system.send_records(records_of(sent), rate=2_500))
-            for number in range(2):
-                await asyncio.sleep(0.5 + rng.random())
-                system.workers[number].process.kill()
-                await system.start_workers(1)
-            await feeding
-            await assert_exactly_once(system, sent)
 
     asyncio.run(run())
 
