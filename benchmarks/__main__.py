@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import click
 import uvloop
@@ -53,6 +54,8 @@ READY_SECONDS = 60.0
 SAMPLE_SECONDS = 0.5
 STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
 RATES = (500, 5_000)
+LATENCY_LIMITS_MS = {(500, 0.5): 3.0, (500, 0.99): 12.0, (5_000, 0.99): 30.0}
+"""By rate and share."""
 LIVE_BLOCK_TRANSACTIONS = 500
 """A second of them at the lower rate, so that times are not old when they are sent."""
 WARM_UP_RATE = 8_000
@@ -61,6 +64,9 @@ WARM_UP_TRANSACTIONS = 60_000
 SETTLE_SECONDS = 3.0
 """Of each rate, before it is measured."""
 MEBIBYTE = 1 << 20
+
+ONLY = ["throughput", "stock", "latency", "memory", "transactional"]
+"""The last one is only measured when it is named."""
 
 console = Console(highlight=False)
 
@@ -95,7 +101,7 @@ class Bench:
         self.results = Results()
         self._number = itertools.count(1)
 
-    def settings(self) -> Settings:
+    def settings(self, *, transactional: bool = False) -> Settings:
         """Topics, group and keys of its own for each measurement."""
         name = uuid.uuid4().hex[:6]
         return load_settings(
@@ -104,6 +110,7 @@ class Bench:
             topic_prefix=f"{name}-",
             key_prefix=f"bench-{name}",
             kafka_group=f"bench-{name}",
+            transactional=transactional,
         )
 
     @asynccontextmanager
@@ -116,6 +123,7 @@ class Bench:
             "key_prefix",
             "kafka_group",
             "checkpoint",
+            "transactional",
         )
         environment = {f"RECUR_{name.upper()}": str(getattr(settings, name)) for name in names}
         process = start_worker(next(self._number), self._directory, environment)
@@ -193,28 +201,67 @@ class Bench:
             await until_ready([worker], READY_SECONDS)
             ready = time.monotonic() - began
             self.results.add("a worker ready after", f"{ready:.1f} s", "10", ready <= 10)
-            stream = blocks(live=True)
-            await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
-            for rate in RATES:
-                await feed(settings, stream, int(rate * SETTLE_SECONDS), rate)
-                await worker.refresh()
-                before = buckets(worker.samples, LATENCY)
-                await feed(settings, stream, int(rate * seconds), rate)
-                await asyncio.sleep(1)
-                await worker.refresh()
-                after = buckets(worker.samples, LATENCY)
-                self._add_latency(rate, {le: after[le] - before[le] for le in after})
-
-    def _add_latency(self, rate: int, counts: dict[float, float]) -> None:
-        wanted = {500: (3.0, 12.0), 5_000: (None, 30.0)}[rate]
-        for share, limit in zip((0.5, 0.99), wanted, strict=True):
-            value = quantile(counts, share)
-            assert value is not None
+            found = await self._latencies(settings, worker, seconds)
+        for (rate, share), value in found.items():
+            limit = LATENCY_LIMITS_MS.get((rate, share))
             self.results.add(
                 f"latency p{share * 100:.0f} at {rate:,}/s",
-                f"{value * 1000:.1f} ms",
+                f"{value:.1f} ms",
                 "-" if limit is None else f"{limit:.0f}",
-                limit is None or value * 1000 <= limit,
+                limit is None or value <= limit,
+            )
+
+    async def _latencies(
+        self, settings: Settings, worker: WorkerProcess, seconds: float
+    ) -> dict[tuple[int, float], float]:
+        """Latency in milliseconds by rate and share, of a worker that has warmed up."""
+        stream = blocks(live=True)
+        await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
+        found = {}
+        for rate in RATES:
+            await feed(settings, stream, int(rate * SETTLE_SECONDS), rate)
+            await worker.refresh()
+            before = buckets(worker.samples, LATENCY)
+            await feed(settings, stream, int(rate * seconds), rate)
+            await asyncio.sleep(1)
+            await worker.refresh()
+            after = buckets(worker.samples, LATENCY)
+            for share in (0.5, 0.99):
+                value = quantile({le: after[le] - before[le] for le in after}, share)
+                assert value is not None
+                found[rate, share] = value * 1000
+        return found
+
+    # transactions of Kafka ----------------------------------------------------------------
+
+    async def transactional(self, transactions: int, seconds: float) -> None:
+        """What RECUR_TRANSACTIONAL costs: with and without in turn, on the same services."""
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        latencies: dict[bool, list[dict[tuple[int, float], float]]] = {False: [], True: []}
+        for mode in (False, True, True, False):  # so that a drift of the machine cancels out
+            settings = self.settings(transactional=mode)
+            rates[mode].append(await self._drain(settings, transactions, live=True))
+            settings = self.settings(transactional=mode)
+            await ensure_topics(settings)
+            async with self.worker(settings) as worker:
+                await until_ready([worker], READY_SECONDS)
+                latencies[mode].append(await self._latencies(settings, worker, seconds))
+        without, with_them = fmean(rates[False]), fmean(rates[True])
+        self.results.add(
+            "throughput without and with transactions of Kafka",
+            f"{without:,.0f}, {with_them:,.0f} transactions/s ({with_them / without:.0%})",
+            "-",
+            True,
+        )
+        for rate, share in latencies[False][0]:
+            without, with_them = (
+                fmean(found[rate, share] for found in latencies[mode]) for mode in (False, True)
+            )
+            self.results.add(
+                f"latency p{share * 100:.0f} at {rate:,}/s without and with them",
+                f"{without:.1f}, {with_them:.1f} ms",
+                "-",
+                True,
             )
 
     # the reference ------------------------------------------------------------------------
@@ -379,6 +426,8 @@ async def run(
             await bench.stock(mode, rate)
     if only in (None, "latency"):
         await bench.latency(seconds)
+    if only == "transactional":
+        await bench.transactional(transactions, seconds)
     if only in (None, "memory") and memory:
         await bench.memory(memory)
 
@@ -387,7 +436,7 @@ async def run(
 @click.option("--transactions", default=600_000, help="of the throughput measurement")
 @click.option("--memory-transactions", default=5_000_000, help="of the memory run; 0 skips it")
 @click.option("--seconds", default=30.0, help="of each latency measurement")
-@click.option("--only", type=click.Choice(["throughput", "stock", "latency", "memory"]))
+@click.option("--only", type=click.Choice(ONLY))
 def main(transactions: int, memory_transactions: int, seconds: float, only: str | None) -> None:
     """Measure a worker on this machine."""
     console.print(

@@ -40,6 +40,7 @@ from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Worker:
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
         self._publisher = KafkaPublisher(settings)
+        self._transactions = TransactionalPublisher(settings) if settings.transactional else None
         self.app = faust_app(settings, directory)
         patience = Patience(self.metrics, self.health)
         self.ownership = Ownership(
@@ -109,6 +111,8 @@ class Worker:
             transaction_log=poll_transport.PartitionLog(self._consumer, self._topic),
             patience=patience,
             metrics=self.metrics,
+            transactions=self._transactions,
+            on_fenced=lambda partition: self._consumer().rejoin(),
         )
         self.processor = Processor(
             settings=settings,
@@ -116,6 +120,7 @@ class Worker:
             store=self._store,
             merchant_store=self._merchant_store,
             publisher=self._publisher,
+            transactions=self._transactions,
             ownership=self.ownership,
             patience=patience,
             metrics=self.metrics,
@@ -158,6 +163,8 @@ class Worker:
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
+        if self._settings.transactional:  # a watermark may be behind the committed offset
+            consumer.take_at_once = {self._topic}
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:
@@ -216,6 +223,8 @@ class Worker:
         partitions = {tp.partition for tp in revoked if tp.topic == self._topic}
         self.labels.assign(())
         self.ownership.revoke(partitions)
+        if self._transactions is not None:
+            self._transactions.release(partitions)
         for partition in partitions:
             self.metrics.lag.remove(str(partition))
         self.health.down("partitions", "a rebalance is under way")
@@ -225,6 +234,8 @@ class Worker:
         """The last micro-batch is applied and committed: disconnect."""
         self.health.down("worker", "it is stopping")
         await self._publisher.stop()
+        if self._transactions is not None:
+            await self._transactions.stop()
         await self._score_log.stop()
         await self._store.close()
         await self._merchant_store.close()

@@ -199,6 +199,11 @@ class Metrics:
             "Records in a scores partition that this worker, its owner, did not write",
             registry=registry,
         )
+        self.fenced = Counter(
+            "recur_fenced",
+            "Transactions of Kafka given up because another worker has taken the partition",
+            registry=registry,
+        )
         self.records_lost = Counter(
             "recur_records_lost", "Records that retention deleted before they were applied",
             registry=registry,

@@ -68,7 +68,7 @@ class ConsumerTask:
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
-    """aiokafka's consumer in the loop of everything else.
+    """aiokafka's consumer in the loop of everything else; it reads what is committed.
 
     In a thread, as Faust has it, each poll waits for two wake-ups and for the interpreter's
     lock, and the worker takes a fifth more of the processor's time at live rates. A computation
@@ -79,6 +79,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 
     def __init__(self, *args: Any, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         super().__init__(*args, loop=loop, thread_loop=loop, **kwargs)
+
+    def _create_worker_consumer(self, transport: driver.Transport) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._isolation_level = "read_committed"  # Faust's is that of exactly_once alone
+        return consumer
 
     async def _gather_remaining_tasks(self) -> None:
         """The loop's other tasks are not the consumer's: leave them."""
@@ -114,6 +119,10 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self.on_revoked: Callable[[set[TP]], None] = lambda partitions: None
         # Topics that a group without offsets reads from their begin, whatever its policy.
         self.from_begin: set[str] = set()
+        # Topics whose partitions come in an empty poll at once, before any record does.
+        self.take_at_once: set[str] = set()
+        # Partitions that are to come so, and where they begin.
+        self._to_take: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -126,6 +135,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             while not (self.should_stop or fetcher.should_stop):
                 if not await self._room() or fetcher.should_stop:
                     continue
+                if self.flow_active:
+                    await self._take()
                 resets = self._resets
                 records, _ = await self._wait_next_records(FETCH_TIMEOUT_SECONDS)
                 if not records:
@@ -133,14 +144,45 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 if self.should_stop or not self.flow_active or resets != self._resets:
                     self._give_up(records)
                     continue
-                messages = self._messages_of(records)
-                for message in messages:  # all before the first wait: a reset forgets them all
-                    self._in_flight[id(message)] = message.topic, False
-                for message in messages:
-                    await self.wait_first(self.callback(message), self.suspend_flow.wait())
+                await self._hand_over(self._messages_of(records))
         except (*self.consumer_stopped_errors, asyncio.CancelledError):
             if not self.transport.app.should_stop:
                 raise
+
+    async def _hand_over(self, messages: list[ConsumerMessage]) -> None:
+        """Give messages to the agents."""
+        for message in messages:  # all before the first wait: a reset forgets them all
+            self._in_flight[id(message)] = message.topic, False
+        for message in messages:
+            await self.wait_first(self.callback(message), self.suspend_flow.wait())
+
+    async def _take(self) -> None:
+        """Have the agents take partitions that no record has come of."""
+        messages: dict[str, ConsumerMessage] = {}
+        for tp, offset in self._to_take.items():
+            if tp.topic not in messages:
+                messages[tp.topic] = self._empty_message(tp, offset)
+            messages[tp.topic].value.chunks[tp.partition] = Chunk(offset, offset, ())
+        self._to_take.clear()
+        await self._hand_over(list(messages.values()))
+
+    def _empty_message(self, tp: TP, offset: int) -> ConsumerMessage:
+        """A poll without chunks."""
+        return ConsumerMessage(
+            topic=tp.topic,
+            partition=tp.partition,
+            offset=offset,
+            timestamp=0.0,
+            timestamp_type=0,
+            headers=[],
+            key=None,
+            value=Poll({}),
+            checksum=None,
+            serialized_key_size=0,
+            serialized_value_size=0,
+            tp=tp,
+            generation_id=self.app.consumer_generation_id,
+        )
 
     async def _room(self) -> bool:
         """Whether another poll may be fetched; waits a while for it."""
@@ -260,6 +302,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._in_flight.clear()
         self._positions.clear()
         self._begin.clear()
+        self._to_take.clear()
         self._changed.set()
 
     async def perform_seek(self) -> None:
@@ -271,6 +314,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         for tp, offset in self._committed_offset.items():
             if offset is not None:
                 self._begin[tp] = offset
+                if tp.topic in self.take_at_once and tp in self.assignment():
+                    self._to_take[tp] = offset
         new = [
             TopicPartition(tp.topic, tp.partition)  # seek_to_beginning() takes nothing else
             for tp in self.assignment()
@@ -305,6 +350,10 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             return cast("int | None", await consumer.committed(tp))
         except KafkaError as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+
+    def rejoin(self) -> None:
+        """Ask the group anew for partitions: what this member knows of them is out of date."""
+        self._thread._ensure_consumer()._coordinator.request_rejoin()
 
     def verify_event_path(self, now: float, tp: TP) -> None:
         """Faust's stall detector counts events; the watchdog sees polls."""

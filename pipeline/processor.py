@@ -8,6 +8,10 @@ only if the watermark is the one that was loaded. So whatever dies at whatever m
 partition's states are exactly its log up to its watermark, the scores topic tells what was
 said of transactions past it, and committed offsets are never past it.
 
+Where scores and offsets are committed together (the setting ``transactional``), offsets are
+committed before states are saved, and may be past the watermark after a crash: the log is read
+back to it, and what was published past it is kept as ever.
+
 The steps are two halves: :meth:`Processor.compute` up to decide, :meth:`Processor.conclude`
 from publish on. A worker computes a poll while it concludes the one before; what is computed
 and not yet saved is held in memory (:class:`pipeline.ownership.Owned`) and is dropped with the
@@ -52,7 +56,7 @@ from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience
-from pipeline.publisher import Appended, Outgoing, Publisher
+from pipeline.publisher import Appended, Outgoing, Publisher, Said, Transactions
 from pipeline.score_log import Kept
 from pipeline.scorer import MicroBatch, Scored, Scorer
 from pipeline.settings import Settings
@@ -235,6 +239,7 @@ class Processor:
         scorer: the model.
         store, merchant_store: account states and merchants' profiles.
         publisher: scores, alerts and rejected records out.
+        transactions: out instead, and the group's offsets with them; None to publish and ack.
         ownership: the partitions and how far their states are.
         patience: waits for services that are away.
         metrics, health: what operations see.
@@ -250,6 +255,7 @@ class Processor:
         store: StateStore,
         merchant_store: MerchantStore,
         publisher: Publisher,
+        transactions: Transactions | None = None,
         ownership: Ownership,
         patience: Patience,
         metrics: Metrics,
@@ -260,6 +266,7 @@ class Processor:
         self._scorer = scorer
         self._store = store
         self._publisher = publisher
+        self._transactions = transactions
         self._ownership = ownership
         self._patience = patience
         self._metrics = metrics
@@ -300,6 +307,8 @@ class Processor:
 
     async def process(self, poll: Poll) -> None:
         """Apply a poll; when this returns, ``poll.applied`` may be committed.
+
+        It is empty where scores and offsets are committed together: nothing is left to commit.
 
         Raises:
             PublishError: the broker does not take what must be published.
@@ -342,7 +351,9 @@ class Processor:
         if not parts:
             return
         with self._metrics.timed("publish"):
-            appended = await self._publish(parts)
+            parts, appended = await self._publish(parts)
+        if not parts:
+            return
         self._observe(computed)
         with self._metrics.timed("save"):
             await self._save(parts, appended)
@@ -484,7 +495,9 @@ class Processor:
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
             part.letters = [
-                self._dead_letters.letter(part.partition, *item) for item in part.rejected
+                self._dead_letters.letter(part.partition, *item)
+                for item in part.rejected
+                if item[0].offset >= part.partition_owned.alerts_from or item[0].offset in part.kept
             ]
             part.new = np.flatnonzero(~silent).tolist()
             part.said = len(part.new)
@@ -586,13 +599,41 @@ class Processor:
 
     # publish -----------------------------------------------------------------------------
 
-    async def _publish(self, parts: list[Part]) -> dict[int, Appended]:
-        """All that the parts say; where each one's scores went."""
-        return await self._publisher.publish(
+    async def _publish(self, parts: list[Part]) -> tuple[list[Part], dict[int, Appended]]:
+        """All that the parts say; the parts that are still ours, and where their scores went."""
+        if self._transactions is not None:
+            return await self._commit(parts, self._transactions)
+        return parts, await self._publisher.publish(
             {part.partition: part.scores for part in parts if part.scores},
             [alert for part in parts for alert in part.alerts],
             [letter for part in parts for letter in part.letters],
         )
+
+    async def _commit(
+        self, parts: list[Part], transactions: Transactions
+    ) -> tuple[list[Part], dict[int, Appended]]:
+        """A transaction of Kafka for each part that says anything or moves the group's offset."""
+        said = {}
+        for part in parts:
+            owned = part.partition_owned
+            if part.scores or part.alerts or part.letters or part.end > owned.committed:
+                said[part.partition] = Said(
+                    part.scores,
+                    part.alerts,
+                    part.letters,
+                    max(part.end, owned.committed),
+                    owned.tenure,
+                )
+        committed = await transactions.commit(said)
+        ours = []
+        for part in parts:
+            if part.partition in said:
+                if part.partition not in committed:
+                    self._ownership.fenced(part.partition, part.partition_owned)
+                    continue
+                part.partition_owned.committed = said[part.partition].next_offset
+            ours.append(part)
+        return ours, {p: where for p, where in committed.items() if where is not None}
 
     def _observe(self, computed: Computed) -> None:
         """Latency and the like, at the moment the scores are acknowledged."""
@@ -675,8 +716,8 @@ class Processor:
     # ack ---------------------------------------------------------------------------------
 
     def _ack(self, poll: Poll, parts: list[Part]) -> None:
-        """What is saved may be committed."""
-        for part in parts:
+        """What is saved may be committed, if it was not before."""
+        for part in parts if self._transactions is None else ():
             if part.saved and self._ownership.owns(part.partition, part.owned):
                 poll.applied[part.partition] = part.end
         if any(part.saved for part in parts):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,22 @@ class Appended:
     next: int | None
 
 
+class Said(NamedTuple):
+    """All that is said of a partition's part of a micro-batch.
+
+    Attributes:
+        scores, alerts, rejected: what to publish.
+        next_offset: what the group's offset becomes with it.
+        tenure: what :meth:`Transactions.take` gave.
+    """
+
+    scores: Sequence[Outgoing]
+    alerts: Sequence[Outgoing]
+    rejected: Sequence[Outgoing]
+    next_offset: int
+    tenure: int
+
+
 class Publisher(Protocol):
     """What the processor needs of a producer."""
 
@@ -64,24 +80,56 @@ class Publisher(Protocol):
         """
 
 
+class Transactions(Protocol):
+    """What the processor needs of producers whose output and offsets are committed together.
+
+    Whoever takes a partition ends what others, or itself before, have open there: from then on
+    nothing is committed under an older tenure, and all that was stands.
+    """
+
+    async def take(self, partition: int) -> int:
+        """Become the only one who commits anything of the partition; the tenure.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+            PublishError: it refuses.
+        """
+
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+        """Commit all of each partition, offset included, or nothing of it.
+
+        Returns:
+            where the scores of each partition went, None for one without scores. A partition
+            that somebody has taken since is not in it: nothing of it is committed by us.
+
+        Raises:
+            PublishError: it cannot be done.
+        """
+
+
 class KafkaPublisher:
     """Publishes with one idempotent producer.
 
     Args:
         settings: names the topics and the broker.
+        options: more arguments of aiokafka's producer.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, **options: Any) -> None:
         self._scores_topic = settings.topic("scores")
         self._alerts_topic = settings.topic("alerts")
         self._dead_letter_topic = settings.topic("dead_letter")
         compression = settings.kafka_compression
-        self._options: dict[str, Any] = settings.kafka_client_options() | {
-            "acks": "all",
-            "enable_idempotence": True,
-            "max_batch_size": PRODUCE_BATCH_BYTES,
-            "compression_type": None if compression == "none" else compression,
-        }
+        self._options: dict[str, Any] = (
+            settings.kafka_client_options()
+            | {
+                "acks": "all",
+                "enable_idempotence": True,
+                "max_batch_size": PRODUCE_BATCH_BYTES,
+                "compression_type": None if compression == "none" else compression,
+            }
+            | options
+        )
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:

@@ -92,6 +92,7 @@ class KafkaScoreLog:
         self._topic = settings.topic("scores")
         self._source_topic = settings.topic("transactions")
         self._options: dict[str, Any] = settings.kafka_client_options() | {
+            "isolation_level": "read_committed",  # what was taken back was never said
             "enable_auto_commit": False,
             "auto_offset_reset": "earliest",
         }

@@ -41,6 +41,7 @@ from pipeline.memory import (
     MemoryRecord,
     MemoryScoreLog,
     MemoryStateStore,
+    MemoryTransactions,
 )
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
@@ -482,6 +483,8 @@ class MemoryWorker:
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
         patience = Patience(self.metrics, self.health)
         self.scorer = Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS))
+        transactions = MemoryTransactions(world.kafka, settings) if settings.transactional else None
+        self.fenced: list[int] = []
         self.ownership = Ownership(
             topic=world.topic,
             scores_topic=settings.topic("scores"),
@@ -491,6 +494,8 @@ class MemoryWorker:
             transaction_log=self.consumer,
             patience=patience,
             metrics=self.metrics,
+            transactions=transactions,
+            on_fenced=self.fenced.append,
         )
         self.ownership.assign(assigned)
         self.processor = Processor(
@@ -499,6 +504,7 @@ class MemoryWorker:
             store=world.store,
             merchant_store=world.merchants,
             publisher=MemoryPublisher(world.kafka, settings),
+            transactions=transactions,
             ownership=self.ownership,
             patience=patience,
             metrics=self.metrics,

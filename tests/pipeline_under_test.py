@@ -166,7 +166,9 @@ class PipelineUnderTest:
         """Everything in a topic now, partition by partition."""
         topic = self.settings.topic(role)  # type: ignore[arg-type]
         consumer = AIOKafkaConsumer(
-            **self.settings.kafka_client_options(), auto_offset_reset="earliest"
+            **self.settings.kafka_client_options(),
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
         )
         await consumer.start()
         try:

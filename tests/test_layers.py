@@ -26,7 +26,7 @@ LAYERS = {
     """,
     "clients": """
         pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
-        pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.scorer pipeline.publisher pipeline.score_log pipeline.transactional_publisher
         pipeline.log_reader pipeline.scores_in_step
     """,
     "partitions": """

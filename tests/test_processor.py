@@ -272,14 +272,14 @@ def test_a_kept_score_keeps_its_decision_and_its_alert_the_thresholds_that_decid
 # killed at any step ----------------------------------------------------------------------
 
 
-def small_world() -> World:
-    world = World()
+def small_world(**settings: Any) -> World:
+    world = World(**settings)
     world.produce_many(36)
     return world
 
 
-def count_steps() -> int:
-    world = small_world()
+def count_steps(**settings: Any) -> int:
+    world = small_world(**settings)
     steps: list[str] = []
     world.interrupt(steps.append)
     finish(world.worker().run())
@@ -612,13 +612,14 @@ class Simulation:
     store may go back to what it was.
     """
 
-    def __init__(self, seed: int, workers_max: int) -> None:
+    def __init__(self, seed: int, workers_max: int, **settings: Any) -> None:
         self._workers_max = workers_max
         rng = self.rng = random.Random(seed)
         self.world = World(
             partitions=rng.choice([1, 2]),
             micro_batch_max=rng.choice([3, 8, 20]),
             cached_states_max=rng.choice([0, 1000]),
+            **settings,
         )
         self.world.produce_many(50, seed=seed)
         self._snapshots = [self.world.store.copy()]
@@ -780,9 +781,10 @@ def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
 
 
 def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
-    # A network without alerts: of what is committed, as here by hand, they were published.
+    # No alerts and rejections: of what is committed, as here by hand, they were published.
     world = World(small_checkpoint(seed=0), partitions=1)
-    world.produce_many(30)
+    for i in range(30):
+        world.produce(f"A{i % 6}")
     one_poll(world.worker(), 10)
     assert world.watermark(0) == 10
     world.kafka.commit("recur", "transactions", 0, 20, world.kafka.join("recur", "transactions", 0))
