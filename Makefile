@@ -37,7 +37,7 @@ demo: $(ENVIRONMENT) ## run Kafka, Redis, two workers and a stream of payments f
 	$(BIN)/recur demo $(ARGS)
 
 test: $(ENVIRONMENT) ## run every test, on a real broker and Redis
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(ENVIRONMENT) ## run the linter, the type checker and the test of the layers
 	$(BIN)/ruff check
