@@ -752,11 +752,11 @@ def embedded(
         )
 
 
-_ports_given: set[int] = set()
+_reserved: dict[int, socket.socket] = {}
 
 
 def free_port(also_offset: int = 0) -> int:
-    """A port of 127.0.0.1 that nobody listens on and that no earlier call returned.
+    """A port of 127.0.0.1 that nobody listens on and that no call returned, in any process.
 
     Args:
         also_offset: the port this much higher must be free as well.
@@ -767,10 +767,24 @@ def free_port(also_offset: int = 0) -> int:
     candidates = list(PORTS)
     random.SystemRandom().shuffle(candidates)  # runs beside this one choose other ports
     for port in candidates:
-        if port not in _ports_given and _is_free(port) and _is_free(port + also_offset):
-            _ports_given.add(port)
-            return port
+        if port not in _reserved and _is_free(port) and _is_free(port + also_offset):
+            reservation = _reserve(port)
+            if reservation is not None:
+                _reserved[port] = reservation
+                return port
     raise ServiceError(f"no port from {PORTS.start} to {PORTS.stop - 1} of {HOST} is free")
+
+
+def _reserve(port: int) -> socket.socket | None:
+    """What keeps the port from being given by other processes until this one ends: its number
+    with UDP, which none of the services uses. None: another process has it."""
+    reservation = socket.socket(type=socket.SOCK_DGRAM)
+    try:
+        reservation.bind((HOST, port))
+    except OSError:
+        reservation.close()
+        return None
+    return reservation
 
 
 def _is_free(port: int) -> bool:

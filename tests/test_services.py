@@ -274,6 +274,21 @@ def test_a_taken_port_is_named(service: type[Kafka] | type[Redis]) -> None:
     assert not taken.directory.exists()
 
 
+def test_a_port_that_was_given_is_given_to_no_other_process() -> None:
+    """Nothing listens on it yet when another process asks, such as tests side by side do."""
+    port = free_port()
+    script = (
+        "from pipeline import services\n"
+        f"services.PORTS = range({port}, {port + 1})\n"
+        "try:\n    print(services.free_port())\n"
+        "except services.ServiceError as error:\n    print(error)\n"
+    )
+    asked = [sys.executable, "-c", script]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True)
+
+    assert found.stdout.startswith("no port from")
+
+
 def test_a_missing_java_is_named(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=r"there is no Java at .*/java; install"):
         Kafka(directory=tmp_path, java=tmp_path / "java").start()
