@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import click
 import uvloop
@@ -53,9 +54,19 @@ READY_SECONDS = 60.0
 SAMPLE_SECONDS = 0.5
 STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
 RATES = (500, 5_000)
-WARM_UP_SECONDS = 10.0
-"""Before each latency measurement: Java compiles, caches fill."""
+LATENCY_LIMITS_MS = {(500, 0.5): 3.0, (500, 0.99): 12.0, (5_000, 0.99): 30.0}
+"""By rate and share."""
+LIVE_BLOCK_TRANSACTIONS = 500
+"""A second of them at the lower rate, so that times are not old when they are sent."""
+WARM_UP_RATE = 8_000
+WARM_UP_TRANSACTIONS = 60_000
+"""Before the latencies: Java compiles, and most accounts and merchants have been seen."""
+SETTLE_SECONDS = 3.0
+"""Of each rate, before it is measured."""
 MEBIBYTE = 1 << 20
+
+ONLY = ["throughput", "stock", "latency", "memory", "transactional"]
+"""The last one is only measured when it is named."""
 
 console = Console(highlight=False)
 
@@ -90,7 +101,7 @@ class Bench:
         self.results = Results()
         self._number = itertools.count(1)
 
-    def settings(self) -> Settings:
+    def settings(self, *, transactional: bool = False) -> Settings:
         """Topics, group and keys of its own for each measurement."""
         name = uuid.uuid4().hex[:6]
         return load_settings(
@@ -99,6 +110,7 @@ class Bench:
             topic_prefix=f"{name}-",
             key_prefix=f"bench-{name}",
             kafka_group=f"bench-{name}",
+            transactional=transactional,
         )
 
     @asynccontextmanager
@@ -111,6 +123,7 @@ class Bench:
             "key_prefix",
             "kafka_group",
             "checkpoint",
+            "transactional",
         )
         environment = {f"RECUR_{name.upper()}": str(getattr(settings, name)) for name in names}
         process = start_worker(next(self._number), self._directory, environment)
@@ -124,9 +137,8 @@ class Bench:
     async def throughput(self, transactions: int) -> float:
         """Transactions a second while a worker drains a full log, by account alone and shipped.
 
-        A log of weeks is the hardest one for merchants: every second of it is a day, so almost
-        every transaction asks Redis for its merchant anew, which a live stream does once in
-        six hours.
+        Live, a merchant is asked for once in six hours. A log of weeks is the hardest one for
+        merchants: a second of it is a day, so almost every transaction asks anew.
         """
         settings = self.settings()
         checkpoint = self._directory / "accounts.safetensors"
@@ -140,17 +152,21 @@ class Bench:
             "45,000",
             rate >= 45_000,
         )
-        shipped = await self._drain(self.settings(), transactions)
-        self.results.add(
-            "throughput, shipped checkpoint", f"{shipped:,.0f} transactions/s", "-", True
-        )
+        for kind, live in (("live", True), ("a log of weeks", False)):
+            shipped = await self._drain(self.settings(), transactions, live=live)
+            self.results.add(
+                f"throughput, shipped checkpoint, {kind}",
+                f"{shipped:,.0f} transactions/s",
+                "-",
+                True,
+            )
         state_bytes = Scorer(load_checkpoint(settings), 1).codec.size_bytes
         self.results.add("a state", f"{state_bytes} bytes", "at most 450", state_bytes <= 450)
         return rate
 
-    async def _drain(self, settings: Settings, transactions: int) -> float:
+    async def _drain(self, settings: Settings, transactions: int, *, live: bool = False) -> float:
         await ensure_topics(settings)
-        await preload(settings, transactions)
+        await preload(settings, transactions, live=live)
         async with self.worker(settings) as worker:
             points = await drained(worker, transactions)
         return steady_rate(points, transactions)
@@ -185,27 +201,67 @@ class Bench:
             await until_ready([worker], READY_SECONDS)
             ready = time.monotonic() - began
             self.results.add("a worker ready after", f"{ready:.1f} s", "10", ready <= 10)
-            stream = blocks()
-            for rate in RATES:
-                await feed(settings, stream, int(rate * WARM_UP_SECONDS), rate)
-                await worker.refresh()
-                before = buckets(worker.samples, LATENCY)
-                await feed(settings, stream, int(rate * seconds), rate)
-                await asyncio.sleep(1)
-                await worker.refresh()
-                after = buckets(worker.samples, LATENCY)
-                self._add_latency(rate, {le: after[le] - before[le] for le in after})
-
-    def _add_latency(self, rate: int, counts: dict[float, float]) -> None:
-        wanted = {500: (3.0, 12.0), 5_000: (None, 30.0)}[rate]
-        for share, limit in zip((0.5, 0.99), wanted, strict=True):
-            value = quantile(counts, share)
-            assert value is not None
+            found = await self._latencies(settings, worker, seconds)
+        for (rate, share), value in found.items():
+            limit = LATENCY_LIMITS_MS.get((rate, share))
             self.results.add(
                 f"latency p{share * 100:.0f} at {rate:,}/s",
-                f"{value * 1000:.1f} ms",
+                f"{value:.1f} ms",
                 "-" if limit is None else f"{limit:.0f}",
-                limit is None or value * 1000 <= limit,
+                limit is None or value <= limit,
+            )
+
+    async def _latencies(
+        self, settings: Settings, worker: WorkerProcess, seconds: float
+    ) -> dict[tuple[int, float], float]:
+        """Latency in milliseconds by rate and share, of a worker that has warmed up."""
+        stream = blocks(live=True)
+        await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
+        found = {}
+        for rate in RATES:
+            await feed(settings, stream, int(rate * SETTLE_SECONDS), rate)
+            await worker.refresh()
+            before = buckets(worker.samples, LATENCY)
+            await feed(settings, stream, int(rate * seconds), rate)
+            await asyncio.sleep(1)
+            await worker.refresh()
+            after = buckets(worker.samples, LATENCY)
+            for share in (0.5, 0.99):
+                value = quantile({le: after[le] - before[le] for le in after}, share)
+                assert value is not None
+                found[rate, share] = value * 1000
+        return found
+
+    # transactions of Kafka ----------------------------------------------------------------
+
+    async def transactional(self, transactions: int, seconds: float) -> None:
+        """What RECUR_TRANSACTIONAL costs: with and without in turn, on the same services."""
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        latencies: dict[bool, list[dict[tuple[int, float], float]]] = {False: [], True: []}
+        for mode in (False, True, True, False):  # so that a drift of the machine cancels out
+            settings = self.settings(transactional=mode)
+            rates[mode].append(await self._drain(settings, transactions, live=True))
+            settings = self.settings(transactional=mode)
+            await ensure_topics(settings)
+            async with self.worker(settings) as worker:
+                await until_ready([worker], READY_SECONDS)
+                latencies[mode].append(await self._latencies(settings, worker, seconds))
+        without, with_them = fmean(rates[False]), fmean(rates[True])
+        self.results.add(
+            "throughput without and with transactions of Kafka",
+            f"{without:,.0f}, {with_them:,.0f} transactions/s ({with_them / without:.0%})",
+            "-",
+            True,
+        )
+        for rate, share in latencies[False][0]:
+            without, with_them = (
+                fmean(found[rate, share] for found in latencies[mode]) for mode in (False, True)
+            )
+            self.results.add(
+                f"latency p{share * 100:.0f} at {rate:,}/s without and with them",
+                f"{without:.1f}, {with_them:.1f} ms",
+                "-",
+                True,
             )
 
     # the reference ------------------------------------------------------------------------
@@ -312,18 +368,27 @@ def steady_rate(points: list[Point], transactions: int) -> float:
     return (end[0] - begin[0]) / (end[1] - begin[1])
 
 
-def blocks() -> Iterator[Block]:
-    """Simulated transactions, encoded, without end; flat out a second of them is a day or more."""
+def blocks(*, live: bool = False) -> Iterator[Block]:
+    """Simulated transactions, encoded, without end.
+
+    Args:
+        live: stamped with the time at which they are encoded, as a payment system does.
+            Otherwise with the simulator's: flat out, a second of them is a day or more.
+    """
+    size = LIVE_BLOCK_TRANSACTIONS if live else BLOCK_TRANSACTIONS
     for day in Simulator(customers=ACCOUNTS, start_date="2018-04-01", seed=3).days():
-        for at in range(0, len(day.amount), BLOCK_TRANSACTIONS):
-            part = slice(at, at + BLOCK_TRANSACTIONS)
+        for at in range(0, len(day.amount), size):
+            part = slice(at, at + size)
+            times = day.timestamp_ms[part].tolist()
+            if live:
+                times = [time.time_ns() // 1_000_000] * len(times)
             yield encode_block(
                 [f"T{i}" for i in day.transaction_id[part].tolist()],
                 [account_id(i) for i in day.account[part].tolist()],
                 [merchant_id(i) for i in day.merchant[part].tolist()],
                 day.amount[part].tolist(),
-                ["EUR"] * len(day.amount[part]),
-                day.timestamp_ms[part].tolist(),
+                ["EUR"] * len(times),
+                times,
             )
 
 
@@ -343,10 +408,10 @@ async def feed(
         await producer.run(ahead(first(stream, transactions)), rate=rate)
 
 
-async def preload(settings: Settings, transactions: int) -> None:
+async def preload(settings: Settings, transactions: int, *, live: bool = False) -> None:
     """Fill the log before a worker starts."""
     console.print(f"  publishing {transactions:,} transactions ...", style="dim")
-    await feed(settings, blocks(), transactions, rate=None)
+    await feed(settings, blocks(live=live), transactions, rate=None)
 
 
 async def run(
@@ -361,6 +426,8 @@ async def run(
             await bench.stock(mode, rate)
     if only in (None, "latency"):
         await bench.latency(seconds)
+    if only == "transactional":
+        await bench.transactional(transactions, seconds)
     if only in (None, "memory") and memory:
         await bench.memory(memory)
 
@@ -369,7 +436,7 @@ async def run(
 @click.option("--transactions", default=600_000, help="of the throughput measurement")
 @click.option("--memory-transactions", default=5_000_000, help="of the memory run; 0 skips it")
 @click.option("--seconds", default=30.0, help="of each latency measurement")
-@click.option("--only", type=click.Choice(["throughput", "stock", "latency", "memory"]))
+@click.option("--only", type=click.Choice(ONLY))
 def main(transactions: int, memory_transactions: int, seconds: float, only: str | None) -> None:
     """Measure a worker on this machine."""
     console.print(

@@ -258,9 +258,8 @@ class Show:
     async def _look(self, phase: Phase) -> None:
         """See what came out since the last look, and show it."""
         self._check_processes()
-        self._published, self._rejected = await asyncio.gather(
-            self._scores.published(), self._dead_letters.published()
-        )
+        self._published = await self._scores.published()
+        self._rejected += len(await self._dead_letters.read())
         phase.rejected = self._rejected - phase.rejected_before
         if time.monotonic() - self._last_scrape > SCRAPE_SECONDS:
             await self._scrape()

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 from aiokafka.partitioner import murmur2
 
@@ -23,11 +24,12 @@ from pipeline.keys import merchant_slot
 from pipeline.merchant_profile import Profile, is_sound
 from pipeline.merchant_store import Alerted, Booking, Counts
 from pipeline.ownership import Chunk, Poll
-from pipeline.publisher import Appended, Outgoing, PublishError
+from pipeline.publisher import Appended, Outgoing, PublishError, Said
 from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
 from pipeline.topics import TopicRole
+from pipeline.transactional_publisher import transactional_id
 
 FETCH_RECORDS = 100
 """Published scores are fetched in pieces of this many, records."""
@@ -96,7 +98,10 @@ class MemoryStateStore:
             return current == request.watermark
         self.watermarks[request.partition] = request.watermark
         for account, state in zip(request.account_ids, request.states, strict=True):
-            self.states[request.partition, account] = state
+            if state is None:
+                self.states.pop((request.partition, account), None)
+            else:
+                self.states[request.partition, account] = state
         return True
 
     async def ping(self) -> None:
@@ -203,14 +208,28 @@ class MemoryRecord:
 
 @dataclass
 class _Log:
-    """One partition: its records from ``begin`` on."""
+    """One partition: its records from ``begin`` on.
+
+    Attributes:
+        hidden: offsets that no reader of what is committed sees: the markers of transactions,
+            what was taken back, and what is not committed yet.
+    """
 
     begin: int = 0
     records: list[MemoryRecord] = field(default_factory=list)
+    hidden: set[int] = field(default_factory=set)
 
     @property
     def end(self) -> int:
         return self.begin + len(self.records)
+
+
+@dataclass
+class _Producer:
+    """Who produces with a transactional id: the newest epoch, and what it has open."""
+
+    epoch: int = 0
+    open: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 class MemoryKafka:
@@ -229,6 +248,7 @@ class MemoryKafka:
         self._logs = {topic: [_Log() for _ in range(n)] for topic, n in partitions.items()}
         self._committed: dict[tuple[str, str, int], int] = {}
         self._generations: dict[tuple[str, str, int], int] = {}
+        self._producers: dict[str, _Producer] = {}
         self._clock_ms = clock_ms
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
@@ -259,12 +279,14 @@ class MemoryKafka:
         """Up to ``count`` records from offset ``start`` on, or from the log's begin."""
         log = self._logs[topic][partition]
         first = max(0, start - log.begin)
-        return log.records[first : first + count]
+        if not log.hidden:
+            return log.records[first : first + count]
+        return list(islice(_committed(log, first), count))
 
     def records(self, topic: str, partition: int | None = None) -> list[MemoryRecord]:
         """All records that are there, of one partition or of all, partition after partition."""
         logs = self._logs[topic] if partition is None else [self._logs[topic][partition]]
-        return [record for log in logs for record in log.records]
+        return [record for log in logs for record in _committed(log, 0)]
 
     def partitions(self, topic: str) -> int:
         """A topic's partition count."""
@@ -280,6 +302,12 @@ class MemoryKafka:
         log = self._logs[topic][partition]
         del log.records[: max(0, before - log.begin)]
         log.begin = max(log.begin, before)
+
+    def recreate(self, topic: str) -> None:
+        """Delete a topic and create it again; what groups committed of it goes as well."""
+        self._logs[topic] = [_Log() for _ in self._logs[topic]]
+        for place in [place for place in self._committed if place[1] == topic]:
+            del self._committed[place]
 
     def join(self, group: str, topic: str, partition: int) -> int:
         """Give a partition to another member of a group; the generation that it commits with."""
@@ -297,6 +325,54 @@ class MemoryKafka:
         """A group's committed offset; None where it has none."""
         return self._committed.get((group, topic, partition))
 
+    # transactions ------------------------------------------------------------------------
+
+    def init_producer(self, transactional_id: str) -> int:
+        """Be the one who produces with this id from now on; the epoch.
+
+        What another has open is taken back: it stays in the log, and nobody sees it.
+        """
+        producer = self._producers.setdefault(transactional_id, _Producer())
+        self._mark(producer)
+        producer.epoch += 1
+        return producer.epoch
+
+    def is_fenced(self, transactional_id: str, epoch: int) -> bool:
+        """Whether somebody else produces with this id by now."""
+        return self._producers[transactional_id].epoch != epoch
+
+    def write(
+        self, transactional_id: str, topic: str, records: Sequence[Outgoing], partition: int | None
+    ) -> list[int]:
+        """Append records that nobody sees before the commit; their offsets."""
+        offsets = []
+        for record in records:
+            place = self.partition_of(topic, record.key) if partition is None else partition
+            offset = self.produce(
+                topic, record.key, record.value, partition=place, headers=record.headers
+            )
+            self._logs[topic][place].hidden.add(offset)
+            self._producers[transactional_id].open.append((topic, place, offset))
+            offsets.append(offset)
+        return offsets
+
+    def commit_transaction(
+        self, transactional_id: str, group: str, topic: str, partition: int, offset: int
+    ) -> None:
+        """Show what was written, and set a group's committed offset."""
+        producer = self._producers[transactional_id]
+        for written, place, at in producer.open:
+            self._logs[written][place].hidden.discard(at)
+        self._mark(producer)
+        self._committed[group, topic, partition] = offset
+
+    def _mark(self, producer: _Producer) -> None:
+        """End what a producer has open: a marker in each of its partitions."""
+        for topic, partition in dict.fromkeys((t, p) for t, p, _ in producer.open):
+            marker = self.produce(topic, None, None, partition=partition)
+            self._logs[topic][partition].hidden.add(marker)
+        producer.open.clear()
+
     def require_up(self) -> None:
         """Raise what a client raises when the broker is away.
 
@@ -305,6 +381,11 @@ class MemoryKafka:
         """
         if not self.is_up:
             raise LogUnavailableError("the broker in memory is switched off")
+
+
+def _committed(log: _Log, first: int) -> Iterator[MemoryRecord]:
+    """Records that a reader sees, from the ``first``-th in the log on."""
+    return (r for r in islice(log.records, first, None) if r.offset not in log.hidden)
 
 
 class MemoryPublisher:
@@ -354,6 +435,62 @@ class MemoryPublisher:
         return offsets[0]
 
 
+class MemoryTransactions:
+    """A :class:`pipeline.publisher.Transactions` to a broker in memory.
+
+    A worker can die between what it writes of a partition and the commit, and another can take
+    the partition there.
+    """
+
+    def __init__(self, kafka: MemoryKafka, settings: Settings) -> None:
+        self._kafka = kafka
+        self._settings = settings
+
+    async def take(self, partition: int) -> int:
+        """See :class:`pipeline.publisher.Transactions`."""
+        await asyncio.sleep(0)
+        with _step("take", self._kafka.interrupt):
+            self._kafka.require_up()
+            return self._kafka.init_producer(transactional_id(self._settings, partition))
+
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+        """See :class:`pipeline.publisher.Transactions`."""
+        committed = {}
+        for partition, what in said.items():
+            await asyncio.sleep(0)
+            with _step("write transaction", self._kafka.interrupt):
+                if self._is_fenced(partition, what):
+                    continue
+                where = self._write(partition, what)
+            await asyncio.sleep(0)
+            with _step("commit transaction", self._kafka.interrupt):
+                if self._is_fenced(partition, what):
+                    continue
+                self._kafka.commit_transaction(
+                    transactional_id(self._settings, partition),
+                    self._settings.kafka_group,
+                    self._settings.topic("transactions"),
+                    partition,
+                    what.next_offset,
+                )
+            committed[partition] = where
+        return committed
+
+    def _write(self, partition: int, said: Said) -> Appended | None:
+        """Append what is not committed yet; where the scores stand."""
+        name = transactional_id(self._settings, partition)
+        settings, kafka = self._settings, self._kafka
+        offsets = kafka.write(name, settings.topic("scores"), said.scores, partition)
+        kafka.write(name, settings.topic("alerts"), said.alerts, None)
+        kafka.write(name, settings.topic("dead_letter"), said.rejected, None)
+        return Appended(offsets[0], offsets[-1] + 2) if offsets else None  # with the marker
+
+    def _is_fenced(self, partition: int, said: Said) -> bool:
+        if not self._kafka.is_up:
+            raise PublishError("the broker in memory is switched off")
+        return self._kafka.is_fenced(transactional_id(self._settings, partition), said.tenure)
+
+
 class MemoryScoreLog:
     """A :class:`pipeline.score_log.ScoreLog` on a broker in memory."""
 
@@ -385,12 +522,13 @@ class MemoryScoreLog:
         kept: dict[int, Kept] = {}
         position = max(start, self._kafka.bounds(self._scores_topic, partition).begin)
         while position < end and max(kept, default=-1) < until_source:
-            count = min(FETCH_RECORDS, end - position)
-            for record in self._kafka.fetch(self._scores_topic, partition, position, count):
+            records = self._kafka.fetch(self._scores_topic, partition, position, FETCH_RECORDS)
+            records = [record for record in records if record.offset < end]
+            for record in records:
                 published = read_score(record.value, source_prefix)
                 if published is not None:
                     kept.setdefault(*published)
-            position += count
+            position = records[-1].offset + 1 if len(records) == FETCH_RECORDS else end
         return kept, position
 
 
@@ -418,17 +556,22 @@ class MemoryConsumer:
         self._group = settings.kafka_group
         self._reset = settings.kafka_offset_reset
         self._records_max = settings.micro_batch_max
+        self._takes_at_once = settings.transactional and role == "transactions"
         self._positions: dict[int, int] = {}
+        self._to_take: set[int] = set()
         self._generations: dict[int, int] = {}
         self.assign(assigned)
 
     def assign(self, partitions: Collection[int]) -> None:
         """Begin these partitions, and no others, at their committed offsets."""
         self._positions = {}
+        self._to_take.clear()
         for partition in sorted(partitions):
             self._generations[partition] = self._kafka.join(self._group, self._topic, partition)
             offset = self._kafka.committed(self._group, self._topic, partition)
             self._positions[partition] = self._reset_offset(partition) if offset is None else offset
+            if self._takes_at_once and offset is not None:
+                self._to_take.add(partition)
 
     def poll(self, records_max: int | None = None) -> Poll | None:
         """The next records of all partitions; None at the end of them all.
@@ -441,6 +584,9 @@ class MemoryConsumer:
         # The partition that waited longest comes first: none waits behind another for ever.
         for partition in list(self._positions):
             chunk = self._chunk(partition, room)
+            if chunk is None and partition in self._to_take:
+                chunk = Chunk(self._positions[partition], self._positions[partition], ())
+            self._to_take.discard(partition)
             if chunk is None:
                 continue
             chunks[partition] = chunk

@@ -121,6 +121,10 @@ class Metrics:
             "recur_duplicates", "Transactions dropped because their id was seen before",
             registry=registry,
         )  # fmt: skip
+        self.forgotten = Counter(
+            "recur_accounts_forgotten", "Instructions to forget an account that were applied",
+            registry=registry,
+        )  # fmt: skip
         self.replayed = Counter(
             "recur_replayed", "Records dropped because they were applied before",
             registry=registry,
@@ -193,6 +197,11 @@ class Metrics:
         self.foreign_scores = Counter(
             "recur_foreign_scores",
             "Records in a scores partition that this worker, its owner, did not write",
+            registry=registry,
+        )
+        self.fenced = Counter(
+            "recur_fenced",
+            "Transactions of Kafka given up because another worker has taken the partition",
             registry=registry,
         )
         self.records_lost = Counter(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -19,7 +19,7 @@ from pipeline.account_state import Watermark
 from pipeline.errors import StartupError
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from pipeline.publisher import Appended
+from pipeline.publisher import Appended, Transactions
 from pipeline.score_log import Bounds, Kept, ScoreLog
 from pipeline.state_store import Load, Save, StateStore
 
@@ -102,11 +102,13 @@ class Owned:
         computed_to: the first offset whose state is not computed.
         scores_next: the next offset of its scores partition, if nobody else writes there.
         scores_from: scores of transactions from ``next_offset`` on stand from here on.
-        alerts_from: alerts of transactions from here on are not published yet.
+        alerts_from: alerts and rejections of records from here on are not published yet.
+        committed: the group's offset when the partition was taken, and what we committed since.
+        tenure: under which we commit, where scores and offsets are committed together.
         recovery: until all that was published is read.
         neighbour: the watermark before it; during a save, the one after it.
         states: values of accounts' states as computed, which the store has or will have once
-            what is computed is saved; the last used stand last.
+            what is computed is saved (None: no state); the last used stand last.
         seeking: a seek to ``computed_to`` is under way.
     """
 
@@ -117,15 +119,17 @@ class Owned:
     scores_from: int
     alerts_from: int
     recovery: Recovery | None
+    committed: int
+    tenure: int
     neighbour: bytes | None = None
-    states: dict[str, bytes] = field(default_factory=dict)
+    states: dict[str, bytes | None] = field(default_factory=dict)
     seeking: bool = False
 
     def knows(self, watermark: bytes | None) -> bool:
         """Whether a watermark is the expected one, also while a save is under way."""
         return watermark is not None and watermark in (self.watermark, self.neighbour)
 
-    def remember(self, accounts: Sequence[str], states: Sequence[bytes]) -> None:
+    def remember(self, accounts: Sequence[str], states: Sequence[bytes | None]) -> None:
         """Keep states that were computed."""
         held = self.states
         for account, state in zip(accounts, states, strict=True):
@@ -145,6 +149,8 @@ class Ownership:
         topic, scores_topic: full names.
         partitions: partition count of both.
         store, score_log, transaction_log: where watermarks, scores and positions are.
+        transactions: where scores and offsets are committed together; None where they are not.
+        on_fenced: called with a partition that turned out to be another worker's.
     """
 
     def __init__(
@@ -158,6 +164,8 @@ class Ownership:
         transaction_log: TransactionLog,
         patience: Patience,
         metrics: Metrics,
+        transactions: Transactions | None = None,
+        on_fenced: Callable[[int], None] = lambda partition: None,
     ) -> None:
         self._topic = topic
         self._scores_topic = scores_topic
@@ -167,6 +175,8 @@ class Ownership:
         self._transaction_log = transaction_log
         self._patience = patience
         self._metrics = metrics
+        self._transactions = transactions
+        self._on_fenced = on_fenced
         self._writer = secrets.randbits(64)
         self._assigned: set[int] = set()
         self._owned: dict[int, Owned] = {}
@@ -182,6 +192,13 @@ class Ownership:
         self._assigned.difference_update(partitions)
         for partition in partitions:
             self._owned.pop(partition, None)
+
+    def fenced(self, partition: int, owned: Owned) -> None:
+        """Another has taken the partition: it is not ours until the group gives it again."""
+        if self.owns(partition, owned):
+            self._metrics.fenced.inc()
+            self.revoke([partition])
+            self._on_fenced(partition)
 
     def owned(self, partition: int) -> Owned | None:
         """What is known of a partition that is worked on."""
@@ -307,6 +324,11 @@ class Ownership:
         self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
     ) -> Owned:
         """Take a partition as its watermark tells, whoever wrote that."""
+        tenure = 0
+        if self._transactions is not None and partition in self._assigned:
+            # Before all else is asked for: what was under way is committed then, or never is.
+            take = self._transactions.take
+            tenure = await self._patience.ask_log(lambda: take(partition))
         committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
         while watermark is None:
             is_new = committed is None and not lost
@@ -327,6 +349,8 @@ class Ownership:
             scores_from=recovery.position,
             alerts_from=max(mark.next_offset, committed or 0),
             recovery=recovery if recovery.position < recovery.end else None,
+            committed=committed or 0,
+            tenure=tenure,
         )
         if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
@@ -411,12 +435,13 @@ def check_watermark(
     if mark.partitions != partitions:
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
-            f"has {partitions}, so accounts lie elsewhere. Set RECUR_KEY_PREFIX to a new prefix: "
-            "the workers rebuild all states from the log"
+            f"has {partitions}, so accounts lie elsewhere: run `recur state rekey`, which moves "
+            "their states. Or set RECUR_KEY_PREFIX to a new prefix, and all begin anew"
         )
     if mark.next_offset > log_end:
         raise StartupError(
             f"the states in Redis are past the end of {topic}-{partition} (offset "
             f"{mark.next_offset}, the log ends at {log_end}): the topic was recreated or "
-            "truncated. Set RECUR_KEY_PREFIX to a new prefix to begin anew"
+            "truncated. Run `recur state rebuild --all` to compute the states from the log as it "
+            "is, or set RECUR_KEY_PREFIX to a new prefix to begin anew"
         )

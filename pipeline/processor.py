@@ -8,6 +8,10 @@ only if the watermark is the one that was loaded. So whatever dies at whatever m
 partition's states are exactly its log up to its watermark, the scores topic tells what was
 said of transactions past it, and committed offsets are never past it.
 
+Where scores and offsets are committed together (the setting ``transactional``), offsets are
+committed before states are saved, and may be past the watermark after a crash: the log is read
+back to it, and what was published past it is kept as ever.
+
 The steps are two halves: :meth:`Processor.compute` up to decide, :meth:`Processor.conclude`
 from publish on. A worker computes a poll while it concludes the one before; what is computed
 and not yet saved is held in memory (:class:`pipeline.ownership.Owned`) and is dropped with the
@@ -20,13 +24,14 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.reasons import Explainer
 from model.transaction import Transaction, epoch_ms
@@ -36,6 +41,7 @@ from pipeline.codec import (
     WARM_HEADER,
     ScoreEncoder,
     decode,
+    decode_instruction,
     encode_alert,
     with_refused_state,
     with_thresholds,
@@ -51,7 +57,7 @@ from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience
-from pipeline.publisher import Appended, Outgoing, Publisher
+from pipeline.publisher import Appended, Outgoing, Publisher, Said, Transactions
 from pipeline.score_log import Kept
 from pipeline.scorer import MicroBatch, Scored, Scorer
 from pipeline.settings import Settings
@@ -67,6 +73,19 @@ THREAD_MIN = 256
 and Redis are taken: with 2,000 that is a third more throughput, with a few it is all loss."""
 
 
+@dataclass(frozen=True)
+class Forget:
+    """An instruction to forget an account.
+
+    Attributes:
+        offset: of its record.
+        row: the account's row for what comes after it, with an empty state.
+    """
+
+    offset: int
+    row: int
+
+
 @dataclass
 class Part:
     """A partition's part of a micro-batch on its way through the steps.
@@ -74,12 +93,14 @@ class Part:
     Attributes:
         records, transactions, timestamps_ms: what can be scored, in log order.
         rows: the place of each transaction's account in ``accounts``.
-        accounts: distinct account ids.
+        accounts: account ids; distinct, but that one which is forgotten is another from there on.
+        forgets: instructions to forget an account.
         merchant_raw: float32[n, M], merchants' features; None where the checkpoint uses none.
         new: indices of the transactions that have no score yet and get one.
         rejected: records that cannot be scored, with reason and error.
         owned: the partition, once its watermark is known.
-        values: states of ``accounts``; ``cached`` of them were held in memory.
+        values: states of ``accounts``; those of the rows ``asked`` came from the store, the
+            others were held in memory.
         kept: by offset, scores that were published before.
         begin: the first offset that was not computed before.
         refused: indices of the transactions whose account's state could not be used.
@@ -88,7 +109,7 @@ class Part:
         scores, alerts, letters: what to publish.
         flagged: index, score and decision of what is to raise an alert.
         alerted: what ``alerts`` are of.
-        changed: accounts and states to save.
+        changed: accounts and states to save; None is to be deleted.
         saved: whether they and the watermark stand in the store.
     """
 
@@ -99,11 +120,12 @@ class Part:
     timestamps_ms: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     accounts: list[str] = field(default_factory=list)
+    forgets: list[Forget] = field(default_factory=list)
     merchant_raw: NDArray[np.float32] | None = None
     rejected: list[tuple[Record, str, str]] = field(default_factory=list)
     owned: Owned | None = None
     values: list[bytes | None] = field(default_factory=list)
-    cached: int = 0
+    asked: list[int] = field(default_factory=list)
     kept: dict[int, Kept] = field(default_factory=dict)
     begin: int = 0
     refused: list[int] = field(default_factory=list)
@@ -115,7 +137,7 @@ class Part:
     letters: list[Outgoing] = field(default_factory=list)
     flagged: list[tuple[int, bytes, str]] = field(default_factory=list)
     alerted: list[Alerted] = field(default_factory=list)
-    changed: tuple[list[str], list[bytes]] = field(default_factory=lambda: ([], []))
+    changed: tuple[list[str], Sequence[bytes | None]] = field(default_factory=lambda: ([], []))
     saved: bool = False
 
     @property
@@ -145,6 +167,73 @@ class Computed:
     batch: MicroBatch
 
 
+class PartDecoder:
+    """Records to transactions, for the worker and for whoever computes its states again.
+
+    Args:
+        settings: limits.
+        checkpoint: its currency and further fields.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
+        self.further_fields = FurtherFields(checkpoint.header.features.fields)
+        self._currency = checkpoint.header.currency
+        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+
+    def part(self, partition: int, chunk: Chunk) -> Part:
+        """A chunk's transactions; what cannot be scored is set aside with its reason."""
+        part = Part(partition, chunk)
+        row_of: dict[str, int] = {}
+        for record in chunk.records:
+            try:
+                if record.headers and _is_instruction(record):
+                    _obey(part, row_of, record)
+                    continue
+                transaction, timestamp_ms = self._decode(record)
+            except RejectedError as error:
+                part.rejected.append((record, error.reason, str(error)))
+                continue
+            part.records.append(record)
+            part.transactions.append(transaction)
+            part.timestamps_ms.append(timestamp_ms)
+            row = row_of.setdefault(transaction.account_id, len(part.accounts))
+            if row == len(part.accounts):
+                part.accounts.append(transaction.account_id)
+            part.rows.append(row)
+        return part
+
+    def _decode(self, record: Record) -> tuple[Transaction, int]:
+        transaction = decode(record.key, record.value, self._currency, self.further_fields)
+        timestamp = transaction.timestamp
+        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
+        if timestamp_ms < 0:
+            raise RejectedError("timestamp", "the timestamp is before 1970")
+        if timestamp_ms - record.timestamp > self._future_limit_ms:
+            raise RejectedError(
+                "future_timestamp",
+                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
+            )
+        return transaction, timestamp_ms
+
+
+def _is_instruction(record: Record) -> bool:
+    """Whether a record is an instruction, known or not, and no transaction."""
+    return any(name == CONTROL_HEADER for name, _ in record.headers)
+
+
+def _obey(part: Part, row_of: dict[str, int], record: Record) -> None:
+    """Take an instruction into a part.
+
+    Raises:
+        RejectedError: it is none that this version knows.
+    """
+    account_id = decode_instruction(record.key, record.value, record.headers)
+    if account_id is not None:
+        part.forgets.append(Forget(record.offset, len(part.accounts)))
+        row_of[account_id] = len(part.accounts)
+        part.accounts.append(account_id)
+
+
 class Processor:
     """Applies polls, one at a time.
 
@@ -153,6 +242,7 @@ class Processor:
         scorer: the model.
         store, merchant_store: account states and merchants' profiles.
         publisher: scores, alerts and rejected records out.
+        transactions: out instead, and the group's offsets with them; None to publish and ack.
         ownership: the partitions and how far their states are.
         patience: waits for services that are away.
         metrics, health: what operations see.
@@ -168,6 +258,7 @@ class Processor:
         store: StateStore,
         merchant_store: MerchantStore,
         publisher: Publisher,
+        transactions: Transactions | None = None,
         ownership: Ownership,
         patience: Patience,
         metrics: Metrics,
@@ -178,6 +269,7 @@ class Processor:
         self._scorer = scorer
         self._store = store
         self._publisher = publisher
+        self._transactions = transactions
         self._ownership = ownership
         self._patience = patience
         self._metrics = metrics
@@ -198,15 +290,14 @@ class Processor:
                 cached_max=settings.cached_merchants_max,
             )
         self._topic = settings.topic("transactions")
-        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
         self._cached_states_max = settings.cached_states_max
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
-        self._currency = scorer.checkpoint.header.currency
         names = features.names
-        self._further_fields = FurtherFields(features.fields)
+        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._further_fields = self._decoder.further_fields
         self._explainer = Explainer(scorer.checkpoint)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
@@ -219,6 +310,8 @@ class Processor:
 
     async def process(self, poll: Poll) -> None:
         """Apply a poll; when this returns, ``poll.applied`` may be committed.
+
+        It is empty where scores and offsets are committed together: nothing is left to commit.
 
         Raises:
             PublishError: the broker does not take what must be published.
@@ -261,7 +354,9 @@ class Processor:
         if not parts:
             return
         with self._metrics.timed("publish"):
-            appended = await self._publish(parts)
+            parts, appended = await self._publish(parts)
+        if not parts:
+            return
         self._observe(computed)
         with self._metrics.timed("save"):
             await self._save(parts, appended)
@@ -272,38 +367,7 @@ class Processor:
 
     def _decode(self, poll: Poll) -> list[Part]:
         """Records to transactions; what cannot be scored is set aside with its reason."""
-        parts = []
-        for partition, chunk in poll.chunks.items():
-            part = Part(partition, chunk)
-            row_of: dict[str, int] = {}
-            for record in chunk.records:
-                try:
-                    transaction, timestamp_ms = self._decode_record(record)
-                except RejectedError as error:
-                    part.rejected.append((record, error.reason, str(error)))
-                    continue
-                part.records.append(record)
-                part.transactions.append(transaction)
-                part.timestamps_ms.append(timestamp_ms)
-                part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
-            part.accounts = list(row_of)
-            parts.append(part)
-        return parts
-
-    def _decode_record(self, record: Record) -> tuple[Transaction, int]:
-        if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
-            raise RejectedError("control", "an instruction that this version does not know")
-        transaction = decode(record.key, record.value, self._currency, self._further_fields)
-        timestamp = transaction.timestamp
-        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
-        if timestamp_ms < 0:
-            raise RejectedError("timestamp", "the timestamp is before 1970")
-        if timestamp_ms - record.timestamp > self._future_limit_ms:
-            raise RejectedError(
-                "future_timestamp",
-                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
-            )
-        return transaction, timestamp_ms
+        return [self._decoder.part(partition, chunk) for partition, chunk in poll.chunks.items()]
 
     # load, drop applied ------------------------------------------------------------------
 
@@ -321,6 +385,8 @@ class Processor:
             if part.owned is not None:
                 part.begin = part.owned.computed_to
                 self._drop_applied(part)
+                for forget in part.forgets:
+                    part.values[forget.row] = None
                 part.kept = await self._ownership.published(
                     part.partition, part.owned, part.records
                 )
@@ -371,15 +437,14 @@ class Processor:
         requests = []
         for part in parts:
             held = part.owned.states if part.owned is not None else {}
-            part.values = [held.get(account) for account in part.accounts]
-            missing = [i for i, value in enumerate(part.values) if value is None]
-            part.cached = len(part.values) - len(missing)
-            requests.append((missing, Load(part.partition, [part.accounts[i] for i in missing])))
-        replies = await self._patience.ask_store(
-            lambda: self._store.load([request for _, request in requests])
-        )
-        for part, (missing, _), reply in zip(parts, requests, replies, strict=True):
-            for i, value in zip(missing, reply.states, strict=True):
+            accounts = part.accounts
+            part.values = values = [held.get(account) for account in accounts]
+            absent = [i for i, value in enumerate(values) if value is None]
+            part.asked = [i for i in absent if accounts[i] not in held]
+            requests.append(Load(part.partition, [accounts[i] for i in part.asked]))
+        replies = await self._patience.ask_store(lambda: self._store.load(requests))
+        for part, reply in zip(parts, replies, strict=True):
+            for i, value in zip(part.asked, reply.states, strict=True):
                 part.values[i] = value
         return replies
 
@@ -397,6 +462,7 @@ class Processor:
         if part.merchant_raw is not None:
             part.merchant_raw = part.merchant_raw[applied:]
         part.rejected = [item for item in part.rejected if item[0].offset >= next_offset]
+        part.forgets = [forget for forget in part.forgets if forget.offset >= next_offset]
         self._metrics.replayed.inc(before - len(part.records) - len(part.rejected))
 
     # rounds, features, GRU ---------------------------------------------------------------
@@ -408,8 +474,11 @@ class Processor:
         batch = columns(parts, self._further_fields, thresholds.review)
         values = [value for part in parts for value in part.values]
         states, scored, loaded, refused = self._scorer.score(values, batch)
-        n_cached = sum(part.cached for part in parts)
-        n_loaded = int(loaded.sum()) - n_cached
+        n_loaded = first_row = 0
+        for part in parts:
+            n_loaded += int(np.count_nonzero(loaded[first_row:][part.asked]))
+            first_row += len(part.accounts)
+        n_cached = int(np.count_nonzero(loaded)) - n_loaded
         counter = self._metrics.states
         counter.labels("loaded").inc(n_loaded)
         counter.labels("refused").inc(refused)
@@ -434,7 +503,9 @@ class Processor:
                 error = scored.failed[i + part.scored.start]
                 part.rejected.append((part.records[i], "computation", error))
             part.letters = [
-                self._dead_letters.letter(part.partition, *item) for item in part.rejected
+                self._dead_letters.letter(part.partition, *item)
+                for item in part.rejected
+                if item[0].offset >= part.partition_owned.alerts_from or item[0].offset in part.kept
             ]
             part.new = np.flatnonzero(~silent).tolist()
             part.said = len(part.new)
@@ -529,19 +600,52 @@ class Processor:
             stop = start + int(np.count_nonzero(changed[start:] < last_row))
             accounts = [part.accounts[row - first_row] for row in changed[start:stop].tolist()]
             part.changed = accounts, values[start:stop]
+            if part.forgets:
+                last = {part.accounts[forget.row]: forget.row for forget in part.forgets}
+                alive = set((changed[start:stop] - first_row).tolist())
+                gone = [account for account, row in last.items() if row not in alive]
+                part.changed = accounts + gone, [*values[start:stop], *[None] * len(gone)]
             part.partition_owned.remember(*part.changed)
             part.partition_owned.computed_to = part.end
             first_row, start = last_row, stop
 
     # publish -----------------------------------------------------------------------------
 
-    async def _publish(self, parts: list[Part]) -> dict[int, Appended]:
-        """All that the parts say; where each one's scores went."""
-        return await self._publisher.publish(
+    async def _publish(self, parts: list[Part]) -> tuple[list[Part], dict[int, Appended]]:
+        """All that the parts say; the parts that are still ours, and where their scores went."""
+        if self._transactions is not None:
+            return await self._commit(parts, self._transactions)
+        return parts, await self._publisher.publish(
             {part.partition: part.scores for part in parts if part.scores},
             [alert for part in parts for alert in part.alerts],
             [letter for part in parts for letter in part.letters],
         )
+
+    async def _commit(
+        self, parts: list[Part], transactions: Transactions
+    ) -> tuple[list[Part], dict[int, Appended]]:
+        """A transaction of Kafka for each part that says anything or moves the group's offset."""
+        said = {}
+        for part in parts:
+            owned = part.partition_owned
+            if part.scores or part.alerts or part.letters or part.end > owned.committed:
+                said[part.partition] = Said(
+                    part.scores,
+                    part.alerts,
+                    part.letters,
+                    max(part.end, owned.committed),
+                    owned.tenure,
+                )
+        committed = await transactions.commit(said)
+        ours = []
+        for part in parts:
+            if part.partition in said:
+                if part.partition not in committed:
+                    self._ownership.fenced(part.partition, part.partition_owned)
+                    continue
+                part.partition_owned.committed = said[part.partition].next_offset
+            ours.append(part)
+        return ours, {p: where for p, where in committed.items() if where is not None}
 
     def _observe(self, computed: Computed) -> None:
         """Latency and the like, at the moment the scores are acknowledged."""
@@ -580,6 +684,7 @@ class Processor:
             owned.watermark, owned.neighbour = save.watermark, owned.watermark
             owned.next_offset = part.end
             owned.forget_states(self._most_states_held())
+            self._metrics.forgotten.inc(len(part.forgets))
             self._metrics.transactions.inc(part.said)
 
     async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
@@ -623,8 +728,8 @@ class Processor:
     # ack ---------------------------------------------------------------------------------
 
     def _ack(self, poll: Poll, parts: list[Part]) -> None:
-        """What is saved may be committed."""
-        for part in parts:
+        """What is saved may be committed, if it was not before."""
+        for part in parts if self._transactions is None else ():
             if part.saved and self._ownership.owns(part.partition, part.owned):
                 poll.applied[part.partition] = part.end
         if any(part.saved for part in parts):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,22 @@ class Appended:
     next: int | None
 
 
+class Said(NamedTuple):
+    """All that is said of a partition's part of a micro-batch.
+
+    Attributes:
+        scores, alerts, rejected: what to publish.
+        next_offset: what the group's offset becomes with it.
+        tenure: what :meth:`Transactions.take` gave.
+    """
+
+    scores: Sequence[Outgoing]
+    alerts: Sequence[Outgoing]
+    rejected: Sequence[Outgoing]
+    next_offset: int
+    tenure: int
+
+
 class Publisher(Protocol):
     """What the processor needs of a producer."""
 
@@ -64,24 +80,56 @@ class Publisher(Protocol):
         """
 
 
+class Transactions(Protocol):
+    """What the processor needs of producers whose output and offsets are committed together.
+
+    Whoever takes a partition ends what others, or itself before, have open there: from then on
+    nothing is committed under an older tenure, and all that was stands.
+    """
+
+    async def take(self, partition: int) -> int:
+        """Become the only one who commits anything of the partition; the tenure.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+            PublishError: it refuses.
+        """
+
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+        """Commit all of each partition, offset included, or nothing of it.
+
+        Returns:
+            where the scores of each partition went, None for one without scores. A partition
+            that somebody has taken since is not in it: nothing of it is committed by us.
+
+        Raises:
+            PublishError: it cannot be done.
+        """
+
+
 class KafkaPublisher:
     """Publishes with one idempotent producer.
 
     Args:
         settings: names the topics and the broker.
+        options: more arguments of aiokafka's producer.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, **options: Any) -> None:
         self._scores_topic = settings.topic("scores")
         self._alerts_topic = settings.topic("alerts")
         self._dead_letter_topic = settings.topic("dead_letter")
         compression = settings.kafka_compression
-        self._options: dict[str, Any] = settings.kafka_client_options() | {
-            "acks": "all",
-            "enable_idempotence": True,
-            "max_batch_size": PRODUCE_BATCH_BYTES,
-            "compression_type": None if compression == "none" else compression,
-        }
+        self._options: dict[str, Any] = (
+            settings.kafka_client_options()
+            | {
+                "acks": "all",
+                "enable_idempotence": True,
+                "max_batch_size": PRODUCE_BATCH_BYTES,
+                "compression_type": None if compression == "none" else compression,
+            }
+            | options
+        )
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
@@ -102,43 +150,53 @@ class KafkaPublisher:
     ) -> dict[int, Appended]:
         """See :class:`Publisher`."""
         try:
-            partitions = list(scores)
+            if not (alerts or rejected):  # almost always: no tasks are made
+                return await self._append(scores)
             appended, *_ = await asyncio.gather(
-                asyncio.gather(*(self._append(p, scores[p]) for p in partitions)),
+                self._append(scores),
                 self._send(self._alerts_topic, alerts),
                 self._send(self._dead_letter_topic, rejected),
             )
+            return appended
         except KafkaError as error:
             raise PublishError(
                 f"cannot publish ({type(error).__name__}); see the broker's log and the limits "
                 "on message size and rights of its topics"
             ) from error
-        return dict(zip(partitions, appended, strict=True))
 
-    async def _append(self, partition: int, records: Sequence[Outgoing]) -> Appended:
-        """Append records to a scores partition, in order."""
+    async def _append(self, scores: dict[int, Sequence[Outgoing]]) -> dict[int, Appended]:
+        """Append to scores partitions, in order in each of them, side by side."""
+        places: dict[int, list[tuple[int | None, int]]] = {partition: [] for partition in scores}
+        rest = scores
+        while rest:
+            sent = [await self._send_batch(partition, rest[partition]) for partition in rest]
+            acknowledged = await asyncio.gather(*(delivery for _, delivery in sent))
+            for partition, (size, _), metadata in zip(rest, sent, acknowledged, strict=True):
+                places[partition].append((_known(metadata.offset), size))
+            rest = {
+                partition: rest[partition][size:]
+                for partition, (size, _) in zip(rest, sent, strict=True)
+                if size < len(rest[partition])
+            }
+        return {partition: _appended(found) for partition, found in places.items()}
+
+    async def _send_batch(
+        self, partition: int, records: Sequence[Outgoing]
+    ) -> tuple[int, asyncio.Future[Any]]:
+        """Send as many of the records as one batch takes: how many, and their delivery."""
         assert self._producer is not None
         now_ms = time.time_ns() // 1_000_000
-        places: list[tuple[int | None, int]] = []  # base offset and size of each batch
-        position = 0
-        while position < len(records):
-            batch = self._producer.create_batch()
-            start = position
-            while position < len(records):
-                record = records[position]
-                headers = list(record.headers)
-                if not batch.append(
-                    timestamp=now_ms, key=record.key, value=record.value, headers=headers
-                ):
-                    break
-                position += 1
-            batch.close()
-            acknowledged = await self._producer.send_batch(
-                batch, self._scores_topic, partition=partition
-            )
-            metadata = await acknowledged
-            places.append((_known(metadata.offset), position - start))
-        return _appended(places)
+        batch = self._producer.create_batch()
+        size = 0
+        for record in records:
+            headers = list(record.headers)
+            if not batch.append(
+                timestamp=now_ms, key=record.key, value=record.value, headers=headers
+            ):
+                break
+            size += 1
+        batch.close()
+        return size, await self._producer.send_batch(batch, self._scores_topic, partition=partition)
 
     async def _send(self, topic: str, records: Sequence[Outgoing]) -> None:
         """Send records one by one; the key decides the partition."""

@@ -16,7 +16,7 @@ from aiokafka.protocol.types import Array, Boolean, Int16, Int32, Schema, String
 
 from pipeline.errors import StartupError
 from pipeline.settings import Settings
-from pipeline.topics import TopicRole, admin_client
+from pipeline.topics import NO_COORDINATOR_YET, TopicRole, admin_client
 
 READ, WRITE = "Read", "Write"
 
@@ -161,7 +161,7 @@ async def _group_operations(admin: Any, group: str) -> int | None:
         reply = await admin._send_request(_GroupRightsRequest(group), coordinator)
     except kafka_errors.GroupAuthorizationFailedError:
         return 0
-    except (kafka_errors.GroupCoordinatorNotAvailableError, *_TOO_OLD):
+    except (*NO_COORDINATOR_YET, *_TOO_OLD):
         return None  # not there yet: nobody has joined a group of this broker before
     ((code, *_, operations),) = reply.groups
     return 0 if code == kafka_errors.GroupAuthorizationFailedError.errno else operations

@@ -123,6 +123,8 @@ class Scorer:
         Where the computation fails the micro-batch is bisected, so that only the
         transactions that make it fail are left out. States with numbers that make it fail
         are refused then: or one account's transactions would end one worker after another.
+        A state that lies past its transactions counts as absent: it is of a watermark that was
+        taken back, and is computed again.
 
         Returns:
             the states after, the scores, bool[accounts] of states that were there and sound,
@@ -132,11 +134,17 @@ class Scorer:
             ScorerBrokenError: it fails for every transaction.
         """
         states, loaded, refused = self.codec.decode(values)
+        is_past = states.last_offset[batch.row] >= batch.offset
+        past = np.unique(batch.row[is_past]) if is_past.any() else batch.row[:0]
+        states.reset(past)
+        loaded[past] = False
         try:
             scored = self._advance(states, batch)
             self._failures_in_a_row = 0
         except Exception:  # whatever a transaction does to NumPy or torch
             states, loaded, refused = self.codec.decode(values, check_numbers=True)
+            states.reset(past)
+            loaded[past] = False
             scored = self._bisect(states, batch)
         return states, scored, loaded, refused
 

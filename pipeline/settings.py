@@ -80,6 +80,11 @@ class Settings(BaseSettings):
     kafka_replication_factor: int = Field(
         1, ge=1, le=9, description="replicas of a topic that Recur creates"
     )
+    transactional: bool = Field(
+        False,
+        description="whether scores, alerts and offsets are committed together, in Kafka"
+        " transactions; who reads with read_committed then sees each score once",
+    )
     kafka_compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = Field(
         "none", description="compression of published records"
     )

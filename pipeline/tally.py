@@ -176,7 +176,7 @@ class TopicReader:
                     raise
 
     async def published(self) -> int:
-        """Records written since the start; one cheap request, nothing is read."""
+        """Records written since the start, and markers of transactions; one cheap request."""
         return sum((await self._end_offsets()).values()) - self._start
 
     async def read(self, timeout_seconds: float = 0.0) -> list[Any]:

@@ -127,6 +127,7 @@ def test_every_metric_that_dashboards_read_is_there_under_its_name(metrics: Metr
         "recur_kafka_errors",
         "recur_guard_mismatches",
         "recur_foreign_scores",
+        "recur_fenced",
         "recur_records_lost",
         "recur_score",
         "recur_partitions_assigned",

@@ -13,7 +13,13 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.partitioner import murmur2
 
-from pipeline.memory import MemoryKafka, MemoryPublisher, MemoryScoreLog
+from pipeline.memory import (
+    MemoryKafka,
+    MemoryPublisher,
+    MemoryScoreLog,
+    MemoryTransactions,
+    no_interrupt,
+)
 from pipeline.ownership import ALL_SOURCES, Record
 from pipeline.publisher import (
     PRODUCE_BATCH_BYTES,
@@ -22,11 +28,15 @@ from pipeline.publisher import (
     Outgoing,
     Publisher,
     PublishError,
+    Said,
+    Transactions,
 )
 from pipeline.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.topics import ROLES, ensure_topics
+from pipeline.tally import committed_offsets
+from pipeline.topics import ROLES, TopicRole, ensure_topics
+from pipeline.transactional_publisher import PartitionPublisher, TransactionalPublisher
 
 PARTITIONS = 3
 
@@ -46,8 +56,17 @@ class Broker(Protocol):
     async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
         """Write to the scores topic as another worker would; the offset."""
 
+    async def transactions(self) -> Transactions:
+        """A worker's way to commit."""
+
+    async def committed(self) -> dict[int, int]:
+        """The group's offsets."""
+
+    async def leave_open(self, partition: int, value: bytes) -> None:
+        """Write a score and an alert as a worker that dies before its commit."""
+
     async def records(self, topic: str, partition: int) -> Sequence[Record]:
-        """Everything in a partition."""
+        """Everything in a partition that is committed."""
 
     async def delete_records(self, topic: str, partition: int, before: int) -> None:
         """What retention does."""
@@ -69,6 +88,27 @@ class MemoryBroker:
     async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
         return self._kafka.produce(self.settings.topic("scores"), key, value, partition=partition)
 
+    async def transactions(self) -> Transactions:
+        return MemoryTransactions(self._kafka, self.settings)
+
+    async def committed(self) -> dict[int, int]:
+        topic = self.settings.topic("transactions")
+        found = {p: self._kafka.committed("recur", topic, p) for p in range(PARTITIONS)}
+        return {p: offset for p, offset in found.items() if offset is not None}
+
+    async def leave_open(self, partition: int, value: bytes) -> None:
+        def die(step: str) -> None:
+            if step == "before commit transaction":
+                raise InterruptedError
+
+        transactions = await self.transactions()
+        tenure = await transactions.take(partition)
+        self._kafka.interrupt = die
+        said = Said([Outgoing(b"A", value)], [Outgoing(b"A", value)], [], 1, tenure)
+        with pytest.raises(InterruptedError):
+            await transactions.commit({partition: said})
+        self._kafka.interrupt = no_interrupt
+
     async def records(self, topic: str, partition: int) -> Sequence[Record]:
         return self._kafka.records(topic, partition)
 
@@ -86,7 +126,9 @@ class RealBroker:
             topic_prefix=f"{uuid.uuid4().hex[:12]}-",
             # So that dead-letter values of the largest size are tested.
             dead_letter_value_max_bytes=900_000,
+            kafka_group=f"group-{uuid.uuid4().hex[:12]}",
         )
+        self._transactional: list[TransactionalPublisher] = []
         self._publisher = KafkaPublisher(self.settings)
         self._score_log = KafkaScoreLog(self.settings)
         self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all")
@@ -99,8 +141,23 @@ class RealBroker:
             await client.start()
 
     async def stop(self) -> None:
-        for client in (self._publisher, self._score_log, self._producer):
+        for client in (self._publisher, self._score_log, self._producer, *self._transactional):
             await client.stop()
+
+    async def transactions(self) -> Transactions:
+        self._transactional.append(TransactionalPublisher(self.settings))
+        return self._transactional[-1]
+
+    async def committed(self) -> dict[int, int]:
+        return await committed_offsets(self.settings)
+
+    async def leave_open(self, partition: int, value: bytes) -> None:
+        publisher = PartitionPublisher(self.settings, partition)
+        await publisher.start()
+        assert publisher._producer is not None
+        await publisher._producer.begin_transaction()
+        await publisher.publish({partition: [Outgoing(b"A", value)]}, [Outgoing(b"A", value)], [])
+        await publisher.stop()
 
     async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
         sent = await self._producer.send_and_wait(
@@ -112,7 +169,9 @@ class RealBroker:
     async def records(self, topic: str, partition: int) -> Sequence[Record]:
         place = TopicPartition(topic, partition)
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self.settings.kafka_bootstrap, auto_offset_reset="earliest"
+            bootstrap_servers=self.settings.kafka_bootstrap,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
         )
         consumer.assign([place])
         async with consumer:
@@ -305,6 +364,150 @@ def test_publishing_nothing_is_answered_with_nothing(opened: Opened) -> None:
         assert bounds == Bounds(0, 0)
 
     run(opened, test)
+
+
+# commit ----------------------------------------------------------------------------------
+
+
+def said(
+    broker: Broker, partition: int, offsets: Sequence[int], tenure: int, *, alerts: int = 0
+) -> Said:
+    """Scores of these transactions; the first of them raise alerts, and one was rejected."""
+    sent = scores(broker, partition, offsets)
+    rejected = [Outgoing(b"A", b"junk", (("reason", b"not_json"),))] if alerts else []
+    return Said(sent, sent[:alerts], rejected, offsets[-1] + 1 if offsets else 7, tenure)
+
+
+async def everything(broker: Broker, role: TopicRole) -> list[bytes | None]:
+    """Values of all that is committed in a topic."""
+    topic = broker.settings.topic(role)
+    found = [await broker.records(topic, partition) for partition in range(PARTITIONS)]
+    return [record.value for records in found for record in records]
+
+
+def test_what_is_said_of_partitions_is_committed_with_their_offsets(opened: Opened) -> None:
+    """The place of what comes next is past the marker: who commits again has no gap to read."""
+
+    async def test(broker: Broker) -> None:
+        transactions = await broker.transactions()
+        tenures = [await transactions.take(partition) for partition in range(2)]
+        first = await transactions.commit(
+            {p: said(broker, p, range(5), tenures[p], alerts=2) for p in range(2)}
+        )
+        second = await transactions.commit({1: said(broker, 1, range(5, 9), tenures[1])})
+
+        assert first == {0: Appended(0, 6), 1: Appended(0, 6)}
+        assert second == {1: Appended(6, 11)}
+        assert await broker.committed() == {0: 5, 1: 9}
+        bounds = await broker.score_log.bounds(broker.settings.topic("scores"), 1)
+        assert bounds == Bounds(0, 11)
+        kept, position = await read(broker, 1, 0, 11)
+        assert (list(kept), position) == (list(range(9)), 11)
+        assert len(await everything(broker, "alerts")) == 4
+        assert await everything(broker, "dead_letter") == [b"junk"] * 2
+
+    run(opened, test)
+
+
+def test_an_offset_alone_is_committed_too(opened: Opened) -> None:
+    """Of repeats nothing is said, and the group goes on all the same."""
+
+    async def test(broker: Broker) -> None:
+        transactions = await broker.transactions()
+        tenure = await transactions.take(2)
+
+        assert await transactions.commit({2: said(broker, 2, [], tenure)}) == {2: None}
+        assert await broker.committed() == {2: 7}
+
+    run(opened, test)
+
+
+def test_whoever_takes_a_partition_keeps_the_one_before_out(opened: Opened) -> None:
+    """Of the zombie's transaction nothing is there, not the offset either; of its other
+    partitions, which are its own, all is."""
+
+    async def test(broker: Broker) -> None:
+        zombie, owner = await broker.transactions(), await broker.transactions()
+        tenures = [await zombie.take(partition) for partition in range(2)]
+        await zombie.commit({0: said(broker, 0, range(3), tenures[0])})
+        tenure = await owner.take(0)
+        before = await broker.committed()
+
+        late = {p: said(broker, p, range(3, 6), tenures[p], alerts=1) for p in range(2)}
+        committed = await zombie.commit(late)
+
+        assert list(committed) == [1]
+        assert await broker.committed() == before | {1: 6}
+        assert len(await everything(broker, "scores")) == 3 + 3
+        assert len(await everything(broker, "alerts")) == 1
+        assert await zombie.commit({0: said(broker, 0, range(3, 6), tenures[0])}) == {}
+
+        assert list(await owner.commit({0: said(broker, 0, range(3, 5), tenure)})) == [0]
+        assert (await broker.committed())[0] == 5
+        bounds = await broker.score_log.bounds(broker.settings.topic("scores"), 0)
+        kept, _ = await read(broker, 0, 0, bounds.end)
+        assert list(kept) == [0, 1, 2, 3, 4]
+
+    run(opened, test)
+
+
+def test_a_worker_that_takes_a_partition_anew_commits_nothing_that_it_meant_before(
+    opened: Opened,
+) -> None:
+    """What it computed came from states that it gave up."""
+
+    async def test(broker: Broker) -> None:
+        transactions = await broker.transactions()
+        before = await transactions.take(0)
+        tenure = await transactions.take(0)
+
+        assert await transactions.commit({0: said(broker, 0, range(3), before)}) == {}
+        assert list(await transactions.commit({0: said(broker, 0, range(3), tenure)})) == [0]
+        assert len(await everything(broker, "scores")) == 3
+
+    run(opened, test)
+
+
+def test_what_a_dead_worker_left_open_is_taken_back_by_the_next(opened: Opened) -> None:
+    """It keeps its place in the log, and neither recovery nor anybody else reads it."""
+
+    async def test(broker: Broker) -> None:
+        await broker.leave_open(0, score(broker.settings, 0, 0, number=0.9))
+        transactions = await broker.transactions()
+        tenure = await transactions.take(0)
+
+        topic = broker.settings.topic("scores")
+        bounds = await broker.score_log.bounds(topic, 0)
+        assert bounds == Bounds(0, 2)
+        assert await asyncio.wait_for(read(broker, 0, 0, 2), 3) == ({}, 2)
+        committed = await transactions.commit({0: said(broker, 0, [0], tenure, alerts=1)})
+        assert committed == {0: Appended(2, 4)}
+        kept, position = await read(broker, 0, 0, 4)
+        assert (kept[0].score.score, position) == (0.5, 4)
+        assert len(await everything(broker, "scores")) == 1
+        assert len(await everything(broker, "alerts")) == 1
+
+    run(opened, test)
+
+
+def test_what_the_broker_does_not_take_is_not_committed_in_part(kafka: Kafka) -> None:
+    async def test(broker: Broker) -> None:
+        transactions = await broker.transactions()
+        tenure = await transactions.take(0)
+        large = Outgoing(b"A1", b"x" * 2_000_000)
+        with pytest.raises(PublishError, match="MessageSizeTooLarge"):
+            await transactions.commit(
+                {0: said(broker, 0, range(3), tenure)._replace(rejected=[large])}
+            )
+
+        await transactions.take(0)
+        assert await everything(broker, "scores") == []
+        assert await broker.committed() == {}
+
+    run(open_real(kafka), test)
+
+
+# the broker's no -------------------------------------------------------------------------
 
 
 def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None:

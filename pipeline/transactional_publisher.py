@@ -1,0 +1,225 @@
+"""Publishing in Kafka transactions: scores, alerts, rejected records and offsets, or nothing.
+
+Each input partition has a transactional id, and so a producer, of its own. Starting it is
+taking the partition: the broker ends what an older producer of that id has open, and refuses
+whatever that one sends later. The group's generations do not come into it: offsets that are
+committed in a transaction carry none here, so only the id keeps a zombie out.
+
+A producer that failed is never used again. What it has open is aborted by whoever takes the
+partition next, or by the broker after :data:`TRANSACTION_TIMEOUT_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import (
+    IllegalOperation,
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    InvalidTxnState,
+    KafkaConnectionError,
+    KafkaError,
+    ProducerFenced,
+)
+
+from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said
+from pipeline.score_log import LogUnavailableError
+from pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TRANSACTION_TIMEOUT_SECONDS = 30.0
+"""A transaction that is open for longer is aborted by the broker. Until then who reads with
+read_committed sees nothing that was written after its begin."""
+
+RETRY_BACKOFF_MS = 10
+"""The broker has a producer ask again while it still writes the marker of the transaction before,
+a few milliseconds; aiokafka's 100 would be most of a fast answer."""
+
+STOP_SECONDS = 10.0
+"""So long the stop waits for transactions under way."""
+
+FENCED: tuple[type[KafkaError], ...] = (
+    ProducerFenced,
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    InvalidTxnState,
+)
+"""The id has a newer producer, or the broker has ended the transaction or forgotten the id."""
+
+
+class FencedError(Exception):
+    """Somebody has taken the partition: what was sent is not committed."""
+
+
+class PartitionPublisher(KafkaPublisher):
+    """The one producer of an input partition.
+
+    Args:
+        settings: names topics, group and broker.
+        partition: the input partition.
+    """
+
+    def __init__(self, settings: Settings, partition: int) -> None:
+        super().__init__(
+            settings,
+            transactional_id=transactional_id(settings, partition),
+            transaction_timeout_ms=round(TRANSACTION_TIMEOUT_SECONDS * 1000),
+            retry_backoff_ms=RETRY_BACKOFF_MS,
+        )
+        self._partition = partition
+        self._source = TopicPartition(settings.topic("transactions"), partition)
+        self._group = settings.kafka_group
+        self._at_work = asyncio.Lock()
+
+    async def commit(self, said: Said) -> Appended | None:
+        """One transaction: publish all, commit the offset; where the scores went.
+
+        Raises:
+            FencedError: nothing of it is committed.
+            PublishError: it cannot be done, or nobody knows whether it is done.
+        """
+        async with self._at_work:
+            try:
+                return await self._commit(said)
+            except (KafkaError, IllegalOperation) as error:
+                if _is_fenced(error):
+                    raise FencedError from error
+                raise PublishError(
+                    f"cannot commit a transaction ({type(error).__name__}); see the broker's log "
+                    "and the rights on transactional ids and the group"
+                ) from error
+
+    async def _commit(self, said: Said) -> Appended | None:
+        producer = self._producer
+        assert producer is not None
+        await producer.begin_transaction()
+        # Side by side, so that all partitions are told to the coordinator in one request.
+        results: Sequence[Any] = await asyncio.gather(
+            self._append({self._partition: said.scores} if said.scores else {}),
+            self._send(self._alerts_topic, said.alerts),
+            self._send(self._dead_letter_topic, said.rejected),
+            producer.send_offsets_to_transaction({self._source: said.next_offset}, self._group),
+            return_exceptions=True,  # aiokafka would commit what is left of a transaction
+        )
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            raise next(filter(_is_fenced, errors), errors[0])
+        await producer.commit_transaction()
+        where: Appended | None = results[0].get(self._partition)
+        if where is None or where.next is None:
+            return where
+        return Appended(where.first, where.next + 1)  # the marker takes an offset
+
+    async def close(self) -> None:
+        """Disconnect once no transaction is under way: aiokafka would wait for ever for its end."""
+        async with self._at_work:
+            await self.stop()
+        assert self._producer is not None
+        for future in _left_by(self._producer):
+            if future.done() and not future.cancelled():
+                future.exception()  # seen: it was told to whoever awaited the commit
+
+
+class TransactionalPublisher:
+    """One producer for each input partition that was taken.
+
+    Args:
+        settings: names topics, group and broker.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tenures = count(1)
+        self._publishers: dict[int, tuple[int, PartitionPublisher]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def take(self, partition: int) -> int:
+        """See :class:`pipeline.publisher.Transactions`."""
+        publisher = PartitionPublisher(self._settings, partition)
+        try:
+            await publisher.start()
+        except (KafkaError, OSError) as error:
+            await publisher.stop()
+            if isinstance(error, OSError | KafkaConnectionError) or error.retriable:
+                raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+            raise PublishError(
+                f"the broker refuses a transactional producer ({type(error).__name__}); see the "
+                "rights on transactional ids"
+            ) from error
+        self.release([partition])
+        tenure = next(self._tenures)
+        self._publishers[partition] = tenure, publisher
+        return tenure
+
+    def release(self, partitions: Collection[int]) -> None:
+        """These partitions are no longer ours: close their producers."""
+        for partition in partitions:
+            if partition in self._publishers:
+                _, publisher = self._publishers.pop(partition)
+                task = asyncio.create_task(publisher.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    async def stop(self) -> None:
+        """Disconnect; waits a while for transactions under way."""
+        self.release(list(self._publishers))
+        if self._closing:
+            _, late = await asyncio.wait(self._closing, timeout=STOP_SECONDS)
+            for task in late:
+                task.cancel()
+
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+        """See :class:`pipeline.publisher.Transactions`."""
+        committed: dict[int, Appended | None] = {}
+
+        async def commit_one(partition: int) -> None:
+            tenure, publisher = self._publishers.get(partition, (0, None))
+            if publisher is None or tenure != said[partition].tenure:
+                return  # taken since, by this worker itself
+            try:
+                committed[partition] = await publisher.commit(said[partition])
+            except FencedError:
+                if self._publishers.get(partition) == (tenure, publisher):
+                    self.release([partition])
+                log.warning(
+                    "another worker has taken the partition; nothing was published",
+                    extra={"partition": partition},
+                )
+
+        if len(said) == 1:  # almost always, at live rates: no tasks are made
+            await commit_one(*said)
+        else:
+            await asyncio.gather(*map(commit_one, said))
+        return committed
+
+
+def transactional_id(settings: Settings, partition: int) -> str:
+    """The id that whoever owns an input partition produces with."""
+    return f"{settings.kafka_group}-{settings.topic('transactions')}-{partition}"
+
+
+def _left_by(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]]:
+    """Futures of a producer that failed; asyncio logs the errors that nobody looks at."""
+    yield producer._sender.sender_task
+    transaction = producer._txn_manager.wait_for_transaction_end()
+    if transaction is not None:
+        yield transaction
+    for batches in producer._message_accumulator._batches.values():
+        for batch in batches:
+            yield batch._drain_waiter
+
+
+def _is_fenced(error: BaseException | None) -> bool:
+    """Whether the broker refuses this producer, whatever aiokafka has wrapped that in."""
+    while error is not None:
+        if isinstance(error, FENCED):
+            return True
+        error = error.__cause__
+    return False

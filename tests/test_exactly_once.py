@@ -1,0 +1,201 @@
+"""Scores, alerts, rejected records and offsets in transactions of Kafka: each is said once.
+
+On a broker in memory that fences and takes back as Kafka does; tests/test_transactional.py does
+it on a real one.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pipeline import memory as memory_module
+from pipeline import ownership as ownership_module
+from tests.memory_pipeline import Killed, World, finish
+from tests.test_processor import (
+    Simulation,
+    at,
+    count_steps,
+    die,
+    lose_everything,
+    next_poll,
+    nothing,
+    one_poll,
+    produce_everywhere,
+    read_on,
+    run_until_killed,
+    small_world,
+    when,
+    when_nth,
+)
+
+
+def assert_exactly_once(world: World) -> None:
+    """All is applied, and whoever reads what is committed sees each thing once."""
+    world.assert_all_applied(alerts_once=True)
+    letters = world.dead_letters()
+    assert set(letters.values()) <= {1}, "a rejected record is in dead-letter twice"
+
+
+def committed(world: World, partition: int) -> int | None:
+    return world.kafka.committed("recur", "transactions", partition)
+
+
+@pytest.mark.parametrize("polls_waiting", [0, 1])
+@pytest.mark.parametrize("records_max", [1, 7, 1000])
+def test_a_clean_run_says_everything_once_and_commits_what_it_said(
+    polls_waiting: int, records_max: int
+) -> None:
+    """The markers between its scores are nobody's scores."""
+    world = World(transactional=True)
+    world.produce_many(120)
+    worker = world.worker()
+
+    finish(worker.run(polls_waiting, records_max))
+
+    assert_exactly_once(world)
+    for name in ("replayed", "scores_recovered", "guard_mismatches", "foreign_scores", "fenced"):
+        assert worker.count(f"recur_{name}_total") == 0
+    for partition in world.partitions:
+        assert committed(world, partition) == world.watermark(partition)
+    assert not any(worker.acked), "nothing is left for the consumer to commit"
+
+
+@pytest.mark.parametrize("number", range(count_steps(transactional=True)))
+def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> None:
+    world = small_world(transactional=True)
+    world.interrupt(at(number, die))
+    run_until_killed(world.worker())
+    world.assert_published_before_saved()
+
+    worker = read_on(world)
+
+    assert_exactly_once(world)
+    assert worker.count("recur_guard_mismatches_total") == 0
+    assert worker.count("recur_records_lost_total") == 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_workers_killed_again_and_again_say_nothing_twice(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while they recover, and with published scores that are read piece by piece."""
+    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
+    rng = random.Random(seed)
+    world = World(micro_batch_max=rng.choice([3, 8, 30]), transactional=True)
+    world.produce_many(60, seed=seed)
+    for _ in range(100):
+        world.interrupt(at(rng.randrange(30), die))
+        try:
+            finish(world.worker().run(choose=rng.choice))
+        except Killed:
+            world.assert_published_before_saved()
+        else:
+            break
+
+    read_on(world)
+
+    assert_exactly_once(world)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whoever_overtakes_whom_nothing_is_said_twice(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zombies, deaths at any step and a store that goes back: where it is at least once without
+    transactions, it is exactly once with them."""
+    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
+    world = Simulation(seed, workers_max=3, transactional=True).run()
+    produce_everywhere(world)
+
+    read_on(world)
+
+    assert_exactly_once(world)
+
+
+def test_what_was_committed_and_not_saved_is_applied_though_no_record_comes() -> None:
+    """The group begins past the watermark, and nothing that arrives would show it."""
+    world = World(partitions=1, transactional=True)
+    world.produce_many(20)
+    world.interrupt(when_nth("before save", 3, die))  # the first is the watermark's
+    run_until_killed(world.worker())
+    assert world.watermark(0) < (committed(world, 0) or 0)
+
+    world.interrupt(nothing)
+    worker = world.worker()
+    while world.watermark(0) < (committed(world, 0) or 0):
+        poll = worker.consumer.poll(1)
+        assert poll is not None, "the log is not read back"
+        finish(worker.process(poll))
+
+    finish(worker.run())
+    assert_exactly_once(world)
+
+
+def test_a_fenced_worker_publishes_saves_and_forgets_until_the_group_gives_the_partition() -> None:
+    world = World(partitions=1, transactional=True)
+    world.produce_many(40)
+    one_poll(world.worker(), 5)
+    zombie, owner = world.worker(), world.worker()
+    one_poll(zombie, 5)
+    zombies = zombie.process(next_poll(zombie, 10))
+
+    def overtake() -> None:
+        world.interrupt(nothing)
+        one_poll(owner, 7)
+
+    world.interrupt(when("before commit transaction", overtake))
+    finish(zombies)
+
+    assert zombie.fenced == [0]
+    assert zombie.count("recur_fenced_total") == 1
+    assert world.watermark(0) == committed(world, 0) == 12
+    finish(zombie.run())
+    assert world.watermark(0) == 12, "it works on a partition that is not its own"
+    finish(owner.run())
+    assert owner.fenced == []
+    assert_exactly_once(world)
+
+
+def test_a_fenced_owner_that_gets_the_partition_again_goes_on() -> None:
+    """A zombie that was given it before and takes it late is the newer one for a moment."""
+    world = World(partitions=1, transactional=True)
+    world.produce_many(40)
+    owner, late = world.worker(), world.worker()
+    one_poll(owner, 10)
+    owners = owner.process(next_poll(owner, 5))
+
+    def take_late() -> None:
+        world.interrupt(nothing)
+        one_poll(late, 20)
+
+    world.interrupt(when("before write transaction", take_late))
+    finish(owners)
+    assert owner.fenced == [0]
+    assert world.watermark(0) == committed(world, 0) == 20
+
+    owner.rebalance([0])
+    finish(owner.run())
+    finish(late.run())
+    assert_exactly_once(world)
+
+
+def test_offsets_never_go_back_while_a_store_that_lost_its_data_is_filled_again() -> None:
+    """Also where the scores are gone, too, and are published again on the way."""
+    world = World(partitions=1, transactional=True)
+    world.produce_many(40)
+    finish(world.worker().run())
+    lose_everything(world)
+    world.kafka.delete_records("scores", 0, world.kafka.bounds("scores", 0).end)
+    seen: list[int] = []
+    world.interrupt(lambda name: seen.append(committed(world, 0) or 0))
+    produce_everywhere(world)
+
+    finish(world.worker().run())
+
+    assert seen == sorted(seen)
+    world.interrupt(nothing)
+    assert_exactly_once(world)
