@@ -17,6 +17,7 @@ UPGRADE ?=
 COMPOSE ?= docker compose
 PROMTOOL ?= promtool
 HADOLINT ?= hadolint
+PIP_AUDIT ?= pip-audit==2.10.1
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
@@ -60,6 +61,13 @@ faults: $(ENVIRONMENT) ## kill and starve a running system, and print what becam
 
 requirements: $(ENVIRONMENT) ## pin pyproject.toml's requirements again (UPGRADE=1: newer ones)
 	$(BIN)/python requirements/compile.py $(if $(UPGRADE),--upgrade)
+
+audit: $(ENVIRONMENT) ## look every pinned package up in a database of vulnerabilities (pip-audit)
+	@$(BIN)/uv tool run --quiet --python $(BIN)/python $(PIP_AUDIT) --strict --disable-pip --no-deps \
+		--progress-spinner off $(PIN_FILES:%=--requirement %) \
+		|| { status=$$?; \
+			echo "Something was found, or not all could be looked up. What there is:" >&2; \
+			grep -oh '^[a-z0-9-]*==[^ ;]*' $(PIN_FILES) | sort >&2; exit $$status; }
 
 check-deploy: $(ENVIRONMENT) ## check the deployment files with docker compose, promtool and hadolint
 	@missing=; \

@@ -15,7 +15,7 @@ import threading
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ KAFKA_PASSWORDS = {
     "recur-worker": "secret-of-the-worker-5cf1",
     "recur-producer": "secret-of-the-producer-88a0",
     "recur-reader": "secret-of-the-reader-31de",
+    "recur-operator": "secret-of-the-operator-e9b2",
 }
 REDIS_PASSWORD = "redis-secret-c0de"
 
@@ -55,9 +56,9 @@ LACKING = {
 
 KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING}
 
-LITERAL = 3
-_RESOURCES = {"topic": 2, "group": 3}
-_OPERATIONS = {"Read": 3, "Write": 4, "Create": 5, "Describe": 8}
+_PATTERNS = {"literal": 3, "prefixed": 4}
+_RESOURCES = {"topic": 2, "group": 3, "transactional-id": 5}
+_OPERATIONS = {"Read": 3, "Write": 4, "Alter": 7, "Describe": 8, "DescribeConfigs": 10}
 _ALLOW = 3
 
 
@@ -189,12 +190,13 @@ class SecureKafka(Kafka):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a principal may do with a topic or a group."""
+    """What a principal may do with a topic, a group or a transactional id."""
 
     principal: str
     operation: str
     resource: str
     name: str
+    pattern: str
 
 
 def kafka_rules() -> list[Rule]:
@@ -203,13 +205,20 @@ def kafka_rules() -> list[Rule]:
     parser.add_argument("--allow-principal", required=True)
     parser.add_argument("--operation", action="append", required=True)
     for resource in _RESOURCES:
-        parser.add_argument(f"--{resource}", action="append", default=[])
+        parser.add_argument(f"--{resource}", dest=resource, action="append", default=[])
+    parser.add_argument("--resource-pattern-type", choices=_PATTERNS, default="literal")
     rules = []
     for line in KAFKA_RULES.read_text().splitlines():
         if line and not line.startswith("#"):
             arguments = parser.parse_args(shlex.split(line))
             rules += [
-                Rule(arguments.allow_principal, operation, resource, name)
+                Rule(
+                    arguments.allow_principal,
+                    operation,
+                    resource,
+                    name,
+                    arguments.resource_pattern_type,
+                )
                 for resource in _RESOURCES
                 for name in getattr(arguments, resource)
                 for operation in arguments.operation
@@ -220,7 +229,7 @@ def kafka_rules() -> list[Rule]:
 def rules_of_the_lacking() -> list[Rule]:
     """What the users of :data:`LACKING` may do."""
     return [
-        Rule(f"User:{user}", rule.operation, rule.resource, rule.name)
+        replace(rule, principal=f"User:{user}")
         for user, lacking in LACKING.items()
         for rule in kafka_rules()
         if rule.principal == "User:recur-worker" and (rule.operation, rule.name) != lacking
@@ -237,7 +246,7 @@ async def allow(broker: Kafka, rules: Iterable[Rule]) -> None:
                 CreateAclsRequest(
                     _RESOURCES[rule.resource],
                     rule.name,
-                    LITERAL,
+                    _PATTERNS[rule.pattern],
                     rule.principal,
                     "*",
                     _OPERATIONS[rule.operation],

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import TransactionalIdAuthorizationFailed
 
 from pipeline.codec import decode_score, encode_transaction
 from pipeline.errors import RecurError
-from pipeline.redis_calls import RIGHTS
+from pipeline.redis_calls import COMMAND_RIGHTS, RIGHTS
 from pipeline.rights import NEEDS
 from pipeline.services import HOST, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import check_services, load_checkpoint
-from pipeline.topics import ensure_topics
+from pipeline.topics import add_partitions, ensure_topics
+from pipeline.transactional_publisher import transactional_id
 from pipeline.worker_processes import WorkerProcess, start_worker
 from tests.pipeline_under_test import (
     PipelineUnderTest,
@@ -46,6 +48,7 @@ from tests.secure_services import (
 )
 
 WORKER = "recur-worker"
+OPERATOR = "recur-operator"
 FAST = {"startup_timeout_seconds": 0.8, "redis_timeout_seconds": 2.0}
 
 SECRETS = (*KAFKA_PASSWORDS.values(), REDIS_PASSWORD, "wrong-secret", "key-secret")
@@ -133,6 +136,32 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield Site(authority, other, broker, redis, proxy, folder)
 
 
+COMMANDS = (
+    "verify",
+    "state show {account}",
+    "state rebuild --all --dry-run",
+    "state rebuild --merchants --dry-run",
+    "state forget {account} --dry-run",
+)
+"""What an operator runs beside a worker."""
+
+
+def recur(site: Site, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of ``recur`` as the operator's users."""
+    settings = site.settings(
+        kafka_sasl_username=OPERATOR,
+        kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR],
+        redis_username=OPERATOR,
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *command],
+        env=os.environ | environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> None:
     """End to end, with verified certificates and no right beyond those of the files of rules.
 
@@ -165,6 +194,12 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
                 **options("recur-reader"),
             ) as reader:
                 assert decode_score((await reader.getone()).value)
+            commands = [command.format(account=sent[0].account_id) for command in COMMANDS]
+            for run in await asyncio.gather(
+                *(asyncio.to_thread(recur, site, *command.split()) for command in commands)
+            ):
+                assert run.returncode == 0, run
+                assert_holds_no_secret(run.stdout + run.stderr)
             with site.redis.client() as client:
                 admin: Any = client
                 assert "recur" in {client["user"] for client in admin.client_list()}
@@ -182,12 +217,36 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
     asyncio.run(run())
 
 
-def test_the_file_of_redis_rights_holds_what_recur_says_it_needs() -> None:
+@pytest.mark.parametrize(
+    ("user", "rights"), [("recur", RIGHTS), (OPERATOR, f"{RIGHTS} {COMMAND_RIGHTS}")]
+)
+def test_the_file_of_redis_rights_holds_what_recur_says_it_needs(user: str, rights: str) -> None:
     (line,) = [
-        line for line in REDIS_RULES.read_text().splitlines() if line.startswith("user recur ")
+        line for line in REDIS_RULES.read_text().splitlines() if line.startswith(f"user {user} ")
     ]
 
-    assert set(RIGHTS.split()) == {word for word in line.split() if word.startswith("+")}
+    assert set(rights.split()) == {word for word in line.split() if word.startswith("+")}
+
+
+def test_a_worker_may_use_the_transactional_ids_of_its_partitions_and_no_others(
+    site: Site,
+) -> None:
+    """RECUR_TRANSACTIONAL's rights; the rest of a worker's life is the same with them."""
+    settings = load_settings(**site.settings(), transactional=True)
+
+    async def commit(name: str) -> None:
+        producer = AIOKafkaProducer(transactional_id=name, **settings.kafka_client_options())
+        try:
+            await producer.start()
+            async with producer.transaction():
+                await producer.send_and_wait("dead-letter", b"none")
+        finally:
+            await producer.stop()
+            await asyncio.sleep(0.1)
+
+    asyncio.run(commit(transactional_id(settings, 1)))
+    with pytest.raises(TransactionalIdAuthorizationFailed):
+        asyncio.run(commit("another-transactions-1"))
 
 
 async def checked(settings: Settings) -> int:
@@ -258,7 +317,7 @@ def test_the_file_of_kafka_rights_holds_what_a_worker_asks_for() -> None:
     rules = {
         (rule.resource, rule.name, rule.operation)
         for rule in kafka_rules()
-        if rule.principal == f"User:{WORKER}"
+        if rule.principal == f"User:{WORKER}" and rule.resource != "transactional-id"
     }
 
     assert rules == {("group", settings.kafka_group, "Read")} | {
@@ -321,3 +380,14 @@ def test_recur_settings_shows_no_secret(site: Site) -> None:
 
     assert_holds_no_secret(shown.stdout + shown.stderr)
     assert shown.stdout.count("**********") >= 5
+
+
+def test_an_operator_may_give_the_scores_topic_more_partitions(site: Site) -> None:
+    """What `recur state rekey` does; the last test here, as the others count on two partitions."""
+    settings = site.settings(
+        kafka_sasl_username=OPERATOR, kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR]
+    )
+
+    asyncio.run(add_partitions(load_settings(**settings), "scores", 3))
+    with pytest.raises(RecurError, match=r"ClusterAuthorization|TopicAuthorization"):
+        asyncio.run(add_partitions(load_settings(**settings), "transactions", 3))
