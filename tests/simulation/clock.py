@@ -15,10 +15,6 @@ from contextvars import Context, ContextVar
 from itertools import count
 from typing import Any
 
-_NOBODY = Context()
-"""What runs here is the world's, and no process's."""
-
-
 class Host:
     """A process.
 
@@ -57,7 +53,8 @@ class Loop(asyncio.AbstractEventLoop):
         self._after_step = after_step
         self._now = 0.0
         self._ready: deque[asyncio.Handle] = deque()
-        self._timers: list[tuple[float, int, asyncio.Handle]] = []
+        # The world's own calls need no handle: there are many, and none is taken back.
+        self._timers: list[tuple[float, int, asyncio.Handle | None, Callable[..., Any], Any]] = []
         self._numbers = count()
         self._tasks: list[asyncio.Task[Any]] = []
 
@@ -100,7 +97,7 @@ class Loop(asyncio.AbstractEventLoop):
     ) -> asyncio.TimerHandle:
         """Call it then."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._numbers), handle))
+        heapq.heappush(self._timers, (when, next(self._numbers), handle, callback, ()))
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -130,28 +127,36 @@ class Loop(asyncio.AbstractEventLoop):
 
     def soon(self, callback: Callable[..., Any], *args: Any) -> None:
         """Call it next, in no process."""
-        self.call_soon(callback, *args, context=_NOBODY)
+        self.later(0.0, callback, *args)
 
     def later(self, delay: float, callback: Callable[..., Any], *args: Any) -> None:
         """Call it so many seconds from now, in no process."""
-        self.call_at(self._now + delay, callback, *args, context=_NOBODY)
+        entry = self._now + delay, next(self._numbers), None, callback, args
+        heapq.heappush(self._timers, entry)
 
     def run(self, until: float) -> None:
         """Run until ``is_over`` is set, nothing is left to do, or the clock is at ``until``."""
+        ready, timers, after_step = self._ready, self._timers, self._after_step
         asyncio._set_running_loop(self)
         try:
             while not self.is_over:
-                if not self._ready:
-                    if not self._timers or self._timers[0][0] > until:
-                        return
-                    when, _, timer = heapq.heappop(self._timers)
+                if ready:
+                    self._run_in_host(ready.popleft())
+                elif timers and timers[0][0] <= until:
+                    when, _, handle, callback, args = heapq.heappop(timers)
                     self._now = max(self._now, when)
-                    self._ready.append(timer)
-                self._step(self._ready.popleft())
+                    if handle is not None:
+                        self._run_in_host(handle)
+                    else:
+                        callback(*args)
+                else:
+                    return
+                self.steps += 1
+                after_step()
         finally:
             asyncio._set_running_loop(None)
 
-    def _step(self, handle: asyncio.Handle) -> None:
+    def _run_in_host(self, handle: asyncio.Handle) -> None:
         if handle._cancelled:
             return
         host = handle._context.get(_HOST)
@@ -159,11 +164,10 @@ class Loop(asyncio.AbstractEventLoop):
             if host.is_dead:
                 return
             if host.stopped_until > self._now:
-                heapq.heappush(self._timers, (host.stopped_until, next(self._numbers), handle))
+                entry = host.stopped_until, next(self._numbers), handle, handle._run, ()
+                heapq.heappush(self._timers, entry)
                 return
-        self.steps += 1
         handle._run()
-        self._after_step()
 
     def close_tasks(self, tasks: list[asyncio.Task[Any]]) -> None:
         """End them where they wait: nothing of them runs any more."""

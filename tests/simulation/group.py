@@ -33,11 +33,15 @@ SESSION_SECONDS = 10.0
 REBALANCE_SECONDS = 14.0
 """So long the coordinator waits for members to join again."""
 
-COMMIT_SECONDS = 0.3
+COMMIT_SECONDS = 1.0
 """Between two commits."""
 
 NOTICE_SECONDS = 20.0
 """At the latest after so long a member hears that it was left out."""
+
+
+Given = tuple[int, list[TP]]
+"""A generation, and the partitions that a member has in it."""
 
 
 class Coordinator:
@@ -71,13 +75,13 @@ class Coordinator:
         self.owners: dict[TP, Member] = {}
         self.members: list[Member] = []
         self.committed: dict[TP, int] = {}
-        self._joining: dict[Member, asyncio.Future[tuple[int, list[TP]]]] = {}
+        self._joining: dict[Member, asyncio.Future[Given | None]] = {}
         self._round = 0
         self._is_rebalancing = False
 
-    def join(self, member: Member) -> asyncio.Future[tuple[int, list[TP]]]:
-        """A member asks for partitions; its generation and what it is given."""
-        future: asyncio.Future[tuple[int, list[TP]]] = self._loop.create_future()
+    def join(self, member: Member) -> asyncio.Future[Given | None]:
+        """A member asks for partitions; what it is given, or None where it has to ask again."""
+        future: asyncio.Future[Given | None] = self._loop.create_future()
         if member not in self.members:
             self.members.append(member)
         self._joining[member] = future
@@ -100,8 +104,10 @@ class Coordinator:
         """Nothing was heard of a member: the others get its partitions; it may live on."""
         if member in self.members:
             self.members.remove(member)
-            self._joining.pop(member, None)
             self._loop.later(self._rng.uniform(0, NOTICE_SECONDS), member.told)
+            future = self._joining.pop(member, None)
+            if future is not None:
+                self._loop.later(self._network.delay(), _answer, future, None)
             self.rebalance()
             self._complete_if_all()
 
@@ -470,7 +476,9 @@ class Member:
             self.thread.begin_reassignment()
             await self.consumer.on_partitions_revoked(self.thread.assignment())
             await asyncio.sleep(self.network.delay())
-            generation, places = await self.coordinator.join(self)
+            while (given := await self.coordinator.join(self)) is None:
+                pass
+            generation, places = given
             self.thread.assign(generation, places)
             self.app.consumer_generation_id = generation
             await self.consumer.on_partitions_assigned(set(places), generation)

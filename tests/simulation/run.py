@@ -7,6 +7,7 @@ hides what it does alone. Events come at effects, not at times, so that they fal
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from functools import cache, partial
 from random import Random
 from typing import Any
 from unittest import mock
+
+from faust.utils import terminal
 
 from pipeline import memory, ownership, poll_transport, processor
 from pipeline.codec import CONTROL_HEADER, WARM_HEADER, decode_label
@@ -38,8 +41,11 @@ from tests.simulation.worker import Parts, Services, Worker
 HEAL_SECONDS = 300.0
 """So long after the last fault everything must be done."""
 
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 0.5
 """Where nothing happens for so long, what is to come next comes now."""
+
+GC_THRESHOLD = 20_000
+"""Objects allocated and not freed before the collector looks: Python's 700 costs a tenth."""
 
 HOUR_MS = 3_600_000
 
@@ -91,12 +97,21 @@ def simulating() -> Iterator[None]:
             (ownership, "RECOVERY_LOOKAHEAD", 3),
             (memory, "FETCH_RECORDS", 2),
             (poll_transport, "monotonic", lambda: _now[-1].time()),
+            (poll_transport, "FETCH_TIMEOUT_SECONDS", 5.0),
             (processor, "Explainer", NoReasons),
+            (terminal, "logtable", lambda *_, **__: ""),
+            (processor, "FurtherFields", cache(processor.FurtherFields)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
+        gc.collect()
+        gc.freeze()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(GC_THRESHOLD)
         try:
             yield
         finally:
+            gc.set_threshold(*thresholds)
+            gc.unfreeze()
             logging.disable(logging.NOTSET)
 
 
@@ -218,7 +233,7 @@ class Run:
         ):
             if rng.random() < 0.4:
                 events += [event] * rng.randint(1, most)
-        records = rng.randint(12, 30)
+        records = rng.randint(8, 20)
         span = 6 * records
         schedule = [(rng.randrange(span), event) for event in events]
         schedule += [(rng.randrange(span), self._produce) for _ in range(records)]
@@ -381,6 +396,7 @@ class Run:
         else:
             store, merchants = self.rng.choice(self._snapshots)
         self._tell("the store loses data")
+        self.auditor.data_were_lost = True
         self.store.restore(store)
         _restore(self.merchants, merchants)
 
