@@ -41,6 +41,15 @@ from tests.simulation.worker import Parts, Services, Worker
 HEAL_SECONDS = 300.0
 """So long after the last fault everything must be done."""
 
+SETTLE_SECONDS = 40.0
+"""So long after the last fault the group has given all partitions to workers that live."""
+
+ACCOUNTS = 3
+"""In each partition of the transactions topic."""
+
+MERCHANTS = 2
+"""In each partition of the labels topic."""
+
 IDLE_SECONDS = 0.5
 """Where nothing happens for so long, what is to come next comes now."""
 
@@ -193,8 +202,9 @@ class Run:
         self._schedule = self._draw_schedule()
         self._seen_effects = 0
         self._is_healing = False
-        self._accounts = [self._names(p, "A", 3) for p in range(partitions)]
-        self._merchant_names = [name for p in range(partitions) for name in self._names(p, "m", 2)]
+        self._is_all_produced = False
+        self._accounts = [self._names(p, "A", ACCOUNTS) for p in range(partitions)]
+        self._merchant_names = [name for p in range(partitions) for name in self._names(p, "m", MERCHANTS)]
         self._sent: list[dict[str, Any]] = []
 
     def _names(self, partition: int, letter: str, count: int) -> list[str]:
@@ -446,12 +456,12 @@ class Run:
         self._seen_effects = self.network.effects
         if not self._schedule and not self._is_healing:
             self._heal()
-        if self._is_healing and self._is_done():
+        if self._is_all_produced and self._is_done():
             self.loop.is_over = True
         self.loop.later(IDLE_SECONDS, self._look)
 
     def _heal(self) -> None:
-        """Nothing fails from now on; what comes now makes everyone look at the store again."""
+        """Nothing fails from now on; all take up what they have, and then look at the store."""
         self._tell("everything works from now on")
         self._is_healing = True
         self.faults.end()
@@ -459,24 +469,28 @@ class Run:
             worker.host.stopped_until = 0.0
         self.coordinator.rebalance()
         self._replace()
-        for partition in range(self.settings.partitions):
-            self._append(partition, self._accounts[partition][0], 1.0)
-        for sent in self._sent[-self.settings.partitions :]:
-            self._append_label(sent["fields"], "fraud", False)
+        self.loop.later(SETTLE_SECONDS, self._produce_last)
         self.loop.later(HEAL_SECONDS, self._give_up)
+
+    def _produce_last(self) -> None:
+        """A record in each partition: without any, nobody looks at its states."""
+        for partition, accounts in enumerate(self._accounts):
+            self._append(partition, accounts[0], 1.0)
+        for merchant in self._merchant_names[::MERCHANTS]:
+            fields = {**self._sent[-1]["fields"], "merchant_id": merchant}
+            self._append_label(fields, "fraud", False)
+        self._is_all_produced = True
 
     def _give_up(self) -> None:
         if not self._is_done():
             self._found(Violation("lost", f"not all is done after {HEAL_SECONDS:.0f} s"))
 
     def _is_done(self) -> bool:
-        """Everything is applied, booked and committed."""
-        committed = self.coordinator.committed
+        """Everything is applied and booked."""
         for partition, audit in enumerate(self.auditor.partitions):
-            end, label_end = len(audit.entries), self.auditor.labels.ends[partition]
-            if committed.get((self._topic, partition), 0) < end:
+            if audit.watermark < len(audit.entries):
                 return False
-            if committed.get((self._labels_topic, partition), 0) < label_end:
+            if not self.auditor.labels.all_booked(self.merchants, partition):
                 return False
         return True
 

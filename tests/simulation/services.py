@@ -44,6 +44,7 @@ class StateStore(MemoryStateStore):
         return super().write(request)
 
     def restore(self, other: MemoryStateStore) -> None:
+        self.changed.update(self.watermarks)
         super().restore(other)
         self.changed.update(self.watermarks)
 
