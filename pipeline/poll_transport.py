@@ -222,6 +222,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     async def perform_seek(self) -> None:
         """Faust seeks to the committed offsets after a rebalance."""
+        # It takes for committed what a commit said that was refused, until it is told better.
+        self._committed_offset.clear()
         await super().perform_seek()
         self._begin.clear()
         for tp, offset in self._committed_offset.items():
