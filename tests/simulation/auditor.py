@@ -330,8 +330,18 @@ class Auditor:
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
     def label_booked(self, partition: int, booking: Booking) -> None:
-        """A label was booked, for the first time or again."""
-        self.check(lambda: self.labels.check(self._merchants, booking.merchant_id, partition))
+        """A label was booked, for the first time or again.
+
+        A worker notices that labels were lost only when it is given their partition, and only
+        if none was booked since: after a loss of data nothing is promised of them.
+        """
+        if not self.data_were_lost:
+            merchant = booking.merchant_id
+            self.check(lambda: self.labels.check(self._merchants, merchant, partition))
+
+    def labels_are_booked(self, partition: int) -> bool:
+        """Whether all of a labels partition are, as far as that is promised."""
+        return self.data_were_lost or self.labels.all_booked(self._merchants, partition)
 
     def booked_to(self, partition: int, end: int) -> None:
         """The store says that a labels partition is booked up to there."""

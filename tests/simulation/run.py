@@ -490,7 +490,7 @@ class Run:
         for partition, audit in enumerate(self.auditor.partitions):
             if audit.watermark < len(audit.entries):
                 return False
-            if not self.auditor.labels.all_booked(self.merchants, partition):
+            if not self.auditor.labels_are_booked(partition):
                 return False
         return True
 
