@@ -208,7 +208,9 @@ class Thread:
         """As Faust has it, and then the way to the main thread, which takes a moment."""
         until = self.thread_loop.time() + timeout
         while self.consumer.flow_active:
-            found = {} if self._is_reassigning else self._take(active_partitions or (), max_records)
+            # What has arrived so far is as much as it likes to be.
+            most = self._member.some(max_records)
+            found = {} if self._is_reassigning else self._take(active_partitions or (), most)
             left = until - self.thread_loop.time()
             if found or left <= 0:
                 await asyncio.sleep(self._member.crossing())
@@ -418,6 +420,7 @@ class Member:
         coordinator: Coordinator,
         kafka: MemoryKafka,
         settings: Settings,
+        consumer: type[Consumer],
         crashed: Callable[[BaseException], None],
     ) -> None:
         self.host = host
@@ -430,10 +433,11 @@ class Member:
         self._rng = rng
         self._told = asyncio.Event()
         self.app = App(self)
-        self.consumer = self._new_consumer(
-            SimpleNamespace(
-                app=self.app, member=self, create_transaction_manager=lambda **_: None
-            )
+        transport = SimpleNamespace(
+            app=self.app, member=self, create_transaction_manager=lambda **_: None
+        )
+        self.consumer = consumer(
+            transport, self._deliver, self._on_revoked, self._on_assigned, loop=loop
         )
         self.thread: Thread = self.consumer._thread
         self.inboxes = {
@@ -443,14 +447,13 @@ class Member:
         self._tasks: list[asyncio.Task[Any]] = []
         self._recoveries = 0
 
-    def _new_consumer(self, transport: Any) -> Consumer:
-        return Consumer(
-            transport, self._deliver, self._on_revoked, self._on_assigned, loop=self.loop
-        )
-
     def crossing(self) -> float:
         """Seconds from aiokafka's thread to the worker's."""
         return self.network.delay() / 8
+
+    def some(self, most: int) -> int:
+        """A number from 1 on, at most so much."""
+        return self._rng.randint(1, most)
 
     def told(self) -> None:
         """The coordinator says that the group rebalances, or that this is no member."""

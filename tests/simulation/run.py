@@ -26,7 +26,6 @@ from pipeline.errors import RejectedError
 from pipeline.labels import booking_of
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
 from pipeline.publisher import PublishError
-from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.topics import ROLES
 from tests.memory_pipeline import DAY_MS, START_MS
@@ -79,8 +78,8 @@ class Result:
 
 
 @cache
-def _scorer(ttl_ms: int) -> Scorer:
-    return ChainScorer(chain_checkpoint(), ttl_ms)
+def _scorer(kind: type[ChainScorer], ttl_ms: int) -> ChainScorer:
+    return kind(chain_checkpoint(), ttl_ms)
 
 
 @cache
@@ -162,7 +161,7 @@ class Run:
         )
         self.store = StateStore()
         self.merchants = MemoryMerchantStore()
-        scorer = _scorer(int(self.settings.state_ttl_days * DAY_MS))
+        scorer = _scorer(parts.scorer, int(self.settings.state_ttl_days * DAY_MS))
         self.auditor = Auditor(
             topic=self._topic,
             partitions=partitions,
@@ -188,7 +187,7 @@ class Run:
             self.network,
             self.coordinator,
             self.settings,
-            parts.scorer(chain_checkpoint(), DAY_MS) if parts.scorer else scorer,
+            scorer,
             self.kafka,
             self.store,
             self.merchants,
@@ -336,7 +335,9 @@ class Run:
         """A worker joins."""
         self._started += 1
         host = Host(f"worker {self._started}")
-        worker = Worker(host, self._services, self._parts, self._died)
+        worker = (self._parts.worker or Worker)(
+            host, self._services, self._parts, self._died
+        )
         self._workers.append(worker)
         self._tell(f"{host.name} starts")
         worker.start()

@@ -26,8 +26,9 @@ from pipeline.publisher import Outgoing
 from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from tests.simulation.auditor import Auditor, Conclusion
+from tests.simulation.chain import ChainScorer
 from tests.simulation.clock import Host, Loop
-from tests.simulation.group import Coordinator, Member
+from tests.simulation.group import Consumer, Coordinator, Member
 from tests.simulation.network import Network
 from tests.simulation.services import Publisher, ScoreLog, StateClient, StateStore, MerchantClient
 
@@ -39,13 +40,16 @@ METRICS = Metrics(CollectorRegistry())
 class Parts:
     """What workers are made of; a bug planted by hand replaces one."""
 
-    member: type[Member] = Member
+    consumer: type[Consumer] = Consumer
     state_client: type[StateClient] = StateClient
+    merchant_client: type[MerchantClient] = MerchantClient
     publisher: type[Publisher] = Publisher
+    score_log: type[ScoreLog] = ScoreLog
     ownership: type[Ownership] = Ownership
     processor: type[Processor] = Processor
     labels: type[LabelProcessor] = LabelProcessor
-    scorer: type[Scorer] | None = None
+    scorer: type[ChainScorer] = ChainScorer
+    worker: type[Worker] | None = None
 
 
 @dataclass
@@ -88,7 +92,7 @@ class Worker(app.Worker):
         self._known: dict[int, tuple[Any, int]] = {}
         self._conclusions: dict[int, Conclusion] = {}
         self._concluding: Conclusion | None = None
-        self.member = parts.member(
+        self.member = Member(
             host,
             services.loop,
             services.rng,
@@ -96,6 +100,7 @@ class Worker(app.Worker):
             services.coordinator,
             services.kafka,
             settings,
+            parts.consumer,
             self._crashed,
         )
         self.app = self.member.app
@@ -104,11 +109,11 @@ class Worker(app.Worker):
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
         patience = Patience(METRICS, self.health)
-        score_log = ScoreLog(host, network, services.kafka, settings)
+        score_log = parts.score_log(host, network, services.kafka, settings)
         publisher = parts.publisher(
             host, network, services.kafka, settings, services.rng, self._published
         )
-        merchants = MerchantClient(host, network, services.merchants, services.auditor)
+        merchants = parts.merchant_client(host, network, services.merchants, services.auditor)
         store = parts.state_client(host, network, services.store)
         self.ownership = parts.ownership(
             topic=self._topic,
