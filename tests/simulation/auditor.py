@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -352,19 +353,20 @@ class Auditor:
         source = decode_alert(value or b"").source
         self.alerts[source] = self.alerts.get(source, 0) + 1
 
-    def committed(self, topic: str, partition: int, offset: int, before: int | None) -> None:
-        """The group commits an offset."""
+    def committed(self, place: tuple[str, int], offset: int, before: int | None) -> None:
+        """The group commits an offset of a topic's partition."""
+        topic, partition = place
+        name = f"{topic} {partition}"
 
         def check() -> None:
-            place = f"{topic} {partition}"
             if topic == self._topic:
                 furthest = self.partitions[partition].furthest
             else:
                 furthest = self.labels.booked_to[partition]
             if offset > furthest:
-                raise Violation("commit", f"{offset} of {place}, which is done up to {furthest}")
+                raise Violation("commit", f"{offset} of {name}, which is done up to {furthest}")
             if before is not None and offset < before and not self.data_were_lost:
-                raise Violation("commit", f"{place} back from {before} to {offset}")
+                raise Violation("commit", f"{name} back from {before} to {offset}")
 
         self.check(check)
 
@@ -383,7 +385,7 @@ class Auditor:
     def finish(self) -> None:
         """At the end, when everything was done that there was to do."""
         for partition in self.partitions:
-            self.check(lambda partition=partition: self._finish_partition(partition))
+            self.check(partial(self._finish_partition, partition))
         for number, bookings in enumerate(self.labels.bookings):
             for booking in bookings.values():
                 self.label_booked(number, booking)

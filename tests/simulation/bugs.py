@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from pipeline import ownership
 from pipeline.account_state import AccountStates, Watermark
+from pipeline.keys import merchant_slot
 from pipeline.merchant_store import Booking
 from pipeline.ownership import Chunk, Owned, Ownership, Record
 from pipeline.processor import Computed, Part, Processor
@@ -47,12 +49,13 @@ class Bug:
     parts: Parts = field(default_factory=Parts)
     patches: Sequence[tuple[object, str, object]] = ()
 
-    def planted(self) -> mock._patch[Any] | Any:
+    @contextmanager
+    def planted(self) -> Iterator[None]:
         """While this lasts, what it patches is wrong."""
-        stack = __import__("contextlib").ExitStack()
-        for target, name, value in self.patches:
-            stack.enter_context(mock.patch.object(target, name, value))
-        return stack
+        with ExitStack() as stack:
+            for target, name, value in self.patches:
+                stack.enter_context(mock.patch.object(target, name, value))
+            yield
 
 
 # the order of publish, save, ack ---------------------------------------------------------
@@ -313,9 +316,11 @@ class AlwaysNew(Ownership):
     async def _assume(
         self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
     ) -> Owned:
-        written = self._write_first_watermark
-        self._write_first_watermark = lambda p, _: written(p, begin)  # type: ignore[method-assign]
+        self._begin = begin
         return await super()._assume(partition, watermark, begin, lost=lost)
+
+    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
+        return await super()._write_first_watermark(partition, self._begin)
 
 
 # rejected records, labels ------------------------------------------------------------------
@@ -338,14 +343,8 @@ class BookedAgain(MerchantClient):
 
     async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
         for label in labels:
-            self._store.booked.pop((partition, _slot(label)), None)
+            self._store.booked.pop((partition, merchant_slot(label.merchant_id)), None)
         return await super().book(partition, labels, end)
-
-
-def _slot(label: Booking) -> int:
-    from pipeline.keys import merchant_slot
-
-    return merchant_slot(label.merchant_id)
 
 
 def _nothing(*_: Iterable[Any]) -> None:

@@ -11,9 +11,12 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from itertools import count
-from typing import Any
+from typing import Any, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
+
 
 class Host:
     """A process.
@@ -52,9 +55,8 @@ class Loop(asyncio.AbstractEventLoop):
         self.is_over = False
         self._after_step = after_step
         self._now = 0.0
-        self._ready: deque[asyncio.Handle] = deque()
-        # The world's own calls need no handle: there are many, and none is taken back.
-        self._timers: list[tuple[float, int, asyncio.Handle | None, Callable[..., Any], Any]] = []
+        self._ready: deque[tuple[asyncio.Handle, Host | None]] = deque()
+        self._timers: list[tuple[float, int, Callable[..., object], tuple[object, ...]]] = []
         self._numbers = count()
         self._tasks: list[asyncio.Task[Any]] = []
 
@@ -77,28 +79,42 @@ class Loop(asyncio.AbstractEventLoop):
         return False
 
     def call_soon(
-        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """Call it next."""
+        context = context or copy_context()
         handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
+        self._ready.append((handle, context.get(_HOST)))
         return handle
 
     call_soon_threadsafe = call_soon  # there is one thread
 
     def call_later(
-        self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+        self,
+        delay: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Call it so many seconds from now."""
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(
-        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+        self,
+        when: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Call it then."""
+        context = context or copy_context()
         handle = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._numbers), handle, callback, ()))
+        host = context.get(_HOST)
+        self._at(when, self._run_in_host, handle, host)
         return handle
+
+    def _at(self, when: float, callback: Callable[..., object], *args: object) -> None:
+        heapq.heappush(self._timers, (when, next(self._numbers), callback, args))
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Cancelled timers are dropped when their time comes."""
@@ -112,7 +128,7 @@ class Loop(asyncio.AbstractEventLoop):
     ) -> asyncio.Task[Any]:
         """A task of the process that asks for it, or that ``context`` names."""
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
-        host = _HOST.get() if context is None else context.get(_HOST)
+        host = (context or copy_context()).get(_HOST)
         (self._tasks if host is None else host.tasks).append(task)
         return task
 
@@ -125,14 +141,13 @@ class Loop(asyncio.AbstractEventLoop):
 
     # running -----------------------------------------------------------------------------
 
-    def soon(self, callback: Callable[..., Any], *args: Any) -> None:
+    def soon(self, callback: Callable[..., object], *args: object) -> None:
         """Call it next, in no process."""
         self.later(0.0, callback, *args)
 
-    def later(self, delay: float, callback: Callable[..., Any], *args: Any) -> None:
+    def later(self, delay: float, callback: Callable[..., object], *args: object) -> None:
         """Call it so many seconds from now, in no process."""
-        entry = self._now + delay, next(self._numbers), None, callback, args
-        heapq.heappush(self._timers, entry)
+        self._at(self._now + delay, callback, *args)
 
     def run(self, until: float) -> None:
         """Run until ``is_over`` is set, nothing is left to do, or the clock is at ``until``."""
@@ -141,14 +156,11 @@ class Loop(asyncio.AbstractEventLoop):
         try:
             while not self.is_over:
                 if ready:
-                    self._run_in_host(ready.popleft())
+                    self._run_in_host(*ready.popleft())
                 elif timers and timers[0][0] <= until:
-                    when, _, handle, callback, args = heapq.heappop(timers)
+                    when, _, callback, args = heapq.heappop(timers)
                     self._now = max(self._now, when)
-                    if handle is not None:
-                        self._run_in_host(handle)
-                    else:
-                        callback(*args)
+                    callback(*args)
                 else:
                     return
                 self.steps += 1
@@ -156,18 +168,13 @@ class Loop(asyncio.AbstractEventLoop):
         finally:
             asyncio._set_running_loop(None)
 
-    def _run_in_host(self, handle: asyncio.Handle) -> None:
-        if handle._cancelled:
+    def _run_in_host(self, handle: asyncio.Handle, host: Host | None) -> None:
+        if handle.cancelled() or (host is not None and host.is_dead):
             return
-        host = handle._context.get(_HOST)
-        if host is not None:
-            if host.is_dead:
-                return
-            if host.stopped_until > self._now:
-                entry = host.stopped_until, next(self._numbers), handle, handle._run, ()
-                heapq.heappush(self._timers, entry)
-                return
-        handle._run()
+        if host is not None and host.stopped_until > self._now:
+            self._at(host.stopped_until, self._run_in_host, handle, host)
+        else:
+            handle._run()
 
     def close_tasks(self, tasks: list[asyncio.Task[Any]]) -> None:
         """End them where they wait: nothing of them runs any more."""

@@ -2,8 +2,8 @@
 
 The coordinator rebalances eagerly, as Faust's groups do: all members give their partitions up,
 join again and are given new ones; one that does not join in time is left out and hears of it
-later. What each member does then is Faust's sequence, with :class:`pipeline.poll_transport.Consumer`
-in it.
+later. What each member does then is Faust's sequence, with the consumer of
+:mod:`pipeline.poll_transport` in it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tests.simulation.network import USUAL_SECONDS, Network
 SESSION_SECONDS = 10.0
 """A member that is not heard of for so long is left out."""
 
-REBALANCE_SECONDS = 14.0
+REBALANCE_SECONDS = 11.0
 """So long the coordinator waits for members to join again."""
 
-COMMIT_SECONDS = 1.0
+COMMIT_SECONDS = 1.5
 """Between two commits."""
 
-NOTICE_SECONDS = 20.0
+NOTICE_SECONDS = 12.0
 """At the latest after so long a member hears that it was left out."""
 
 
@@ -432,6 +432,7 @@ class Member:
         self.crashed = crashed
         self._rng = rng
         self._told = asyncio.Event()
+        self._flow_is_active = asyncio.Event()
         self.app = App(self)
         transport = SimpleNamespace(
             app=self.app, member=self, create_transaction_manager=lambda **_: None
@@ -509,6 +510,7 @@ class Member:
         consumer = self.consumer
         consumer.stop_flow()
         self.app.flow_is_active = False
+        self._flow_is_active.clear()
         consumer.pause_partitions(consumer.assignment())
         for inbox in self.inboxes.values():
             inbox.clear()
@@ -537,13 +539,13 @@ class Member:
             if number != self._recoveries:
                 return
         self.app.flow_is_active = True
+        self._flow_is_active.set()
         self.consumer.resume_flow()
         for inbox in self.inboxes.values():
             inbox.wake()
 
     async def _deliver(self, message: ConsumerMessage) -> None:
         """The conductor: from the consumer to the agent."""
-        while not self.app.flow_is_active:
-            await asyncio.sleep(0.01)
+        await self._flow_is_active.wait()
         message.incref(1)
         self.inboxes[message.topic].put(Event(message, self.consumer))

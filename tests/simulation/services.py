@@ -146,10 +146,11 @@ class MerchantClient:
             self._store.booked_ends[partition] = end
             self._auditor.booked_to(partition, end)
 
+        effects: list[Callable[[], None]] = [partial(book, places) for places in slots.values()]
         await self._network.ask(
             self._host,
             f"book {partition} up to {end}",
-            [*(partial(book, places) for places in slots.values()), say],
+            [*effects, say],
             StoreUnavailableError,
         )
         return decisions
@@ -211,9 +212,7 @@ class Publisher:
         appended = await asyncio.gather(*sent)
         return dict(zip(scores, appended, strict=False))
 
-    async def _append(
-        self, topic: str, partition: int, records: Sequence[Outgoing]
-    ) -> Appended:
+    async def _append(self, topic: str, partition: int, records: Sequence[Outgoing]) -> Appended:
         published = self._published()
 
         def append() -> int:
@@ -266,4 +265,3 @@ class ScoreLog:
             LogUnavailableError,
         )
         return found
-

@@ -30,7 +30,7 @@ from tests.simulation.chain import ChainScorer
 from tests.simulation.clock import Host, Loop
 from tests.simulation.group import Consumer, Coordinator, Member
 from tests.simulation.network import Network
-from tests.simulation.services import Publisher, ScoreLog, StateClient, StateStore, MerchantClient
+from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient, StateStore
 
 METRICS = Metrics(CollectorRegistry())
 """Nobody reads them, and making them would take a tenth of a run."""
@@ -190,7 +190,8 @@ class Worker(app.Worker):
             self._conclusions[id(poll)] = conclusion
             for partition in fresh:
                 self._known[partition] = (
-                    self.ownership.owned(partition), conclusion.known[partition]
+                    self.ownership.owned(partition),
+                    conclusion.known[partition],
                 )
             return computed
 
