@@ -43,9 +43,9 @@ def score_of(hidden: bytes) -> float:
 
 
 def chain_checkpoint() -> Checkpoint:
-    """For the chain: it looks at merchants, and a fifth of all scores raises an alert."""
+    """For the chain: it looks at merchants, and two fifths of all scores raise an alert."""
     checkpoint = small_checkpoint(hidden_size=4, inputs=INPUTS)
-    return checkpoint.with_header(thresholds=Thresholds(review=0.8, decline=0.95))
+    return checkpoint.with_header(thresholds=Thresholds(review=0.6, decline=0.8))
 
 
 class ChainScorer(Scorer):

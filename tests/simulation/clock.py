@@ -25,12 +25,14 @@ class Host:
         name: for the trace.
         is_dead: nothing of it runs any more.
         stopped_until: nothing of it runs before, seconds.
+        held: share of what it sends and is sent that is held on its way.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.is_dead = False
         self.stopped_until = 0.0
+        self.held = 0.0
         self.tasks: list[asyncio.Task[Any]] = []
         self._context = Context()
         self._context.run(_HOST.set, self)

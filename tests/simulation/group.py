@@ -213,7 +213,7 @@ class Thread:
             found = {} if self._is_reassigning else self._take(active_partitions or (), most)
             left = until - self.thread_loop.time()
             if found or left <= 0:
-                await asyncio.sleep(self._member.crossing())
+                await self._member.network.cross(self._member.host)
                 return found
             self._changed = self.thread_loop.create_future()
             timer = self.thread_loop.call_later(left, self.wake)
@@ -448,10 +448,6 @@ class Member:
         self._tasks: list[asyncio.Task[Any]] = []
         self._recoveries = 0
 
-    def crossing(self) -> float:
-        """Seconds from aiokafka's thread to the worker's."""
-        return self.network.delay() / 8
-
     def some(self, most: int) -> int:
         """A number from 1 on, at most so much."""
         return self._rng.randint(1, most)
@@ -482,6 +478,7 @@ class Member:
             await asyncio.sleep(self.network.delay())
             while (given := await self.coordinator.join(self)) is None:
                 pass
+            self.host.held = 0.0
             generation, places = given
             self.thread.assign(generation, places)
             self.app.consumer_generation_id = generation

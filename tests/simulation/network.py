@@ -8,9 +8,11 @@ for each: see :class:`Fate`. An effect that was sent happens although its sender
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from random import Random
 from typing import Any, TypeVar
 
@@ -24,6 +26,12 @@ USUAL_SECONDS = 0.02
 SLOW_SECONDS = 12.0
 """Of a slow one: longer than a session lasts."""
 
+HELD_EFFECTS = 40
+"""What is held on its way comes at the latest after so many effects of others."""
+
+HELD_SECONDS = 35.0
+"""Or after so long, where there are none."""
+
 
 class Fate(Enum):
     """What becomes of a request."""
@@ -32,7 +40,7 @@ class Fate(Enum):
     LOST = "lost"  # nothing is done; an error
     PARTIAL = "partial"  # some of its effects are done; an error
     UNANSWERED = "unanswered"  # all is done; an error
-    LATE = "late"  # an error, and all is done after it
+    LATE = "late"  # an error, and all is done before or after it
 
 
 class UnexpectedError(Exception):
@@ -44,6 +52,7 @@ class Faults:
     """Shares of requests to which something happens."""
 
     slow: float = 0.0
+    held: float = 0.0
     lost: float = 0.0
     partial: float = 0.0
     unanswered: float = 0.0
@@ -52,8 +61,8 @@ class Faults:
 
     def end(self) -> None:
         """Everything is answered, and soon."""
-        self.slow = self.lost = self.partial = self.unanswered = self.late = 0.0
-        self.unexpected = 0.0
+        self.slow = self.held = self.lost = self.partial = 0.0
+        self.unanswered = self.late = self.unexpected = 0.0
 
 
 class Network:
@@ -80,6 +89,8 @@ class Network:
         self._faults = faults
         self._on_effect = on_effect
         self._note = note
+        self._held: list[tuple[int, int, Callable[[], None]]] = []
+        self._numbers = count()
         self.effects = 0
 
     def delay(self) -> float:
@@ -87,6 +98,31 @@ class Network:
         if self._rng.random() < self._faults.slow:
             return self._rng.uniform(USUAL_SECONDS, SLOW_SECONDS)
         return self._rng.random() * USUAL_SECONDS
+
+    def send(self, host: Host, arrive: Callable[[], None]) -> None:
+        """Let something from or to a host arrive after a while.
+
+        That is a while of time, or one that others fill with what they do.
+        """
+        if self._rng.random() >= max(self._faults.held, host.held):
+            self._loop.later(self.delay(), arrive)
+            return
+        due = self.effects + self._rng.randint(1, HELD_EFFECTS)
+        held = due, next(self._numbers), arrive
+        heapq.heappush(self._held, held)
+        self._loop.later(HELD_SECONDS, self._release, held)
+
+    def _release(self, held: tuple[int, int, Callable[[], None]]) -> None:
+        if held in self._held:
+            self._held.remove(held)
+            heapq.heapify(self._held)
+            held[2]()
+
+    async def cross(self, host: Host) -> None:
+        """From one of a process's threads to another."""
+        crossed = self._loop.create_future()
+        self.send(host, lambda: None if crossed.done() else crossed.set_result(None))
+        await crossed
 
     def _fate(self) -> Fate:
         faults, chance = self._faults, self._rng.random()
@@ -125,9 +161,7 @@ class Network:
         request = _Request(self, host, name, list(effects), self._fate(), answer, error)
         if request.fate is Fate.LATE:
             self._loop.later(self.delay(), request.fail)
-            self._loop.later(self.delay() + self.delay(), request.arrive)
-        else:
-            self._loop.later(self.delay(), request.arrive)
+        self.send(host, request.arrive)
         return await answer
 
     def unexpected(self) -> bool:
@@ -141,6 +175,8 @@ class Network:
     def happens(self, host: Host, name: str) -> None:
         """An effect is about to happen."""
         self.effects += 1
+        while self._held and self._held[0][0] <= self.effects:
+            self._loop.soon(heapq.heappop(self._held)[2])
         if self._note is not None:
             self._note(f"{host.name}{' (dead)' if host.is_dead else ''}: {name}")
         self._on_effect()
@@ -188,9 +224,9 @@ class _Request:
         if self._left:
             self._loop.later(self._network.delay() / 8, self.arrive)
         elif self.fate is Fate.ANSWERED:
-            self._loop.later(self._network.delay(), self._succeed)
+            self._network.send(self._host, self._succeed)
         elif self.fate is not Fate.LATE:
-            self._loop.later(self._network.delay(), self.fail)
+            self._network.send(self._host, self.fail)
 
     def _succeed(self) -> None:
         if not self._answer.done():

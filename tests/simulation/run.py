@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+from faust.types import TP
 from faust.utils import terminal
 
 from pipeline import memory, ownership, poll_transport, processor
@@ -229,6 +230,7 @@ class Run:
 
         return Faults(
             slow=share(0.3),
+            held=share(0.3),
             lost=share(0.2),
             partial=share(0.2),
             unanswered=share(0.2),
@@ -241,20 +243,24 @@ class Run:
         rng = self.rng
         events: list[Callable[[], None]] = []
         for event, most in (
-            (self._kill, 3),
-            (self._start, 2),
-            (self._stop_for_a_while, 2),
+            (self._kill, 5),
+            (self._start, 3),
+            (self._stop_for_a_while, 3),
             (self._terminate, 2),
-            (self._expel, 3),
+            (self._expel, 5),
             (self._rebalance, 3),
             (self._lose_data, 3),
         ):
-            if rng.random() < 0.4:
+            if rng.random() < 0.5:
                 events += [event] * rng.randint(1, most)
         records = rng.randint(8, 18)
-        span = 6 * records
+        span = 5 * records
         schedule = [(rng.randrange(span), event) for event in events]
-        schedule += [(rng.randrange(span), self._produce) for _ in range(records)]
+        # One by one, or in bursts that workers need a while for.
+        moments = [rng.randrange(span // 2) for _ in range(rng.choice([1, 2, 3, 100]))]
+        if len(moments) > 3:
+            moments = list(range(span))
+        schedule += [(rng.choice(moments), self._produce) for _ in range(records)]
         schedule += [(rng.randrange(span), self._label) for _ in range(records // 5)]
         schedule.sort(key=lambda item: item[0])
         return schedule
@@ -401,6 +407,7 @@ class Run:
         worker = self._some_worker()
         if worker is not None:
             self._tell(f"{worker.host.name} is left out of the group")
+            worker.host.held = self.rng.random()
             self.coordinator.expel(worker.member)
 
     def _rebalance(self) -> None:
@@ -474,7 +481,7 @@ class Run:
         self._is_healing = True
         self.faults.end()
         for worker in self._workers:
-            worker.host.stopped_until = 0.0
+            worker.host.stopped_until = worker.host.held = 0.0
         self.coordinator.rebalance()
         self._replace()
         self.loop.later(SETTLE_SECONDS, self._produce_last)
@@ -494,8 +501,11 @@ class Run:
             self._found(Violation("lost", f"not all is done after {HEAL_SECONDS:.0f} s"))
 
     def _is_done(self) -> bool:
-        """Everything is applied and booked."""
+        """Everything is applied, booked and committed."""
+        committed = self.coordinator.committed
         for partition, audit in enumerate(self.auditor.partitions):
+            if committed.get(TP(self._topic, partition), 0) < len(audit.entries):
+                return False
             if audit.watermark < len(audit.entries):
                 return False
             if not self.auditor.labels_are_booked(partition):
