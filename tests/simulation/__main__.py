@@ -10,7 +10,7 @@ from tests.simulation.bugs import BUGS, Bug
 from tests.simulation.run import simulate, simulating
 from tests.simulation.soak import processors, soak
 
-RIGHT = Bug("none", 0)
+RIGHT = Bug("none", 0, 0)
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def replay(seed: int, bug: Bug) -> int:
     if result.violation is None:
         print(f"seed {seed}: nothing is wrong")
         return 0
-    return tell(seed, str(result.violation))
+    return tell(seed, str(result.violation), "" if bug is RIGHT else f' --bug "{bug.name}"')
 
 
 def many(seeds: range, processes: int) -> int:
@@ -65,10 +65,10 @@ def many(seeds: range, processes: int) -> int:
     return 0
 
 
-def tell(seed: int, violation: str) -> int:
+def tell(seed: int, violation: str, more: str = "") -> int:
     """What is wrong, and how to see it again."""
     print(f"seed {seed}: {violation}")
-    print(f"replay it:  python -m tests.simulation --seed {seed}")
+    print(f"replay it:  python -m tests.simulation --seed {seed}{more}")
     return 1
 
 

@@ -197,18 +197,6 @@ class KeepAcrossReset(Consumer):
         """Nobody counts."""
 
 
-class RefusedCommit(Consumer):
-    """Takes a commit that was refused for what is committed."""
-
-    async def perform_seek(self) -> None:
-        committed = dict(self._committed_offset)
-        self._committed_offset.clear()
-        await super().perform_seek()
-        for place, offset in committed.items():
-            if self._committed_offset.get(place) is None and offset is not None:
-                self._committed_offset[place] = self._begin[place] = offset
-
-
 # scores that were published ----------------------------------------------------------------
 
 
@@ -362,7 +350,6 @@ BUGS = [
     Bug("positions kept over a reset", 0, Parts(consumer=PositionsKept)),
     Bug("a fetch across a reset dropped without a seek", 0, Parts(consumer=DropWithoutSeek)),
     Bug("a fetch across a reset taken", 0, Parts(consumer=KeepAcrossReset)),
-    Bug("a refused commit taken for the committed offset", 0, Parts(consumer=RefusedCommit)),
     Bug("recorded features not reused", 0, Parts(score_log=FeaturesNotReused)),
     Bug("published scores said again", 0, Parts(ownership=NothingKept)),
     Bug("alerts not published again", 0, Parts(processor=AlertsOnce)),
