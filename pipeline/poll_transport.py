@@ -20,7 +20,6 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from time import monotonic
 from typing import Any, ClassVar, TypeVar, cast
 
-from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from faust import Schema
 from faust.transport import drivers
@@ -229,13 +228,20 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         for tp, offset in self._committed_offset.items():
             if offset is not None:
                 self._begin[tp] = offset
+        # Where the group has committed nothing this has to be said, too: a fetch of the time
+        # before may yet return, and is sought back to where it began, if nobody knows better.
+        is_earliest = self.app.conf.consumer_auto_offset_reset == "earliest"
         new = [
-            TopicPartition(tp.topic, tp.partition)  # seek_to_beginning() takes nothing else
-            for tp in self.assignment()
-            if tp.topic in self.from_begin and self._committed_offset.get(tp) is None
+            tp
+            for tp in sorted(self.assignment())
+            if (is_earliest or tp.topic in self.from_begin)
+            and self._committed_offset.get(tp) is None
         ]
         if new:
-            await self._thread.seek_to_beginning(*new)
+            for tp, offset in (await self._thread.earliest_offsets(*new)).items():
+                place = TP(tp.topic, tp.partition)
+                self._begin[place] = offset
+                await self._seek_thread(place, offset)
 
     async def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from faust.types import TP
@@ -108,39 +110,76 @@ def test_a_failing_seed_is_told_with_the_command_that_replays_it() -> None:
     assert replay == f'replay it:  python -m tests.simulation --seed 0 --bug "{bug.name}"'
 
 
+class Alone:
+    """A member of a group that knows nothing of it: what it commits is refused."""
+
+    place = TP("transactions", 0)
+
+    def __init__(self) -> None:
+        self.loop = Loop(lambda: None)  # type: ignore[abstract]
+        rng = Random(0)
+        network = Network(self.loop, rng, Faults(), lambda: None, None)
+        topics = ["transactions", "labels"]
+        self.kafka = MemoryKafka(dict.fromkeys(topics, 1), lambda: 0)
+        self.coordinator = Coordinator(self.loop, rng, network, topics, 1, lambda *_: None)
+        self.member = Member(
+            Host("worker"),
+            self.loop,
+            rng,
+            network,
+            self.coordinator,
+            self.kafka,
+            load_settings(partitions=1),
+            Consumer,
+            lambda error: None,
+        )
+        self.consumer = self.member.consumer
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """To its end."""
+        with simulating():
+            task = self.member.host.start(self.loop, work)
+            self.loop.run(until=60.0)
+        task.result()
+
+
 def test_a_commit_that_was_refused_is_not_taken_for_what_is_committed() -> None:
     """Faust remembers it as committed; a fetch that is given up would be sought past it."""
-    place = TP("transactions", 0)
-    rng = Random(0)
-    settings = load_settings(partitions=1)
-    loop = Loop(lambda: None)  # type: ignore[abstract]
-    network = Network(loop, rng, Faults(), lambda: None, None)
-    kafka = MemoryKafka({"transactions": 1, "labels": 1}, lambda: 0)
-    coordinator = Coordinator(loop, rng, network, ["transactions", "labels"], 1, lambda *_: None)
-    errors: list[BaseException] = []
-    member = Member(
-        Host("worker"), loop, rng, network, coordinator, kafka, settings, Consumer, errors.append
-    )
-    consumer = member.consumer
-    seen = []
+    alone = Alone()
+    consumer, place = alone.consumer, alone.place
+    believed = []
 
     async def go() -> None:
-        member.thread.assign(1, [place])  # of a generation that the coordinator does not know
+        alone.member.thread.assign(1, [place])
         consumer._positions[place] = 5
         await consumer.commit()
-        seen.append(dict(consumer._committed_offset))
+        believed.append(dict(consumer._committed_offset))
         await consumer.perform_seek()
 
-    with simulating():
-        task = member.host.start(loop, go())
-        loop.run(until=60.0)
+    alone.run(go())
 
-    assert task.done()
-    assert task.exception() is None
-    assert seen == [{place: 5}], "if Faust does so no more, perform_seek() need not undo it"
-    assert coordinator.committed == {}
+    assert believed == [{place: 5}], "if Faust does so no more, nothing need be undone"
+    assert alone.coordinator.committed == {}
     assert consumer._committed_offset.get(place) is None
-    assert place not in consumer._begin
+    assert consumer._begin == {place: 0}
+
+
+def test_a_fetch_of_the_time_before_does_not_move_a_new_group_past_what_it_has_not_read() -> None:
+    """The group has committed nothing: the worker reads from the log's begin, whatever returns."""
+    alone = Alone()
+    consumer, place = alone.consumer, alone.place
+    for _ in range(3):
+        alone.kafka.produce(place.topic, b"A", b"", partition=0)
+    stale = alone.kafka.fetch(place.topic, 0, 2, 1)
+
+    async def go() -> None:
+        alone.member.thread.assign(1, [place])
+        await consumer.perform_seek()
+        await consumer._give_up({place: stale})
+
+    alone.run(go())
+
+    assert alone.member.thread.positions == {place: 0}
 
 
 def test_a_process_that_is_stopped_goes_on_later_and_a_dead_one_does_not() -> None:

@@ -15,9 +15,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
-from aiokafka import TopicPartition
 from faust.types import TP, ConsumerMessage
 
 from pipeline import poll_transport
@@ -26,6 +25,8 @@ from pipeline.score_log import LogUnavailableError
 from pipeline.settings import Settings
 from tests.simulation.clock import Host, Loop
 from tests.simulation.network import USUAL_SECONDS, Network
+
+T = TypeVar("T")
 
 SESSION_SECONDS = 10.0
 """A member that is not heard of for so long is left out."""
@@ -243,10 +244,12 @@ class Thread:
         self.positions[place] = offset
         self.wake()
 
-    async def seek_to_beginning(self, *places: TopicPartition) -> None:
-        """Fetch from the logs' begins on."""
-        for place in places:
-            self.positions[TP(place.topic, place.partition)] = 0
+    async def earliest_offsets(self, *places: TP) -> dict[TP, int]:
+        """Where the logs begin; aiokafka asks again until it is told."""
+        return {place: await self._told("begin", place, self._begin) for place in places}
+
+    def _begin(self, place: TP) -> int:
+        return self._kafka.bounds(place.topic, place.partition).begin
 
     async def seek_to_committed(self) -> dict[TP, int | None]:
         """Ask for what is committed, and fetch from there on."""
@@ -259,19 +262,19 @@ class Thread:
 
     async def committed(self, place: TP) -> int | None:
         """Ask for what is committed; aiokafka asks again until it is told."""
-        member = self._member
+        return await self._told("committed", place, self._member.coordinator.committed.get)
+
+    async def _told(self, name: str, place: TP, find: Callable[[TP], T]) -> T:
+        member, text = self._member, f"{name}? {place.topic} {place.partition}"
         while True:
             try:
-                (offset,) = await member.network.ask(
-                    member.host,
-                    f"committed? {place.topic} {place.partition}",
-                    [lambda: member.coordinator.committed.get(place)],
-                    LogUnavailableError,
+                (found,) = await member.network.ask(
+                    member.host, text, [lambda: find(place)], LogUnavailableError
                 )
             except LogUnavailableError:
                 await asyncio.sleep(0.1)
             else:
-                return offset
+                return found
 
     async def commit(self, offsets: Mapping[TP, int]) -> bool:
         """Commit; aiokafka asks again until it is answered."""
@@ -384,6 +387,7 @@ class App(SimpleNamespace):
             ),
             conf=SimpleNamespace(
                 broker_commit_every=None,
+                consumer_auto_offset_reset="earliest",
                 ConsumerScheduler=lambda: None,
                 broker_commit_interval=COMMIT_SECONDS,
                 broker_commit_livelock_soft_timeout=60.0,
