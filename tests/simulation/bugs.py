@@ -40,12 +40,14 @@ class Bug:
     Attributes:
         name: what is done wrong.
         runs: how many it took until the auditor saw it, from seed 0 on.
+        runs_max: in so many it must; twice as many, or four times as many as it takes on average.
         parts: what is put in the place of what is right.
         patches: objects, names of their attributes, and what is put in their place.
     """
 
     name: str
     runs: int
+    runs_max: int
     parts: Parts = field(default_factory=Parts)
     patches: Sequence[tuple[object, str, object]] = ()
 
@@ -249,7 +251,7 @@ class ScoresOffsetTooFar(Ownership):
 # states ------------------------------------------------------------------------------------
 
 
-class StatesOutliveOwnership(Ownership):
+class OldStates(Ownership):
     """Goes on with states that it held before it lost a partition, or its watermark."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -340,28 +342,28 @@ def _nothing(*_: Iterable[Any]) -> None:
 
 
 BUGS = [
-    Bug("ack before save", 0, Parts(worker=AckFirst)),
-    Bug("ack of what was not saved", 0, Parts(processor=AckWhatIsNotSaved)),
-    Bug("save before publish", 0, Parts(publisher=PublishLater)),
-    Bug("save before alerts are published", 0, Parts(publisher=AlertsLater)),
-    Bug("a save without the guard", 0, Parts(state_client=SaveWithoutGuard)),
-    Bug("a watermark that is not atomic with its states", 0, Parts(state_client=WatermarkApart)),
-    Bug("a late ack after a reset", 0, Parts(consumer=LateAck, processor=LateAckOfAll)),
-    Bug("positions kept over a reset", 0, Parts(consumer=PositionsKept)),
-    Bug("a fetch across a reset dropped without a seek", 0, Parts(consumer=DropWithoutSeek)),
-    Bug("a fetch across a reset taken", 0, Parts(consumer=KeepAcrossReset)),
-    Bug("recorded features not reused", 0, Parts(score_log=FeaturesNotReused)),
-    Bug("published scores said again", 0, Parts(ownership=NothingKept)),
-    Bug("alerts not published again", 0, Parts(processor=AlertsOnce)),
-    Bug("the gap before a zombie's publish not read", 0, Parts(ownership=GapNotRead)),
-    Bug("the watermark's scores offset too far", 0, Parts(ownership=ScoresOffsetTooFar)),
-    Bug("held states not dropped with the partition", 0, Parts(ownership=StatesOutliveOwnership)),
-    Bug("computed states not held", 0, patches=[(ownership.Owned, "remember", _nothing)]),
-    Bug("any watermark taken for the expected one", 0, Parts(ownership=AnyWatermark)),
-    Bug("no seek back to the states", 0, Parts(ownership=GapInLog)),
-    Bug("what is applied not dropped", 0, Parts(processor=ApplyAgain)),
-    Bug("a repeated transaction id not dropped", 0, Parts(scorer=RepeatsApplied)),
-    Bug("a store that lost everything taken for a new one", 0, Parts(ownership=AlwaysNew)),
-    Bug("rejected records not published", 0, Parts(publisher=RejectedDropped)),
-    Bug("labels booked again", 0, Parts(merchant_client=BookedAgain)),
+    Bug("ack before save", 0, 0, Parts(worker=AckFirst)),
+    Bug("ack of what was not saved", 0, 0, Parts(processor=AckWhatIsNotSaved)),
+    Bug("save before publish", 0, 0, Parts(publisher=PublishLater)),
+    Bug("save before alerts are published", 0, 0, Parts(publisher=AlertsLater)),
+    Bug("a save without the guard", 0, 0, Parts(state_client=SaveWithoutGuard)),
+    Bug("a watermark that is not atomic with its states", 0, 0, Parts(state_client=WatermarkApart)),
+    Bug("a late ack after a reset", 0, 0, Parts(consumer=LateAck, processor=LateAckOfAll)),
+    Bug("positions kept over a reset", 0, 0, Parts(consumer=PositionsKept)),
+    Bug("a fetch across a reset dropped without a seek", 0, 0, Parts(consumer=DropWithoutSeek)),
+    Bug("a fetch across a reset taken", 0, 0, Parts(consumer=KeepAcrossReset)),
+    Bug("recorded features not reused", 0, 0, Parts(score_log=FeaturesNotReused)),
+    Bug("published scores said again", 0, 0, Parts(ownership=NothingKept)),
+    Bug("alerts not published again", 0, 0, Parts(processor=AlertsOnce)),
+    Bug("the gap before a zombie's publish not read", 0, 0, Parts(ownership=GapNotRead)),
+    Bug("the watermark's scores offset too far", 0, 0, Parts(ownership=ScoresOffsetTooFar)),
+    Bug("held states not dropped with the partition", 0, 0, Parts(ownership=OldStates)),
+    Bug("computed states not held", 0, 0, patches=[(ownership.Owned, "remember", _nothing)]),
+    Bug("any watermark taken for the expected one", 0, 0, Parts(ownership=AnyWatermark)),
+    Bug("no seek back to the states", 0, 0, Parts(ownership=GapInLog)),
+    Bug("what is applied not dropped", 0, 0, Parts(processor=ApplyAgain)),
+    Bug("a repeated transaction id not dropped", 0, 0, Parts(scorer=RepeatsApplied)),
+    Bug("a store that lost everything taken for a new one", 0, 0, Parts(ownership=AlwaysNew)),
+    Bug("rejected records not published", 0, 0, Parts(publisher=RejectedDropped)),
+    Bug("labels booked again", 0, 0, Parts(merchant_client=BookedAgain)),
 ]

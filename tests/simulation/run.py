@@ -261,7 +261,7 @@ class Run:
         if len(moments) > 3:
             moments = list(range(span))
         schedule += [(rng.choice(moments), self._produce) for _ in range(records)]
-        schedule += [(rng.randrange(span), self._label) for _ in range(records // 5)]
+        schedule += [(rng.randrange(span), self._label) for _ in range(records // 2)]
         schedule.sort(key=lambda item: item[0])
         return schedule
 
