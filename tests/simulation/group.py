@@ -450,7 +450,7 @@ class Member:
             settings.topic("labels"): Inbox(self),
         }
         self._tasks: list[asyncio.Task[Any]] = []
-        self._recoveries = 0
+        self._recovery: asyncio.Task[None] | None = None
 
     def some(self, most: int) -> int:
         """A number from 1 on, at most so much."""
@@ -525,20 +525,18 @@ class Member:
     async def _on_assigned(self, assigned: set[TP], generation: int) -> None:
         await asyncio.sleep(0)
         self.consumer.pause_partitions(assigned)
-        self._recoveries += 1
-        self.host.start(self.loop, self._resume(self._recoveries)).add_done_callback(self._ended)
+        if self._recovery is not None:
+            self._recovery.cancel()
+        self._recovery = self.host.start(self.loop, self._resume())
+        self._recovery.add_done_callback(self._ended)
 
-    async def _resume(self, number: int) -> None:
+    async def _resume(self) -> None:
         """The recovery service, which has no tables to recover; a newer one ends it."""
         await asyncio.sleep(USUAL_SECONDS * self._rng.random())
-        if number != self._recoveries:
-            return
         assignment = self.consumer.assignment()
         if assignment:
             self.consumer.resume_partitions(assignment)
             await self.consumer.perform_seek()
-            if number != self._recoveries:
-                return
         self.app.flow_is_active = True
         self._flow_is_active.set()
         self.consumer.resume_flow()
