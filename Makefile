@@ -21,14 +21,14 @@ export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check format bench requirements check-deploy clean
+.PHONY: help demo test soak check format bench faults requirements check-deploy clean
 
 help: ## list the targets (this)
 	@echo "make TARGET [VARIABLE=value]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  ARGS=...         more arguments, for demo, test, soak and bench"
+	@echo "  ARGS=...         more arguments, for demo, test, soak, bench and faults"
 	@echo "  PYTHON=...       the Python to make $(VENV) with"
 	@echo "  TORCH_INDEX=...  package index to take torch from, say one of CPU builds; by default"
 	@echo "                   torch comes with everything else, on Linux with CUDA (2.5 GB)"
@@ -54,6 +54,9 @@ format: $(ENVIRONMENT) ## put the code in ruff's form
 
 bench: $(ENVIRONMENT) ## measure throughput, latency and memory, and print a table
 	$(BIN)/python -m benchmarks $(ARGS)
+
+faults: $(ENVIRONMENT) ## kill and starve a running system, and print what became of it
+	$(BIN)/python -m faults $(ARGS)
 
 requirements: $(ENVIRONMENT) ## pin pyproject.toml's requirements again (UPGRADE=1: newer ones)
 	$(BIN)/python requirements/compile.py $(if $(UPGRADE),--upgrade)

@@ -15,7 +15,7 @@ rows or on how many there are, so a stream cut into micro-batches anywhere gives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -244,9 +244,13 @@ def rounds_of(account: Int64) -> list[NDArray[np.intp]]:
     """
     if len(account) == 0:
         return []
-    by_account = np.argsort(account, kind="stable")
-    lengths = np.unique(account, return_counts=True)[1]
-    starts = np.cumsum(lengths) - lengths
+    by_account = account.argsort(kind="stable")
+    grouped = account[by_account]
+    is_another = grouped[1:] != grouped[:-1]
+    if is_another.all():
+        return [by_account]
+    starts = np.concatenate(([0], is_another.nonzero()[0] + 1))
+    lengths = np.diff(starts, append=len(account))
     longest_first = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[longest_first], lengths[longest_first]
     active = np.searchsorted(-lengths, -np.arange(lengths[0]), side="left")  # lengths > round
@@ -270,16 +274,20 @@ class Field(msgspec.Struct, frozen=True):
     vocabulary: tuple[str, ...] = ()
 
 
-def field_column(field: Field, values: Sequence[float | str | None]) -> Float32:
-    """A raw column [n]: a number, NaN where there is none; or 1 + the text's place, 0 unknown.
+def field_column(
+    field: Field,
+) -> Callable[[Iterable[float | str | bool | None]], Float32]:
+    """What makes a raw column [n] of a field's values: numbers, NaN where there is none; or of
+    each text 1 + its place in the vocabulary, 0 where it is unknown.
 
-    >>> field_column(Field("category", "categorical", ("food", "fuel")), ["fuel", None, "toys"])
+    >>> column = field_column(Field("category", "categorical", ("food", "fuel")))
+    >>> column(["fuel", None, "toys"])
     array([2., 0., 0.], dtype=float32)
     """
-    if field.kind == "categorical":
-        code_of = {text: code for code, text in enumerate(field.vocabulary, start=1)}
-        return np.array([code_of.get(category_text(value), 0) for value in values], np.float32)
-    return np.array([np.nan if value is None else value for value in values], np.float32)
+    if field.kind == "numeric":
+        return lambda values: np.array([np.nan if v is None else v for v in values], np.float32)
+    code_of = {text: code for code, text in enumerate(field.vocabulary, start=1)}
+    return lambda values: np.array([code_of.get(category_text(v), 0) for v in values], np.float32)
 
 
 def category_text(value: object) -> str:

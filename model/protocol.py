@@ -133,20 +133,20 @@ def split_fold(
     test_until: str | None = None,
     label_delay_days: int = 7,
 ) -> Fold:
-    """One fold over the whole log. Dates are the last or first day of their period.
+    """One fold over the whole log. A period ends before the day that it is until.
 
     Args:
-        train_until: last day of training; by default the first half of the days trains.
+        train_until: no label from then on is learned from; by default half of the days are.
         test_from: by default the day on which all labels of the training have arrived.
-        test_until: last day of the test; by default the log's.
+        test_until: nothing from then on is measured; by default the log's end.
 
     Raises:
         ProtocolError: a date is none, out of the log or out of order, or a period has no fraud.
     """
     first, last = _days_of(log)
-    until = first + (last + 1 - first) // 2 if train_until is None else day_of(train_until) + 1
+    until = first + (last + 1 - first) // 2 if train_until is None else day_of(train_until)
     begin = until + label_delay_days if test_from is None else day_of(test_from)
-    end = last + 1 if test_until is None else day_of(test_until) + 1
+    end = last + 1 if test_until is None else day_of(test_until)
     return _checked(log, Fold("split", first, until, begin, end), label_delay_days)
 
 

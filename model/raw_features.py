@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import Dataset, DatasetError
-from model.features import ACCOUNT_FEATURES, FEATURES, Encoder, FeatureSpec, Field, observe_log
+from model.features import (
+    ACCOUNT_FEATURES,
+    FEATURES,
+    Encoder,
+    FeatureSpec,
+    Field,
+    field_column,
+    observe_log,
+)
 from model.merchants import Labels, observe_merchant_log
 from model.scoring import Sequences
 
@@ -126,9 +134,7 @@ def _field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
     if field.kind == "numeric":
         numbers = dataset.numeric[field.name]
         return lambda rows: np.asarray(numbers[rows])
-    code_of = {text: code for code, text in enumerate(field.vocabulary, start=1)}
-    texts = dataset.texts[field.name]
-    codes = np.array([0, *(code_of.get(text, 0) for text in texts)], np.float32)
+    codes = field_column(field)([None, *dataset.texts[field.name]])
     found = dataset.categorical[field.name]
     return lambda rows: codes[found[rows] + 1]  # MISSING is -1
 

@@ -177,7 +177,7 @@ class StateCodec:
 
     def _checksums(self, table: NDArray[Any]) -> NDArray[np.uint64]:
         words = table.view("<u8").reshape(len(table), self.size_bytes // 8)[:, :-1]
-        sums: NDArray[np.uint64] = (words * self._constants).sum(axis=1, dtype=np.uint64)
+        sums: NDArray[np.uint64] = words @ self._constants
         return sums + np.uint64(self._constants[0])
 
 

@@ -7,7 +7,7 @@ in the partition that Kafka's default partitioner gives its id.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -40,6 +40,7 @@ class AccountView:
         size_bytes: of the value in Redis.
         verdict: probability that the account is compromised now; None if the checkpoint's
             training fitted no verdict.
+        watermark: the partition's, as it stood when the state was loaded.
     """
 
     account_id: str
@@ -48,6 +49,7 @@ class AccountView:
     state: AccountStates
     size_bytes: int
     verdict: float | None
+    watermark: bytes | None = None
 
 
 async def look_at(settings: Settings, checkpoint: Checkpoint, account_id: str) -> AccountView:
@@ -55,6 +57,59 @@ async def look_at(settings: Settings, checkpoint: Checkpoint, account_id: str) -
 
     Raises:
         RecurError: Kafka or Redis does not answer, or there is no state that can be read.
+    """
+    place = await find(settings, checkpoint, account_id)
+    if place.value is None:
+        raise RecurError(
+            f"no state of this account for model {checkpoint.digest} in Redis, in none of the "
+            f"{place.partitions} partitions of {settings.topic('transactions')}: it made no "
+            "transaction since the workers began with this model, or none for "
+            f"{settings.state_ttl_days:g} days and longer. See that "
+            "RECUR_CHECKPOINT, RECUR_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
+        )
+    architecture = checkpoint.network.architecture
+    codec = StateCodec(architecture.layers, architecture.hidden_size)
+    state, loaded, _ = codec.decode([place.value])
+    if not loaded.all():
+        raise RecurError(
+            f"the account's state ({len(place.value)} bytes) is of another format or damaged: "
+            "workers take it for absent and start the account anew at its next transaction"
+        )
+    return AccountView(
+        account_id,
+        place.partition,
+        place.expected_partition,
+        state,
+        len(place.value),
+        _verdict(checkpoint, state),
+        place.watermark,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an account's state lies, or would.
+
+    Attributes:
+        partition: where it is; the expected one where it is nowhere.
+        expected_partition: where Kafka's partitioner puts the account.
+        partitions: how many there are.
+        value: in Redis.
+        watermark: of the partition.
+    """
+
+    partition: int
+    expected_partition: int
+    partitions: int
+    value: bytes | None
+    watermark: bytes | None
+
+
+async def find(settings: Settings, checkpoint: Checkpoint, account_id: str) -> Place:
+    """Look for the account in every partition: producers may use another partitioner.
+
+    Raises:
+        RecurError: Kafka or Redis does not answer, or there is no such topic.
     """
     topic = settings.topic("transactions")
     partitions = await partition_count(settings, topic)
@@ -65,43 +120,19 @@ async def look_at(settings: Settings, checkpoint: Checkpoint, account_id: str) -
         )
     places = list(range(partitions))
     expected = int(DefaultPartitioner()(account_id.encode(), places, places))
-    values = await _values(settings, checkpoint, account_id, partitions)
-    found = [p for p in (expected, *places) if values[p] is not None]
-    if not found:
-        raise RecurError(
-            f"no state of this account for model {checkpoint.digest} in Redis, in none of the "
-            f"{partitions} partitions of {topic}: it made no transaction since the workers began "
-            f"with this model, or none for {settings.state_ttl_days:g} days and longer. See that "
-            "RECUR_CHECKPOINT, RECUR_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
-        )
-    value = values[found[0]]
-    assert value is not None
-    architecture = checkpoint.network.architecture
-    state, loaded, _ = StateCodec(architecture.layers, architecture.hidden_size).decode([value])
-    if not loaded.all():
-        raise RecurError(
-            f"the account's state ({len(value)} bytes) is of another format or damaged: workers "
-            "take it for absent and start the account anew at its next transaction"
-        )
-    return AccountView(
-        account_id, found[0], expected, state, len(value), _verdict(checkpoint, state)
-    )
-
-
-async def _values(
-    settings: Settings, checkpoint: Checkpoint, account_id: str, partitions: int
-) -> list[bytes | None]:
-    """The account's value in each partition: producers may use another partitioner."""
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     try:
-        replies = await store.load([Load(p, [account_id]) for p in range(partitions)])
+        replies = await store.load([Load(p, [account_id]) for p in places])
     except StoreUnavailableError as error:
         raise RecurError(
             f"Redis does not answer ({error}): start it, or set RECUR_REDIS_URL"
         ) from error
     finally:
         await store.close()
-    return [reply.states[0] for reply in replies]
+    found = [p for p in (expected, *places) if replies[p].states[0] is not None]
+    partition = next(iter(found), expected)
+    reply = replies[partition]
+    return Place(partition, expected, partitions, reply.states[0], reply.watermark)
 
 
 def _verdict(checkpoint: Checkpoint, state: AccountStates) -> float | None:
@@ -114,28 +145,58 @@ def _verdict(checkpoint: Checkpoint, state: AccountStates) -> float | None:
 
 def describe(view: AccountView, checkpoint: Checkpoint, ttl_days: float) -> Iterator[str]:
     """Lines for a person to read."""
-    state, history = view.state, view.state.history
-    silent_ms = max(0, time.time_ns() // 1_000_000 - int(state.last_record_ms[0]))
-    currency = checkpoint.header.currency
+    state = view.state
+    rows = [
+        ("compromised now?", _verdict_text(view, checkpoint)),
+        *history_rows(state, checkpoint.header.currency),
+        ("partition", f"{view.partition}{note_on_partition(view)}"),
+        ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
+    ]
+    if silent_ms(state) > ttl_days * _DAY_MS:
+        rows.append(("", f"silent for over {ttl_days:g} days: its next payment starts it anew"))
+    yield f"account {view.account_id}"
+    yield from table(rows)
+
+
+def history_rows(
+    state: AccountStates, currency: str, now_ms: int | None = None
+) -> list[tuple[str, str]]:
+    """What a state of one row tells of its account.
+
+    Args:
+        now_ms: from when the last transaction is looked back at, epoch milliseconds; None: now.
+    """
+    history = state.history
     counts = history.decayed_count[0]
     means = history.decayed_amount[0] / counts
     windows = " / ".join(f"{days} d" for days in WINDOW_DAYS)
-    rows = [
-        ("compromised now?", _verdict_text(view, checkpoint)),
+    silent = _ago(silent_ms(state, now_ms))
+    before = "ago" if now_ms is None else "before"
+    return [
         ("transactions seen", f"{int(history.count[0]):,}"),
-        ("last transaction", f"{_utc(int(history.last_event_ms[0]))} (event time)"),
-        ("received", f"{_ago(silent_ms)} ago, offset {int(state.last_offset[0])}"),
-        ("first one in this state", f"offset {int(state.first_offset[0])}"),
+        ("last transaction", f"{utc(int(history.last_event_ms[0]))} (event time)"),
+        ("received", f"{silent} {before}, {_place(int(state.last_offset[0]))}"),
+        ("first one in this state", _place(int(state.first_offset[0]))),
         (f"payments in {windows}", " / ".join(f"{value:.1f}" for value in counts)),
         (f"mean amount in {windows}", " / ".join(f"{m:,.2f}" for m in means) + f" {currency}"),
         ("usual amount", f"{float(history.usual_amount[0]):,.2f} {currency}"),
-        ("partition", f"{view.partition}{_note_on_partition(view)}"),
-        ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
     ]
-    if silent_ms > ttl_days * _DAY_MS:
-        rows.append(("", f"silent for over {ttl_days:g} days: its next payment starts it anew"))
+
+
+def _place(offset: int) -> str:
+    """Where a transaction of a state lies."""
+    return f"offset {offset}" if offset >= 0 else "in another partition, before `recur state rekey`"
+
+
+def silent_ms(state: AccountStates, now_ms: int | None = None) -> int:
+    """Since the last record of a state of one row, milliseconds."""
+    now_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+    return max(0, now_ms - int(state.last_record_ms[0]))
+
+
+def table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Lines of names and texts, the texts under one another."""
     width = max(len(name) for name, _ in rows)
-    yield f"account {view.account_id}"
     for name, text in rows:
         yield f"  {name:{width}}  {text}"
 
@@ -148,13 +209,15 @@ def _verdict_text(view: AccountView, checkpoint: Checkpoint) -> str:
     return f"{answer}, with probability {view.verdict:.3f} (AUC {auc:.3f} on days held out)"
 
 
-def _note_on_partition(view: AccountView) -> str:
+def note_on_partition(view: AccountView) -> str:
+    """That the partition is another than Kafka's partitioner gives."""
     if view.partition == view.expected_partition:
         return ""
     return f" (Kafka's default partitioner gives {view.expected_partition})"
 
 
-def _utc(timestamp_ms: int) -> str:
+def utc(timestamp_ms: int) -> str:
+    """A time for a person."""
     return f"{datetime.fromtimestamp(timestamp_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 

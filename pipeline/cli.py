@@ -11,6 +11,7 @@ import click
 
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
+from pipeline.state_cli import state
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,6 +124,68 @@ def account(account_id: str) -> None:
 
 
 @recur.command()
+@click.option("--account", metavar="ID", help="Only this account.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only so many accounts, chosen by the hashes of their ids: the same ones each time.",
+)
+@click.option("--from", "from_time", metavar="TIME", help="Only scores of records from then on,")
+@click.option("--to", "to_time", metavar="TIME", help="and before then (the record's CreateTime).")
+@click.option(
+    "--tolerance-hidden",
+    type=click.FloatRange(min=0),
+    default=2e-3,
+    show_default=True,
+    help="Of a hidden; see docs/verify.md for what was measured.",
+)
+@click.option(
+    "--tolerance-score",
+    type=click.FloatRange(min=0),
+    default=2e-4,
+    show_default=True,
+    help="Of a score.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what was found to this file, too.",
+)
+def verify(
+    account: str | None,
+    sample: int | None,
+    from_time: str | None,
+    to_time: str | None,
+    json_file: Path | None,
+    **tolerances: float,
+) -> None:
+    """Verify that states in Redis and published scores are what the log says.
+
+    Computes both from the log again, up to the watermarks, and compares; workers may run
+    meanwhile, and nothing is written. Ends with code 1 where a state or score differs past its
+    tolerance, a score is missing or two of one transaction contradict each other, or a state has
+    no log. Accounts whose history began before the log does are listed as unverifiable. A TIME is
+    2024-05-31T18:00:00Z or milliseconds since 1970. Settings are the workers'.
+    """
+    from pipeline.time_option import epoch_ms_of
+    from pipeline.verify import VerifyOptions
+    from pipeline.verify_report import run_verify
+
+    if account is not None and sample is not None:
+        raise SettingsError("recur verify takes --account or --sample, not both")
+    options = VerifyOptions(
+        account=account,
+        sample=sample,
+        from_ms=None if from_time is None else epoch_ms_of(from_time, "--from"),
+        to_ms=None if to_time is None else epoch_ms_of(to_time, "--to"),
+        **tolerances,
+    )
+    sys.exit(run_verify(options, load_settings(), json_file))
+
+
+@recur.command()
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
 @click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")
@@ -192,11 +255,17 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
     show_default=True,
     help="One split by time, or the Fraud Detection Handbook's four weekly folds.",
 )
-@click.option("--train-until", metavar="DATE", help="split: last day of training; default: half.")
+@click.option(
+    "--train-until",
+    metavar="DATE",
+    help="split: no label from then on is learned from; default: half of the days are.",
+)
 @click.option(
     "--test-from", metavar="DATE", help="split: default: when the training's labels have arrived."
 )
-@click.option("--test-until", metavar="DATE", help="split: last day; default: the log's last.")
+@click.option(
+    "--test-until", metavar="DATE", help="split: the test ends before it; default: the log's end."
+)
 @click.option(
     "--fold-start",
     metavar="DATE",
@@ -328,6 +397,9 @@ def label(file: Path | None, **options: Any) -> None:
     from pipeline.label_feed import LabelOptions, run_label
 
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
+
+
+recur.add_command(state)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from model.merchants import MERCHANT_FEATURES, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
-from model.transaction import Id, ShortText, Timestamp, Transaction, epoch_ms
+from model.transaction import (
+    ID_MAX_CHARACTERS,
+    Id,
+    ShortText,
+    Timestamp,
+    Transaction,
+    epoch_ms,
+)
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
 from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
@@ -48,12 +55,20 @@ VALUE_MAX_BYTES = 65_536
 """A transaction's JSON is a few hundred bytes; a value over this is not looked at."""
 
 CONTROL_HEADER = "recur-control"
-"""Marks a record that is an instruction, not a transaction."""
+"""Marks a record of the transactions topic that is an instruction, not a transaction; the header
+names the instruction, and the record has no value."""
+
+FORGET = b"forget"
+"""The instruction to forget the account that is the record's key: it begins anew."""
+
+LOOK = b"look"
+"""The instruction to look at the partition's watermark, which each poll does: it wakes a worker."""
 
 WARM_HEADER = "recur-warm"
 """Marks a transaction that builds state and raises no alert."""
 
 KNOWN_FRAUDS = "merchant_known_frauds"
+PAUSE = "seconds_since_last"
 
 _FIELD_REASONS = {
     "`$.transaction_id`": "id",
@@ -115,6 +130,33 @@ def decode(
     if transaction.currency != currency:
         raise RejectedError("currency", f"the checkpoint was trained on amounts in {currency}")
     return transaction
+
+
+def decode_instruction(
+    key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
+) -> str | None:
+    """What a record with a control header instructs.
+
+    Returns:
+        the account to forget; None where there is nothing to do.
+
+    Raises:
+        RejectedError: it is no instruction that this version knows.
+    """
+    instructions = [text for name, text in headers if name == CONTROL_HEADER]
+    if instructions not in ([FORGET], [LOOK]):
+        raise RejectedError("control", "an instruction that this version does not know")
+    if value:
+        raise RejectedError("control", "an instruction has no value")
+    if instructions == [LOOK]:
+        return None
+    try:
+        account_id = (key or b"").decode()
+    except UnicodeDecodeError:
+        account_id = ""
+    if not 0 < len(account_id) <= ID_MAX_CHARACTERS:
+        raise RejectedError("control", "the key of this instruction is no account id")
+    return account_id
 
 
 def names_in(value: bytes | None) -> set[str]:
@@ -249,9 +291,52 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     features: MerchantRecord | None = None  # type: ignore[valid-type]
 
 
+_RecordedFeatures = msgspec.defstruct(
+    "_RecordedFeatures",
+    [
+        (PAUSE, float | None, None),
+        *((name, float | None, WITHOUT_KNOWN_FRAUDS.get(name)) for name in MERCHANT_FEATURES),
+    ],
+    frozen=True,
+    gc=False,
+)
+
+
+class RecordedScore(msgspec.Struct, frozen=True, gc=False):
+    """What whoever computes a score again needs of its record."""
+
+    source: str
+    score: float
+    decision: str
+    model: str = ""
+    features: _RecordedFeatures | None = None  # type: ignore[valid-type]
+
+    @property
+    def begins(self) -> bool:
+        """Whether the account had no state before it, by what the score's writer saw."""
+        return self.features is not None and getattr(self.features, PAUSE) == -1.0
+
+    def merchant_raw(self) -> tuple[float, ...] | None:
+        """The merchant's features that it was computed from, if it records them all."""
+        if self.features is None:
+            return None
+        found = msgspec.structs.astuple(self.features)[1:]
+        return None if None in found else found
+
+
+class CountedScore(msgspec.Struct, frozen=True, gc=False):
+    """What whoever counts merchants' transactions again needs of a score's record."""
+
+    source: str
+    merchant_id: str
+    timestamp: int
+
+
 decode_score = msgspec.json.Decoder(Score).decode
 decode_alert = msgspec.json.Decoder(Alert).decode
 _decode_published = msgspec.json.Decoder(PublishedScore).decode
+_decode_recorded = msgspec.json.Decoder(RecordedScore).decode
+_decode_counted = msgspec.json.Decoder(CountedScore).decode
 
 
 def decode_published(value: bytes | None) -> PublishedScore | None:
@@ -260,6 +345,27 @@ def decode_published(value: bytes | None) -> PublishedScore | None:
         return None
     try:
         score = _decode_published(value)
+    except _NOT_JSON:
+        return None
+    return score if score.decision in DECISIONS else None
+
+
+def decode_counted(value: bytes | None) -> CountedScore | None:
+    """What counting it again needs of a score's record; None for what no worker wrote."""
+    if value is None:
+        return None
+    try:
+        return _decode_counted(value)
+    except _NOT_JSON:
+        return None
+
+
+def decode_recorded(value: bytes | None) -> RecordedScore | None:
+    """What computing it again needs of a score's record; None for what no worker wrote."""
+    if value is None:
+        return None
+    try:
+        score = _decode_recorded(value)
     except _NOT_JSON:
         return None
     return score if score.decision in DECISIONS else None

@@ -48,7 +48,7 @@ BEHIND_MAX_SECONDS = 1.0
 """A paced feed that is later than this does not hurry after: its timetable moves."""
 
 REQUEST_TIMEOUT_SECONDS = 30.0
-"""The broker takes nothing for so long: the feed gives up."""
+"""How long a feed waits for a broker that takes nothing."""
 
 ABANDON_SECONDS = 2.0
 """Unacked records of a feed that failed or was cancelled get so long."""
@@ -136,6 +136,7 @@ class Feed:
 
     Args:
         role: whose topic it is.
+        timeout_seconds: the broker takes nothing for so long: the feed gives up.
 
     Use it as an asynchronous context manager: leaving it waits for the acks of what was sent.
 
@@ -143,10 +144,17 @@ class Feed:
         RecurError: the broker is away or does not take the transactions.
     """
 
-    def __init__(self, settings: Settings, role: TopicRole = "transactions") -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        role: TopicRole = "transactions",
+        *,
+        timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> None:
         self.count = FeedCount()
         self._settings = settings
         self._role = role
+        self._timeout_seconds = timeout_seconds
         self._topic = settings.topic(role)
         self._partitions: list[int] = []
         self._partition_of: dict[bytes, int] = {}
@@ -162,7 +170,7 @@ class Feed:
             enable_idempotence=True,
             max_batch_size=BATCH_MAX_BYTES,
             compression_type=None if compression == "none" else compression,
-            request_timeout_ms=round(REQUEST_TIMEOUT_SECONDS * 1000),
+            request_timeout_ms=round(self._timeout_seconds * 1000),
         )
         try:
             await self._producer.start()
@@ -185,7 +193,7 @@ class Feed:
             if error is None:
                 await self.flush()
         finally:
-            patience = REQUEST_TIMEOUT_SECONDS if error is None else ABANDON_SECONDS
+            patience = self._timeout_seconds if error is None else ABANDON_SECONDS
             try:
                 await asyncio.wait_for(self._producer.stop(), patience)
             except TimeoutError as late:
@@ -311,16 +319,14 @@ class Feed:
         while self.count.sent - self.count.acked > records and self._failure is None:
             self._ack_came.clear()
             try:
-                await asyncio.wait_for(self._ack_came.wait(), REQUEST_TIMEOUT_SECONDS)
+                await asyncio.wait_for(self._ack_came.wait(), self._timeout_seconds)
             except TimeoutError as error:
                 raise self._gave_up() from error
         if self._failure is not None:
             raise self._gave_up(self._failure) from self._failure
 
     def _gave_up(self, error: BaseException | None = None) -> RecurError:
-        said = (
-            f"no ack for {REQUEST_TIMEOUT_SECONDS:g} s" if error is None else type(error).__name__
-        )
+        said = f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
         return RecurError(
             f"the broker at {self._settings.kafka_bootstrap} does not take {self._role} ({said});"
             f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import Field, category_text
+from model.features import Field, field_column
 from model.transaction import Transaction
 
 NUMBER_MAX = 1e12
@@ -61,9 +61,9 @@ class FurtherFields:
             field.name if field.name in known else f"further_{i}"
             for i, field in enumerate(self._fields)
         ]
-        self._code_of = [
-            {text: code for code, text in enumerate(field.vocabulary, start=1)}
-            for field in self._fields
+        self._columns = [
+            (attrgetter(attribute), field_column(field))
+            for attribute, field in zip(self._attributes, self._fields, strict=True)
         ]
         self.decode_json: Callable[[bytes], Transaction] = msgspec.json.Decoder(self._type()).decode
 
@@ -85,15 +85,10 @@ class FurtherFields:
 
     def columns(self, transactions: Sequence[Transaction]) -> NDArray[np.float32]:
         """Raw columns float32[n, K], as :func:`model.features.field_column` makes them."""
-        table = np.empty((len(self._fields), len(transactions)), np.float32)
-        for i, field in enumerate(self._fields):
-            values = map(attrgetter(self._attributes[i]), transactions)
-            if field.kind == "numeric":
-                table[i] = np.array([np.nan if value is None else value for value in values])
-            else:
-                code_of = self._code_of[i]
-                table[i] = [code_of.get(category_text(value), 0) for value in values]
-        return np.ascontiguousarray(table.T)
+        table = np.empty((len(transactions), len(self._columns)), np.float32)
+        for i, (value_of, column) in enumerate(self._columns):
+            table[:, i] = column(map(value_of, transactions))
+        return table
 
 
 NO_FURTHER_FIELDS = FurtherFields(())

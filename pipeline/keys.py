@@ -53,6 +53,25 @@ class Keys:
         start = f"{self.prefix}:{self.model}:{{{self.topic}-{partition}}}:"
         return [(start + account_id).encode() for account_id in account_ids]
 
+    def accounts_pattern(self) -> str:
+        """SCAN pattern of this topic's states; :meth:`account_of` knows which keys are."""
+        return f"{self.prefix}:{self.model}:{{{self.topic}-*}}:*"
+
+    def account_of(self, key: bytes) -> tuple[int, str] | None:
+        """Partition and account id of a state's key; None for a key of something else.
+
+        >>> Keys("recur", "0f3a", "transactions").account_of(b"recur:0f3a:{transactions-3}:A1")
+        (3, 'A1')
+        """
+        start = f"{self.prefix}:{self.model}:{{{self.topic}-".encode()
+        number, braces, account = key.removeprefix(start).partition(b"}:")
+        if not (key.startswith(start) and braces and number.isdigit()):
+            return None
+        try:
+            return int(number), account.decode()
+        except UnicodeDecodeError:
+            return None
+
     def watermarks_pattern(self) -> str:
         """SCAN pattern of this topic's watermarks."""
         return f"{self.prefix}:{self.model}:{{{self.topic}-*}}"
@@ -90,6 +109,10 @@ class MerchantKeys:
     def alert(self, slot: int, transaction_hash: int) -> bytes:
         """Key of a transaction's decision, where it raised an alert."""
         return f"{self.prefix}:alert:{{{slot}}}:{transaction_hash:016x}".encode()
+
+    def labels_watermarks(self, slot: int, topic: str, partitions: int) -> list[bytes]:
+        """Keys of how far each labels partition is booked in a slot's profiles."""
+        return [self.labels_watermark(slot, topic, partition) for partition in range(partitions)]
 
     def profiles_begin(self) -> bytes:
         """What every profile's key begins with."""

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +24,7 @@ from pipeline.errors import SettingsError
 from pipeline.feed import Block, Feed, ahead
 from pipeline.progress_bar import bar_for
 from pipeline.settings import Settings
+from pipeline.time_option import epoch_ms_of
 from pipeline.topics import ensure_topics
 from pipeline.transaction_files import DAY_MS, LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
 
@@ -130,10 +130,10 @@ def single_label(options: LabelOptions) -> Label:
         SettingsError: one of them is no id or no time, naming it.
     """
     now_ms = time.time_ns() // 1_000_000
-    timestamp_ms = _time(options.timestamp or "", "--timestamp")
+    timestamp_ms = epoch_ms_of(options.timestamp or "", "--timestamp")
     labelled_ms = now_ms
     if options.labelled_at is not None:
-        labelled_ms = _time(options.labelled_at, "--labelled-at")
+        labelled_ms = epoch_ms_of(options.labelled_at, "--labelled-at")
     if labelled_ms < timestamp_ms:
         raise SettingsError("the label would be known before the transaction's --timestamp")
     for name in ("transaction_id", "account_id", "merchant_id"):
@@ -148,21 +148,6 @@ def single_label(options: LabelOptions) -> Label:
         labelled_at=labelled_ms,
         source=SOURCE_HAND,
     )
-
-
-def _time(text: str, option: str) -> int:
-    """Epoch milliseconds of a time that a person wrote."""
-    if text.isascii() and text.isdigit() and int(text) <= TIMESTAMP_MAX_MS:
-        return int(text)
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        when = None
-    if when is None or when.tzinfo is None or when.timestamp() < 0:
-        raise SettingsError(
-            f"{option} is no time: write it as 2024-05-31T18:00:00Z or in milliseconds since 1970"
-        )
-    return round(when.timestamp() * 1000)
 
 
 def encode_labels(

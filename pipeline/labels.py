@@ -134,7 +134,7 @@ class LabelProcessor:
             letters: list[Outgoing] = []
             for record in chunk.records:
                 try:
-                    label, timestamp_ms, labelled_ms = self._decode(record)
+                    label, timestamp_ms, labelled_ms = label_of(record, self._future_limit_ms)
                 except RejectedError as error:
                     letters.append(
                         self._dead_letters.letter(partition, record, error.reason, str(error))
@@ -150,15 +150,6 @@ class LabelProcessor:
             )
         self._observe(names, delays_ms, decisions)
 
-    def _decode(self, record: Record) -> tuple[Label, int, int]:
-        label, timestamp_ms, labelled_ms = decode_label(record.key, record.value)
-        if labelled_ms - record.timestamp > self._future_limit_ms:
-            raise RejectedError(
-                "future_timestamp",
-                f"labelled_at is over {self._future_limit_ms // 1000} s past the record's time",
-            )
-        return label, timestamp_ms, labelled_ms
-
     def _observe(self, names: list[str], delays_ms: list[int], decisions: list[str | None]) -> None:
         """Count labels that are new."""
         new = [i for i, decision in enumerate(decisions) if decision is not None]
@@ -166,6 +157,21 @@ class LabelProcessor:
             self._metrics.labels.labels(names[i], decisions[i]).inc()
         self._metrics.label_delay.observe(np.array([delays_ms[i] for i in new]) / 1000.0)
         self._metrics.labels_repeated.inc(len(names) - len(new))
+
+
+def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:
+    """A record's label, its transaction's time and its own, epoch milliseconds.
+
+    Raises:
+        RejectedError: it cannot be booked.
+    """
+    label, timestamp_ms, labelled_ms = decode_label(record.key, record.value)
+    if labelled_ms - record.timestamp > future_limit_ms:
+        raise RejectedError(
+            "future_timestamp",
+            f"labelled_at is over {future_limit_ms // 1000} s past the record's time",
+        )
+    return label, timestamp_ms, labelled_ms
 
 
 def booking_of(offset: int, label: Label, timestamp_ms: int, labelled_ms: int) -> Booking:

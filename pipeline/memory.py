@@ -98,7 +98,10 @@ class MemoryStateStore:
             return current == request.watermark
         self.watermarks[request.partition] = request.watermark
         for account, state in zip(request.account_ids, request.states, strict=True):
-            self.states[request.partition, account] = state
+            if state is None:
+                self.states.pop((request.partition, account), None)
+            else:
+                self.states[request.partition, account] = state
         return True
 
     async def ping(self) -> None:
@@ -287,6 +290,12 @@ class MemoryKafka:
         log = self._logs[topic][partition]
         del log.records[: max(0, before - log.begin)]
         log.begin = max(log.begin, before)
+
+    def recreate(self, topic: str) -> None:
+        """Delete a topic and create it again; what groups committed of it goes as well."""
+        self._logs[topic] = [_Log() for _ in self._logs[topic]]
+        for place in [place for place in self._committed if place[1] == topic]:
+            del self._committed[place]
 
     def join(self, group: str, topic: str, partition: int) -> int:
         """Give a partition to another member of a group; the generation that it commits with."""

@@ -63,8 +63,8 @@ for i = 1, #KEYS do
   local n = 256 * high + low
   if not text[n] then text[n] = tostring(n) end
   local found = redis.call('BITFIELD', key, 'GET', 'u8', '0', 'GET', 'u32', '32',
-    'OVERFLOW', 'SAT', 'INCRBY', 'u16', field, text[n])
-  local head = found[2]
+    'OVERFLOW', 'FAIL', 'INCRBY', 'u16', field, text[n])
+  local head, counted = found[2], found[3]
   if found[1] ~= %(format)d then
     redis.call('SET', key, struct.pack('>BBBBI4', %(format)d, 0, 0, 0, bucket)
       .. string.rep('\0', 2 * place) .. struct.pack('>I2', n)
@@ -87,7 +87,9 @@ for i = 1, #KEYS do
         redis.call('PEXPIRE', key, ARGV[1])
       end
     elseif bucket <= head - %(buckets)d then
-      redis.call('BITFIELD', key, 'OVERFLOW', 'SAT', 'INCRBY', 'u16', field, '-' .. text[n])
+      if counted then redis.call('BITFIELD', key, 'INCRBY', 'u16', field, '-' .. text[n]) end
+    elseif not counted then
+      redis.call('BITFIELD', key, 'SET', 'u16', field, '%(most)d')
     end
   end
 end
@@ -98,6 +100,7 @@ return #KEYS
         b"buckets": BUCKETS,
         b"format": PROFILE_FORMAT,
         b"none": HEAD_NONE,
+        b"most": COUNT_MAX,
     }
 )
 

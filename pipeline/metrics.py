@@ -121,6 +121,10 @@ class Metrics:
             "recur_duplicates", "Transactions dropped because their id was seen before",
             registry=registry,
         )  # fmt: skip
+        self.forgotten = Counter(
+            "recur_accounts_forgotten", "Instructions to forget an account that were applied",
+            registry=registry,
+        )  # fmt: skip
         self.replayed = Counter(
             "recur_replayed", "Records dropped because they were applied before",
             registry=registry,

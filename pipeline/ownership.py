@@ -106,7 +106,7 @@ class Owned:
         recovery: until all that was published is read.
         neighbour: the watermark before it; during a save, the one after it.
         states: values of accounts' states as computed, which the store has or will have once
-            what is computed is saved; the last used stand last.
+            what is computed is saved (None: no state); the last used stand last.
         seeking: a seek to ``computed_to`` is under way.
     """
 
@@ -118,14 +118,14 @@ class Owned:
     alerts_from: int
     recovery: Recovery | None
     neighbour: bytes | None = None
-    states: dict[str, bytes] = field(default_factory=dict)
+    states: dict[str, bytes | None] = field(default_factory=dict)
     seeking: bool = False
 
     def knows(self, watermark: bytes | None) -> bool:
         """Whether a watermark is the expected one, also while a save is under way."""
         return watermark is not None and watermark in (self.watermark, self.neighbour)
 
-    def remember(self, accounts: Sequence[str], states: Sequence[bytes]) -> None:
+    def remember(self, accounts: Sequence[str], states: Sequence[bytes | None]) -> None:
         """Keep states that were computed."""
         held = self.states
         for account, state in zip(accounts, states, strict=True):
@@ -411,12 +411,13 @@ def check_watermark(
     if mark.partitions != partitions:
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
-            f"has {partitions}, so accounts lie elsewhere. Set RECUR_KEY_PREFIX to a new prefix: "
-            "the workers rebuild all states from the log"
+            f"has {partitions}, so accounts lie elsewhere: run `recur state rekey`, which moves "
+            "their states. Or set RECUR_KEY_PREFIX to a new prefix, and all begin anew"
         )
     if mark.next_offset > log_end:
         raise StartupError(
             f"the states in Redis are past the end of {topic}-{partition} (offset "
             f"{mark.next_offset}, the log ends at {log_end}): the topic was recreated or "
-            "truncated. Set RECUR_KEY_PREFIX to a new prefix to begin anew"
+            "truncated. Run `recur state rebuild --all` to compute the states from the log as it "
+            "is, or set RECUR_KEY_PREFIX to a new prefix to begin anew"
         )

@@ -4,8 +4,8 @@ Faust's own driver makes an event of each record, which costs more than scoring 
 is the aiokafka driver with another way from fetch to agent: everything that one fetch
 returned of a topic travels as one message whose value is a :class:`pipeline.ownership.Poll`.
 At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are between fetch and ack; the next fetch
-waits for room, so that nothing is ever paused, and the consumer thread fetches while the agent
-computes.
+waits for room, so that nothing is ever paused, and aiokafka fetches while the agent waits for
+broker and Redis.
 
 Records of a fetch are given up only together with a seek to where they began. Registered
 with Faust for URLs that begin with ``poll://``.
@@ -16,9 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 from aiokafka.errors import KafkaError
 from faust import Schema
@@ -26,6 +26,7 @@ from faust.transport import drivers
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage, Message
 from mode import Service
+from mode.threads import ServiceThread
 
 from pipeline.ownership import Chunk, Poll
 from pipeline.score_log import LogUnavailableError
@@ -42,7 +43,44 @@ PREFETCH_BACKOFF_SECONDS = 60.0
 asks for the partitions that are empty here; where they are empty at the broker, too, as labels
 often are, it holds that request for 1.5 s, and no other one is sent meanwhile."""
 
-T = TypeVar("T")
+PREFETCH_BACKOFF_SEEKING_SECONDS = 0.1
+"""Between an assignment and the flow that follows the seek to where it begins nobody takes up what
+was fetched. aiokafka's fetcher, which may miss the end of a request, then looks only after the
+backoff again what there is to do, such as to find a partition's begin, and the seek waits for it:
+with the longer one until it fails."""
+
+
+class ConsumerTask:
+    """Runs a service of mode's that would run in a thread as a task of this loop."""
+
+    def __init__(self, service: ServiceThread) -> None:
+        self._service = service
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; the service reports its own failure."""
+        self._task = asyncio.create_task(self._service._serve())
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def stop(self) -> None:
+        """The service has stopped by now."""
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+    """aiokafka's consumer in the loop of everything else.
+
+    In a thread, as Faust has it, each poll waits for two wake-ups and for the interpreter's
+    lock, and the worker takes a fifth more of the processor's time at live rates. A computation
+    that would hold the loop up is in a thread itself.
+    """
+
+    Worker = ConsumerTask
+
+    def __init__(self, *args: Any, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
+        super().__init__(*args, loop=loop, thread_loop=loop, **kwargs)
+
+    async def _gather_remaining_tasks(self) -> None:
+        """The loop's other tasks are not the consumer's: leave them."""
 
 
 class PollSchema(Schema):  # type: ignore[misc]
@@ -76,6 +114,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         # Topics that a group without offsets reads from their begin, whatever its policy.
         self.from_begin: set[str] = set()
 
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
     # from fetch to agent -----------------------------------------------------------------
 
     async def _drain_messages(self, fetcher: Service) -> None:
@@ -89,7 +130,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 if not records:
                     continue
                 if self.should_stop or not self.flow_active or resets != self._resets:
-                    await self._give_up(records)
+                    self._give_up(records)
                     continue
                 messages = self._messages_of(records)
                 for message in messages:  # all before the first wait: a reset forgets them all
@@ -131,26 +172,23 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             messages[tp.topic].value.chunks[tp.partition] = Chunk(begin, end, fetched)
         return list(messages.values())
 
-    async def _give_up(self, records: Mapping[TP, list[Any]]) -> None:
+    def _give_up(self, records: Mapping[TP, list[Any]]) -> None:
         """Forget fetched records: they will be fetched again."""
         for tp, fetched in records.items():
-            if tp in self.assignment():
-                await self._seek_thread(tp, self._begin.get(tp, fetched[0].offset))
+            self._seek_if_assigned(tp, self._begin.get(tp, fetched[0].offset))
 
     async def _getmany(
         self,
         active_partitions: set[TP] | None,
         timeout: float,  # noqa: ASYNC109 - as Faust calls it
     ) -> Any:
-        """What one fetch returned: straight from aiokafka's thread, not by Faust's queue."""
+        """What one fetch returned: straight from aiokafka, not by Faust's queue."""
         consumer = self._thread._ensure_consumer()
-        return await self._in_thread(
-            self._thread._fetch_records(
-                consumer,
-                active_partitions,
-                timeout=timeout,
-                max_records=consumer._max_poll_records,
-            )
+        return await self._thread._fetch_records(
+            consumer,
+            active_partitions,
+            timeout=timeout,
+            max_records=consumer._max_poll_records,
         )
 
     # acks --------------------------------------------------------------------------------
@@ -206,7 +244,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """The group gives partitions."""
-        self._thread._ensure_consumer()._fetcher._prefetch_backoff = PREFETCH_BACKOFF_SECONDS
+        self._set_prefetch_backoff(PREFETCH_BACKOFF_SEEKING_SECONDS)
         self._reset()
         self.on_assigned(set(assigned))
         await super().on_partitions_assigned(assigned, generation_id)
@@ -241,21 +279,22 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             for tp, offset in (await self._thread.earliest_offsets(*new)).items():
                 place = TP(tp.topic, tp.partition)
                 self._begin[place] = offset
-                await self._seek_thread(place, offset)
+                self._seek_if_assigned(place, offset)
+        self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
 
-    async def seek_back(self, tp: TP, offset: int) -> None:
+    def _set_prefetch_backoff(self, seconds: float) -> None:
+        """Of what is fetched from now on."""
+        self._thread._ensure_consumer()._fetcher._prefetch_backoff = seconds
+
+    def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""
         self._begin[tp] = offset
         self._resets += 1
-        await self._seek_thread(tp, offset)
-        self._resets += 1  # a fetch may have begun between the two
+        self._seek_if_assigned(tp, offset)
 
-    async def _seek_thread(self, tp: TP, offset: int) -> None:
-        async def seek() -> None:
-            if tp in self._thread.assignment():
-                self._thread.seek(tp, offset)
-
-        await self._in_thread(seek())
+    def _seek_if_assigned(self, tp: TP, offset: int) -> None:
+        if tp in self.assignment():
+            self._thread.seek(tp, offset)
 
     async def committed(self, tp: TP) -> int | None:
         """The group's committed offset.
@@ -265,15 +304,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """
         consumer = self._thread._ensure_consumer()
         try:
-            return cast("int | None", await self._in_thread(consumer.committed(tp)))
+            return cast("int | None", await consumer.committed(tp))
         except KafkaError as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
-
-    async def _in_thread(self, call: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop of aiokafka's thread."""
-        return await asyncio.wrap_future(
-            asyncio.run_coroutine_threadsafe(call, self._thread.thread_loop)
-        )
 
     def verify_event_path(self, now: float, tp: TP) -> None:
         """Faust's stall detector counts events; the watchdog sees polls."""
@@ -302,7 +335,7 @@ class PartitionLog:
 
     async def seek(self, partition: int, offset: int) -> None:
         """See :class:`pipeline.ownership.TransactionLog`."""
-        await self._consumer().seek_back(TP(self._topic, partition), offset)
+        self._consumer().seek_back(TP(self._topic, partition), offset)
 
 
 class Transport(driver.Transport):  # type: ignore[misc]

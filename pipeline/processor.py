@@ -20,13 +20,14 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.reasons import Explainer
 from model.transaction import Transaction, epoch_ms
@@ -36,6 +37,7 @@ from pipeline.codec import (
     WARM_HEADER,
     ScoreEncoder,
     decode,
+    decode_instruction,
     encode_alert,
     with_thresholds,
 )
@@ -66,6 +68,19 @@ THREAD_MIN = 256
 and Redis are taken: with 2,000 that is a third more throughput, with a few it is all loss."""
 
 
+@dataclass(frozen=True)
+class Forget:
+    """An instruction to forget an account.
+
+    Attributes:
+        offset: of its record.
+        row: the account's row for what comes after it, with an empty state.
+    """
+
+    offset: int
+    row: int
+
+
 @dataclass
 class Part:
     """A partition's part of a micro-batch on its way through the steps.
@@ -73,12 +88,14 @@ class Part:
     Attributes:
         records, transactions, timestamps_ms: what can be scored, in log order.
         rows: the place of each transaction's account in ``accounts``.
-        accounts: distinct account ids.
+        accounts: account ids; distinct, but that one which is forgotten is another from there on.
+        forgets: instructions to forget an account.
         merchant_raw: float32[n, M], merchants' features; None where the checkpoint uses none.
         new: indices of the transactions that have no score yet and get one.
         rejected: records that cannot be scored, with reason and error.
         owned: the partition, once its watermark is known.
-        values: states of ``accounts``; ``cached`` of them were held in memory.
+        values: states of ``accounts``; those of the rows ``asked`` came from the store, the
+            others were held in memory.
         kept: by offset, scores that were published before.
         begin: the first offset that was not computed before.
         scored: where this part stands in the micro-batch's arrays.
@@ -86,7 +103,7 @@ class Part:
         scores, alerts, letters: what to publish.
         flagged: index, score and decision of what is to raise an alert.
         alerted: what ``alerts`` are of.
-        changed: accounts and states to save.
+        changed: accounts and states to save; None is to be deleted.
         saved: whether they and the watermark stand in the store.
     """
 
@@ -97,11 +114,12 @@ class Part:
     timestamps_ms: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     accounts: list[str] = field(default_factory=list)
+    forgets: list[Forget] = field(default_factory=list)
     merchant_raw: NDArray[np.float32] | None = None
     rejected: list[tuple[Record, str, str]] = field(default_factory=list)
     owned: Owned | None = None
     values: list[bytes | None] = field(default_factory=list)
-    cached: int = 0
+    asked: list[int] = field(default_factory=list)
     kept: dict[int, Kept] = field(default_factory=dict)
     begin: int = 0
     scored: slice = field(default_factory=lambda: slice(0, 0))
@@ -112,7 +130,7 @@ class Part:
     letters: list[Outgoing] = field(default_factory=list)
     flagged: list[tuple[int, bytes, str]] = field(default_factory=list)
     alerted: list[Alerted] = field(default_factory=list)
-    changed: tuple[list[str], list[bytes]] = field(default_factory=lambda: ([], []))
+    changed: tuple[list[str], Sequence[bytes | None]] = field(default_factory=lambda: ([], []))
     saved: bool = False
 
     @property
@@ -140,6 +158,73 @@ class Computed:
     parts: list[Part]
     scored: Scored
     batch: MicroBatch
+
+
+class PartDecoder:
+    """Records to transactions, for the worker and for whoever computes its states again.
+
+    Args:
+        settings: limits.
+        checkpoint: its currency and further fields.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
+        self.further_fields = FurtherFields(checkpoint.header.features.fields)
+        self._currency = checkpoint.header.currency
+        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+
+    def part(self, partition: int, chunk: Chunk) -> Part:
+        """A chunk's transactions; what cannot be scored is set aside with its reason."""
+        part = Part(partition, chunk)
+        row_of: dict[str, int] = {}
+        for record in chunk.records:
+            try:
+                if record.headers and _is_instruction(record):
+                    _obey(part, row_of, record)
+                    continue
+                transaction, timestamp_ms = self._decode(record)
+            except RejectedError as error:
+                part.rejected.append((record, error.reason, str(error)))
+                continue
+            part.records.append(record)
+            part.transactions.append(transaction)
+            part.timestamps_ms.append(timestamp_ms)
+            row = row_of.setdefault(transaction.account_id, len(part.accounts))
+            if row == len(part.accounts):
+                part.accounts.append(transaction.account_id)
+            part.rows.append(row)
+        return part
+
+    def _decode(self, record: Record) -> tuple[Transaction, int]:
+        transaction = decode(record.key, record.value, self._currency, self.further_fields)
+        timestamp = transaction.timestamp
+        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
+        if timestamp_ms < 0:
+            raise RejectedError("timestamp", "the timestamp is before 1970")
+        if timestamp_ms - record.timestamp > self._future_limit_ms:
+            raise RejectedError(
+                "future_timestamp",
+                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
+            )
+        return transaction, timestamp_ms
+
+
+def _is_instruction(record: Record) -> bool:
+    """Whether a record is an instruction, known or not, and no transaction."""
+    return any(name == CONTROL_HEADER for name, _ in record.headers)
+
+
+def _obey(part: Part, row_of: dict[str, int], record: Record) -> None:
+    """Take an instruction into a part.
+
+    Raises:
+        RejectedError: it is none that this version knows.
+    """
+    account_id = decode_instruction(record.key, record.value, record.headers)
+    if account_id is not None:
+        part.forgets.append(Forget(record.offset, len(part.accounts)))
+        row_of[account_id] = len(part.accounts)
+        part.accounts.append(account_id)
 
 
 class Processor:
@@ -195,15 +280,14 @@ class Processor:
                 cached_max=settings.cached_merchants_max,
             )
         self._topic = settings.topic("transactions")
-        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
         self._cached_states_max = settings.cached_states_max
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
-        self._currency = scorer.checkpoint.header.currency
         names = features.names
-        self._further_fields = FurtherFields(features.fields)
+        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._further_fields = self._decoder.further_fields
         self._explainer = Explainer(scorer.checkpoint)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
@@ -269,38 +353,7 @@ class Processor:
 
     def _decode(self, poll: Poll) -> list[Part]:
         """Records to transactions; what cannot be scored is set aside with its reason."""
-        parts = []
-        for partition, chunk in poll.chunks.items():
-            part = Part(partition, chunk)
-            row_of: dict[str, int] = {}
-            for record in chunk.records:
-                try:
-                    transaction, timestamp_ms = self._decode_record(record)
-                except RejectedError as error:
-                    part.rejected.append((record, error.reason, str(error)))
-                    continue
-                part.records.append(record)
-                part.transactions.append(transaction)
-                part.timestamps_ms.append(timestamp_ms)
-                part.rows.append(row_of.setdefault(transaction.account_id, len(row_of)))
-            part.accounts = list(row_of)
-            parts.append(part)
-        return parts
-
-    def _decode_record(self, record: Record) -> tuple[Transaction, int]:
-        if record.headers and any(name == CONTROL_HEADER for name, _ in record.headers):
-            raise RejectedError("control", "an instruction that this version does not know")
-        transaction = decode(record.key, record.value, self._currency, self._further_fields)
-        timestamp = transaction.timestamp
-        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
-        if timestamp_ms < 0:
-            raise RejectedError("timestamp", "the timestamp is before 1970")
-        if timestamp_ms - record.timestamp > self._future_limit_ms:
-            raise RejectedError(
-                "future_timestamp",
-                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
-            )
-        return transaction, timestamp_ms
+        return [self._decoder.part(partition, chunk) for partition, chunk in poll.chunks.items()]
 
     # load, drop applied ------------------------------------------------------------------
 
@@ -318,6 +371,8 @@ class Processor:
             if part.owned is not None:
                 part.begin = part.owned.computed_to
                 self._drop_applied(part)
+                for forget in part.forgets:
+                    part.values[forget.row] = None
                 part.kept = await self._ownership.published(
                     part.partition, part.owned, part.records
                 )
@@ -368,15 +423,14 @@ class Processor:
         requests = []
         for part in parts:
             held = part.owned.states if part.owned is not None else {}
-            part.values = [held.get(account) for account in part.accounts]
-            missing = [i for i, value in enumerate(part.values) if value is None]
-            part.cached = len(part.values) - len(missing)
-            requests.append((missing, Load(part.partition, [part.accounts[i] for i in missing])))
-        replies = await self._patience.ask_store(
-            lambda: self._store.load([request for _, request in requests])
-        )
-        for part, (missing, _), reply in zip(parts, requests, replies, strict=True):
-            for i, value in zip(missing, reply.states, strict=True):
+            accounts = part.accounts
+            part.values = values = [held.get(account) for account in accounts]
+            absent = [i for i, value in enumerate(values) if value is None]
+            part.asked = [i for i in absent if accounts[i] not in held]
+            requests.append(Load(part.partition, [accounts[i] for i in part.asked]))
+        replies = await self._patience.ask_store(lambda: self._store.load(requests))
+        for part, reply in zip(parts, replies, strict=True):
+            for i, value in zip(part.asked, reply.states, strict=True):
                 part.values[i] = value
         return replies
 
@@ -394,6 +448,7 @@ class Processor:
         if part.merchant_raw is not None:
             part.merchant_raw = part.merchant_raw[applied:]
         part.rejected = [item for item in part.rejected if item[0].offset >= next_offset]
+        part.forgets = [forget for forget in part.forgets if forget.offset >= next_offset]
         self._metrics.replayed.inc(before - len(part.records) - len(part.rejected))
 
     # rounds, features, GRU ---------------------------------------------------------------
@@ -405,8 +460,11 @@ class Processor:
         batch = columns(parts, self._further_fields, thresholds.review)
         values = [value for part in parts for value in part.values]
         states, scored, loaded, refused = self._scorer.score(values, batch)
-        n_cached = sum(part.cached for part in parts)
-        n_loaded = int(loaded.sum()) - n_cached
+        n_loaded = first_row = 0
+        for part in parts:
+            n_loaded += int(np.count_nonzero(loaded[first_row:][part.asked]))
+            first_row += len(part.accounts)
+        n_cached = int(np.count_nonzero(loaded)) - n_loaded
         counter = self._metrics.states
         counter.labels("loaded").inc(n_loaded)
         counter.labels("refused").inc(refused)
@@ -517,6 +575,11 @@ class Processor:
             stop = start + int(np.count_nonzero(changed[start:] < last_row))
             accounts = [part.accounts[row - first_row] for row in changed[start:stop].tolist()]
             part.changed = accounts, values[start:stop]
+            if part.forgets:
+                last = {part.accounts[forget.row]: forget.row for forget in part.forgets}
+                alive = set((changed[start:stop] - first_row).tolist())
+                gone = [account for account, row in last.items() if row not in alive]
+                part.changed = accounts + gone, [*values[start:stop], *[None] * len(gone)]
             part.partition_owned.remember(*part.changed)
             part.partition_owned.computed_to = part.end
             first_row, start = last_row, stop
@@ -568,6 +631,7 @@ class Processor:
             owned.watermark, owned.neighbour = save.watermark, owned.watermark
             owned.next_offset = part.end
             owned.forget_states(self._most_states_held())
+            self._metrics.forgotten.inc(len(part.forgets))
             self._metrics.transactions.inc(part.said)
 
     async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:

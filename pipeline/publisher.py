@@ -102,43 +102,53 @@ class KafkaPublisher:
     ) -> dict[int, Appended]:
         """See :class:`Publisher`."""
         try:
-            partitions = list(scores)
+            if not (alerts or rejected):  # almost always: no tasks are made
+                return await self._append(scores)
             appended, *_ = await asyncio.gather(
-                asyncio.gather(*(self._append(p, scores[p]) for p in partitions)),
+                self._append(scores),
                 self._send(self._alerts_topic, alerts),
                 self._send(self._dead_letter_topic, rejected),
             )
+            return appended
         except KafkaError as error:
             raise PublishError(
                 f"cannot publish ({type(error).__name__}); see the broker's log and the limits "
                 "on message size and rights of its topics"
             ) from error
-        return dict(zip(partitions, appended, strict=True))
 
-    async def _append(self, partition: int, records: Sequence[Outgoing]) -> Appended:
-        """Append records to a scores partition, in order."""
+    async def _append(self, scores: dict[int, Sequence[Outgoing]]) -> dict[int, Appended]:
+        """Append to scores partitions, in order in each of them, side by side."""
+        places: dict[int, list[tuple[int | None, int]]] = {partition: [] for partition in scores}
+        rest = scores
+        while rest:
+            sent = [await self._send_batch(partition, rest[partition]) for partition in rest]
+            acknowledged = await asyncio.gather(*(delivery for _, delivery in sent))
+            for partition, (size, _), metadata in zip(rest, sent, acknowledged, strict=True):
+                places[partition].append((_known(metadata.offset), size))
+            rest = {
+                partition: rest[partition][size:]
+                for partition, (size, _) in zip(rest, sent, strict=True)
+                if size < len(rest[partition])
+            }
+        return {partition: _appended(found) for partition, found in places.items()}
+
+    async def _send_batch(
+        self, partition: int, records: Sequence[Outgoing]
+    ) -> tuple[int, asyncio.Future[Any]]:
+        """Send as many of the records as one batch takes: how many, and their delivery."""
         assert self._producer is not None
         now_ms = time.time_ns() // 1_000_000
-        places: list[tuple[int | None, int]] = []  # base offset and size of each batch
-        position = 0
-        while position < len(records):
-            batch = self._producer.create_batch()
-            start = position
-            while position < len(records):
-                record = records[position]
-                headers = list(record.headers)
-                if not batch.append(
-                    timestamp=now_ms, key=record.key, value=record.value, headers=headers
-                ):
-                    break
-                position += 1
-            batch.close()
-            acknowledged = await self._producer.send_batch(
-                batch, self._scores_topic, partition=partition
-            )
-            metadata = await acknowledged
-            places.append((_known(metadata.offset), position - start))
-        return _appended(places)
+        batch = self._producer.create_batch()
+        size = 0
+        for record in records:
+            headers = list(record.headers)
+            if not batch.append(
+                timestamp=now_ms, key=record.key, value=record.value, headers=headers
+            ):
+                break
+            size += 1
+        batch.close()
+        return size, await self._producer.send_batch(batch, self._scores_topic, partition=partition)
 
     async def _send(self, topic: str, records: Sequence[Outgoing]) -> None:
         """Send records one by one; the key decides the partition."""

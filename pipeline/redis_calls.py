@@ -4,7 +4,7 @@ errors that quote neither keys nor values."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,17 @@ _UNAVAILABLE = (RedisError, RedisClusterException, OSError, TimeoutError, Attrib
 
 Command = tuple[str | bytes, ...]
 
+SCAN_COUNT = 1_000
+"""Keys that one SCAN looks at: a fraction of a millisecond of Redis's time."""
 
 RIGHTS = (
-    "+get +mget +set +bitfield +setrange +pexpire +evalsha +script|load +ping +info +client|setinfo"
+    "+get +mget +set +del +bitfield +setrange +pexpire +evalsha +script|load +ping +info"
+    " +client|setinfo"
 )
 """What an ACL user of Redis must be allowed, on keys that begin with ``RECUR_KEY_PREFIX``."""
+
+COMMAND_RIGHTS = "+scan +strlen +pttl +getrange"
+"""What the user of a person who runs ``recur state`` needs besides."""
 
 _FORBIDDEN = ("no permissions", "can't run this command", "ACL failure")
 
@@ -39,8 +45,9 @@ class StoreForbiddenError(RecurError):
 
     def __init__(self) -> None:
         super().__init__(
-            f"Redis does not allow its user all that Recur does: grant {RIGHTS} on the keys that"
-            " begin with RECUR_KEY_PREFIX (ACL SETUSER), and start again"
+            f"Redis does not allow its user all that Recur does: grant {RIGHTS}, and for the"
+            f" commands `recur state` {COMMAND_RIGHTS}, on the keys that begin with"
+            " RECUR_KEY_PREFIX (ACL SETUSER), and start again"
         )
 
 
@@ -127,6 +134,25 @@ class RedisCalls:
             return await self.client.execute_command(*command, **options)
         except _UNAVAILABLE as error:
             raise _unanswered(error) from error
+
+    async def scan(self, pattern: str) -> AsyncIterator[list[bytes]]:
+        """Every key like this, some at a time, of all nodes of a cluster.
+
+        Raises:
+            StoreUnavailableError: it is not answered.
+            StoreForbiddenError: Redis does not allow it.
+        """
+        keys: list[bytes] = []
+        found = self.client.scan_iter(match=pattern, count=SCAN_COUNT)
+        try:
+            async for key in found:
+                keys.append(key)
+                if len(keys) == SCAN_COUNT:
+                    yield keys
+                    keys = []
+        except _UNAVAILABLE as error:
+            raise _unanswered(error) from error
+        yield keys
 
     async def close(self) -> None:
         """Give connections back."""

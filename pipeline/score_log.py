@@ -223,9 +223,17 @@ def read_score(value: bytes | None, source_prefix: str) -> tuple[int, Kept] | No
         source_prefix: what the source begins with: ``topic:partition:``.
     """
     score = decode_published(value)
-    if value is None or score is None or not score.source.startswith(source_prefix):
+    if value is None or score is None:
         return None
-    offset = score.source[len(source_prefix) :]
+    offset = source_offset(score.source, source_prefix)
+    return None if offset is None else (offset, Kept(value, score))
+
+
+def source_offset(source: str, prefix: str) -> int | None:
+    """The offset in a score's source; None where it does not begin with the prefix."""
+    if not source.startswith(prefix):
+        return None
+    offset = source[len(prefix) :]
     if not (offset.isascii() and offset.isdigit() and len(offset) <= OFFSET_MAX_DIGITS):
         return None
-    return int(offset), Kept(value, score)
+    return int(offset)

@@ -121,7 +121,8 @@ class Scorer:
         """Advance the states that ``values`` hold.
 
         Where the computation fails the micro-batch is bisected, so that only the
-        transactions that make it fail are left out.
+        transactions that make it fail are left out. A state that lies past its transactions
+        counts as absent: it is of a watermark that was taken back, and is computed again.
 
         Returns:
             the states after, the scores, bool[accounts] of states that were there and sound,
@@ -131,11 +132,16 @@ class Scorer:
             ScorerBrokenError: it fails for every transaction.
         """
         states, loaded, refused = self.codec.decode(values)
+        is_past = states.last_offset[batch.row] >= batch.offset
+        past = np.unique(batch.row[is_past]) if is_past.any() else batch.row[:0]
+        states.reset(past)
+        loaded[past] = False
         try:
             scored = self._advance(states, batch)
             self._failures_in_a_row = 0
         except Exception:  # whatever a transaction does to NumPy or torch
             states, _, _ = self.codec.decode(values)
+            states.reset(past)
             scored = self._bisect(states, batch)
         return states, scored, loaded, refused
 

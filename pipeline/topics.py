@@ -9,10 +9,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from aiokafka import errors as kafka_errors
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from pipeline.errors import StartupError
 from pipeline.logs import quiet
@@ -24,6 +26,10 @@ ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
 RETRY_SECONDS = 0.25
 """Between two attempts while the broker is away or a new topic is not visible yet."""
 
+_NO_COORDINATOR_YET = (  # a broker that is new makes the topic of groups when first asked
+    kafka_errors.GroupCoordinatorNotAvailableError,
+    kafka_errors.GroupLoadInProgressError,
+)
 _MS_PER_DAY = 86_400_000
 _HINTS = {
     "InvalidReplicationFactorError": "lower RECUR_KAFKA_REPLICATION_FACTOR to the brokers' number",
@@ -68,6 +74,93 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
     deadline = time.monotonic() + settings.startup_timeout_seconds
     async with _admin(settings, deadline) as admin:
         return (await _partition_counts(admin)).get(topic)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How long a topic keeps a record.
+
+    Attributes:
+        is_deleted: whether records are deleted by their age.
+        retention_ms: a segment goes so long after its last record, milliseconds; -1: never.
+        segment_ms: a segment takes records for so long at most, milliseconds.
+    """
+
+    is_deleted: bool
+    retention_ms: int
+    segment_ms: int
+
+    @property
+    def longest_ms(self) -> int | None:
+        """From a record's time until it is deleted, at most, but for minutes; None: no end."""
+        if not self.is_deleted or self.retention_ms < 0:
+            return None
+        return self.retention_ms + self.segment_ms
+
+
+async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
+    """Of the topics that there are; None where the broker does not say.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    found: dict[TopicRole, Retention | None] = {}
+    async with _admin(settings, deadline) as admin:
+        counts = await _partition_counts(admin)
+        for role in ROLES:
+            name = settings.topic(role)
+            if name not in counts:
+                continue
+            asked = [ConfigResource(ConfigResourceType.TOPIC, name)]
+            ((error, _, _, _, entries),) = (await admin.describe_configs(asked))[0].resources
+            values = {entry[0]: entry[1] for entry in entries}
+            found[role] = None
+            if not error:
+                found[role] = Retention(
+                    "delete" in values["cleanup.policy"],
+                    int(values["retention.ms"]),
+                    int(values["segment.ms"]),
+                )
+    return found
+
+
+async def add_partitions(settings: Settings, topic: str, total: int) -> None:
+    """Give a topic more partitions; returns once they have leaders.
+
+    Raises:
+        StartupError: the broker does not answer, or refuses.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    async with _admin(settings, deadline) as admin:
+        await admin.create_partitions({topic: NewPartitions(total_count=total)})
+        while (await _partition_counts(admin, led=True)).get(topic) != total:
+            if time.monotonic() > deadline:
+                raise StartupError(
+                    f"topic {topic} got {total} partitions, of which some have no leader: see that"
+                    " enough brokers are up, and start again"
+                )
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+async def group_members(settings: Settings) -> int:
+    """How many workers the consumer group has now.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    async with _admin(settings, deadline) as admin:
+        while True:
+            try:
+                (reply,) = await admin.describe_consumer_groups([settings.kafka_group])
+            except _NO_COORDINATOR_YET:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            ((_, _, _, _, _, members, *_),) = reply.groups
+            return len(members)
 
 
 @asynccontextmanager

@@ -23,7 +23,14 @@ from model.features import ACCOUNT_INPUTS, FEATURES, AccountHistory, FeatureSpec
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import RECENT_IDS, Watermark
-from pipeline.codec import CONTROL_HEADER, WARM_HEADER, decode, decode_alert, decode_score
+from pipeline.codec import (
+    CONTROL_HEADER,
+    FORGET,
+    WARM_HEADER,
+    decode,
+    decode_alert,
+    decode_score,
+)
 from pipeline.errors import RejectedError
 from pipeline.health import Health
 from pipeline.memory import (
@@ -39,6 +46,7 @@ from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience
 from pipeline.processor import Computed, Processor
+from pipeline.rebuild import Rebuild
 from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.state_store import Save
@@ -107,6 +115,7 @@ class PartitionReference:
     rejected: dict[int, str] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
     accounts: dict[str, AccountReference] = field(default_factory=dict)
+    forgotten: set[int] = field(default_factory=set)
 
 
 def reference(
@@ -115,6 +124,10 @@ def reference(
     """The offline computation of a partition's log."""
     result = PartitionReference()
     for record in records:
+        if (CONTROL_HEADER, FORGET) in record.headers and not record.value:
+            result.accounts.pop((record.key or b"").decode(), None)
+            result.forgotten.add(record.offset)
+            continue
         try:
             transaction = _decoded(checkpoint, record)
         except RejectedError as error:
@@ -231,14 +244,21 @@ class World:
         partition = self.kafka.partition_of(self.topic, key)
         return partition, self.kafka.produce(self.topic, key, value, headers=headers)
 
+    def forget(self, account: str) -> tuple[int, int]:
+        """Append the instruction to forget an account; its partition and offset."""
+        return self.produce_raw(account.encode(), None, [(CONTROL_HEADER, FORGET)])
+
     def produce_many(self, count: int, accounts: int = 6, seed: int = 0) -> None:
-        """Append transactions of a few accounts, with repeats, rejects and warm ones mixed in."""
+        """Append transactions of a few accounts, with repeats, rejects, warm ones and
+        instructions to forget mixed in."""
         rng = np.random.default_rng(seed)
         for i in range(count):
             account = f"A{rng.integers(accounts)}"
             amount = round(float(rng.gamma(2.0, 60.0)), 2)
             if i % 11 == 7:
                 self.produce_raw(account.encode(), b"not a transaction")
+            elif i % 13 == 10:
+                self.forget(account)
             elif i % 9 == 8:
                 for _ in range(1 + i % 2):
                     self.produce(account, f"t{i}-{account}", amount=amount)
@@ -260,6 +280,16 @@ class World:
         """A new worker process with these partitions, or all."""
         return MemoryWorker(
             self, self.partitions if assigned is None else assigned, checkpoint or self.checkpoint
+        )
+
+    def rebuild(self) -> Rebuild:
+        """What takes watermarks back."""
+        return Rebuild(
+            self.topic,
+            self.settings.topic("scores"),
+            self.settings.partitions,
+            self.store,
+            MemoryScoreLog(self.kafka, self.settings),
         )
 
     def interrupt(self, interrupt: Callable[[str], None]) -> None:

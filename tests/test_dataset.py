@@ -281,7 +281,7 @@ def test_a_field_is_the_same_number_in_training_and_in_the_worker(tmp_path: Path
     raw = write_raw(dataset, sequences, FeatureSpec(fields=fields), tmp_path / "raw")
     live_values: list[list[Any]] = [values, texts]
     for column, field in enumerate(fields, start=len(FEATURES)):
-        live = field_column(field, live_values[column - len(FEATURES)])
+        live = field_column(field)(live_values[column - len(FEATURES)])
         np.testing.assert_array_equal(raw[:, column], live[sequences.row])
 
 

@@ -281,7 +281,7 @@ def test_steps_and_missing_values_become_zeros_and_ones() -> None:
         ),
         fields=(field,),
     )
-    raw = np.hstack((raw_sample(3), field_column(field, [40, None, 20])[:, None]))
+    raw = np.hstack((raw_sample(3), field_column(field)([40, None, 20])[:, None]))
     raw[:, 0] = [219.99, 220.0, 221.0]
     np.testing.assert_array_equal(
         Encoder(spec).encode(raw), [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, -1.0, 0.0]]
@@ -290,7 +290,7 @@ def test_steps_and_missing_values_become_zeros_and_ones() -> None:
 
 def test_a_missing_value_is_left_out_of_mean_and_deviation() -> None:
     field = Field("age", "numeric")
-    raw = np.hstack((raw_sample(4), field_column(field, [10, None, 30, None])[:, None]))
+    raw = np.hstack((raw_sample(4), field_column(field)([10, None, 30, None])[:, None]))
     (age,) = FeatureSpec((Input("age", "linear"),), fields=(field,)).fitted(raw).inputs
     assert (age.mean, age.deviation) == (20.0, 10.0)
 
@@ -298,11 +298,11 @@ def test_a_missing_value_is_left_out_of_mean_and_deviation() -> None:
 def test_a_category_is_its_place_in_the_vocabulary_and_comes_last() -> None:
     field = Field("category", "categorical", ("food", "fuel"))
     spec = FeatureSpec((Input("amount", "linear"), Input("category", "category")), fields=(field,))
-    column = field_column(field, ["fuel", "toys", None, "food"])[:, None]
+    column = field_column(field)(["fuel", "toys", None, "food"])[:, None]
     encoded = Encoder(spec).encode(np.hstack((raw_sample(4), column)))
     assert encoded[:, 1].tolist() == [2.0, 0.0, 0.0, 1.0]
     assert spec.embedded == (field,)
-    assert field_column(Field("online", "categorical", ("true",)), [True, False]).tolist() == [1, 0]
+    assert field_column(Field("online", "categorical", ("true",)))([True, False]).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])

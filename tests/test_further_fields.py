@@ -61,8 +61,8 @@ def test_columns_are_those_of_training() -> None:
     transactions = [decode(b"a1", value(**row), "EUR", FURTHER) for row in rows]
 
     expected = [
-        field_column(FIELDS[0], [row["category"] for row in rows]),
-        field_column(FIELDS[1], [row["card age"] for row in rows]),
+        field_column(FIELDS[0])([row["category"] for row in rows]),
+        field_column(FIELDS[1])([row["card age"] for row in rows]),
     ]
 
     found = FURTHER.columns(transactions)[:, :2].T

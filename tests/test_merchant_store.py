@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
@@ -194,6 +194,8 @@ histories = st.lists(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=histories)
+@example(history=[{348: {"M1": 33_324}}, {28: {"M1": 32_212}}])  # full, and too old to count
+@example(history=[{28: {"M1": 40_000}}, {28: {"M1": 40_000}}, {28: {"M1": 1}}])
 def test_every_history_of_counts_gives_what_a_profile_in_python_gives(
     redis_server: Redis, history: list[dict[int, dict[str, int]]]
 ) -> None:

@@ -25,8 +25,9 @@ from pipeline.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, dec
 from pipeline.decision import Thresholds, thresholds_of
 from pipeline.errors import StartupError
 from pipeline.memory import MemoryPublisher
-from pipeline.ownership import Poll
+from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
+from pipeline.rebuild import TakenBack
 from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from tests.memory_pipeline import (
@@ -621,6 +622,7 @@ class Simulation:
         )
         self.world.produce_many(50, seed=seed)
         self._snapshots = [self.world.store.copy()]
+        self.also: tuple[float, Callable[[], None]] = 0.0, lambda: None  # done now and then
         self._alive: list[tuple[MemoryWorker, Coroutine[Any, Any, None]]] = []
 
     def run(self) -> World:
@@ -634,6 +636,9 @@ class Simulation:
         return self.world
 
     def _act(self, chance: float) -> None:
+        share, act = self.also
+        if share and self.rng.random() < share:
+            act()
         if chance < 0.01 and len(self._alive) < self._workers_max:
             self._start()
         elif chance < 0.015:
@@ -1055,6 +1060,226 @@ def test_an_unknown_base_offset_is_looked_up() -> None:
     world.assert_all_applied()
 
 
+# a watermark that is taken back ------------------------------------------------------------
+
+
+def rebuild(world: World, partition: int) -> TakenBack | None:
+    """What `recur state rebuild` does to a partition, at one moment."""
+    plan: TakenBack | None = finish(world.rebuild().take_back(partition))
+    return plan
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
+    """The watermark is taken back again and again, between any two steps of the workers; what
+    stands past it never gets into a state again, although nothing deletes it."""
+    rng = random.Random(seed)
+    simulation = Simulation(seed, workers_max=rng.choice([1, 3]))
+    world = simulation.world
+    taken: list[TakenBack | None] = []
+
+    def act() -> None:
+        taken.append(rebuild(world, rng.choice(world.partitions)))
+
+    simulation.also = (0.03, act)
+    simulation.run()
+    act()
+    produce_everywhere(world)
+
+    read_on(world)
+
+    assert any(taken)
+    world.assert_all_applied(scores_once=False)
+
+
+def test_a_rebuild_mends_states_and_says_nothing_again() -> None:
+    """Of whatever kind the damage is; accounts that the log does not have stay as they are."""
+    world = World(partitions=1)
+    world.produce_many(60)
+    world.produce("gone")
+    worker = world.worker()
+    finish(worker.run())
+    scores, alerts = world.scores(0), world.alerts()
+    states = world.store.states
+    right = dict(states)
+    accounts = sorted(account for _, account in states if account != "gone")
+    states[0, accounts[0]] = states[0, accounts[1]]
+    states[0, accounts[2]] = states[0, accounts[2]][:-1] + b"x"
+    del states[0, accounts[3]]
+
+    plan = rebuild(world, 0)
+    produce_everywhere(world)
+    finish(worker.run())
+
+    assert plan is not None
+    assert (plan.begin, plan.end) == (0, world.watermark(0) - 1)
+    world.assert_all_applied()
+    assert states.keys() >= right.keys()
+    assert {offset: world.scores(0)[offset] for offset in scores} == scores
+    assert {source: world.alerts()[source] for source in alerts} == alerts
+
+
+def test_what_the_log_has_no_more_keeps_its_state_in_a_rebuild() -> None:
+    world = World(partitions=1)
+    for account in ("old", "both", "both", "new"):
+        world.produce(account)
+    worker = world.worker()
+    finish(worker.run())
+    before = dict(world.store.states)
+    world.kafka.delete_records("transactions", 0, before=2)
+
+    plan = rebuild(world, 0)
+    assert plan is not None
+    assert (plan.begin, plan.end) == (2, 4)
+    world.produce("old")
+    finish(worker.run())
+
+    decode = worker.scorer.codec.decode
+    first = {
+        account: int(decode([value])[0].first_offset[0])
+        for (_, account), value in world.store.states.items()
+    }
+    assert first == {"old": 0, "both": 2, "new": 3}
+    assert world.store.states[0, "new"] == before[0, "new"]
+    assert worker.count("recur_records_lost_total") == 0
+
+
+def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
+    """The topic was recreated: the offsets of scores that are out mean other transactions."""
+    world = World(partitions=1)
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    world.kafka.recreate("transactions")
+    world.produce("A", "t-new")
+    with pytest.raises(StartupError, match="recur state rebuild --all"):
+        finish(world.worker().run())
+
+    assert rebuild(world, 0) == TakenBack(0, 0, 1)
+    read_on(world)
+
+    first, second = world.scores(0)[0]
+    assert decode_score(second).transaction_id == "t-new"
+    assert decode_score(second).features["transactions_seen"] == 1
+    assert decode_score(first).transaction_id != "t-new"
+
+
+def test_without_a_watermark_there_is_nothing_to_take_back() -> None:
+    world = World(partitions=1)
+    world.produce("A")
+
+    assert rebuild(world, 0) is None
+
+    assert not world.store.watermarks
+    read_on(world)
+    world.assert_all_applied()
+
+
+# instructions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records_max", [1, 2, 3, 100])
+def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
+    records_max: int,
+) -> None:
+    """Where the instruction stands in the account's order counts, wherever a poll is cut."""
+    world = World(partitions=1)
+    for amount in (20.0, 500.0):
+        world.produce("A", amount=amount)
+    world.produce("B")
+    _, forgotten = world.forget("A")
+    world.produce("A", "again", amount=30.0)
+    world.forget("A")
+    world.produce("A", "again", amount=40.0)  # no repeat: the id is forgotten, too
+    world.forget("B")
+    world.forget("A")
+    world.forget("A")
+    world.produce("A", amount=50.0)
+    worker = world.worker()
+
+    finish(worker.run(records_max=records_max))
+
+    world.assert_all_applied(alerts_once=True)
+    assert sorted(account for _, account in world.store.states) == ["A"]
+    features = [decode_score(values[0]).features for values in world.scores(0).values()]
+    assert [raw["transactions_seen"] for raw in features] == [1, 2, 1, 1, 1, 1]
+    assert worker.count("recur_accounts_forgotten_total") == 5
+    found, _, _ = worker.scorer.codec.decode([world.store.states[0, "A"]])
+    assert int(found.first_offset[0]) > forgotten
+    assert int(found.history.count[0]) == 1
+    assert worker.count("recur_rejected_total", reason="control") == 0
+
+
+def test_forgetting_is_not_undone_by_what_is_held_in_memory() -> None:
+    """The next poll is computed before the state is deleted in the store."""
+    world = World(partitions=1)
+    world.produce("A", "t-1", amount=900.0)
+    worker = world.worker()
+    finish(worker.run())
+    world.forget("A")
+    world.produce("A", "t-1", amount=20.0)
+    first, second = next_poll(worker, 1), next_poll(worker, 1)
+
+    computed = finish(worker.processor.compute(first))
+    after = finish(worker.processor.compute(second))
+    assert (0, "A") in world.store.states
+    finish(worker.processor.conclude(computed))
+    assert (0, "A") not in world.store.states
+    finish(worker.processor.conclude(after))
+
+    world.assert_all_applied()
+
+
+def test_an_instruction_that_was_applied_is_dropped_when_it_comes_again() -> None:
+    """What the account did since stays, in the store and in the poll that comes again."""
+    world = World(partitions=1)
+    world.produce("A")
+    world.forget("A")
+    world.produce("A", amount=70.0)
+    owner, late = world.worker(), world.worker()
+    old_poll = next_poll(late)
+    finish(owner.run())
+    world.produce("A", amount=80.0)
+    finish(late.process(old_poll))
+    assert late.count("recur_accounts_forgotten_total") == 0
+
+    finish(late.run())
+
+    world.assert_all_applied(alerts_once=True)
+    world.produce("A", amount=90.0)
+    both = world.worker()  # a poll of what is applied and of what is not
+    finish(both.process(Poll({0: Chunk(0, 5, world.kafka.records("transactions", 0))})))
+    world.assert_all_applied(alerts_once=True)
+    assert both.count("recur_accounts_forgotten_total") == 0
+
+
+def test_of_an_account_whose_transactions_after_it_fail_nothing_is_left() -> None:
+    world = World(partitions=1)
+    world.produce("A")
+    world.forget("A")
+    world.produce("A", amount=POISON)
+    world.produce("B")
+
+    read_on(world, checkpoint=Brittle())
+
+    assert sorted(account for _, account in world.store.states) == ["B"]
+    assert sorted(world.scores(0)) == [0, 3]
+
+
+def test_an_instruction_to_look_changes_nothing() -> None:
+    world = World(partitions=1)
+    world.produce("A")
+    world.produce_raw(None, b"", [(CONTROL_HEADER, b"look")])
+    world.produce("A")
+
+    worker = read_on(world)
+
+    assert world.watermark(0) == 3
+    assert sorted(world.scores(0)) == [0, 2]
+    assert not world.dead_letters()
+    assert worker.count("recur_accounts_forgotten_total") == 0
+
+
 # bad records -----------------------------------------------------------------------------
 
 
@@ -1067,21 +1292,25 @@ def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_g
     world.produce("A", timestamp=world.now_ms + 3 * DAY_MS)
     world.produce("A", timestamp="1969-12-31T23:59:59Z")
     world.produce("A", headers=[(CONTROL_HEADER, b"forget")])
+    world.produce_raw(b"A", None, [(CONTROL_HEADER, b"remember")])
+    world.produce_raw(b"A", None, [(CONTROL_HEADER, b"forget"), (CONTROL_HEADER, b"look")])
+    world.produce_raw(None, None, [(CONTROL_HEADER, b"forget")])
+    world.produce_raw(b"\xff", b"", [(CONTROL_HEADER, b"forget")])
     world.produce("A", amount=-1)
     world.produce_raw(b"B", b'{"transaction_id":"t"}')
     world.produce("A")
 
     worker = read_on(world)
 
-    assert sorted(world.scores(0)) == [0, 9]
-    assert world.watermark(0) == 10
+    assert sorted(world.scores(0)) == [0, 13]
+    assert world.watermark(0) == 14
     reasons = [
         "not_json",
         "null_value",
         "null_value",
         "future_timestamp",
         "timestamp",
-        "control",
+        *["control"] * 5,
         "amount",
         "missing_field",
     ]

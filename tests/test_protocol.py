@@ -112,9 +112,9 @@ def test_a_card_leaves_the_test_when_its_fraud_is_known_and_not_before() -> None
 @pytest.mark.parametrize(
     ("dates", "message"),
     [
-        ({"train_until": "2018-07-01", "test_from": "2018-07-04"}, "test from 2018-07-09 or later"),
+        ({"train_until": "2018-07-02", "test_from": "2018-07-04"}, "test from 2018-07-09 or later"),
         ({"train_until": "2019-07-01"}, "the log has the days 2018-04-01 to 2018-09-30"),
-        ({"test_until": "2018-10-01"}, "choose other dates"),
+        ({"test_until": "2018-10-02"}, "choose other dates"),
         ({"train_until": "30.6.2018"}, "is no date such as"),
     ],
 )
@@ -127,7 +127,7 @@ def test_dates_that_cannot_be_are_refused_with_what_to_do(
 
 def test_a_period_of_one_class_is_refused() -> None:
     with pytest.raises(ProtocolError, match=r"0 of the \d+ transactions of the test are fraud"):
-        split_fold(a_log(fraud_days=90), train_until="2018-06-30")
+        split_fold(a_log(fraud_days=90), train_until="2018-07-01")
 
 
 def test_a_log_without_the_handbooks_days_is_refused() -> None:

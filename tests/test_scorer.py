@@ -38,8 +38,9 @@ def batch_of(
     ids: Sequence[int] | None = None,
     record_ms: Sequence[int] | None = None,
     explain_from: Sequence[float] | None = None,
+    start: int = 0,
 ) -> MicroBatch:
-    """A micro-batch a minute apart, with ids of its own and offsets from 0 unless given."""
+    """A micro-batch a minute apart, with ids of its own unless given, and offsets from start."""
     n = len(rows)
     times = np.arange(n, dtype=np.int64) * 60_000 + 1_700_000_000_000
     return MicroBatch(
@@ -47,7 +48,7 @@ def batch_of(
         amount=np.array([20.0] * n if amounts is None else amounts, np.float64),
         timestamp_ms=times,
         record_ms=times if record_ms is None else np.array(record_ms, np.int64),
-        offset=np.arange(n, dtype=np.int64),
+        offset=np.arange(start, start + n, dtype=np.int64),
         id_hash=np.array(range(1, n + 1) if ids is None else ids, np.uint64),
         merchant_raw=np.zeros((n, len(MERCHANT_FEATURES)), np.float32),
         fields=np.zeros((n, 0), np.float32),
@@ -136,7 +137,7 @@ def test_a_score_is_the_networks_of_the_states_hidden() -> None:
     values, _ = score(scorer, [None], batch_of([0]))
     hidden = torch.from_numpy(scorer.codec.decode(values)[0].hidden).float()
 
-    _, scored = score(scorer, values, batch_of([0], [50.0], ids=[9]))
+    _, scored = score(scorer, values, batch_of([0], [50.0], ids=[9], start=1))
 
     inputs = torch.from_numpy(CHECKPOINT.encode(scored.raw))
     logits, _ = CHECKPOINT.network.step(inputs, hidden)
@@ -154,7 +155,7 @@ def test_a_repeated_id_is_dropped_also_inside_one_micro_batch() -> None:
     assert scored.repeated.tolist() == [False, False, True, True]
     assert states == once
 
-    states, scored = score(scorer, once, batch_of([0, 0], ids=[8, 7]))
+    states, scored = score(scorer, once, batch_of([0, 0], ids=[8, 7], start=2))
     assert scored.repeated.tolist() == [True, True]
     assert states == once
 
@@ -173,9 +174,9 @@ def test_the_last_ids_are_remembered_and_older_ones_forgotten() -> None:
     states, _ = score(scorer, [None], batch_of([0] * len(ids), ids=ids))
 
     for number in ids[1:]:
-        _, scored = score(scorer, states, batch_of([0], ids=[number]))
+        _, scored = score(scorer, states, batch_of([0], ids=[number], start=99))
         assert scored.repeated.all(), f"id {number} is one of the last {RECENT_IDS}"
-    _, scored = score(scorer, states, batch_of([0], ids=[1]))
+    _, scored = score(scorer, states, batch_of([0], ids=[1], start=99))
     assert not scored.repeated.any()
 
 
@@ -187,7 +188,8 @@ def test_an_account_silent_for_longer_than_its_time_starts_anew_by_record_time(
     silent_ms: int, expired: int
 ) -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
-    first, second = batch_of([0], record_ms=[0]), batch_of([0], ids=[2], record_ms=[silent_ms])
+    first = batch_of([0], record_ms=[0])
+    second = batch_of([0], ids=[2], record_ms=[silent_ms], start=1)
     anew, fresh = score(scorer, [None], second)
 
     states, _ = score(scorer, [None], first)
@@ -226,10 +228,37 @@ def test_loaded_missing_and_refused_states_are_told_apart() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
     (value,), _ = score(scorer, [None], batch_of([0]))
 
-    _, _, loaded, refused = scorer.score([value, None, b"junk"], batch_of([0, 1, 2]))
+    _, _, loaded, refused = scorer.score([value, None, b"junk"], batch_of([0, 1, 2], start=1))
 
     assert loaded.tolist() == [True, False, False]
     assert refused == 1
+
+
+# states of a watermark that was taken back -------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_state_that_lies_past_its_transactions_counts_as_absent(poison: bool) -> None:
+    """A rebuild takes the watermark back: what the states say from there on is said again.
+
+    Also where the micro-batch is bisected, and the states are decoded once more.
+    """
+    scorer = Scorer(Brittle(raise_error) if poison else CHECKPOINT, ttl_ms=30 * DAY_MS)
+    batch = batch_of([0, 1, 0], [20.0, 300.0, 40.0], start=5)
+    expected, _ = score(scorer, [None] * 3, batch)
+    (before,), _ = score(scorer, [None], batch_of([0], ids=[77], start=4))
+    (other,), _ = score(scorer, [before], batch_of([0], ids=[78], start=5))
+    if poison:
+        batch = batch_of([0, 1, 0, 2], [20.0, 300.0, 40.0, POISON], start=5)
+
+    states, scored, loaded, refused = scorer.score([other, expected[1], None], batch)
+
+    assert scorer.codec.encode(states, np.arange(3)) == expected
+    assert (loaded.tolist(), refused) == ([False] * 3, 0)
+    assert not scored.repeated.any()
+    states, _, loaded, _ = scorer.score([before, None, None], batch)
+    assert loaded.tolist() == [True, False, False], "one before them is theirs"
+    assert states.first_offset[0] == 4
 
 
 # failures --------------------------------------------------------------------------------
@@ -334,7 +363,8 @@ def test_an_expiry_before_a_failure_is_undone_with_it() -> None:
     scorer = Scorer(Brittle(raise_error), ttl_ms=DAY_MS)
     states, _ = score(scorer, [None], batch_of([0], record_ms=[0]))
 
-    after, scored = score(scorer, states, batch_of([0], [POISON], ids=[2], record_ms=[9 * DAY_MS]))
+    late = batch_of([0], [POISON], ids=[2], record_ms=[9 * DAY_MS], start=1)
+    after, scored = score(scorer, states, late)
 
     assert after == states
     assert (scored.expired, list(scored.failed)) == (0, [0])

@@ -25,7 +25,7 @@ from redis.cluster import RedisCluster as ClusterClient
 from pipeline import services
 from pipeline.errors import ServiceError
 from pipeline.kafka_jars import JARS, jar_directory
-from pipeline.services import Kafka, Redis, RedisCluster, Service, embedded, free_port
+from pipeline.services import Kafka, KafkaCluster, Redis, RedisCluster, Service, embedded, free_port
 from pipeline.settings import load_settings
 
 REPOSITORY = Path(__file__).parent.parent
@@ -160,6 +160,35 @@ def test_a_cluster_serves_the_keys_of_one_hash_tag_and_outlives_the_death_of_a_n
         cluster.wait_until_whole()
         with ClusterClient.from_url(cluster.url) as client:
             assert [client.get(key) for key in keys] == [key.encode() for key in keys]
+
+
+def test_a_kafka_cluster_keeps_what_it_acknowledged_and_goes_on_without_a_node() -> None:
+    """Replication 3 and min.insync 2: what `make faults` takes one broker at a time from."""
+
+    async def go(cluster: KafkaCluster) -> None:
+        first, second, third = cluster.nodes
+        admin = AIOKafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+        await admin.start()
+        await admin.create_topics([NewTopic("kept", num_partitions=1, replication_factor=3)])
+        await admin.close()
+        await produce(first, "kept", b"before")
+        first.kill()
+        await produce(second, "kept", b"after")
+        consumer = AIOKafkaConsumer(
+            "kept", bootstrap_servers=third.bootstrap, auto_offset_reset="earliest"
+        )
+        await consumer.start()
+        try:
+            assert (await asyncio.wait_for(consumer.getone(), 30)).value == b"before"
+            assert (await asyncio.wait_for(consumer.getone(), 30)).value == b"after"
+        finally:
+            await consumer.stop()
+
+    with KafkaCluster() as cluster:
+        assert [node.known_brokers() for node in cluster.nodes] == [3, 3, 3]
+        asyncio.run(go(cluster))
+        cluster.nodes[0].start()
+        cluster.wait_until_whole()
 
 
 def test_a_paused_redis_is_silent_until_it_is_resumed() -> None:

@@ -175,7 +175,7 @@ def test_a_fetch_of_the_time_before_does_not_move_a_new_group_past_what_it_has_n
     async def go() -> None:
         alone.member.thread.assign(1, [place])
         await consumer.perform_seek()
-        await consumer._give_up({place: stale})
+        consumer._give_up({place: stale})
 
     alone.run(go())
 

@@ -144,7 +144,7 @@ def save_of(
     states: dict[str, bytes] | None = None,
 ) -> Save:
     states = states or {}
-    return Save(partition, expected, watermark, list(states), list(states.values()))
+    return Save(partition, expected, watermark, list(states), [*states.values()])
 
 
 async def content(
@@ -170,6 +170,30 @@ def test_what_was_saved_is_loaded_together_with_its_watermark(backend: Backend) 
         assert await content(store, 3) == (b"w1", [])
 
     backend.run(go)
+
+
+def test_every_account_with_a_state_is_listed_and_nothing_else(real_backend: Backend) -> None:
+    """Of all nodes, whatever accounts are called, and no other topic's or model's."""
+
+    async def go(store: StateStore) -> None:
+        assert isinstance(store, RedisStateStore)
+        assert real_backend.keys is not None
+        assert real_backend.client is not None
+        names = [name for name in ODD_IDS if name]
+        for partition in range(4):
+            states = {f"{name}{partition}": b"s" for name in names}
+            await store.save([save_of(partition, None, b"w", states)])
+        key = real_backend.keys.accounts(3, ["A"])[0]
+        with real_backend.client() as client:
+            client.set(key.replace(b"transactions", b"transactions-1"), b"s")
+            client.set(key.replace(MODEL.encode(), b"another"), b"s")
+            client.set(key[:-1] + b"\xff", b"s")
+
+        found = [place async for places in store.accounts() for place in places]
+
+        assert sorted(found) == sorted((p, f"{name}{p}") for p in range(4) for name in names)
+
+    real_backend.run(go)
 
 
 def test_accounts_may_have_any_name_and_partitions_are_apart(backend: Backend) -> None:
@@ -216,6 +240,28 @@ def test_asking_for_nothing_is_answered_with_nothing(backend: Backend) -> None:
 
 
 # save, guarded ---------------------------------------------------------------------------
+
+
+def test_a_state_that_is_none_is_deleted_with_the_others_save(backend: Backend) -> None:
+    async def go(store: StateStore) -> None:
+        await store.save([save_of(0, None, b"w1", {"A": b"a1", "B": b"b1", "C": b"c1"})])
+        states = [None, b"b2", None]
+
+        stale = await store.save([Save(0, b"w0", b"w2", ["A", "B", "D"], states)])
+        assert stale == [False]
+        assert await content(store, 0, "A", "B") == (b"w1", [b"a1", b"b1"])
+
+        for _ in range(2):  # and once more, as after a lost answer
+            saved = await store.save([Save(0, b"w1", b"w2", ["A", "B", "D"], states)])
+            assert saved == [True]
+        found = await content(store, 0, "A", "B", "C", "D")
+        assert found == (b"w2", [None, b"b2", b"c1", None])
+
+        again = Save(0, b"w2", b"w3", ["B", "E", "B", "E"], [b"b3", None, None, b"e3"])
+        assert await store.save([again]) == [True]
+        assert await content(store, 0, "B", "E") == (b"w3", [None, b"e3"])
+
+    backend.run(go)
 
 
 @pytest.mark.parametrize("expected", [None, b"w0", b"w", b"w11"])

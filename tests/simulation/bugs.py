@@ -145,6 +145,7 @@ class WatermarkApart(StateClient):
         if stands:
             self.store.changed.add(request.partition)
             for account, state in zip(request.account_ids, request.states, strict=True):
+                assert state is not None
                 self.store.states[request.partition, account] = state
         return stands
 
@@ -183,7 +184,7 @@ class PositionsKept(Consumer):
 class DropWithoutSeek(Consumer):
     """Drops a fetch that a rebalance or a seek overtook."""
 
-    async def _give_up(self, records: Mapping[Any, list[Any]]) -> None:
+    def _give_up(self, records: Mapping[Any, list[Any]]) -> None:
         """Nothing is sought."""
 
 
@@ -256,7 +257,7 @@ class OldStates(Ownership):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._states: dict[int, dict[str, bytes]] = {}
+        self._states: dict[int, dict[str, bytes | None]] = {}
 
     async def _assume(
         self, partition: int, watermark: bytes | None, begin: int, *, lost: bool

@@ -1,0 +1,185 @@
+"""Reads one partition of the log from an offset on, for whoever computes it again.
+
+It belongs to no consumer group, and reads what is committed alone: where scores are published in
+transactions, those that were taken back are not there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any, Protocol
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from pipeline.errors import RecurError
+from pipeline.score_log import Bounds
+from pipeline.settings import Settings
+
+STALL_SECONDS = 30.0
+"""Reading may come no further for so long: a broker may be killed and restarted meanwhile."""
+
+FETCH_BYTES = 4 * 1024 * 1024
+"""Of a partition in one fetch; the client's own 1 MiB makes a third more requests."""
+
+FETCH_WAIT_MS = 200
+
+
+class LogReaderError(RecurError):
+    """The broker did not answer; the message says what to do."""
+
+
+class LogReader(Protocol):
+    """Reads a partition in order; an async context manager.
+
+    Attributes:
+        position: the next offset to be returned, if a record has it.
+    """
+
+    position: int
+
+    async def __aenter__(self) -> LogReader: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+    async def bounds(self) -> Bounds:
+        """Where the partition begins and ends now.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+        """
+
+    async def first_at(self, time_ms: int) -> int | None:
+        """The first offset whose record's time is this or later; None where there is none.
+
+        Args:
+            time_ms: CreateTime, epoch milliseconds.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+        """
+
+    def skip_to(self, offset: int) -> None:
+        """Read on from there; to be called before the first read."""
+
+    async def read(self, end: int, most: int) -> list[Any]:
+        """The next records with offsets before ``end``; none once all of them are read.
+
+        Args:
+            most: of them, at most.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+        """
+
+
+OpenReader = Callable[[str, int, int], LogReader]
+"""A reader of a topic (its full name) and partition, from an offset on."""
+
+
+class KafkaLogReader:
+    """A :class:`LogReader` with a consumer of its own.
+
+    Args:
+        settings: names the broker.
+        topic: its full name.
+        start: the first offset to read; where the log begins later, it is read from there.
+    """
+
+    def __init__(self, settings: Settings, topic: str, partition: int, start: int = 0) -> None:
+        self.position = self._reached = start
+        self._settings = settings
+        self._place = TopicPartition(topic, partition)
+        self._ahead: deque[Any] = deque()
+        self._consumer: AIOKafkaConsumer | None = None
+
+    async def __aenter__(self) -> KafkaLogReader:
+        self._consumer = AIOKafkaConsumer(
+            **self._settings.kafka_client_options(),
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            max_partition_fetch_bytes=FETCH_BYTES,
+        )
+        try:
+            await self._consumer.start()
+            self._consumer.assign([self._place])
+            self._consumer.seek(self._place, self.position)
+        except (KafkaError, OSError) as error:
+            await self._consumer.stop()
+            raise self._away(error) from error
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._consumer is not None
+        await self._consumer.stop()
+
+    async def bounds(self) -> Bounds:
+        """See :class:`LogReader`."""
+        assert self._consumer is not None
+        try:
+            begin = await self._consumer.beginning_offsets([self._place])
+            end = await self._consumer.end_offsets([self._place])
+        except (KafkaError, OSError) as error:
+            raise self._away(error) from error
+        return Bounds(begin[self._place], end[self._place])
+
+    async def first_at(self, time_ms: int) -> int | None:
+        """See :class:`LogReader`."""
+        assert self._consumer is not None
+        try:
+            found = await self._consumer.offsets_for_times({self._place: time_ms})
+        except (KafkaError, OSError) as error:
+            raise self._away(error) from error
+        at = found[self._place]
+        return None if at is None else int(at.offset)
+
+    def skip_to(self, offset: int) -> None:
+        """See :class:`LogReader`."""
+        assert self._consumer is not None
+        self.position = self._reached = offset
+        self._consumer.seek(self._place, offset)
+
+    async def read(self, end: int, most: int) -> list[Any]:
+        """See :class:`LogReader`."""
+        until = monotonic() + STALL_SECONDS
+        while not self._ahead and self.position < end:
+            assert self._consumer is not None
+            try:
+                fetched = await self._consumer.getmany(
+                    self._place, timeout_ms=FETCH_WAIT_MS, max_records=most
+                )
+                # Also past transaction markers and what was taken back, which are no records.
+                reached = await self._consumer.position(self._place)
+            except (KafkaError, OSError) as error:
+                raise self._away(error) from error
+            self._ahead.extend(fetched.get(self._place, ()))
+            if not self._ahead:
+                if reached > self.position:
+                    self.position, until = reached, monotonic() + STALL_SECONDS
+                elif monotonic() > until:
+                    raise self._away(TimeoutError(f"nothing within {STALL_SECONDS:g} s"))
+                continue
+            self.position = self._ahead[0].offset
+            self._reached = reached
+        records: list[Any] = []
+        while self._ahead and self._ahead[0].offset < end and len(records) < most:
+            records.append(self._ahead.popleft())
+        if records:
+            self.position = self._ahead[0].offset if self._ahead else self._reached
+        return records
+
+    def _away(self, error: BaseException) -> LogReaderError:
+        topic, partition = self._place
+        return LogReaderError(
+            f"cannot read {topic}-{partition} at {self._settings.kafka_bootstrap}"
+            f" ({type(error).__name__}: {error}): see that the broker is up"
+        )
+
+
+def kafka_readers(settings: Settings) -> OpenReader:
+    """Readers of the log on the broker that the settings name."""
+    return partial(KafkaLogReader, settings)

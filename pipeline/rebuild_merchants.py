@@ -1,0 +1,355 @@
+"""``recur state rebuild --merchants``: profiles are corrected to what the log says.
+
+Workers may run. Scores are counted up to an offset, profiles are read a little later, and then
+the scores that came meanwhile: a count that lies between the two is right. Others are corrected
+by their difference, so that nothing that workers add at the same time is lost; what came in the
+moment of reading may be missed or doubled in them, and is put right in the next round. Known
+frauds are booked again from the labels topic, each slot up to where its labels are booked.
+
+What retention has deleted cannot be counted again, and is left as it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from model.merchants import BUCKET_MS, BUCKETS
+from pipeline.codec import decode_counted
+from pipeline.errors import RecurError, RejectedError
+from pipeline.keys import merchant_slot
+from pipeline.labels import booking_of, label_of
+from pipeline.log_reader import KafkaLogReader
+from pipeline.merchant_log import CountsOfLog, FirstScores, LoggedLabel, correction, frauds_of
+from pipeline.merchant_profile import Fraud, Profile, decode_profiles, is_sound
+from pipeline.merchant_repair import MerchantRepair
+from pipeline.ownership import Record
+from pipeline.progress_bar import Bar, bar_for
+from pipeline.redis_calls import StoreUnavailableError
+from pipeline.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.settings import Settings
+from pipeline.topics import TopicRole, ensure_topics
+
+READ_MOST = 8_192
+
+MERCHANTS_PER_CALL = 2_000
+
+SETTLE_SECONDS = 2.0
+"""A score that is published is counted by then: its save comes next."""
+
+ROUNDS = 3
+"""Profiles whose counts were corrected are looked at again, at most so often."""
+
+ATTEMPTS = 50
+"""Times that a slot is corrected in which workers book labels meanwhile."""
+
+
+@dataclass
+class Corrected:
+    """What was found, and corrected.
+
+    Attributes:
+        merchants: that are in the log.
+        counts: profiles whose counts were not those of the log.
+        missing, too_many: transactions that they lacked, and had twice.
+        frauds: profiles whose known frauds were not those of the log.
+        from_bucket: the first bucket whose transactions the log still has; 0: all of them.
+        labels_deleted: retention has deleted labels.
+    """
+
+    merchants: int = 0
+    counts: int = 0
+    missing: int = 0
+    too_many: int = 0
+    frauds: int = 0
+    from_bucket: int = 0
+    labels_deleted: bool = False
+
+
+class MerchantRebuild:
+    """Corrects the profiles of all merchants in the log.
+
+    Args:
+        settings: the workers'.
+        partitions, labels_partitions: of the scores and the labels topic.
+        repair: where profiles are.
+        bar: shows progress.
+        dry_run: only look.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        partitions: int,
+        labels_partitions: int,
+        repair: MerchantRepair,
+        bar: Bar,
+        dry_run: bool,
+    ) -> None:
+        self._settings = settings
+        self._repair = repair
+        self._bar = bar
+        self._dry_run = dry_run
+        self._counts = CountsOfLog()
+        topic = settings.topic("transactions")
+        self._firsts = [FirstScores(f"{topic}:{partition}:") for partition in range(partitions)]
+        self._labels_to = [0] * labels_partitions
+        self._labels: dict[int, dict[str, list[LoggedLabel]]] = {}  # by slot and merchant
+        self._known_from = -1
+        self._found = Corrected()
+        self._logs = KafkaScoreLog(settings)
+        self._stack = AsyncExitStack()
+        self._readers: dict[tuple[TopicRole, int], KafkaLogReader] = {}
+
+    async def run(self) -> Corrected:
+        """Look at everything, and correct it.
+
+        Raises:
+            LogReaderError, LogUnavailableError, StoreUnavailableError: Kafka or Redis does not
+                answer.
+        """
+        async with self._stack:
+            await self._logs.start()
+            self._stack.push_async_callback(self._logs.stop)
+            return await self._run()
+
+    async def _run(self) -> Corrected:
+        await self._read_scores(self._counts)
+        await self._read_labels()
+        await self._correct_frauds()
+        await self._read_scores(self._counts)
+        merchants = list(self._counts.row_of)
+        self._found.merchants = len(merchants)
+        for number in range(1 if self._dry_run else ROUNDS):
+            differing = await self._correct_counts(merchants)
+            if number == 0:
+                self._found.counts = len(differing)
+            if not differing:
+                break
+            merchants = differing
+        return self._found
+
+    # the log -----------------------------------------------------------------------------
+
+    async def _read_scores(self, into: CountsOfLog) -> None:
+        """Count the scores up to where the topic ends now."""
+        for partition, end in (await self._ends("scores", len(self._firsts))).items():
+            await self._read_partition(partition, end, into)
+
+    async def _read_partition(self, partition: int, end: int, into: CountsOfLog) -> None:
+        firsts = self._firsts[partition]
+        is_first = True
+        async for records, begin in self._read("scores", partition, end):
+            merchants, times = [], []
+            for record in records:
+                score = decode_counted(record.value)
+                if score is None:
+                    continue
+                if is_first and begin > 0:
+                    cut = score.timestamp // BUCKET_MS + 1
+                    self._found.from_bucket = max(self._found.from_bucket, cut)
+                is_first = False
+                if firsts.source(score) is not None:
+                    merchants.append(score.merchant_id)
+                    times.append(score.timestamp)
+            into.add(merchants, times)
+
+    async def _read_labels(self) -> None:
+        """Take in the labels up to where the topic ends now."""
+        limit_ms = int(self._settings.future_limit_seconds * 1000)
+        for partition, end in (await self._ends("labels", len(self._labels_to))).items():
+            is_first = True
+            async for records, begin in self._read("labels", partition, end):
+                for record in records:
+                    try:
+                        label, timestamp_ms, labelled_ms = label_of(record, limit_ms)
+                    except RejectedError:
+                        continue
+                    booking = booking_of(record.offset, label, timestamp_ms, labelled_ms)
+                    slot = self._labels.setdefault(merchant_slot(booking.merchant_id), {})
+                    logged = slot.setdefault(booking.merchant_id, [])
+                    logged.append(LoggedLabel(partition, booking))
+                    if is_first and begin > 0:
+                        self._known_from = max(self._known_from, booking.entry.known)
+                        self._found.labels_deleted = True
+                    is_first = False
+            self._labels_to[partition] = end
+
+    async def _ends(self, role: TopicRole, partitions: int) -> dict[int, int]:
+        # A reader's own connection may be waiting for records when it is asked.
+        return await self._logs.ends(self._settings.topic(role), list(range(partitions)))
+
+    async def _read(
+        self, role: TopicRole, partition: int, end: int
+    ) -> AsyncIterator[tuple[list[Record], int]]:
+        """Records up to an offset; with the one where they begin if it is the first time that the
+        partition is read, else 0."""
+        first_begin = 0
+        reader = self._readers.get((role, partition))
+        if reader is None:
+            reader = KafkaLogReader(self._settings, self._settings.topic(role), partition)
+            await self._stack.enter_async_context(reader)
+            self._readers[role, partition] = reader
+            first_begin = (await reader.bounds()).begin
+            reader.skip_to(first_begin)
+        start = reader.position
+        while records := await reader.read(end, READ_MOST):
+            yield records, first_begin
+            done = reader.position - start
+            self._bar.show(f"reading {role}", done, done / max(1, end - start))
+
+    # known frauds ------------------------------------------------------------------------
+
+    async def _correct_frauds(self) -> None:
+        by_slot: dict[int, set[str]] = {slot: set(found) for slot, found in self._labels.items()}
+        for merchant in self._counts.row_of:
+            by_slot.setdefault(merchant_slot(merchant), set()).add(merchant)
+        for number, (slot, merchants) in enumerate(by_slot.items()):
+            for _ in range(ATTEMPTS):
+                changed = await self._correct_slot(slot, sorted(merchants))
+                if changed is not None:
+                    self._found.frauds += changed
+                    break
+            else:
+                raise RecurError(
+                    f"labels are booked faster than known frauds can be corrected ({ATTEMPTS}"
+                    " times in a slot): run the command again when fewer labels come"
+                )
+            self._bar.show("known frauds", number + 1, (number + 1) / len(by_slot))
+
+    async def _correct_slot(self, slot: int, merchants: Sequence[str]) -> int | None:
+        """How many profiles were corrected; None where a worker has booked meanwhile."""
+        booked = await self._repair.booked_to(slot)
+        if any((to or 0) > read for to, read in zip(booked, self._labels_to, strict=True)):
+            await self._read_labels()
+        labels = self._labels.get(slot, {})
+        last: dict[int, int] = {}
+        for logged in labels.values():
+            for label in logged:
+                partition = label.partition
+                last[partition] = max(last.get(partition, -1), label.booking.offset)
+        # A slot of which nothing is booked lost its data: book what the log has.
+        lost = [last[p] + 1 if to is None and p in last else None for p, to in enumerate(booked)]
+        reach = [to if to is not None else new or 0 for to, new in zip(booked, lost, strict=True)]
+        values = await self._repair.profiles.load(merchants)
+        frauds: dict[str, Sequence[Fraud]] = {}
+        for merchant, value in zip(merchants, values, strict=True):
+            standing = Profile.from_bytes(value).frauds if value and is_sound(value) else []
+            logged = labels.get(merchant, [])
+            touched = {label.booking.entry.id_hash for label in logged}
+            kept = [f for f in standing if f.known <= self._known_from and f.id_hash not in touched]
+            due = frauds_of(logged, reach, kept)
+            if due != standing or (value is not None and not is_sound(value)):
+                frauds[merchant] = due
+        if self._dry_run or not (frauds or any(lost)):
+            return len(frauds)
+        done = await self._repair.replace_frauds(slot, booked, lost, frauds)
+        return len(frauds) if done else None
+
+    # counts ------------------------------------------------------------------------------
+
+    async def _profiles(self, merchants: Sequence[str]) -> list[bytes | None]:
+        values: list[bytes | None] = []
+        for start in range(0, len(merchants), MERCHANTS_PER_CALL):
+            part = merchants[start : start + MERCHANTS_PER_CALL]
+            values += await self._repair.profiles.load(part)
+        return values
+
+    async def _correct_counts(self, merchants: Sequence[str]) -> list[str]:
+        """Correct what differs; the merchants whose profiles did."""
+        settling, reading = CountsOfLog(), CountsOfLog()
+        await asyncio.sleep(SETTLE_SECONDS)
+        await self._read_scores(settling)
+        standing = await self._profiles(merchants)
+        await self._read_scores(reading)
+        differing: list[str] = []
+        for start in range(0, len(merchants), MERCHANTS_PER_CALL):
+            part = merchants[start : start + MERCHANTS_PER_CALL]
+            profiles, _ = decode_profiles(standing[start : start + MERCHANTS_PER_CALL])
+            newest = np.maximum(self._counts.newest(part), settling.newest(part))
+            heads = np.maximum(profiles.head, newest)
+            buckets = _buckets(heads)
+            counts = profiles.counts.astype(np.int64)
+            counts[(buckets > profiles.head[:, None]) | (profiles.head[:, None] < 0)] = 0
+            least = self._counts.tables(part, heads)
+            due = least + settling.tables(part, heads)
+            delta = correction(counts, least, due, due + reading.tables(part, heads))
+            delta[buckets < self._found.from_bucket] = 0
+            differing += [part[row] for row in np.flatnonzero(delta.any(axis=1)).tolist()]
+            await self._apply(part, buckets, delta)
+            done = start + len(part)
+            self._bar.show("counts", done, done / len(merchants))
+        self._counts.absorb(settling)
+        self._counts.absorb(reading)
+        return differing
+
+    async def _apply(
+        self, merchants: Sequence[str], buckets: NDArray[np.int64], delta: NDArray[np.int64]
+    ) -> None:
+        more: dict[int, dict[str, int]] = {}
+        fewer: dict[str, dict[int, int]] = {}
+        rows, places = np.nonzero(delta)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            number, bucket = int(delta[row, place]), int(buckets[row, place])
+            if number > 0:
+                more.setdefault(bucket, {})[merchants[row]] = number
+                self._found.missing += number
+            else:
+                fewer.setdefault(merchants[row], {})[bucket] = -number
+                self._found.too_many -= number
+        if not self._dry_run:
+            await self._repair.add(more)
+            await self._repair.take_off(fewer)
+
+
+def _buckets(heads: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64[n, BUCKETS]: which bucket stands at each place of profiles with these heads."""
+    places = np.arange(BUCKETS)
+    found: NDArray[np.int64] = heads[:, None] - (heads[:, None] - places) % BUCKETS
+    return found
+
+
+async def rebuild_merchants_lines(
+    settings: Settings, *, dry_run: bool, console: Console
+) -> list[str]:
+    """What `recur state rebuild --merchants` prints, when it is done.
+
+    Raises:
+        RecurError: it cannot be done; the message says why.
+    """
+    counts = await ensure_topics(settings)
+    try:
+        with bar_for(console) as bar:
+            async with MerchantRepair(settings, counts["labels"]) as repair:
+                rebuild = MerchantRebuild(
+                    settings, counts["scores"], counts["labels"], repair, bar, dry_run
+                )
+                found = await rebuild.run()
+    except (StoreUnavailableError, LogUnavailableError) as error:
+        raise RecurError(
+            f"the profiles are not all corrected ({error}): run the command again"
+        ) from error
+    return list(_describe(found, dry_run))
+
+
+def _describe(found: Corrected, dry_run: bool) -> Iterator[str]:
+    verb = "would be corrected" if dry_run else "corrected"
+    yield f"{found.merchants:,} merchants in the log"
+    yield (
+        f"  counts of {found.counts:,} profiles {verb}: {found.missing:,} transactions were"
+        f" missing, {found.too_many:,} too many"
+    )
+    yield f"  known frauds of {found.frauds:,} profiles {verb}"
+    if found.from_bucket:
+        day = np.datetime64(found.from_bucket * BUCKET_MS, "ms").astype("datetime64[m]")
+        yield f"  scores before {day} UTC are deleted: counts from before stay as they are"
+    if found.labels_deleted:
+        yield "  labels are deleted by retention: what they told stays as it is"
+    if not dry_run and (found.counts or found.frauds):
+        yield "  workers see it from the next time bucket on, within six hours"

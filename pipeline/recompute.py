@@ -1,0 +1,336 @@
+"""A partition's states computed from its log, with the worker's decoding, rounds and scorer.
+
+A state depends on the account's transactions, in the order of the log, and for each one on what
+was known of its merchant then; that stands in the transaction's score, from which it is taken.
+Everything else is computed. Used to verify, to look back in time, and to build states anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.features import ACCOUNT_FEATURES
+from model.merchants import MERCHANT_FEATURES
+from pipeline.account_choice import Choice, Everyone
+from pipeline.codec import PAUSE, RecordedScore
+from pipeline.log_reader import OpenReader, kafka_readers
+from pipeline.ownership import Chunk
+from pipeline.processor import Part, PartDecoder, columns
+from pipeline.scorer import Scored, Scorer
+from pipeline.scores_in_step import ScoresInStep
+from pipeline.settings import Settings
+
+MICRO_BATCH = 8_192
+"""Records that are computed together; more makes nothing faster."""
+
+FIRST_PAUSE = -1.0
+"""The feature of an account's first transaction."""
+
+_PAUSE_COLUMN = ACCOUNT_FEATURES.index(PAUSE)
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """What a micro-batch did to a partition's states.
+
+    Attributes:
+        row: intp[n], each transaction's account.
+        offset: int64[n].
+        applied: bool[n], of which a score is expected: neither a repeat nor a failure.
+        score: float32[n], as computed.
+        recorded: n scores, as published first; None where there is none.
+        begins: bool[n], the account had no state before it.
+        is_complete: bool[n], the account's history is in the log from its begin.
+        is_sure: bool[n], it is, and the score depends on nothing else that is not known.
+        seen: int64[n], applied transactions of the account in the log before this micro-batch.
+        unexpected: source and account's key of scores of what is no transaction, or a repeat.
+        end: the first offset after it.
+        records: how many the log had.
+    """
+
+    row: NDArray[np.intp]
+    offset: NDArray[np.int64]
+    applied: NDArray[np.bool_]
+    score: NDArray[np.float32]
+    recorded: Sequence[RecordedScore | None]
+    begins: NDArray[np.bool_]
+    is_complete: NDArray[np.bool_]
+    is_sure: NDArray[np.bool_]
+    seen: NDArray[np.int64]
+    unexpected: Sequence[tuple[int, bytes]]
+    end: int
+    records: int
+
+
+class RecomputedStates:
+    """States of a partition's accounts, advanced in memory as a worker advances them.
+
+    An account is a row; its state's bytes are None, or an empty state (count 0), where it has
+    none. Memory: 0.6 kB for each account.
+
+    Args:
+        settings: limits.
+        scorer: the model.
+        is_whole: whether the log begins where the accounts' histories do, so that an account that
+            was not seen yet had no transaction.
+
+    Attributes:
+        row_of: of each account id.
+        values: states as bytes, by row.
+        lacks_features: bool[rows], a transaction was applied whose merchant's features are
+            recorded nowhere, so that the state is not what a worker's is.
+    """
+
+    def __init__(self, settings: Settings, scorer: Scorer, partition: int, is_whole: bool) -> None:
+        self.row_of: dict[str, int] = {}
+        self.values: list[bytes | None] = []
+        self.lacks_features = np.zeros(0, bool)
+        self._scorer = scorer
+        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._partition = partition
+        self._is_whole = is_whole
+        self._uses_merchants = scorer.checkpoint.header.features.uses_merchants
+        self._begins_in_log = np.zeros(0, bool)
+        self._seen = np.zeros(0, np.int64)
+
+    def decode(self, chunk: Chunk) -> Part:
+        """Records to transactions; the worker's rules say which ones are."""
+        return self._decoder.part(self._partition, chunk)
+
+    def compute(self, part: Part, recorded: Sequence[RecordedScore | None]) -> Computation:
+        """Advance the accounts of a part, as a worker would; nothing is kept yet."""
+        m = len(MERCHANT_FEATURES)
+        raw = np.zeros((len(part.records), m), np.float32)
+        has_features = np.ones(len(part.records), bool)
+        if self._uses_merchants and len(raw):
+            found = [None if score is None else score.merchant_raw() for score in recorded]
+            has_features[:] = [item is not None for item in found]
+            there = [item for item in found if item is not None]
+            raw[has_features] = np.array(there, np.float32).reshape(len(there), m)
+        part.merchant_raw = raw
+        values = [self._value(account) for account in part.accounts]
+        for forget in part.forgets:
+            values[forget.row] = None
+        batch = columns([part], self._decoder.further_fields)
+        states, scored, _, _ = self._scorer.score(values, batch)
+        after = self._scorer.codec.encode(states, np.arange(len(states)))
+        return Computation(part, scored, after, has_features)
+
+    def _value(self, account: str) -> bytes | None:
+        row = self.row_of.get(account)
+        return None if row is None else self.values[row]
+
+    def keep(self, computed: Computation, recorded: Sequence[RecordedScore | None]) -> Advanced:
+        """Take what was computed as the states from now on."""
+        part, scored = computed.part, computed.scored
+        # An account that is forgotten stands there twice; its state is the one that comes last.
+        rows_of_part = [self.row_of.setdefault(a, len(self.row_of)) for a in part.accounts]
+        self._grow()
+        for place, value in zip(rows_of_part, computed.after, strict=True):
+            self.values[place] = value
+        row = np.array(rows_of_part, np.intp)[np.array(part.rows, np.intp)]
+        applied = ~scored.repeated
+        applied[list(scored.failed)] = False
+        begins = applied & (scored.raw[:, _PAUSE_COLUMN] == FIRST_PAUSE)
+        seen = self._seen[row]
+        is_complete, is_sure = self._judge(row, applied, begins, computed.has_features, recorded)
+        np.add.at(self._seen, row[applied], 1)
+        return Advanced(
+            row=row,
+            offset=np.array([record.offset for record in part.records], np.int64),
+            applied=applied,
+            score=scored.score,
+            recorded=recorded,
+            begins=begins,
+            is_complete=is_complete,
+            is_sure=is_sure,
+            seen=seen,
+            unexpected=(),
+            end=part.chunk.end,
+            records=len(part.chunk.records),
+        )
+
+    def _grow(self) -> None:
+        more = len(self.row_of) - len(self.values)
+        self.values += [None] * more
+        if len(self.row_of) > len(self._seen):
+            room = max(1024, len(self.row_of) - len(self._seen), len(self._seen))
+            self.lacks_features = np.concatenate((self.lacks_features, np.zeros(room, bool)))
+            whole = np.full(room, self._is_whole)
+            self._begins_in_log = np.concatenate((self._begins_in_log, whole))
+            self._seen = np.concatenate((self._seen, np.zeros(room, np.int64)))
+
+    def _judge(
+        self,
+        row: NDArray[np.intp],
+        applied: NDArray[np.bool_],
+        begins: NDArray[np.bool_],
+        has_features: NDArray[np.bool_],
+        recorded: Sequence[RecordedScore | None],
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """bool[n], bool[n]: the account's history is in the log; and nothing is unknown of it."""
+        begun, lacks = self._begins_in_log, self.lacks_features
+        if self._is_whole and has_features[applied].all() and not lacks[row].any():
+            everything = np.ones(len(row), bool)
+            return everything, everything
+        complete, sure = np.zeros(len(row), bool), np.zeros(len(row), bool)
+        for i in np.flatnonzero(applied).tolist():
+            account = row[i]
+            if begins[i]:
+                lacks[account] = False
+                score = recorded[i]
+                begun[account] |= score is not None and score.begins
+            lacks[account] |= not has_features[i]
+            complete[i] = begun[account]
+            sure[i] = begun[account] and not lacks[account]
+        return complete, sure
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A part that is computed.
+
+    Attributes:
+        after: states of its accounts.
+        has_features: bool[n], the merchant's features are recorded.
+    """
+
+    part: Part
+    scored: Scored
+    after: Sequence[bytes]
+    has_features: NDArray[np.bool_]
+
+
+class RecomputedPartition:
+    """A partition's log, and the states computed from it, up to any offset.
+
+    An async context manager: it reads transactions and scores while it is open.
+
+    Args:
+        settings: name the broker and the topics.
+        scorer: the model.
+        choice: the accounts that are computed; None: all.
+        open_reader: of the log; None: at the broker that the settings name.
+
+    Attributes:
+        begin: the first offset from which the log is whole: its transactions are there, and their
+            scores. Histories that begin before it cannot be computed.
+        is_whole: whether no history can have begun before it.
+        end: the offset up to which transactions may be read.
+        next_offset: how far the states are computed.
+        states: those of the accounts.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        scorer: Scorer,
+        partition: int,
+        choice: Choice | None = None,
+        open_reader: OpenReader | None = None,
+    ) -> None:
+        self._settings = settings
+        self._scorer = scorer
+        self.partition = partition
+        self._takes = None if choice is None or isinstance(choice, Everyone) else choice.takes
+        wants = None if self._takes is None or choice is None else choice.wants
+        open_reader = open_reader or kafka_readers(settings)
+        self._records = open_reader(settings.topic("transactions"), partition, 0)
+        self._scores = ScoresInStep(settings, partition, wants, open_reader)
+        self.begin = self.next_offset = self.end = 0
+
+    async def __aenter__(self) -> RecomputedPartition:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_one_thread())
+            await stack.enter_async_context(self._records)
+            await stack.enter_async_context(self._scores)
+            await self._find_begin()
+            self._opened = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._opened.aclose()
+
+    @property
+    def scores(self) -> ScoresInStep:
+        """The partition's scores."""
+        return self._scores
+
+    async def _find_begin(self) -> None:
+        scores_begin = await self._scores.see_end()
+        bounds = await self._records.bounds()
+        self.begin = bounds.begin
+        if scores_begin > 0 or self._settings.kafka_offset_reset == "latest":
+            # Scores that retention deleted, or transactions that no worker was given.
+            first = await self._scores.first_source()
+            self.begin = max(self.begin, bounds.end if first is None else first)
+        self.is_whole = self.begin == 0 and scores_begin == 0
+        self.states = RecomputedStates(self._settings, self._scorer, self.partition, self.is_whole)
+        self._records.skip_to(self.begin)
+        self.next_offset, self.end = self.begin, bounds.end
+        self._scores.see_sources(self.begin, max(self.begin, bounds.end))
+
+    async def see_end(self) -> None:
+        """Let what was written since then be read, too."""
+        await self._scores.see_end()
+        self.end = (await self._records.bounds()).end
+        self._scores.see_sources(self.begin, max(self.begin, self.end))
+
+    async def first_at(self, time_ms: int) -> int | None:
+        """The first offset whose record came at this CreateTime or later; None: there is none."""
+        return await self._records.first_at(time_ms)
+
+    async def advance(self, until: int) -> AsyncIterator[Advanced]:
+        """Compute the states up to the offset ``until``, a micro-batch at a time.
+
+        Raises:
+            LogReaderError: the broker does not answer.
+            ScorerBrokenError: the computation fails for everything.
+        """
+        while self.next_offset < until:
+            records = await self._records.read(min(until, self.end), MICRO_BATCH)
+            end = min(until, self._records.position) if records else until
+            read = len(records)
+            if self._takes is not None:
+                takes = self._takes
+                records = [record for record in records if takes(record.key or b"")]
+            part = self.states.decode(Chunk(self.next_offset, end, records))
+            advanced = await self._advance(part)
+            self.next_offset = end
+            yield replace(advanced, records=read)
+
+    async def _advance(self, part: Part) -> Advanced:
+        sources = [record.offset for record in part.records]
+        recorded = await self._scores.read(sources)
+        computed = await asyncio.to_thread(self.states.compute, part, recorded)
+        missed = [
+            source
+            for source, score, repeated in zip(
+                sources, recorded, computed.scored.repeated.tolist(), strict=True
+            )
+            if score is None and not repeated
+        ]
+        if missed and await self._scores.look_further(missed):
+            recorded = await self._scores.read(sources)
+            computed = await asyncio.to_thread(self.states.compute, part, recorded)
+        advanced = self.states.keep(computed, recorded)
+        unexpected = self._scores.forget(part.chunk.end, advanced.offset[advanced.applied])
+        return replace(advanced, unexpected=unexpected)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: the matrices are small, and two threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,181 @@
+"""`recur state show` and `recur state at`: an account's state, in Redis and as of a time.
+
+What was is computed from the log, as the worker did: transactions from their topic, what was
+known of merchants from the scores, up to the first record that came later than the time asked.
+Time is the records' CreateTime, which the log can be searched by; a transaction's own time may be
+anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from model.checkpoint import Checkpoint
+from pipeline.account_choice import One
+from pipeline.account_state import AccountStates, Watermark
+from pipeline.account_view import (
+    find,
+    history_rows,
+    look_at,
+    note_on_partition,
+    silent_ms,
+    table,
+    utc,
+)
+from pipeline.errors import RecurError
+from pipeline.keys import Keys
+from pipeline.log_reader import KafkaLogReader
+from pipeline.ownership import read_watermark
+from pipeline.progress_bar import Bar, bar_for
+from pipeline.recompute import RecomputedPartition
+from pipeline.scorer import Scorer
+from pipeline.settings import Settings
+from pipeline.startup import load_checkpoint
+
+_DAY_MS = 86_400_000
+
+
+async def shown_lines(settings: Settings, account_id: str) -> list[str]:
+    """What `recur state show ACCOUNT` prints.
+
+    Raises:
+        RecurError: there is nothing to print; the message says why.
+    """
+    checkpoint = load_checkpoint(settings)
+    view = await look_at(settings, checkpoint, account_id)
+    topic = settings.topic("transactions")
+    keys = Keys(settings.key_prefix, checkpoint.digest, topic)
+    async with KafkaLogReader(settings, topic, view.partition) as reader:
+        log_end = (await reader.bounds()).end
+    (key,) = keys.accounts(view.partition, [account_id])
+    rows = [
+        ("partition", f"{view.partition}{note_on_partition(view)}"),
+        ("key", key.decode()),
+        ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
+        *history_rows(view.state, checkpoint.header.currency),
+        ("age", _age(view.state, settings.state_ttl_days)),
+        ("partition's watermark", _watermark(topic, view.partition, view.watermark, log_end)),
+    ]
+    return [f"account {account_id}", *table(rows)]
+
+
+def _age(state: AccountStates, ttl_days: float) -> str:
+    days = silent_ms(state) / _DAY_MS
+    if days > ttl_days:
+        return f"{days:.1f} days; over {ttl_days:g}: its next payment starts it anew"
+    return f"{days:.1f} days of the {ttl_days:g} after which it starts anew"
+
+
+def _watermark(topic: str, partition: int, value: bytes | None, log_end: int) -> str:
+    if value is None:
+        return "none: workers compute this partition's states from its log again"
+    mark = read_watermark(topic, partition, value)
+    waiting = max(0, log_end - mark.next_offset)
+    return f"offset {mark.next_offset}, {waiting:,} records before the log's end"
+
+
+@dataclass(frozen=True)
+class PastState:
+    """A state as of a time.
+
+    Attributes:
+        state: columns of one row.
+        log_begin, next_offset: it is computed from the log in [log_begin, next_offset).
+        is_complete: the account's history is in the log from its begin.
+        lacks_features: not all that it depends on is recorded.
+        is_applied: workers are past that time.
+    """
+
+    partition: int
+    state: AccountStates
+    log_begin: int
+    next_offset: int
+    is_complete: bool
+    lacks_features: bool
+    is_applied: bool
+
+
+async def state_at(
+    settings: Settings, checkpoint: Checkpoint, account_id: str, time_ms: int, bar: Bar
+) -> PastState:
+    """The account's state after the records that came up to ``time_ms``.
+
+    Raises:
+        RecurError: something is away, or there was no state then.
+    """
+    place = await find(settings, checkpoint, account_id)
+    topic = settings.topic("transactions")
+    mark: Watermark | None = None
+    if place.watermark is not None:
+        mark = read_watermark(topic, place.partition, place.watermark)
+    if mark is None:
+        raise RecurError(
+            f"no worker has applied anything of {topic}-{place.partition} with model "
+            f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_KEY_PREFIX and "
+            "RECUR_REDIS_URL are the workers'"
+        )
+    scorer = Scorer(checkpoint, int(settings.state_ttl_days * _DAY_MS))
+    async with RecomputedPartition(settings, scorer, place.partition, One(account_id)) as log:
+        later = await log.first_at(time_ms + 1)
+        wanted = log.end if later is None else later
+        until = min(wanted, mark.next_offset)
+        begin, is_complete = log.begin, log.is_whole
+        async for advanced in log.advance(until):
+            if len(advanced.is_complete):
+                is_complete = bool(advanced.is_complete[-1])
+            done = log.next_offset - begin
+            bar.show("computing", done, done / max(1, until - begin))
+        row = log.states.row_of.get(account_id)
+        value = None if row is None else log.states.values[row]
+        state, due, _ = scorer.codec.decode([value])
+        if not due.all():
+            raise RecurError(
+                f"the log of {topic}-{place.partition} has no transaction of this account up to "
+                f"then (offsets {begin} to {until}): it had no state, or a history that began "
+                "before the log does"
+            )
+        assert row is not None
+        return PastState(
+            place.partition,
+            state,
+            begin,
+            until,
+            is_complete,
+            bool(log.states.lacks_features[row]),
+            wanted <= mark.next_offset,
+        )
+
+
+def describe_past(
+    account_id: str, past: PastState, checkpoint: Checkpoint, time_ms: int
+) -> Iterator[str]:
+    """Lines for a person to read."""
+    rows = [
+        ("partition", str(past.partition)),
+        ("computed from", f"offsets {past.log_begin} to {past.next_offset}"),
+        *history_rows(past.state, checkpoint.header.currency, time_ms),
+    ]
+    if not past.is_complete:
+        rows.append(("", "the account's history may have begun before the log does: not in it"))
+    if past.lacks_features:
+        rows.append(("", "a score is missing, and what was known of a merchant: not as it was"))
+    if not past.is_applied:
+        rows.append(("", "workers are not that far: what is not applied is not in it"))
+    yield f"account {account_id} as of {utc(time_ms)} (by records' CreateTime)"
+    yield from table(rows)
+
+
+def lines_at(settings: Settings, account_id: str, time_ms: int) -> list[str]:
+    """What `recur state at ACCOUNT --time T` prints.
+
+    Raises:
+        RecurError: there is nothing to print; the message says why.
+    """
+    checkpoint = load_checkpoint(settings)
+    with bar_for(Console(stderr=True, highlight=False)) as bar:
+        past = asyncio.run(state_at(settings, checkpoint, account_id, time_ms, bar))
+    return list(describe_past(account_id, past, checkpoint, time_ms))

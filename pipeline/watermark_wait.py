@@ -1,0 +1,61 @@
+"""Waits until the workers have come so far in the log; shows how far they are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+
+from pipeline.account_state import Watermark
+from pipeline.progress_bar import bar_for
+from pipeline.redis_calls import StoreUnavailableError
+from pipeline.state_store import Load, StateStore
+
+LOOK_SECONDS = 0.2
+"""Between two looks."""
+
+
+async def until_applied(
+    store: StateStore, targets: Mapping[int, int], what: str, seconds: float, console: Console
+) -> bool:
+    """Wait until each partition's watermark is at its target.
+
+    A Redis that is away is waited for, too.
+
+    Args:
+        targets: offsets by partition.
+        what: they do, for the progress.
+        seconds: so long at most.
+
+    Returns:
+        whether they are there.
+    """
+    deadline = time.monotonic() + seconds
+    most = None
+    with bar_for(console) as bar:
+        while True:
+            left = await _records_left(store, targets)
+            if left == 0:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            if left is not None:
+                most = max(left, most or 0)
+                bar.show(what, most - left, 1 - left / most)
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _records_left(store: StateStore, targets: Mapping[int, int]) -> int | None:
+    """Records before the targets that are not applied; None where Redis does not answer."""
+    try:
+        replies = await store.load([Load(partition, []) for partition in targets])
+    except StoreUnavailableError:
+        return None
+    left = 0
+    for target, reply in zip(targets.values(), replies, strict=True):
+        mark = reply.watermark
+        reached = 0 if mark is None else Watermark.from_bytes(mark).next_offset
+        left += max(0, target - reached)
+    return left

@@ -1,0 +1,119 @@
+"""Verifying a log and a store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipeline.log_reader import LogReader
+from pipeline.memory import MemoryKafka, MemoryRecord
+from pipeline.progress_bar import Bar
+from pipeline.redis_calls import StoreForbiddenError
+from pipeline.score_log import Bounds
+from pipeline.state_store import Load, Loaded, Save
+from pipeline.verification import Verification
+from pipeline.verify import Verifier, VerifyOptions
+from tests.memory_pipeline import HIDDEN_TOLERANCE, SCORE_TOLERANCE, World
+
+OPTIONS = VerifyOptions(tolerance_hidden=HIDDEN_TOLERANCE, tolerance_score=SCORE_TOLERANCE)
+"""With the tolerances of these tests' steep network."""
+
+
+class MemoryLogReader:
+    """A :class:`pipeline.log_reader.LogReader` of a broker in memory."""
+
+    def __init__(self, kafka: MemoryKafka, topic: str, partition: int, start: int = 0) -> None:
+        self.position = start
+        self._kafka, self._topic, self._partition = kafka, topic, partition
+
+    async def __aenter__(self) -> LogReader:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        return None
+
+    async def bounds(self) -> Bounds:
+        return self._kafka.bounds(self._topic, self._partition)
+
+    async def first_at(self, time_ms: int) -> int | None:
+        records = self._kafka.records(self._topic, self._partition)
+        return next((record.offset for record in records if record.timestamp >= time_ms), None)
+
+    def skip_to(self, offset: int) -> None:
+        self.position = offset
+
+    async def read(self, end: int, most: int) -> list[MemoryRecord]:
+        self.position = max(self.position, (await self.bounds()).begin)
+        found = self._kafka.fetch(self._topic, self._partition, self.position, most)
+        found = [record for record in found if record.offset < end]
+        self.position = found[-1].offset + 1 if found else self.position
+        return found
+
+
+class StoreOfWorld:
+    """What verifying sees of a world's store.
+
+    Args:
+        before_load: called before states are loaded: what workers do meanwhile.
+    """
+
+    def __init__(self, world: World, before_load: Callable[[], None] | None = None) -> None:
+        self._world = world
+        self._before_load = before_load
+        self.may_list = True
+
+    async def watermarks(self, partitions: int) -> dict[int, bytes]:
+        return dict(self._world.store.watermarks)
+
+    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+        if self._before_load is not None and any(request.account_ids for request in requests):
+            self._before_load()
+        return await self._world.store.load(requests)
+
+    async def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+        if not self.may_list:
+            raise StoreForbiddenError
+        yield list(self._world.store.states)
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        raise AssertionError("verifying writes nothing")
+
+    async def ping(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+
+class NoBar:
+    """Shows nothing, and remembers the last it was told."""
+
+    def __init__(self) -> None:
+        self.fraction = 0.0
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def show(self, what: str, done: int, fraction: float) -> None:
+        self.fraction = fraction
+
+
+def verify_world(
+    world: World, store: StoreOfWorld | None = None, bar: NoBar | None = None, **options: Any
+) -> Verification:
+    """What verifying finds in a world now."""
+    verifier = Verifier(
+        world.settings,
+        world.checkpoint,
+        replace(OPTIONS, **options),
+        bar or NoBar(),
+        store or StoreOfWorld(world),
+        world.settings.partitions,
+        lambda topic, partition, start: MemoryLogReader(world.kafka, topic, partition, start),
+    )
+    return asyncio.run(verifier.run())

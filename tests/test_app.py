@@ -1,0 +1,35 @@
+"""The worker around the processor, without a broker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faust.types import TP
+
+from pipeline.app import Worker
+from pipeline.settings import load_settings
+from pipeline.startup import load_checkpoint
+
+
+def test_a_worker_that_has_partitions_and_does_not_begin_is_stalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faust starts the monitors only once it works: were it not for this, the watchdog would never
+    end a worker that hangs before that."""
+    settings = load_settings(http_port=0, watchdog_seconds=5.0)
+    worker = Worker(settings, load_checkpoint(settings), partitions=4, directory=tmp_path)
+    worker.endpoints.start()
+    try:
+        now = 100.0
+        monkeypatch.setattr(worker.health, "_clock", lambda: now)
+        labels = TP(settings.topic("labels"), 1)
+        worker._on_assigned({labels})
+        now = 200.0
+        assert worker.health.live
+        worker._on_assigned({labels, TP(settings.topic("transactions"), 1)})
+        assert worker.health.live
+        now = 206.0
+        assert not worker.health.live
+    finally:
+        worker.endpoints.stop()

@@ -1,0 +1,209 @@
+"""The short form of `make faults`, and that its counting finds what it is to find."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from aiokafka import AIOKafkaProducer
+from click.testing import CliRunner
+
+from faults.__main__ import main
+from faults.catalogue import FAULTS
+from faults.fault import Fault, Row, Shared, run_fault
+from faults.load import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
+from faults.of_input import Undecodable
+from faults.of_kafka import BrokerKilled
+from faults.of_redis import RedisEmpty
+from faults.of_workers import Sigkill, Zombie
+from faults.outcome import topic_records
+from faults.proxy import Proxy
+from faults.rig import Rig
+from pipeline.account_state import StateCodec
+from pipeline.keys import Keys
+from pipeline.services import HOST, Kafka, Redis
+from pipeline.state_store import redis_client
+from tests.memory_verify import NoBar
+
+SHORT_SCALE = 0.04
+SHORT: dict[str, Any] = {"partitions": 4, "kafka_session_timeout_seconds": 3.0}
+"""Settings under which a worker's death is noticed soon."""
+
+
+def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2) -> Row:
+    return asyncio.run(
+        run_fault(
+            fault,
+            Shared(kafka, redis_server),
+            NoBar(),
+            workers=workers,
+            scale=SHORT_SCALE,
+            overrides=SHORT,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Sigkill(), Zombie(), BrokerKilled(), RedisEmpty(), Undecodable()],
+    ids=lambda fault: fault.name,
+)
+def test_a_fault_loses_nothing_and_applies_nothing_twice(
+    fault: Fault, kafka: Kafka, redis_server: Redis
+) -> None:
+    """The guarantees hold on the real parts; nothing is measured here but what came out."""
+    row = run_short(fault, kafka, redis_server)
+    assert row.complaints == []
+    assert row.outcome is not None
+    assert row.outcome.transactions > 2_000
+    assert row.outcome.verification.right == row.outcome.verification.accounts > 1_000
+
+
+class Tampered(Fault):
+    """What no worker does: each kind of wrong that is counted, once."""
+
+    name = "tampered"
+    what = "states and scores changed by hand"
+
+    def change_records(self) -> ChangeRecords:
+        is_first = [True]
+
+        def change(sent: Sent, rng: np.random.Generator) -> Sent:
+            if is_first.pop() if is_first else False:
+                sent.numbers[1] = NO_TRANSACTION  # and it is one
+                return Sent(sent.keys, [b"none", *sent.values[1:]], sent.numbers)
+            return sent
+
+        return change
+
+    async def disturb(self, rig: Rig) -> None:
+        await rig.go_on(1.0)
+
+    async def check(self, rig: Rig) -> list[str]:
+        settings = rig.settings
+        scores = [r async for some in topic_records(settings, "scores") for r in some]
+        approved = [json.loads(r.value) for r in scores if b'"approve"' in r.value]
+        differing, repeated = approved[-1], approved[-2]
+        differing |= {"score": 0.5, "decision": "decline"}
+        async with AIOKafkaProducer(**settings.kafka_client_options()) as producer:
+            for score in (differing, repeated):
+                partition = int(score["source"].split(":")[1])
+                value, key = json.dumps(score).encode(), score["account_id"].encode()
+                await producer.send_and_wait(settings.topic("scores"), value, key, partition)
+        await self._count_once_more(rig, repeated)
+        return ["a complaint of its own"]
+
+    async def _count_once_more(self, rig: Rig, score: dict[str, Any]) -> None:
+        settings, checkpoint = rig.settings, rig.checkpoint
+        partition = int(score["source"].split(":")[1])
+        keys = Keys(settings.key_prefix, checkpoint.digest, settings.topic("transactions"))
+        (key,) = keys.accounts(partition, [score["account_id"]])
+        architecture = checkpoint.network.architecture
+        codec = StateCodec(architecture.layers, architecture.hidden_size)
+        client = redis_client(settings)
+        try:
+            states, _, _ = codec.decode([await client.get(key)])
+            states.history.count[0] += 1
+            (value,) = codec.encode(states, np.array([0]))
+            await client.set(key, value)
+        finally:
+            await client.aclose()
+
+
+def test_every_kind_of_wrong_is_counted(kafka: Kafka, redis_server: Redis) -> None:
+    """A harness that saw nothing would report that everything held."""
+    row = run_short(Tampered(), kafka, redis_server, workers=1)
+    found = row.outcome
+    assert found is not None
+    assert found.lost == 1
+    assert found.strangers == 1
+    assert found.twice == 2  # the one done by hand, and the transaction that is said to be none
+    assert found.too_few == 1
+    assert found.conflicting == 1
+    assert found.duplicates == 2
+    assert found.alerts_missing == 1
+    assert found.verification.different_accounts == 1
+    assert found.verification.conflicting == 1
+    told = " ".join(row.complaints)
+    for words in ("a complaint of its own", "1 transactions lost", "2 applied twice", "1 conflict"):
+        assert words in told
+    assert not any("conflicting" in line for line in found.complaints(allow_conflicts=True))
+
+
+def test_a_fault_that_has_no_effect_is_no_proof(kafka: Kafka, redis_server: Redis) -> None:
+    """A Redis that keeps its data shows nothing about one that loses it."""
+
+    class Harmless(RedisEmpty):
+        appendonly = True
+
+    row = run_short(Harmless(), kafka, redis_server, workers=1)
+    assert row.complaints == ["the fault had no effect: Redis lost nothing"]
+
+
+def test_a_repeat_has_the_number_of_what_it_repeats() -> None:
+    """So that a repeat is no second transaction to be scored."""
+    sent = Sent([b"a", b"b"], [b"1", b"2"], np.array([7, 8]))
+    twice = sent_twice(1.0)(sent, np.random.default_rng(0))
+    assert twice.keys == [b"a", b"a", b"b", b"b"]
+    assert twice.values == [b"1", b"1", b"2", b"2"]
+    assert twice.numbers.tolist() == [7, 7, 8, 8]
+
+
+def test_the_proxy_delays_holds_and_leads_elsewhere() -> None:
+    """Three faults of Redis are nothing but this."""
+
+    async def run() -> None:
+        async def answer(
+            name: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            while line := await reader.readline():
+                writer.write(name + line)
+            writer.close()
+
+        one = await asyncio.start_server(lambda r, w: answer(b"one ", r, w), HOST, 0)
+        two = await asyncio.start_server(lambda r, w: answer(b"two ", r, w), HOST, 0)
+        ports = [server.sockets[0].getsockname()[1] for server in (one, two)]
+        clock = asyncio.get_running_loop().time
+        async with one, two, Proxy(ports[0]) as proxy:
+            reader, writer = await asyncio.open_connection(HOST, proxy.port)
+            writer.write(b"at once\n")
+            assert await reader.readline() == b"one at once\n"
+
+            proxy.delay_seconds = 0.1
+            start = clock()
+            writer.write(b"late\n")
+            assert await reader.readline() == b"one late\n"
+            assert clock() - start >= 0.2  # there and back
+            proxy.delay_seconds = 0.0
+
+            proxy.hold()
+            writer.write(b"held\n")
+            line = asyncio.ensure_future(reader.readline())
+            await asyncio.sleep(0.1)
+            assert not line.done()
+            proxy.release()
+            assert await line == b"one held\n"
+
+            await proxy.lead_to(ports[1])
+            assert await reader.read() == b""  # cut
+            writer.close()
+            reader, writer = await asyncio.open_connection(HOST, proxy.port)
+            writer.write(b"again\n")
+            assert await reader.readline() == b"two again\n"
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_the_command_names_its_faults() -> None:
+    """--list tells what --only takes, and a name that is none does nothing."""
+    listed = CliRunner().invoke(main, ["--list"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.output.splitlines()] == [f.name for f in FAULTS]
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    wrong = CliRunner().invoke(main, ["--only", "nothing"])
+    assert wrong.exit_code == 2
+    assert "there is no fault nothing" in wrong.output

@@ -1,0 +1,72 @@
+"""The log's reader on a real broker: what was taken back is not there, and an end may move."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from pipeline.log_reader import KafkaLogReader, LogReaderError
+from pipeline.services import Kafka
+from pipeline.settings import Settings, load_settings
+from pipeline.topics import ensure_topics
+
+
+def settings_of(kafka: Kafka) -> Settings:
+    name = uuid.uuid4().hex[:8]
+    return load_settings(kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{name}-", partitions=1)
+
+
+def test_a_partition_is_read_in_steps_to_an_end_that_moves(kafka: Kafka) -> None:
+    """Between transaction markers and aborted records no offset is lost or read twice."""
+    settings = settings_of(kafka)
+    topic = settings.topic("scores")
+    later_ms = time.time_ns() // 1_000_000 + 60_000  # than the markers, which have times, too
+
+    async def run() -> None:
+        await ensure_topics(settings)
+        options = settings.kafka_client_options()
+        async with AIOKafkaProducer(**options, transactional_id=topic) as producer:
+            for number in range(4):  # offsets 0-2, marker 3, then 4-6, marker 7 ...
+                await producer.begin_transaction()
+                for i in range(3):
+                    value = f"{number}-{i}".encode()
+                    await producer.send_and_wait(
+                        topic, value, b"k", 0, timestamp_ms=later_ms + number
+                    )
+                if number == 1:
+                    await producer.abort_transaction()
+                else:
+                    await producer.commit_transaction()
+        async with KafkaLogReader(settings, topic, 0) as reader:
+            assert (await reader.bounds()).end == 16
+            assert await reader.first_at(later_ms + 2) == 8
+            assert await reader.first_at(later_ms + 4) is None
+            first = await reader.read(2, 100)
+            second = await reader.read(9, 100)
+            none = await reader.read(9, 100)
+            third = [r for _ in range(3) for r in await reader.read(16, 2)]
+            assert [r.offset for r in first] == [0, 1]
+            assert [r.offset for r in second] == [2, 8]
+            assert none == []
+            assert [r.value for r in third[:4]] == [b"2-1", b"2-2", b"3-0", b"3-1"]
+            assert [r.offset for r in third] == [9, 10, 12, 13, 14]
+            assert await reader.read(16, 100) == []
+            assert reader.position == 16
+
+    asyncio.run(run())
+
+
+def test_a_broker_that_is_away_is_named() -> None:
+    """Commands that read the log end with one line."""
+    settings = load_settings(kafka_bootstrap="127.0.0.1:1")
+
+    async def run() -> None:
+        async with KafkaLogReader(settings, "scores", 0):
+            raise AssertionError("there is no broker")
+
+    with pytest.raises(LogReaderError, match="cannot read scores-0 at 127"):
+        asyncio.run(run())

@@ -1,0 +1,103 @@
+"""What profiles must be by the log, and corrections that lose nothing that workers add."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
+from pipeline import merchant_log
+from pipeline.codec import CountedScore
+from pipeline.merchant_log import CountsOfLog, FirstScores, LoggedLabel, correction, frauds_of
+from pipeline.merchant_profile import Fraud, Profile
+from pipeline.merchant_store import Booking
+
+NOW = 100_000
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(NOW - 2 * BUCKETS, NOW)), max_size=60),
+    st.integers(1, 7),
+)
+def test_counts_of_the_log_are_those_of_profiles_that_counted_it(
+    drawn: list[tuple[int, int]], compact: int
+) -> None:
+    """Whatever the order of the log, also where what is old falls out of the ring."""
+    merchant_log._COMPACT, before = compact, merchant_log._COMPACT
+    try:
+        counts = CountsOfLog()
+        for start in range(0, len(drawn), 5):
+            part = drawn[start : start + 5]
+            piece = CountsOfLog() if start % 2 else counts
+            piece.add([f"M{m}" for m, _ in part], [b * BUCKET_MS + 7 for _, b in part])
+            if piece is not counts:
+                counts.absorb(piece)
+    finally:
+        merchant_log._COMPACT = before
+    names = [f"M{i}" for i in range(5)]
+    profiles = [Profile() for _ in names]
+    for merchant, bucket in sorted(drawn, key=lambda item: item[1]):
+        profiles[merchant].count(bucket, 1)
+
+    heads = counts.newest(names)
+
+    assert heads.tolist() == [profile.head for profile in profiles]
+    tables = counts.tables(names, heads)
+    assert tables.tolist() == [profile.counts.tolist() for profile in profiles]
+
+
+def test_counts_are_bounded_as_a_profiles_are() -> None:
+    counts = CountsOfLog()
+    counts.add(["M"] * (COUNT_MAX + 5), [NOW * BUCKET_MS] * (COUNT_MAX + 5))
+
+    assert counts.tables(["M"], np.array([NOW])).max() == COUNT_MAX
+
+
+def test_only_the_first_score_of_a_transaction_counts() -> None:
+    firsts = FirstScores("transactions:3:")
+    sources = [500_000, 500_001, 500_000, 400_001, 400_001, 3, 900_000, 900_000]
+
+    found = [firsts.source(CountedScore(f"transactions:3:{s}", "M", 0)) for s in sources]
+
+    assert found == [500_000, 500_001, None, 400_001, None, 3, 900_000, None]
+    assert firsts.source(CountedScore("transactions:4:1", "M", 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("standing", "expected"),
+    [(5, 0), (6, 0), (8, 0), (4, 3), (9, -2), (0, 7), (COUNT_MAX, 7 - COUNT_MAX)],
+)
+def test_a_count_that_may_be_right_is_left_alone(standing: int, expected: int) -> None:
+    """What was applied while counts were read may be in them or not."""
+    least, due, most = np.array([5]), np.array([7]), np.array([8])
+
+    assert correction(np.array([standing]), least, due, most).tolist() == [expected]
+
+
+def test_a_count_that_is_full_is_right() -> None:
+    many = np.array([COUNT_MAX + 10])
+
+    assert correction(np.array([COUNT_MAX]), many, many, many).tolist() == [0]
+
+
+def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
+    def label(offset: int, number: int, is_fraud: bool, known: int) -> LoggedLabel:
+        return LoggedLabel(0, Booking(offset, "M", is_fraud, Fraud(number, 10, known)))
+
+    labels = [
+        label(0, 1, True, 11),
+        label(1, 2, True, 12),
+        label(2, 1, False, 13),
+        label(3, 2, True, 14),
+        label(9, 3, True, 15),
+    ]
+
+    assert frauds_of(labels, [9]) == [Fraud(2, 10, 12)]
+    assert frauds_of(labels, [10], [Fraud(7, 9, 9)]) == [
+        Fraud(7, 9, 9),
+        Fraud(2, 10, 12),
+        Fraud(3, 10, 15),
+    ]
+    assert frauds_of(labels, [1]) == [Fraud(1, 10, 11)]

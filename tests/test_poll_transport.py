@@ -1,0 +1,58 @@
+"""What lies between Faust and aiokafka at a rebalance."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+from pipeline.poll_transport import (
+    PREFETCH_BACKOFF_SECONDS,
+    PREFETCH_BACKOFF_SEEKING_SECONDS,
+    Consumer,
+)
+
+PAYMENTS, LABELS = TP("payments", 3), TP("labels", 3)
+
+
+def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the backoff of a running flow a worker could wait for a partition's begin until the seek
+    was given up, and never start to work."""
+    fetcher = SimpleNamespace(_prefetch_backoff=None)
+    seen: list[tuple[str, Any]] = []
+
+    async def note(what: str) -> None:
+        seen.append((what, fetcher._prefetch_backoff))
+
+    async def seek_to_committed(consumer: Any) -> None:
+        await note("seek to committed")
+
+    async def assigned(consumer: Any, assigned: set[TP], generation_id: int) -> None:
+        await note("assigned")
+        await consumer.perform_seek()  # Faust does it in another task
+
+    monkeypatch.setattr(driver.Consumer, "perform_seek", seek_to_committed)
+    monkeypatch.setattr(driver.Consumer, "on_partitions_assigned", assigned)
+    consumer: Any = Consumer.__new__(Consumer)
+    consumer._thread = SimpleNamespace(
+        _ensure_consumer=lambda: SimpleNamespace(_fetcher=fetcher),
+        seek_to_beginning=lambda *new: note(f"seek to begin of {len(new)}"),
+    )
+    consumer._reset = lambda: None
+    consumer.on_assigned = lambda assigned: None
+    consumer.assignment = lambda: {PAYMENTS, LABELS}
+    consumer.from_begin = {"labels"}
+    consumer._begin, consumer._committed_offset = {}, {PAYMENTS: 7}
+
+    for _ in range(2):  # at the first assignment, and at a later one
+        asyncio.run(consumer.on_partitions_assigned({PAYMENTS, LABELS}))
+        steps = ("assigned", "seek to committed", "seek to begin of 1")
+        assert seen == [(step, PREFETCH_BACKOFF_SEEKING_SECONDS) for step in steps]
+        assert fetcher._prefetch_backoff == PREFETCH_BACKOFF_SECONDS
+        seen.clear()

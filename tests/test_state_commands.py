@@ -1,0 +1,424 @@
+"""`recur state ...` on a real broker and Redis, with workers that run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from model.merchants import BUCKET_MS
+from model.transaction import Transaction
+from pipeline import rebuild_merchants as rebuild_merchants_module
+from pipeline.cli import recur
+from pipeline.errors import RecurError, SettingsError, StartupError
+from pipeline.feed import Feed
+from pipeline.forget import forget_lines
+from pipeline.key_scan import KeyScan
+from pipeline.keys import MERCHANT_SLOTS, Keys, MerchantKeys
+from pipeline.label_feed import encode_labels
+from pipeline.merchant_profile import FIXED_BYTES, Profile
+from pipeline.merchant_store import RedisMerchantStore
+from pipeline.ownership import check_watermark
+from pipeline.rebuild import rebuild_lines
+from pipeline.rebuild_merchants import rebuild_merchants_lines
+from pipeline.rekey import partition_of, rekey_lines
+from pipeline.services import Kafka, Redis
+from pipeline.state_store import redis_client
+from pipeline.topics import add_partitions
+from tests.pipeline_under_test import (
+    EVENT_TIME_MS,
+    PipelineUnderTest,
+    assert_scored_once,
+    transactions,
+    until,
+)
+
+
+@pytest.fixture
+def system(kafka: Kafka, redis_server: Redis, tmp_path: Path) -> PipelineUnderTest:
+    return PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
+
+
+def quiet() -> Console:
+    return Console(file=StringIO())
+
+
+async def forget(
+    system: PipelineUnderTest, account: str, *, dry_run: bool = False, wait: float = 60.0
+) -> tuple[str, bool]:
+    lines, done = await forget_lines(
+        system.settings, account, dry_run=dry_run, wait_seconds=wait, console=quiet()
+    )
+    return "\n".join(lines), done
+
+
+async def rebuild(
+    system: PipelineUnderTest, partitions: list[int] | None = None, **options: bool
+) -> str:
+    lines = await rebuild_lines(
+        system.settings,
+        partitions,
+        **{"dry_run": False, "wait": True} | options,
+        console=quiet(),
+    )
+    return "\n".join(lines)
+
+
+def keys_of(system: PipelineUnderTest) -> Keys:
+    settings = system.settings
+    return Keys(
+        settings.key_prefix, system.scorer.checkpoint.digest, settings.topic("transactions")
+    )
+
+
+async def all_states(system: PipelineUnderTest) -> dict[str, int]:
+    """Partition by account."""
+    found: dict[str, int] = {}
+    async with KeyScan(system.settings) as scan:
+        async for partition, accounts in scan.accounts(keys_of(system).model):
+            found |= dict.fromkeys(accounts, partition)
+    return found
+
+
+async def damage(system: PipelineUnderTest, how: dict[str, bytes | None]) -> None:
+    """Overwrite accounts' states in Redis, or delete them."""
+    places = await all_states(system)
+    client = redis_client(system.settings)
+    for account, value in how.items():
+        (key,) = keys_of(system).accounts(places[account], [account])
+        await (client.delete(key) if value is None else client.set(key, value))
+    await client.aclose()
+
+
+def test_an_account_is_forgotten_while_workers_run_and_stays_forgotten_in_a_replay(
+    system: PipelineUnderTest,
+) -> None:
+    sent = transactions(3_000, accounts=40)
+    account, other = sent[0].account_id, sent[1].account_id
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent)
+            await system.until_applied()
+            before = await all_states(system)
+
+            told, done = await forget(system, account, dry_run=True)
+            assert done
+            assert "would be forgotten; nothing is done" in told
+            assert await all_states(system) == before
+            assert len(await system.records("transactions")) == len(sent)
+
+            told, done = await forget(system, account)
+
+            assert done
+            topic = system.settings.topic("transactions")
+            assert f"account {account} is forgotten" in told
+            assert f"{topic}-{before[account]}, offset" in told
+            assert "its state in Redis, 400 bytes" in told
+            for role in ("transactions", "scores", "alerts", "labels", "dead-letter"):
+                assert role in told
+            assert (await all_states(system)).keys() == before.keys() - {account}
+            assert await metric(system, "recur_accounts_forgotten_total") == 1.0
+
+            more = transactions(400, accounts=40, seed=1)
+            await system.send(more)
+            await system.until_applied()
+            assert (await all_states(system)).keys() == before.keys()
+            await system.assert_states_are_the_log()
+
+            told, done = await forget(system, other)
+            assert done
+            await rebuild(system)
+            assert (await all_states(system)).keys() == before.keys() - {other}
+            await system.assert_states_are_the_log()
+            assert_scored_once(await system.scores(), [*sent, *more])
+            assert not await system.records("dead_letter")
+            log = "".join(path.read_text() for path in system.directory.glob("*.log"))
+            assert account not in log
+
+    asyncio.run(run())
+
+
+async def metric(system: PipelineUnderTest, name: str) -> float:
+    (worker,) = system.workers
+    await worker.refresh()
+    return worker.samples[name]
+
+
+def test_an_account_of_which_nothing_is_known_is_forgotten_when_a_worker_comes(
+    system: PipelineUnderTest,
+) -> None:
+    """The instruction waits in the log; what is not applied yet is forgotten, too."""
+    sent = [t for t in transactions(200, accounts=4) if t.account_id == "A000001"]
+
+    async def run() -> None:
+        async with system.running(workers=0):
+            await system.send(sent)
+
+            told, done = await forget(system, "A000001")
+
+            assert not done
+            assert "will be forgotten" in told
+            assert "no worker runs" in told
+            assert "no state: Redis had none" in told
+            await system.start_workers(1)
+            await system.until_applied()
+            assert not await all_states(system)
+            assert_scored_once(await system.scores(), sent)
+
+    asyncio.run(run())
+
+
+def test_damaged_states_are_rebuilt_while_workers_run_and_no_score_changes(
+    system: PipelineUnderTest,
+) -> None:
+    """Nothing comes meanwhile, so that only the command can have woken the workers; where none
+    runs, the one that starts does it."""
+    sent = transactions(4_000, accounts=60)
+    names = sorted({t.account_id for t in sent})
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent)
+            await system.until_applied()
+            await system.assert_states_are_the_log()
+            scores = await records_of_scores(system)
+            places = await all_states(system)
+            harm = {names[0]: b"junk", names[1]: b"\2" * 400, names[2]: None}
+
+            await damage(system, harm)
+            with pytest.raises(AssertionError):
+                await system.assert_states_are_the_log()
+            told = await rebuild(system, dry_run=True)
+            assert "nothing is done" in told
+            assert sum(n for n in counted(told)) >= len(names) - 1
+
+            one = places[names[0]]
+            told = await rebuild(system, [one])
+            assert told.startswith(f"{system.settings.topic('transactions')}-{one}: ")
+            assert "computed again" in told
+            await rebuild(system)
+
+            await system.assert_states_are_the_log()
+            assert await records_of_scores(system) == scores
+            assert await all_states(system) == places
+            with pytest.raises(SettingsError, match="has the partitions 0 to 3, and no 4"):
+                await rebuild(system, [4])
+
+            await system.workers[0].stop()
+            told = await rebuild(system)
+            assert "no worker runs: the states are computed again when one starts" in told
+            assert not await all_states(system), "all lie past the watermark"
+            await system.start_workers(1)
+            await system.until_applied()
+            await system.assert_states_are_the_log()
+            assert await records_of_scores(system) == scores
+
+    asyncio.run(run())
+
+
+def counted(told: str) -> list[int]:
+    """How many states each line of a partition tells."""
+    lines = [line for line in told.splitlines() if line.endswith(" states")]
+    return [int(line.rsplit(", ", 1)[1].split()[0].replace(",", "")) for line in lines]
+
+
+async def records_of_scores(system: PipelineUnderTest) -> Counter[tuple[Any, Any]]:
+    return Counter((record.key, record.value) for record in await system.records("scores"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["rebuild"], "takes --partition N, --all or --merchants"),
+        (["rebuild", "--all", "--partition", "1"], "takes --partition N, --all or --merchants"),
+        (["rebuild", "--all", "--merchants"], "takes --partition N, --all or --merchants"),
+        (["forget", ""], "an account id has 1 to 256 characters"),
+        (["forget", "x" * 257], "an account id has 1 to 256 characters"),
+    ],
+)
+def test_what_makes_no_sense_is_told(arguments: list[str], problem: str) -> None:
+    result = CliRunner().invoke(recur, ["state", *arguments])
+
+    assert isinstance(result.exception, RecurError)
+    assert problem in str(result.exception)
+
+
+async def rekey(system: PipelineUnderTest, **options: bool) -> str:
+    lines = await rekey_lines(
+        system.settings,
+        **{"dry_run": False, "accept_stranded": False} | options,
+        console=quiet(),
+    )
+    return "\n".join(lines)
+
+
+async def counts_of_states(system: PipelineUnderTest) -> dict[str, int]:
+    """How many transactions each account's state has seen."""
+    places = await all_states(system)
+    client = redis_client(system.settings)
+    keys = [keys_of(system).accounts(places[name], [name])[0] for name in places]
+    states, loaded, _ = system.scorer.codec.decode(await client.mget(keys))
+    await client.aclose()
+    assert loaded.all()
+    return dict(zip(places, states.history.count.tolist(), strict=True))
+
+
+def test_states_move_with_their_accounts_when_the_topic_gets_more_partitions(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    """Each account goes on where it was, in the partition that its records now go to."""
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=2)
+    sent = transactions(1_500, accounts=40)
+    more = transactions(600, accounts=40, seed=1)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent)
+            await system.until_applied()
+            before = await all_states(system)
+            assert "nothing to move" in await rekey(system)
+
+            await add_partitions(system.settings, system.settings.topic("transactions"), 5)
+            with pytest.raises(RecurError, match=r"1 workers of group .* are running"):
+                await rekey(system)
+            await system.workers[0].stop()
+            system.use(partitions=5)
+            marks = await system.watermarks()
+            with pytest.raises(StartupError, match="recur state rekey"):
+                check_watermark("transactions", 0, marks[0], 5, 10_000)
+            moving = {a for a, p in before.items() if partition_of(a.encode(), 5) != p}
+            assert 0 < len(moving) < len(before)
+            told = await rekey(system, dry_run=True)
+            assert f"{len(moving)} states would move, {len(before) - len(moving)} stay" in told
+            assert await all_states(system) == before
+
+            stranded = next(t for t in more if t.account_id in moving)
+            await system.send_to(before[stranded.account_id], stranded)
+            with pytest.raises(RecurError, match="1 records of accounts that move"):
+                await rekey(system)
+            assert await all_states(system) == before
+
+            told = await rekey(system, accept_stranded=True)
+
+            assert f"{len(moving)} states moved" in told
+            assert "got 5 partitions" in told
+            after = await all_states(system)
+            assert after == {a: partition_of(a.encode(), 5) for a in before}
+            assert "nothing to move" in await rekey(system)
+            rest = [t for t in more if t is not stranded]
+            await system.send_compressed(rest, "gzip")  # a producer that knows all partitions
+            await system.start_workers(1)
+            await system.until_applied()
+            seen = Counter(t.account_id for t in [*sent, *rest])
+            counts = await counts_of_states(system)
+            del seen[stranded.account_id], counts[stranded.account_id]
+            assert counts == seen
+            assert_scored_once(await system.scores(), [*sent, *more])
+
+    asyncio.run(run())
+
+
+async def rebuild_merchants(system: PipelineUnderTest, *, dry_run: bool = False) -> str:
+    lines = await rebuild_merchants_lines(system.settings, dry_run=dry_run, console=quiet())
+    return "\n".join(lines)
+
+
+RIGHT = "counts of 0 profiles corrected: 0 transactions were missing, 0 too many"
+
+
+def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
+    system: PipelineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is missing, doubled or damaged; what is counted meanwhile is neither."""
+    monkeypatch.setattr(rebuild_merchants_module, "SETTLE_SECONDS", 0.3)
+    sent = transactions(4_000, accounts=60)
+    more = transactions(3_000, accounts=60, seed=1)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent)
+            async with Feed(system.settings, "labels") as feed:
+                await feed.send(*labels_of(sent[:200]))
+            await system.until_applied()
+            keys = MerchantKeys(system.settings.key_prefix)
+            client = redis_client(system.settings)
+            store = RedisMerchantStore.from_settings(system.settings)
+            names = sorted({t.merchant_id for t in sent})
+
+            async def all_booked() -> bool:
+                found = [Profile.from_bytes(v) for v in await store.load(names) if v]
+                return sum(len(profile.frauds) for profile in found) == 200
+
+            await until(all_booked, "the labels to be booked")
+            told = await rebuild_merchants(system)
+            assert f"{len(names)} merchants in the log" in told
+            assert RIGHT in told
+            assert "known frauds of 0 profiles corrected" in told
+            right = await store.load(names)
+
+            labelled = [t.merchant_id for t in sent[:200]]
+            await client.delete(keys.profile(labelled[0]))
+            await client.set(keys.profile(labelled[1]), b"\1junk")
+            bucket = EVENT_TIME_MS // BUCKET_MS
+            await store.add({bucket: {labelled[2]: 7}}, [])
+            value = await client.get(keys.profile(labelled[3]))
+            await client.set(keys.profile(labelled[3]), value[:FIXED_BYTES])
+            harmed = await store.load(names)
+            told = await rebuild_merchants(system, dry_run=True)
+            assert "counts of 3 profiles would be corrected" in told
+            assert "7 too many" in told
+            assert "known frauds of 3 profiles would be corrected" in told
+            assert await store.load(names) == harmed
+
+            sending = asyncio.create_task(system.send(more, rate=1_000))
+            told = await rebuild_merchants(system)
+            await sending
+            await system.until_applied()
+
+            assert "counts of 3 profiles corrected" in told
+            await rebuild_merchants(system)  # what came in the moment of the last round
+            assert RIGHT in await rebuild_merchants(system)
+            counts = Counter(t.merchant_id for t in [*sent, *more])
+            profiles = [Profile.from_bytes(v or b"") for v in await store.load(names)]
+            for name, profile, value in zip(names, profiles, right, strict=True):
+                assert int(profile.counts.sum()) == counts[name]
+                assert profile.frauds == Profile.from_bytes(value or b"").frauds
+
+            gone = [keys.profile(name) for name in names]
+            gone += [
+                keys.labels_watermark(slot, system.settings.topic("labels"), partition)
+                for slot in range(MERCHANT_SLOTS)
+                for partition in range(4)
+            ]
+            await client.delete(*gone)
+            await rebuild_merchants(system)
+            assert [Profile.from_bytes(v or b"").frauds for v in await store.load(names)] == [
+                profile.frauds for profile in profiles
+            ]
+            assert RIGHT in await rebuild_merchants(system)
+            await store.close()
+            await client.aclose()
+
+    asyncio.run(run())
+
+
+def labels_of(labelled: list[Transaction]) -> tuple[Any, Any]:
+    times = np.array([t.timestamp for t in labelled], np.int64)
+    block = encode_labels(
+        [t.transaction_id for t in labelled],
+        [t.account_id for t in labelled],
+        [t.merchant_id for t in labelled],
+        np.ones(len(labelled), bool),
+        times,
+        times + 86_400_000,
+        "test",
+    )
+    return block.keys, block.values
