@@ -170,6 +170,8 @@ class Ownership:
         self._writer = secrets.randbits(64)
         self._assigned: set[int] = set()
         self._owned: dict[int, Owned] = {}
+        # A poll may outlive its assignment: what it finds gone was there all the same.
+        self._ever_owned: set[int] = set()
 
     def assign(self, partitions: Collection[int]) -> None:
         """The group gave these partitions, and no others."""
@@ -217,7 +219,7 @@ class Ownership:
         if owned is None or not owned.knows(watermark):
             if owned is not None:
                 self._metrics.guard_mismatches.inc()
-            owned = await self._assume(partition, watermark, chunk.begin, lost=owned is not None)
+            owned = await self._assume(partition, watermark, chunk.begin)
         if chunk.begin > owned.computed_to:
             await self.seek_back(partition, owned)
             return None
@@ -294,7 +296,7 @@ class Ownership:
             extra={"partition": partition},
         )
         standing = await self._standing(partition)
-        owned = await self._assume(partition, standing, chunk.begin, lost=True)
+        owned = await self._assume(partition, standing, chunk.begin)
         await self.seek_back(partition, owned)
 
     async def seek_back(self, partition: int, owned: Owned) -> None:
@@ -303,17 +305,16 @@ class Ownership:
             owned.seeking = True
             await self._transaction_log.seek(partition, owned.computed_to)
 
-    async def _assume(
-        self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
-    ) -> Owned:
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
         """Take a partition as its watermark tells, whoever wrote that."""
         committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
         while watermark is None:
-            is_new = committed is None and not lost
+            is_new = committed is None and partition not in self._ever_owned
             watermark = await self._write_first_watermark(partition, begin if is_new else None)
         # Asked for after the watermark is known: both logs reach at least as far as it says.
         bounds = await self._bounds(self._topic, partition)
         scores = await self._bounds(self._scores_topic, partition)
+        self._ever_owned.add(partition)
         mark = read_watermark(self._topic, partition, watermark)
         check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
         # Past the end: the scores topic was recreated, and all that it holds is of since then.

@@ -17,7 +17,7 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from pipeline import ownership
+from pipeline import ownership, processor
 from pipeline.account_state import AccountStates, Watermark
 from pipeline.keys import merchant_slot
 from pipeline.merchant_store import Booking
@@ -259,10 +259,8 @@ class OldStates(Ownership):
         super().__init__(**kwargs)
         self._states: dict[int, dict[str, bytes | None]] = {}
 
-    async def _assume(
-        self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
-    ) -> Owned:
-        owned = await super()._assume(partition, watermark, begin, lost=lost)
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
+        owned = await super()._assume(partition, watermark, begin)
         owned.states = self._states.setdefault(partition, {})
         return owned
 
@@ -304,11 +302,9 @@ class RepeatsApplied(ChainScorer):
 class AlwaysNew(Ownership):
     """Takes a store that lost everything for a new group's."""
 
-    async def _assume(
-        self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
-    ) -> Owned:
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
         self._begin = begin
-        return await super()._assume(partition, watermark, begin, lost=lost)
+        return await super()._assume(partition, watermark, begin)
 
     async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
         return await super()._write_first_watermark(partition, self._begin)
@@ -365,6 +361,7 @@ BUGS = [
     Bug("what is applied not dropped", 0, 0, Parts(processor=ApplyAgain)),
     Bug("a repeated transaction id not dropped", 0, 0, Parts(scorer=RepeatsApplied)),
     Bug("a store that lost everything taken for a new one", 0, 0, Parts(ownership=AlwaysNew)),
+    Bug("an account not forgotten", 0, 0, patches=[(processor, "_obey", _nothing)]),
     Bug("rejected records not published", 0, 0, Parts(publisher=RejectedDropped)),
     Bug("labels booked again", 0, 0, Parts(merchant_client=BookedAgain)),
 ]
