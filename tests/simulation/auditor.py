@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from pipeline.account_state import RECENT_IDS, StateCodec, Watermark
-from pipeline.codec import decode_alert
+from pipeline.codec import FORGET, decode_alert
 from pipeline.decision import DECISIONS
 from pipeline.keys import merchant_slot
 from pipeline.memory import MemoryMerchantStore, MemoryStateStore
@@ -42,6 +42,7 @@ class Entry:
 
     Attributes:
         rejected: the reason, of what cannot be scored.
+        instruction: which, of what is no transaction; no score comes of it.
         is_repeated: its account had its transaction id before; nothing comes of it.
         previous: the offset before it in the account's state; None where that begins anew.
     """
@@ -50,6 +51,7 @@ class Entry:
     amount: float = 0.0
     transaction_id: str = ""
     rejected: str | None = None
+    instruction: bytes | None = None
     is_repeated: bool = False
     is_warm: bool = False
     previous: int | None = None
@@ -57,7 +59,7 @@ class Entry:
     @property
     def is_applied(self) -> bool:
         """A state and a score come of it."""
-        return self.rejected is None and not self.is_repeated
+        return self.rejected is None and self.instruction is None and not self.is_repeated
 
 
 @dataclass
@@ -127,13 +129,13 @@ class PartitionAudit:
     # the log -----------------------------------------------------------------------------
 
     def produced(self, entry: Entry, record_ms: int) -> Entry:
-        """A record is in the log; what must come of it.
-
-        A control record that changes an account's state belongs here, too: from its offset on
-        the account's state is what it makes of it.
-        """
+        """A record is in the log; what must come of it."""
         offset = len(self.entries)
-        if entry.rejected is None:
+        if entry.instruction == FORGET:
+            account = self._accounts.setdefault(entry.account, _Account())
+            account.last, account.ids = None, []
+            account.offsets.append(offset)
+        elif entry.rejected is None and entry.instruction is None:
             account = self._accounts.setdefault(entry.account, _Account())
             if entry.transaction_id in account.ids[-RECENT_IDS:]:
                 entry = Entry(**{**vars(entry), "is_repeated": True})
@@ -219,6 +221,8 @@ class PartitionAudit:
         self.furthest = max(self.furthest, end)
         for name, account in self._accounts.items():
             last = max((offset for offset in account.offsets if offset < end), default=None)
+            if last is not None and self.entries[last].instruction == FORGET:
+                last = None
             self._check_state(name, last, states.pop(name, None))
         if states:
             raise Violation("states", f"accounts that the log has not: {sorted(states)}")
@@ -396,7 +400,7 @@ class Auditor:
             if entry.rejected is not None:
                 if (entry.rejected, partition.number, offset) not in self.letters:
                     raise Violation("rejected", f"{source} is not in dead-letter")
-            elif not entry.is_repeated:
+            elif entry.is_applied:
                 said = partition.said.get(offset)
                 if not said:
                     raise Violation("lost", f"no score of {source}")

@@ -22,7 +22,7 @@ from faust.types import TP
 from faust.utils import terminal
 
 from pipeline import memory, ownership, poll_transport, processor
-from pipeline.codec import CONTROL_HEADER, WARM_HEADER, decode_label
+from pipeline.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.errors import RejectedError
 from pipeline.further_fields import FurtherFields
 from pipeline.labels import booking_of
@@ -285,7 +285,7 @@ class Run:
             "timestamp": self.now_ms,
         }
         headers: list[tuple[str, bytes]] = []
-        rejected = None
+        rejected = instruction = None
         if chance < 0.05 and self._sent:
             before = rng.choice(self._sent[-8:])  # as a producer that repeats sends it
             partition, fields = before["partition"], before["fields"]
@@ -296,7 +296,10 @@ class Run:
         elif chance < 0.14:
             headers.append((CONTROL_HEADER, b"what nobody knows"))
             rejected = "control"
-        value = json.dumps(fields).encode()
+        elif 0.18 <= chance < 0.26:
+            instruction = FORGET if chance < 0.24 else LOOK
+            headers.append((CONTROL_HEADER, instruction))
+        value = b"" if instruction else json.dumps(fields).encode()
         if 0.14 <= chance < 0.18:
             value, rejected = value[:-1], "not_json"
         key = str(fields["account_id"]).encode()
@@ -305,13 +308,14 @@ class Run:
             amount=fields["amount"],
             transaction_id=fields["transaction_id"],
             rejected=rejected,
-            is_warm=bool(headers) and rejected is None,
+            instruction=instruction,
+            is_warm=(WARM_HEADER, b"1") in headers,
         )
         self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
         entry = self.auditor.partitions[partition].produced(entry, self.now_ms)
-        if rejected is None:
+        if rejected is None and instruction is None:
             self._sent.append({"partition": partition, "fields": fields})
-        self._tell(f"a transaction of {fields['account_id']} in {partition}: {entry}")
+        self._tell(f"a record of {fields['account_id']} in {partition}: {entry}")
         self._wake()
 
     def _label(self) -> None:
