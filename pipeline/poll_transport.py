@@ -102,6 +102,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._topic: str = ""
         # Where the next chunk of each partition begins.
         self._begin: dict[TP, int] = {}
+        # Where the assignment's partitions were sought back to.
+        self._sought: dict[TP, int] = {}
         # Polls between fetch and ack: their topic, and whether the agent works on them.
         self._in_flight: dict[int, tuple[str, bool]] = {}
         self._changed = asyncio.Event()
@@ -255,6 +257,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._in_flight.clear()
         self._positions.clear()
         self._begin.clear()
+        self._sought.clear()
         self._changed.set()
 
     async def perform_seek(self) -> None:
@@ -280,6 +283,11 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 place = TP(tp.topic, tp.partition)
                 self._begin[place] = offset
                 self._seek_if_assigned(place, offset)
+        # A poll that outlived its assignment may have looked at the states before Faust sought:
+        # who asked for that does not ask again before it is done.
+        for tp, offset in self._sought.items():
+            self._begin[tp] = offset
+            self._seek_if_assigned(tp, offset)
         self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
 
     def _set_prefetch_backoff(self, seconds: float) -> None:
@@ -288,7 +296,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""
-        self._begin[tp] = offset
+        self._begin[tp] = self._sought[tp] = offset
         self._resets += 1
         self._seek_if_assigned(tp, offset)
 

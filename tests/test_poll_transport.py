@@ -56,7 +56,7 @@ def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
     consumer.on_assigned = lambda assigned: None
     consumer.assignment = lambda: {PAYMENTS, LABELS}
     consumer.from_begin = {"labels"}
-    consumer._begin, consumer._committed_offset = {}, {PAYMENTS: 7}
+    consumer._begin, consumer._sought, consumer._committed_offset = {}, {}, {PAYMENTS: 7}
 
     for _ in range(2):  # at the first assignment, and at a later one
         asyncio.run(consumer.on_partitions_assigned({PAYMENTS, LABELS}))

@@ -182,6 +182,23 @@ def test_a_fetch_of_the_time_before_does_not_move_a_new_group_past_what_it_has_n
     assert alone.member.thread.positions == {place: 0}
 
 
+def test_a_seek_back_is_not_undone_by_the_seek_to_what_is_committed() -> None:
+    """A poll of the assignment before may ask for it first, and nobody asks again."""
+    alone = Alone()
+    consumer, place = alone.consumer, alone.place
+    alone.coordinator.committed[place] = 2
+
+    async def go() -> None:
+        alone.member.thread.assign(1, [place])
+        consumer.seek_back(place, 1)
+        await consumer.perform_seek()
+
+    alone.run(go())
+
+    assert alone.member.thread.positions == {place: 1}
+    assert consumer._begin == {place: 1}
+
+
 def test_a_process_that_is_stopped_goes_on_later_and_a_dead_one_does_not() -> None:
     """What zombies and kills in the runs rest on."""
     loop = Loop(lambda: None)  # type: ignore[abstract]

@@ -143,10 +143,7 @@ class WatermarkApart(StateClient):
     def _states(self, request: Save) -> bool:
         stands = self.store.watermarks.get(request.partition) == request.expected
         if stands:
-            self.store.changed.add(request.partition)
-            for account, state in zip(request.account_ids, request.states, strict=True):
-                assert state is not None
-                self.store.states[request.partition, account] = state
+            self.store.write(dataclasses.replace(request, watermark=request.expected))
         return stands
 
     def _watermark(self, request: Save) -> bool:
