@@ -21,14 +21,14 @@ export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench faults requirements check-deploy clean
+.PHONY: help demo test soak check format bench faults requirements check-deploy clean
 
 help: ## list the targets (this)
 	@echo "make TARGET [VARIABLE=value]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  ARGS=...         more arguments, for demo, test, bench and faults"
+	@echo "  ARGS=...         more arguments, for demo, test, soak, bench and faults"
 	@echo "  PYTHON=...       the Python to make $(VENV) with"
 	@echo "  TORCH_INDEX=...  package index to take torch from, say one of CPU builds; by default"
 	@echo "                   torch comes with everything else, on Linux with CUDA (2.5 GB)"
@@ -38,6 +38,9 @@ demo: $(ENVIRONMENT) ## run Kafka, Redis, two workers and a stream of payments f
 
 test: $(ENVIRONMENT) ## run every test, on a real broker and Redis
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+soak: $(ENVIRONMENT) ## run the worker on simulated services that fail (ARGS="--seeds 1000000")
+	$(BIN)/python -m tests.simulation $(ARGS)
 
 check: $(ENVIRONMENT) ## run the linter, the type checker and the test of the layers
 	$(BIN)/ruff check
