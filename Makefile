@@ -22,14 +22,14 @@ export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz check format bench faults requirements audit check-deploy clean
+.PHONY: help demo test soak fuzz check format bench faults requirements audit check-deploy clean
 
 help: ## list the targets (this)
 	@echo "make TARGET [VARIABLE=value]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  ARGS=...         more arguments, for demo, test, fuzz, bench and faults"
+	@echo "  ARGS=...         more arguments, for demo, test, soak, fuzz, bench and faults"
 	@echo "  PYTHON=...       the Python to make $(VENV) with"
 	@echo "  TORCH_INDEX=...  package index to take torch from, say one of CPU builds; by default"
 	@echo "                   torch comes with everything else, on Linux with CUDA (2.5 GB)"
@@ -39,6 +39,9 @@ demo: $(ENVIRONMENT) ## run Kafka, Redis, two workers and a stream of payments f
 
 test: $(ENVIRONMENT) ## run every test, on a real broker and Redis
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+soak: $(ENVIRONMENT) ## run the worker on simulated services that fail (ARGS="--seeds 1000000")
+	$(BIN)/python -m tests.simulation $(ARGS)
 
 fuzz: $(ENVIRONMENT) ## attack the decoders with 100,000 made-up inputs each (ARGS="--inputs 1000000")
 	$(BIN)/python -m tests.fuzz $(ARGS)

@@ -74,13 +74,7 @@ class MemoryStateStore:
         await asyncio.sleep(0)
         with _step("load", self.interrupt):
             self._require_up()
-            return [
-                Loaded(
-                    self.watermarks.get(request.partition),
-                    [self.states.get((request.partition, a)) for a in request.account_ids],
-                )
-                for request in requests
-            ]
+            return [self.read(request) for request in requests]
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         """See :class:`pipeline.state_store.StateStore`."""
@@ -89,10 +83,18 @@ class MemoryStateStore:
         for request in requests:
             with _step("save", self.interrupt):
                 self._require_up()
-                stands.append(self._save(request))
+                stands.append(self.write(request))
         return stands
 
-    def _save(self, request: Save) -> bool:
+    def read(self, request: Load) -> Loaded:
+        """What is there of a partition, at once."""
+        return Loaded(
+            self.watermarks.get(request.partition),
+            [self.states.get((request.partition, a)) for a in request.account_ids],
+        )
+
+    def write(self, request: Save) -> bool:
+        """Write a partition's part of a save at once; whether what it asks stands."""
         current = self.watermarks.get(request.partition)
         if current != request.expected:
             return current == request.watermark
@@ -156,22 +158,27 @@ class MemoryMerchantStore:
             self._require_up()
             for bucket, merchants in counts.items():
                 for merchant, n in merchants.items():
-                    profile = self.profile(merchant)
-                    profile.count(bucket, n)
-                    self.profiles[merchant] = profile.to_bytes()
+                    self.count(bucket, merchant, n)
             for alert in alerts:
                 self.alerts[alert.transaction_hash] = alert.decision
+
+    def count(self, bucket: int, merchant_id: str, n: int) -> None:
+        """Add to a merchant's profile at once."""
+        profile = self.profile(merchant_id)
+        profile.count(bucket, n)
+        self.profiles[merchant_id] = profile.to_bytes()
 
     async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("book", self.interrupt):
             self._require_up()
-            decisions = [self._book(partition, label) for label in labels]
+            decisions = [self.book_one(partition, label) for label in labels]
             self.booked_ends[partition] = end
             return decisions
 
-    def _book(self, partition: int, label: Booking) -> str | None:
+    def book_one(self, partition: int, label: Booking) -> str | None:
+        """Book a label at once; its transaction's decision, or None if it was booked before."""
         place = partition, merchant_slot(label.merchant_id)
         if label.offset < self.booked.get(place, 0):
             return None
@@ -513,11 +520,12 @@ class MemoryScoreLog:
         await asyncio.sleep(0)
         with _step("read scores", self._kafka.interrupt):
             self._kafka.require_up()
-            return self._read(partition, start, end, until_source)
+            return self.scan(partition, start, end, until_source)
 
-    def _read(
+    def scan(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
+        """What :meth:`read` returns, at once."""
         source_prefix = f"{self._transactions_topic}:{partition}:"
         kept: dict[int, Kept] = {}
         position = max(start, self._kafka.bounds(self._scores_topic, partition).begin)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -180,6 +181,10 @@ class Ownership:
         self._writer = secrets.randbits(64)
         self._assigned: set[int] = set()
         self._owned: dict[int, Owned] = {}
+        # How often scores of each partition were published: what was known before is not all.
+        self._publications: Counter[int] = Counter()
+        # A poll may outlive its assignment: what it finds gone was there all the same.
+        self._ever_owned: set[int] = set()
 
     def assign(self, partitions: Collection[int]) -> None:
         """The group gave these partitions, and no others."""
@@ -234,7 +239,7 @@ class Ownership:
         if owned is None or not owned.knows(watermark):
             if owned is not None:
                 self._metrics.guard_mismatches.inc()
-            owned = await self._assume(partition, watermark, chunk.begin, lost=owned is not None)
+            owned = await self._assume(partition, watermark, chunk.begin)
         if chunk.begin > owned.computed_to:
             await self.seek_back(partition, owned)
             return None
@@ -270,6 +275,7 @@ class Ownership:
 
         Its scores of transactions from ``next_offset`` on are the first ones, and are kept.
         """
+        self._publications[partition] += 1
         expected = owned.scores_next
         if appended.first is None or appended.next is None:
             bounds = await self._bounds(self._scores_topic, partition)
@@ -303,15 +309,16 @@ class Ownership:
 
     async def follow(self, partition: int, owned: Owned, chunk: Chunk) -> None:
         """The watermark was another at the save, and nothing was written: go on from it."""
-        if not self.owns(partition, owned):
-            return  # revoked, or the next poll has seen it already
+        if partition not in self._owned:
+            return  # revoked
+        # Even if the next poll has seen it already: that does not know what was published since.
         self._metrics.guard_mismatches.inc()
         log.warning(
             "the watermark is not the expected one; going on from the one that stands",
             extra={"partition": partition},
         )
         standing = await self._standing(partition)
-        owned = await self._assume(partition, standing, chunk.begin, lost=True)
+        owned = await self._assume(partition, standing, chunk.begin)
         await self.seek_back(partition, owned)
 
     async def seek_back(self, partition: int, owned: Owned) -> None:
@@ -320,9 +327,7 @@ class Ownership:
             owned.seeking = True
             await self._transaction_log.seek(partition, owned.computed_to)
 
-    async def _assume(
-        self, partition: int, watermark: bytes | None, begin: int, *, lost: bool
-    ) -> Owned:
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
         """Take a partition as its watermark tells, whoever wrote that."""
         tenure = 0
         if self._transactions is not None and partition in self._assigned:
@@ -331,11 +336,15 @@ class Ownership:
             tenure = await self._patience.ask_log(lambda: take(partition))
         committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
         while watermark is None:
-            is_new = committed is None and not lost
+            is_new = committed is None and partition not in self._ever_owned
             watermark = await self._write_first_watermark(partition, begin if is_new else None)
         # Asked for after the watermark is known: both logs reach at least as far as it says.
         bounds = await self._bounds(self._topic, partition)
-        scores = await self._bounds(self._scores_topic, partition)
+        publications = -1
+        while publications != self._publications[partition]:  # our own, of a poll before
+            publications = self._publications[partition]
+            scores = await self._bounds(self._scores_topic, partition)
+        self._ever_owned.add(partition)
         mark = read_watermark(self._topic, partition, watermark)
         check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
         # Past the end: the scores topic was recreated, and all that it holds is of since then.

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any, ClassVar, cast
 
-from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from faust import Schema
 from faust.transport import drivers
@@ -108,6 +107,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._topic: str = ""
         # Where the next chunk of each partition begins.
         self._begin: dict[TP, int] = {}
+        # Where the assignment's partitions were sought back to.
+        self._sought: dict[TP, int] = {}
         # Polls between fetch and ack: their topic, and whether the agent works on them.
         self._in_flight: dict[int, tuple[str, bool]] = {}
         self._changed = asyncio.Event()
@@ -303,6 +304,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._positions.clear()
         self._begin.clear()
         self._to_take.clear()
+        self._sought.clear()
         self._changed.set()
 
     async def perform_seek(self) -> None:
@@ -316,13 +318,26 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 self._begin[tp] = offset
                 if tp.topic in self.take_at_once and tp in self.assignment():
                     self._to_take[tp] = offset
+        # Where the group has committed nothing this has to be said, too: a fetch of the time
+        # before may yet return, and is sought back to where it began, if nobody knows better.
+        is_earliest = self.app.conf.consumer_auto_offset_reset == "earliest"
         new = [
-            TopicPartition(tp.topic, tp.partition)  # seek_to_beginning() takes nothing else
-            for tp in self.assignment()
-            if tp.topic in self.from_begin and self._committed_offset.get(tp) is None
+            tp
+            for tp in sorted(self.assignment())
+            if (is_earliest or tp.topic in self.from_begin)
+            and self._committed_offset.get(tp) is None
         ]
         if new:
-            await self._thread.seek_to_beginning(*new)
+            for tp, offset in (await self._thread.earliest_offsets(*new)).items():
+                place = TP(tp.topic, tp.partition)
+                self._begin[place] = offset
+                self._seek_if_assigned(place, offset)
+        # A poll that outlived its assignment may have looked at the states before Faust sought:
+        # who asked for that does not ask again before it is done.
+        for tp, offset in self._sought.items():
+            self._begin[tp] = offset
+            self._seek_if_assigned(tp, offset)
+        self._resets += 1  # a fetch that began before goes on from where the group was then
         self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
 
     def _set_prefetch_backoff(self, seconds: float) -> None:
@@ -331,7 +346,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""
-        self._begin[tp] = offset
+        self._begin[tp] = self._sought[tp] = offset
         self._resets += 1
         self._seek_if_assigned(tp, offset)
 

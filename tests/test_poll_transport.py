@@ -37,22 +37,31 @@ def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
         await note("assigned")
         await consumer.perform_seek()  # Faust does it in another task
 
+    async def earliest_offsets(*places: TP) -> dict[TP, int]:
+        await note(f"begin of {len(places)}")
+        return dict.fromkeys(places, 5)
+
     monkeypatch.setattr(driver.Consumer, "perform_seek", seek_to_committed)
     monkeypatch.setattr(driver.Consumer, "on_partitions_assigned", assigned)
     consumer: Any = Consumer.__new__(Consumer)
     consumer._thread = SimpleNamespace(
         _ensure_consumer=lambda: SimpleNamespace(_fetcher=fetcher),
-        seek_to_beginning=lambda *new: note(f"seek to begin of {len(new)}"),
+        earliest_offsets=earliest_offsets,
+        seek=lambda place, offset: seen.append(
+            (f"seek {place.topic} to {offset}", fetcher._prefetch_backoff)
+        ),
     )
+    consumer.app = SimpleNamespace(conf=SimpleNamespace(consumer_auto_offset_reset="latest"))
     consumer._reset = lambda: None
     consumer.on_assigned = lambda assigned: None
     consumer.assignment = lambda: {PAYMENTS, LABELS}
     consumer.from_begin = {"labels"}
-    consumer._begin, consumer._committed_offset = {}, {PAYMENTS: 7}
+    consumer._resets = 0
+    consumer._begin, consumer._sought, consumer._committed_offset = {}, {}, {PAYMENTS: 7}
 
     for _ in range(2):  # at the first assignment, and at a later one
         asyncio.run(consumer.on_partitions_assigned({PAYMENTS, LABELS}))
-        steps = ("assigned", "seek to committed", "seek to begin of 1")
+        steps = ("assigned", "seek to committed", "begin of 1", "seek labels to 5")
         assert seen == [(step, PREFETCH_BACKOFF_SEEKING_SECONDS) for step in steps]
         assert fetcher._prefetch_backoff == PREFETCH_BACKOFF_SECONDS
         seen.clear()

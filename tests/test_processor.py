@@ -759,6 +759,28 @@ def test_a_store_that_loses_all_before_the_groups_first_commit_is_no_new_beginni
             world.assert_all_applied()
 
 
+@pytest.mark.parametrize("kept", [[], [0]])
+def test_a_poll_that_outlives_its_assignment_is_no_new_beginning(kept: list[int]) -> None:
+    """The group has committed nothing, and the store has lost where this worker began: its
+    states would begin where the poll does, and what is before it would never be applied."""
+    world = World(partitions=1)
+    world.produce_many(20)
+    worker = world.worker()
+    worker.consumer.commit = lambda poll: None  # type: ignore[method-assign]
+    one_poll(worker, 5)
+    poll = next_poll(worker, 5)
+
+    def overtake() -> None:
+        lose_everything(world)
+        worker.rebalance(kept)
+
+    world.interrupt(when("before load", overtake))
+    finish(worker.process(poll))
+    read_on(world)
+
+    world.assert_all_applied()
+
+
 def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
     world = World()
     world.produce_many(60)

@@ -1,0 +1,76 @@
+"""The command: many runs, or one with every step of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from time import monotonic
+
+from tests.simulation.bugs import BUGS, Bug
+from tests.simulation.run import simulate, simulating
+from tests.simulation.soak import processors, soak
+
+RIGHT = Bug("none", 0, 0)
+
+
+def main() -> int:
+    """Exit code 1 where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulation",
+        description="Runs the worker on a simulated broker and store that fail as a seed says.",
+    )
+    parser.add_argument("--seeds", type=int, default=10_000, help="how many runs")
+    parser.add_argument("--start", type=int, default=0, help="the first seed")
+    parser.add_argument("--processes", type=int, default=processors(), help="so many at once")
+    parser.add_argument("--seed", type=int, help="one run, with every step of it")
+    parser.add_argument(
+        "--bug", default=RIGHT.name, help="with --seed: one of those planted by hand, by name"
+    )
+    options = parser.parse_args()
+    if options.seed is not None:
+        bugs = {bug.name: bug for bug in [RIGHT, *BUGS]}
+        if options.bug not in bugs:
+            parser.error(f"no such bug; there are: {'; '.join(bugs)}")
+        return replay(options.seed, bugs[options.bug])
+    return many(range(options.start, options.start + options.seeds), options.processes)
+
+
+def replay(seed: int, bug: Bug) -> int:
+    """One run, step by step: virtual seconds, effects on services so far, what happens."""
+    with simulating(), bug.planted():
+        result = simulate(seed, bug.parts, trace=True)
+    print("\n".join(result.trace))
+    if result.violation is None:
+        print(f"seed {seed}: nothing is wrong")
+        return 0
+    return tell(seed, str(result.violation), "" if bug is RIGHT else f' --bug "{bug.name}"')
+
+
+def many(seeds: range, processes: int) -> int:
+    """All of them, until one finds something wrong."""
+    began = monotonic()
+
+    def progress(done: int) -> None:
+        seconds = monotonic() - began
+        if sys.stderr.isatty():
+            text = f"{done:,} of {len(seeds):,} runs, {done / seconds:,.0f}/s"
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+    found = soak(seeds, processes, progress)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if found is not None:
+        return tell(*found)
+    print(f"{len(seeds):,} runs in {monotonic() - began:.0f} s: nothing is wrong")
+    return 0
+
+
+def tell(seed: int, violation: str, more: str = "") -> int:
+    """What is wrong, and how to see it again."""
+    print(f"seed {seed}: {violation}")
+    print(f"replay it:  python -m tests.simulation --seed {seed}{more}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,412 @@
+"""Knows the log, and looks after each step whether what came of it is right.
+
+Everything that it checks is what anybody sees from outside: the topics, the store, the committed
+offsets. Of the workers it knows only who the group's owner of a partition is, and from when on
+a worker must have known of a score (:class:`Conclusion`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from pipeline.account_state import RECENT_IDS, StateCodec, Watermark
+from pipeline.codec import FORGET, decode_alert
+from pipeline.decision import DECISIONS
+from pipeline.keys import merchant_slot
+from pipeline.memory import MemoryMerchantStore, MemoryStateStore
+from pipeline.merchant_profile import Fraud, Profile
+from pipeline.merchant_store import Booking
+from pipeline.score_log import Kept, read_score
+from tests.simulation.chain import NO_HIDDEN, chained, score_of
+
+
+class Violation(Exception):
+    """Something that must hold does not.
+
+    Attributes:
+        rule: which.
+    """
+
+    def __init__(self, rule: str, text: str) -> None:
+        super().__init__(f"{rule}: {text}")
+        self.rule = rule
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What must come of a record of the transactions topic.
+
+    Attributes:
+        rejected: the reason, of what cannot be scored.
+        instruction: which, of what is no transaction; no score comes of it.
+        is_repeated: its account had its transaction id before; nothing comes of it.
+        previous: the offset before it in the account's state; None where that begins anew.
+    """
+
+    account: str = ""
+    amount: float = 0.0
+    transaction_id: str = ""
+    rejected: str | None = None
+    instruction: bytes | None = None
+    is_repeated: bool = False
+    is_warm: bool = False
+    previous: int | None = None
+
+    @property
+    def is_applied(self) -> bool:
+        """A state and a score come of it."""
+        return self.rejected is None and self.instruction is None and not self.is_repeated
+
+
+@dataclass
+class Said:
+    """A score that was published.
+
+    Attributes:
+        place: its offset in the scores partition.
+        merchant: its merchant's features, as float32.
+        is_late: its writer was not the partition's owner when it came.
+    """
+
+    place: int
+    score: float
+    merchant: bytes
+    decision: str
+    is_late: bool
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A poll that is published, saved and acked.
+
+    Attributes:
+        generation: of the group, when the poll was fetched.
+        known: by partition, the offset in its scores before which the worker knew, when it
+            began to compute the poll, of every score.
+    """
+
+    generation: int
+    known: dict[int, int]
+
+
+@dataclass
+class _Account:
+    """An account's way through its partition's log, as far as that was produced."""
+
+    last: int | None = None
+    last_record_ms: int = 0
+    ids: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+
+class PartitionAudit:
+    """One partition of the transactions topic, its scores and its states.
+
+    Args:
+        ttl_ms: an account silent for longer begins anew.
+    """
+
+    def __init__(self, number: int, topic: str, codec: StateCodec, ttl_ms: int) -> None:
+        self.number = number
+        self.entries: list[Entry] = []
+        self.said: dict[int, list[Said]] = {}
+        self.watermark = 0
+        self.furthest = 0
+        self._source_prefix = f"{topic}:{number}:"
+        self._accounts: dict[str, _Account] = {}
+        self._ttl_ms = ttl_ms
+        self._possible: dict[int, set[bytes]] = {}
+        place = codec.dtype.fields
+        assert place is not None
+        self._size = codec.size_bytes
+        self._hidden = place["hidden"][1]
+        self._last_offset = place["last_offset"][1]
+
+    # the log -----------------------------------------------------------------------------
+
+    def produced(self, entry: Entry, record_ms: int) -> Entry:
+        """A record is in the log; what must come of it."""
+        offset = len(self.entries)
+        if entry.instruction == FORGET:
+            account = self._accounts.setdefault(entry.account, _Account())
+            account.last, account.ids = None, []
+            account.offsets.append(offset)
+        elif entry.rejected is None and entry.instruction is None:
+            account = self._accounts.setdefault(entry.account, _Account())
+            if entry.transaction_id in account.ids[-RECENT_IDS:]:
+                entry = Entry(**{**vars(entry), "is_repeated": True})
+            else:
+                if record_ms - account.last_record_ms > self._ttl_ms:
+                    account.last, account.ids = None, []
+                entry = Entry(**{**vars(entry), "previous": account.last})
+                account.last = offset
+                account.last_record_ms = max(account.last_record_ms, record_ms)
+                account.ids.append(entry.transaction_id)
+                account.offsets.append(offset)
+        self.entries.append(entry)
+        return entry
+
+    def possible(self, offset: int | None) -> set[bytes]:
+        """The hidden after a transaction: one, or as many as its published scores allow."""
+        if offset is None:
+            return {NO_HIDDEN}
+        found = self._possible.get(offset)
+        if found is None:
+            entry = self.entries[offset]
+            found = {
+                chained(before, offset, entry.amount, said.merchant)
+                for before in self.possible(entry.previous)
+                for said in self.said.get(offset, ())
+            }
+            self._possible[offset] = found
+        return found
+
+    # scores ------------------------------------------------------------------------------
+
+    def scored(self, place: int, value: bytes | None, is_late: bool, known: int) -> None:
+        """A score is appended to the scores partition.
+
+        Raises:
+            Violation: it is not what must come of its transaction, or was said before.
+        """
+        published = read_score(value, self._source_prefix)
+        if published is None:
+            raise Violation("what is scored", f"no score of partition {self.number}: {value!r}")
+        offset, kept = published
+        if offset >= len(self.entries) or not self.entries[offset].is_applied:
+            raise Violation("what is scored", f"a score of {self._source_prefix}{offset}")
+        score = float(np.float32(kept.score.score))  # its shortest decimal is no other float32's
+        said = Said(place, score, _merchant(kept), kept.score.decision, is_late)
+        before = self.said.setdefault(offset, [])
+        entry = self.entries[offset]
+        if not any(
+            score_of(chained(hidden, offset, entry.amount, said.merchant)) == said.score
+            for hidden in self.possible(entry.previous)
+        ):
+            raise Violation("score", f"that of {self._source_prefix}{offset} is not the log's")
+        self._check_said_before(offset, said, before, known)
+        if all(other.merchant != said.merchant for other in before):
+            self._possible = {k: v for k, v in self._possible.items() if k < offset}
+        before.append(said)
+
+    def _check_said_before(
+        self, offset: int, said: Said, before: Sequence[Said], known: int
+    ) -> None:
+        if not before:
+            return
+        source = f"{self._source_prefix}{offset}"
+        if before[0].place < known:
+            raise Violation("score again", f"its worker knew the score of {source}")
+        if not said.is_late and not any(other.is_late for other in before):
+            raise Violation("score again", f"{source}, and no zombie had a part in it")
+
+    # states ------------------------------------------------------------------------------
+
+    def check_states(self, store: MemoryStateStore) -> None:
+        """The store's states are the log up to the watermark.
+
+        Raises:
+            Violation: they are not.
+        """
+        value = store.watermarks.get(self.number)
+        states = {a: state for (p, a), state in store.states.items() if p == self.number}
+        end = 0 if value is None else Watermark.from_bytes(value).next_offset
+        if end > len(self.entries):
+            raise Violation("states", f"the watermark of {self.number} is past its log")
+        self.watermark = end
+        self.furthest = max(self.furthest, end)
+        for name, account in self._accounts.items():
+            last = max((offset for offset in account.offsets if offset < end), default=None)
+            if last is not None and self.entries[last].instruction == FORGET:
+                last = None
+            self._check_state(name, last, states.pop(name, None))
+        if states:
+            raise Violation("states", f"accounts that the log has not: {sorted(states)}")
+
+    def _check_state(self, name: str, last: int | None, state: bytes | None) -> None:
+        if last is None or state is None:
+            if last is not None or state is not None:
+                what = "is missing" if state is None else "is of no transaction"
+                raise Violation("states", f"that of {name} in {self.number} {what}")
+            return
+        at = self._last_offset
+        found = int.from_bytes(state[at : at + 8], "little")
+        if len(state) != self._size or found != last:
+            raise Violation(
+                "states", f"that of {name} in {self.number} is of offset {found}, not {last}"
+            )
+        if state[self._hidden : self._hidden + 8] not in self.possible(last):
+            raise Violation("states", f"that of {name} in {self.number} is not its log's at {last}")
+
+
+def _merchant(kept: Kept) -> bytes:
+    features = kept.merchant_raw()
+    if features is None:
+        raise Violation("what is scored", "a score without its merchant's features")
+    return np.array(features, np.float32).tobytes()
+
+
+@dataclass
+class LabelAudit:
+    """The labels topic and the merchants' profiles.
+
+    Attributes:
+        bookings: what must be booked, by offset, of each partition.
+        ends: where each partition ends.
+        booked_to: up to where each partition was ever booked.
+    """
+
+    bookings: list[dict[int, Booking]]
+    ends: list[int]
+    booked_to: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.booked_to = [0] * len(self.ends)
+
+    def check(self, store: MemoryMerchantStore, merchant: str, partition: int) -> None:
+        """A merchant's known frauds are its labels up to where its slot is booked.
+
+        Raises:
+            Violation: they are not.
+        """
+        end = store.booked.get((partition, merchant_slot(merchant)), 0)
+        expected = Profile()
+        for offset, booking in self.bookings[partition].items():
+            if offset < end and booking.merchant_id == merchant:
+                expected.book(booking.entry, booking.is_fraud)
+        found = store.profile(merchant).frauds
+        if sorted(found, key=_id) != sorted(expected.frauds, key=_id):
+            raise Violation("labels", f"those of {merchant} are not booked once each")
+
+    def all_booked(self, store: MemoryMerchantStore, partition: int) -> bool:
+        """Whether the store says of every label that it is booked."""
+        return all(
+            offset < store.booked.get((partition, merchant_slot(booking.merchant_id)), 0)
+            for offset, booking in self.bookings[partition].items()
+        )
+
+
+def _id(fraud: Fraud) -> int:
+    return fraud.id_hash
+
+
+class Auditor:
+    """Checks a run.
+
+    Args:
+        topic, labels_topic: full names.
+        found: called with the first thing that is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        topic: str,
+        partitions: int,
+        codec: StateCodec,
+        ttl_ms: int,
+        store: MemoryStateStore,
+        merchants: MemoryMerchantStore,
+        found: Callable[[Violation], None],
+    ) -> None:
+        self.partitions = [PartitionAudit(p, topic, codec, ttl_ms) for p in range(partitions)]
+        self.labels = LabelAudit([{} for _ in range(partitions)], [0] * partitions)
+        self.alerts: dict[str, int] = {}
+        self.letters: set[tuple[str, int, int]] = set()
+        self.data_were_lost = False  # after that a worker may commit again what it committed
+        self._topic = topic
+        self._store = store
+        self._merchants = merchants
+        self._found = found
+
+    def check(self, check: Callable[[], None]) -> None:
+        """Look at something, and tell what is wrong with it."""
+        try:
+            check()
+        except Violation as violation:
+            self._found(violation)
+
+    def states_changed(self, partition: int) -> None:
+        """Something was written to a partition's states or its watermark."""
+        self.check(lambda: self.partitions[partition].check_states(self._store))
+
+    def label_booked(self, partition: int, booking: Booking) -> None:
+        """A label was booked, for the first time or again.
+
+        A worker notices that labels were lost only when it is given their partition, and only
+        if none was booked since: after a loss of data nothing is promised of them.
+        """
+        if not self.data_were_lost:
+            merchant = booking.merchant_id
+            self.check(lambda: self.labels.check(self._merchants, merchant, partition))
+
+    def labels_are_booked(self, partition: int) -> bool:
+        """Whether all of a labels partition are, as far as that is promised."""
+        return self.data_were_lost or self.labels.all_booked(self._merchants, partition)
+
+    def booked_to(self, partition: int, end: int) -> None:
+        """The store says that a labels partition is booked up to there."""
+        self.labels.booked_to[partition] = max(self.labels.booked_to[partition], end)
+
+    def alerted(self, value: bytes | None) -> None:
+        """An alert is appended."""
+        source = decode_alert(value or b"").source
+        self.alerts[source] = self.alerts.get(source, 0) + 1
+
+    def committed(self, place: tuple[str, int], offset: int, before: int | None) -> None:
+        """The group commits an offset of a topic's partition."""
+        topic, partition = place
+        name = f"{topic} {partition}"
+
+        def check() -> None:
+            if topic == self._topic:
+                furthest = self.partitions[partition].furthest
+            else:
+                furthest = self.labels.booked_to[partition]
+            if offset > furthest:
+                raise Violation("commit", f"{offset} of {name}, which is done up to {furthest}")
+            if before is not None and offset < before and not self.data_were_lost:
+                raise Violation("commit", f"{name} back from {before} to {offset}")
+
+        self.check(check)
+
+    def scored(
+        self, partition: int, place: int, value: bytes | None, is_late: bool, known: int
+    ) -> None:
+        """A score is appended."""
+        self.check(lambda: self.partitions[partition].scored(place, value, is_late, known))
+
+    def rejected(self, headers: dict[str, bytes]) -> None:
+        """A rejected record is appended to the dead-letter topic."""
+        if headers["topic"].decode() == self._topic:
+            place = int(headers["partition"]), int(headers["offset"])
+            self.letters.add((headers["reason"].decode(), *place))
+
+    def finish(self) -> None:
+        """At the end, when everything was done that there was to do."""
+        for partition in self.partitions:
+            self.check(partial(self._finish_partition, partition))
+        for number, bookings in enumerate(self.labels.bookings):
+            for booking in bookings.values():
+                self.label_booked(number, booking)
+
+    def _finish_partition(self, partition: PartitionAudit) -> None:
+        for offset, entry in enumerate(partition.entries):
+            source = f"{self._topic}:{partition.number}:{offset}"
+            if entry.rejected is not None:
+                if (entry.rejected, partition.number, offset) not in self.letters:
+                    raise Violation("rejected", f"{source} is not in dead-letter")
+            elif entry.is_applied:
+                said = partition.said.get(offset)
+                if not said:
+                    raise Violation("lost", f"no score of {source}")
+                raises = [one.decision != DECISIONS[0] for one in said]
+                if all(raises) and not entry.is_warm and source not in self.alerts:
+                    raise Violation("alerts", f"none of {source}")
+                if entry.is_warm and source in self.alerts:
+                    raise Violation("alerts", f"one of {source}, which is warm")
+        partition.check_states(self._store)

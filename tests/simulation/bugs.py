@@ -1,0 +1,365 @@
+"""Bugs planted by hand: each is one thing that the worker does right, done wrong.
+
+They show that the auditor bites; docs/simulation.md says how many runs each one needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+from unittest import mock
+
+import msgspec
+import numpy as np
+
+from pipeline import ownership, processor
+from pipeline.account_state import AccountStates, Watermark
+from pipeline.keys import merchant_slot
+from pipeline.merchant_store import Booking
+from pipeline.ownership import Chunk, Owned, Ownership, Record
+from pipeline.processor import Computed, Part, Processor
+from pipeline.publisher import Appended, Outgoing
+from pipeline.score_log import Kept
+from pipeline.scorer import MicroBatch, Scored
+from pipeline.state_store import Save, StoreUnavailableError
+from tests.simulation.chain import ChainScorer
+from tests.simulation.group import Consumer
+from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
+from tests.simulation.worker import Parts, Worker
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A bug and what it takes to find it.
+
+    Attributes:
+        name: what is done wrong.
+        runs: how many it took until the auditor saw it, from seed 0 on.
+        runs_max: in so many it must; twice as many, or four times as many as it takes on average.
+        parts: what is put in the place of what is right.
+        patches: objects, names of their attributes, and what is put in their place.
+    """
+
+    name: str
+    runs: int
+    runs_max: int
+    parts: Parts = field(default_factory=Parts)
+    patches: Sequence[tuple[object, str, object]] = ()
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """While this lasts, what it patches is wrong."""
+        with ExitStack() as stack:
+            for target, name, value in self.patches:
+                stack.enter_context(mock.patch.object(target, name, value))
+            yield
+
+
+# the order of publish, save, ack ---------------------------------------------------------
+
+
+class AckFirst(Worker):
+    """Acks what it computed, and saves it then."""
+
+    async def _conclude(self, computed: Computed, event: Any) -> None:
+        for partition, chunk in computed.poll.chunks.items():
+            computed.poll.applied[partition] = chunk.end
+        event.ack()
+        await super()._conclude(computed, event)
+
+
+class PublishLater(Publisher):
+    """Publishes while what it publishes is saved."""
+
+    async def publish(
+        self,
+        scores: dict[int, Sequence[Outgoing]],
+        alerts: Sequence[Outgoing],
+        rejected: Sequence[Outgoing],
+    ) -> dict[int, Appended]:
+        self._later = asyncio.ensure_future(super().publish(scores, alerts, rejected))
+        return dict.fromkeys(scores, Appended(None, None))
+
+
+class AlertsLater(Publisher):
+    """Does not wait for alerts to be published."""
+
+    async def publish(
+        self,
+        scores: dict[int, Sequence[Outgoing]],
+        alerts: Sequence[Outgoing],
+        rejected: Sequence[Outgoing],
+    ) -> dict[int, Appended]:
+        self._later = asyncio.ensure_future(super().publish({}, alerts, []))
+        return await super().publish(scores, [], rejected)
+
+
+class AckWhatIsNotSaved(Processor):
+    """Acks a poll whether its save met the expected watermark or not."""
+
+    async def conclude(self, computed: Computed) -> None:
+        await super().conclude(computed)
+        for partition, chunk in computed.poll.chunks.items():
+            computed.poll.applied[partition] = chunk.end
+
+
+# the store ---------------------------------------------------------------------------------
+
+
+class SaveWithoutGuard(StateClient):
+    """Saves whatever the watermark is."""
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        await self._network.ask(
+            self._host,
+            "save",
+            [partial(self._write, request) for request in requests],
+            StoreUnavailableError,
+        )
+        return [True] * len(requests)
+
+    def _write(self, request: Save) -> None:
+        standing = self.store.watermarks.get(request.partition)
+        self.store.write(dataclasses.replace(request, expected=standing))
+
+
+class WatermarkApart(StateClient):
+    """Writes the states, and then the watermark."""
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        effects = [
+            effect
+            for request in requests
+            for effect in (partial(self._states, request), partial(self._watermark, request))
+        ]
+        done = await self._network.ask(self._host, "save", effects, StoreUnavailableError)
+        return done[1::2]
+
+    def _states(self, request: Save) -> bool:
+        stands = self.store.watermarks.get(request.partition) == request.expected
+        if stands:
+            unchanged = cast("bytes", request.expected)
+            self.store.write(dataclasses.replace(request, watermark=unchanged))
+        return stands
+
+    def _watermark(self, request: Save) -> bool:
+        return self.store.write(dataclasses.replace(request, account_ids=[], states=[]))
+
+
+# the consumer ------------------------------------------------------------------------------
+
+
+class LateAck(Consumer):
+    """Takes acks of polls of a time before a rebalance."""
+
+    def ack(self, message: Any) -> bool:
+        self._in_flight.setdefault(id(message), (message.topic, True))
+        return super().ack(message)
+
+
+class LateAckOfAll(Processor):
+    """Acks what was saved, whoever owns the partition now."""
+
+    def _ack(self, poll: Any, parts: list[Part]) -> None:
+        for part in parts:
+            poll.applied[part.partition] = part.end
+
+
+class PositionsKept(Consumer):
+    """Commits after a rebalance what was acked before it."""
+
+    def _reset(self) -> None:
+        positions = dict(self._positions)
+        super()._reset()
+        self._positions.update(positions)
+
+
+class DropWithoutSeek(Consumer):
+    """Drops a fetch that a rebalance or a seek overtook."""
+
+    def _give_up(self, records: Mapping[Any, list[Any]]) -> None:
+        """Nothing is sought."""
+
+
+class KeepAcrossReset(Consumer):
+    """Takes a fetch for one of the new assignment that began before it."""
+
+    @property
+    def _resets(self) -> int:
+        return 0
+
+    @_resets.setter
+    def _resets(self, value: int) -> None:
+        """Nobody counts."""
+
+
+# scores that were published ----------------------------------------------------------------
+
+
+class FeaturesNotReused(ScoreLog):
+    """Finds scores, and not the features in them."""
+
+    async def read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        found, position = await super().read(partition, start, end, until_source)
+        for source, kept in found.items():
+            score = msgspec.structs.replace(kept.score, features=None)
+            found[source] = Kept(kept.value, score)
+        return found, position
+
+
+class NothingKept(Ownership):
+    """Says again what was published and not saved."""
+
+    async def published(
+        self, partition: int, owned: Owned, records: Sequence[Record]
+    ) -> dict[int, Kept]:
+        return {}
+
+
+class AlertsOnce(Processor):
+    """Raises no alert for a score that was published before."""
+
+    def _kept(self, *_: Any) -> Iterator[tuple[int, bytes, str]]:
+        return iter(())
+
+
+class GapNotRead(Ownership):
+    """Does not look at what stands between its own scores."""
+
+    async def notice_foreign_scores(
+        self, partition: int, owned: Owned, appended: Appended, next_offset: int
+    ) -> None:
+        owned.scores_next = appended.next or owned.scores_next
+
+
+class ScoresOffsetTooFar(Ownership):
+    """Its watermark passes over scores that are not applied."""
+
+    def watermark_at(self, owned: Owned, next_offset: int, appended: Appended | None) -> Watermark:
+        mark = super().watermark_at(owned, next_offset, appended)
+        return dataclasses.replace(mark, scores_offset=max(mark.scores_offset, owned.scores_next))
+
+
+# states ------------------------------------------------------------------------------------
+
+
+class OldStates(Ownership):
+    """Goes on with states that it held before it lost a partition, or its watermark."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._states: dict[int, dict[str, bytes | None]] = {}
+
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
+        owned = await super()._assume(partition, watermark, begin)
+        owned.states = self._states.setdefault(partition, {})
+        return owned
+
+
+class AnyWatermark(Ownership):
+    """Takes whatever watermark stands for the expected one."""
+
+    async def accept(self, partition: int, chunk: Chunk, watermark: bytes | None) -> Owned | None:
+        owned = self.owned(partition)
+        if owned is not None and watermark is not None:
+            owned.watermark = watermark
+        return await super().accept(partition, chunk, watermark)
+
+
+class GapInLog(Ownership):
+    """Applies a poll although the one before it was not."""
+
+    async def seek_back(self, partition: int, owned: Owned) -> None:
+        """The log is not read back."""
+
+
+class ApplyAgain(Processor):
+    """Applies what is before the watermark."""
+
+    def _drop_applied(self, part: Part) -> None:
+        """Nothing is dropped."""
+
+
+class RepeatsApplied(ChainScorer):
+    """Takes a transaction id that comes again for a new one."""
+
+    def score(
+        self, values: Sequence[bytes | None], batch: MicroBatch
+    ) -> tuple[AccountStates, Scored, Any, int]:
+        own = (batch.offset + 1).astype(np.uint64)
+        return super().score(values, dataclasses.replace(batch, id_hash=own))
+
+
+class AlwaysNew(Ownership):
+    """Takes a store that lost everything for a new group's."""
+
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
+        self._begin = begin
+        return await super()._assume(partition, watermark, begin)
+
+    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
+        return await super()._write_first_watermark(partition, self._begin)
+
+
+# rejected records, labels ------------------------------------------------------------------
+
+
+class RejectedDropped(Publisher):
+    """Drops what cannot be scored."""
+
+    async def publish(
+        self,
+        scores: dict[int, Sequence[Outgoing]],
+        alerts: Sequence[Outgoing],
+        rejected: Sequence[Outgoing],
+    ) -> dict[int, Appended]:
+        return await super().publish(scores, alerts, [])
+
+
+class BookedAgain(MerchantClient):
+    """Books labels that were booked before."""
+
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+        for label in labels:
+            self._store.booked.pop((partition, merchant_slot(label.merchant_id)), None)
+        return await super().book(partition, labels, end)
+
+
+def _nothing(*_: Iterable[Any]) -> None:
+    """Is not done."""
+
+
+BUGS = [
+    Bug("ack before save", 0, 0, Parts(worker=AckFirst)),
+    Bug("ack of what was not saved", 0, 0, Parts(processor=AckWhatIsNotSaved)),
+    Bug("save before publish", 0, 0, Parts(publisher=PublishLater)),
+    Bug("save before alerts are published", 0, 0, Parts(publisher=AlertsLater)),
+    Bug("a save without the guard", 0, 0, Parts(state_client=SaveWithoutGuard)),
+    Bug("a watermark that is not atomic with its states", 0, 0, Parts(state_client=WatermarkApart)),
+    Bug("a late ack after a reset", 0, 0, Parts(consumer=LateAck, processor=LateAckOfAll)),
+    Bug("positions kept over a reset", 0, 0, Parts(consumer=PositionsKept)),
+    Bug("a fetch across a reset dropped without a seek", 0, 0, Parts(consumer=DropWithoutSeek)),
+    Bug("a fetch across a reset taken", 0, 0, Parts(consumer=KeepAcrossReset)),
+    Bug("recorded features not reused", 0, 0, Parts(score_log=FeaturesNotReused)),
+    Bug("published scores said again", 0, 0, Parts(ownership=NothingKept)),
+    Bug("alerts not published again", 0, 0, Parts(processor=AlertsOnce)),
+    Bug("the gap before a zombie's publish not read", 0, 0, Parts(ownership=GapNotRead)),
+    Bug("the watermark's scores offset too far", 0, 0, Parts(ownership=ScoresOffsetTooFar)),
+    Bug("held states not dropped with the partition", 0, 0, Parts(ownership=OldStates)),
+    Bug("computed states not held", 0, 0, patches=[(ownership.Owned, "remember", _nothing)]),
+    Bug("any watermark taken for the expected one", 0, 0, Parts(ownership=AnyWatermark)),
+    Bug("no seek back to the states", 0, 0, Parts(ownership=GapInLog)),
+    Bug("what is applied not dropped", 0, 0, Parts(processor=ApplyAgain)),
+    Bug("a repeated transaction id not dropped", 0, 0, Parts(scorer=RepeatsApplied)),
+    Bug("a store that lost everything taken for a new one", 0, 0, Parts(ownership=AlwaysNew)),
+    Bug("an account not forgotten", 0, 0, patches=[(processor, "_obey", _nothing)]),
+    Bug("rejected records not published", 0, 0, Parts(publisher=RejectedDropped)),
+    Bug("labels booked again", 0, 0, Parts(merchant_client=BookedAgain)),
+]

@@ -1,0 +1,102 @@
+"""A scorer whose states are chains of hashes: any other past gives another state and score.
+
+A network forgets and rounds, so that a transaction applied twice or left out may hardly show.
+Here an account's hidden is the hash of its hidden before, the transaction and the merchant's
+features. It is the same to the last bit whatever the micro-batch, and costs a microsecond.
+Rounds, repeats, expiry, bisection and the state's bytes are the real scorer's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_digest
+
+from model.checkpoint import Checkpoint, Thresholds
+from model.features import INPUTS
+from model.reasons import Reason
+from pipeline.account_state import AccountStates
+from pipeline.scorer import MicroBatch, Scorer
+from tests.memory_pipeline import small_checkpoint
+
+POISON = 666.0
+"""An amount for which the computation fails."""
+
+NO_HIDDEN = bytes(8)
+"""Of an account that has made no transaction."""
+
+_TRANSACTION = struct.Struct("<qd")
+
+
+def chained(before: bytes, offset: int, amount: float, merchant: bytes) -> bytes:
+    """The hidden after a transaction, 8 bytes; ``merchant`` are its features as float32."""
+    return xxh3_64_digest(before + _TRANSACTION.pack(offset, amount) + merchant)
+
+
+def score_of(hidden: bytes) -> float:
+    """In [0, 1), the same as a float32."""
+    return int.from_bytes(hidden[:3], "little") / 2**24
+
+
+def chain_checkpoint() -> Checkpoint:
+    """For the chain: it looks at merchants, and two fifths of all scores raise an alert."""
+    checkpoint = small_checkpoint(hidden_size=4, inputs=INPUTS)
+    return checkpoint.with_header(thresholds=Thresholds(review=0.6, decline=0.8))
+
+
+class ChainScorer(Scorer):
+    """Advances chains."""
+
+    def _step(
+        self,
+        states: AccountStates,
+        batch: MicroBatch,
+        members: NDArray[np.intp],
+        rows: NDArray[np.intp],
+        others: NDArray[np.float32],
+        hidden16: NDArray[np.float16],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        amounts = batch.amount[members].tolist()
+        if POISON in amounts:
+            raise FloatingPointError("it fails")
+        offsets = batch.offset[members]
+        hidden = b"".join(
+            map(
+                chained,
+                (row.tobytes() for row in hidden16),
+                offsets.tolist(),
+                amounts,
+                (row.tobytes() for row in others),
+            )
+        )
+        states.hidden[rows] = np.frombuffer(hidden, np.float16).reshape(hidden16.shape)
+        count = states.history.count[rows]
+        states.history.count[rows] = count + 1
+        states.recent_ids[rows, count % states.recent_ids.shape[1]] = batch.id_hash[members]
+        states.last_offset[rows] = offsets
+        states.last_record_ms[rows] = np.maximum(
+            states.last_record_ms[rows], batch.record_ms[members]
+        )
+        new = count == 0
+        states.first_offset[rows[new]] = offsets[new]
+        raw = np.zeros((len(members), self._columns), np.float32)
+        raw[:, 0] = amounts
+        raw[:, self._columns - others.shape[1] :] = others
+        places = range(0, len(hidden), 8)
+        score = np.array([score_of(hidden[i : i + 8]) for i in places], np.float32)
+        return score, raw
+
+
+class NoReasons:
+    """In the place of :class:`model.reasons.Explainer`: reasons are not what is looked at."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._reasons = [Reason("history", 1.0)]
+
+    def explain(self, raw: Any, hidden: Sequence[Any]) -> list[list[Reason]]:
+        """The same one for all."""
+        return [self._reasons] * len(raw)

@@ -1,0 +1,550 @@
+"""A consumer group and its members: the real consumer over a thread of aiokafka's that is none.
+
+The coordinator rebalances eagerly, as Faust's groups do: all members give their partitions up,
+join again and are given new ones; one that does not join in time is left out and hears of it
+later. What each member does then is Faust's sequence, with the consumer of
+:mod:`pipeline.poll_transport` in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from random import Random
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from faust.types import TP, ConsumerMessage
+
+from pipeline import poll_transport
+from pipeline.memory import MemoryKafka, MemoryRecord
+from pipeline.score_log import LogUnavailableError
+from pipeline.settings import Settings
+from tests.simulation.clock import Host, Loop
+from tests.simulation.network import USUAL_SECONDS, Network
+
+T = TypeVar("T")
+
+SESSION_SECONDS = 10.0
+"""A member that is not heard of for so long is left out."""
+
+REBALANCE_SECONDS = 11.0
+"""So long the coordinator waits for members to join again."""
+
+COMMIT_SECONDS = 1.5
+"""Between two commits."""
+
+NOTICE_SECONDS = 12.0
+"""At the latest after so long a member hears that it was left out."""
+
+
+Given = tuple[int, list[TP]]
+"""A generation, and the partitions that a member has in it."""
+
+
+class Coordinator:
+    """The group, at the broker.
+
+    Args:
+        topics: their partitions are assigned, all of the same count.
+        on_commit: called with place, offset and the offset committed before.
+
+    Attributes:
+        generation: counts the assignments.
+        owners: by partition of a topic, the member that has it.
+        committed: by partition of a topic.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        rng: Random,
+        network: Network,
+        topics: list[str],
+        partitions: int,
+        on_commit: Callable[[TP, int, int | None], None],
+    ) -> None:
+        self._loop = loop
+        self._rng = rng
+        self._network = network
+        self._places = [TP(topic, p) for topic in topics for p in range(partitions)]
+        self._on_commit = on_commit
+        self.generation = 0
+        self.owners: dict[TP, Member] = {}
+        self.members: list[Member] = []
+        self.committed: dict[TP, int] = {}
+        self._joining: dict[Member, asyncio.Future[Given | None]] = {}
+        self._round = 0
+        self._is_rebalancing = False
+
+    def join(self, member: Member) -> asyncio.Future[Given | None]:
+        """A member asks for partitions; what it is given, or None where it has to ask again."""
+        future: asyncio.Future[Given | None] = self._loop.create_future()
+        if member not in self.members:
+            self.members.append(member)
+        self._joining[member] = future
+        self.rebalance(besides=member)
+        self._complete_if_all()
+        return future
+
+    def rebalance(self, besides: Member | None = None) -> None:
+        """Have all members join again."""
+        if self._is_rebalancing:
+            return
+        self._is_rebalancing = True
+        self._round += 1
+        for member in self.members:
+            if member is not besides and member not in self._joining:
+                self._loop.later(self._network.delay(), member.told)
+        self._loop.later(REBALANCE_SECONDS, self._time_out, self._round)
+
+    def expel(self, member: Member) -> None:
+        """Nothing was heard of a member: the others get its partitions; it may live on."""
+        if member in self.members:
+            self.members.remove(member)
+            self._loop.later(self._rng.uniform(0, NOTICE_SECONDS), member.told)
+            future = self._joining.pop(member, None)
+            if future is not None:
+                self._loop.later(self._network.delay(), _answer, future, None)
+            self.rebalance()
+            self._complete_if_all()
+
+    leave = expel
+
+    def _time_out(self, number: int) -> None:
+        if self._is_rebalancing and number == self._round:
+            for member in [m for m in self.members if m not in self._joining]:
+                self.members.remove(member)
+                self._loop.later(self._rng.uniform(0, NOTICE_SECONDS), member.told)
+            self._complete()
+
+    def _complete_if_all(self) -> None:
+        if self._is_rebalancing and all(member in self._joining for member in self.members):
+            self._complete()
+
+    def _complete(self) -> None:
+        self._is_rebalancing = False
+        self.generation += 1
+        members = list(self.members)
+        self._rng.shuffle(members)
+        self.owners = {}
+        given: dict[Member, list[TP]] = {member: [] for member in members}
+        for number, place in enumerate(self._places if members else ()):
+            member = members[number % len(members)]
+            self.owners[place] = member
+            given[member].append(place)
+        for member, places in given.items():
+            answer = self.generation, places
+            self._loop.later(self._network.delay(), _answer, self._joining.pop(member), answer)
+
+    def is_owner(self, member: Member, topic: str, partition: int, generation: int) -> bool:
+        """Whether the group has given a partition to a member in this generation, the last one."""
+        return generation == self.generation and self.owners.get(TP(topic, partition)) is member
+
+    def commit(self, member: Member, generation: int, offsets: Mapping[TP, int]) -> bool:
+        """Set offsets, unless the member is none of this generation."""
+        if member not in self.members or generation != self.generation:
+            return False
+        for place, offset in offsets.items():
+            self._on_commit(place, offset, self.committed.get(place))
+            self.committed[place] = offset
+        return True
+
+
+def _answer(future: asyncio.Future[Any], answer: Any) -> None:
+    if not future.done():
+        future.set_result(answer)
+
+
+class Thread:
+    """In the place of Faust's thread with aiokafka's consumer in it."""
+
+    beacon = None
+
+    def __init__(self, member: Member, consumer: Any) -> None:
+        self.thread_loop = member.loop
+        self.consumer = consumer
+        self.generation = -1
+        self.positions: dict[TP, int | None] = {}
+        self._fetcher = SimpleNamespace(_prefetch_backoff=0.0)
+        self._max_poll_records = member.settings.micro_batch_max
+        self._member = member
+        self._kafka = member.kafka
+        self._changed: asyncio.Future[None] | None = None
+        self._is_reassigning = False
+
+    def _ensure_consumer(self) -> Thread:
+        return self
+
+    def begin_reassignment(self) -> None:
+        """Nothing is fetched before the next assignment."""
+        self._is_reassigning = True
+
+    def assign(self, generation: int, places: Iterable[TP]) -> None:
+        """Positions are the committed ones, as soon as they are asked for."""
+        self.generation = generation
+        self.positions = dict.fromkeys(places)
+        self._is_reassigning = False
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to fetch."""
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    def assignment(self) -> set[TP]:
+        """What the member has."""
+        return set(self.positions)
+
+    async def _fetch_records(
+        self,
+        consumer: Thread,
+        active_partitions: set[TP] | None,
+        timeout: float,  # noqa: ASYNC109 - as Faust has it
+        max_records: int,
+    ) -> dict[TP, list[MemoryRecord]]:
+        """As Faust has it, and then the way to the main thread, which takes a moment."""
+        until = self.thread_loop.time() + timeout
+        while self.consumer.flow_active:
+            # What has arrived so far is as much as it likes to be.
+            most = self._member.some(max_records)
+            found = {} if self._is_reassigning else self._take(active_partitions or (), most)
+            left = until - self.thread_loop.time()
+            if found or left <= 0:
+                await self._member.network.cross(self._member.host)
+                return found
+            self._changed = self.thread_loop.create_future()
+            timer = self.thread_loop.call_later(left, self.wake)
+            await self._changed
+            timer.cancel()
+        return {}
+
+    def _take(self, places: Iterable[TP], most: int) -> dict[TP, list[MemoryRecord]]:
+        found: dict[TP, list[MemoryRecord]] = {}
+        for place in [place for place in self.positions if place in places]:
+            position = self.positions[place]
+            if position is None:
+                position = self._member.coordinator.committed.get(place, 0)
+            records = self._kafka.fetch(place.topic, place.partition, position, most)
+            if records:
+                most -= len(records)
+                found[place] = records
+                # The one that waited longest is the first the next time.
+                del self.positions[place]
+                self.positions[place] = records[-1].offset + 1
+            if not most:
+                break
+        return found
+
+    def seek(self, place: TP, offset: int) -> None:
+        """Fetch from there on."""
+        self.positions[place] = offset
+        self.wake()
+
+    async def earliest_offsets(self, *places: TP) -> dict[TP, int]:
+        """Where the logs begin; aiokafka asks again until it is told."""
+        return {place: await self._told("begin", place, self._begin) for place in places}
+
+    def _begin(self, place: TP) -> int:
+        return self._kafka.bounds(place.topic, place.partition).begin
+
+    async def seek_to_committed(self) -> dict[TP, int | None]:
+        """Ask for what is committed, and fetch from there on."""
+        found = {}
+        for place in list(self.positions):
+            found[place] = offset = await self.committed(place)
+            if offset and place in self.positions:
+                self.positions[place] = offset
+        return found
+
+    async def committed(self, place: TP) -> int | None:
+        """Ask for what is committed; aiokafka asks again until it is told."""
+        return await self._told("committed", place, self._member.coordinator.committed.get)
+
+    async def _told(self, name: str, place: TP, find: Callable[[TP], T]) -> T:
+        member, text = self._member, f"{name}? {place.topic} {place.partition}"
+        while True:
+            try:
+                (found,) = await member.network.ask(
+                    member.host, text, [lambda: find(place)], LogUnavailableError
+                )
+            except LogUnavailableError:
+                await asyncio.sleep(0.1)
+            else:
+                return found
+
+    async def commit(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit; aiokafka asks again until it is answered."""
+        member, generation = self._member, self.generation
+        text = ", ".join(f"{p.topic} {p.partition}: {offset}" for p, offset in offsets.items())
+        is_committed = False
+
+        def commit() -> bool:
+            return member.coordinator.commit(member, generation, offsets)
+
+        while not member.host.is_dead:
+            try:
+                (is_committed,) = await member.network.ask(
+                    member.host, f"commit {text}", [commit], LogUnavailableError
+                )
+            except LogUnavailableError:
+                await asyncio.sleep(0.1)
+            else:
+                break
+        return is_committed
+
+
+class Consumer(poll_transport.Consumer):
+    """The real one, whose messages need nothing of aiokafka's records."""
+
+    def _new_consumer_thread(self) -> Any:
+        return Thread(self.transport.member, self)
+
+    def _to_message(self, tp: TP, record: MemoryRecord) -> ConsumerMessage:
+        return ConsumerMessage(
+            tp.topic, tp.partition, record.offset, record.timestamp / 1000.0, 0, (), None, None,
+            None, 0, 0, tp, generation_id=self.app.consumer_generation_id,
+        )  # fmt: skip
+
+
+@dataclass
+class Event:
+    """A message as an agent sees it."""
+
+    message: ConsumerMessage
+    consumer: Consumer
+
+    @property
+    def value(self) -> Any:
+        """The poll."""
+        return self.message.value
+
+    def ack(self) -> bool:
+        """As Faust has it."""
+        return bool(self.message.ack(self.consumer))
+
+
+class Inbox:
+    """A topic's way from Faust's conductor to its agent."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._events: deque[Event] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        """For the agent, when it is ready."""
+        self._events.append(event)
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to take."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def clear(self) -> None:
+        """A rebalance: forget what no agent works on."""
+        self._events.clear()
+
+    def noack(self) -> Inbox:
+        """Agents ack by hand."""
+        return self
+
+    async def events(self) -> AsyncIterator[Event]:
+        """As Faust's streams have it: what is of another generation is passed over."""
+        app = self._member.app
+        while True:
+            while not (self._events and app.flow_is_active):
+                self._waiting = self._member.loop.create_future()
+                await self._waiting
+            event = self._events.popleft()
+            if event.message.generation_id == app.consumer_generation_id:
+                yield event
+
+
+class App(SimpleNamespace):
+    """What the consumer and the worker use of a Faust app."""
+
+    def __init__(self, member: Member) -> None:
+        async def nothing(*_: Any) -> list[Any]:
+            return []
+
+        def ignored(*_: Any, **__: Any) -> None:
+            """Of no interest here."""
+
+        super().__init__(
+            in_transaction=False,
+            in_recovery=False,
+            client_only=False,
+            should_stop=False,
+            consumer_generation_id=-1,
+            flow_is_active=False,
+            sensors=SimpleNamespace(
+                on_message_in=ignored, on_commit_initiated=ignored, on_commit_completed=ignored
+            ),
+            conf=SimpleNamespace(
+                broker_commit_every=None,
+                consumer_auto_offset_reset="earliest",
+                ConsumerScheduler=lambda: None,
+                broker_commit_interval=COMMIT_SECONDS,
+                broker_commit_livelock_soft_timeout=60.0,
+                broker_session_timeout=SESSION_SECONDS,
+            ),
+            producer=SimpleNamespace(flush=nothing),
+            monitor=SimpleNamespace(on_tp_commit=ignored),
+            tables=SimpleNamespace(on_commit=ignored),
+            _attachments=SimpleNamespace(publish_for_tp_offset=nothing),
+            _start_span_from_rebalancing=lambda name: nullcontext(),
+            on_rebalance_return=ignored,
+        )
+        self._member = member
+
+    @property
+    def consumer(self) -> Consumer:
+        """The member's."""
+        return self._member.consumer
+
+    async def crash(self, error: BaseException) -> None:
+        """The process ends."""
+        self._member.crashed(error)
+
+
+class Member:
+    """A worker's membership: its consumer, its agents' inboxes, and its part of rebalances."""
+
+    def __init__(
+        self,
+        host: Host,
+        loop: Loop,
+        rng: Random,
+        network: Network,
+        coordinator: Coordinator,
+        kafka: MemoryKafka,
+        settings: Settings,
+        consumer: type[Consumer],
+        crashed: Callable[[BaseException], None],
+    ) -> None:
+        self.host = host
+        self.loop = loop
+        self.network = network
+        self.coordinator = coordinator
+        self.kafka = kafka
+        self.settings = settings
+        self.crashed = crashed
+        self._rng = rng
+        self._told = asyncio.Event()
+        self._flow_is_active = asyncio.Event()
+        self.app = App(self)
+        transport = SimpleNamespace(
+            app=self.app, member=self, create_transaction_manager=lambda **_: None
+        )
+        self.consumer = consumer(
+            transport, self._deliver, self._on_revoked, self._on_assigned, loop=loop
+        )
+        self.thread: Thread = self.consumer._thread
+        self.inboxes = {
+            settings.topic("transactions"): Inbox(self),
+            settings.topic("labels"): Inbox(self),
+        }
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._recovery: asyncio.Task[None] | None = None
+
+    def some(self, most: int) -> int:
+        """A number from 1 on, at most so much."""
+        return self._rng.randint(1, most)
+
+    def told(self) -> None:
+        """The coordinator says that the group rebalances, or that this is no member."""
+        if not self.host.is_dead:
+            self._told.set()
+
+    # the threads -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run what Faust runs."""
+        work = [self._membership(), self._fetcher(), self._commits()]
+        self._tasks = [self.host.start(self.loop, part) for part in work]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.crashed(error)
+
+    async def _membership(self) -> None:
+        while True:
+            self._told.clear()
+            self.thread.begin_reassignment()
+            await self.consumer.on_partitions_revoked(self.thread.assignment())
+            await asyncio.sleep(self.network.delay())
+            while (given := await self.coordinator.join(self)) is None:
+                pass
+            self.host.held = 0.0
+            generation, places = given
+            self.thread.assign(generation, places)
+            self.app.consumer_generation_id = generation
+            await self.consumer.on_partitions_assigned(set(places), generation)
+            await self._told.wait()
+
+    async def _fetcher(self) -> None:
+        fetcher: Any = SimpleNamespace(should_stop=False)
+        await self.consumer._drain_messages(fetcher)
+
+    async def _commits(self) -> None:
+        while True:
+            await asyncio.sleep(COMMIT_SECONDS)
+            await self.consumer.commit()
+
+    async def leave(self) -> None:
+        """SIGTERM: what is at work is finished and committed, and then there is no process."""
+        self._suspend()
+        self._tasks[1].cancel()
+        await self.consumer.wait_empty()
+        self.coordinator.leave(self)
+
+    # what Faust's app does ---------------------------------------------------------------
+
+    def _suspend(self) -> None:
+        consumer = self.consumer
+        consumer.stop_flow()
+        self.app.flow_is_active = False
+        self._flow_is_active.clear()
+        consumer.pause_partitions(consumer.assignment())
+        for inbox in self.inboxes.values():
+            inbox.clear()
+        self.thread.wake()
+
+    async def _on_revoked(self, revoked: set[TP]) -> None:
+        if self.consumer.assignment():
+            self._suspend()
+            await self.consumer.wait_empty()
+
+    async def _on_assigned(self, assigned: set[TP], generation: int) -> None:
+        await asyncio.sleep(0)
+        self.consumer.pause_partitions(assigned)
+        if self._recovery is not None:
+            self._recovery.cancel()
+        self._recovery = self.host.start(self.loop, self._resume())
+        self._recovery.add_done_callback(self._ended)
+
+    async def _resume(self) -> None:
+        """The recovery service, which has no tables to recover; a newer one ends it."""
+        await asyncio.sleep(USUAL_SECONDS * self._rng.random())
+        assignment = self.consumer.assignment()
+        if assignment:
+            self.consumer.resume_partitions(assignment)
+            await self.consumer.perform_seek()
+        self.app.flow_is_active = True
+        self._flow_is_active.set()
+        self.consumer.resume_flow()
+        for inbox in self.inboxes.values():
+            inbox.wake()
+
+    async def _deliver(self, message: ConsumerMessage) -> None:
+        """The conductor: from the consumer to the agent."""
+        await self._flow_is_active.wait()
+        message.incref(1)
+        self.inboxes[message.topic].put(Event(message, self.consumer))

@@ -1,0 +1,564 @@
+"""One run: a log, workers, and what a seed does to them; and then whether everything came right.
+
+A run has a part in which things fail and one in which nothing does. What fails, how often and
+when is drawn anew for each run, some of it not at all: a fault that always comes with all others
+hides what it does alone. Events come at effects, not at times, so that they fall between any two.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+from typing import Any
+from unittest import mock
+
+from faust.types import TP
+from faust.utils import terminal
+
+from pipeline import memory, ownership, poll_transport, processor
+from pipeline.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
+from pipeline.errors import RejectedError
+from pipeline.further_fields import FurtherFields
+from pipeline.labels import booking_of
+from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
+from pipeline.publisher import PublishError
+from pipeline.settings import Settings, load_settings
+from pipeline.topics import ROLES
+from tests.memory_pipeline import DAY_MS, START_MS
+from tests.simulation.auditor import Auditor, Entry, Violation
+from tests.simulation.chain import POISON, ChainScorer, NoReasons, chain_checkpoint
+from tests.simulation.clock import Host, Loop
+from tests.simulation.group import SESSION_SECONDS, Coordinator
+from tests.simulation.network import Faults, Network, UnexpectedError
+from tests.simulation.services import StateStore
+from tests.simulation.worker import Parts, Services, Worker
+
+HEAL_SECONDS = 300.0
+"""So long after the last fault everything must be done."""
+
+SETTLE_SECONDS = 25.0
+"""So long after the last fault the group has given all partitions to workers that live."""
+
+ACCOUNTS = 3
+"""In each partition of the transactions topic."""
+
+MERCHANTS = 2
+"""In each partition of the labels topic."""
+
+IDLE_SECONDS = 0.5
+"""Where nothing happens for so long, what is to come next comes now."""
+
+GC_THRESHOLD = 20_000
+"""Objects allocated and not freed before the collector looks: Python's 700 costs a tenth."""
+
+HOUR_MS = 3_600_000
+
+
+@dataclass
+class Result:
+    """What a run came to.
+
+    Attributes:
+        violation: the first thing that was wrong, if any.
+        trace: its steps, where they were asked for.
+        effects: on services.
+        events: names of what was done to it.
+    """
+
+    seed: int
+    violation: Violation | None
+    trace: list[str]
+    effects: int
+    steps: int
+    events: list[str]
+
+
+_scorers: dict[tuple[type[ChainScorer], int], ChainScorer] = {}
+
+
+def _scorer(kind: type[ChainScorer], ttl_ms: int) -> ChainScorer:
+    """Made once: it keeps nothing from one micro-batch to the next."""
+    if (kind, ttl_ms) not in _scorers:
+        _scorers[kind, ttl_ms] = kind(chain_checkpoint(), ttl_ms)
+    return _scorers[kind, ttl_ms]
+
+
+@cache
+def _settings(micro_batch_max: int, cached_states_max: int, cached_merchants_max: int) -> Settings:
+    return load_settings(
+        partitions=2,
+        micro_batch_max=micro_batch_max,
+        cached_states_max=cached_states_max,
+        cached_merchants_max=cached_merchants_max,
+        state_ttl_days=1.0,
+    )
+
+
+_now: list[Loop] = []
+
+
+@contextmanager
+def simulating() -> Iterator[None]:
+    """What is the same for all runs: small pieces, and the loop's clock instead of the wall's."""
+    logging.disable()
+    with ExitStack() as stack:
+        for module, name, value in (
+            (ownership, "RECOVERY_LOOKAHEAD", 3),
+            (memory, "FETCH_RECORDS", 2),
+            (poll_transport, "monotonic", lambda: _now[-1].time()),
+            (poll_transport, "FETCH_TIMEOUT_SECONDS", 20.0),
+            (processor, "Explainer", NoReasons),
+            (terminal, "logtable", lambda *_, **__: ""),
+            (processor, "FurtherFields", cache(FurtherFields)),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
+        gc.collect()
+        gc.freeze()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(GC_THRESHOLD)
+        try:
+            yield
+        finally:
+            gc.set_threshold(*thresholds)
+            gc.unfreeze()
+            logging.disable(logging.NOTSET)
+
+
+def simulate(seed: int, parts: Parts | None = None, *, trace: bool = False) -> Result:
+    """One run, which its seed decides; inside of :func:`simulating`."""
+    run = Run(seed, parts or Parts(), trace=trace)
+    _now.append(run.loop)
+    try:
+        return run.result()
+    finally:
+        _now.pop()
+
+
+class Run:
+    """A world and its fate.
+
+    Args:
+        seed: decides everything.
+        parts: what workers are made of.
+        trace: whether to write each step down.
+    """
+
+    def __init__(self, seed: int, parts: Parts, *, trace: bool) -> None:
+        rng = self.rng = Random(seed)
+        self.seed = seed
+        self.loop = Loop(self._after_step)  # type: ignore[abstract]  # what nobody here asks for
+        self.now_ms = START_MS
+        self.settings = _settings(
+            rng.choice([2, 3, 5, 8]), rng.choice([0, 0, 1000]), rng.choice([0, 2, 1000])
+        )
+        self._parts = parts
+        self._lines: list[str] = []
+        self._note: Callable[[str], None] | None = self._write if trace else None
+        self._violation: Violation | None = None
+        partitions = self.settings.partitions
+        self._topic = self.settings.topic("transactions")
+        self._labels_topic = self.settings.topic("labels")
+        self.kafka = MemoryKafka(
+            {self.settings.topic(role): partitions for role in ROLES}, lambda: self.now_ms
+        )
+        self.store = StateStore()
+        self.merchants = MemoryMerchantStore()
+        scorer = _scorer(parts.scorer, int(self.settings.state_ttl_days * DAY_MS))
+        self.auditor = Auditor(
+            topic=self._topic,
+            partitions=partitions,
+            codec=scorer.codec,
+            ttl_ms=int(self.settings.state_ttl_days * DAY_MS),
+            store=self.store,
+            merchants=self.merchants,
+            found=self._found,
+        )
+        self.faults = self._draw_faults()
+        self.network = Network(self.loop, rng, self.faults, self._before_effect, self._note)
+        self.coordinator = Coordinator(
+            self.loop,
+            rng,
+            self.network,
+            [self._topic, self._labels_topic],
+            partitions,
+            self.auditor.committed,
+        )
+        self._services = Services(
+            self.loop,
+            rng,
+            self.network,
+            self.coordinator,
+            self.settings,
+            scorer,
+            self.kafka,
+            self.store,
+            self.merchants,
+            self.auditor,
+            lambda: self.now_ms,
+        )
+        self._snapshots = [(self.store.copy(), _copy(self.merchants))]
+        self._workers: list[Worker] = []
+        self._started = 0
+        self._happened: list[str] = []
+        self._schedule = self._draw_schedule()
+        self._seen_effects = 0
+        self._is_healing = False
+        self._is_all_produced = False
+        self._accounts = [self._names(p, "A", ACCOUNTS) for p in range(partitions)]
+        self._merchant_names = [
+            name for p in range(partitions) for name in self._names(p, "m", MERCHANTS)
+        ]
+        self._sent: list[dict[str, Any]] = []
+
+    def _names(self, partition: int, letter: str, count: int) -> list[str]:
+        return list(_names(letter, count, self.settings.partitions)[partition])
+
+    # what is drawn -----------------------------------------------------------------------
+
+    def _draw_faults(self) -> Faults:
+        """Half of all kinds do not happen in a run; the others seldom or often."""
+        rng = self.rng
+
+        def share(most: float) -> float:
+            return most * rng.random() ** 2 if rng.random() < 0.5 else 0.0
+
+        return Faults(
+            slow=share(0.3),
+            held=share(0.3),
+            lost=share(0.2),
+            partial=share(0.2),
+            unanswered=share(0.2),
+            late=share(0.1),
+            unexpected=share(0.02),
+        )
+
+    def _draw_schedule(self) -> list[tuple[int, Callable[[], None]]]:
+        """What is done, and at which effect."""
+        rng = self.rng
+        events: list[Callable[[], None]] = []
+        for event, most in (
+            (self._kill, 5),
+            (self._start, 3),
+            (self._stop_for_a_while, 3),
+            (self._terminate, 2),
+            (self._expel, 5),
+            (self._rebalance, 3),
+            (self._lose_data, 3),
+        ):
+            if rng.random() < 0.5:
+                events += [event] * rng.randint(1, most)
+        records = rng.randint(8, 18)
+        span = 5 * records
+        schedule = [(rng.randrange(span), event) for event in events]
+        # One by one, or in bursts that workers need a while for.
+        moments = [rng.randrange(span // 2) for _ in range(rng.choice([1, 2, 3, 100]))]
+        if len(moments) > 3:
+            moments = list(range(span))
+        schedule += [(rng.choice(moments), self._produce) for _ in range(records)]
+        schedule += [(rng.randrange(span), self._label) for _ in range(records // 2)]
+        schedule.sort(key=lambda item: item[0])
+        return schedule
+
+    # what happens ------------------------------------------------------------------------
+
+    def _produce(self) -> None:
+        """A record of the transactions topic."""
+        rng = self.rng
+        self.now_ms += int(rng.random() ** 2 * 6 * HOUR_MS)
+        partition = rng.randrange(self.settings.partitions)
+        self._append(partition, rng.choice(self._accounts[partition]), rng.random())
+
+    def _append(self, partition: int, account: str, chance: float) -> None:
+        rng, number = self.rng, len(self._sent)
+        fields: dict[str, Any] = {
+            "transaction_id": f"t{number}",
+            "account_id": account,
+            "merchant_id": rng.choice(self._merchant_names),
+            "amount": round(rng.random() * 100, 2),
+            "currency": "EUR",
+            "timestamp": self.now_ms,
+        }
+        headers: list[tuple[str, bytes]] = []
+        rejected = instruction = None
+        if chance < 0.05 and self._sent:
+            before = rng.choice(self._sent[-8:])  # as a producer that repeats sends it
+            partition, fields = before["partition"], before["fields"]
+        elif chance < 0.08:
+            fields["amount"], rejected = POISON, "computation"
+        elif chance < 0.12:
+            headers.append((WARM_HEADER, b"1"))
+        elif chance < 0.14:
+            headers.append((CONTROL_HEADER, b"what nobody knows"))
+            rejected = "control"
+        elif 0.18 <= chance < 0.26:
+            instruction = FORGET if chance < 0.24 else LOOK
+            headers.append((CONTROL_HEADER, instruction))
+        value = b"" if instruction else json.dumps(fields).encode()
+        if 0.14 <= chance < 0.18:
+            value, rejected = value[:-1], "not_json"
+        key = str(fields["account_id"]).encode()
+        entry = Entry(
+            account=fields["account_id"],
+            amount=fields["amount"],
+            transaction_id=fields["transaction_id"],
+            rejected=rejected,
+            instruction=instruction,
+            is_warm=(WARM_HEADER, b"1") in headers,
+        )
+        self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
+        entry = self.auditor.partitions[partition].produced(entry, self.now_ms)
+        if rejected is None and instruction is None:
+            self._sent.append({"partition": partition, "fields": fields})
+        self._tell(f"a record of {fields['account_id']} in {partition}: {entry}")
+        self._wake()
+
+    def _label(self) -> None:
+        """A record of the labels topic, of a transaction that was sent."""
+        rng = self.rng
+        if not self._sent:
+            return
+        self.now_ms += int(rng.random() * HOUR_MS)
+        fields = rng.choice(self._sent)["fields"]
+        self._append_label(fields, rng.choice(["fraud", "fraud", "genuine"]), rng.random() < 0.1)
+
+    def _append_label(self, fields: dict[str, Any], label: str, is_bad: bool) -> None:
+        names = ("transaction_id", "account_id", "merchant_id", "timestamp")
+        text = {name: fields[name] for name in names}
+        value = json.dumps({**text, "label": label, "labelled_at": self.now_ms}).encode()
+        if is_bad:
+            value = value[:-1]
+        key = str(fields["merchant_id"]).encode()
+        partition = self.kafka.partition_of(self._labels_topic, key)
+        offset = self.kafka.produce(self._labels_topic, key, value, partition=partition)
+        try:
+            booking = booking_of(offset, *decode_label(key, value))
+        except RejectedError:
+            pass
+        else:
+            self.auditor.labels.bookings[partition][offset] = booking
+        self.auditor.labels.ends[partition] = offset + 1
+        self._tell(f"a label of {fields['merchant_id']} in {partition}: {label}")
+        self._wake()
+
+    def _wake(self) -> None:
+        for worker in self._workers:
+            worker.member.thread.wake()
+
+    def _start(self) -> None:
+        """A worker joins."""
+        self._started += 1
+        host = Host(f"worker {self._started}")
+        worker = (self._parts.worker or Worker)(host, self._services, self._parts, self._died)
+        self._workers.append(worker)
+        self._tell(f"{host.name} starts")
+        worker.start()
+
+    def _some_worker(self) -> Worker | None:
+        return self.rng.choice(self._workers) if self._workers else None
+
+    def _kill(self) -> None:
+        """SIGKILL; the group hears of it when the session is over."""
+        worker = self._some_worker()
+        if worker is not None:
+            self._tell(f"{worker.host.name} is killed")
+            self._bury(worker)
+
+    def _died(self, worker: Worker) -> None:
+        """It ended by itself."""
+        error = worker.error
+        self._tell(f"{worker.host.name} ends: {error!r}")
+        if error is not None and not isinstance(error, (UnexpectedError, PublishError)):
+            self._found(Violation("crash", f"{type(error).__name__}: {error}"))
+        if worker in self._workers:
+            self._bury(worker)
+
+    def _bury(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        worker.kill()
+        self.loop.later(SESSION_SECONDS, self.coordinator.expel, worker.member)
+        self.loop.later(self.rng.uniform(0, 12), self._replace)
+
+    def _replace(self) -> None:
+        if len(self._workers) < 2:
+            self._start()
+
+    def _stop_for_a_while(self) -> None:
+        """SIGSTOP, and SIGCONT after a while in which the session may end."""
+        worker = self._some_worker()
+        if worker is None:
+            return
+        seconds = self.rng.uniform(0, 3 * SESSION_SECONDS)
+        self._tell(f"{worker.host.name} is stopped for {seconds:.1f} s")
+        worker.host.stopped_until = self.loop.time() + seconds
+        if seconds > SESSION_SECONDS:
+            self.loop.later(SESSION_SECONDS, self.coordinator.expel, worker.member)
+
+    def _terminate(self) -> None:
+        """SIGTERM."""
+        worker = self._some_worker()
+        if worker is not None:
+            self._tell(f"{worker.host.name} is asked to end")
+            worker.stop()
+
+    def _expel(self) -> None:
+        """The group hears nothing of a worker that lives on."""
+        worker = self._some_worker()
+        if worker is not None:
+            self._tell(f"{worker.host.name} is left out of the group")
+            worker.host.held = self.rng.random()
+            self.coordinator.expel(worker.member)
+
+    def _rebalance(self) -> None:
+        self._tell("the group rebalances")
+        self.coordinator.rebalance()
+
+    def _lose_data(self) -> None:
+        """The store goes back to an earlier moment, or to none."""
+        if self.rng.random() < 0.3:
+            store, merchants = MemoryStateStore(), MemoryMerchantStore()
+        else:
+            store, merchants = self.rng.choice(self._snapshots)
+        self._tell("the store loses data")
+        self.auditor.data_were_lost = True
+        self.store.restore(store)
+        _restore(self.merchants, merchants)
+
+    # running -----------------------------------------------------------------------------
+
+    def result(self) -> Result:
+        """Run it."""
+        try:
+            self._run()
+        finally:
+            for worker in self._workers:
+                worker.kill()
+            self.loop.close()
+        return Result(
+            self.seed,
+            self._violation,
+            self._lines,
+            self.network.effects,
+            self.loop.steps,
+            self._happened,
+        )
+
+    def _run(self) -> None:
+        for _ in range(self.rng.randint(1, 3)):
+            self._start()
+        self.loop.later(IDLE_SECONDS, self._look)
+        self.loop.run(until=10_000.0)
+        if self._violation is None and not self._is_done():
+            raise RuntimeError(f"seed {self.seed}: the run stands still")
+        if self._violation is None:
+            self.auditor.finish()
+
+    def _before_effect(self) -> None:
+        while self._schedule and self._schedule[0][0] <= self.network.effects:
+            _, event = self._schedule.pop(0)
+            self._happened.append(event.__name__[1:])
+            self.loop.soon(event)
+        if self.rng.random() < 0.2:
+            self._snapshots.append((self.store.copy(), _copy(self.merchants)))
+
+    def _look(self) -> None:
+        """Once a while: where nothing happens any more, go on."""
+        if self.network.effects == self._seen_effects and self._schedule:
+            _, event = self._schedule.pop(0)
+            self._happened.append(event.__name__[1:])
+            event()
+        self._seen_effects = self.network.effects
+        if not self._schedule and not self._is_healing:
+            self._heal()
+        if self._is_all_produced and self._is_done():
+            self.loop.is_over = True
+        self.loop.later(IDLE_SECONDS, self._look)
+
+    def _heal(self) -> None:
+        """Nothing fails from now on; all take up what they have, and then look at the store."""
+        self._tell("everything works from now on")
+        self._is_healing = True
+        self.faults.end()
+        for worker in self._workers:
+            worker.host.stopped_until = worker.host.held = 0.0
+        self.coordinator.rebalance()
+        self._replace()
+        self.loop.later(SETTLE_SECONDS, self._produce_last)
+        self.loop.later(HEAL_SECONDS, self._give_up)
+
+    def _produce_last(self) -> None:
+        """A record in each partition: without any, nobody looks at its states."""
+        for partition, accounts in enumerate(self._accounts):
+            self._append(partition, accounts[0], 1.0)
+        for merchant in self._merchant_names[::MERCHANTS]:
+            fields = {**self._sent[-1]["fields"], "merchant_id": merchant}
+            self._append_label(fields, "fraud", False)
+        self._is_all_produced = True
+
+    def _give_up(self) -> None:
+        if not self._is_done():
+            self._found(Violation("lost", f"not all is done after {HEAL_SECONDS:.0f} s"))
+
+    def _is_done(self) -> bool:
+        """Everything is applied, booked and committed."""
+        committed = self.coordinator.committed
+        for partition, audit in enumerate(self.auditor.partitions):
+            if committed.get(TP(self._topic, partition), 0) < len(audit.entries):
+                return False
+            if audit.watermark < len(audit.entries):
+                return False
+            if not self.auditor.labels_are_booked(partition):
+                return False
+        return True
+
+    def _after_step(self) -> None:
+        if self.store.changed:
+            for partition in sorted(self.store.changed):
+                self.auditor.states_changed(partition)
+            self.store.changed.clear()
+
+    def _found(self, violation: Violation) -> None:
+        if self._violation is None:
+            self._violation = violation
+            self._tell(f"WRONG: {violation}")
+        self.loop.is_over = True
+
+    def _tell(self, text: str) -> None:
+        if self._note is not None:
+            self._note(text)
+
+    def _write(self, text: str) -> None:
+        self._lines.append(f"{self.loop.time():9.3f}  {self.network.effects:4}  {text}")
+
+
+@cache
+def _names(letter: str, count: int, partitions: int) -> list[list[str]]:
+    """Names that lie in each partition."""
+    kafka = MemoryKafka({"any": partitions}, lambda: 0)
+    found: list[list[str]] = [[] for _ in range(partitions)]
+    number = 0
+    while any(len(names) < count for names in found):
+        name = f"{letter}{number}"
+        number += 1
+        names = found[kafka.partition_of("any", name.encode())]
+        if len(names) < count:
+            names.append(name)
+    return found
+
+
+def _copy(store: MemoryMerchantStore) -> MemoryMerchantStore:
+    other = MemoryMerchantStore()
+    _restore(other, store)
+    return other
+
+
+def _restore(store: MemoryMerchantStore, other: MemoryMerchantStore) -> None:
+    store.profiles = dict(other.profiles)
+    store.alerts = dict(other.alerts)
+    store.booked = dict(other.booked)
+    store.booked_ends = dict(other.booked_ends)

@@ -1,0 +1,267 @@
+"""A worker's clients of the state store, the merchant store and the broker, over the network.
+
+The services themselves are those of :mod:`pipeline.memory`; each method here is one request, or
+as many at once as the real client sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
+from typing import Any
+
+from pipeline.keys import merchant_slot
+from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
+from pipeline.merchant_store import Alerted, Booking, Counts
+from pipeline.publisher import Appended, Outgoing, PublishError
+from pipeline.score_log import Bounds, Kept, LogUnavailableError
+from pipeline.settings import Settings
+from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
+from tests.simulation.auditor import Auditor
+from tests.simulation.clock import Host
+from tests.simulation.network import Network
+
+UNKNOWN_OFFSET = 0.03
+"""Share of appends whose first answer is lost, and that are repeated: the broker has them, and
+says no offset."""
+
+
+class StateStore(MemoryStateStore):
+    """The service.
+
+    Attributes:
+        changed: partitions in which something was written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: set[int] = set()
+
+    def write(self, request: Save) -> bool:
+        self.changed.add(request.partition)
+        return super().write(request)
+
+    def restore(self, other: MemoryStateStore) -> None:
+        self.changed.update(self.watermarks)
+        super().restore(other)
+        self.changed.update(self.watermarks)
+
+
+class StateClient:
+    """A :class:`pipeline.state_store.StateStore` over the network."""
+
+    def __init__(self, host: Host, network: Network, store: StateStore) -> None:
+        self._host = host
+        self._network = network
+        self.store = store
+
+    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+        """One MGET."""
+        (loaded,) = await self._network.ask(
+            self._host,
+            "load " + " ".join(f"{r.partition}" for r in requests),
+            [lambda: [self.store.read(request) for request in requests]],
+            StoreUnavailableError,
+        )
+        return loaded
+
+    async def save(self, requests: Sequence[Save]) -> list[bool]:
+        """One script for each partition, one after another."""
+        return await self._network.ask(
+            self._host,
+            "save " + " ".join(f"{r.partition}" for r in requests),
+            [partial(self.store.write, request) for request in requests],
+            StoreUnavailableError,
+        )
+
+    async def ping(self) -> None:
+        """Nobody asks here."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class MerchantClient:
+    """A :class:`pipeline.merchant_store.MerchantStore` over the network.
+
+    Args:
+        auditor: is told of each label that is booked.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        network: Network,
+        store: MemoryMerchantStore,
+        auditor: Auditor,
+    ) -> None:
+        self._host = host
+        self._network = network
+        self._store = store
+        self._auditor = auditor
+
+    async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
+        """One MGET."""
+        (values,) = await self._network.ask(
+            self._host,
+            "load merchants",
+            [lambda: [self._store.profiles.get(merchant) for merchant in merchant_ids]],
+            StoreUnavailableError,
+        )
+        return values
+
+    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
+        """One script for each bucket, and a command for each alert."""
+        effects: list[Callable[[], None]] = [
+            partial(self._count, bucket, merchants) for bucket, merchants in counts.items()
+        ]
+        if alerts:
+            effects.append(partial(self._remember, alerts))
+        await self._network.ask(self._host, "count", effects, StoreUnavailableError)
+
+    def _count(self, bucket: int, merchants: Any) -> None:
+        for merchant, n in merchants.items():
+            self._store.count(bucket, merchant, n)
+
+    def _remember(self, alerts: Sequence[Alerted]) -> None:
+        for alert in alerts:
+            self._store.alerts[alert.transaction_hash] = alert.decision
+
+    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+        """One script for each slot, and then a command that says up to where."""
+        slots: dict[int, list[int]] = {}
+        for i, label in enumerate(labels):
+            slots.setdefault(merchant_slot(label.merchant_id), []).append(i)
+        decisions: list[str | None] = [None] * len(labels)
+
+        def book(places: list[int]) -> None:
+            for i in places:
+                decisions[i] = self._store.book_one(partition, labels[i])
+                self._auditor.label_booked(partition, labels[i])
+
+        def say() -> None:
+            self._store.booked_ends[partition] = end
+            self._auditor.booked_to(partition, end)
+
+        effects: list[Callable[[], None]] = [partial(book, places) for places in slots.values()]
+        await self._network.ask(
+            self._host,
+            f"book {partition} up to {end}",
+            [*effects, say],
+            StoreUnavailableError,
+        )
+        return decisions
+
+    async def booked_to(self, partition: int) -> int:
+        """One GET."""
+        (end,) = await self._network.ask(
+            self._host,
+            f"booked to? {partition}",
+            [lambda: self._store.booked_ends.get(partition, 0)],
+            StoreUnavailableError,
+        )
+        return end
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+Published = Callable[[str, int, int, Sequence[Outgoing]], None]
+"""Called as ``(topic, partition, first offset, records)`` when records are appended."""
+
+
+class Publisher:
+    """A :class:`pipeline.publisher.Publisher` over the network: all topics side by side.
+
+    Args:
+        published: gives what to call when what is sent now is appended.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        network: Network,
+        kafka: MemoryKafka,
+        settings: Settings,
+        rng: Random,
+        published: Callable[[], Published],
+    ) -> None:
+        self._host = host
+        self._network = network
+        self._kafka = kafka
+        self._settings = settings
+        self._rng = rng
+        self._published = published
+
+    async def publish(
+        self,
+        scores: dict[int, Sequence[Outgoing]],
+        alerts: Sequence[Outgoing],
+        rejected: Sequence[Outgoing],
+    ) -> dict[int, Appended]:
+        """See :class:`pipeline.publisher.Publisher`."""
+        topic = self._settings.topic
+        others = [(topic("alerts"), alerts), (topic("dead_letter"), rejected)]
+        sent = [
+            *(self._append(topic("scores"), part, records) for part, records in scores.items()),
+            *(self._append(name, 0, records) for name, records in others if records),
+        ]
+        appended = await asyncio.gather(*sent)
+        return dict(zip(scores, appended, strict=False))
+
+    async def _append(self, topic: str, partition: int, records: Sequence[Outgoing]) -> Appended:
+        published = self._published()
+
+        def append() -> int:
+            offsets = [
+                self._kafka.produce(
+                    topic, record.key, record.value, partition=partition, headers=record.headers
+                )
+                for record in records
+            ]
+            published(topic, partition, offsets[0], records)
+            return offsets[0]
+
+        (first,) = await self._network.ask(
+            self._host, f"append to {topic} {partition}", [append], PublishError
+        )
+        if self._rng.random() < UNKNOWN_OFFSET:
+            return Appended(None, None)
+        return Appended(first, first + len(records))
+
+
+class ScoreLog:
+    """A :class:`pipeline.score_log.ScoreLog` over the network."""
+
+    def __init__(
+        self, host: Host, network: Network, kafka: MemoryKafka, settings: Settings
+    ) -> None:
+        self._host = host
+        self._network = network
+        self._kafka = kafka
+        self._log = MemoryScoreLog(kafka, settings)
+
+    async def bounds(self, topic: str, partition: int) -> Bounds:
+        """See :class:`pipeline.score_log.ScoreLog`."""
+        (bounds,) = await self._network.ask(
+            self._host,
+            f"bounds {topic} {partition}",
+            [lambda: self._kafka.bounds(topic, partition)],
+            LogUnavailableError,
+        )
+        return bounds
+
+    async def read(
+        self, partition: int, start: int, end: int, until_source: int
+    ) -> tuple[dict[int, Kept], int]:
+        """See :class:`pipeline.score_log.ScoreLog`."""
+        (found,) = await self._network.ask(
+            self._host,
+            f"read scores {partition} [{start}, {end})",
+            [lambda: self._log.scan(partition, start, end, until_source)],
+            LogUnavailableError,
+        )
+        return found

@@ -1,0 +1,245 @@
+"""A worker's process: the real agents, processors, ownership and consumer on simulated services.
+
+:class:`pipeline.app.Worker` itself, but for its construction: its agents compute each poll while
+the one before is concluded, and its callbacks take partitions and give them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from pipeline import app
+from pipeline.health import Health
+from pipeline.labels import LabelProcessor
+from pipeline.memory import MemoryKafka, MemoryMerchantStore
+from pipeline.metrics import Metrics
+from pipeline.ownership import Ownership, Poll
+from pipeline.patience import Patience
+from pipeline.poll_transport import PartitionLog
+from pipeline.processor import Computed, Processor
+from pipeline.publisher import Outgoing
+from pipeline.scorer import Scorer
+from pipeline.settings import Settings
+from tests.simulation.auditor import Auditor, Conclusion
+from tests.simulation.chain import ChainScorer
+from tests.simulation.clock import Host, Loop
+from tests.simulation.group import Consumer, Coordinator, Member
+from tests.simulation.network import Network
+from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient, StateStore
+
+METRICS = Metrics(CollectorRegistry())
+"""Nobody reads them, and making them would take a tenth of a run."""
+
+
+@dataclass
+class Parts:
+    """What workers are made of; a bug planted by hand replaces one."""
+
+    consumer: type[Consumer] = Consumer
+    state_client: type[StateClient] = StateClient
+    merchant_client: type[MerchantClient] = MerchantClient
+    publisher: type[Publisher] = Publisher
+    score_log: type[ScoreLog] = ScoreLog
+    ownership: type[Ownership] = Ownership
+    processor: type[Processor] = Processor
+    labels: type[LabelProcessor] = LabelProcessor
+    scorer: type[ChainScorer] = ChainScorer
+    worker: type[Worker] | None = None
+
+
+@dataclass
+class Services:
+    """What all workers share."""
+
+    loop: Loop
+    rng: Random
+    network: Network
+    coordinator: Coordinator
+    settings: Settings
+    scorer: Scorer
+    kafka: MemoryKafka
+    store: StateStore
+    merchants: MemoryMerchantStore
+    auditor: Auditor
+    clock_ms: Callable[[], int]
+
+
+class Worker(app.Worker):
+    """One process.
+
+    Args:
+        died: called when it ended by itself.
+    """
+
+    def __init__(
+        self, host: Host, services: Services, parts: Parts, died: Callable[[Worker], None]
+    ) -> None:
+        settings, network = services.settings, services.network
+        self.host = host
+        self.error: BaseException | None = None
+        self.metrics = METRICS
+        self.health = Health(settings.watchdog_seconds, services.loop.time)
+        self._services = services
+        self._settings = settings
+        self._topic = settings.topic("transactions")
+        self._labels_topic = settings.topic("labels")
+        self._transactions = None
+        self._died = died
+        self._known: dict[int, tuple[Any, int]] = {}
+        self._conclusions: dict[int, Conclusion] = {}
+        self._concluding: Conclusion | None = None
+        self.member = Member(
+            host,
+            services.loop,
+            services.rng,
+            network,
+            services.coordinator,
+            services.kafka,
+            settings,
+            parts.consumer,
+            self._crashed,
+        )
+        self.app = self.member.app
+        consumer = self.member.consumer
+        consumer.on_assigned = self._on_assigned
+        consumer.on_revoked = self._on_revoked
+        consumer.from_begin = {self._labels_topic}
+        patience = Patience(METRICS, self.health)
+        score_log = parts.score_log(host, network, services.kafka, settings)
+        publisher = parts.publisher(
+            host, network, services.kafka, settings, services.rng, self._published
+        )
+        merchants = parts.merchant_client(host, network, services.merchants, services.auditor)
+        store = parts.state_client(host, network, services.store)
+        self.ownership = parts.ownership(
+            topic=self._topic,
+            scores_topic=settings.topic("scores"),
+            partitions=settings.partitions,
+            store=store,
+            score_log=score_log,
+            transaction_log=PartitionLog(self._consumer, self._topic),
+            patience=patience,
+            metrics=METRICS,
+        )
+        self.ownership._writer = services.rng.getrandbits(64)
+        self.processor = parts.processor(
+            settings=settings,
+            scorer=services.scorer,
+            store=store,
+            merchant_store=merchants,
+            publisher=publisher,
+            ownership=self.ownership,
+            patience=patience,
+            metrics=METRICS,
+            health=self.health,
+            clock_ms=services.clock_ms,
+        )
+        self.labels = parts.labels(
+            settings=settings,
+            store=merchants,
+            publisher=publisher,
+            logs=score_log,
+            labels_log=PartitionLog(self._consumer, self._labels_topic),
+            patience=patience,
+            metrics=METRICS,
+            health=self.health,
+            clock_ms=services.clock_ms,
+        )
+        self._watch(self.processor)
+
+    def start(self) -> None:
+        """Run it."""
+        member = self.member
+        member.start()
+        for topic, agent in ((self._topic, self._score), (self._labels_topic, self._book)):
+            task = self.host.start(self._services.loop, agent(member.inboxes[topic]))
+            task.add_done_callback(member._ended)
+
+    def stop(self) -> None:
+        """SIGTERM."""
+        task = self.host.start(self._services.loop, self.member.leave())
+        task.add_done_callback(lambda _: self._crashed(None))
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of it runs any more; what it has sent may arrive."""
+        self.host.is_dead = True
+        self._services.loop.close_tasks(self.host.tasks)
+
+    def _crashed(self, error: BaseException | None) -> None:
+        if not self.host.is_dead:
+            self.error = error
+            self.host.is_dead = True
+            self._services.loop.soon(self._died, self)
+
+    # what a worker must have known, for the auditor -----------------------------------------
+
+    def _watch(self, processor: Processor) -> None:
+        compute, conclude = processor.compute, processor.conclude
+
+        async def watched_compute(poll: Poll) -> Computed:
+            conclusion = Conclusion(
+                self.member.app.consumer_generation_id,
+                {partition: self._known_now(partition) for partition in poll.chunks},
+            )
+            fresh = [p for p in poll.chunks if self.ownership.owned(p) is None]
+            computed = await compute(poll)
+            self._conclusions[id(poll)] = conclusion
+            for partition in fresh:
+                self._known[partition] = (
+                    self.ownership.owned(partition),
+                    conclusion.known[partition],
+                )
+            return computed
+
+        async def watched_conclude(computed: Computed) -> None:
+            poll = computed.poll
+            self._concluding = self._conclusions.pop(id(poll))
+            owned = {partition: self.ownership.owned(partition) for partition in poll.chunks}
+            await conclude(computed)
+            for partition, part in owned.items():
+                if part is not None and partition in self._appended:
+                    self._known[partition] = part, self._appended[partition]
+            self._concluding = None
+
+        self._appended: dict[int, int] = {}
+        processor.compute = watched_compute  # type: ignore[method-assign]
+        processor.conclude = watched_conclude  # type: ignore[method-assign]
+
+    def _known_now(self, partition: int) -> int:
+        """Every score before this offset is known from now on, if it is not yet."""
+        owned = self.ownership.owned(partition)
+        if owned is None:  # it will be asked for
+            return self._services.kafka.bounds(self._settings.topic("scores"), partition).end
+        known, end = self._known.get(partition, (None, 0))
+        return end if known is owned else 0
+
+    def _published(self) -> Callable[[str, int, int, Sequence[Outgoing]], None]:
+        """What to do when that which is published now is appended."""
+        services, settings, concluding = self._services, self._settings, self._concluding
+        auditor = services.auditor
+        scores, alerts = settings.topic("scores"), settings.topic("alerts")
+
+        def appended(topic: str, partition: int, first: int, records: Sequence[Outgoing]) -> None:
+            if topic == scores:
+                assert concluding is not None
+                is_late = not services.coordinator.is_owner(
+                    self.member, self._topic, partition, concluding.generation
+                )
+                known = concluding.known[partition]
+                for place, record in enumerate(records, first):
+                    auditor.scored(partition, place, record.value, is_late, known)
+                if self._concluding is concluding:
+                    self._appended[partition] = first + len(records)
+            else:
+                for record in records:
+                    if topic == alerts:
+                        auditor.alerted(record.value)
+                    else:
+                        auditor.rejected(dict(record.headers))
+
+        return appended
