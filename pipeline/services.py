@@ -10,6 +10,7 @@ later ``start`` keep port and data; leaving the context removes the directory un
 
 from __future__ import annotations
 
+import atexit
 import base64
 import importlib.util
 import os
@@ -784,6 +785,7 @@ def _reserve(port: int) -> socket.socket | None:
     except OSError:
         reservation.close()
         return None
+    atexit.register(reservation.close)
     return reservation
 
 

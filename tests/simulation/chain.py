@@ -1,7 +1,7 @@
 """A scorer whose states are chains of hashes: any other past gives another state and score.
 
 A network forgets and rounds, so that a transaction applied twice or left out may hardly show.
-Here an account's hidden is the hash of its hidden before, the transaction and the merchant's
+Here an account's hidden is a hash of its hidden before, the transaction and the merchant's
 features. It is the same to the last bit whatever the micro-batch, and costs a microsecond.
 Rounds, repeats, expiry, bisection and the state's bytes are the real scorer's.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_digest
+from xxhash import xxh3_64_intdigest
 
 from model.checkpoint import Checkpoint, Thresholds
 from model.features import INPUTS
@@ -31,10 +31,15 @@ NO_HIDDEN = bytes(8)
 
 _TRANSACTION = struct.Struct("<qd")
 
+_FINITE = 0xBFFF_BFFF_BFFF_BFFF
+"""Without the highest bit of each exponent four float16 are numbers under 2, as a network's are:
+others are refused when a computation fails."""
+
 
 def chained(before: bytes, offset: int, amount: float, merchant: bytes) -> bytes:
     """The hidden after a transaction, 8 bytes; ``merchant`` are its features as float32."""
-    return xxh3_64_digest(before + _TRANSACTION.pack(offset, amount) + merchant)
+    bits = xxh3_64_intdigest(before + _TRANSACTION.pack(offset, amount) + merchant)
+    return (bits & _FINITE).to_bytes(8, "little")
 
 
 def score_of(hidden: bytes) -> float:
