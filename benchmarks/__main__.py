@@ -137,7 +137,7 @@ class Bench:
     async def throughput(self, transactions: int) -> float:
         """Transactions a second while a worker drains a full log, by account alone and shipped.
 
-        Live, a merchant is asked for once in six hours. A log of weeks is the hardest one for
+        Live, a merchant is asked for once in three hours. A log of weeks is the hardest one for
         merchants: a second of it is a day, so almost every transaction asks anew.
         """
         settings = self.settings()

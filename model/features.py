@@ -54,7 +54,7 @@ ACCOUNT_FEATURES: tuple[str, ...] = (
 FEATURES = ACCOUNT_FEATURES + MERCHANT_FEATURES
 """Names of the columns of ``raw``, before those of a checkpoint's further fields."""
 
-DEFINITION = 2
+DEFINITION = 3
 """Version of what :func:`observe` computes; part of a checkpoint's digest."""
 
 MEAN_AMOUNT_FLOOR = 0.01

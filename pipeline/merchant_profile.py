@@ -1,7 +1,7 @@
 """A merchant's profile as bytes, and many of them as columns.
 
     format u8, 3 spare, head u32       8 bytes
-    ring of counts u16               320 bytes, bucket j at j % BUCKETS
+    ring of counts u16               640 bytes, bucket j at j % BUCKETS
     known frauds                      16 bytes each: transaction id's hash u64,
                                       its bucket u32, the bucket in which the label came u32
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from model.merchants import BUCKETS, MerchantProfiles
 
-PROFILE_FORMAT = 1
+PROFILE_FORMAT = 2
 """Version of the layout; raise it with every change of the layout."""
 
 HEAD_NONE = 0xFFFF_FFFF
@@ -34,7 +34,7 @@ FRAUD_BYTES = 16
 FRAUDS_MAX = 1000
 """Known frauds that a profile holds; the ones booked first go."""
 
-FRAUD_BUCKETS_MAX = 192
+FRAUD_BUCKETS_MAX = 384
 """A fraud this much older than a new label is forgotten, buckets: 48 days."""
 
 FIXED = np.dtype(

@@ -2,7 +2,7 @@
 
 Features look only at closed buckets, so what is computed for one transaction of a merchant
 serves every other one that sees the same present bucket. A worker whose transactions come as
-they happen asks Redis for a merchant once in six hours.
+they happen asks Redis for a merchant once in three hours.
 """
 
 from __future__ import annotations

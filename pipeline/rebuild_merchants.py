@@ -352,4 +352,4 @@ def _describe(found: Corrected, dry_run: bool) -> Iterator[str]:
     if found.labels_deleted:
         yield "  labels are deleted by retention: what they told stays as it is"
     if not dry_run and (found.counts or found.frauds):
-        yield "  workers see it from the next time bucket on, within six hours"
+        yield "  workers see it from the next time bucket on, within three hours"

@@ -1,7 +1,7 @@
 """The running system against offline computing: a log with late labels, time bucket by bucket.
 
-Transactions and the labels that arrive in the same six hours are sent through Kafka, and the
-next bucket follows once the workers have applied all of it, as it does where six hours are six
+Transactions and the labels that arrive in the same three hours are sent through Kafka, and the
+next bucket follows once the workers have applied all of it, as it does where three hours are three
 hours. What comes out must be what :func:`model.scoring.score_stepwise` computes of the log.
 
     python -m tests.parity FILE --columns handbook --every 10
