@@ -62,7 +62,10 @@ def learned_steps(
 def _runs(
     values: NDArray[np.float32], is_fraud: NDArray[np.bool_]
 ) -> tuple[Float64, Float64, NDArray[np.float32], NDArray[np.float32]]:
-    """Runs of neighbouring values that no good threshold separates (Fayyad and Irani 1992).
+    """Runs of values that the best threshold does not separate (Fayyad and Irani 1992).
+
+    Where that one would make too small a leaf, one within a run may be the best that is allowed; it
+    is not looked for.
 
     Returns:
         count, frauds: [runs + 1] transactions and frauds before each run, and of all.

@@ -312,12 +312,15 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         # It takes for committed what a commit said that was refused, until it is told better.
         self._committed_offset.clear()
         await super().perform_seek()
+        # Records may have come while it waited; the partitions have moved past them.
         self._begin.clear()
         for tp, offset in self._committed_offset.items():
             if offset is not None:
                 self._begin[tp] = offset
+                self._seek_if_assigned(tp, offset)
                 if tp.topic in self.take_at_once and tp in self.assignment():
                     self._to_take[tp] = offset
+        self._resets += 1  # a fetch that began before goes on from where the group was then
         # Where the group has committed nothing this has to be said, too: a fetch of the time
         # before may yet return, and is sought back to where it began, if nobody knows better.
         is_earliest = self.app.conf.consumer_auto_offset_reset == "earliest"
@@ -337,7 +340,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         for tp, offset in self._sought.items():
             self._begin[tp] = offset
             self._seek_if_assigned(tp, offset)
-        self._resets += 1  # a fetch that began before goes on from where the group was then
+        self._resets += 1  # the same of what was sought meanwhile
         self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
 
     def _set_prefetch_backoff(self, seconds: float) -> None:

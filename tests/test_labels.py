@@ -182,7 +182,7 @@ def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_
 
     bucket = (START_MS - 10 * DAY_MS) // BUCKET_MS
     (fraud,) = world.merchants.profile("M1").frauds
-    assert fraud == Fraud(transaction_hash("t1"), bucket, bucket + 28)
+    assert fraud == Fraud(transaction_hash("t1"), bucket, bucket + 7 * DAY_MS // BUCKET_MS)
     assert known(world, "M2") == ["t2"]
     assert sorted(reason for _, _, reason in world.dead_letters()) == [
         "future_timestamp",

@@ -67,6 +67,43 @@ def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
         seen.clear()
 
 
+def test_what_came_while_faust_sought_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the next chunk would claim to begin where the group has committed, and what came before it
+    would count as read: lost, if it was left out then."""
+    position = {PAYMENTS: 0}
+
+    def messages_of(consumer: Any, *offsets: int) -> tuple[int, int]:
+        position[PAYMENTS] = offsets[-1] + 1
+        records = [SimpleNamespace(offset=offset) for offset in offsets]
+        (message,) = consumer._messages_of({PAYMENTS: records})
+        chunk = message.value.chunks[PAYMENTS.partition]
+        return chunk.begin, chunk.end
+
+    async def seek_to_committed(consumer: Any) -> None:
+        consumer._committed_offset[PAYMENTS] = position[PAYMENTS] = 7
+        await asyncio.sleep(0)
+        assert messages_of(consumer, 7, 8) == (7, 9)
+
+    monkeypatch.setattr(driver.Consumer, "perform_seek", seek_to_committed)
+    consumer: Any = Consumer.__new__(Consumer)
+    consumer._thread = SimpleNamespace(
+        _ensure_consumer=lambda: SimpleNamespace(_fetcher=SimpleNamespace()),
+        seek=position.__setitem__,
+    )
+    consumer.app = SimpleNamespace(conf=SimpleNamespace(consumer_auto_offset_reset="earliest"))
+    consumer.assignment = lambda: {PAYMENTS}
+    consumer.from_begin, consumer.take_at_once, consumer._to_take = set(), set(), {}
+    consumer._begin, consumer._sought, consumer._committed_offset = {}, {}, {}
+    consumer._resets = resets = 4
+    consumer._to_message = lambda place, record: SimpleNamespace(value=None)
+
+    asyncio.run(consumer.perform_seek())
+
+    assert position[PAYMENTS] == 7
+    assert consumer._resets > resets, "a fetch under way would be taken"
+    assert messages_of(consumer, 7, 8, 9) == (7, 10)
+
+
 @pytest.mark.parametrize("ticks", range(4))
 def test_who_is_told_to_stop_while_room_comes_stops(ticks: int) -> None:
     """A cancellation that was lost there left a worker waiting for ever, until it was killed."""

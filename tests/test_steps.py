@@ -40,6 +40,13 @@ def test_chance_gives_no_steps_and_their_number_is_bounded() -> None:
     assert len(learned_steps(values, wavy)) == STEPS_MAX
 
 
+def test_a_step_leaves_enough_on_either_side() -> None:
+    """A threshold over a few values would be learned by heart."""
+    values = np.arange(1000, dtype=np.float32)
+    assert learned_steps(values, values >= 990, leaf_min=10) == (989.5,)
+    assert learned_steps(values, values >= 991, steps_max=1, leaf_min=10) != (990.5,)
+
+
 @pytest.mark.parametrize("constant", [0.0, 1e30, float("nan"), float("-inf")])
 def test_a_feature_that_says_nothing_has_no_steps(constant: float) -> None:
     is_fraud = np.arange(1000) % 3 == 0
@@ -68,12 +75,12 @@ def test_the_first_step_is_the_best_of_all(seed: int, distinct: int) -> None:
 
     def gain(threshold: float) -> float:
         over = values >= np.float32(threshold)
-        if min(over.sum(), (~over).sum()) < 5:
+        if not 0 < over.sum() < len(over):
             return 0.0
         return likelihood(is_fraud[over]) + likelihood(is_fraud[~over]) - likelihood(is_fraud)
 
     best = max(gain(float(v)) for v in values)
-    steps = learned_steps(values, is_fraud, steps_max=1, leaf_min=5, gain_min_nats=1e-6)
+    steps = learned_steps(values, is_fraud, steps_max=1, leaf_min=1, gain_min_nats=1e-6)
     if steps:
         assert gain(steps[0]) == pytest.approx(best, abs=1e-6)
     else:
