@@ -109,8 +109,9 @@ class LabelProcessor:
 
     async def _continues(self, partition: int, chunk: Chunk) -> bool:
         """Whether the store has what is before a chunk; else the log is read from its begin."""
-        if self._next_offsets[partition] is not None:
-            return True
+        expected = self._next_offsets[partition]
+        if expected is not None:
+            return chunk.begin <= expected  # past it: fetched before the log was read back
         booked_to = await self._patience.ask_store(lambda: self._store.booked_to(partition))
         bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))
         if partition not in self._next_offsets:  # revoked meanwhile
