@@ -98,32 +98,34 @@ class LabelProcessor:
         Raises:
             PublishError: the broker does not take what must be published.
         """
+        tenure = self._next_offsets  # the next assignment has others
         for partition, chunk in poll.chunks.items():
-            if partition not in self._next_offsets:
-                continue
-            if await self._continues(partition, chunk):
+            if self._next_offsets is not tenure:
+                break
+            if partition in tenure and await self._continues(partition, chunk):
                 await self._book(partition, chunk)
-                if partition in self._next_offsets:
-                    self._next_offsets[partition] = poll.applied[partition] = chunk.end
+                if self._next_offsets is tenure:
+                    tenure[partition] = poll.applied[partition] = chunk.end
         self._health.moved(STREAM)
 
     async def _continues(self, partition: int, chunk: Chunk) -> bool:
         """Whether the store has what is before a chunk; else the log is read from its begin."""
-        expected = self._next_offsets[partition]
+        tenure = self._next_offsets
+        expected = tenure[partition]
         if expected is not None:
             return chunk.begin <= expected  # past it: fetched before the log was read back
         booked_to = await self._patience.ask_store(lambda: self._store.booked_to(partition))
         bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))
-        if partition not in self._next_offsets:  # revoked meanwhile
+        if self._next_offsets is not tenure:  # the group gave and took meanwhile
             return False
-        self._next_offsets[partition] = chunk.begin
+        tenure[partition] = chunk.begin
         if booked_to >= chunk.begin or chunk.begin <= bounds.begin:
             return True
         log.error(
             "labels that were booked are not in Redis any more; booking the whole log again",
             extra={"partition": partition, "from_offset": bounds.begin},
         )
-        self._next_offsets[partition] = bounds.begin
+        tenure[partition] = bounds.begin
         await self._labels_log.seek(partition, bounds.begin)
         return False
 

@@ -318,6 +318,29 @@ def test_a_log_whose_begin_is_deleted_is_read_from_where_it_begins() -> None:
     assert known(world) == ["t2", "t3"]
 
 
+def test_a_poll_that_outlives_its_assignment_says_nothing_of_the_next_one() -> None:
+    """Or what that begins with would be left for ever, as if the log was to be read back."""
+    world = World(partitions=1, micro_batch_max=1)
+    for i in range(3):
+        produce_label(world, f"t{i}")
+    worker = LabelWorker(world)
+    late = worker.consumer.poll()
+    assert late is not None
+
+    def take_and_give(name: str) -> None:
+        if name == "after book":
+            world.interrupt(lambda name: None)
+            other = LabelWorker(world)
+            other.run()
+            worker.labels.assign(world.partitions)
+
+    world.interrupt(take_and_give)
+    finish(worker.labels.process(late))
+
+    assert late.applied == {}
+    assert worker.labels.next_offsets() == {}
+
+
 def test_a_partition_taken_away_meanwhile_is_not_acked() -> None:
     world = World(partitions=1)
     produce_label(world, "t1")
