@@ -174,8 +174,12 @@ class MemoryMerchantStore:
         with _step("book", self.interrupt):
             self._require_up()
             decisions = [self.book_one(partition, label) for label in labels]
-            self.booked_ends[partition] = end
+            self.reach(partition, end)
             return decisions
+
+    def reach(self, partition: int, end: int) -> None:
+        """A labels partition is booked up to there, if it is not further."""
+        self.booked_ends[partition] = max(end, self.booked_ends.get(partition, 0))
 
     def book_one(self, partition: int, label: Booking) -> str | None:
         """Book a label at once; its transaction's decision, or None if it was booked before."""

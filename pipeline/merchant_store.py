@@ -169,6 +169,15 @@ return replies
     }
 )
 
+# KEYS: up to where a labels partition is booked. ARGV: an offset; a lower one is of a zombie.
+REACH_SCRIPT = Script(
+    b"""
+if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then
+  redis.call('SET', KEYS[1], ARGV[1])
+end
+"""
+)
+
 _LABEL_HEAD = struct.Struct(">IQB")
 
 
@@ -251,7 +260,7 @@ class RedisMerchantStore:
     """
 
     def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
-        self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT)
+        self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT, REACH_SCRIPT)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
         self._labels_topic = labels_topic
@@ -320,7 +329,8 @@ class RedisMerchantStore:
         ]
         commands = [self._book(partition, [labels[i] for i in call]) for call in calls]
         booked_to = self._keys.labels_booked(self._labels_topic, partition)
-        *replies, _ = await self._calls.execute([*commands, ("SET", booked_to, b"%d" % end)])
+        reach = REACH_SCRIPT.call([booked_to], b"%d" % end)
+        *replies, _ = await self._calls.execute([*commands, reach])
         decisions: list[str | None] = [None] * len(labels)
         for call, reply in zip(calls, replies, strict=True):
             for i, decision in zip(call, reply, strict=True):

@@ -235,7 +235,7 @@ def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> Non
         assert await book(store, 0, labels) == ["approve"] * 4
         after = await store.load(["M1", "M2"])
 
-        for again in (labels, labels[:2], labels[1:3], labels[3:]):
+        for again in (labels, labels[3:], labels[1:3], labels[:2]):  # a zombie's end is lower
             assert await book(store, 0, again) == [None] * len(again)
 
         assert await store.load(["M1", "M2"]) == after

@@ -143,7 +143,7 @@ class MerchantClient:
                 self._auditor.label_booked(partition, labels[i])
 
         def say() -> None:
-            self._store.booked_ends[partition] = end
+            self._store.reach(partition, end)
             self._auditor.booked_to(partition, end)
 
         effects: list[Callable[[], None]] = [partial(book, places) for places in slots.values()]
