@@ -316,8 +316,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._begin.clear()
         for tp, offset in self._committed_offset.items():
             if offset is not None:
-                self._begin[tp] = offset
-                self._seek_if_assigned(tp, offset)
+                self._go_to(tp, offset)
                 if tp.topic in self.take_at_once and tp in self.assignment():
                     self._to_take[tp] = offset
         self._resets += 1  # a fetch that began before goes on from where the group was then
@@ -332,14 +331,11 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         ]
         if new:
             for tp, offset in (await self._thread.earliest_offsets(*new)).items():
-                place = TP(tp.topic, tp.partition)
-                self._begin[place] = offset
-                self._seek_if_assigned(place, offset)
+                self._go_to(TP(tp.topic, tp.partition), offset)
         # A poll that outlived its assignment may have looked at the states before Faust sought:
         # who asked for that does not ask again before it is done.
         for tp, offset in self._sought.items():
-            self._begin[tp] = offset
-            self._seek_if_assigned(tp, offset)
+            self._go_to(tp, offset)
         self._resets += 1  # the same of what was sought meanwhile
         self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
 
@@ -349,8 +345,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
 
     def seek_back(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on; what was fetched of it before is given up."""
-        self._begin[tp] = self._sought[tp] = offset
+        self._sought[tp] = offset
         self._resets += 1
+        self._go_to(tp, offset)
+
+    def _go_to(self, tp: TP, offset: int) -> None:
+        """The next chunk begins there, and so does the next fetch."""
+        self._begin[tp] = offset
         self._seek_if_assigned(tp, offset)
 
     def _seek_if_assigned(self, tp: TP, offset: int) -> None:

@@ -253,11 +253,26 @@ class Scorer:
             raise ComputationError("the score is no number")
         states.history.put(rows, after)
         states.hidden[rows] = after16
-        states.recent_ids[rows, before.count % RECENT_IDS] = batch.id_hash[members]
-        states.last_offset[rows] = batch.offset[members]
-        states.last_record_ms[rows] = np.maximum(
-            states.last_record_ms[rows], batch.record_ms[members]
-        )
-        new = before.count == 0
-        states.first_offset[rows[new]] = batch.offset[members[new]]
+        note_applied(states, batch, members, rows, before.count)
         return score, raw
+
+
+def note_applied(
+    states: AccountStates,
+    batch: MicroBatch,
+    members: NDArray[np.intp],
+    rows: NDArray[np.intp],
+    count: NDArray[np.uint32],
+) -> None:
+    """Write into the states of m distinct accounts which transactions they have applied.
+
+    Args:
+        members: [m] the transactions.
+        rows: [m] their accounts.
+        count: [m] of the accounts' transactions before.
+    """
+    states.recent_ids[rows, count % RECENT_IDS] = batch.id_hash[members]
+    states.last_offset[rows] = batch.offset[members]
+    states.last_record_ms[rows] = np.maximum(states.last_record_ms[rows], batch.record_ms[members])
+    new = count == 0
+    states.first_offset[rows[new]] = batch.offset[members[new]]

@@ -146,13 +146,8 @@ COMMANDS = (
 """What an operator runs beside a worker."""
 
 
-def recur(site: Site, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of ``recur`` as the operator's users."""
-    settings = site.settings(
-        kafka_sasl_username=OPERATOR,
-        kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR],
-        redis_username=OPERATOR,
-    )
+def recur(settings: dict[str, Any], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of ``recur`` as a process."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *command],
         env=os.environ | environment(settings),
@@ -195,8 +190,13 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
             ) as reader:
                 assert decode_score((await reader.getone()).value)
             commands = [command.format(account=sent[0].account_id) for command in COMMANDS]
+            operator = site.settings(
+                kafka_sasl_username=OPERATOR,
+                kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR],
+                redis_username=OPERATOR,
+            )
             for run in await asyncio.gather(
-                *(asyncio.to_thread(recur, site, *command.split()) for command in commands)
+                *(asyncio.to_thread(recur, operator, *command.split()) for command in commands)
             ):
                 assert run.returncode == 0, run
                 assert_holds_no_secret(run.stdout + run.stderr)
@@ -370,14 +370,9 @@ def test_recur_settings_shows_no_secret(site: Site) -> None:
         redis_url=f"rediss://recur:wrong-secret@{HOST}:1/0?password=wrong-secret",
     )
 
-    shown = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "settings"],
-        env=os.environ | environment(settings),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    shown = recur(settings, "settings")
 
+    assert shown.returncode == 0
     assert_holds_no_secret(shown.stdout + shown.stderr)
     assert shown.stdout.count("**********") >= 5
 

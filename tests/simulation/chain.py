@@ -3,7 +3,8 @@
 A network forgets and rounds, so that a transaction applied twice or left out may hardly show.
 Here an account's hidden is a hash of its hidden before, the transaction and the merchant's
 features. It is the same to the last bit whatever the micro-batch, and costs a microsecond.
-Rounds, repeats, expiry, bisection and the state's bytes are the real scorer's.
+Rounds, repeats, expiry, bisection, what a state notes of a transaction and the state's bytes are
+the real scorer's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from model.checkpoint import Checkpoint, Thresholds
 from model.features import INPUTS
 from model.reasons import Reason
 from pipeline.account_state import AccountStates
-from pipeline.scorer import MicroBatch, Scorer
+from pipeline.scorer import MicroBatch, Scorer, note_applied
 from tests.memory_pipeline import small_checkpoint
 
 POISON = 666.0
@@ -68,12 +69,11 @@ class ChainScorer(Scorer):
         amounts = batch.amount[members].tolist()
         if POISON in amounts:
             raise FloatingPointError("it fails")
-        offsets = batch.offset[members]
         hidden = b"".join(
             map(
                 chained,
                 (row.tobytes() for row in hidden16),
-                offsets.tolist(),
+                batch.offset[members].tolist(),
                 amounts,
                 (row.tobytes() for row in others),
             )
@@ -81,13 +81,7 @@ class ChainScorer(Scorer):
         states.hidden[rows] = np.frombuffer(hidden, np.float16).reshape(hidden16.shape)
         count = states.history.count[rows]
         states.history.count[rows] = count + 1
-        states.recent_ids[rows, count % states.recent_ids.shape[1]] = batch.id_hash[members]
-        states.last_offset[rows] = offsets
-        states.last_record_ms[rows] = np.maximum(
-            states.last_record_ms[rows], batch.record_ms[members]
-        )
-        new = count == 0
-        states.first_offset[rows[new]] = offsets[new]
+        note_applied(states, batch, members, rows, count)
         raw = np.zeros((len(members), self._columns), np.float32)
         raw[:, 0] = amounts
         raw[:, self._columns - others.shape[1] :] = others
