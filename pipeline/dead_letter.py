@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 
 from pipeline.metrics import Metrics
@@ -11,9 +13,14 @@ from pipeline.publisher import Outgoing
 KEY_MAX_BYTES = 65_536
 """With it the longest rejected value stays under the broker's limit of 1 MiB."""
 
+TELL_EVERY_MS = 60_000
+"""Between two lines of the log about the same reason."""
+
+log = logging.getLogger(__name__)
+
 
 class DeadLetters:
-    """Makes dead letters of a topic's records, and counts them.
+    """Makes dead letters of a topic's records, counts them, and tells of them in the log.
 
     Args:
         topic: full name of the topic that the records came from.
@@ -28,10 +35,14 @@ class DeadLetters:
         self._value_max_bytes = value_max_bytes
         self._metrics = metrics
         self._clock_ms = clock_ms
+        self._untold: Counter[str] = Counter()
+        self._told_ms: dict[str, int] = {}
 
     def letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
         """The original key and bytes; where from and why in headers."""
+        now_ms = self._clock_ms()
         self._metrics.rejected.labels(reason).inc()
+        self._tell(reason, partition, record.offset, now_ms)
         limit = self._value_max_bytes
         headers = {
             "topic": self._topic,
@@ -39,7 +50,7 @@ class DeadLetters:
             "offset": str(record.offset),
             "reason": reason,
             "error": error[:300],
-            "time": str(self._clock_ms()),
+            "time": str(now_ms),
         }
         key, value = record.key, record.value
         key_limit = min(limit, KEY_MAX_BYTES)
@@ -47,3 +58,21 @@ class DeadLetters:
             headers["truncated"] = str(len(value or b""))
             key, value = key and key[:key_limit], value and value[:limit]
         return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
+
+    def _tell(self, reason: str, partition: int, offset: int, now_ms: int) -> None:
+        """The first one of a reason, and once a minute how many there were since."""
+        self._untold[reason] += 1
+        told_ms = self._told_ms.get(reason)
+        if told_ms is not None and now_ms - told_ms < TELL_EVERY_MS:
+            return
+        self._told_ms[reason] = now_ms
+        log.warning(
+            "rejected: the dead-letter topic has what, and what is wrong with it",
+            extra={
+                "reason": reason,
+                "records": self._untold.pop(reason),
+                "topic": self._topic,
+                "partition": partition,
+                "offset": offset,
+            },
+        )

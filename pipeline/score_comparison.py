@@ -36,7 +36,7 @@ class ScoreTally:
     def add(self, advanced: Advanced) -> None:
         """Compare a micro-batch's scores."""
         row, offset = advanced.row, advanced.offset
-        self._grow(int(row.max(initial=-1)) + 1)
+        self.make_room(int(row.max(initial=-1)) + 1)
         asked = advanced.applied & (offset >= self._offsets.start) & (offset < self._offsets.stop)
         there = np.array([score is not None for score in advanced.recorded], bool)
         is_ours = np.array(
@@ -60,7 +60,8 @@ class ScoreTally:
             self._first_difference.setdefault(int(row[i]), int(offset[i]))
         self._unexpected += [key for source, key in advanced.unexpected if source in self._offsets]
 
-    def _grow(self, rows: int) -> None:
+    def make_room(self, rows: int) -> None:
+        """Know of so many accounts, those of which no transaction was seen included."""
         more = rows - len(self._largest)
         if more > 0:
             more = max(more, 1024, len(self._largest))

@@ -274,6 +274,7 @@ class Verifier:
                 found.records += advanced.records
                 self._show(advanced)
             choice.settle()
+            tally.make_room(len(log.states.row_of))
             chosen = [
                 (account, row)
                 for account, row in log.states.row_of.items()

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
 from model.features import FEATURES
@@ -22,9 +23,11 @@ from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
 from pipeline.account_state import Watermark
 from pipeline.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
+from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.decision import Thresholds, thresholds_of
 from pipeline.errors import StartupError
-from pipeline.memory import MemoryPublisher
+from pipeline.memory import MemoryPublisher, MemoryRecord
+from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.rebuild import TakenBack
@@ -1355,6 +1358,32 @@ def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_g
         assert record.value == log[offset].value or (record.key, record.value) == (None, b"")
     for reason in set(reasons):
         assert worker.count("recur_rejected_total", reason=reason) == reasons.count(reason)
+
+
+def test_the_log_tells_of_rejected_records_by_reason_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """So that one sees at once that all of a producer's are; without a word of what was sent."""
+    now_ms = [0]
+    letters = DeadLetters("transactions", 100, Metrics(CollectorRegistry()), lambda: now_ms[0])
+
+    def reject(offset: int, reason: str) -> None:
+        record = MemoryRecord(offset, 0, b"secret", b"secret", ())
+        letters.letter(3, record, reason, "it says secret")
+
+    for offset in range(50):
+        reject(offset, "currency")
+    reject(50, "amount")
+    now_ms[0] = TELL_EVERY_MS
+    reject(51, "currency")
+
+    told = [vars(line) for line in caplog.records]
+    assert [(line["reason"], line["records"], line["offset"]) for line in told] == [
+        ("currency", 1, 0),
+        ("amount", 1, 50),
+        ("currency", 50, 51),
+    ]
+    assert "secret" not in str(told)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,16 @@ def test_accounts_that_are_forgotten_are_right_without_a_state_or_with_a_new_one
     assert not found.unverifiable
 
 
+def test_an_account_of_which_the_log_has_nothing_but_that_it_is_forgotten_is_right() -> None:
+    world = World(small_checkpoint(inputs=INPUTS), log_retention_days=36_000)
+    world.forget("never seen")
+    world.produce_raw(b"rejected", b"not a transaction")
+    finish(world.worker().run())
+    found = verify_world(world)
+    assert found.is_right
+    assert found.accounts == 0
+
+
 def test_while_states_are_rebuilt_those_past_the_watermark_count_as_absent() -> None:
     world = world_of()
     for account in ("late", "late too", "last of all"):
