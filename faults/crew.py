@@ -14,8 +14,6 @@ LOOK_SECONDS = 0.1
 RESTART_SECONDS = 0.5
 """Between a worker's death and its new start."""
 
-READY_LOOK_SECONDS = 0.3
-
 
 class Crew:
     """Worker processes.

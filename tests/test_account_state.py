@@ -16,7 +16,6 @@ from model.features import WINDOW_DAYS, AccountHistory
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec, Watermark, layout
 
 WINDOWS = len(WINDOW_DAYS)
-int64s = st.integers(-(2**63), 2**63 - 1)
 
 
 def column(dtype: str, n: int, *shape: int) -> st.SearchStrategy[NDArray[Any]]:

@@ -146,10 +146,6 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
         before.append((now_ms_or_last, amount))
 
 
-def amounts_of(before: list[tuple[int, float]]) -> list[float]:
-    return [amount for _, amount in before]
-
-
 def usual(history: list[tuple[int, float]]) -> float:
     """Running mean in which what is over 2.5 times it, and over the plain mean, counts as that."""
     usual = history[0][1]
