@@ -6,7 +6,7 @@ from faults.fault import Fault
 from faults.of_everything import SigtermOfAll
 from faults.of_input import Backwards, Flood, HotAccount, SentTwice, Undecodable
 from faults.of_kafka import BrokerKilled, OneOfThreeBrokers
-from faults.of_labels import LabelStorm
+from faults.of_labels import LabelsLost, LabelStorm
 from faults.of_redis import (
     RedisClusterFailover,
     RedisEmpty,
@@ -31,6 +31,7 @@ FAULTS: tuple[Fault, ...] = (
     RedisEmpty(),
     RedisFailover(),
     RedisClusterFailover(),
+    LabelsLost(),
     RedisFull(),
     RedisSlow(),
     Undecodable(),

@@ -1,11 +1,15 @@
-"""A storm of labels: of unknown merchants, again and again, contradicting each other, and none."""
+"""Labels of unknown merchants, again and again, contradicting each other, and none: many of them,
+or while Redis loses some."""
 
 from __future__ import annotations
+
+import asyncio
 
 import numpy as np
 
 from faults.fault import Fault
 from faults.load import PATIENCE_SECONDS, START_DATE
+from faults.of_redis import RedisClusterFailover
 from faults.rig import Rig
 from faults.watch import until_true
 from pipeline.feed import Feed
@@ -16,6 +20,7 @@ from pipeline.score_log import KafkaScoreLog
 
 LABELS = 200_000
 PIECE_LABELS = 2_000
+LABELS_PER_SECOND = 2_000
 MERCHANTS = 400
 """Unknown ones: no transaction names them."""
 
@@ -28,31 +33,22 @@ BOOKED_LIMIT_SECONDS = 240.0
 _WHEN_MS = int(np.datetime64(START_DATE, "ms").astype(np.int64)) + 10 * 86_400_000
 
 
-class LabelStorm(Fault):
-    """The last label of a transaction wins, and scores go on as ever."""
+class Storm:
+    """Labels that are sent, and what must become of them."""
 
-    name = "label-storm"
-    what = "200,000 labels of unknown merchants, repeated, contradicting, 5 % of them none"
-
-    def __init__(self) -> None:
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
         self._truth: dict[tuple[str, str], bool] = {}
+        self._rng = np.random.default_rng(rig.random.getrandbits(32))
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        self._truth.clear()
-        rng = np.random.default_rng(rig.random.getrandbits(32))
-        pieces = range(max(1, round(rig.seconds(LABELS / PIECE_LABELS))))
-        async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
-            for piece in pieces:
-                rig.fraction = piece / len(pieces)
-                await feed.send(*self._labels(rng))
-                rig.load.raise_failure()
-        mark = await rig.mark()
-        await self._until_booked(rig)
-        await rig.recover(mark)
+    async def send(self, feed: Feed) -> None:
+        """Send a piece."""
+        await feed.send(*self._piece())
+        self._rig.load.raise_failure()
 
-    def _labels(self, rng: np.random.Generator) -> tuple[list[bytes], list[bytes]]:
+    def _piece(self) -> tuple[list[bytes], list[bytes]]:
         """Keys and values; the truth of each transaction is its last label."""
+        rng = self._rng
         merchants = [f"U{n:06d}" for n in rng.integers(0, MERCHANTS, PIECE_LABELS).tolist()]
         which = rng.integers(0, TRANSACTIONS_OF_MERCHANT, PIECE_LABELS).tolist()
         transactions = [f"{m}-{n}" for m, n in zip(merchants, which, strict=True)]
@@ -70,10 +66,12 @@ class LabelStorm(Fault):
                 self._truth[merchant, transaction] = fraud
         return list(block.keys), values
 
-    async def _until_booked(self, rig: Rig) -> None:
-        topic, partitions = rig.settings.topic("labels"), list(range(rig.settings.partitions))
-        store = RedisMerchantStore.from_settings(rig.settings)
-        log = KafkaScoreLog(rig.settings)
+    async def until_booked(self) -> None:
+        """Return once the store says of all labels that they are booked."""
+        settings = self._rig.settings
+        topic, partitions = settings.topic("labels"), list(range(settings.partitions))
+        store = RedisMerchantStore.from_settings(settings)
+        log = KafkaScoreLog(settings)
         await log.start()
         try:
             ends = await log.ends(topic, partitions)
@@ -87,10 +85,10 @@ class LabelStorm(Fault):
             await log.stop()
             await store.close()
 
-    async def check(self, rig: Rig) -> list[str]:
-        """See :class:`Fault`."""
+    async def check(self) -> list[str]:
+        """What is wrong with the merchants' profiles."""
         merchants = sorted({merchant for merchant, _ in self._truth})
-        store = RedisMerchantStore.from_settings(rig.settings)
+        store = RedisMerchantStore.from_settings(self._rig.settings)
         try:
             values = await store.load(merchants)
         finally:
@@ -105,3 +103,57 @@ class LabelStorm(Fault):
             ]
             wrong += sorted(fraud.id_hash for fraud in known) != sorted(expected)
         return [f"{wrong:,} merchants' profiles hold other frauds than labelled"] if wrong else []
+
+
+class LabelStorm(Fault):
+    """The last label of a transaction wins, and scores go on as ever."""
+
+    name = "label-storm"
+    what = "200,000 labels of unknown merchants, repeated, contradicting, 5 % of them none"
+    _storm: Storm
+
+    async def disturb(self, rig: Rig) -> None:
+        """See :class:`Fault`."""
+        self._storm = Storm(rig)
+        pieces = range(max(1, round(rig.seconds(LABELS / PIECE_LABELS))))
+        async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
+            for piece in pieces:
+                rig.fraction = piece / len(pieces)
+                await self._storm.send(feed)
+        mark = await rig.mark()
+        await self._storm.until_booked()
+        await rig.recover(mark)
+
+    async def check(self, rig: Rig) -> list[str]:
+        """See :class:`Fault`."""
+        return await self._storm.check()
+
+
+class LabelsLost(RedisClusterFailover):
+    """Some merchants' labels are gone with the primary that had them, others' are not."""
+
+    name = "labels-lost"
+    what = "the same while 2,000 labels a second come; those that were lost are booked again"
+    _storm: Storm
+
+    async def disturb(self, rig: Rig) -> None:
+        """See :class:`Fault`."""
+        self._storm = Storm(rig)
+        is_over = asyncio.Event()
+        sending = asyncio.create_task(self._send(rig, is_over))
+        try:
+            await super().disturb(rig)
+        finally:
+            is_over.set()
+            await sending
+        await self._storm.until_booked()
+
+    async def _send(self, rig: Rig, is_over: asyncio.Event) -> None:
+        async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
+            while not is_over.is_set():
+                await self._storm.send(feed)
+                await asyncio.sleep(PIECE_LABELS / LABELS_PER_SECOND)
+
+    async def check(self, rig: Rig) -> list[str]:
+        """See :class:`Fault`."""
+        return await self._storm.check()

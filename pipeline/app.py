@@ -50,6 +50,9 @@ REDIS_LOOK_SECONDS = 1.0
 LAG_LOOK_SECONDS = 5.0
 """Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
 
+LABELS_LOOK_SECONDS = 10.0
+"""Between two looks at whether Redis still has the labels that were booked."""
+
 DAY_MS = 86_400_000
 
 GC_THRESHOLD = 100_000
@@ -152,6 +155,8 @@ class Worker:
             app.agent(polls, name=name, supervisor_strategy=CrashingSupervisor)(agent)
         app.task(self._monitor_redis)
         app.task(self._monitor_lag)
+        if self._settings.merchant_counts:
+            app.task(self._monitor_labels)
         app.task(self._monitor_checkpoint)
         app.on_before_shutdown.connect(self._on_before_shutdown)
 
@@ -252,6 +257,12 @@ class Worker:
         while not self.app.should_stop:
             await self._look_at_lag()
             await asyncio.sleep(LAG_LOOK_SECONDS)
+
+    async def _monitor_labels(self) -> None:
+        """Labels that Redis lost are booked again even where no others come."""
+        while not self.app.should_stop:
+            await asyncio.sleep(LABELS_LOOK_SECONDS)
+            await self.labels.look()
 
     async def _monitor_checkpoint(self) -> None:
         """New thresholds in the checkpoint's file decide from the next micro-batch on."""

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 
 import xxhash
 
-MERCHANT_SLOTS = 256
-"""Hash tags of merchants: enough to spread over a cluster, few enough to group by."""
+MERCHANT_SLOTS = 16
+"""Hash tags of merchants: enough to spread over a cluster as partitions do, few enough to say of
+each with every poll of labels how far it is booked, and to read a micro-batch's merchants in as
+many calls."""
 
 
 def merchant_slot(merchant_id: str) -> int:
@@ -95,12 +97,8 @@ class MerchantKeys:
         return b"%b:merchant:{%d}:%b" % (self.prefix.encode(), slot, name)
 
     def labels_watermark(self, slot: int, topic: str, partition: int) -> bytes:
-        """Key of how far a labels partition is booked in a slot's profiles."""
+        """Key of the offset before which all labels of a partition are booked in a slot."""
         return f"{self.prefix}:labels:{{{slot}}}:{topic}-{partition}".encode()
-
-    def labels_booked(self, topic: str, partition: int) -> bytes:
-        """Key of the offset up to which a labels partition is booked in all slots."""
-        return f"{self.prefix}:labels:{topic}-{partition}".encode()
 
     def alert(self, slot: int, transaction_hash: int) -> bytes:
         """Key of a transaction's decision, where it raised an alert."""

@@ -1,7 +1,8 @@
 """Labels, the truths that arrive later: decode → publish what is rejected → book → ack.
 
-The store books each label once, whoever asks and how often; so there is nothing to guard
-here, and what a rebalance cuts off is done again by the next owner.
+The store books each label once, whoever asks and how often, and nothing past a gap. So there is
+nothing to guard here: what a rebalance cuts off is done again by the next owner, and what the
+store lost is read again from where it is booked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,7 @@ from pipeline.dead_letter import DeadLetters
 from pipeline.errors import RejectedError
 from pipeline.health import Health
 from pipeline.merchant_profile import Fraud, transaction_hash
-from pipeline.merchant_store import Booking, MerchantStore
+from pipeline.merchant_store import Booked, Booking, MerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll, Record, TransactionLog
 from pipeline.patience import Patience
@@ -102,34 +104,44 @@ class LabelProcessor:
         for partition, chunk in poll.chunks.items():
             if self._next_offsets is not tenure:
                 break
-            if partition in tenure and await self._continues(partition, chunk):
-                await self._book(partition, chunk)
-                if self._next_offsets is tenure:
-                    tenure[partition] = poll.applied[partition] = chunk.end
+            if partition not in tenure:
+                continue
+            expected = tenure[partition]
+            if expected is not None and chunk.begin > expected:
+                continue  # fetched before the log was read back
+            behind = await self._book(partition, chunk)
+            if self._next_offsets is not tenure:
+                break
+            if behind is None:
+                tenure[partition] = poll.applied[partition] = chunk.end
+            else:
+                await self._read_back(partition, behind)
         self._health.moved(STREAM)
 
-    async def _continues(self, partition: int, chunk: Chunk) -> bool:
-        """Whether the store has what is before a chunk; else the log is read from its begin."""
+    async def look(self) -> None:
+        """See whether the store still has what was booked; else have the log read back."""
         tenure = self._next_offsets
-        expected = tenure[partition]
-        if expected is not None:
-            return chunk.begin <= expected  # past it: fetched before the log was read back
-        booked_to = await self._patience.ask_store(lambda: self._store.booked_to(partition))
-        bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))
-        if self._next_offsets is not tenure:  # the group gave and took meanwhile
-            return False
-        tenure[partition] = chunk.begin
-        if booked_to >= chunk.begin or chunk.begin <= bounds.begin:
-            return True
-        log.error(
-            "labels that were booked are not in Redis any more; booking the whole log again",
-            extra={"partition": partition, "from_offset": bounds.begin},
-        )
-        tenure[partition] = bounds.begin
-        await self._labels_log.seek(partition, bounds.begin)
-        return False
+        for partition, booked in self.next_offsets().items():
+            standing = await self._patience.ask_store(partial(self._store.booked_to, partition))
+            if standing < booked:
+                standing = max(standing, await self._begin(partition))
+            if standing < booked and self._next_offsets is tenure:
+                await self._read_back(partition, standing)
 
-    async def _book(self, partition: int, chunk: Chunk) -> None:
+    async def _begin(self, partition: int) -> int:
+        bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))
+        return bounds.begin
+
+    async def _read_back(self, partition: int, offset: int) -> None:
+        log.error(
+            "labels that were booked are not in Redis any more; booking them again",
+            extra={"partition": partition, "from_offset": offset},
+        )
+        self._next_offsets[partition] = offset
+        await self._labels_log.seek(partition, offset)
+
+    async def _book(self, partition: int, chunk: Chunk) -> int | None:
+        """Book a chunk; where the store lacks what is before it, the offset to go on from."""
         with self._metrics.timed("book"):
             bookings: list[Booking] = []
             names: list[str] = []
@@ -148,18 +160,29 @@ class LabelProcessor:
                 delays_ms.append(labelled_ms - timestamp_ms)
             if letters:
                 await self._publisher.publish({}, [], letters)
-            decisions = await self._patience.ask_store(
-                lambda: self._store.book(partition, bookings, chunk.end)
-            )
-        self._observe(names, delays_ms, decisions)
+            booked = await self._ask(partition, bookings, chunk.begin, chunk.end)
+            behind = booked.behind
+            if behind is not None:
+                behind = max(behind, await self._begin(partition))
+                if behind >= chunk.begin:  # the log has nothing of what is not booked
+                    booked = await self._ask(partition, bookings, 0, chunk.end)
+                    behind = None
+        self._observe(names, delays_ms, booked)
+        return behind
 
-    def _observe(self, names: list[str], delays_ms: list[int], decisions: list[str | None]) -> None:
+    async def _ask(self, partition: int, bookings: list[Booking], begin: int, end: int) -> Booked:
+        return await self._patience.ask_store(
+            lambda: self._store.book(partition, bookings, begin, end)
+        )
+
+    def _observe(self, names: list[str], delays_ms: list[int], booked: Booked) -> None:
         """Count labels that are new."""
-        new = [i for i, decision in enumerate(decisions) if decision is not None]
+        new = [i for i, decision in enumerate(booked.decisions) if decision is not None]
         for i in new:
-            self._metrics.labels.labels(names[i], decisions[i]).inc()
+            self._metrics.labels.labels(names[i], booked.decisions[i]).inc()
         self._metrics.label_delay.observe(np.array([delays_ms[i] for i in new]) / 1000.0)
-        self._metrics.labels_repeated.inc(len(names) - len(new))
+        if booked.behind is None:
+            self._metrics.labels_repeated.inc(len(names) - len(new))
 
 
 def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:

@@ -20,9 +20,9 @@ from itertools import islice
 from aiokafka.partitioner import murmur2
 
 from pipeline.decision import DECISIONS
-from pipeline.keys import merchant_slot
+from pipeline.keys import MERCHANT_SLOTS
 from pipeline.merchant_profile import Profile, is_sound
-from pipeline.merchant_store import Alerted, Booking, Counts
+from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, by_slot
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError, Said
 from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
@@ -124,8 +124,7 @@ class MemoryMerchantStore:
     Attributes:
         profiles: values by merchant.
         alerts: decisions by hash of the transaction id.
-        booked: next offset of a labels partition, by partition and slot.
-        booked_ends: up to where a labels partition is booked, by partition.
+        booked: before which offset all labels are booked, by partition and slot.
         is_up: False is a server that does not answer.
         interrupt: called before and after each call.
     """
@@ -134,7 +133,6 @@ class MemoryMerchantStore:
         self.profiles: dict[str, bytes] = {}
         self.alerts: dict[int, str] = {}
         self.booked: dict[tuple[int, int], int] = {}
-        self.booked_ends: dict[int, int] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
 
@@ -168,25 +166,30 @@ class MemoryMerchantStore:
         profile.count(bucket, n)
         self.profiles[merchant_id] = profile.to_bytes()
 
-    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("book", self.interrupt):
             self._require_up()
-            decisions = [self.book_one(partition, label) for label in labels]
-            self.reach(partition, end)
-            return decisions
+            places = by_slot([label.merchant_id for label in labels])
+            parts = [places.get(slot, []) for slot in range(MERCHANT_SLOTS)]
+            replies = [
+                self.book_slot(slot, partition, [labels[i] for i in part], begin, end)
+                for slot, part in enumerate(parts)
+            ]
+            return booked_of(len(labels), parts, replies)
 
-    def reach(self, partition: int, end: int) -> None:
-        """A labels partition is booked up to there, if it is not further."""
-        self.booked_ends[partition] = max(end, self.booked_ends.get(partition, 0))
+    def book_slot(
+        self, slot: int, partition: int, labels: Sequence[Booking], begin: int, end: int
+    ) -> list[str | None] | int:
+        """Book labels of a slot at once; what became of them, or up to where it is booked."""
+        booked_to = self.booked.get((partition, slot), 0)
+        if booked_to < begin:
+            return booked_to
+        self.booked[partition, slot] = max(booked_to, end)
+        return [self._book(label) if label.offset >= booked_to else None for label in labels]
 
-    def book_one(self, partition: int, label: Booking) -> str | None:
-        """Book a label at once; its transaction's decision, or None if it was booked before."""
-        place = partition, merchant_slot(label.merchant_id)
-        if label.offset < self.booked.get(place, 0):
-            return None
-        self.booked[place] = label.offset + 1
+    def _book(self, label: Booking) -> str:
         profile = self.profile(label.merchant_id)
         if profile.book(label.entry, label.is_fraud):
             self.profiles[label.merchant_id] = profile.to_bytes()
@@ -196,7 +199,11 @@ class MemoryMerchantStore:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         self._require_up()
-        return self.booked_ends.get(partition, 0)
+        return self.all_booked_to(partition)
+
+    def all_booked_to(self, partition: int) -> int:
+        """The offset before which all labels of a partition are booked."""
+        return min(self.booked.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
 
     async def close(self) -> None:
         """See :class:`pipeline.merchant_store.MerchantStore`."""

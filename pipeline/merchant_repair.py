@@ -27,24 +27,21 @@ from pipeline.redis_calls import RedisCalls, Script, redis_client
 from pipeline.settings import Settings
 
 # KEYS: the slot's watermarks of the labels partitions, then profiles. ARGV: how many watermarks,
-# the expected ones ("" for none), the new ones ("" leaves it), time to live in milliseconds, an
-# empty profile, then each profile's known frauds. Returns 1, or 0 where it wrote nothing.
+# the expected ones, time to live in milliseconds, an empty profile, then each profile's known
+# frauds. Returns 1, or 0 where it wrote nothing.
 REPLACE_SCRIPT = Script(
     b"""
 local n = tonumber(ARGV[1])
 for i = 1, n do
-  if (redis.call('GET', KEYS[i]) or '') ~= ARGV[1 + i] then return 0 end
-end
-for i = 1, n do
-  if ARGV[1 + n + i] ~= '' then redis.call('SET', KEYS[i], ARGV[1 + n + i]) end
+  if (redis.call('GET', KEYS[i]) or '0') ~= ARGV[1 + i] then return 0 end
 end
 for i = n + 1, #KEYS do
-  local value, fixed = redis.call('GET', KEYS[i]), ARGV[3 + 2 * n]
+  local value, fixed = redis.call('GET', KEYS[i]), ARGV[3 + n]
   if value and #value >= %(fixed)d and string.byte(value) == %(format)d
       and (#value - %(fixed)d) %% %(fraud)d == 0 then
     fixed = string.sub(value, 1, %(fixed)d)
   end
-  redis.call('SET', KEYS[i], fixed .. ARGV[3 + n + i], 'PX', ARGV[2 + 2 * n])
+  redis.call('SET', KEYS[i], fixed .. ARGV[3 + i], 'PX', ARGV[2 + n])
 end
 return 1
 """
@@ -100,24 +97,22 @@ class MerchantRepair:
         await self._calls.close()
         await self.profiles.close()
 
-    async def booked_to(self, slot: int) -> list[int | None]:
-        """Up to where each labels partition is booked in a slot's profiles; None: not at all."""
+    async def booked_to(self, slot: int) -> list[int]:
+        """Before which offset all labels of each partition are booked in a slot's profiles."""
         keys = self._keys.labels_watermarks(slot, self._topic, self._partitions)
         (values,) = await self._calls.execute([("MGET", *keys)])
-        return [None if value is None else int(value) for value in values]
+        return [0 if value is None else int(value) for value in values]
 
     async def replace_frauds(
         self,
         slot: int,
-        expected: Sequence[int | None],
-        booked_to: Sequence[int | None],
+        booked_to: Sequence[int],
         frauds: Mapping[str, Sequence[Fraud]],
     ) -> bool:
         """Replace known frauds of a slot's merchants.
 
         Args:
-            expected: up to where labels are booked.
-            booked_to: up to where they are booked afterwards; None leaves it.
+            booked_to: up to where labels are booked.
             frauds: by merchant.
 
         Returns:
@@ -127,8 +122,7 @@ class MerchantRepair:
         call = REPLACE_SCRIPT.call(
             [*watermarks, *map(self._keys.profile, frauds)],
             b"%d" % self._partitions,
-            *(_text(offset) for offset in expected),
-            *(_text(offset) for offset in booked_to),
+            *(b"%d" % offset for offset in booked_to),
             b"%d" % EXPIRY_MS,
             EMPTY_VALUE,
             *(b"".join(encode_frauds(entries)) for entries in frauds.values()),
@@ -152,7 +146,3 @@ class MerchantRepair:
         ]
         if calls:
             await self._calls.execute(calls)
-
-
-def _text(offset: int | None) -> bytes:
-    return b"" if offset is None else b"%d" % offset

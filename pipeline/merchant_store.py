@@ -2,14 +2,14 @@
 
 Workers add to profiles side by side, so nothing here is guarded by a partition's watermark:
 transactions are counted in place, at least once. Labels are booked exactly once: a script
-changes a slot's profiles together with the offset up to which it has booked a labels
-partition, and skips what is below that.
+changes a slot's profiles together with the offset before which all labels of a partition are
+booked in them. It skips what is below that, and books nothing where there is a gap.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline.decision import DECISIONS
-from pipeline.keys import MerchantKeys, merchant_slot
+from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.merchant_profile import (
     EMPTY_VALUE,
     FIXED_BYTES,
@@ -106,12 +106,14 @@ return #KEYS
 
 # KEYS: the slot's watermark of the labels partition, profiles, then for each label the key of
 # its transaction's alert. ARGV: time to live in milliseconds, how many profiles, an empty
-# profile, then 29 bytes for each label: which profile, offset, 1 for fraud, entry.
-# Returns for each label '' where it was booked before, else the decision of its transaction.
+# profile, where the labels begin and end, then 29 bytes for each label: which profile, offset,
+# 1 for fraud, entry. Returns for each label '' where it was booked before, else the decision of
+# its transaction; a number where nothing is booked since the slot is booked only up to there.
 BOOK_SCRIPT = Script(
     b"""
-local next_offset = tonumber(redis.call('GET', KEYS[1]) or '0')
-local profiles, labels = tonumber(ARGV[2]), ARGV[4]
+local booked_to = tonumber(redis.call('GET', KEYS[1]) or '0')
+if booked_to < tonumber(ARGV[4]) then return booked_to end
+local profiles, labels = tonumber(ARGV[2]), ARGV[6]
 local fixed, frauds, changed, replies = {}, {}, {}, {}
 local function known_frauds(p)
   if not frauds[p] then
@@ -130,10 +132,9 @@ end
 for i = 1, #labels / 29 do
   local at = 29 * i - 28
   local p, offset, is_fraud = struct.unpack('>I4I8B', labels, at)
-  if offset < next_offset then
+  if offset < booked_to then
     replies[i] = ''
   else
-    next_offset = offset + 1
     replies[i] = redis.call('GET', KEYS[1 + profiles + i]) or '%(approve)s'
     local entry = string.sub(labels, at + 13, at + 28)
     local id, known = string.sub(entry, 1, 8), string.sub(entry, 13, 16)
@@ -156,7 +157,7 @@ end
 for p in pairs(changed) do
   redis.call('SET', KEYS[1 + p], fixed[p] .. table.concat(frauds[p]), 'PX', ARGV[1])
 end
-redis.call('SET', KEYS[1], string.format('%%.0f', next_offset))
+if tonumber(ARGV[5]) > booked_to then redis.call('SET', KEYS[1], ARGV[5]) end
 return replies
 """
     % {
@@ -167,15 +168,6 @@ return replies
         b"oldest": FRAUD_BUCKETS_MAX,
         b"most": FRAUDS_MAX,
     }
-)
-
-# KEYS: up to where a labels partition is booked. ARGV: an offset; a lower one is of a zombie.
-REACH_SCRIPT = Script(
-    b"""
-if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then
-  redis.call('SET', KEYS[1], ARGV[1])
-end
-"""
 )
 
 _LABEL_HEAD = struct.Struct(">IQB")
@@ -194,6 +186,21 @@ class Booking:
     merchant_id: str
     is_fraud: bool
     entry: Fraud
+
+
+@dataclass(frozen=True)
+class Booked:
+    """What became of labels.
+
+    Attributes:
+        decisions: of each label's transaction; None for a label that was booked before, or is
+            not booked.
+        behind: None, or the offset up to which some slots are booked, before where the labels
+            begin: the store lost what is between, and in these slots nothing was booked.
+    """
+
+    decisions: list[str | None]
+    behind: int | None = None
 
 
 @dataclass(frozen=True)
@@ -226,21 +233,19 @@ class MerchantStore(Protocol):
             StoreUnavailableError: some of it may have been done.
         """
 
-    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
-        """Book labels of a labels partition, in order of their offsets, each once.
+    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+        """Book all labels of [begin, end) of a labels partition, each once.
 
         Args:
-            end: the offset after them, and after what of the log is no label.
-
-        Returns:
-            the decision of each label's transaction; None for a label booked before.
+            labels: in order of their offsets.
+            begin: where what is before it is not booked, nothing is; 0 books whatever there is.
 
         Raises:
             StoreUnavailableError: some may be booked; ask again with the same labels.
         """
 
     async def booked_to(self, partition: int) -> int:
-        """The furthest ``end`` of a labels partition up to which was booked; 0 for none.
+        """The offset before which all labels of a partition are booked; 0 for none.
 
         Raises:
             StoreUnavailableError: nothing can be said; ask again.
@@ -260,7 +265,7 @@ class RedisMerchantStore:
     """
 
     def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
-        self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT, REACH_SCRIPT)
+        self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
         self._labels_topic = labels_topic
@@ -281,7 +286,7 @@ class RedisMerchantStore:
         if not self._calls.is_cluster:
             (values,) = await self._calls.execute([("MGET", *map(profile, merchant_ids))])
             return list(values)
-        places = _by_slot(merchant_ids)
+        places = by_slot(merchant_ids)
         replies = await self._calls.execute(
             [("MGET", *(profile(merchant_ids[i]) for i in part)) for part in places.values()]
         )
@@ -306,7 +311,7 @@ class RedisMerchantStore:
         numbers = np.minimum(list(counts.values()), COUNT_MAX).astype(">u2")
         places = [list(range(len(merchant_ids)))]
         if self._calls.is_cluster:
-            places = list(_by_slot(merchant_ids).values())
+            places = list(by_slot(merchant_ids).values())
         most = KEYS_PER_CALL_MAX
         calls = [part[i : i + most] for part in places for i in range(0, len(part), most)]
         profile = self._profile
@@ -320,26 +325,25 @@ class RedisMerchantStore:
             for part in calls
         ]
 
-    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
-        """See :class:`MerchantStore`: one script call for each slot."""
-        calls = [
-            part[i : i + LABELS_PER_CALL_MAX]
-            for part in _by_slot([label.merchant_id for label in labels]).values()
-            for i in range(0, len(part), LABELS_PER_CALL_MAX)
-        ]
-        commands = [self._book(partition, [labels[i] for i in call]) for call in calls]
-        booked_to = self._keys.labels_booked(self._labels_topic, partition)
-        reach = REACH_SCRIPT.call([booked_to], b"%d" % end)
-        *replies, _ = await self._calls.execute([*commands, reach])
-        decisions: list[str | None] = [None] * len(labels)
-        for call, reply in zip(calls, replies, strict=True):
-            for i, decision in zip(call, reply, strict=True):
-                decisions[i] = decision.decode() or None
-        return decisions
+    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+        """See :class:`MerchantStore`: one round trip, with a script call for each slot."""
+        places = by_slot([label.merchant_id for label in labels])
+        calls: list[Sequence[int]] = []
+        commands: list[Command] = []
+        for slot in range(MERCHANT_SLOTS):
+            start = begin
+            for part, stop in _calls_of(places.get(slot, []), labels, end):
+                calls.append(part)
+                booked = [labels[i] for i in part]
+                commands.append(self._book(slot, partition, booked, start, stop))
+                start = stop
+        replies = await self._calls.execute(commands)
+        return booked_of(len(labels), calls, [_told(reply) for reply in replies])
 
-    def _book(self, partition: int, labels: Sequence[Booking]) -> Command:
+    def _book(
+        self, slot: int, partition: int, labels: Sequence[Booking], begin: int, end: int
+    ) -> Command:
         """The call that books labels of one slot."""
-        slot = merchant_slot(labels[0].merchant_id)
         place_of: dict[str, int] = {}
         places = [place_of.setdefault(x.merchant_id, 1 + len(place_of)) for x in labels]
         entries = encode_frauds([label.entry for label in labels])
@@ -356,24 +360,54 @@ class RedisMerchantStore:
             self._expiry,
             b"%d" % len(place_of),
             EMPTY_VALUE,
+            b"%d" % begin,
+            b"%d" % end,
             blob,
         )
 
     async def booked_to(self, partition: int) -> int:
         """See :class:`MerchantStore`."""
-        value = await self._calls.ask(
-            "GET", self._keys.labels_booked(self._labels_topic, partition)
-        )
-        return 0 if value is None else int(value)
+        topic, slots = self._labels_topic, range(MERCHANT_SLOTS)
+        keys = [self._keys.labels_watermark(slot, topic, partition) for slot in slots]
+        values = await self._calls.execute([("GET", key) for key in keys])
+        return min(0 if value is None else int(value) for value in values)
 
     async def close(self) -> None:
         """See :class:`MerchantStore`."""
         await self._calls.close()
 
 
-def _by_slot(merchant_ids: Sequence[str]) -> dict[int, list[int]]:
+def booked_of(
+    count: int, parts: Sequence[Sequence[int]], replies: Sequence[list[str | None] | int]
+) -> Booked:
+    """What became of so many labels: by parts of them, decisions, or up to where was booked."""
+    decisions: list[str | None] = [None] * count
+    for part, reply in zip(parts, replies, strict=True):
+        if not isinstance(reply, int):
+            for i, decision in zip(part, reply, strict=True):
+                decisions[i] = decision
+    behind = [reply for reply in replies if isinstance(reply, int)]
+    return Booked(decisions, min(behind, default=None))
+
+
+def _told(reply: list[bytes] | int) -> list[str | None] | int:
+    return reply if isinstance(reply, int) else [word.decode() or None for word in reply]
+
+
+def by_slot(merchant_ids: Sequence[str]) -> dict[int, list[int]]:
     """Places of the ids by slot, in order."""
     places: dict[int, list[int]] = {}
     for i, merchant in enumerate(merchant_ids):
         places.setdefault(merchant_slot(merchant), []).append(i)
     return places
+
+
+def _calls_of(
+    places: Sequence[int], labels: Sequence[Booking], end: int
+) -> Iterator[tuple[Sequence[int], int]]:
+    """A slot's labels, as many as a call takes, and the offset where each call's labels end."""
+    most = LABELS_PER_CALL_MAX
+    firsts = range(0, max(1, len(places)), most)  # a slot without labels has a call, too
+    ends = [labels[places[first]].offset for first in firsts[1:]]
+    for first, stop in zip(firsts, [*ends, end], strict=True):
+        yield places[first : first + most], stop

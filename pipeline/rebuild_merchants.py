@@ -226,17 +226,9 @@ class MerchantRebuild:
     async def _correct_slot(self, slot: int, merchants: Sequence[str]) -> int | None:
         """How many profiles were corrected; None where a worker has booked meanwhile."""
         booked = await self._repair.booked_to(slot)
-        if any((to or 0) > read for to, read in zip(booked, self._labels_to, strict=True)):
+        if any(to > read for to, read in zip(booked, self._labels_to, strict=True)):
             await self._read_labels()
         labels = self._labels.get(slot, {})
-        last: dict[int, int] = {}
-        for logged in labels.values():
-            for label in logged:
-                partition = label.partition
-                last[partition] = max(last.get(partition, -1), label.booking.offset)
-        # A slot of which nothing is booked lost its data: book what the log has.
-        lost = [last[p] + 1 if to is None and p in last else None for p, to in enumerate(booked)]
-        reach = [to if to is not None else new or 0 for to, new in zip(booked, lost, strict=True)]
         values = await self._repair.profiles.load(merchants)
         frauds: dict[str, Sequence[Fraud]] = {}
         for merchant, value in zip(merchants, values, strict=True):
@@ -244,12 +236,12 @@ class MerchantRebuild:
             logged = labels.get(merchant, [])
             touched = {label.booking.entry.id_hash for label in logged}
             kept = [f for f in standing if f.known <= self._known_from and f.id_hash not in touched]
-            due = frauds_of(logged, reach, kept)
+            due = frauds_of(logged, booked, kept)
             if due != standing or (value is not None and not is_sound(value)):
                 frauds[merchant] = due
-        if self._dry_run or not (frauds or any(lost)):
+        if self._dry_run or not frauds:
             return len(frauds)
-        done = await self._repair.replace_frauds(slot, booked, lost, frauds)
+        done = await self._repair.replace_frauds(slot, booked, frauds)
         return len(frauds) if done else None
 
     # counts ------------------------------------------------------------------------------

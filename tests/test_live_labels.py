@@ -232,7 +232,7 @@ def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
 
     async def run() -> None:
         store = RedisMerchantStore.from_settings(settings)
-        await store.book(1, [Booking(6, "M1", True, entry)], 7)
+        await store.book(1, [Booking(6, "M1", True, entry)], 0, 7)
         await store.close()
         with pytest.raises(StartupError, match=r"labels-1 \(offset 7, the log ends at 0\)"):
             await check_services(settings, load_checkpoint(settings))

@@ -22,6 +22,7 @@ from pipeline.merchant_store import (
     ALERT_EXPIRY_MS,
     EXPIRY_MS,
     Alerted,
+    Booked,
     Booking,
     MerchantStore,
     RedisMerchantStore,
@@ -118,8 +119,11 @@ async def profile(store: MerchantStore, merchant: str) -> Profile:
 
 
 async def book(store: MerchantStore, partition: int, labels: Sequence[Booking]) -> list[str | None]:
+    """Labels of which none before them is missing; what was decided of their transactions."""
     end = labels[-1].offset + 1 if labels else 0
-    return await store.book(partition, labels, end)
+    booked = await store.book(partition, labels, 0, end)
+    assert booked.behind is None
+    return booked.decisions
 
 
 def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> Booking:
@@ -261,6 +265,40 @@ def test_a_redelivered_label_does_not_undo_the_later_one(backend: Backend) -> No
     backend.run(go)
 
 
+def test_nothing_is_booked_past_a_gap(backend: Backend) -> None:
+    """What is not booked and lies before it would count as booked, and stay lost."""
+
+    async def go(store: MerchantStore) -> None:
+        first, second = fraud(3, "M1", 1), fraud(12, "M1", 2)
+        assert await store.book(0, [first], 0, 10) == Booked(["approve"])
+        assert await store.book(0, [second], 12, 20) == Booked([None], behind=10)
+        assert await store.book(0, [], 11, 20) == Booked([], behind=10)
+        assert await store.booked_to(0) == 10
+        assert (await profile(store, "M1")).frauds == [first.entry]
+
+        assert await store.book(0, [second], 10, 20) == Booked(["approve"])
+        assert await store.book(0, [], 20, 30) == Booked([])
+        assert await store.booked_to(0) == 30
+        assert await store.book(0, [fraud(50, "M1", 3)], 0, 51) == Booked(["approve"])
+
+    backend.run(go)
+
+
+def test_more_labels_than_fit_a_call_are_booked_once_each(backend: Backend) -> None:
+    labels = [fraud(2 * i, f"M{i % 3}", i) for i in range(900)]
+
+    async def go(store: MerchantStore) -> None:
+        assert await store.book(0, labels[:500], 0, 1000) == Booked(["approve"] * 500)
+        again = await store.book(0, labels[200:], 400, 1800)
+        assert again == Booked([None] * 300 + ["approve"] * 400)
+        assert await store.booked_to(0) == 1800
+        for number in range(3):
+            known = [f.id_hash for f in (await profile(store, f"M{number}")).frauds]
+            assert known == list(range(number, 900, 3))
+
+    backend.run(go)
+
+
 def test_partitions_of_labels_are_apart(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
         assert await book(store, 0, [fraud(7, "M1", 1)]) == ["approve"]
@@ -355,6 +393,39 @@ def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) 
         assert ALERT_EXPIRY_MS - 60_000 < client.pttl(keys.alert(slot, 7)) <= ALERT_EXPIRY_MS
         watermark = keys.labels_watermark(merchant_slot("M2"), "labels", 3)
         assert client.pttl(watermark) == -1
+
+
+def test_a_part_of_a_cluster_that_lost_labels_is_found_and_gets_them_again(
+    real_backend: Backend,
+) -> None:
+    """A replica that lags takes over for one of several primaries."""
+    keys = real_backend.keys
+    labels = [fraud(i, f"M{i % 40}", i) for i in range(100)]
+    lost = merchant_slot("M7")
+    assert real_backend.client is not None
+    with real_backend.client() as client:
+
+        async def go(store: MerchantStore) -> None:
+            await store.book(0, labels[:60], 0, 60)
+            client.set(keys.labels_watermark(lost, "labels", 0), 20)
+            for number in range(40):
+                if merchant_slot(f"M{number}") == lost:
+                    client.delete(keys.profile(f"M{number}"))
+
+            assert await store.booked_to(0) == 20
+            found = await store.book(0, labels[60:], 60, 100)
+            assert found.behind == 20
+            for label, decision in zip(labels[60:], found.decisions, strict=True):
+                is_lost = merchant_slot(label.merchant_id) == lost
+                assert decision == (None if is_lost else "approve")
+
+            again = await store.book(0, labels[20:], 20, 100)
+            assert again.behind is None
+            for label, decision in zip(labels[20:], again.decisions, strict=True):
+                is_lost = merchant_slot(label.merchant_id) == lost
+                assert decision == ("approve" if is_lost else None)
+
+        real_backend.run(go)
 
 
 def test_a_profile_lives_on_while_it_is_counted_in(real_backend: Backend) -> None:

@@ -399,10 +399,12 @@ def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
                 for partition in range(4)
             ]
             await client.delete(*gone)
+            await until(all_booked, "the worker to notice that Redis has no labels any more")
+            assert [
+                Profile.from_bytes(value).frauds if value else []
+                for value in await store.load(names)
+            ] == [profile.frauds for profile in profiles]
             await rebuild_merchants(system)
-            assert [Profile.from_bytes(v or b"").frauds for v in await store.load(names)] == [
-                profile.frauds for profile in profiles
-            ]
             assert RIGHT in await rebuild_merchants(system)
             await store.close()
             await client.aclose()

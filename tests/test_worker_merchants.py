@@ -138,7 +138,7 @@ def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_clos
     jump_to_next_bucket(world)
     world.produce("A3")
     finish(worker.run())
-    finish(world.merchants.book(0, [Booking(0, "m1", True, entry)], 1))
+    finish(world.merchants.book(0, [Booking(0, "m1", True, entry)], 0, 1))
     world.produce("A4")
     finish(worker.run())
     jump_to_next_bucket(world)
@@ -202,7 +202,7 @@ def test_a_kept_score_advances_its_state_with_the_features_that_it_records() -> 
 
     entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
     bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
-    finish(world.merchants.book(0, bookings, 9))
+    finish(world.merchants.book(0, bookings, 0, 9))
     finish(world.worker().run())
 
     assert len(world.scores(0)[1]) == 1
@@ -214,7 +214,7 @@ def test_without_the_record_the_features_would_have_been_others() -> None:
     world = world_with_merchants()
     entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
     bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
-    finish(world.merchants.book(0, bookings, 9))
+    finish(world.merchants.book(0, bookings, 0, 9))
     world.produce("A1", "t1")
     finish(world.worker().run())
     assert features(world)[0]["merchant_known_frauds"] == 9

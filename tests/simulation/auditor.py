@@ -7,7 +7,7 @@ a worker must have known of a score (:class:`Conclusion`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.account_state import RECENT_IDS, StateCodec, Watermark
 from pipeline.codec import FORGET, decode_alert
 from pipeline.decision import DECISIONS
-from pipeline.keys import merchant_slot
+from pipeline.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.memory import MemoryMerchantStore, MemoryStateStore
 from pipeline.merchant_profile import Fraud, Profile
 from pipeline.merchant_store import Booking
@@ -257,15 +257,15 @@ class LabelAudit:
     Attributes:
         bookings: what must be booked, by offset, of each partition.
         ends: where each partition ends.
-        booked_to: up to where each partition was ever booked.
+        booked_to: up to where each slot was ever booked, of each partition.
     """
 
     bookings: list[dict[int, Booking]]
     ends: list[int]
-    booked_to: list[int] = field(default_factory=list)
+    booked_to: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.booked_to = [0] * len(self.ends)
+        self.booked_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
 
     def check(self, store: MemoryMerchantStore, merchant: str, partition: int) -> None:
         """A merchant's known frauds are its labels up to where its slot is booked.
@@ -281,13 +281,6 @@ class LabelAudit:
         found = store.profile(merchant).frauds
         if sorted(found, key=_id) != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
-
-    def all_booked(self, store: MemoryMerchantStore, partition: int) -> bool:
-        """Whether the store says of every label that it is booked."""
-        return all(
-            offset < store.booked.get((partition, merchant_slot(booking.merchant_id)), 0)
-            for offset, booking in self.bookings[partition].items()
-        )
 
 
 def _id(fraud: Fraud) -> int:
@@ -335,22 +328,19 @@ class Auditor:
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
     def label_booked(self, partition: int, booking: Booking) -> None:
-        """A label was booked, for the first time or again.
-
-        A worker notices that labels were lost only when it is given their partition, and only
-        if none was booked since: after a loss of data nothing is promised of them.
-        """
-        if not self.data_were_lost:
-            merchant = booking.merchant_id
-            self.check(lambda: self.labels.check(self._merchants, merchant, partition))
+        """A label was booked, for the first time or again, or would be."""
+        merchant = booking.merchant_id
+        self.check(lambda: self.labels.check(self._merchants, merchant, partition))
 
     def labels_are_booked(self, partition: int) -> bool:
-        """Whether all of a labels partition are, as far as that is promised."""
-        return self.data_were_lost or self.labels.all_booked(self._merchants, partition)
+        """Whether all of a labels partition are."""
+        return self._merchants.all_booked_to(partition) == self.labels.ends[partition]
 
-    def booked_to(self, partition: int, end: int) -> None:
-        """The store says that a labels partition is booked up to there."""
-        self.labels.booked_to[partition] = max(self.labels.booked_to[partition], end)
+    def booked_to(self, partition: int, slots: Iterable[int]) -> None:
+        """Slots may be booked further than before."""
+        furthest = self.labels.booked_to[partition]
+        for slot in slots:
+            furthest[slot] = max(furthest[slot], self._merchants.booked.get((partition, slot), 0))
 
     def alerted(self, value: bytes | None) -> None:
         """An alert is appended."""
@@ -366,7 +356,7 @@ class Auditor:
             if topic == self._topic:
                 furthest = self.partitions[partition].furthest
             else:
-                furthest = self.labels.booked_to[partition]
+                furthest = min(self.labels.booked_to[partition])
             if offset > furthest:
                 raise Violation("commit", f"{offset} of {name}, which is done up to {furthest}")
             if before is not None and offset < before and not self.data_were_lost:

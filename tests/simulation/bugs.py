@@ -20,7 +20,7 @@ import numpy as np
 from pipeline import ownership, processor
 from pipeline.account_state import AccountStates, Watermark
 from pipeline.keys import merchant_slot
-from pipeline.merchant_store import Booking
+from pipeline.merchant_store import Booked, Booking
 from pipeline.ownership import Chunk, Owned, Ownership, Record
 from pipeline.processor import Computed, Part, Processor
 from pipeline.publisher import Appended, Outgoing
@@ -326,10 +326,18 @@ class RejectedDropped(Publisher):
 class BookedAgain(MerchantClient):
     """Books labels that were booked before."""
 
-    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
+    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         for label in labels:
-            self._store.booked.pop((partition, merchant_slot(label.merchant_id)), None)
-        return await super().book(partition, labels, end)
+            place = partition, merchant_slot(label.merchant_id)
+            self._store.booked[place] = min(begin, self._store.booked.get(place, 0))
+        return await super().book(partition, labels, begin, end)
+
+
+class BookedPastTheGap(MerchantClient):
+    """Books labels though the store lost some that were before them."""
+
+    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+        return await super().book(partition, labels, 0, end)
 
 
 def _nothing(*_: Iterable[Any]) -> None:
@@ -364,4 +372,5 @@ BUGS = [
     Bug("an account not forgotten", 1, 10, patches=[(processor, "_obey", _nothing)]),
     Bug("rejected records not published", 1, 10, Parts(publisher=RejectedDropped)),
     Bug("labels booked again", 5, 100, Parts(merchant_client=BookedAgain)),
+    Bug("labels booked past a gap", 5, 100, Parts(merchant_client=BookedPastTheGap)),
 ]

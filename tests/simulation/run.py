@@ -250,6 +250,7 @@ class Run:
             (self._expel, 5),
             (self._rebalance, 3),
             (self._lose_data, 3),
+            (self._look_at_labels, 3),
         ):
             if rng.random() < 0.5:
                 events += [event] * rng.randint(1, most)
@@ -418,6 +419,12 @@ class Run:
         self._tell("the group rebalances")
         self.coordinator.rebalance()
 
+    def _look_at_labels(self) -> None:
+        worker = self._some_worker()
+        if worker is not None:
+            self._tell(f"{worker.host.name} looks whether its labels are still booked")
+            worker.look_at_labels()
+
     def _lose_data(self) -> None:
         """The store goes back to an earlier moment, or to none."""
         if self.rng.random() < 0.3:
@@ -561,4 +568,3 @@ def _restore(store: MemoryMerchantStore, other: MemoryMerchantStore) -> None:
     store.profiles = dict(other.profiles)
     store.alerts = dict(other.alerts)
     store.booked = dict(other.booked)
-    store.booked_ends = dict(other.booked_ends)

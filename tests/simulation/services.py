@@ -12,9 +12,9 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from pipeline.keys import merchant_slot
+from pipeline.keys import MERCHANT_SLOTS
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
-from pipeline.merchant_store import Alerted, Booking, Counts
+from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, by_slot
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
@@ -22,6 +22,9 @@ from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
 from tests.simulation.auditor import Auditor
 from tests.simulation.clock import Host
 from tests.simulation.network import Network
+
+SERVERS = 2
+"""Of a cluster that holds merchants: of a request, one may carry out its part and another not."""
 
 UNKNOWN_OFFSET = 0.03
 """Share of appends whose first answer is lost, and that are repeated: the broker has them, and
@@ -130,37 +133,35 @@ class MerchantClient:
         for alert in alerts:
             self._store.alerts[alert.transaction_hash] = alert.decision
 
-    async def book(self, partition: int, labels: Sequence[Booking], end: int) -> list[str | None]:
-        """One script for each slot, and then a command that says up to where."""
-        slots: dict[int, list[int]] = {}
-        for i, label in enumerate(labels):
-            slots.setdefault(merchant_slot(label.merchant_id), []).append(i)
-        decisions: list[str | None] = [None] * len(labels)
+    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+        """A script for each slot; each server's are carried out together or not at all."""
+        places = by_slot([label.merchant_id for label in labels])
+        parts = [places.get(slot, []) for slot in range(MERCHANT_SLOTS)]
+        replies: list[list[str | None] | int] = [0] * MERCHANT_SLOTS
 
-        def book(places: list[int]) -> None:
-            for i in places:
-                decisions[i] = self._store.book_one(partition, labels[i])
-                self._auditor.label_booked(partition, labels[i])
+        def book(slots: range) -> None:
+            for slot in slots:
+                booked = [labels[i] for i in parts[slot]]
+                replies[slot] = self._store.book_slot(slot, partition, booked, begin, end)
+                for label in booked:
+                    self._auditor.label_booked(partition, label)
+            self._auditor.booked_to(partition, slots)
 
-        def say() -> None:
-            self._store.reach(partition, end)
-            self._auditor.booked_to(partition, end)
-
-        effects: list[Callable[[], None]] = [partial(book, places) for places in slots.values()]
+        servers = [range(first, MERCHANT_SLOTS, SERVERS) for first in range(SERVERS)]
         await self._network.ask(
             self._host,
-            f"book {partition} up to {end}",
-            [*effects, say],
+            f"book {partition} from {begin} to {end}",
+            [partial(book, slots) for slots in servers],
             StoreUnavailableError,
         )
-        return decisions
+        return booked_of(len(labels), parts, replies)
 
     async def booked_to(self, partition: int) -> int:
-        """One GET."""
+        """One round trip."""
         (end,) = await self._network.ask(
             self._host,
             f"booked to? {partition}",
-            [lambda: self._store.booked_ends.get(partition, 0)],
+            [lambda: self._store.all_booked_to(partition)],
             StoreUnavailableError,
         )
         return end

@@ -160,6 +160,11 @@ class Worker(app.Worker):
             task = self.host.start(self._services.loop, agent(member.inboxes[topic]))
             task.add_done_callback(member._ended)
 
+    def look_at_labels(self) -> None:
+        """What a monitor does every so often."""
+        task = self.host.start(self._services.loop, self.labels.look())
+        task.add_done_callback(self.member._ended)
+
     def stop(self) -> None:
         """SIGTERM."""
         task = self.host.start(self._services.loop, self.member.leave())
