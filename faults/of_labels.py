@@ -20,12 +20,17 @@ from pipeline.score_log import KafkaScoreLog
 
 LABELS = 200_000
 PIECE_LABELS = 2_000
-LABELS_PER_SECOND = 2_000
 MERCHANTS = 400
 """Unknown ones: no transaction names them."""
 
 TRANSACTIONS_OF_MERCHANT = 5
 """That are labelled again and again, as fraud or as genuine."""
+
+TRANSACTIONS_LABELLED_ONCE = 100_000
+"""Of a merchant: so many that hardly any is labelled again, which would make up for a loss."""
+
+PIECES_PER_SECOND = 10
+LABELS_PER_SECOND = 500
 
 NO_LABEL_SHARE = 0.05
 BOOKED_LIMIT_SECONDS = 240.0
@@ -34,10 +39,17 @@ _WHEN_MS = int(np.datetime64(START_DATE, "ms").astype(np.int64)) + 10 * 86_400_0
 
 
 class Storm:
-    """Labels that are sent, and what must become of them."""
+    """Labels that are sent, and what must become of them.
 
-    def __init__(self, rig: Rig) -> None:
+    Args:
+        piece: how many are sent together.
+        transactions: of each merchant that are labelled.
+    """
+
+    def __init__(self, rig: Rig, piece: int, transactions: int) -> None:
         self._rig = rig
+        self._count = piece
+        self._transactions = transactions
         self._truth: dict[tuple[str, str], bool] = {}
         self._rng = np.random.default_rng(rig.random.getrandbits(32))
 
@@ -49,14 +61,14 @@ class Storm:
     def _piece(self) -> tuple[list[bytes], list[bytes]]:
         """Keys and values; the truth of each transaction is its last label."""
         rng = self._rng
-        merchants = [f"U{n:06d}" for n in rng.integers(0, MERCHANTS, PIECE_LABELS).tolist()]
-        which = rng.integers(0, TRANSACTIONS_OF_MERCHANT, PIECE_LABELS).tolist()
+        merchants = [f"U{n:06d}" for n in rng.integers(0, MERCHANTS, self._count).tolist()]
+        which = rng.integers(0, self._transactions, self._count).tolist()
         transactions = [f"{m}-{n}" for m, n in zip(merchants, which, strict=True)]
-        is_fraud = rng.random(PIECE_LABELS) < 0.5
-        when = np.full(PIECE_LABELS, _WHEN_MS)
+        is_fraud = rng.random(self._count) < 0.5
+        when = np.full(self._count, _WHEN_MS)
         block = encode_labels(transactions, merchants, merchants, is_fraud, when, when, "storm")
         values = list(block.values)
-        for i in np.flatnonzero(rng.random(PIECE_LABELS) < NO_LABEL_SHARE).tolist():
+        for i in np.flatnonzero(rng.random(self._count) < NO_LABEL_SHARE).tolist():
             values[i] = values[i][1:]
             transactions[i] = ""
         for merchant, transaction, fraud in zip(
@@ -114,7 +126,7 @@ class LabelStorm(Fault):
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
-        self._storm = Storm(rig)
+        self._storm = Storm(rig, PIECE_LABELS, TRANSACTIONS_OF_MERCHANT)
         pieces = range(max(1, round(rig.seconds(LABELS / PIECE_LABELS))))
         async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
             for piece in pieces:
@@ -133,12 +145,12 @@ class LabelsLost(RedisClusterFailover):
     """Some merchants' labels are gone with the primary that had them, others' are not."""
 
     name = "labels-lost"
-    what = "the same while 2,000 labels a second come; those that were lost are booked again"
+    what = "such elections while 500 labels a second come, of which some are lost with the primary"
     _storm: Storm
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
-        self._storm = Storm(rig)
+        self._storm = Storm(rig, LABELS_PER_SECOND // PIECES_PER_SECOND, TRANSACTIONS_LABELLED_ONCE)
         is_over = asyncio.Event()
         sending = asyncio.create_task(self._send(rig, is_over))
         try:
@@ -152,7 +164,7 @@ class LabelsLost(RedisClusterFailover):
         async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
             while not is_over.is_set():
                 await self._storm.send(feed)
-                await asyncio.sleep(PIECE_LABELS / LABELS_PER_SECOND)
+                await asyncio.sleep(1 / PIECES_PER_SECOND)
 
     async def check(self, rig: Rig) -> list[str]:
         """See :class:`Fault`."""
