@@ -121,12 +121,15 @@ class LabelProcessor:
     async def look(self) -> None:
         """See whether the store still has what was booked; else have the log read back."""
         tenure = self._next_offsets
-        for partition, booked in self.next_offsets().items():
+        for partition, booked in list(tenure.items()):
+            if booked is None:  # none came yet; what is committed was booked
+                committed = partial(self._labels_log.committed, partition)
+                booked = await self._patience.ask_log(committed)
             standing = await self._patience.ask_store(partial(self._store.booked_to, partition))
-            if standing < booked:
+            if booked is not None and standing < booked:
                 standing = max(standing, await self._begin(partition))
-            if standing < booked and self._next_offsets is tenure:
-                await self._read_back(partition, standing)
+                if standing < booked and self._next_offsets is tenure:
+                    await self._read_back(partition, standing)
 
     async def _begin(self, partition: int) -> int:
         bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))

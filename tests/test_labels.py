@@ -309,6 +309,12 @@ def test_labels_that_a_redis_lost_meanwhile_are_booked_again_by_the_same_worker(
     finish(worker.labels.look())
     assert worker.consumer.poll() is None
 
+    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
+    other = LabelWorker(world)  # which no label has come to yet
+    finish(other.labels.look())
+    other.run()
+    assert known(world) == ["t1", "t2", "t3", "t4"]
+
 
 def test_what_was_fetched_before_the_log_is_read_back_is_not_booked() -> None:
     """Booked, it would count what lies before it as booked, too, and that would stay lost."""
