@@ -149,7 +149,7 @@ def main(
     faults = {fault.name: fault for fault in FAULTS}
     if list_them:
         for fault in FAULTS:
-            console.print(f"{fault.name:16}{fault.what}", markup=False)
+            console.print(f"{fault.name:17} {fault.what}", markup=False)
         return
     unknown = set(only) - faults.keys()
     if unknown:

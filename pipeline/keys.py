@@ -81,11 +81,11 @@ class MerchantKeys:
 
     >>> keys = MerchantKeys("recur")
     >>> keys.profile("M1")
-    b'recur:merchant:{178}:M1'
+    b'recur:merchant:{2}:M1'
     >>> keys.labels_watermark(merchant_slot("M1"), "labels", 3)
-    b'recur:labels:{178}:labels-3'
+    b'recur:labels:{2}:labels-3'
     >>> keys.alert(merchant_slot("M1"), 255)
-    b'recur:alert:{178}:00000000000000ff'
+    b'recur:alert:{2}:00000000000000ff'
     """
 
     prefix: str

@@ -90,6 +90,7 @@ def test_a_run_has_most_kinds_of_what_can_happen() -> None:
         "expel",
         "rebalance",
         "lose_data",
+        "look_at_labels",
     }
     assert effects > 40 * 50
 
