@@ -35,7 +35,10 @@ from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import Position, TrainingState
 
-EPOCHS = 8
+EPOCHS = 12
+"""On the Handbook's data 8 are enough. Fraud in bursts on 1,000 accounts (benchmarks/bursts.py) gains:
+.976 with 8 (two seeds), .977 with 12, .978 with 14."""
+
 EPOCHS_MAX = 40
 UPDATES_MIN = 4000
 """Updates that a training of few data makes up for by more epochs."""
