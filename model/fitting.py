@@ -36,8 +36,7 @@ from model.training_settings import Report, Reporter, TrainingError, TrainingSet
 from model.training_state import Position, TrainingState
 
 EPOCHS = 12
-"""On the Handbook's data 8 are enough. Fraud in bursts on 1,000 accounts (benchmarks/bursts.py) gains:
-.976 with 8 (two seeds), .977 with 12, .978 with 14."""
+"""On the Handbook's data 8 are enough; fraud in bursts on 1,000 accounts gains (docs/model.md)."""
 
 EPOCHS_MAX = 40
 UPDATES_MIN = 4000
