@@ -39,6 +39,7 @@ from pipeline.topics import ROLES, TopicRole, ensure_topics
 from pipeline.transactional_publisher import PartitionPublisher, TransactionalPublisher
 
 PARTITIONS = 3
+VISIBLE_TRIES = 100
 
 
 class Broker(Protocol):
@@ -378,11 +379,19 @@ def said(
     return Said(sent, sent[:alerts], rejected, offsets[-1] + 1 if offsets else 7, tenure)
 
 
-async def everything(broker: Broker, role: TopicRole) -> list[bytes | None]:
-    """Values of all that is committed in a topic."""
+async def everything(broker: Broker, role: TopicRole, least: int = 0) -> list[bytes | None]:
+    """Values of all that is committed in a topic, once they are as many.
+
+    A broker makes what is committed visible a moment after it says that it is committed.
+    """
     topic = broker.settings.topic(role)
-    found = [await broker.records(topic, partition) for partition in range(PARTITIONS)]
-    return [record.value for records in found for record in records]
+    for _ in range(VISIBLE_TRIES):
+        found = [await broker.records(topic, partition) for partition in range(PARTITIONS)]
+        values = [record.value for records in found for record in records]
+        if len(values) >= least:
+            break
+        await asyncio.sleep(0.05)
+    return values
 
 
 def test_what_is_said_of_partitions_is_committed_with_their_offsets(opened: Opened) -> None:
@@ -403,8 +412,8 @@ def test_what_is_said_of_partitions_is_committed_with_their_offsets(opened: Open
         assert bounds == Bounds(0, 11)
         kept, position = await read(broker, 1, 0, 11)
         assert (list(kept), position) == (list(range(9)), 11)
-        assert len(await everything(broker, "alerts")) == 4
-        assert await everything(broker, "dead_letter") == [b"junk"] * 2
+        assert len(await everything(broker, "alerts", 4)) == 4
+        assert await everything(broker, "dead_letter", 2) == [b"junk"] * 2
 
     run(opened, test)
 
@@ -438,8 +447,8 @@ def test_whoever_takes_a_partition_keeps_the_one_before_out(opened: Opened) -> N
 
         assert list(committed) == [1]
         assert await broker.committed() == before | {1: 6}
-        assert len(await everything(broker, "scores")) == 3 + 3
-        assert len(await everything(broker, "alerts")) == 1
+        assert len(await everything(broker, "scores", 6)) == 3 + 3
+        assert len(await everything(broker, "alerts", 1)) == 1
         assert await zombie.commit({0: said(broker, 0, range(3, 6), tenures[0])}) == {}
 
         assert list(await owner.commit({0: said(broker, 0, range(3, 5), tenure)})) == [0]
@@ -463,7 +472,7 @@ def test_a_worker_that_takes_a_partition_anew_commits_nothing_that_it_meant_befo
 
         assert await transactions.commit({0: said(broker, 0, range(3), before)}) == {}
         assert list(await transactions.commit({0: said(broker, 0, range(3), tenure)})) == [0]
-        assert len(await everything(broker, "scores")) == 3
+        assert len(await everything(broker, "scores", 3)) == 3
 
     run(opened, test)
 
@@ -484,8 +493,8 @@ def test_what_a_dead_worker_left_open_is_taken_back_by_the_next(opened: Opened) 
         assert committed == {0: Appended(2, 4)}
         kept, position = await read(broker, 0, 0, 4)
         assert (kept[0].score.score, position) == (0.5, 4)
-        assert len(await everything(broker, "scores")) == 1
-        assert len(await everything(broker, "alerts")) == 1
+        assert len(await everything(broker, "scores", 1)) == 1
+        assert len(await everything(broker, "alerts", 1)) == 1
 
     run(opened, test)
 
