@@ -117,7 +117,7 @@ def require_loss(before: dict[int, int], mark: Mark) -> None:
     """A watermark is behind where it was before.
 
     Raises:
-        NoEffectError: they are not.
+        NoEffectError: none is.
     """
     lost = any(mark.applied.get(partition, 0) < offset for partition, offset in before.items())
     require(lost, "Redis lost nothing")
@@ -214,8 +214,7 @@ class RedisClusterFailover(Fault):
 
     def _fullest(self) -> tuple[Redis, Redis]:
         """The primary with the most keys, and its replica."""
-        pairs = [(p, replica) for p, replica in self._cluster.primaries().items() if replica]
-        return max(pairs, key=lambda pair: _size(pair[0]))
+        return max(self._cluster.pairs(), key=lambda pair: _size(pair[0]))
 
 
 def _size(server: Redis) -> int:

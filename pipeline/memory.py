@@ -22,7 +22,7 @@ from aiokafka.partitioner import murmur2
 from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS
 from pipeline.merchant_profile import Profile, is_sound
-from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, by_slot
+from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, places_by_slot
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError, Said
 from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
@@ -171,8 +171,7 @@ class MemoryMerchantStore:
         await asyncio.sleep(0)
         with _step("book", self.interrupt):
             self._require_up()
-            places = by_slot([label.merchant_id for label in labels])
-            parts = [places.get(slot, []) for slot in range(MERCHANT_SLOTS)]
+            parts = places_by_slot(labels)
             replies = [
                 self.book_slot(slot, partition, [labels[i] for i in part], begin, end)
                 for slot, part in enumerate(parts)

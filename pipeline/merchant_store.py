@@ -327,12 +327,11 @@ class RedisMerchantStore:
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """See :class:`MerchantStore`: one round trip, with a script call for each slot."""
-        places = by_slot([label.merchant_id for label in labels])
         calls: list[Sequence[int]] = []
         commands: list[Command] = []
-        for slot in range(MERCHANT_SLOTS):
+        for slot, places in enumerate(places_by_slot(labels)):
             start = begin
-            for part, stop in _calls_of(places.get(slot, []), labels, end):
+            for part, stop in _calls_of(places, labels, end):
                 calls.append(part)
                 booked = [labels[i] for i in part]
                 commands.append(self._book(slot, partition, booked, start, stop))
@@ -400,6 +399,12 @@ def by_slot(merchant_ids: Sequence[str]) -> dict[int, list[int]]:
     for i, merchant in enumerate(merchant_ids):
         places.setdefault(merchant_slot(merchant), []).append(i)
     return places
+
+
+def places_by_slot(labels: Sequence[Booking]) -> list[list[int]]:
+    """Places of the labels, for each slot that there is."""
+    places = by_slot([label.merchant_id for label in labels])
+    return [places.get(slot, []) for slot in range(MERCHANT_SLOTS)]
 
 
 def _calls_of(

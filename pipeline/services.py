@@ -656,29 +656,22 @@ class RedisCluster(ServiceCluster[Redis]):
         )
         self.url = self.nodes[0].url
 
-    def primaries(self) -> dict[Redis, Redis | None]:
-        """The nodes that have slots now, each with its replica if that is linked to it."""
-        roles = {node: node.replication() for node in self.nodes if node.running}
-        return {
-            primary: next(
-                (
-                    node
-                    for node, role in roles.items()
-                    if role.get("master_port") == primary.port
-                    and role["master_link_status"] == "up"
-                ),
-                None,
-            )
-            for primary, role in roles.items()
-            if role["role"] == "master"
-        }
+    def pairs(self) -> list[tuple[Redis, Redis]]:
+        """The primaries that have a replica, each with the one that is linked to it now."""
+        node_at = {node.port: node for node in self.nodes}
+        roles = {node: node.replication() for node in self.nodes}
+        return [
+            (node_at[role["master_port"]], replica)
+            for replica, role in roles.items()
+            if role.get("master_link_status") == "up"
+        ]
 
     def _introduce(self) -> None:
         """Make new nodes a cluster; old ones know already."""
-        new = [node for node in self.nodes if not _knows_slots(node)]
-        for node in new:
+        deadline = time.monotonic() + self._startup_timeout_seconds
+        new = [(i, node) for i, node in enumerate(self.nodes) if not _knows_slots(node)]
+        for number, node in new:
             with node.client() as client:
-                number = self.nodes.index(node)
                 if number < self.PRIMARIES:
                     first = number * self.SLOTS // self.PRIMARIES
                     end = (number + 1) * self.SLOTS // self.PRIMARIES
@@ -686,10 +679,9 @@ class RedisCluster(ServiceCluster[Redis]):
                     client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
                 if number:
                     client.execute_command("CLUSTER MEET", HOST, self.nodes[0].port)
-        for node in new:
-            number = self.nodes.index(node)
+        for number, node in new:
             if number >= self.PRIMARIES:
-                self._until_whole(node)  # it knows its primary then
+                self._until_whole(node, deadline)  # it knows its primary then
                 with self.nodes[number - self.PRIMARIES].client() as primary:
                     name = primary.execute_command("CLUSTER MYID")
                 with node.client() as client:
@@ -699,13 +691,12 @@ class RedisCluster(ServiceCluster[Redis]):
         """See :class:`ServiceCluster`; replicas have a link to their primaries then."""
         deadline = time.monotonic() + self._startup_timeout_seconds
         for node in self.nodes:
-            self._until_whole(node)
+            self._until_whole(node, deadline)
             while node.replication().get("master_link_status", "up") != "up":
                 self._require_time(deadline, node, "it has no link to its primary")
                 time.sleep(_READY_POLL_SECONDS)
 
-    def _until_whole(self, node: Redis) -> None:
-        deadline = time.monotonic() + self._startup_timeout_seconds
+    def _until_whole(self, node: Redis, deadline: float) -> None:
         with node.client() as client:
             while not self._is_whole(info := _cluster_info(client)):
                 self._require_time(deadline, node, str(info))

@@ -37,9 +37,9 @@ from pipeline.settings import Settings, load_settings
 from pipeline.tally import committed_offsets
 from pipeline.topics import ROLES, TopicRole, ensure_topics
 from pipeline.transactional_publisher import PartitionPublisher, TransactionalPublisher
+from tests.pipeline_under_test import until
 
 PARTITIONS = 3
-VISIBLE_TRIES = 100
 
 
 class Broker(Protocol):
@@ -385,12 +385,14 @@ async def everything(broker: Broker, role: TopicRole, least: int = 0) -> list[by
     A broker makes what is committed visible a moment after it says that it is committed.
     """
     topic = broker.settings.topic(role)
-    for _ in range(VISIBLE_TRIES):
+    values: list[bytes | None] = []
+
+    async def are_visible() -> bool:
         found = [await broker.records(topic, partition) for partition in range(PARTITIONS)]
-        values = [record.value for records in found for record in records]
-        if len(values) >= least:
-            break
-        await asyncio.sleep(0.05)
+        values[:] = [record.value for records in found for record in records]
+        return len(values) >= least
+
+    await until(are_visible, "what is committed to be visible")
     return values
 
 

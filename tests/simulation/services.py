@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.keys import MERCHANT_SLOTS
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
-from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, by_slot
+from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, places_by_slot
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
@@ -135,8 +135,7 @@ class MerchantClient:
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """A script for each slot; each server's are carried out together or not at all."""
-        places = by_slot([label.merchant_id for label in labels])
-        parts = [places.get(slot, []) for slot in range(MERCHANT_SLOTS)]
+        parts = places_by_slot(labels)
         replies: list[list[str | None] | int] = [0] * MERCHANT_SLOTS
 
         def book(slots: range) -> None:
