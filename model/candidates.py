@@ -26,18 +26,18 @@ from model.checkpoint import Amounts, Checkpoint, Header
 from model.dataset import Dataset
 from model.evaluation import average_precision
 from model.features import FeatureSpec, Field, Float32
-from model.fitting import fit
+from model.fitting import device_of, fit
 from model.gru import Cell, Network
 from model.inputs import chosen_fields, embedding_sizes, fitted_spec
 from model.protocol import Fold, iso_date
-from model.raw_features import EncodedInputs, write_raw
+from model.raw_features import EncodedInputs, field_values, write_raw
 from model.reference import TREES, fit_boosted
 from model.scoring import Sequences, unrolled_logits
 from model.training import FIT_ROWS_MAX, choose_thresholds
 from model.training_settings import TrainingSettings
 from model.training_state import TrainingState
 from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
-from model.windows import window_inputs
+from model.windows import WINDOW_INPUTS, window_inputs
 
 TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
 """What a transaction shows by itself, besides its further fields."""
@@ -121,7 +121,7 @@ class Material:
         self._place = np.empty(len(dataset), np.intp)
         self._place[self.sequences.row] = np.arange(len(dataset))
         self._raw: dict[tuple[tuple[Field, ...], float], Float32] = {}
-        self._windows: dict[float, Float32] = {}
+        self._windows: dict[tuple[tuple[Field, ...], float], Float32] = {}
 
     def inputs(self, spec: FeatureSpec, device: torch.device = CPU) -> EncodedInputs:
         """The inputs by a specification."""
@@ -134,11 +134,15 @@ class Material:
         raw = self._raw_by_position(spec, show)
         return lambda rows: raw[self._place[rows]]
 
-    def windows(self, label_delay_days: float) -> Float32:
-        """[N, .] see :func:`model.windows.window_inputs`."""
-        if label_delay_days not in self._windows:
-            self._windows[label_delay_days] = window_inputs(self.dataset, label_delay_days)
-        return self._windows[label_delay_days]
+    def windows(self, fields: tuple[Field, ...], label_delay_days: float) -> Float32:
+        """[N, 15 + fields] see :func:`model.windows.window_inputs`; then the further fields."""
+        key = fields, label_delay_days
+        if key not in self._windows:
+            everywhere = np.arange(len(self.dataset))
+            further = [field_values(self.dataset, field)(everywhere)[:, None] for field in fields]
+            windows = window_inputs(self.dataset, label_delay_days)
+            self._windows[key] = np.hstack((windows, *further))
+        return self._windows[key]
 
     def _raw_by_position(self, spec: FeatureSpec, show: Show = lambda share, note: None) -> Float32:
         key = spec.fields, spec.label_delay_days
@@ -186,8 +190,8 @@ def train_network(
         seen = (*TRANSACTION_FEATURES, *(field.name for field in spec.fields))
         chosen = tuple(i for i in spec.inputs if i.feature in seen)
         spec = msgspec.structs.replace(spec, inputs=chosen)
-    cuda = torch.cuda.is_available() and settings.device != "cpu"
-    inputs = material.inputs(spec, torch.device("cuda") if cuda else CPU)
+    device = device_of(settings)
+    inputs = material.inputs(spec, device)
     until_test = material.sequences.before(fold.end_row(dataset))
     numbers = sum(i.transform != "category" for i in spec.inputs)
     settings = dataclasses.replace(settings, layers=kind.layers)
@@ -199,7 +203,7 @@ def train_network(
         torch.manual_seed(settings.seed)
         network = Network(architecture)
     fit(
-        network.to("cuda" if cuda else CPU),
+        network.to(device),
         inputs,
         dataset,
         fold.split,
@@ -267,18 +271,27 @@ def train_reference(
     show: Show = lambda share, note: None,
     trees: int = TREES,
 ) -> Trained:
-    """LightGBM on exact windows; it learns from the days that networks validate on, too.
+    """LightGBM on exact windows, and the further fields that networks look at.
+
+    It learns from the days that networks validate on, too.
 
     Raises:
         model.reference.MissingRequirementError: LightGBM is not installed.
     """
-    windows = material.windows(label_delay_days)
-    rows = fold.trained_rows(material.dataset)
+    dataset = material.dataset
+    fields, _ = chosen_fields(dataset, fold.learned_rows(dataset))
+    windows = material.windows(fields, label_delay_days)
+    rows = fold.trained_rows(dataset)
+    categories = [
+        column
+        for column, field in enumerate(fields, start=len(WINDOW_INPUTS))
+        if field.kind == "categorical"
+    ]
     boosted, seconds = fit_boosted(
-        windows[rows], material.dataset.is_fraud[rows], seed, show, trees
+        windows[rows], dataset.is_fraud[rows], seed, show, trees, categories
     )
     scores = np.full(len(windows), np.nan, np.float32)
-    end = fold.end_row(material.dataset)
+    end = fold.end_row(dataset)
     scores[:end] = boosted.score(windows[:end])
     batch = windows[rows[-BATCH_TRANSACTIONS:]]
     return Trained(

@@ -32,6 +32,7 @@ from model.candidates import (
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
 from model.features import DEFINITION, INPUTS, FeatureSpec, Float32
+from model.fitting import RECIPE, device_of
 from model.protocol import Fold, ProtocolName, days_of
 from model.reference import PARAMETERS, TREES, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
@@ -298,7 +299,8 @@ class Comparer:
         else:
             training = dataclasses.asdict(settings.training)
             kind = dataclasses.asdict(KINDS[job.network])
-            decides += [training, kind, settings.label_delay_days]
+            device = device_of(settings.training).type
+            decides += [training, kind, settings.label_delay_days, device, RECIPE]
         digest = hashlib.sha256(msgspec.json.encode(decides, order="deterministic"))
         return f"{job.network}-{job.fold.name}-{job.seed}-{digest.hexdigest()[:12]}"
 

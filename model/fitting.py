@@ -35,6 +35,10 @@ from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import Position, TrainingState
 
+RECIPE = 2
+"""Version of what is made of the same data and settings, such as how many epochs are the default:
+what another version has trained, or begun to, is trained anew."""
+
 EPOCHS = 12
 """On the Handbook's data 8 are enough; fraud in bursts on 1,000 accounts gains (docs/model.md)."""
 
@@ -85,6 +89,18 @@ class Truth(Protocol):
 
     @property
     def is_labelled(self) -> Bools: ...
+
+
+def device_of(settings: TrainingSettings) -> torch.device:
+    """What a training computes on: a GPU, if there is one and the settings do not say otherwise.
+
+    Raises:
+        TrainingError: the settings ask for a GPU, and PyTorch finds none.
+    """
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
+        raise TrainingError("device is cuda, but PyTorch finds no GPU; use auto or cpu")
+    return torch.device("cuda" if there and settings.device != "cpu" else "cpu")
 
 
 def fit(

@@ -123,13 +123,13 @@ def _merchants(
 
 def _fields(dataset: Dataset, sequences: Sequences, spec: FeatureSpec, raw: Float32) -> None:
     for column, field in enumerate(spec.fields, start=len(FEATURES)):
-        values = _field_values(dataset, field)
+        values = field_values(dataset, field)
         for begin in range(0, len(raw), GROUP_TRANSACTIONS):
             there = slice(begin, begin + GROUP_TRANSACTIONS)
             raw[there, column] = values(sequences.row[there])
 
 
-def _field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
+def field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
     """As :func:`model.features.field_column` gives them, of some rows."""
     if field.kind == "numeric":
         numbers = dataset.numeric[field.name]

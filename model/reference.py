@@ -6,7 +6,7 @@ LightGBM is not one of Recur's requirements, but of its extra ``evaluate``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -76,11 +76,13 @@ def fit_boosted(
     seed: int,
     report: Callable[[float, str], None] = lambda done, note: None,
     trees: int = TREES,
+    categories: Sequence[int] = (),
 ) -> tuple[Boosted, float]:
     """Trees trained on inputs [n, I], and the seconds that it took.
 
     Args:
         report: called after each tree with the share that is done and nothing to note.
+        categories: columns of ``inputs`` whose numbers are codes.
 
     Raises:
         MissingRequirementError: LightGBM is not installed.
@@ -89,7 +91,7 @@ def fit_boosted(
     began = time.perf_counter()
     booster = module.train(
         PARAMETERS | {"seed": seed},
-        module.Dataset(inputs, is_fraud.astype(np.float32)),
+        module.Dataset(inputs, is_fraud.astype(np.float32), categorical_feature=list(categories)),
         trees,
         callbacks=[lambda state: report((state.iteration + 1) / trees, "")],
     )

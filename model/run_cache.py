@@ -13,7 +13,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.features import Float32
 from model.training_state import TrainingState
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Version of the files; another one counts as not there."""
 
 _UNUSABLE = (

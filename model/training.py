@@ -34,7 +34,7 @@ from model.calibration import fold, platt
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
 from model.features import DEFINITION, FeatureSpec, Float32, observe_log
-from model.fitting import Truth, fit
+from model.fitting import RECIPE, Truth, device_of, fit
 from model.gru import Network
 from model.inputs import chosen_fields, embedding_sizes, fitted_spec
 from model.merchants import Labels, observe_merchant_log
@@ -196,10 +196,10 @@ def train(
     """
     if output.is_dir():
         raise TrainingError(f"{output} is a directory; name a file, such as model.safetensors")
-    device = _device(settings)
+    device = device_of(settings)
     source = source or SimulatedData(settings)
     decisive = source.settings(settings)
-    identity = f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}"
+    identity = f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}\n{RECIPE}"
     try:
         with _work_folder(output, identity) as folder:
             try:
@@ -555,13 +555,6 @@ def _claim_of(folder: Path) -> _Claim | None:
         raise TrainingError(
             f"{folder} is there and was not made by a training: move it away"
         ) from error
-
-
-def _device(settings: TrainingSettings) -> torch.device:
-    there = torch.cuda.is_available()
-    if settings.device == "cuda" and not there:
-        raise TrainingError("device is cuda, but PyTorch finds no GPU; use auto or cpu")
-    return torch.device("cuda" if there and settings.device != "cpu" else "cpu")
 
 
 @contextmanager

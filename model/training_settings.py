@@ -48,7 +48,7 @@ class TrainingSettings:
     dropout: float = 0.1
 
     epochs: int | None = None
-    """None: 8, more where the data are few."""
+    """None: 12, more where the data are few."""
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     chunk_steps: int = 64

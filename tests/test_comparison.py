@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from model import plots, reference
+from model import comparison, plots, reference
 from model.checkpoint import Checkpoint
 from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
 from model.dataset import Dataset
@@ -206,6 +207,47 @@ def test_the_same_command_trains_nothing_again_and_another_network_only_that(
     third, trained = compare("transaction")
     assert trained == {"feed-forward, transaction alone, split, seed 1"}
     assert third[0].metrics == first[0].metrics
+
+
+def test_what_another_version_of_training_has_kept_is_trained_anew(
+    log: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ComparisonSettings(
+        networks=("transaction",), training=TrainingSettings(**SMALL | {"epochs": 1})
+    )
+
+    def compare() -> None:
+        comparer = Comparer(log, settings, tmp_path, tmp_path / "runs")
+        comparer.compare("split", [split_fold(log)])
+
+    compare()
+    compare()
+    assert len(list((tmp_path / "runs").glob("*.npz"))) == 1
+    monkeypatch.setattr(comparison, "RECIPE", comparison.RECIPE + 1)
+    compare()
+    assert len(list((tmp_path / "runs").glob("*.npz"))) == 2
+
+
+def test_lightgbm_sees_the_further_fields_that_networks_see(log: Dataset, tmp_path: Path) -> None:
+    """A category whose first and third texts of four are fraud's: its code's order says little."""
+    rng = np.random.default_rng(1)
+    told = log.is_fraud & (rng.random(len(log)) < 0.8)
+    code = np.where(told, 2 * rng.integers(0, 2, len(log)), 2 * rng.integers(0, 2, len(log)) + 1)
+    fields = dataclasses.replace(
+        log,
+        categorical={"kind": code.astype(np.int32)},
+        texts={"kind": ["a", "b", "c", "d"]},
+        numeric={"noise": rng.normal(size=len(log)).astype(np.float32)},
+    )
+    settings = ComparisonSettings(networks=("lightgbm",), trees=20)
+    ap = {
+        len(data.texts): Comparer(data, settings, tmp_path)
+        .compare("split", [split_fold(data)])
+        .runs[0]
+        .metrics["average_precision"]
+        for data in (log, fields)
+    }
+    assert ap[1] > max(0.75, 1.3 * ap[0])
 
 
 def test_progress_rises_to_1(log: Dataset, tmp_path: Path) -> None:
