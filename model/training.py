@@ -277,7 +277,7 @@ class _Training:
                 currency=dataset.currency,
                 thresholds=thresholds,
                 metrics=metrics,
-                training=decisive | {"device": self._device.type},
+                training=decisive | {"device": self._device.type, "recipe": RECIPE},
                 data_digest=dataset.digest(),
                 amounts=amounts,
                 **_operating_points(dataset, scores, split),
