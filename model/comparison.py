@@ -288,7 +288,7 @@ class Comparer:
 
     def _key(self, job: _Job) -> str:
         """A file's name: what is in it, and a digest of everything that decides it."""
-        decides: list[object] = [CACHE_FORMAT, DEFINITION, INPUTS, self._digest]
+        decides: list[object] = [CACHE_FORMAT, RECIPE, DEFINITION, INPUTS, self._digest]
         decides.append(dataclasses.astuple(job))
         settings = self._settings
         if job.network == GIVEN:
@@ -300,7 +300,7 @@ class Comparer:
             training = dataclasses.asdict(settings.training)
             kind = dataclasses.asdict(KINDS[job.network])
             device = device_of(settings.training).type
-            decides += [training, kind, settings.label_delay_days, device, RECIPE]
+            decides += [training, kind, settings.label_delay_days, device]
         digest = hashlib.sha256(msgspec.json.encode(decides, order="deterministic"))
         return f"{job.network}-{job.fold.name}-{job.seed}-{digest.hexdigest()[:12]}"
 

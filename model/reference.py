@@ -24,6 +24,7 @@ PARAMETERS: dict[str, Any] = {
     "feature_fraction": 0.7,
     "bagging_fraction": 0.8,
     "bagging_freq": 1,
+    "max_delta_step": 1.0,  # where fraud is rare and plain, leaves run away without a bound
     "deterministic": True,
     "num_threads": 1,  # of several each waits for the slowest, and they crawl on a busy machine
     "verbosity": -1,

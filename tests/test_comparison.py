@@ -15,11 +15,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from model import comparison, plots, reference
+from model import plots, reference
 from model.checkpoint import Checkpoint
 from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
 from model.dataset import Dataset
 from model.features import Field
+from model.fitting import RECIPE
 from model.plots import precision_recall_curve
 from model.protocol import split_fold
 from model.reference import MissingRequirementError
@@ -223,7 +224,7 @@ def test_what_another_version_of_training_has_kept_is_trained_anew(
     compare()
     compare()
     assert len(list((tmp_path / "runs").glob("*.npz"))) == 1
-    monkeypatch.setattr(comparison, "RECIPE", comparison.RECIPE + 1)
+    monkeypatch.setattr("model.comparison.RECIPE", RECIPE + 1)
     compare()
     assert len(list((tmp_path / "runs").glob("*.npz"))) == 2
 

@@ -210,7 +210,7 @@ def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
     torch.manual_seed(0)
     network = Network(settings.architecture(1))
     inputs = torch.from_numpy(shown.reshape(-1, 1))
-    fit(network, inputs, log, Split(0, steps, steps, steps, steps), settings)
+    fit(network, inputs, log, Split(steps, steps, steps, steps), settings)
     scores = score_unrolled(network.eval(), inputs, account)
     last = log.day == steps - 1
     assert average_precision(scores[last], log.is_fraud[last]) > 0.99
@@ -475,7 +475,7 @@ def test_what_has_no_label_is_not_learned_from(tmp_path: Path) -> None:
 def test_every_period_of_a_split_has_a_day(days: int) -> None:
     for delay in (0.0, 0.5, 7.0, 30.0):
         split = Split.of(days, delay)
-        assert 0 <= split.training < split.validation < split.gap <= split.held_out < split.end
+        assert 0 < split.validation < split.gap <= split.held_out < split.end
         assert split.end == days
 
 
