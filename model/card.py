@@ -153,8 +153,8 @@ The model was trained on other data, or on this read in another way: digest
 def _protocol(results: Results) -> str:
     lines = [f"- {name}: {text}" for name, text in results.folds.items()]
     rule = (
-        "Each network learns from all days up to a fold's training, and is measured on the "
-        "fold's test; what lies between is the time that labels take."
+        "Each network learns from all days up to a fold's training, minus a warm-up, and is "
+        "measured on the fold's test; what lies between is the time that labels take."
     )
     if results.protocol == "handbook":
         rule = (

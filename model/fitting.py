@@ -35,7 +35,7 @@ from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import Position, TrainingState
 
-RECIPE = 3
+RECIPE = 2
 """Version of what is made of the same data and settings, such as how many epochs are the default:
 what another version has trained, or begun to, is trained anew."""
 
@@ -149,7 +149,7 @@ class _Fitting:
         seen = int(np.searchsorted(truth.day, split.validation))  # the log's first rows
         self._sequences = sequences.before(seen)
         self._fraud = truth.is_fraud[sequences.row].astype(np.float32)  # by position
-        self._scored = truth.is_labelled[sequences.row]
+        self._scored = (truth.is_labelled & (truth.day >= split.training))[sequences.row]
         self._parameters = list(network.parameters())
         self._device = self._parameters[0].device
         self._accounts = settings.accounts_per_batch or _accounts_per_batch(

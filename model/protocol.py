@@ -1,7 +1,7 @@
 """Which transactions networks learn from and which they are measured on.
 
-A protocol is a few folds; a fold's days in order: training, with its last days for validation,
-the days in which labels are still on their way, test.
+A protocol is a few folds; a fold's days in order: warm-up (seen, not scored), training, with its
+last days for validation, the days in which labels are still on their way, test.
 
     split     one long fold: the later half of the log is the test
     handbook  the Fraud Detection Handbook's (chapters 5 to 7): four folds a week apart, each
@@ -85,11 +85,12 @@ class Fold:
 
     def trained_rows(self, log: Dataset) -> Rows:
         """Rows that are learned from in any way, the last ones by validation."""
-        return self._rows(log, self.log_from, self.train_until)
+        return self._rows(log, self.log_from + self.split.training, self.train_until)
 
     def learned_rows(self, log: Dataset) -> Rows:
         """Rows that count in a network's loss."""
-        return self._rows(log, self.log_from, self.log_from + self.split.validation)
+        split = self.split
+        return self._rows(log, self.log_from + split.training, self.log_from + split.validation)
 
     def validated_rows(self, log: Dataset) -> Rows:
         """Rows by which a network's best epoch and calibration are chosen."""

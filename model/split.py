@@ -1,7 +1,4 @@
-"""The periods of a data set: training, validation, a gap for labels, held out.
-
-The first days count, too: only there does a network learn what accounts without a past look like,
-if all accounts of its log were there from the beginning."""
+"""The periods of a data set: warm-up, training, validation, a gap for labels, held out."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from model.training_settings import TrainingError, TrainingSettings
 DAYS_MIN = 8
 """Of data: each period needs a day or two."""
 
+WARM_UP_DAYS_MAX = 14
 VALIDATION_DAYS_MAX = 60
 HELD_OUT_DAYS_MAX = 120
 
@@ -23,18 +21,19 @@ DAY_MS = 86_400_000
 class Split:
     """First day of each period, counted from the first day of the data.
 
-    Training begins on the first day. A period ends where the next begins: validation
+    A period ends where the next begins: warm-up (seen, not scored), training, validation
     (calibration, thresholds, the best epoch), a gap in which labels are still on their way,
     held out (metrics).
 
     >>> Split.of(183)
-    Split(validation=132, gap=146, held_out=153, end=183)
+    Split(training=14, validation=132, gap=146, held_out=153, end=183)
     >>> Split.of(30)
-    Split(validation=21, gap=23, held_out=25, end=30)
+    Split(training=2, validation=21, gap=23, held_out=25, end=30)
     >>> Split.of(183, until_day=91, from_day=98)
-    Split(validation=84, gap=91, held_out=98, end=183)
+    Split(training=7, validation=84, gap=91, held_out=98, end=183)
     """
 
+    training: int
     validation: int
     gap: int
     held_out: int
@@ -74,8 +73,8 @@ class Split:
             held_out = gap + math.ceil(label_delay_days) if from_day is None else from_day
         known = gap if until_day is not None else days
         validation = gap - min(VALIDATION_DAYS_MAX, max(1, round(known / 13)))
-        split = cls(validation, gap, held_out, days)
-        if not 0 < validation < gap <= held_out < days:
+        split = cls(min(WARM_UP_DAYS_MAX, round(known / 13)), validation, gap, held_out, days)
+        if not 0 <= split.training < validation < gap <= held_out < days:
             raise TrainingError(
                 f"the data span {days} days; training until day {gap} and testing from day "
                 f"{held_out} leaves no room for each of training, validation and test: change "

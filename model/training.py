@@ -312,7 +312,7 @@ class _Training:
     ) -> tuple[Float32, FeatureSpec, Amounts]:
         """Raw features of the whole dataset; inputs and amounts of the training period."""
         settings = self._settings
-        in_training = _labelled(dataset, 0, split.validation)
+        in_training = _labelled(dataset, split.training, split.validation)
         fields, left_out = chosen_fields(dataset, in_training)
         for said in sorted(set(left_out.values())):
             names = ", ".join(name for name in left_out if left_out[name] == said)
@@ -378,7 +378,7 @@ def _verdict(
     states = states_of(network, inputs, sequences)
     compromised = is_compromised(dataset, sequences)[states.row]
     day = dataset.day[states.row]
-    fitted = np.flatnonzero(day < split.gap)
+    fitted = np.flatnonzero((day >= split.training) & (day < split.gap))
     fit_verdict(network, states.taken(fitted), compromised[fitted])
     held = np.flatnonzero(day >= split.held_out)
     truth = compromised[held]
@@ -494,7 +494,7 @@ def _check_fraud(dataset: Dataset, split: Split) -> None:
             f"all labels say {which}: both classes are needed; look at the label's column"
         )
     periods = {
-        "training": (0, split.validation),
+        "training": (split.training, split.validation),
         "validation": (split.validation, split.gap),
         "held-out": (split.held_out, split.end),
     }

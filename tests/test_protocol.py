@@ -40,10 +40,10 @@ def test_the_default_split_of_the_handbooks_days_is_the_stated_one() -> None:
     assert fold.describe() == "trained to 2018-06-30, tested 2018-07-08 to 2018-09-30"
     log = a_log()
     day = days_of(log)
-    first = day_of("2018-04-01")  # 91 days train: the last thirteenth validates
-    assert day[fold.learned_rows(log)].tolist() == list(range(first, fold.train_until - 7))
+    warm = day_of("2018-04-08")  # 91 days train: a thirteenth warms up, a thirteenth validates
+    assert day[fold.learned_rows(log)].tolist() == list(range(warm, fold.train_until - 7))
     assert day[fold.validated_rows(log)].tolist() == [fold.train_until - n for n in range(7, 0, -1)]
-    assert day[fold.trained_rows(log)].tolist() == list(range(first, fold.train_until))
+    assert day[fold.trained_rows(log)].tolist() == list(range(warm, fold.train_until))
     assert len(fold.tested_rows(log)) == 85
     assert fold.end_row(log) == len(log)
 

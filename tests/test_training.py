@@ -186,21 +186,6 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
         assert torch.equal(weight, weights[1][name])
 
 
-def test_the_first_day_of_the_log_is_learned_from() -> None:
-    """Where all accounts are there from then on, only it shows what one without a past is like."""
-    log = simulate(SMALL)
-    inputs = torch.randn(len(log), 3)
-    settings = replace(SMALL, epochs=1)
-    weights = []
-    for is_fraud in (log.is_fraud, np.where(log.day == 0, ~log.is_fraud, log.is_fraud)):
-        torch.manual_seed(0)
-        network = Network(settings.architecture(3))
-        changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
-        fit(network, inputs, changed, Split.of(SMALL.days), settings)
-        weights.append(network.state_dict())
-    assert any(not torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
-
-
 def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
     """The truth is shown once, chunks ago: the hidden must be carried between chunks."""
     rng = np.random.default_rng(0)
@@ -225,7 +210,7 @@ def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
     torch.manual_seed(0)
     network = Network(settings.architecture(1))
     inputs = torch.from_numpy(shown.reshape(-1, 1))
-    fit(network, inputs, log, Split(steps, steps, steps, steps), settings)
+    fit(network, inputs, log, Split(0, steps, steps, steps, steps), settings)
     scores = score_unrolled(network.eval(), inputs, account)
     last = log.day == steps - 1
     assert average_precision(scores[last], log.is_fraud[last]) > 0.99
@@ -490,7 +475,7 @@ def test_what_has_no_label_is_not_learned_from(tmp_path: Path) -> None:
 def test_every_period_of_a_split_has_a_day(days: int) -> None:
     for delay in (0.0, 0.5, 7.0, 30.0):
         split = Split.of(days, delay)
-        assert 0 < split.validation < split.gap <= split.held_out < split.end
+        assert 0 <= split.training < split.validation < split.gap <= split.held_out < split.end
         assert split.end == days
 
 
