@@ -30,7 +30,7 @@ from model.fitting import device_of, fit
 from model.gru import Cell, Network
 from model.inputs import chosen_fields, embedding_sizes, fitted_spec
 from model.protocol import Fold, iso_date
-from model.raw_features import EncodedInputs, field_values, write_raw
+from model.raw_features import EncodedInputs, field_values, restarted_inputs, write_raw
 from model.reference import TREES, fit_boosted
 from model.scoring import Sequences, unrolled_logits
 from model.training import FIT_ROWS_MAX, choose_thresholds
@@ -127,6 +127,14 @@ class Material:
         """The inputs by a specification."""
         return EncodedInputs(self._raw_by_position(spec), spec, device)
 
+    def restarted(
+        self, inputs: EncodedInputs, fold: Fold, seed: int
+    ) -> tuple[EncodedInputs, Sequences]:
+        """See :func:`model.raw_features.restarted_inputs`; the ones before are gone."""
+        validated = int(fold.validated_rows(self.dataset)[0])
+        path = self._folder / "raw-restarted"
+        return restarted_inputs(self.dataset, self.sequences, inputs, validated, path, seed)
+
     def raw_of(
         self, spec: FeatureSpec, show: Show = lambda share, note: None
     ) -> Callable[[Rows], Float32]:
@@ -210,6 +218,7 @@ def train_network(
         settings,
         lambda r: show(0.95 * r.done, r.note),
         sequences=material.sequences,
+        restarted=material.restarted(inputs, fold, settings.seed),
         validate=_validation(material, fold, inputs),
         state=state,
     )

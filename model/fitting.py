@@ -35,7 +35,7 @@ from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import Position, TrainingState
 
-RECIPE = 2
+RECIPE = 3
 """Version of what is made of the same data and settings, such as how many epochs are the default:
 what another version has trained, or begun to, is trained anew."""
 
@@ -112,6 +112,7 @@ def fit(
     report: Reporter = lambda _: None,
     *,
     sequences: Sequences | None = None,
+    restarted: tuple[Inputs, Sequences] | None = None,
     validate: Callable[[Network], float] | None = None,
     state: TrainingState | None = None,
 ) -> None:
@@ -121,6 +122,8 @@ def fit(
         inputs: [N, I] in the order of the log, on the network's device; or account by account.
         report: ``done`` is the share of the fitting.
         sequences: of the accounts, where they are at hand.
+        restarted: inputs and sequences of the same log with accounts that begin anew; every
+            other epoch learns from these.
         validate: how good a network is; of the last epochs the best one is kept. None: the last.
         state: where to go on, and to save how far it is.
 
@@ -130,32 +133,32 @@ def fit(
     sequences = sequences or Sequences(truth.account)
     if isinstance(inputs, Tensor):
         inputs = TensorInputs(inputs, sequences)
-    _Fitting(network, inputs, truth, sequences, split, settings).run(report, validate, state)
+    views = [(inputs, sequences), *([] if restarted is None else [restarted])]
+    _Fitting(network, views, truth, split, settings).run(report, validate, state)
 
 
 class _Fitting:
     def __init__(
         self,
         network: Network,
-        inputs: Inputs,
+        views: Sequence[tuple[Inputs, Sequences]],
         truth: Truth,
-        sequences: Sequences,
         split: Split,
         settings: TrainingSettings,
     ) -> None:
         self._network = network
-        self._inputs = inputs
         self._settings = settings
         seen = int(np.searchsorted(truth.day, split.validation))  # the log's first rows
-        self._sequences = sequences.before(seen)
+        self._views = [(inputs, sequences.before(seen)) for inputs, sequences in views]
+        sequences = self._views[0][1]
         self._fraud = truth.is_fraud[sequences.row].astype(np.float32)  # by position
         self._scored = (truth.is_labelled & (truth.day >= split.training))[sequences.row]
         self._parameters = list(network.parameters())
         self._device = self._parameters[0].device
         self._accounts = settings.accounts_per_batch or _accounts_per_batch(
-            self._sequences, settings.chunk_steps
+            sequences, settings.chunk_steps
         )
-        updates = _updates(self._sequences, self._accounts, settings.chunk_steps)
+        updates = _updates(sequences, self._accounts, settings.chunk_steps)
         self._epochs = settings.epochs or min(
             EPOCHS_MAX, max(EPOCHS, math.ceil(UPDATES_MIN / max(1, updates)))
         )
@@ -224,10 +227,14 @@ class _Fitting:
         done = (at.epoch + at.batch / batches) / self._epochs
         report(Report(f"epoch {at.epoch + 1} of {self._epochs}", done, ", ".join(notes)))
 
+    def _view(self, epoch: int) -> tuple[Inputs, Sequences]:
+        return self._views[epoch % len(self._views)]
+
     def _batches(self, epoch: int) -> list[Rows]:
         """Accounts of about the same length together, in random order."""
         rng = np.random.default_rng([self._settings.seed, epoch])
-        length = self._sequences.length
+        _, sequences = self._view(epoch)
+        length = sequences.length
         jitter = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(length))
         by_length = np.argsort(length * jitter)
         by_length = by_length[length[by_length] > 0]
@@ -244,9 +251,10 @@ class _Fitting:
         pool: ThreadPoolExecutor,
     ) -> None:
         """One batch of accounts, an update for each chunk."""
-        slices = [_Slice(self._network, self._inputs, dropout) for _ in range(self._slices)]
+        inputs, sequences = self._view(place[0])
+        slices = [_Slice(self._network, inputs, dropout) for _ in range(self._slices)]
         runs = [
-            self._sequences.chunks(accounts[i :: self._slices], self._settings.chunk_steps)
+            sequences.chunks(accounts[i :: self._slices], self._settings.chunk_steps)
             for i in range(self._slices)
         ]
         for chunk, parts in enumerate(zip_longest(*runs)):

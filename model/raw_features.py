@@ -10,6 +10,7 @@ Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and for each tra
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,37 +63,80 @@ def write_raw(
     Raises:
         DatasetError: the file cannot be written, or the disk is full.
     """
-    shape = (len(dataset), len(spec.names))
+
+    def fill(raw: Float32) -> None:
+        _accounts(dataset, sequences, raw, lambda done: show(done * 0.4))
+        _fields(dataset, sequences, spec, raw)
+        _merchants(dataset, sequences, spec, raw, lambda done: show(0.4 + done * 0.6))
+
+    _write(path, (len(dataset), len(spec.names)), fill)
+    return open_raw(path, dataset, spec)
+
+
+def open_raw(path: Path, dataset: Dataset, spec: FeatureSpec) -> Float32:
+    """What :func:`write_raw` has written."""
+    return _open(path, (len(dataset), len(spec.names)))
+
+
+def _write(path: Path, shape: tuple[int, int], fill: Callable[[Float32], None]) -> None:
+    """A file of float32, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             file.truncate(shape[0] * shape[1] * 4)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a fault later
                 os.posix_fallocate(file.fileno(), 0, shape[0] * shape[1] * 4)
-        raw = np.memmap(partial, np.float32, "r+", shape=shape)
-        _accounts(dataset, sequences, raw, lambda done: show(done * 0.4))
-        _fields(dataset, sequences, spec, raw)
-        _merchants(dataset, sequences, spec, raw, lambda done: show(0.4 + done * 0.6))
-        raw.flush()
+        values = np.memmap(partial, np.float32, "r+", shape=shape)
+        fill(values)
+        values.flush()
         partial.replace(path)
     except OSError as error:
         raise DatasetError(f"cannot write {path}: {error.strerror or error}; make room") from error
-    return open_raw(path, dataset, spec)
 
 
-def open_raw(path: Path, dataset: Dataset, spec: FeatureSpec) -> Float32:
-    """What :func:`write_raw` has written."""
-    shape = (len(dataset), len(spec.names))
+def _open(path: Path, shape: tuple[int, int]) -> Float32:
     return np.asarray(np.memmap(path, np.float32, "r", shape=shape))
 
 
+def restarted_inputs(
+    dataset: Dataset,
+    sequences: Sequences,
+    inputs: EncodedInputs,
+    until_row: int,
+    path: Path,
+    seed: int,
+) -> tuple[EncodedInputs, Sequences]:
+    """Inputs and sequences of the same log, had each account's state been lost once.
+
+    Only such a log shows what accounts without a past look like, where all of them are there from
+    the beginning.
+
+    Args:
+        sequences: of the dataset's accounts.
+        inputs: of the whole log.
+        until_row: states are lost at transactions before this row of the log.
+        path: file to write.
+
+    Raises:
+        DatasetError: the file cannot be written, or the disk is full.
+    """
+    parts = sequences.restarted(sequences.before(until_row).length, seed)
+    shape = len(dataset), len(ACCOUNT_FEATURES)
+    _write(path, shape, lambda values: _accounts(dataset, parts, values))
+    return inputs.with_accounts(_open(path, shape)), parts
+
+
 def _accounts(
-    dataset: Dataset, sequences: Sequences, raw: Float32, show: Callable[[float], None]
+    dataset: Dataset,
+    sequences: Sequences,
+    raw: Float32,
+    show: Callable[[float], None] = lambda _: None,
 ) -> None:
+    number = np.repeat(np.arange(len(sequences.length)), sequences.length)  # by position
     for begin, end in _groups(sequences.length):
         rows = sequences.row[begin:end]
         raw[begin:end, : len(ACCOUNT_FEATURES)] = observe_log(
-            dataset.account[rows].astype(np.int64),
+            number[begin:end],
             np.asarray(dataset.amount[rows]),
             np.asarray(dataset.timestamp_ms[rows]),
         )
@@ -161,11 +205,21 @@ class EncodedInputs:
 
     def __init__(self, raw: Float32, spec: FeatureSpec, device: torch.device) -> None:
         self._raw = raw
+        self._accounts: Float32 | None = None
         self._encoder = Encoder(spec)
         self._inputs = len(spec.inputs)
         self._device = device
 
+    def with_accounts(self, accounts: Float32) -> EncodedInputs:
+        """The same inputs but for the accounts' features [N, A], in the same order."""
+        other = copy.copy(self)
+        other._accounts = accounts
+        return other
+
     def at(self, position: NDArray[np.intp]) -> Tensor:
         """[..., I] of positions [...]."""
-        encoded = self._encoder.encode(self._raw[position.ravel()])
+        raw = self._raw[position.ravel()]
+        if self._accounts is not None:
+            raw[:, : len(ACCOUNT_FEATURES)] = self._accounts[position.ravel()]
+        encoded = self._encoder.encode(raw)
         return torch.from_numpy(encoded).view(*position.shape, self._inputs).to(self._device)

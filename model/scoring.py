@@ -77,12 +77,26 @@ class Sequences:
 
     def before(self, row: int) -> Sequences:
         """Only the transactions before a row of the log; positions stay what they are."""
-        shorter = Sequences.__new__(Sequences)
-        shorter.row, shorter.start = self.row, self.start
-        shorter.length = (
-            np.add.reduceat(self.row < row, self.start) if len(self.row) else self.length
-        )
-        return shorter
+        there = np.concatenate(([0], np.cumsum(self.row < row)))
+        length = there[self.start + self.length] - there[self.start]
+        return self._with(self.start, length)
+
+    def restarted(self, within: NDArray[np.intp], seed: int) -> Sequences:
+        """Each account's transactions in two parts, the second of an account without a past.
+
+        Args:
+            within: [accounts] the second part begins at a random one of so many first
+                transactions, or after them.
+        """
+        cut = np.random.default_rng(seed).integers(0, within, endpoint=True)
+        start = np.stack((self.start, self.start + cut), 1).ravel()
+        return self._with(start, np.stack((cut, self.length - cut), 1).ravel())
+
+    def _with(self, start: NDArray[np.intp], length: NDArray[np.intp]) -> Sequences:
+        """Other sequences of the same rows; positions stay what they are."""
+        other = Sequences.__new__(Sequences)
+        other.row, other.start, other.length = self.row, start, length
+        return other
 
     def chunks(
         self, accounts: NDArray[np.intp], steps: int

@@ -38,7 +38,7 @@ from model.fitting import RECIPE, Truth, device_of, fit
 from model.gru import Network
 from model.inputs import chosen_fields, embedding_sizes, fitted_spec
 from model.merchants import Labels, observe_merchant_log
-from model.raw_features import EncodedInputs, open_raw, write_raw
+from model.raw_features import EncodedInputs, open_raw, restarted_inputs, write_raw
 from model.scoring import Sequences, unrolled_logits
 from model.simulator import DayOfTransactions, Simulator
 from model.split import Split
@@ -70,7 +70,8 @@ FIT_ROWS_MAX = 2_000_000
 """Transactions that statistics of the inputs are taken from; of more, a random sample."""
 
 _READ, _PREPARED, _FITTED, _SCORED = 0.03, 0.08, 0.93, 0.97  # shares of the time, about
-_RAW, _STATE, _CLAIM = "raw", "state.safetensors", "recur.json"
+_RAW, _RESTARTED = "raw", "raw-restarted"
+_STATE, _CLAIM = "state.safetensors", "recur.json"
 
 
 class DataSource(Protocol):
@@ -255,6 +256,14 @@ class _Training:
             settings,
             self._between(_PREPARED, _FITTED),
             sequences=sequences,
+            restarted=restarted_inputs(
+                dataset,
+                sequences,
+                inputs,
+                int(np.searchsorted(dataset.day, split.validation)),
+                self._folder / _RESTARTED,
+                settings.seed,
+            ),
             validate=_validation(dataset, split, sequences, inputs),
             state=TrainingState(self._folder / _STATE),
         )

@@ -22,11 +22,20 @@ from model.dataset import (
     Rows,
     text_keys,
 )
-from model.features import FEATURES, Encoder, FeatureSpec, Field, field_column
+from model.features import (
+    ACCOUNT_FEATURES,
+    FEATURES,
+    Encoder,
+    FeatureSpec,
+    Field,
+    field_column,
+    observe_log,
+)
 from model.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
-from model.raw_features import EncodedInputs, open_raw, write_raw
+from model.raw_features import EncodedInputs, open_raw, restarted_inputs, write_raw
 from model.scoring import Sequences
 from model.training import SimulatedData, TrainingSettings, observe_all, simulate
+from tests.datasets import simulated_dataset
 
 
 def rows(n: int, seed: int = 0, **changes: Any) -> Rows:
@@ -292,6 +301,49 @@ def test_inputs_are_encoded_as_they_are_asked_for(tmp_path: Path) -> None:
     given_inputs = EncodedInputs(raw, spec, torch.device("cpu")).at(position)
     assert given_inputs.shape == (2, 3, len(spec.inputs))
     np.testing.assert_array_equal(given_inputs[1].numpy(), Encoder(spec).encode(raw[:3]))
+
+
+def test_a_restarted_account_is_one_without_a_past_at_the_merchants_as_they_are(
+    tmp_path: Path,
+) -> None:
+    dataset = simulated_dataset(customers=60, terminals=300, days=20)
+    sequences = Sequences(dataset.account)
+    until_row = len(dataset) * 3 // 4
+    raw = write_raw(dataset, sequences, FeatureSpec(), tmp_path / "raw")
+    whole = EncodedInputs(raw, FeatureSpec().fitted(raw), torch.device("cpu"))
+    restarted, parts = restarted_inputs(
+        dataset, sequences, whole, until_row, tmp_path / "restarted", 1
+    )
+
+    account = np.empty(len(dataset), np.int64)
+    for number, (start, length) in enumerate(zip(parts.start, parts.length, strict=True)):
+        account[parts.row[start : start + length]] = number
+    assert (account // 2 == np.unique(dataset.account, return_inverse=True)[1]).all()
+    last_ones = (parts.start + parts.length - 1)[::2][parts.length[::2] > 0]
+    assert len(last_ones) > 20
+    assert (parts.row[last_ones] < until_row).all(), "states are lost before this row"
+
+    expected = raw.copy()
+    expected[:, : len(ACCOUNT_FEATURES)] = observe_log(
+        account[parts.row], dataset.amount[parts.row], dataset.timestamp_ms[parts.row]
+    )
+    encoded = Encoder(FeatureSpec().fitted(raw)).encode(expected)
+    everywhere = np.arange(len(dataset))
+    np.testing.assert_array_equal(restarted.at(everywhere).numpy(), encoded)
+    assert not np.array_equal(whole.at(everywhere).numpy(), encoded)
+
+
+def test_sequences_before_a_row_leave_out_what_comes_after() -> None:
+    account = np.array([0, 1, 0, 1, 1, 0, 2])
+    sequences = Sequences(account)
+    for row in range(len(account) + 1):
+        length = sequences.before(row).length
+        assert length.tolist() == [(account[:row] == a).sum() for a in range(3)]
+        parts = sequences.restarted(length, seed=row)
+        assert parts.length.reshape(3, 2).sum(1).tolist() == sequences.length.tolist()
+        assert (parts.length[::2] <= length).all()
+        before = parts.before(row).length
+        assert before.reshape(3, 2).sum(1).tolist() == length.tolist()
 
 
 def test_simulated_data_have_an_identity_of_their_settings() -> None:

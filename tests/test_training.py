@@ -26,7 +26,7 @@ from model.features import ACCOUNT_FEATURES
 from model.fitting import RECIPE
 from model.gru import Network
 from model.progress import TrainingProgress
-from model.scoring import Sequences, score_stepwise, score_unrolled
+from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.simulator import SimulatorError
 from model.training import (
     Log,
@@ -184,6 +184,28 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
         weights.append(network.state_dict())
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name])
+
+
+def test_every_other_epoch_is_of_accounts_that_begin_anew() -> None:
+    log = simulate(SMALL)
+    sequences = Sequences(log.account)
+    inputs = TensorInputs(torch.randn(len(log), 3), sequences)
+    parts = sequences.restarted(sequences.length, seed=1)
+
+    def weights(epochs: int, *, restarted: bool) -> dict[str, torch.Tensor]:
+        settings = replace(SMALL, epochs=epochs, learning_rate=1e-3)
+        torch.manual_seed(0)
+        network = Network(settings.architecture(3))
+        fit(
+            *(network, inputs, log, Split.of(SMALL.days), settings),
+            sequences=sequences,
+            restarted=(inputs, parts) if restarted else None,
+        )
+        return network.state_dict()
+
+    for epochs, same in ((1, True), (2, False)):
+        ours, others = weights(epochs, restarted=True), weights(epochs, restarted=False)
+        assert same == all(torch.equal(weight, others[name]) for name, weight in ours.items())
 
 
 def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
