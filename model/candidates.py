@@ -111,7 +111,7 @@ class Material:
     """A dataset and what is computed of it once: raw features, windows.
 
     Args:
-        folder: for raw features, about 120 bytes for each transaction.
+        folder: for raw features, about 180 bytes for each transaction.
     """
 
     def __init__(self, dataset: Dataset, folder: Path) -> None:
@@ -128,12 +128,15 @@ class Material:
         return EncodedInputs(self._raw_by_position(spec), spec, device)
 
     def restarted(
-        self, inputs: EncodedInputs, fold: Fold, seed: int
+        self, inputs: EncodedInputs, fold: Fold, seed: int, show: Show
     ) -> tuple[EncodedInputs, Sequences]:
         """See :func:`model.raw_features.restarted_inputs`; the ones before are gone."""
         validated = int(fold.validated_rows(self.dataset)[0])
         path = self._folder / "raw-restarted"
-        return restarted_inputs(self.dataset, self.sequences, inputs, validated, path, seed)
+        return restarted_inputs(
+            *(self.dataset, self.sequences, inputs, validated, path, seed),
+            lambda done: show(0.0, f"features of new accounts, {done:.0%} done"),
+        )
 
     def raw_of(
         self, spec: FeatureSpec, show: Show = lambda share, note: None
@@ -218,7 +221,7 @@ def train_network(
         settings,
         lambda r: show(0.95 * r.done, r.note),
         sequences=material.sequences,
-        restarted=material.restarted(inputs, fold, settings.seed),
+        restarted=material.restarted(inputs, fold, settings.seed, show),
         validate=_validation(material, fold, inputs),
         state=state,
     )

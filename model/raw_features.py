@@ -4,8 +4,9 @@ The columns are those of :mod:`model.features`, computed by the same functions a
 for some accounts (or merchants) at a time. A training reads a stretch of each of some dozen
 accounts at once, so that account by account is the order in which they lie.
 
-Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and for each transaction 24 bytes
-(where it lies). A merchant's transactions are worked on together, however many they are.
+Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and for each transaction 32 bytes
+(where it lies, and whose it is). A merchant's transactions are worked on together, however many
+they are.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def restarted_inputs(
     until_row: int,
     path: Path,
     seed: int,
+    show: Callable[[float], None] = lambda _: None,
 ) -> tuple[EncodedInputs, Sequences]:
     """Inputs and sequences of the same log, had each account's state been lost once.
 
@@ -116,13 +118,14 @@ def restarted_inputs(
         inputs: of the whole log.
         until_row: states are lost at transactions before this row of the log.
         path: file to write.
+        show: called with the share that is done.
 
     Raises:
         DatasetError: the file cannot be written, or the disk is full.
     """
     parts = sequences.restarted(sequences.before(until_row).length, seed)
     shape = len(dataset), len(ACCOUNT_FEATURES)
-    _write(path, shape, lambda values: _accounts(dataset, parts, values))
+    _write(path, shape, lambda values: _accounts(dataset, parts, values, show))
     return inputs.with_accounts(_open(path, shape)), parts
 
 
@@ -130,7 +133,7 @@ def _accounts(
     dataset: Dataset,
     sequences: Sequences,
     raw: Float32,
-    show: Callable[[float], None] = lambda _: None,
+    show: Callable[[float], None],
 ) -> None:
     number = np.repeat(np.arange(len(sequences.length)), sequences.length)  # by position
     for begin, end in _groups(sequences.length):

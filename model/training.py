@@ -263,6 +263,7 @@ class _Training:
                 int(np.searchsorted(dataset.day, split.validation)),
                 self._folder / _RESTARTED,
                 settings.seed,
+                self._show_restarting,
             ),
             validate=_validation(dataset, split, sequences, inputs),
             state=TrainingState(self._folder / _STATE),
@@ -348,6 +349,9 @@ class _Training:
         spec = fitted_spec(sample, dataset.is_fraud[rows], fields, settings.label_delay_days)
         column = {name: sample[:, i] for i, name in enumerate(spec.names)}
         return raw, spec, Amounts.of(column["amount"], column["amount_to_usual"])
+
+    def _show_restarting(self, done: float) -> None:
+        self._report(Report("computing features of new accounts", _PREPARED, f"{done:.0%} done"))
 
     def _keep_in_sight(self, done: float, note: str) -> None:
         if note:

@@ -11,7 +11,7 @@ from model.features import LABEL_DELAY_MAX_DAYS
 from model.gru import Architecture
 
 TRANSACTIONS_MAX = 100_000_000
-"""Most transactions to simulate; on disk they take about 200 bytes each."""
+"""Most transactions to simulate; on disk they take about 260 bytes each."""
 
 
 class TrainingError(ValueError):
