@@ -107,7 +107,7 @@ def test_a_category_changes_the_score_by_its_own_vector_only() -> None:
     codes = torch.tensor([[0.0, 4.0], [1.0, 4.0], [1.0, 4.0]])
     logits, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     assert logits[0] != logits[1]
-    assert logits[1] == logits[2]
+    torch.testing.assert_close(logits[1], logits[2])  # last bits depend on the place in a batch
     cast(nn.Embedding, net.embeddings[0]).weight.data[2] += 1.0  # of a code that none of them has
     again, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     torch.testing.assert_close(again, logits)
