@@ -70,8 +70,7 @@ def write_raw(
         _fields(dataset, sequences, spec, raw)
         _merchants(dataset, sequences, spec, raw, lambda done: show(0.4 + done * 0.6))
 
-    _write(path, (len(dataset), len(spec.names)), fill)
-    return open_raw(path, dataset, spec)
+    return _written(path, (len(dataset), len(spec.names)), fill)
 
 
 def open_raw(path: Path, dataset: Dataset, spec: FeatureSpec) -> Float32:
@@ -79,8 +78,8 @@ def open_raw(path: Path, dataset: Dataset, spec: FeatureSpec) -> Float32:
     return _open(path, (len(dataset), len(spec.names)))
 
 
-def _write(path: Path, shape: tuple[int, int], fill: Callable[[Float32], None]) -> None:
-    """A file of float32, whole or not at all."""
+def _written(path: Path, shape: tuple[int, int], fill: Callable[[Float32], None]) -> Float32:
+    """A file of float32, whole or not at all, mapped for reading."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -93,6 +92,7 @@ def _write(path: Path, shape: tuple[int, int], fill: Callable[[Float32], None]) 
         partial.replace(path)
     except OSError as error:
         raise DatasetError(f"cannot write {path}: {error.strerror or error}; make room") from error
+    return _open(path, shape)
 
 
 def _open(path: Path, shape: tuple[int, int]) -> Float32:
@@ -125,15 +125,12 @@ def restarted_inputs(
     """
     parts = sequences.restarted(sequences.before(until_row).length, seed)
     shape = len(dataset), len(ACCOUNT_FEATURES)
-    _write(path, shape, lambda values: _accounts(dataset, parts, values, show))
-    return inputs.with_accounts(_open(path, shape)), parts
+    accounts = _written(path, shape, lambda raw: _accounts(dataset, parts, raw, show))
+    return inputs.with_accounts(accounts), parts
 
 
 def _accounts(
-    dataset: Dataset,
-    sequences: Sequences,
-    raw: Float32,
-    show: Callable[[float], None],
+    dataset: Dataset, sequences: Sequences, raw: Float32, show: Callable[[float], None]
 ) -> None:
     number = np.repeat(np.arange(len(sequences.length)), sequences.length)  # by position
     for begin, end in _groups(sequences.length):
