@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from model.features import LABEL_DELAY_MAX_DAYS
+from model.features import LABEL_DELAY_MAX_DAYS, FeatureSpec
 from model.gru import Architecture
+from model.inputs import embedding_sizes
 
 TRANSACTIONS_MAX = 100_000_000
 """Most transactions to simulate; on disk they take about 260 bytes each."""
@@ -80,7 +81,7 @@ class TrainingSettings:
                 f"transactions; at most {TRANSACTIONS_MAX:,} fit: lower customers or days"
             )
         try:
-            self.architecture(inputs=1)
+            self.architecture(FeatureSpec())
         except ValueError as error:
             raise TrainingError(str(error)) from error
 
@@ -99,17 +100,17 @@ class TrainingSettings:
                     f"{name} is {getattr(self, name)}; it must be over 0 and under 1"
                 )
 
-    def architecture(
-        self, inputs: int, embeddings: tuple[tuple[int, int], ...] = ()
-    ) -> Architecture:
+    def architecture(self, spec: FeatureSpec) -> Architecture:
+        """The network's sizes for these inputs."""
         return Architecture(
-            inputs=inputs,
+            inputs=len(spec.roles),
             input_size=self.input_size,
             hidden_size=self.hidden_size,
             layers=self.layers,
             head_size=self.head_size,
             dropout=self.dropout,
-            embeddings=embeddings,
+            embeddings=embedding_sizes(spec),
+            roles=spec.roles,
         )
 
     def moment_ms(self, name: Literal["train_until", "test_from"] | str) -> int | None:

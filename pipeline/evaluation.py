@@ -253,7 +253,7 @@ def _described(
     checkpoint = comparison.checkpoints.get(fold.name)
     if checkpoint is None:
         return None, {}
-    raw_of = comparer.material.raw_of(checkpoint.header.features)
+    raw_of = comparer.material.raw_of(checkpoint.header.features, checkpoint.network.own)
     within = _within(report, _COMPARED_SHARE, _FAULTS_SHARE)
     robustness = measure_robustness(
         checkpoint, log, raw_of, fold, lambda share, title: within(Report(title, share))

@@ -113,6 +113,7 @@ class Scorer:
         self.codec = StateCodec(architecture.layers, architecture.hidden_size)
         self._ttl_ms = ttl_ms
         self._columns = len(checkpoint.header.features.names)
+        self._scale = checkpoint.header.features.scale
         self._failures_in_a_row = 0
 
     def score(
@@ -240,7 +241,9 @@ class Scorer:
             hidden16: float16[m, L, H], before.
         """
         before = states.history.take(rows)
-        raw, after = observe(before, batch.amount[members], batch.timestamp_ms[members])
+        raw, after = observe(
+            before, batch.amount[members], batch.timestamp_ms[members], self._scale
+        )
         raw = np.concatenate((raw, others), axis=1)
         with torch.inference_mode():
             inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
