@@ -34,7 +34,7 @@ REST_START_LOGIT = -6.0
 GRADIENT_NORM_MAX = 1.0
 REPORT_EVERY = 100
 
-REMEMBERED_WEIGHT = 127
+REMEMBERED_WEIGHT = 63
 """A stored weight over it counts in full. So only few transactions have one to be remembered."""
 
 

@@ -125,9 +125,7 @@ class Explainer:
         at, typical = self._column, self._typical
         raw = asked[0]
         amount, risky, new, velocity = asked[1:5]
-        own = np.where(
-            raw[:, at["transactions_seen"]] > 1, raw[:, at["usual_amount"]], typical["amount"]
-        )
+        own = raw[:, at["usual_amount"]]
         amount[:, at["amount"]] = own
         for name in ("usual_amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d"):
             amount[:, at[name]] = own
@@ -209,20 +207,24 @@ def _typical(spec: FeatureSpec) -> dict[str, float]:
         if i.transform == "linear":
             values[i.feature] = i.mean
     for i in spec.inputs:
-        if i.transform == "log1p":
-            values[i.feature] = float(np.expm1(i.mean))
+        if i.transform == "log1p" and i.at_most is None:
+            values[i.feature] = float(np.expm1(i.mean)) * i.unit
     return values
 
 
 def _lognormal(spec: FeatureSpec) -> Amounts:
     """For a checkpoint that does not say how amounts spread: what its inputs' scale tells."""
-    scale = [(i.mean, i.deviation) for i in spec.inputs if (i.feature, i.transform) == _LOG_AMOUNT]
+    scale = [
+        (i.mean, i.deviation, i.unit)
+        for i in spec.inputs
+        if (i.feature, i.transform) == _LOG_AMOUNT
+    ]
     if not scale:
         return Amounts()
-    mean, deviation = scale[0]
+    mean, deviation, unit = scale[0]
     shares = torch.tensor(0.5, dtype=torch.float64) ** torch.arange(1, TAIL_MAX)
     z = -torch.special.ndtri(shares).numpy()
-    return Amounts((0.0, *np.expm1(mean + deviation * z).tolist()))
+    return Amounts((0.0, *(unit * np.expm1(mean + deviation * z)).tolist()))
 
 
 def _reasons(falls: Float64) -> list[Reason]:
