@@ -47,6 +47,7 @@ SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.s
 
 ACCOUNT = len(ACCOUNT_FEATURES)
 SMALL = TrainingSettings(
+    world="handbook",
     customers=300,
     terminals=600,
     days=50,
@@ -299,6 +300,7 @@ def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
         ({"learning_rate": -1.0}, r"learning_rate is -1\.0"),
         ({"decline_precision": 1.5}, r"decline_precision is 1\.5"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"world": "flat"}, "world is 'flat'; it must be handbook or wide"),
         ({"label_delay_days": 31.0}, r"label_delay_days is 31\.0"),
         ({"train_until": "in May"}, "train_until is 'in May'"),
         ({"customers": 10**6}, "lower customers or days"),
@@ -527,7 +529,9 @@ def test_the_shipped_checkpoint_was_trained_by_the_default_settings() -> None:
 
 
 def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16() -> None:
-    log = simulate(TrainingSettings(customers=700, terminals=1500, days=45, seed=77))
+    log = simulate(
+        TrainingSettings(world="handbook", customers=700, terminals=1500, days=45, seed=77)
+    )
     shipped = Checkpoint.load(SHIPPED)
     raw = observe_all(log, shipped.header.features)
     exact = score_unrolled(shipped.network, torch.from_numpy(shipped.encode(raw)), log.account)
