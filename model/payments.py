@@ -84,11 +84,14 @@ def whole(rng: np.random.Generator, bounds: Range, size: int) -> Ints:
     return np.floor(log_uniform(rng, low, high + 1, size)).astype(np.int64)
 
 
-def chosen(rng: np.random.Generator, rate: float, size: int) -> Ints:
-    """The places, of so many, to which something happens that has this probability for each."""
-    if rate <= 0:
-        return np.empty(0, np.int64)
-    return np.flatnonzero(rng.random(size) < rate)
+def chosen(rng: np.random.Generator, rate: float | Floats, size: int | None = None) -> Ints:
+    """The places, of so many, to which something happens that has this probability for each.
+
+    Args:
+        rate: for all of them, or [n] for each.
+        size: how many, where there is one rate for all.
+    """
+    return np.flatnonzero(rng.random(np.shape(rate) if size is None else size) < rate)
 
 
 def numbered(count: Ints) -> tuple[Ints, Ints]:

@@ -150,6 +150,8 @@ class Simulator:
             raise SimulatorError(f"customers is {customers}; it must be 1 to {CUSTOMERS_MAX}")
         if not 1 <= terminals <= TERMINALS_MAX:
             raise SimulatorError(f"terminals is {terminals}; it must be 1 to {TERMINALS_MAX}")
+        if world.is_wide and terminals < 2:
+            raise SimulatorError(f"terminals is {terminals}; the wide world needs 2 or more")
         if seed < 0:
             raise SimulatorError(f"seed is {seed}; it must be 0 or more")
         self.customers = customers
@@ -161,28 +163,26 @@ class Simulator:
         place = rng.uniform(0, MAP_SIZE, (customers, 2))
         self._mean_amount = rng.uniform(*MEAN_AMOUNT_RANGE, customers)
         self._rate_per_day = rng.uniform(*RATE_RANGE_PER_DAY, customers)
-        self._on_map = max(1, round(terminals * world.map_terminals))
+        self._on_map = max(
+            1, min(round(terminals * world.map_terminals), terminals - world.is_wide)
+        )
         self._reach = Reach(place, rng.uniform(0, MAP_SIZE, (self._on_map, 2)))
         self._reaches = self._reach.any(rng)
         self._rate_per_day[~self._reaches] = 0.0
 
     def days(self) -> Iterator[DayOfTransactions]:
         """The days from the first on, without end. Each call starts at the first."""
-        is_wide = self.world.map_terminals < 1 and self.terminals > self._on_map
-        return self._wide_days() if is_wide else self._handbook_days()
+        return self._wide_days() if self.world.is_wide else self._handbook_days()
+
+    def wide_world(self) -> WideWorld:
+        """The wide world as it is before its first day."""
+        rng = np.random.default_rng([self.seed, _WIDE_POPULATION_STREAM])
+        shops = self.terminals - self._on_map
+        mean, reach, reaches = self._mean_amount, self._reach, self._reaches
+        return WideWorld(rng, mean, reach, reaches, self._on_map, shops, self.world)
 
     def _wide_days(self) -> Iterator[DayOfTransactions]:
-        population = np.random.default_rng([self.seed, _WIDE_POPULATION_STREAM])
-        shops = self.terminals - self._on_map
-        wide = WideWorld(
-            population,
-            self._mean_amount,
-            self._reach,
-            self._reaches,
-            self._on_map,
-            shops,
-            self.world,
-        )
+        wide = self.wide_world()
         transactions = 0
         for day in count():
             rng = np.random.default_rng([self.seed, _WIDE_DAY_STREAM, day])

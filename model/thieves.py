@@ -61,7 +61,7 @@ NEW_ACCOUNT_PAYMENTS, NEW_ACCOUNT_AMOUNT = (1.0, 5.0), (20.0, 10_000.0)
 def thefts(day: int, accounts: Accounts, world: World, rng: np.random.Generator) -> Payments:
     """What thieves pay today, at merchants that are to be drawn."""
     victims = np.flatnonzero(accounts.is_honest(day) & (accounts.payments > 0))
-    quiet = np.flatnonzero((accounts.payments > 0) & (accounts.last_day <= day - SILENT_DAYS))
+    quiet = accounts.quiet(day, SILENT_DAYS)
     usual, people = accounts.usual, len(accounts)
 
     def taken(per_account: float, of: Ints) -> Ints:

@@ -32,6 +32,9 @@ HOUSEHOLD_SORTS = ((0.3, 0.12, 0.35), (0.45, 1.0, 0.6), (0.21, 1.8, 0.9), (0.04,
 """Share, times the account's usual amount, deviation of the logarithm: coffee, groceries, shops,
 rent and the like."""
 
+CHECK_TIMES = (1.0, 3.0)
+"""A shop checks a card once, or again when the first try fails; all within an hour."""
+
 FRAUD_ACCOUNT_DAYS = (1, 4)
 LEVEL_RANGE = (0.2, 3.0)
 HONEST_MAX = 60_000.0
@@ -111,6 +114,11 @@ class Accounts:
         since = day - self._begin
         return np.flatnonzero((since >= 0) & (since < self._of_thief_days))
 
+    def quiet(self, day: int, days: int) -> Ints:
+        """Honest people's that paid before, but not for so many days."""
+        quiet = (self.payments > 0) & (self.last_day <= day - days)
+        return np.flatnonzero(quiet & (self._of_thief_days == 0))
+
     def on_journey(self, account: Ints, day: int) -> NDArray[np.bool_]:
         """[n] whether each is on a journey."""
         away: NDArray[np.bool_] = self._journey_until[account] > day
@@ -134,18 +142,23 @@ class Accounts:
         awake = self.is_honest(day)
         wide = np.flatnonzero(awake & (self.kind != HANDBOOK_KIND))
         usual = np.repeat(wide, rng.poisson(self.rate_per_day[wide]))
+        seldom = np.minimum(self.rate_per_day, 1.0)
         possible = wide[self.usual[wide] * self._world.large_factor[1] < HONEST_MAX]
-        large = possible[chosen(rng, self._world.large_purchases, len(possible))]
+        large = possible[chosen(rng, self._world.large_purchases * seldom[possible])]
         factor = log_uniform(rng, *self._world.large_factor, len(large))
         here = np.flatnonzero(awake)
         check = here[chosen(rng, self._world.checks, len(here))]
+        check_times = whole(rng, CHECK_TIMES, len(check))
+        check_of, _ = numbered(check_times)
+        check_ms = within(rng, check_times, rng.integers(MINUTE_MS, HOUR_MS, len(check)))
+        check_amount = check_amounts(rng, len(check))[check_of]
         parts = [
             handbook.at(awake[handbook.account]),
             Payments.of(usual, self._hours(usual, rng), self._amounts(usual, rng)),
             self._fleets(awake, rng),
-            self._sprees(wide, rng),
+            self._sprees(wide, seldom, rng),
             Payments.of(large, self._hours(large, rng), factor * self.usual[large]),
-            Payments.of(check, self._hours(check, rng), check_amounts(rng, len(check))),
+            Payments.of(check[check_of], check_ms, check_amount),
         ]
         paid = self._moved(day, Payments.joined(parts))
         pays = np.zeros(len(self), np.bool_)
@@ -194,9 +207,9 @@ class Accounts:
         time_ms = within(rng, count, duration.astype(np.int64))
         return Payments.of(account, time_ms, self._amounts(account, rng))
 
-    def _sprees(self, wide: Ints, rng: np.random.Generator) -> Payments:
+    def _sprees(self, wide: Ints, seldom: Floats, rng: np.random.Generator) -> Payments:
         """An afternoon of shopping: some payments within two hours."""
-        spree = wide[chosen(rng, self._world.sprees, len(wide))]
+        spree = wide[chosen(rng, self._world.sprees * seldom[wide])]
         count = whole(rng, self._world.spree_payments, len(spree))
         account = spree[numbered(count)[0]]
         duration = rng.integers(20 * MINUTE_MS, 2 * HOUR_MS, len(spree))

@@ -34,7 +34,7 @@ SMALL_SHOP = 3.0
 """Payments a day: of a shop with fewer a compromise takes all, of another a part."""
 IN_PART_DAYS = (4.0, 28.0)
 IN_PART_SHARE = (0.01, 0.3)
-IN_PART_FRAUDS = 20.0
+IN_PART_FRAUDS = 10.0
 """A day, about the most of one shop, as long as its share is in bounds."""
 
 

@@ -106,12 +106,13 @@ class World:
         late_accounts: share of the accounts that begin during the log.
         late_days: mean days from the log's begin to such a begin, of shops and accounts.
         first_checks: share of accounts whose first payment is a shop's card check.
-        checks: honest card checks (0.00, 0.01 or 1.00) of an account a day.
+        checks: honest card checks (0.00, 0.01 or 1.00) of an account a day; some come twice.
         silences: honest silences that an account begins a day.
         silence_days: how long they are.
         level_changes: changes of an account's level (its usual amount) a day.
         level_factor: what a change multiplies it with.
-        large_purchases: honest purchases far over the usual, of an account a day.
+        large_purchases: honest purchases far over the usual, of an account a day; fewer of those
+            that pay less than once a day, as of sprees.
         large_factor: how many times the usual they are.
         journeys: journeys that an account begins a day: merchants anywhere, other hours.
         journey_days: how long they are.
@@ -163,6 +164,11 @@ class World:
     fraud_accounts: float = 0.0
     shops_in_part: float = 0.0
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether there is more than the Handbook's rules."""
+        return self.name != "handbook"
+
 
 HOUSEHOLD, FLEET = "household", "fleet"
 """Kinds with rules of their own: payments of several sorts; and one every few seconds, at times."""
@@ -170,11 +176,11 @@ HOUSEHOLD, FLEET = "household", "fleet"
 KINDS = (
     AccountKind("transit", 0.14, (0.8, 4.0), (0.1, 0.4), (1.5, 8.0), (0.5, 6.0), 0.3),
     AccountKind("coffee", 0.12, (3.0, 6.0), (0.1, 0.35), (0.5, 4.0), (2.0, 8.0), 0.1),
-    AccountKind("groceries", 0.18, (18.0, 80.0), (0.3, 0.7), (0.3, 3.0), (10.0, 150.0)),
-    AccountKind(HOUSEHOLD, 0.22, (20.0, 80.0), (0.5, 1.0), (1.0, 8.0)),
+    AccountKind("groceries", 0.16, (18.0, 80.0), (0.3, 0.7), (0.3, 3.0), (10.0, 150.0)),
+    AccountKind(HOUSEHOLD, 0.2, (20.0, 80.0), (0.5, 1.0), (1.0, 8.0)),
     AccountKind("business", 0.09, (100.0, 10_000.0), (0.6, 1.3), (0.3, 8.0)),
-    AccountKind("any", 0.1592, (1.0, 10_000.0), (0.2, 1.0), (0.1, 8.0)),
-    AccountKind("rare", 0.09, (5.0, 2_000.0), (0.2, 0.9), (1 / 45, 1 / 15)),
+    AccountKind("any", 0.1492, (1.0, 10_000.0), (0.2, 1.0), (0.1, 8.0), fixed_price=0.1),
+    AccountKind("rare", 0.14, (5.0, 2_000.0), (0.2, 0.9), (1 / 45, 1 / 15), fixed_price=0.2),
     AccountKind(FLEET, 0.0008, (0.5, 3.0), (0.0, 0.4), (0.3, 2.0), (0.3, 6.0)),
 )
 
@@ -199,13 +205,13 @@ WIDE = World(
     skimmed_terminals=TERMINALS_COMPROMISED_PER_DAY / 10_000,
     stolen_cards=CUSTOMERS_COMPROMISED_PER_DAY / 6_000,
     card_tests=3.2e-4,
-    takeovers=2.0e-4,
+    takeovers=1.5e-4,
     bursts=6e-5,
     small_frauds=2.0e-4,
     huge_payments=8e-4,
     huge_after_check=0.06,
     fraud_accounts=0.05,
-    shops_in_part=8e-5,
+    shops_in_part=1.6e-4,
 )
 
 WORLDS: Mapping[str, World] = {world.name: world for world in (HANDBOOK, WIDE)}

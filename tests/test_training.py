@@ -315,7 +315,9 @@ def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) ->
     reports: list[Report] = []
     with pytest.raises(TrainingError, match=r"have 0 frauds among .* both classes are needed"):
         train(
-            TrainingSettings(customers=1, terminals=5000, days=14), tmp_path / "m", reports.append
+            TrainingSettings(world="handbook", customers=1, terminals=5000, days=14),
+            tmp_path / "m",
+            reports.append,
         )
     assert {report.stage for report in reports} == {"reading transactions"}
     with pytest.raises(SimulatorError, match="customers is 0"):
@@ -331,7 +333,7 @@ from pathlib import Path
 import model.fitting
 from model.training import TrainingSettings, train
 model.fitting.SAVE_EVERY_SECONDS = 0.0
-settings = TrainingSettings(customers=80, terminals=60, days=30, hidden_size=4,
+settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
     layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))
 """
@@ -354,7 +356,14 @@ def test_a_training_that_is_killed_goes_on_and_gives_the_same_bytes(
     assert before.epoch >= 3
     stages: list[str] = []
     settings = TrainingSettings(
-        customers=80, terminals=60, days=30, hidden_size=4, layers=layers, epochs=5, device="cpu"
+        world="handbook",
+        customers=80,
+        terminals=60,
+        days=30,
+        hidden_size=4,
+        layers=layers,
+        epochs=5,
+        device="cpu",
     )
     train(settings, killed, lambda report: stages.append(report.stage))
     assert "epoch 1 of 5" not in stages
