@@ -37,7 +37,7 @@ AMOUNT_MAX = 100_000.0
 """EUR; no theft is over it."""
 HUGE_FACTOR = (10.0, 3_000.0)
 YOUNG_PAYMENTS_MAX = 20
-"""Half of the huge payments are on accounts with 1 up to this many payments before."""
+"""A third of the huge payments are on accounts with 1 up to this many payments before."""
 SILENT_DAYS = 21
 """A takeover is of an account that was silent for so long."""
 
@@ -129,11 +129,11 @@ def _small(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
 def _huge_victims(
     victims: Ints, accounts: Accounts, world: World, rng: np.random.Generator
 ) -> Ints:
-    """Half are accounts of few payments; and some of those that have only been checked."""
+    """A third have few payments; further ones have only been checked."""
     possible = victims[accounts.usual[victims] * HUGE_FACTOR[0] < AMOUNT_MAX]
     young = possible[accounts.payments[possible] <= YOUNG_PAYMENTS_MAX]
     checked = young[accounts.only_checks[young]]
-    count = rng.poisson(world.huge_payments * len(accounts), 2) // 2
+    count = rng.poisson(world.huge_payments * len(accounts) * np.array([2 / 3, 1 / 3]))
     return np.concatenate(
         [
             rng.choice(possible, min(count[0], len(possible)), replace=False),

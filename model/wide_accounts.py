@@ -24,7 +24,7 @@ from model.world import FLEET, HOUSEHOLD, World
 HANDBOOK_KIND = -1
 """The kind of accounts that pay as the Handbook's customers do."""
 
-FLEET_BURSTS_PER_DAY = 0.1
+FLEET_BURSTS_PER_DAY = 0.05
 FLEET_BURST_MINUTES = (3.0, 180.0)
 FLEET_PAUSE_SECONDS = (4.0, 15.0)
 

@@ -130,7 +130,8 @@ class WideWorld:
             (self._stolen_until, self._world.stolen_cards, CUSTOMER_COMPROMISED_DAYS),
         ):
             until[chosen(rng, rate, len(until))] = day + days
-        self._begin_in_part(day, shares, rng)
+        if day:  # before, no shop's size is known
+            self._begin_in_part(day, shares, rng)
         is_handbook = self.accounts.kind[paid.account] == HANDBOOK_KIND
         scenario, amount = paid.scenario.copy(), paid.amount.copy()
         scenario[is_handbook & (np.round(amount, 2) > HIGH_AMOUNT)] = OVER_220

@@ -180,7 +180,7 @@ KINDS = (
     AccountKind(HOUSEHOLD, 0.2, (20.0, 80.0), (0.5, 1.0), (1.0, 8.0)),
     AccountKind("business", 0.09, (100.0, 10_000.0), (0.6, 1.3), (0.3, 8.0)),
     AccountKind("any", 0.1492, (1.0, 10_000.0), (0.2, 1.0), (0.1, 8.0), fixed_price=0.1),
-    AccountKind("rare", 0.14, (5.0, 2_000.0), (0.2, 0.9), (1 / 45, 1 / 15), fixed_price=0.2),
+    AccountKind("rare", 0.14, (5.0, 2_000.0), (0.2, 0.9), (1 / 45, 1 / 8), fixed_price=0.2),
     AccountKind(FLEET, 0.0008, (0.5, 3.0), (0.0, 0.4), (0.3, 2.0), (0.3, 6.0)),
 )
 
@@ -205,13 +205,13 @@ WIDE = World(
     skimmed_terminals=TERMINALS_COMPROMISED_PER_DAY / 10_000,
     stolen_cards=CUSTOMERS_COMPROMISED_PER_DAY / 6_000,
     card_tests=3.2e-4,
-    takeovers=1.5e-4,
-    bursts=6e-5,
+    takeovers=1.3e-4,
+    bursts=8e-5,
     small_frauds=2.0e-4,
     huge_payments=8e-4,
     huge_after_check=0.06,
     fraud_accounts=0.05,
-    shops_in_part=1.6e-4,
+    shops_in_part=1.4e-4,
 )
 
 WORLDS: Mapping[str, World] = {world.name: world for world in (HANDBOOK, WIDE)}
