@@ -85,7 +85,7 @@ def whole(rng: np.random.Generator, bounds: Range, size: int) -> Ints:
 
 
 def chosen(rng: np.random.Generator, rate: float | Floats, size: int | None = None) -> Ints:
-    """The places, of so many, to which something happens that has this probability for each.
+    """The places to which something happens, where each has this probability of it.
 
     Args:
         rate: for all of them, or [n] for each.

@@ -229,7 +229,7 @@ class Simulator:
             day += 1
 
     def _day(self, day: int, transactions: int, paid: Payments) -> DayOfTransactions:
-        """Payments in order of time as a day; so many transactions were before it."""
+        """Payments in order of time as a day that ``transactions`` came before."""
         return DayOfTransactions(
             day=day,
             transaction_id=np.arange(transactions, transactions + len(paid)),

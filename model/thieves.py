@@ -48,7 +48,7 @@ SMALL_TEST = (0.5, 5.0)
 DRAINS = (1.0, 8.0)
 DRAIN_FACTOR = (2.0, 300.0)
 DRAIN_RISE = (1.0, 2.5)
-"""Each payment of a drain is up to so many times the one before."""
+"""Each payment of a drain is larger than the one before by a factor from this range."""
 DRAIN_MAX = (2_000.0, 50_000.0)
 """EUR: a limit of the card, which the rise stays under."""
 
@@ -65,7 +65,7 @@ def thefts(day: int, accounts: Accounts, world: World, rng: np.random.Generator)
     usual, people = accounts.usual, len(accounts)
 
     def taken(per_account: float, of: Ints) -> Ints:
-        """Victims of so many thefts; a day's are different accounts."""
+        """Victims of a day's thefts of a kind: different accounts."""
         count = min(rng.poisson(per_account * people), len(of))
         return rng.choice(of, count, replace=False)
 

@@ -115,7 +115,7 @@ class Accounts:
         return np.flatnonzero((since >= 0) & (since < self._of_thief_days))
 
     def quiet(self, day: int, days: int) -> Ints:
-        """Honest people's that paid before, but not for so many days."""
+        """Honest people's accounts that paid before, but not in the last ``days`` days."""
         quiet = (self.payments > 0) & (self.last_day <= day - days)
         return np.flatnonzero(quiet & (self._of_thief_days == 0))
 

@@ -121,7 +121,7 @@ class World:
         skimmed_terminals: share of the map's terminals that begin a day to be compromised. (In
             the Handbook's own world it is a number, whatever the terminals are.)
         stolen_cards: share of the accounts whose card is stolen a day; the same holds.
-        card_tests: thefts that test the card first, per account a day; the rates below likewise.
+        card_tests: thefts that test the card first, per account a day, as are the next four.
         takeovers: thefts from accounts that were silent for three weeks or more.
         bursts: of many payments of about the usual amount within an hour.
         small_frauds: thefts of some payments under the usual amount.

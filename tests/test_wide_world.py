@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from model.simulator import DayOfTransactions, Simulator, SimulatorError
 from model.thieves import AMOUNT_MAX, BURST_PAYMENTS, SILENT_DAYS
+from model.training import TrainingSettings, simulate
 from model.wide_accounts import HANDBOOK_KIND, HONEST_MAX
 from model.world import (
     BURST,
     CARD_TEST,
     GENUINE,
+    HANDBOOK,
     HUGE_PAYMENT,
     KINDS,
     MERCHANT_IN_PART,
@@ -30,6 +32,8 @@ from model.world import (
     TAKEOVER,
     WIDE,
 )
+from pipeline.cli import recur
+from pipeline.demo import DemoOptions
 
 CUSTOMERS, TERMINALS, DAYS = 3_000, 6_000, 150
 DAY_MS, HOUR_MS = 86_400_000, 3_600_000
@@ -339,6 +343,26 @@ def test_an_amount_carries_no_trace_of_the_thief(stream: Stream) -> None:
         for divisor in (5, 10, 100):
             expected = len(theirs) / divisor
             assert abs((theirs % divisor == 0).sum() - expected) < 4.5 * np.sqrt(expected) + 5
+
+
+def test_training_and_demo_simulate_the_wide_world_and_evaluation_the_handbooks() -> None:
+    defaults = {
+        name: option.default
+        for name in ("train", "demo", "evaluate")
+        for option in recur.commands[name].params
+        if option.name == "world"
+    }
+    assert defaults == {
+        "train": TrainingSettings().world,
+        "demo": DemoOptions().world,
+        "evaluate": "handbook",
+    }
+    assert TrainingSettings().world == DemoOptions().world == "wide"
+    small = {"customers": 50, "terminals": 60, "days": 14}
+    for world, first_day in (("handbook", HANDBOOK), ("wide", WIDE)):
+        log = simulate(TrainingSettings(**small, world=world))  # type: ignore[arg-type]
+        expected = next(Simulator(50, 60, seed=1, world=first_day).days())
+        np.testing.assert_array_equal(log.amount[: len(expected)], expected.amount)
 
 
 def test_the_wide_world_needs_a_shop_beside_a_terminal() -> None:
