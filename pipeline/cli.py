@@ -67,6 +67,13 @@ def settings() -> None:
 @click.option("--customers", type=int, default=5_000, show_default=True, help="Simulated.")
 @click.option("--terminals", type=int, default=10_000, show_default=True, help="Simulated.")
 @click.option("--days", type=int, default=183, show_default=True, help="Simulated.")
+@click.option(
+    "--world",
+    type=click.Choice(["wide", "handbook"]),
+    default="wide",
+    show_default=True,
+    help="Simulated: many kinds of accounts and fraud, or the Handbook's alone.",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
 @click.option("--hidden-size", type=int, default=128, show_default=True)
 @click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
@@ -298,6 +305,13 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 @click.option("--customers", type=int, help="Simulated, without FILE.")
 @click.option("--terminals", type=int, help="Simulated, without FILE.")
 @click.option("--days", type=int, help="Simulated, without FILE.")
+@click.option(
+    "--world",
+    type=click.Choice(["handbook", "wide"]),
+    default="handbook",
+    show_default=True,
+    help="Simulated, without FILE: the Handbook's accounts and frauds, or many more kinds.",
+)
 def evaluate(**options: Any) -> None:
     """Compare networks, and LightGBM, on the transactions in FILE or on simulated ones.
 
@@ -317,6 +331,13 @@ def evaluate(**options: Any) -> None:
     "--seconds", type=float, default=30, show_default=True, help="Length of the live part."
 )
 @click.option("--workers", type=int, default=2, show_default=True, help="Worker processes.")
+@click.option(
+    "--world",
+    type=click.Choice(["wide", "handbook"]),
+    default="wide",
+    show_default=True,
+    help="Many kinds of accounts and fraud, or the Handbook's alone.",
+)
 @click.option("--keep-running", is_flag=True, help="Go on with the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""

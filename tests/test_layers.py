@@ -40,7 +40,9 @@ LAYERS = {
         pipeline.app
     """,
     "training": """
-        model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
+        model.world model.payments model.reach model.wide_accounts model.thieves
+        model.wide_world model.simulator
+        model.dataset model.scoring model.evaluation model.steps model.inputs
         model.raw_features model.training_settings model.split model.adamw model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
