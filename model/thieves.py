@@ -1,6 +1,6 @@
 """The thieves of the wide world: whose cards they take, and what they pay with them.
 
-Each theft is of one day. Its payments, tests of the card among them, are all fraud. What an
+Each theft but a patient one is of one day. Its payments, tests of the card among them, are all fraud. What an
 account usually pays decides the amounts, so that a thief takes many times the usual of a small
 account and of a large one.
 """
@@ -28,6 +28,7 @@ from model.world import (
     CARD_TEST,
     HUGE_PAYMENT,
     NEW_ACCOUNT,
+    PATIENT,
     SMALL_AMOUNTS,
     TAKEOVER,
     World,
@@ -55,10 +56,51 @@ DRAIN_MAX = (2_000.0, 50_000.0)
 TAKEOVER_PAYMENTS, TAKEOVER_FACTOR = (1.0, 8.0), (1.0, 50.0)
 BURST_PAYMENTS, BURST_SPREAD = (10.0, 60.0), 0.3
 SMALL_PAYMENTS, SMALL_FACTOR = (1.0, 6.0), (0.05, 0.6)
+PATIENT_DAYS, PATIENT_PAYMENTS = (1.0, 7.0), (4.0, 60.0)
+"""Days of a patient theft, and payments a day."""
+PATIENT_FACTOR, PATIENT_SPREAD, PATIENT_RISE = (0.7, 15.0), 0.3, (1.0, 1.08)
+"""The first payments as multiples of the usual; each day's payments rise by a factor each."""
+PATIENT_HOURS = (1.0, 24.0)
 NEW_ACCOUNT_PAYMENTS, NEW_ACCOUNT_AMOUNT = (1.0, 5.0), (20.0, 10_000.0)
 
 
-def thefts(day: int, accounts: Accounts, world: World, rng: np.random.Generator) -> Payments:
+class PatientThieves:
+    """Thefts over several days, which stay near what is usual so that no payment stands out.
+
+    Args:
+        accounts: how many there are.
+    """
+
+    def __init__(self, accounts: int) -> None:
+        self._until = np.zeros(accounts, np.int64)
+        self._factor = np.zeros(accounts)
+        self._payments = np.zeros(accounts)
+
+    def pay(self, day: int, begun: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
+        """Today's payments, with those of the thefts that have begun today."""
+        n = len(begun)
+        self._until[begun] = day + whole(rng, PATIENT_DAYS, n)
+        self._factor[begun] = log_uniform(rng, *PATIENT_FACTOR, n)
+        self._payments[begun] = log_uniform(rng, *PATIENT_PAYMENTS, n)
+        victim = np.flatnonzero(self._until > day)
+        count = np.maximum(1, rng.poisson(self._payments[victim]))
+        group, number = numbered(count)
+        rise = rng.uniform(*PATIENT_RISE, len(victim))[group] ** number
+        amount = usual[victim][group] * self._factor[victim][group] * rise
+        amount = amount * np.exp(PATIENT_SPREAD * rng.standard_normal(len(group)))
+        amount = _under(np.full(len(group), AMOUNT_MAX), amount, rng)
+        hours = rng.uniform(*PATIENT_HOURS, len(victim))
+        time_ms = within(rng, count, (hours * HOUR_MS).astype(np.int64))
+        return Payments.of(victim[group], time_ms, amount, PATIENT)
+
+
+def thefts(
+    day: int,
+    accounts: Accounts,
+    patient: PatientThieves,
+    world: World,
+    rng: np.random.Generator,
+) -> Payments:
     """What thieves pay today, at merchants that are to be drawn."""
     victims = np.flatnonzero(accounts.is_honest(day) & (accounts.payments > 0))
     quiet = accounts.quiet(day, SILENT_DAYS)
@@ -77,6 +119,7 @@ def thefts(day: int, accounts: Accounts, world: World, rng: np.random.Generator)
             _small(taken(world.small_frauds, victims), usual, rng),
             _huge(_huge_victims(victims, accounts, world, rng), usual, rng),
             _new(accounts.opened_by_thief(day), accounts, rng),
+            patient.pay(day, taken(world.patient_thieves, victims), usual, rng),
         ]
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.payments import TO_DRAW, Floats, Ints, Payments, chosen, log_uniform, whole
 from model.reach import Reach
-from model.thieves import thefts
+from model.thieves import PatientThieves, thefts
 from model.wide_accounts import HANDBOOK_KIND, Accounts
 from model.world import (
     CUSTOMER_COMPROMISED_DAYS,
@@ -75,6 +75,7 @@ class WideWorld:
         self._stolen_until = np.zeros(len(handbook_mean), np.int64)
         self._in_part_until = np.zeros(shops, np.int64)
         self._in_part_share = np.zeros(shops)
+        self._patient = PatientThieves(len(handbook_mean))
         self._shop_payments = 0.0  # a day, smoothed
 
     def day(self, day: int, handbook: Payments, rng: np.random.Generator) -> Payments:
@@ -87,7 +88,7 @@ class WideWorld:
         shares = np.cumsum(self._visits * (self._open_day <= day))
         paid = self._at_merchants(day, self.accounts.honest(day, handbook, rng), shares, rng)
         paid = self._compromised(day, paid, shares, rng)
-        stolen = thefts(day, self.accounts, self._world, rng)
+        stolen = thefts(day, self.accounts, self._patient, self._world, rng)
         at_shops = rng.random(len(stolen)) >= THIEVES_AT_TERMINALS
         anywhere = rng.integers(self._terminals, size=len(stolen))
         stolen.merchant[:] = np.where(at_shops, self._shops(len(stolen), shares, rng), anywhere)

@@ -25,6 +25,7 @@ SCENARIOS = (
     "one huge payment",
     "new account",
     "merchant in part",
+    "patient thief",
 )
 """What the numbers of scenarios mean: 0 is genuine, 1 to 3 are the Handbook's kinds of fraud."""
 
@@ -40,6 +41,7 @@ SCENARIOS = (
     HUGE_PAYMENT,
     NEW_ACCOUNT,
     MERCHANT_IN_PART,
+    PATIENT,
 ) = range(len(SCENARIOS))
 
 
@@ -128,6 +130,7 @@ class World:
         huge_payments: single payments of 10 to 3,000 times the usual, to 100,000 EUR.
         huge_after_check: the same as a share of the accounts whose only payment is a check, a day.
         fraud_accounts: share of the accounts beginning during the log that a thief opened.
+        patient_thieves: thefts over one to seven days, of many payments not far over the usual.
         shops_in_part: share of shops that begin a day to be compromised in part.
     """
 
@@ -162,6 +165,7 @@ class World:
     huge_payments: float = 0.0
     huge_after_check: float = 0.0
     fraud_accounts: float = 0.0
+    patient_thieves: float = 0.0
     shops_in_part: float = 0.0
 
     @property
@@ -211,6 +215,7 @@ WIDE = World(
     huge_payments=8e-4,
     huge_after_check=0.06,
     fraud_accounts=0.05,
+    patient_thieves=8e-5,
     shops_in_part=1.4e-4,
 )
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from model.features import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Version of the state's layout; raise it with every change of the layout."""
 
 RECENT_IDS = 8
@@ -220,6 +220,7 @@ def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
         ("usual_amount", "<f4"),
         ("recent_ids", "<u8", (RECENT_IDS,)),
         ("hidden", "<f2", (layers, hidden_size)),
+        ("usual_count", "u1"),
     ]
     padding = -np.dtype(fields).itemsize % 8
     if padding:
