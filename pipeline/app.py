@@ -41,6 +41,7 @@ from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.topics import partition_count
 from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Worker:
             store=self._store,
             merchant_store=self._merchant_store,
             logs=self._score_log,
+            labels_partitions=lambda: partition_count(settings, self._labels_topic),
             metrics=self.metrics,
             health=self.health,
             on_repaired=lambda: self._consumer().look_again(self._topic),

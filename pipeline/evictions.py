@@ -15,7 +15,7 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from pipeline.health import Health
 from pipeline.keys import Keys
@@ -24,10 +24,9 @@ from pipeline.metrics import Metrics
 from pipeline.ownership import read_watermark
 from pipeline.redis_calls import RedisCalls, StoreUnavailableError, redis_client
 from pipeline.redis_servers import NO_EVICTION, Server, evicted_keys, servers
-from pipeline.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.score_log import LogUnavailableError, ScoreLog
 from pipeline.settings import Settings, redis_address
 from pipeline.state_store import Load, RedisStateStore, Save
-from pipeline.topics import partition_count
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +55,7 @@ class Evictions:
         partitions: partition count of the transactions topic.
         store, merchant_store: what is repaired.
         logs: where logs begin and end.
+        labels_partitions: asked for the partition count of the labels topic.
         metrics, health: what operations see.
         on_repaired: called once watermarks are set back, whichever worker did it.
     """
@@ -68,7 +68,8 @@ class Evictions:
         partitions: int,
         store: RedisStateStore,
         merchant_store: RedisMerchantStore,
-        logs: KafkaScoreLog,
+        logs: ScoreLog,
+        labels_partitions: Callable[[], Awaitable[int | None]],
         metrics: Metrics,
         health: Health,
         on_repaired: Callable[[], None],
@@ -78,6 +79,7 @@ class Evictions:
         self._store = store
         self._merchant_store = merchant_store
         self._logs = logs
+        self._labels_partitions = labels_partitions
         self._metrics = metrics
         self._health = health
         self._on_repaired = on_repaired
@@ -111,7 +113,6 @@ class Evictions:
             StoreUnavailableError: Redis does not answer; look again.
         """
         found = await self._examine()
-        self._tell(found)
         if self._lost and not any(server.may_evict for server in found):
             try:
                 await self._repair()
@@ -129,6 +130,7 @@ class Evictions:
         """The servers, with what is lost found out."""
         async with self._one_at_a_time:
             found = await servers(self._calls)
+            self._tell(found)
             evicted = _evicted(found)
             if self._repaired is None or self._lost or not _is_within(evicted, self._repaired):
                 repaired = await self._read_repaired()
@@ -140,7 +142,6 @@ class Evictions:
                     repaired = {} if has_states else evicted
                     if not has_states:
                         await self._write_repaired(evicted)
-                self._tell(found)
                 self._count(evicted, repaired)
                 await self._compare(found, evicted, repaired)
             return found
@@ -232,8 +233,7 @@ class Evictions:
         lost, evicted = self._lost, _evicted(found)
         records = sum([await self._take_back(p) for p in range(self._partitions)])
         if self._settings.merchant_counts:
-            labels = await partition_count(self._settings, self._settings.topic("labels"))
-            await self._merchant_store.forget_booked(labels or 0)
+            await self._merchant_store.forget_booked(await self._labels_partitions() or 0)
         # What is evicted from here on is more than what is written here.
         await self._write_repaired((self._repaired or {}) | evicted)
         self._repaired = (self._repaired or {}) | evicted

@@ -390,6 +390,8 @@ class RedisMerchantStore:
         Raises:
             StoreUnavailableError: some may be forgotten; ask again.
         """
+        if partitions == 0:
+            return
         topic, slots = self._labels_topic, range(MERCHANT_SLOTS)
         await self._calls.execute(
             [("DEL", *self._keys.labels_watermarks(slot, topic, partitions)) for slot in slots]

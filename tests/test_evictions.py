@@ -7,13 +7,25 @@ import json
 import time
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from model.transaction import Transaction
-from pipeline.services import Kafka, Redis, RedisCluster
+from pipeline.account_state import Watermark
+from pipeline.evictions import EvictedError, Evictions
+from pipeline.health import Health
+from pipeline.memory import MemoryKafka, MemoryScoreLog
+from pipeline.merchant_store import RedisMerchantStore
+from pipeline.metrics import Metrics
+from pipeline.redis_calls import StoreUnavailableError
+from pipeline.services import HOST, Kafka, Redis, RedisCluster
+from pipeline.settings import Settings, load_settings
+from pipeline.state_store import Load, RedisStateStore, Save
 from pipeline.worker_processes import WorkerProcess
 from tests.pipeline_under_test import (
     PipelineUnderTest,
@@ -24,6 +36,7 @@ from tests.pipeline_under_test import (
 
 ACCOUNTS = 1_500
 EVICTED_BYTES = 400_000
+REPAIRED = "what Redis evicted is computed again"
 
 
 def missing(worker: WorkerProcess) -> dict[str, str]:
@@ -76,125 +89,262 @@ async def assert_all_is_right(system: PipelineUnderTest, sent: list[Transaction]
     await system.assert_states_are_the_log()
 
 
-@pytest.mark.parametrize("policy", ["volatile-lru", "allkeys-random"])
-def test_what_is_evicted_while_workers_run_is_computed_again(
-    policy: str, kafka: Kafka, tmp_path: Path
+def test_what_is_evicted_is_computed_again_and_no_account_is_new_for_it(
+    kafka: Kafka, tmp_path: Path
 ) -> None:
-    """No account is scored as new for it, though transactions go on."""
+    """While transactions come, and while no worker runs; to be able to evict is told as well."""
     sent = transactions(6_000, ACCOUNTS)
 
     async def run(server: Redis) -> None:
         settings: dict[str, Any] = {"cached_states_max": 0, "micro_batch_max": 100}
         system = PipelineUnderTest(kafka.bootstrap, server.url, tmp_path, **settings)
-        async with system.running(workers=2):
-            await system.send(sent[:3_000])
-            await system.until_applied()
-            evicted = await asyncio.to_thread(evict, server, policy)
-            feeding = asyncio.create_task(system.send(sent[3_000:]))
-            for worker in system.workers:
-                await until_missing(worker, "evictions", True)
-                said = await asyncio.to_thread(missing, worker)
-                assert policy in said["redis_policy"]
-                assert "noeviction" in said["redis_policy"]
-                assert "evicted" in said["evictions"]
-            await feeding
-            await asyncio.to_thread(set_policy, server, "noeviction")
-            for worker in system.workers:
-                await until_missing(worker, "evictions", False)
-            await assert_all_is_right(system, sent)
-            for worker in system.workers:
-                assert await asyncio.to_thread(missing, worker) == {}
-                assert await metric(worker, "recur_redis_evicted_keys_total") >= evicted
-                assert await metric(worker, "recur_redis_may_evict") == 0
-                assert len(lines(worker, "Redis evicted keys")) == 1
-                assert len(lines(worker, "so it may evict")) == 1
-            repaired = [len(lines(w, "what Redis evicted is")) for w in system.workers]
-            assert repaired == [1, 1]
-
-    with Redis() as server:
-        asyncio.run(run(server))
-
-
-def test_what_was_evicted_while_no_worker_ran_is_computed_again_at_the_start(
-    kafka: Kafka, tmp_path: Path
-) -> None:
-    """Also where no further transaction comes."""
-    sent = transactions(3_000, ACCOUNTS)
-
-    async def run(server: Redis) -> None:
-        system = PipelineUnderTest(kafka.bootstrap, server.url, tmp_path)
-        async with system.running(workers=1):
-            await system.send(sent)
-            await system.until_applied()
-            await system.workers.pop().stop()
-            await asyncio.to_thread(evict, server, "volatile-random")
-            await asyncio.to_thread(set_policy, server, "noeviction")
-            (worker,) = await system.start_workers(1)
-
-            async def is_repaired() -> bool:
-                return bool(lines(worker, "what Redis evicted is computed again"))
-
-            await until(is_repaired, "the worker to find what was evicted")
-            await assert_all_is_right(system, sent)
-            # Once is enough: what is repaired is remembered.
-            await worker.stop()
-            system.workers.remove(worker)
-            marks = await system.watermarks()
-            (worker,) = await system.start_workers(1)
-            assert await system.watermarks() == marks
-            assert not lines(worker, "evicted")
-
-    with Redis() as server:
-        asyncio.run(run(server))
-
-
-def test_a_server_that_may_evict_and_has_not_is_told_and_scored_on(
-    kafka: Kafka, tmp_path: Path
-) -> None:
-    sent = transactions(600, 100)
-
-    async def run(server: Redis) -> None:
-        system = PipelineUnderTest(kafka.bootstrap, server.url, tmp_path)
         async with system.running(workers=1):
             (worker,) = system.workers
-            await system.send(sent[:300])
             await asyncio.to_thread(set_policy, server, "volatile-ttl")
             await until_missing(worker, "redis_policy", True)
             assert await metric(worker, "recur_redis_may_evict") == 1
-            await system.send(sent[300:])
-            await system.until_applied()
+            await system.send(sent[:3_000])
+            await system.until_applied()  # it is scored on
+            assert await metric(worker, "recur_redis_evicted_keys_total") == 0
             await asyncio.to_thread(set_policy, server, "noeviction")
             await until_missing(worker, "redis_policy", False)
+
+            evicted = await asyncio.to_thread(evict, server, "volatile-lru")
+            feeding = asyncio.create_task(system.send(sent[3_000:]))
+            await until_missing(worker, "evictions", True)
+            said = await asyncio.to_thread(missing, worker)
+            assert "volatile-lru" in said["redis_policy"]
+            assert "noeviction" in said["redis_policy"]
+            await feeding
+            await asyncio.to_thread(set_policy, server, "noeviction")
+            await until_missing(worker, "evictions", False)
             await assert_all_is_right(system, sent)
-            assert await metric(worker, "recur_redis_evicted_keys_total") == 0
+            assert await asyncio.to_thread(missing, worker) == {}
+            assert await metric(worker, "recur_redis_evicted_keys_total") >= evicted
+            assert await metric(worker, "recur_redis_may_evict") == 0
+            assert len(lines(worker, "Redis evicted keys")) == 1
+            assert len(lines(worker, "so it may evict")) == 2
+            assert len(lines(worker, REPAIRED)) == 1
+
+            await worker.stop()
+            await asyncio.to_thread(evict, server, "allkeys-random")
+            await asyncio.to_thread(set_policy, server, "noeviction")
+            system.workers.remove(worker)
+            (worker,) = await system.start_workers(1)
+
+            async def is_repaired() -> bool:
+                return len(lines(worker, REPAIRED)) == 2
+
+            await until(is_repaired, "the worker to find what was evicted")
+            await assert_all_is_right(system, sent)  # though no further transaction came
 
     with Redis() as server:
         asyncio.run(run(server))
 
 
-def test_one_primary_of_a_cluster_that_evicts_is_found(kafka: Kafka, tmp_path: Path) -> None:
-    sent = transactions(6_000, ACCOUNTS)
+# without workers -------------------------------------------------------------------------
 
-    async def run(cluster: RedisCluster) -> None:
-        system = PipelineUnderTest(kafka.bootstrap, cluster.url, tmp_path, redis_cluster=True)
-        async with system.running(workers=1):
-            (worker,) = system.workers
-            await system.send(sent[:3_000])
-            await system.until_applied()
-            fullest = max(cluster.nodes, key=_used_bytes)
-            await asyncio.to_thread(evict, fullest, "allkeys-random")
-            await until_missing(worker, "evictions", True)
-            said = await asyncio.to_thread(missing, worker)
-            assert str(fullest.port) in said["redis_policy"]
-            await asyncio.to_thread(set_policy, fullest, "noeviction")
-            await until_missing(worker, "evictions", False)
-            await system.send(sent[3_000:])
-            await assert_all_is_right(system, sent)
+MODEL = "0f3a5b7c9d1e"
+PARTITIONS = 4
+RECORDS = 1_000
+FILLER = {f"A{i}": b"x" * 400 for i in range(1_500)}
 
-    with RedisCluster() as cluster:
-        asyncio.run(run(cluster))
+
+class Watcher:
+    """What watches for one worker, its stores, and the log of its partitions."""
+
+    def __init__(self, settings: Settings, kafka: MemoryKafka) -> None:
+        self.settings = settings
+        self.store = RedisStateStore.from_settings(settings, MODEL)
+        self.merchants = RedisMerchantStore.from_settings(settings)
+        self.metrics = Metrics(CollectorRegistry())
+        self.health = Health(60.0)
+        self.repairs = 0
+        self.evictions = Evictions(
+            settings=settings,
+            model=MODEL,
+            partitions=PARTITIONS,
+            store=self.store,
+            merchant_store=self.merchants,
+            logs=MemoryScoreLog(kafka, settings),
+            labels_partitions=self._labels_partitions,
+            metrics=self.metrics,
+            health=self.health,
+            on_repaired=self._on_repaired,
+        )
+        self.store.intactness = self.merchants.intactness = self.evictions
+
+    async def _labels_partitions(self) -> int:
+        return PARTITIONS
+
+    def _on_repaired(self) -> None:
+        self.repairs += 1
+
+    async def __aenter__(self) -> Watcher:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.store.close()
+        await self.merchants.close()
+        await self.evictions.close()
+
+    async def fill(self) -> None:
+        """States in every partition, up to the log's end, and labels that are booked."""
+        for partition in range(PARTITIONS):
+            (loaded,) = await self.store.load_as_it_is([Load(partition, [])])
+            mark = Watermark(PARTITIONS, RECORDS, 0, time.monotonic_ns()).to_bytes()
+            save = Save(partition, loaded.watermark, mark, list(FILLER), list(FILLER.values()))
+            assert await self.store.save([save]) == [True]
+            await self.merchants.book(partition, [], 0, 7)
+
+    async def offsets(self) -> list[int]:
+        """Each partition's watermark, and up to where labels are booked."""
+        marks = await self.store.watermarks(PARTITIONS)
+        states = [Watermark.from_bytes(mark).next_offset for mark in marks.values()]
+        return states + [await self.merchants.booked_to(p) for p in range(PARTITIONS)]
+
+
+INTACT = [RECORDS] * PARTITIONS + [7] * PARTITIONS
+TAKEN_BACK = [0] * PARTITIONS + [0] * PARTITIONS
+
+
+def watched(url: str, **settings: Any) -> Callable[[], Watcher]:
+    """Makes one worker's watch after the other on the same keys and the same log."""
+    kafka = MemoryKafka(dict.fromkeys(("transactions", "scores"), PARTITIONS), lambda: 0)
+    for number in range(PARTITIONS * RECORDS):
+        kafka.produce("transactions", b"", b"", partition=number % PARTITIONS)
+    loaded = load_settings(redis_url=url, key_prefix=f"test-{uuid.uuid4().hex[:12]}", **settings)
+    return lambda: Watcher(loaded, kafka)
+
+
+@pytest.fixture(params=["redis", "cluster"])
+def servers_and_watchers(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[Sequence[Redis], Callable[[], Watcher]]]:
+    """A Redis, or the primaries of a cluster."""
+    if request.param == "redis":
+        with Redis() as server:
+            yield [server], watched(server.url)
+    else:
+        with RedisCluster() as cluster:
+            yield cluster.nodes, watched(cluster.url, redis_cluster=True)
 
 
 def _used_bytes(server: Redis) -> int:
     with server.client() as client:
         return int(client.info("memory")["used_memory"])
+
+
+def test_a_loss_is_repaired_once_and_only_when_nothing_is_evicted_any_more(
+    servers_and_watchers: tuple[Sequence[Redis], Callable[[], Watcher]],
+) -> None:
+    servers, watch = servers_and_watchers
+
+    async def run() -> None:
+        async with watch() as one, watch() as other:
+            await one.fill()
+            for watcher in (one, other):
+                await watcher.evictions.look()
+                assert await watcher.offsets() == INTACT
+            server = max(servers, key=_used_bytes)
+            evict(server, "volatile-lru")
+            # Before anybody has looked: what is absent is not believed to be new.
+            with pytest.raises(EvictedError, match="noeviction"):
+                await one.store.load([Load(0, ["nobody"])])
+            with pytest.raises(EvictedError):
+                await one.merchants.load(["nobody"])
+            with pytest.raises(EvictedError):  # nor what is there, once a loss is known
+                await one.store.load([Load(0, [])])
+            for _ in range(3):
+                await one.evictions.look()
+                assert await one.offsets() == INTACT  # while it may go on evicting
+            assert {"evictions", "redis_policy"} <= one.health.missing().keys()
+            set_policy(server, "noeviction")
+            await one.evictions.look()
+            assert await one.offsets() == TAKEN_BACK
+            assert not {"evictions", "redis_policy"} & one.health.missing().keys()
+            await one.store.load([Load(0, ["nobody"])])
+            await one.fill()
+            await other.evictions.look()  # has not seen it, and has nothing to repair
+            assert (one.repairs, other.repairs) == (1, 1)
+            async with watch() as later:
+                await later.evictions.look()
+            assert await one.offsets() == INTACT
+
+    asyncio.run(run())
+
+
+def test_what_else_evictions_come_to() -> None:
+    """A new beginning, numbers that are reset, a second loss, a worker that repairs already."""
+
+    async def run(server: Redis) -> None:
+        with server.client() as client:
+            client.set("of another application", b"x" * 1_000_000, px=10**9)
+            evict_all(server)
+            watch = watched(server.url)
+            async with watch() as one:
+                await one.evictions.look()  # no states yet: nothing is lost
+                assert one.health.missing().keys() == {"redis", "kafka", "partitions"}
+                await one.fill()
+                await one.evictions.look()
+                assert await one.offsets() == INTACT
+
+                client.config_resetstat()
+                await one.evictions.look()
+                assert await one.offsets() == INTACT
+                evict(server, "volatile-lru")  # fewer than before the reset, perhaps
+                set_policy(server, "noeviction")
+                lock = one.evictions._keys.evictions_lock()
+                client.set(lock, "another worker", px=60_000)
+                await one.evictions.look()
+                assert await one.offsets() == INTACT
+                client.delete(lock)
+                await one.evictions.look()
+                assert await one.offsets() == TAKEN_BACK
+                assert client.get(lock) is None
+
+                await one.fill()
+                evict(server, "volatile-lru")
+                set_policy(server, "noeviction")
+                await one.evictions.look()
+                assert await one.offsets() == TAKEN_BACK
+
+                # States of a version that did not watch: what was evicted may be of them.
+                await one.fill()
+                client.delete(one.evictions._keys.evictions())
+                async with watch() as other:
+                    await other.evictions.look()
+                assert await one.offsets() == TAKEN_BACK
+
+    with Redis() as server:
+        asyncio.run(run(server))
+
+
+def evict_all(server: Redis) -> None:
+    """Let a server evict what there is."""
+    with server.client() as client:
+        client.config_set("maxmemory-policy", "allkeys-random")
+        client.config_set("maxmemory", 1)
+        while client.dbsize():
+            client.ping()
+        client.config_set("maxmemory", 0)
+        client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_full_server_and_a_replica_are_told_from_one_that_is_away() -> None:
+    async def run(server: Redis, replica: Redis) -> None:
+        async with watched(server.url)() as one, watched(replica.url)() as of_replica:
+            await one.evictions.look()
+            with server.client() as client:
+                client.config_set("maxmemory", 1)
+                await one.evictions.look()
+                assert "raise maxmemory" in one.health.missing()["redis_memory"]
+                client.config_set("maxmemory", 0)
+            await one.evictions.look()
+            assert "redis_memory" not in one.health.missing()
+            with pytest.raises(StoreUnavailableError, match="ReadOnly"):
+                await of_replica.evictions.look()  # it cannot write down what is repaired
+            assert "RECUR_REDIS_URL" in of_replica.health.missing()["redis_role"]
+
+    with Redis() as server, Redis(options={"replicaof": f"{HOST} {server.port}"}) as replica:
+        asyncio.run(run(server, replica))
