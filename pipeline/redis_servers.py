@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio.cluster import RedisCluster
 
-from pipeline.redis_calls import RedisCalls
+from pipeline.redis_calls import RedisCalls, StoreUnavailableError, redis_client
+from pipeline.settings import Settings
 
 NO_EVICTION = "noeviction"
 """The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
@@ -93,3 +95,40 @@ def server_of(name: str, info: Mapping[str, Any]) -> Server:
         is_replica=info.get("role") == "slave",
         is_of_cluster=bool(int(info.get("cluster_enabled", 0))),
     )
+
+
+async def unreachable_nodes(settings: Settings) -> list[str]:
+    """The primaries that a Redis Cluster announces and that do not answer, ``host:port``.
+
+    Empty where all answer, where none of the cluster's nodes does, and where there is no cluster.
+    """
+    if not settings.redis_cluster:
+        return []
+    calls = RedisCalls(redis_client(settings.model_copy(update={"redis_cluster": False})))
+    try:
+        slots = await calls.ask("CLUSTER SLOTS")
+    except StoreUnavailableError:
+        return []
+    finally:
+        await calls.close()
+    primaries = sorted({(_text(p["primary"][0]), int(p["primary"][1])) for p in slots.values()})
+    # An empty host stands for the one that was asked.
+    places = [(host, port) for host, port in primaries if host]
+    answer = await asyncio.gather(
+        *(_answers(host, port, settings.redis_timeout_seconds) for host, port in places)
+    )
+    return [f"{host}:{port}" for (host, port), up in zip(places, answer, strict=True) if not up]
+
+
+def _text(value: str | bytes | None) -> str:
+    return value.decode() if isinstance(value, bytes) else value or ""
+
+
+async def _answers(host: str, port: int, timeout_seconds: float) -> bool:
+    """Whether something takes a connection there."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_seconds)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True

@@ -16,7 +16,6 @@ from pipeline.keys import Keys
 from pipeline.redis_calls import Command, RedisCalls, Script
 from pipeline.redis_calls import StoreUnavailableError as StoreUnavailableError
 from pipeline.redis_calls import redis_client as redis_client
-from pipeline.redis_servers import NO_EVICTION as NO_EVICTION
 from pipeline.redis_servers import Server, servers
 from pipeline.settings import Settings
 
@@ -193,19 +192,6 @@ class RedisStateStore:
     async def ping(self) -> None:
         """See :class:`StateStore`."""
         await self._calls.ask("PING")
-
-    async def eviction_policy(self) -> str | None:
-        """The server's ``maxmemory-policy``; None where it does not tell.
-
-        Of a cluster's nodes it is that of the first one which may evict, if there is any.
-
-        Raises:
-            StoreUnavailableError: it does not answer.
-        """
-        found = await self.servers()
-        policies = [server.policy for server in found if server.policy is not None]
-        evicting = [policy for policy in policies if policy != NO_EVICTION]
-        return next(iter([*evicting, *policies]), None)
 
     async def servers(self) -> list[Server]:
         """The Redis, or each primary of the cluster, as it describes itself.
