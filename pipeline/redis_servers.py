@@ -111,7 +111,8 @@ async def unreachable_nodes(settings: Settings) -> list[str]:
         return []
     finally:
         await calls.close()
-    primaries = sorted({(_text(p["primary"][0]), int(p["primary"][1])) for p in slots.values()})
+    # Each range of slots is its first and last slot, its primary, and then its replicas.
+    primaries = sorted({(_text(slot[2][0]), int(slot[2][1])) for slot in slots})
     # An empty host stands for the one that was asked.
     places = [(host, port) for host, port in primaries if host]
     answer = await asyncio.gather(
