@@ -10,7 +10,7 @@ from typing import Any
 
 import redis.asyncio as redis_asyncio
 from redis.asyncio.cluster import RedisCluster
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import (
     ClusterCrossSlotError,
     MovedError,
@@ -198,10 +198,6 @@ class RedisCalls:
     async def close(self) -> None:
         """Give connections back."""
         await self.client.aclose()
-        pool = getattr(self.client, "connection_pool", None)
-        if isinstance(pool, SentinelConnectionPool):
-            for sentinel in pool.sentinel_manager.sentinels:
-                await sentinel.aclose()
 
 
 def redis_client(settings: Settings) -> Any:
@@ -222,6 +218,16 @@ def redis_client(settings: Settings) -> Any:
     return client
 
 
+class _FollowsSentinels(redis_asyncio.Redis):
+    """A client of the primary that also closes what it asks the Sentinels by."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Give connections back."""
+        await super().aclose(close_connection_pool)
+        for sentinel in self.connection_pool.sentinel_manager.sentinels:  # type: ignore[attr-defined]
+            await sentinel.aclose()
+
+
 def _client_of_sentinels(settings: Settings, options: dict[str, Any]) -> Any:
     """A client of the primary that Sentinels name now; it asks them at each connection."""
     address = sentinel_address(settings.redis_url)
@@ -237,7 +243,9 @@ def _client_of_sentinels(settings: Settings, options: dict[str, Any]) -> Any:
     options = {k: v for k, v in login.items() if v} | options
     hosts = list(address.hosts)
     sentinel = Sentinel(hosts, sentinel_kwargs=of_sentinels)  # type: ignore[no-untyped-call]
-    return sentinel.master_for(address.master, db=address.database, **options)
+    return sentinel.master_for(
+        address.master, redis_class=_FollowsSentinels, db=address.database, **options
+    )
 
 
 def _complaint(error: BaseException) -> str:
