@@ -17,6 +17,8 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 
+import msgspec
+
 from pipeline.health import Health
 from pipeline.keys import Keys
 from pipeline.merchant_store import RedisMerchantStore
@@ -40,6 +42,20 @@ SET_POLICY = (
     "set maxmemory-policy to noeviction (redis-cli config set maxmemory-policy noeviction, or the"
     " provider's parameter of that name)"
 )
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What stands in Redis of its own evictions.
+
+    Attributes:
+        repaired: numbers of evicted keys up to which states are repaired, by run id of a server.
+        lost: keys that were evicted since, and whose loss is not repaired yet.
+        repairs: how often it was repaired.
+    """
+
+    repaired: dict[str, int]
+    lost: int = 0
+    repairs: int = 0
 
 
 class EvictedError(StoreUnavailableError):
@@ -86,8 +102,9 @@ class Evictions:
         self._calls = RedisCalls(redis_client(settings))
         self._keys = Keys(settings.key_prefix, model, settings.topic("transactions"))
         self._one_at_a_time = asyncio.Lock()
-        # By server and start of it: evicted keys that are repaired, and that are in the metric.
-        self._repaired: dict[str, int] | None = None
+        self._record: Record | None = None
+        self._is_written = True  # that something is lost
+        # By run id of a server: evicted keys that are in the metric.
         self._counted: dict[str, int] = {}
         # By server's name: evicted keys that are repaired.
         self._believed: dict[str, int] = {}
@@ -98,7 +115,7 @@ class Evictions:
         """See :class:`pipeline.state_store.Intactness`."""
         if absent and not self._lost:
             evicted = await evicted_keys(self._calls)
-            is_known = self._repaired is not None
+            is_known = self._record is not None
             if not is_known or any(n > self._believed.get(x, 0) for x, n in evicted.items()):
                 await self._examine()
         if self._lost:
@@ -127,53 +144,51 @@ class Evictions:
     # look --------------------------------------------------------------------------------
 
     async def _examine(self) -> list[Server]:
-        """The servers, with what is lost found out."""
+        """The servers, with what is lost found out and written down."""
         async with self._one_at_a_time:
+            written = await self._read()
+            # After it: a number under that of the record is one that was reset.
             found = await servers(self._calls)
             self._tell(found)
             evicted = _evicted(found)
-            if self._repaired is None or self._lost or not _is_within(evicted, self._repaired):
-                repaired = await self._read_repaired()
-                # After it: a number under that of the record is one that was reset.
-                found = await servers(self._calls)
-                evicted = _evicted(found)
-                if repaired is None:
-                    has_states = bool(await self._store.watermarks(self._partitions))
-                    repaired = {} if has_states else evicted
-                    if not has_states:
-                        await self._write_repaired(evicted)
-                self._count(evicted, repaired)
-                await self._compare(found, evicted, repaired)
+            record = written or self._record or await self._first_record(evicted)
+            self._count(evicted, record.repaired)
+            record = _compared(record, evicted)
+            if self._lost and not self._is_written:
+                record = msgspec.structs.replace(record, lost=self._lost)
+            self._notice(found, record)
+            if record != written:
+                await self._write(record)
+            self._is_written = True
             return found
 
-    async def _compare(
-        self, found: list[Server], evicted: dict[str, int], repaired: dict[str, int]
-    ) -> None:
-        reset = [run for run, n in evicted.items() if n < repaired.get(run, 0)]
-        if reset:  # CONFIG RESETSTAT: from now on they count from zero
-            repaired = {run: n for run, n in repaired.items() if run not in reset}
-            await self._write_repaired(repaired)
-        lost = sum(n - repaired.get(run, 0) for run, n in evicted.items())
-        if lost and not self._lost:
-            log.error(
-                "Redis evicted keys, and account states may be among them; nothing more is scored"
-                f" until they are computed again from the log, once it may not evict: {SET_POLICY}",
-                extra={"keys": lost, "policy": _policies(found)},
-            )
-        had_lost, was_known = self._lost, self._repaired
-        self._lost = lost
-        if lost:
+    async def _first_record(self, evicted: dict[str, int]) -> Record:
+        """Where nothing is written: of states that stand already, anything may be evicted."""
+        has_states = bool(await self._store.watermarks(self._partitions))
+        return Record({} if has_states else evicted)
+
+    def _notice(self, found: list[Server], record: Record) -> None:
+        """Say what is lost, or that it is repaired."""
+        before, had_lost = self._record, self._lost
+        self._record, self._lost = record, record.lost
+        if record.lost:
+            self._is_written = self._is_written and bool(had_lost)
             self._health.down(
                 "evictions",
-                f"Redis evicted {lost} keys, so account states are lost; they are computed again"
-                f" from the log once it may not evict: {SET_POLICY}",
+                f"Redis evicted {record.lost} keys, so account states are lost; they are computed"
+                f" again from the log once it may not evict: {SET_POLICY}",
             )
-            self._repaired = repaired
+            if not had_lost:
+                log.error(
+                    "Redis evicted keys, and account states may be among them; nothing more is"
+                    " scored until they are computed again from the log, once it may not evict:"
+                    f" {SET_POLICY}",
+                    extra={"keys": record.lost, "policy": _policies(found)},
+                )
             return
-        self._repaired = repaired
         self._believed = {server.name: server.evicted or 0 for server in found}
         self._health.up("evictions")
-        if had_lost or (was_known is not None and not _is_within(evicted, was_known)):
+        if had_lost or (before is not None and record.repairs != before.repairs):
             log.info("what Redis evicted is computed again from the log; another worker began it")
             self._on_repaired()
 
@@ -228,17 +243,17 @@ class Evictions:
 
     async def _repair_alone(self) -> None:
         found = await self._examine()  # another worker may have repaired it meanwhile
-        if not self._lost or any(server.may_evict for server in found):
+        record, lost = self._record, self._lost
+        if record is None or not lost or any(server.may_evict for server in found):
             return
-        lost, evicted = self._lost, _evicted(found)
         records = sum([await self._take_back(p) for p in range(self._partitions)])
         if self._settings.merchant_counts:
             await self._merchant_store.forget_booked(await self._labels_partitions() or 0)
         # What is evicted from here on is more than what is written here.
-        await self._write_repaired((self._repaired or {}) | evicted)
-        self._repaired = (self._repaired or {}) | evicted
+        record = Record(record.repaired | _evicted(found), 0, record.repairs + 1)
+        await self._write(record)
+        self._record, self._lost = record, 0
         self._believed = {server.name: server.evicted or 0 for server in found}
-        self._lost = 0
         self._health.up("evictions")
         log.warning(
             "what Redis evicted is computed again from the log, and labels are booked again;"
@@ -272,18 +287,29 @@ class Evictions:
 
     # what is repaired --------------------------------------------------------------------
 
-    async def _read_repaired(self) -> dict[str, int] | None:
-        """Evicted keys up to which states are repaired, by server; None where nothing says."""
+    async def _read(self) -> Record | None:
+        """What stands in Redis. Read with every look, so that it is as young as watermarks are."""
         value = await self._calls.ask("GET", self._keys.evictions())
         if value is None:
             return None
-        words = value.decode(errors="replace").split()
-        return {run: int(n) for run, n in zip(words[::2], words[1::2], strict=False) if n.isdigit()}
+        try:
+            return msgspec.json.decode(value, type=Record)
+        except msgspec.DecodeError:  # of another version: it is written anew
+            return None
 
-    async def _write_repaired(self, evicted: Mapping[str, int]) -> None:
-        last = list(evicted.items())[-SERVERS_REMEMBERED:]
-        value = "\n".join(f"{run} {n}" for run, n in last)
+    async def _write(self, record: Record) -> None:
+        last = dict(list(record.repaired.items())[-SERVERS_REMEMBERED:])
+        value = msgspec.json.encode(msgspec.structs.replace(record, repaired=last))
         await self._calls.ask("SET", self._keys.evictions(), value)
+
+
+def _compared(record: Record, evicted: Mapping[str, int]) -> Record:
+    """What the record is, given the numbers now: those over its own are lost."""
+    # A number under its own was reset (CONFIG RESETSTAT): it counts from zero.
+    repaired = {run: n for run, n in record.repaired.items() if evicted.get(run, n) >= n}
+    lost = sum(n - repaired.get(run, 0) for run, n in evicted.items())
+    # Lost is lost: servers forget their numbers when they start again.
+    return Record(repaired, max(record.lost, lost), record.repairs)
 
 
 def _evicted(found: list[Server]) -> dict[str, int]:
@@ -293,11 +319,6 @@ def _evicted(found: list[Server]) -> dict[str, int]:
         for server in found
         if server.evicted is not None
     }
-
-
-def _is_within(evicted: Mapping[str, int], repaired: Mapping[str, int]) -> bool:
-    """Whether the numbers are those that are repaired."""
-    return all(n == repaired.get(run, 0) for run, n in evicted.items())
 
 
 def _policies(found: list[Server]) -> str:

@@ -320,6 +320,45 @@ def test_what_else_evictions_come_to() -> None:
         asyncio.run(run(server))
 
 
+def test_a_loss_is_not_forgotten_by_a_server_that_starts_again() -> None:
+    """As it does where its policy is set right in its file; its numbers begin at zero then."""
+
+    async def run(server: Redis) -> None:
+        watch = watched(server.url)
+        async with watch() as one:
+            for is_record_evicted in (False, True):
+                await one.fill()
+                await one.evictions.look()
+                evict(server, "volatile-lru")
+                await one.evictions.look()
+                if is_record_evicted:
+                    with server.client() as client:
+                        client.delete(one.evictions._keys.evictions())
+                server.stop()
+                server.start()
+                with server.client() as client:
+                    assert client.info("stats")["evicted_keys"] == 0
+                if not is_record_evicted:  # another finds it written down
+                    async with watch() as later:
+                        await later.evictions.look()
+                        assert await later.offsets() == TAKEN_BACK
+                await until_answered(one)
+                assert await one.offsets() == TAKEN_BACK
+
+    async def until_answered(watcher: Watcher) -> None:
+        for _ in range(100):
+            try:
+                await watcher.evictions.look()
+                await watcher.offsets()
+                return
+            except StoreUnavailableError:
+                await asyncio.sleep(0.05)
+        raise AssertionError("Redis is back and does not answer")
+
+    with Redis() as server:
+        asyncio.run(run(server))
+
+
 def evict_all(server: Redis) -> None:
     """Let a server evict what there is."""
     with server.client() as client:
