@@ -27,6 +27,7 @@ from pipeline.checkpoint_watch import CheckpointWatch
 from pipeline.decision import thresholds_of
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError
+from pipeline.evictions import Evictions
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
 from pipeline.merchant_store import RedisMerchantStore
@@ -40,6 +41,7 @@ from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.topics import partition_count
 from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,19 @@ class Worker:
         self._publisher = KafkaPublisher(settings)
         self._transactions = TransactionalPublisher(settings) if settings.transactional else None
         self.app = faust_app(settings, directory)
+        self._evictions = Evictions(
+            settings=settings,
+            model=checkpoint.digest,
+            partitions=partitions,
+            store=self._store,
+            merchant_store=self._merchant_store,
+            logs=self._score_log,
+            labels_partitions=lambda: partition_count(settings, self._labels_topic),
+            metrics=self.metrics,
+            health=self.health,
+            on_repaired=lambda: self._consumer().look_again(self._topic),
+        )
+        self._store.intactness = self._merchant_store.intactness = self._evictions
         patience = Patience(self.metrics, self.health)
         self.ownership = Ownership(
             topic=self._topic,
@@ -244,6 +259,7 @@ class Worker:
         await self._score_log.stop()
         await self._store.close()
         await self._merchant_store.close()
+        await self._evictions.close()
 
     # monitors ----------------------------------------------------------------------------
 
@@ -277,7 +293,7 @@ class Worker:
 
     async def _look_at_redis(self) -> None:
         try:
-            await self._store.ping()
+            await self._evictions.look()
             self.health.up("redis")
         except StoreUnavailableError as error:
             self.metrics.redis_errors.inc()

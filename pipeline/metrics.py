@@ -186,6 +186,15 @@ class Metrics:
         self.redis_errors = Counter(
             "recur_redis_errors", "Failed calls to Redis", registry=registry
         )
+        self.evicted_keys = Counter(
+            "recur_redis_evicted_keys",
+            "Keys that Redis evicted, account states perhaps among them",
+            registry=registry,
+        )
+        self.may_evict = Gauge(
+            "recur_redis_may_evict", "1 while Redis has a maxmemory-policy that may evict states",
+            registry=registry,
+        )  # fmt: skip
         self.kafka_errors = Counter(
             "recur_kafka_errors", "Failed calls to Kafka", registry=registry
         )

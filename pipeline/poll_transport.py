@@ -349,6 +349,12 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._resets += 1
         self._go_to(tp, offset)
 
+    def look_again(self, topic: str) -> None:
+        """Have the agent look at each partition's watermark, though no record may come."""
+        for tp in self.assignment():
+            if tp.topic == topic and tp in self._begin:
+                self._to_take[tp] = self._begin[tp]
+
     def _go_to(self, tp: TP, offset: int) -> None:
         """The next chunk begins there, and so does the next fetch."""
         self._begin[tp] = offset

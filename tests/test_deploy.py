@@ -258,6 +258,13 @@ def test_the_health_check_fails_where_nothing_answers() -> None:
     assert nobody.stderr.startswith("/live on port 1: ")
 
 
+def test_the_health_check_takes_no_service_of_kubernetes_for_a_port() -> None:
+    script = [sys.executable, str(ROOT / "deploy/healthcheck.py"), "live"]
+    environment = {"RECUR_HTTP_PORT": "tcp://10.96.0.13:9100"}
+    asked = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert asked.returncode == 0 or asked.stderr.startswith("/live")
+
+
 # Prometheus and Grafana
 
 

@@ -25,12 +25,14 @@ LAYERS = {
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
     """,
     "clients": """
-        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
+        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.redis_servers
+        pipeline.state_store
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
+        pipeline.evictions
     """,
     "processor": """
         pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute
