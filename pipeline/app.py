@@ -34,6 +34,7 @@ from pipeline.group_errors import HOPELESS, group_refusal
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
 from pipeline.merchant_store import RedisMerchantStore
+from pipeline.message_limits import MessageLimits
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
 from pipeline.patience import Patience
@@ -114,8 +115,11 @@ class Worker:
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
-        self._publisher = KafkaPublisher(settings)
-        self._transactions = TransactionalPublisher(settings) if settings.transactional else None
+        self._limits = MessageLimits(settings)
+        self._publisher = KafkaPublisher(settings, self._limits)
+        self._transactions = (
+            TransactionalPublisher(settings, self._limits) if settings.transactional else None
+        )
         self._group_watch: asyncio.Task[None] | None = None
         self._refused_since: float | None = None
         self.app = faust_app(settings, directory)
@@ -178,6 +182,7 @@ class Worker:
     async def start_clients(self) -> None:
         """Connect what the processor uses; the consumer is Faust's."""
         await self._score_log.start()
+        await self._limits.read()
         await self._publisher.start()
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
