@@ -336,8 +336,7 @@ class Worker:
             self.health.up("redis")
         except StoreUnavailableError as error:
             self.metrics.redis_errors.inc()
-            self.health.down("redis", "it does not answer")
-            log.debug("Redis does not answer", extra={"why": str(error)})
+            self.health.down("redis", "it does not answer", str(error))
 
     async def _look_at_lag(self) -> None:
         """Lag of what is assigned, from a connection that is not the consumer's."""
@@ -348,8 +347,7 @@ class Worker:
             self.health.up("kafka")
         except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
-            self.health.down("kafka", "it does not answer")
-            log.debug("Kafka does not answer", extra={"why": str(error)})
+            self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
             self.health.records_wait(self._consumer().polls_in_flight > 0)
             return
         lags = await self._lags(self._topic, ends, self.ownership.next_offsets())

@@ -18,6 +18,8 @@ from pathlib import Path
 from time import monotonic
 from types import FrameType
 
+from pipeline import logs
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -103,6 +105,7 @@ class Ending:
             f"{why}; the process ends now, and what is not acked is read again",
             extra={} if name is None else {"signal": name},
         )
+        logs.tell_left_out()
         shutil.rmtree(self._directory, ignore_errors=True)
         sys.stderr.flush()
         self._end_process(UNFINISHED_EXIT_CODE)

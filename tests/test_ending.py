@@ -1,8 +1,12 @@
-"""A worker ends when it has to: told to, whatever is away; and where its group refuses it."""
+"""A worker ends when it has to: told to, whatever is away; and where its group refuses it.
+
+While it waits instead it tells so, once a minute.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import time
@@ -22,6 +26,11 @@ from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, tra
 
 END_SECONDS = 120.0
 """Far more than any end takes, on any machine; those that are not bounded take for ever."""
+
+AWAY_SECONDS = 10.0
+
+LINES_MAX = 12
+"""An outage's own lines, those of a rebalance, and an error or two of a new kind."""
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +215,33 @@ def test_a_signal_sent_twice_by_a_shell_is_one(tmp_path: Path) -> None:
         assert codes == [UNFINISHED_EXIT_CODE]
     finally:
         ending.cancel()
+
+
+# Waiting
+
+
+def test_a_broker_that_is_away_is_told_of_in_a_few_lines(
+    broker: Kafka, redis_server: Redis, tmp_path: Path
+) -> None:
+    pipeline = system(broker, redis_server, tmp_path)
+
+    async def run() -> None:
+        async with pipeline.running(workers=1):
+            (worker,) = pipeline.workers
+            before = len(worker.log_path.read_text().splitlines())
+            await asyncio.to_thread(broker.kill)
+            await until_said(worker, "a service does not answer")
+            await asyncio.sleep(AWAY_SECONDS)
+            await asyncio.to_thread(broker.start)
+            await until_said(worker, "it answers again")
+            lines = worker.log_path.read_text().splitlines()[before:]
+            (away,) = [line for line in lines if "a service does not answer" in line]
+            (back,) = [line for line in lines if "it answers again" in line]
+            assert "service=kafka" in away
+            left_out = re.search(r"library_lines=(\d+)", back)
+            assert left_out is not None
+            assert int(left_out[1]) > 50, "libraries say a lot; where they do not, this test does"
+            minutes = 1 + float(re.findall(r"seconds=([\d.]+)", back)[0]) / 60
+            assert len(lines) <= LINES_MAX + 2 * minutes, "\n".join(lines)
+
+    asyncio.run(run())

@@ -23,7 +23,7 @@ LAYERS = {
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
-        pipeline.ending
+        pipeline.ending pipeline.outages
     """,
     "clients": """
         pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
