@@ -28,6 +28,7 @@ from faust.types import TP, ConsumerMessage, Message
 from mode import Service
 from mode.threads import ServiceThread
 
+from pipeline.bounded_batches import one_poll
 from pipeline.ownership import Chunk, Poll
 from pipeline.score_log import LogUnavailableError
 
@@ -233,12 +234,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
     ) -> Any:
         """What one fetch returned: straight from aiokafka, not by Faust's queue."""
         consumer = self._thread._ensure_consumer()
-        return await self._thread._fetch_records(
-            consumer,
-            active_partitions,
-            timeout=timeout,
-            max_records=consumer._max_poll_records,
-        )
+        with one_poll():
+            return await self._thread._fetch_records(
+                consumer,
+                active_partitions,
+                timeout=timeout,
+                max_records=consumer._max_poll_records,
+            )
 
     # acks --------------------------------------------------------------------------------
 

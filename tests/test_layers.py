@@ -29,7 +29,7 @@ LAYERS = {
         pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
-        pipeline.group_errors pipeline.message_limits
+        pipeline.group_errors pipeline.message_limits pipeline.bounded_batches
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
