@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pipeline.ending import leave_at_signals
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.state_cli import state
@@ -30,6 +31,7 @@ def recur(config: Path | None) -> None:
 @recur.command()
 def worker() -> None:
     """Run a worker of the consumer group until SIGTERM or Ctrl-C."""
+    leave_at_signals()  # the imports below take a while
     from pipeline.app import run_worker
 
     sys.exit(run_worker(load_settings()))

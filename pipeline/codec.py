@@ -48,6 +48,7 @@ REASONS = (
     "computation",
     "label",
     "labelled_at",
+    "batch_too_large",
 )
 """Why a record is rejected: a closed set, fit for a metric label."""
 

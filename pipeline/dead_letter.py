@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+from pipeline.bounded_batches import records_in
 from pipeline.metrics import Metrics
 from pipeline.ownership import Record
 from pipeline.publisher import Outgoing
@@ -41,7 +42,7 @@ class DeadLetters:
     def letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
         """The original key and bytes; where from and why in headers."""
         now_ms = self._clock_ms()
-        self._metrics.rejected.labels(reason).inc()
+        self._metrics.rejected.labels(reason).inc(records_in(record.value))
         self._tell(reason, partition, record.offset, now_ms)
         limit = self._value_max_bytes
         headers = {

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from model.transaction import Transaction
 from pipeline.codec import WARM_HEADER
 from pipeline.errors import RecurError
+from pipeline.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings
 from pipeline.topics import TopicRole
 
@@ -38,8 +39,8 @@ BLOCK_TRANSACTIONS = 8192
 UNACKED_MAX_RECORDS = 65_536
 """Records that may wait for their acks."""
 
-BATCH_MAX_BYTES = 512 * 1024
-"""Of one partition's batch; a broker takes 1 MiB unless told otherwise."""
+RECORD_OVERHEAD_BYTES = 256
+"""What a batch of one record has besides key and value, and more."""
 
 TICK_SECONDS = 0.005
 """A paced feed wakes at most this often; at fewer than 200/s each record is sent alone."""
@@ -158,17 +159,19 @@ class Feed:
         self._topic = settings.topic(role)
         self._partitions: list[int] = []
         self._partition_of: dict[bytes, int] = {}
+        self._limits = MessageLimits(settings, [role], least_bytes=0)
         self._producer: Any = None
         self._failure: BaseException | None = None
         self._ack_came = asyncio.Event()
 
     async def __aenter__(self) -> Feed:
         compression = self._settings.kafka_compression
+        await self._limits.read()
         self._producer = AIOKafkaProducer(
             **self._settings.kafka_client_options(),
             acks="all",
             enable_idempotence=True,
-            max_batch_size=BATCH_MAX_BYTES,
+            max_batch_size=self._limits.batch_bytes,
             compression_type=None if compression == "none" else compression,
             request_timeout_ms=round(self._timeout_seconds * 1000),
         )
@@ -262,7 +265,14 @@ class Feed:
         headers = [(WARM_HEADER, b"1")] if warm else []
         builders: dict[int, Any] = {}
         timestamp_ms = 0
+        largest = self._limits.record_bytes - RECORD_OVERHEAD_BYTES
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            if len(key) + len(value) > largest:
+                raise RecurError(
+                    f"one of the {self._role} has {len(key) + len(value)} bytes, and topic"
+                    f" {self._topic} takes {largest}: leave it out, or raise the topic's"
+                    f" max.message.bytes; {self.count.acked:,} are acknowledged"
+                )
             if index % _STAMP_EVERY == 0:
                 timestamp_ms = int(time.time() * 1000)
             partition = self._partition(key)
@@ -329,6 +339,8 @@ class Feed:
 
     def _gave_up(self, error: BaseException | None = None) -> RecurError:
         said = f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
+        if isinstance(error, TOO_LARGE):
+            said += ": the topic's max.message.bytes was lowered meanwhile; start again"
         return RecurError(
             f"the broker at {self._settings.kafka_bootstrap} does not take {self._role} ({said});"
             f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"

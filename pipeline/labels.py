@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from model.merchants import BUCKET_MS
+from pipeline.bounded_batches import refuse_batch
 from pipeline.codec import Label, decode_label
 from pipeline.dead_letter import DeadLetters
 from pipeline.errors import RejectedError
@@ -194,6 +195,7 @@ def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:
     Raises:
         RejectedError: it cannot be booked.
     """
+    refuse_batch(record.value)
     label, timestamp_ms, labelled_ms = decode_label(record.key, record.value)
     if labelled_ms - record.timestamp > future_limit_ms:
         raise RejectedError(

@@ -36,6 +36,7 @@ from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.reasons import Explainer
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import AccountStates
+from pipeline.bounded_batches import refuse_batch
 from pipeline.codec import (
     CONTROL_HEADER,
     WARM_HEADER,
@@ -203,6 +204,7 @@ class PartDecoder:
         return part
 
     def _decode(self, record: Record) -> tuple[Transaction, int]:
+        refuse_batch(record.value)
         transaction = decode(record.key, record.value, self._currency, self.further_fields)
         timestamp = transaction.timestamp
         timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)

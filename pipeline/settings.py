@@ -237,6 +237,13 @@ class Settings(BaseSettings):
     startup_timeout_seconds: float = Field(
         10.0, gt=0, le=600, description="how long to wait for broker and Redis at start, seconds"
     )
+    shutdown_seconds: float = Field(
+        15.0,
+        ge=1,
+        le=600,
+        description="a worker that is told to stop ends within this, whatever is away, seconds;"
+        " less than the grace of what stops it (Kubernetes: 30)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log line to write"
     )

@@ -17,6 +17,7 @@ from pipeline.codec import names_in
 from pipeline.errors import StartupError
 from pipeline.further_fields import ALWAYS_THERE
 from pipeline.merchant_store import RedisMerchantStore
+from pipeline.message_limits import MessageLimits
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.redis_calls import IS_A_CLUSTER, StoreAddressError
 from pipeline.redis_servers import unreachable_nodes
@@ -65,6 +66,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
     await check_rights(settings)
+    await MessageLimits(settings).read()
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     merchant_store = RedisMerchantStore.from_settings(settings)
     score_log = KafkaScoreLog(settings)

@@ -23,12 +23,14 @@ LAYERS = {
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
+        pipeline.ending pipeline.outages
     """,
     "clients": """
         pipeline.topics pipeline.rights pipeline.redis_calls pipeline.redis_servers
         pipeline.state_store
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
+        pipeline.group_errors pipeline.message_limits pipeline.bounded_batches
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
