@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 DAY_MS = 86_400_000
 
+ANY_AGE_SECONDS = 1e11
+"""A maximum age that bounds nothing, for workers that are given records of the past alone."""
+
 _UNITS = (
     ("seconds", 10**8, 10**10, 1),
     ("microseconds", 10**14, 10**16, 10**6),
