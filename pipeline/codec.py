@@ -93,7 +93,7 @@ _FIELD_REASONS = {
     "`$.labelled_at`": "labelled_at",
 }
 _TIMES = ("timestamp", "labelled_at")
-_NUMBER = re.compile(rb"(\d{1,19})(\.\d*)?")
+_NUMBER = re.compile(rb"\d{1,20}(\.\d{1,20})?([eE]\+?\d\d?)?")
 _DATE = re.compile(rb'"(\d{4}-\d\d-\d\d)"')
 _DAY_END_MS = DAY_MS + 12 * 3_600_000
 """Where it is still the day of a date that begins at midnight UTC, counted from there."""
@@ -309,7 +309,7 @@ def _refuse_other_units(value: bytes, message: str) -> None:
         return
     number = _NUMBER.fullmatch(text.strip(b'"'))
     if number is not None:
-        _refuse_other_unit(int(number[1]), name)
+        _refuse_other_unit(float(number[0]), name)
 
 
 def _reason(message: str) -> str:
