@@ -206,10 +206,11 @@ def decode_label(key: bytes | None, value: bytes | None) -> tuple[Label, int, in
     timestamp_ms = payment_ms(label.timestamp)
     labelled_ms = payment_ms(label.labelled_at, "labelled_at")
     if "labelled_at" in dates:
-        labelled_ms = labelled_time(timestamp_ms, labelled_ms, _DAY_END_MS)
+        if "timestamp" not in dates:
+            labelled_ms = labelled_time(timestamp_ms, labelled_ms, _DAY_END_MS)
     elif _is_midnight(label.labelled_at):
         labelled_ms = labelled_time(timestamp_ms, labelled_ms)
-    if "timestamp" in dates and timestamp_ms - _DAY_BEGIN_MS <= labelled_ms < timestamp_ms:
+    if dates == {"timestamp"} and timestamp_ms - _DAY_BEGIN_MS <= labelled_ms < timestamp_ms:
         timestamp_ms = labelled_ms
     if labelled_ms < timestamp_ms:
         raise RejectedError("labelled_at", "labelled_at is before the transaction's timestamp")
@@ -225,14 +226,14 @@ def payment_ms(timestamp: int | datetime, name: str = "timestamp") -> int:
     Raises:
         RejectedError: it is a plausible time in another unit, or before 1970.
     """
-    if not isinstance(timestamp, int):
-        timestamp = epoch_ms(timestamp)
-        if timestamp < 0:
-            raise RejectedError(name, f"the {name} is before 1970")
+    if isinstance(timestamp, int):
+        if not _NO_OTHER_UNIT_FROM <= timestamp < _NO_OTHER_UNIT_TO:
+            _refuse_other_unit(timestamp, name)
         return timestamp
-    if timestamp < _NO_OTHER_UNIT_FROM or timestamp >= _NO_OTHER_UNIT_TO:
-        _refuse_other_unit(timestamp, name)
-    return timestamp
+    timestamp_ms = epoch_ms(timestamp)
+    if timestamp_ms < 0:
+        raise RejectedError(name, f"the {name} is before 1970")
+    return timestamp_ms
 
 
 _NO_OTHER_UNIT_FROM, _NO_OTHER_UNIT_TO = 10**10, 10**14

@@ -164,9 +164,15 @@ def _decoded(checkpoint: Checkpoint, record: MemoryRecord) -> Transaction:
     if any(name == CONTROL_HEADER for name, _ in record.headers):
         raise RejectedError("control", "")
     transaction = decode(record.key, record.value, checkpoint.header.currency)
-    if record.timestamp > 0 and epoch_ms(transaction.timestamp) > record.timestamp + DAY_MS:
+    if epoch_ms(transaction.timestamp) > _record_ms(transaction, record) + DAY_MS:
         raise RejectedError("future_timestamp", "")
     return transaction
+
+
+def _record_ms(transaction: Transaction, record: MemoryRecord) -> int:
+    """The record's time; its event's where it has none that milliseconds could be."""
+    is_time = 1973 <= 1970 + record.timestamp / (365.25 * DAY_MS) < 5000
+    return record.timestamp if is_time else epoch_ms(transaction.timestamp)
 
 
 def _is_repeat(transaction: Transaction, other: Transaction) -> bool:
@@ -187,7 +193,7 @@ def _apply(
     if state is not None and any(_is_repeat(transaction, o) for o in state.sent[-RECENT_IDS:]):
         return None
     sent_ms = epoch_ms(transaction.timestamp)
-    record_ms = record.timestamp if record.timestamp > 0 else sent_ms
+    record_ms = _record_ms(transaction, record)
     if state is None or record_ms - state.last_record_ms > ttl_ms:
         state = AccountReference(AccountHistory.empty(1), checkpoint.network.empty_hidden(1))
         state.first_offset = record.offset
