@@ -423,7 +423,7 @@ def test_the_watchdog_ends_a_worker_whose_records_wait(kafka: Kafka, tmp_path: P
 
 
 def test_what_cannot_be_so_is_told_on_a_real_broker(system: PipelineUnderTest) -> None:
-    """Units, a clock ahead, records without or with a wrong time of their own, ids that come again."""
+    """Units, a clock ahead, records without a time of their own, ids that come again."""
     hour_ms = 3_600_000
 
     def payment(number: int, name: str, event_ms: int, amount: float = 20.0) -> bytes:
