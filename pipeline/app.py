@@ -42,7 +42,7 @@ from pipeline.patience import Patience
 from pipeline.processor import Computed, Processor
 from pipeline.publisher import KafkaPublisher
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
-from pipeline.scorer import Scorer
+from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
@@ -153,7 +153,7 @@ class Worker:
         )
         self.processor = Processor(
             settings=settings,
-            scorer=Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS)),
+            scorer=scorer_of(settings, checkpoint),
             store=self._store,
             merchant_store=self._merchant_store,
             publisher=self._publisher,

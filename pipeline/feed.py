@@ -27,7 +27,7 @@ from aiokafka.partitioner import DefaultPartitioner
 from numpy.typing import NDArray
 
 from model.transaction import Transaction
-from pipeline.codec import WARM_HEADER
+from pipeline.codec import HISTORY_HEADER, WARM_HEADER
 from pipeline.errors import RecurError
 from pipeline.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings
@@ -214,9 +214,10 @@ class Feed:
         *,
         rate: float | None = None,
         warm: bool = False,
+        history: bool = False,
         stop: asyncio.Event | None = None,
     ) -> None:
-        """Send all blocks.
+        """Send all blocks; ``history`` marks them as transactions of the past, of any age.
 
         A block with ``due_seconds`` keeps that timetable; another keeps ``rate``
         (transactions/s), or goes as fast as the broker takes it when that is None. Returns
@@ -227,9 +228,9 @@ class Feed:
         async for block in blocks:
             due = timetable.of(block)
             if due is None:
-                await self.send(block.keys, block.values, warm=warm)
+                await self.send(block.keys, block.values, warm=warm, history=history)
             else:
-                await self._send_paced(block, due, timetable, warm, stop)
+                await self._send_paced(block, due, timetable, warm, history, stop)
             if stop.is_set():
                 return
 
@@ -239,6 +240,7 @@ class Feed:
         due: NDArray[np.float64],
         timetable: _Timetable,
         warm: bool,
+        history: bool,
         stop: asyncio.Event,
     ) -> None:
         clock = asyncio.get_running_loop().time
@@ -252,17 +254,25 @@ class Feed:
                 now -= late
             ready = int(np.searchsorted(due, now, side="right"))
             if ready > at:
-                await self.send(block.keys[at:ready], block.values[at:ready], warm=warm)
+                keys, values = block.keys[at:ready], block.values[at:ready]
+                await self.send(keys, values, warm=warm, history=history)
                 at = ready
             if at < len(due):
                 wait = due[at] - (clock() - timetable.start)
                 await asyncio.sleep(min(max(wait, TICK_SECONDS), _STOP_SECONDS))
 
     async def send(
-        self, keys: Sequence[bytes], values: Sequence[bytes], *, warm: bool = False
+        self,
+        keys: Sequence[bytes],
+        values: Sequence[bytes],
+        *,
+        warm: bool = False,
+        history: bool = False,
     ) -> None:
         """Send records now; waits only while too many are unacked."""
         headers = [(WARM_HEADER, b"1")] if warm else []
+        if history:
+            headers.append((HISTORY_HEADER, b"1"))
         builders: dict[int, Any] = {}
         timestamp_ms = 0
         largest = self._limits.record_bytes - RECORD_OVERHEAD_BYTES

@@ -195,6 +195,23 @@ class Settings(BaseSettings):
     future_limit_seconds: float = Field(
         86_400.0, gt=0, description="a timestamp further past its record's is rejected, seconds"
     )
+    timestamp_tolerance_seconds: float = Field(
+        300.0,
+        ge=0,
+        le=31_536_000,
+        description="a clock that is ahead moves its account's time past the record's by this at"
+        " most, seconds; further off is counted (recur_event_time_skew_total)",
+    )
+    max_timestamp_age_seconds: float = Field(
+        631_152_000.0,
+        gt=0,
+        description="a timestamp further before its record's is rejected, seconds; but not of"
+        " replays, warm-ups and records with the header recur-history",
+    )
+    id_conflicts: Literal["score", "reject"] = Field(
+        "score",
+        description="what becomes of a transaction whose id its account had with another content",
+    )
     review_threshold: float | None = Field(
         None, ge=0, le=1, description="score from which on to alert; else the checkpoint's"
     )

@@ -20,7 +20,8 @@ LAYERS = {
         model.thresholds model.reasons
     """,
     "vocabulary": """
-        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
+        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
+        pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
         pipeline.ending pipeline.outages
