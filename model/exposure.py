@@ -58,7 +58,7 @@ _MERCHANTS = (LARGE_MERCHANT, SMALL_MERCHANT, UNKNOWN_MERCHANT)
 _BISECTIONS = 8
 _SAME_RATE = 0.03
 """A rate this near, relatively, is the same point of the curve."""
-_COARSE, _FINE = 8, 40
+_COARSE, _FINE = 8, 26
 
 Show = Callable[[float, str], None]
 
@@ -438,10 +438,10 @@ class _Search:
             begin = number / 2
             show(begin, f"exposure: plans of {days} d")
             rng = np.random.default_rng(days)
-            plans = list(given_plans(days, self._settings.payments_max))
-            plans += random_plans(
-                days, self._settings.random_plans, rng, self._settings.payments_max
-            )
+            most = self._settings.payments_max
+            plans = [*self._best.get(1, []), *given_plans(days, most)]
+            plans += random_plans(days, self._settings.random_plans, rng, most)
+            self.tried += len(plans)
             attack = self._attack(self._some, plans, threshold)
             best = _covering(attack, plans, self._settings.kept)
             show(begin + 0.2, f"exposure: variants of {days} d")
@@ -508,7 +508,11 @@ def _covering(attack: Attack, plans: Sequence[Plan], count: int) -> list[Plan]:
 _RAMPS = (1.0, 0.7, 0.4, 0.15)
 """Shares of the largest amount that are taken before the last tenth of a plan."""
 
-_STARTS = {"by day": 10 * HOUR_MS, "at night": 2 * HOUR_MS}
+_STARTS = {
+    "by day": 10 * HOUR_MS,
+    "at night": 2 * HOUR_MS,
+    "by day after three weeks": 21 * DAY_MS + 10 * HOUR_MS,
+}
 
 _DAY_SPACINGS = {
     "one payment": DAY_MS,
@@ -529,9 +533,9 @@ _WEEK_SPACINGS = {
 
 
 def given_plans(days: int, payments_max: int = PAYMENTS_PER_WEEK_MAX) -> list[Plan]:
-    """Plans of even spacing, greedy or ramping, by day or at night.
+    """Plans of even spacing, greedy or ramping, by day, at night or after a silence.
 
-    >>> [len(plan) for plan in given_plans(1) if "by day" in plan.name and "70 %" in plan.name]
+    >>> [len(plan) for plan in given_plans(1) if "by day, 70 %" in plan.name]
     [2, 8, 24, 144, 200]
     """
     plans = []

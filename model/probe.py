@@ -325,8 +325,8 @@ def _probe(
         found.add(curves)
         show(0.05 + 0.3 * min(1.0, number / sweeps.expected), f"sweeps: {curves.sweep}")
     large = _large_payments(scorer, histories, states, checkpoint.header.thresholds.review)
-    show(0.35, "exposure")
     if log is None:
+        show(0.35, "exposure: simulated accounts")
         log = simulated_log(settings.customers, settings.days, scorer.scale)
     exposure = measure_exposure(
         scorer,

@@ -55,9 +55,11 @@ def _sweep(axes: Axes, sweep: str, curves: list[Curve], names: list[str], review
     axes.axhline(review, color="black", linewidth=0.8, linestyle=":")
     if sweep not in _LINEAR:
         axes.set_xscale("symlog", linthresh=1.0)
+        axes.set_xlim(min(curves[0].values), max(curves[0].values))
     axes.set_yscale("log")
     axes.set_ylim(_SCORE_LEAST / 2, 1.5)
-    axes.set_xlabel(f"{sweep} ({curves[0].context})")
+    axes.set_xlabel(sweep)
+    axes.set_title(curves[0].context, fontsize=9)
     axes.set_ylabel("score")
     axes.grid(alpha=0.3)
 
