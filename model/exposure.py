@@ -43,7 +43,7 @@ AMOUNT_MOST = 100_000.0
 """Smallest and largest payment that the thief tries, euros. The largest is a bound."""
 
 PAYMENTS_PER_DAY_MAX = 200
-PAYMENTS_PER_WEEK_MAX = 280
+PAYMENTS_PER_WEEK_MAX = 200
 """A thief makes no more payments. A plan that still pays with its last one is at a bound."""
 
 FALSE_POSITIVE_RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
@@ -56,6 +56,8 @@ TARGET_TIMES_USUAL = 3.0
 MINUTE_MS = 60_000
 _MERCHANTS = (LARGE_MERCHANT, SMALL_MERCHANT, UNKNOWN_MERCHANT)
 _BISECTIONS = 8
+_SEARCH_EVERY = 3
+"""Of payments under an hour apart, each such one's largest amount is searched for."""
 _SAME_RATE = 0.03
 """A rate this near, relatively, is the same point of the curve."""
 _COARSE, _FINE = 8, 26
@@ -170,12 +172,12 @@ class ExposureSettings:
         payments_max: of a plan.
     """
 
-    accounts: int = 300
-    tried: int = 24
-    random_plans: int = 16
-    varied: int = 4
-    kept: int = 5
-    kept_curve: int = 3
+    accounts: int = 200
+    tried: int = 12
+    random_plans: int = 12
+    varied: int = 3
+    kept: int = 4
+    kept_curve: int = 2
     rates: tuple[float, ...] = FALSE_POSITIVE_RATES
     payments_max: int = PAYMENTS_PER_WEEK_MAX
 
@@ -247,7 +249,6 @@ def measure_exposure(
         monotone: whether the score never falls with the amount; else amounts are tried closely.
         show: called with the share that is done.
     """
-    show(0.0, "exposure: accounts")
     accounts = found_histories(
         log, scorer.spec, settings.accounts, payments_min=PAYMENTS_MIN, flagged=False
     )
@@ -337,7 +338,13 @@ class Thief:
         self._most = AMOUNT_MOST * scorer.scale
         self._grid = np.geomspace(self._least, self._most, _COARSE if monotone else _FINE)
 
-    def attack(self, accounts: Rows, plans: Sequence[Plan], threshold: float) -> Attack:
+    def attack(
+        self,
+        accounts: Rows,
+        plans: Sequence[Plan],
+        threshold: float,
+        show: Callable[[float], None] = lambda done: None,
+    ) -> Attack:
         """What each plan takes from each of these accounts, with scores under the threshold."""
         n, p = len(accounts), len(plans)
         states = self.states.take(np.tile(accounts, p))  # row = plan * n + account
@@ -351,29 +358,61 @@ class Thief:
         for i, plan in enumerate(plans):
             at_ms[i, : len(plan)], shares[i, : len(plan)] = plan.at_ms, plan.share
         limited = np.array([plan.limited for plan in plans])
+        last_ms, searched = np.zeros(n * p, np.int64), np.full(n * p, -_SEARCH_EVERY)
+        largest = np.zeros(n * p)
         for step in range(int(lengths.max(initial=0))):
             rows = np.flatnonzero((lengths > step) & ~done)
             if not len(rows):
                 break
+            show(float(np.minimum(lengths, step).sum() / lengths.sum()))
             which = rows // n
             now = start[rows] + at_ms[which, step]
-            share = shares[which, step]
             if step == 0:
                 merchant[rows] = self._best_merchant(states, rows, now, threshold)
             of_merchant = self._merchants[merchant[rows]]
-            largest = self.largest_under(states.take(rows), now, of_merchant, threshold)
-            amount = np.floor(largest * share / self._least) * self._least
             before = states.take(rows)
+
+            def search(
+                due: Rows,
+                step: int = step,
+                rows: Rows = rows,
+                now: Int64 = now,
+                before: States = before,
+                of_merchant: NDArray[np.float32] = of_merchant,
+            ) -> None:
+                largest[rows[due]] = self.largest_under(
+                    before.take(due), now[due], of_merchant[due], threshold
+                )
+                searched[rows[due]] = step
+
+            # Between payments a minute apart little changes: the last amount often passes again.
+            is_due = (step - searched[rows] >= _SEARCH_EVERY) | (now - last_ms[rows] >= HOUR_MS)
+            search(np.flatnonzero(is_due))
+            share = shares[which, step]
+            amount = self._whole(largest[rows] * share)
             score, after = self.scorer.advance(before, amount, now, of_merchant)
+            again = np.flatnonzero(~is_due & (score >= threshold))
+            if len(again):
+                search(again)
+                amount[again] = self._whole(largest[rows[again]] * share[again])
+                score[again], corrected = self.scorer.advance(
+                    before.take(again), amount[again], now[again], of_merchant[again]
+                )
+                after.put(again, corrected)
             paid = (score < threshold) & (amount > 0)
             states.put(rows[paid], after.take(np.flatnonzero(paid)))
+            last_ms[rows] = now
             taken[rows[paid]] += amount[paid]
             payments[rows[paid]] += 1
-            unbounded = paid & (largest >= self._most * 0.99)
+            unbounded = paid & (largest[rows] >= self._most * 0.99)
             at_bound[rows[unbounded]] = True
             done[rows[unbounded & (share >= 1.0)]] = True
             at_bound[rows[paid & limited[which] & (lengths[rows] == step + 1)]] = True
         return Attack(taken.reshape(p, n).T, payments.reshape(p, n).T, at_bound.reshape(p, n).T)
+
+    def _whole(self, amount: Float64) -> Float64:
+        """Amounts in whole cents, or what stands for them in the currency."""
+        return np.asarray(np.floor(amount / self._least) * self._least)
 
     def largest_under(
         self, states: States, now_ms: Int64, merchant: NDArray[np.float32], threshold: float
@@ -435,39 +474,47 @@ class _Search:
         """Tries all plans, varies the best, and attacks every account by the best of all."""
         taken = {}
         for number, days in enumerate((1, 7)):
+            name = "a day" if days == 1 else "a week"
             begin = number / 2
-            show(begin, f"exposure: plans of {days} d")
+
+            def part(after: float, share: float, note: str) -> Callable[[float], None]:
+                return lambda done: show(begin + after + share * done, note)  # noqa: B023
+
             rng = np.random.default_rng(days)
             most = self._settings.payments_max
             plans = [*self._best.get(1, []), *given_plans(days, most)]
             plans += random_plans(days, self._settings.random_plans, rng, most)
             self.tried += len(plans)
-            attack = self._attack(self._some, plans, threshold)
+            tried = part(0.0, 0.2, f"exposure: {len(plans)} plans of {name}")
+            attack = self._thief.attack(self._some, plans, threshold, tried)
             best = _covering(attack, plans, self._settings.kept)
-            show(begin + 0.2, f"exposure: variants of {days} d")
             varied = [v for plan in best for v in variants(plan, self._settings.varied, rng)]
-            plans = [*best, *varied]
-            attack = self._attack(self._some, plans, threshold)
-            self._best[days] = _covering(attack, plans, self._settings.kept)
             self.tried += len(varied)
-            show(begin + 0.35, f"exposure: all accounts, {days} d")
-            taken[days] = self._taken(days, self._best[days], threshold)
+            plans = [*best, *varied]
+            tried = part(0.2, 0.1, f"exposure: {len(varied)} variants for {name}")
+            attack = self._thief.attack(self._some, plans, threshold, tried)
+            self._best[days] = _covering(attack, plans, self._settings.kept)
+            tried = part(0.3, 0.2, f"exposure: {name}, every account")
+            taken[days] = self._taken(days, self._best[days], threshold, tried)
         return Point(threshold, rate, taken[1], taken[7])
 
     def point(self, threshold: float, rate: float, show: Show) -> Point:
-        """Attacks every account by the best plans of another threshold, and single payments."""
+        """Attacks every account by the plans that were best at review."""
         taken = {}
         for number, days in enumerate((1, 7)):
-            show(number / 2, f"exposure at {rate:.2%} false positives, {days} d")
+
+            def part(done: float) -> None:
+                note = f"exposure at {rate:.2%} false positives, {days} d"  # noqa: B023
+                show((number + done) / 2, note)  # noqa: B023
+
             plans = self._best[days][: self._settings.kept_curve]
-            taken[days] = self._taken(days, plans, threshold)
+            taken[days] = self._taken(days, plans, threshold, part)
         return Point(threshold, rate, taken[1], taken[7])
 
-    def _attack(self, accounts: Rows, plans: Sequence[Plan], threshold: float) -> Attack:
-        return self._thief.attack(accounts, plans, threshold)
-
-    def _taken(self, days: int, plans: Sequence[Plan], threshold: float) -> Taken:
-        attack = self._attack(self._accounts, plans, threshold)
+    def _taken(
+        self, days: int, plans: Sequence[Plan], threshold: float, show: Callable[[float], None]
+    ) -> Taken:
+        attack = self._thief.attack(self._accounts, plans, threshold, show)
         every = np.arange(len(self._accounts))
         best = attack.amount.argmax(axis=1)
         amount = attack.amount[every, best]
@@ -505,7 +552,7 @@ def _covering(attack: Attack, plans: Sequence[Plan], count: int) -> list[Plan]:
     return [plans[i] for i in chosen]
 
 
-_RAMPS = (1.0, 0.7, 0.4, 0.15)
+_RAMPS = (1.0, 0.6, 0.2)
 """Shares of the largest amount that are taken before the last tenth of a plan."""
 
 _STARTS = {
@@ -528,14 +575,14 @@ _WEEK_SPACINGS = {
     "every 3 h": (3 * HOUR_MS, 8),
     "every hour": (HOUR_MS, 24),
     "20 a day, every 10 min": (10 * MINUTE_MS, 20),
-    "40 a day, every minute": (MINUTE_MS, 40),
+    "20 a day, every minute": (MINUTE_MS, 20),
 }
 
 
 def given_plans(days: int, payments_max: int = PAYMENTS_PER_WEEK_MAX) -> list[Plan]:
     """Plans of even spacing, greedy or ramping, by day, at night or after a silence.
 
-    >>> [len(plan) for plan in given_plans(1) if "by day, 70 %" in plan.name]
+    >>> [len(plan) for plan in given_plans(1) if "by day, 60 %" in plan.name]
     [2, 8, 24, 144, 200]
     """
     plans = []
@@ -555,9 +602,9 @@ def given_plans(days: int, payments_max: int = PAYMENTS_PER_WEEK_MAX) -> list[Pl
             }
         for name, times in spaced.items():
             bound = min(payments_max, PAYMENTS_PER_DAY_MAX if days == 1 else PAYMENTS_PER_WEEK_MAX)
-            limited = len(times) > bound or (days == 1 and name == "every minute")
+            limited = len(times) > bound or "every minute" in name
             kept = times[:bound]
-            for ramp in _RAMPS[: 1 if len(kept) == 1 else None]:
+            for ramp in _RAMPS[: 1 if len(kept) == 1 or "after" in start else None]:
                 share = np.full(len(kept), ramp)
                 share[-max(1, len(kept) // 10) :] = 1.0
                 title = "" if ramp == 1.0 else f", {ramp:.0%}".replace("%", " %") + " at first"

@@ -24,7 +24,7 @@ from model.exposure import (
     random_plans,
     variants,
 )
-from model.features import Encoder, FeatureSpec, Input
+from model.features import FeatureSpec, Input
 from model.gru import Architecture, Network
 from model.merchants import BUCKET_MS, Labels, observe_merchant_log
 from model.probe import (
@@ -32,6 +32,7 @@ from model.probe import (
     FRAUDS_SWEEP,
     LARGE_AMOUNTS,
     Curves,
+    ProbeResult,
     ProbeSettings,
     allowed_fall,
     falls_of,
@@ -79,7 +80,6 @@ def toy(
     bias: float,
     bend: tuple[int, float, float] | None = None,
     tail: tuple[float, ...] = EUR,
-    **header: object,
 ) -> Checkpoint:
     """A checkpoint whose logit is a sum over inputs that are not negative; no hidden state.
 
@@ -110,7 +110,6 @@ def toy(
             features=FeatureSpec(tuple(inputs)),
             thresholds=Thresholds(REVIEW, 0.9),
             amounts=Amounts(tail, 0.5),
-            **header,
         ),
     )
 
@@ -129,8 +128,19 @@ def planted(sweep: str) -> Checkpoint:
     return toy([AMOUNT, KNOWN_FRAUDS], [1.0, 1.0], -5.0, bend=(where, float(value), -2.0))
 
 
-def test_a_monotone_network_passes() -> None:
-    result = probe(monotone(), TINY)
+@pytest.fixture(scope="module")
+def passed() -> ProbeResult:
+    return probe(monotone(), TINY)
+
+
+@pytest.fixture(scope="module")
+def failed() -> dict[str, ProbeResult]:
+    """By the sweep in which a fall is planted."""
+    return {sweep: probe(planted(sweep), TINY) for sweep in (AMOUNT_SWEEP, FRAUDS_SWEEP)}
+
+
+def test_a_monotone_network_passes(passed: ProbeResult) -> None:
+    result = passed
     assert not result.failed
     assert result.violations == result.large.under_smaller == 0
     assert set(result.violations_by_sweep) == {AMOUNT_SWEEP, FRAUDS_SWEEP}
@@ -138,8 +148,8 @@ def test_a_monotone_network_passes() -> None:
 
 
 @pytest.mark.parametrize("sweep", [AMOUNT_SWEEP, FRAUDS_SWEEP])
-def test_a_planted_fall_is_found_and_named(sweep: str) -> None:
-    result = probe(planted(sweep), TINY)
+def test_a_planted_fall_is_found_and_named(sweep: str, failed: dict[str, ProbeResult]) -> None:
+    result = failed[sweep]
     assert result.failed
     other = ({AMOUNT_SWEEP, FRAUDS_SWEEP} - {sweep}).pop()
     assert result.violations_by_sweep[other] == 0
@@ -177,8 +187,8 @@ def test_rounding_is_allowed_and_more_is_not() -> None:
         assert len(falls_of(curves, ["a", "b", "c"])) == falls
 
 
-def test_large_payments_are_listed_with_what_is_wrong() -> None:
-    large = probe(planted(AMOUNT_SWEEP), TINY).large
+def test_large_payments_are_listed_with_what_is_wrong(failed: dict[str, ProbeResult]) -> None:
+    large = failed[AMOUNT_SWEEP].large
     assert large.amounts == list(LARGE_AMOUNTS)
     row = next(row for row in large.rows if row.history == "15 payments of 5")
     assert row.usual == pytest.approx(5)
@@ -197,7 +207,18 @@ def test_the_catalogue_is_in_the_currency_of_the_checkpoint(median: float, scale
     assert scorer.scale == scale
     first, *_ = catalogue(scorer.scale)
     assert set(first.amount) == {scale}
-    assert probe(checkpoint, TINY).large.amounts == [scale * amount for amount in LARGE_AMOUNTS]
+    assert scorer.usual(scorer.empty(1)) == pytest.approx([median])
+
+
+def test_a_probe_in_another_currency_finds_the_same() -> None:
+    """Amounts in hundreds of thousands: the planted fall is at 400 x 10,000."""
+    value = float(np.log1p(4e6))
+    checkpoint = toy([AMOUNT], [1.0], -12.0, bend=(0, value, -2.0), tail=(0.0, 400_000.0))
+    result = probe(checkpoint, TINY)
+    assert result.scale == 10_000
+    assert result.large.amounts == [10_000.0 * amount for amount in LARGE_AMOUNTS]
+    assert result.violations == TINY.contexts * result.histories
+    assert result.falls[0].from_value == pytest.approx(4e6, rel=0.8)
 
 
 def test_states_and_scores_are_those_of_a_worker() -> None:
@@ -339,7 +360,6 @@ def test_a_known_exposure_is_measured() -> None:
         assert taken.at_bound == 1.0  # more payments would take more
     spent = found.spent_per_day
     assert found.review.week.median == pytest.approx(10 * largest / spent / 7, rel=0.1)
-    assert found.target_met is None or found.curve  # the rates come from the payments here
     assert set(found.metrics()) == {
         f"probe_exposure_{name}_{measure}"
         for name in ("day", "week")
@@ -350,15 +370,12 @@ def test_a_known_exposure_is_measured() -> None:
 def test_a_thief_who_has_to_wait_waits() -> None:
     """A pause makes larger payments pass: what the best of the plans gives is known."""
     # logit = 2 log1p(amount) - 1.6 log1p(seconds) + 4: amount + 1 = (1 + seconds) ** .8 / e ** 2
-    pause = Input("seconds_since_last", "log1p", mean=20.0)  # shifted, so that it is not negative
-    spec = (AMOUNT, pause)
-    checkpoint = toy(spec, [2.0, 0.0], 0.0)
+    checkpoint = toy([AMOUNT, Input("seconds_since_last", "log1p", mean=20.0)], [2.0, 0.0], 0.0)
     with torch.no_grad():
         network = checkpoint.network
-        network.input_layer.weight[1, 1] = -1.0  # 20 - log1p(seconds), which is not negative
+        network.input_layer.weight[1, 1] = -1.0  # 20 - log1p(seconds): over 0, as ReLU needs it
         network.logit.weight[0, 1] = 1.6
         network.logit.bias[0] = 4.0 - 1.6 * 20.0
-    checkpoint = toy_again(checkpoint)
     history = paying("20 of 30", "", [30.0] * 20, DAY_MS, DAY_MS)
     scorer = ProbeScorer(checkpoint)
     states, _ = replay(scorer, [history])
@@ -378,12 +395,6 @@ def test_a_thief_who_has_to_wait_waits() -> None:
     assert attack.amount[0].max() == pytest.approx(max(expected), rel=0.03)
 
 
-def toy_again(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with weights that were changed by hand."""
-    assert Encoder(checkpoint.header.features)
-    return Checkpoint(checkpoint.network, checkpoint.header)
-
-
 def test_an_attack_raises_no_alert() -> None:
     scorer = ProbeScorer(Checkpoint.load(SHIPPED))
     histories = accounts()
@@ -401,7 +412,7 @@ def test_plans_keep_to_their_time(days: int) -> None:
     plans = [*given_plans(days), *random_plans(days, 20, rng)]
     plans += [variant for plan in plans[:10] for variant in variants(plan, 3, rng)]
     for plan in plans:
-        assert 1 <= len(plan) <= (200 if days == 1 else 280)
+        assert 1 <= len(plan) <= 200
         assert (np.diff(plan.at_ms) >= 0).all()
         assert plan.at_ms[-1] - plan.at_ms[0] < days * DAY_MS
         assert ((plan.share > 0) & (plan.share <= 1)).all()
@@ -461,14 +472,10 @@ def test_the_command_fails_on_a_violation_and_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted(AMOUNT_SWEEP).save(tmp_path / "planted.safetensors")
-    monotone().save(tmp_path / "monotone.safetensors")
-
     assert run(tmp_path / "planted.safetensors", "--short") == 1
     said = capsys.readouterr().out
     assert "FAILED" in said
     assert "from amount" in said
-    assert run(tmp_path / "monotone.safetensors", "--short") == 0
-    assert "PASSED" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny")
@@ -480,6 +487,7 @@ def test_the_command_writes_json_and_plot(
     json_file, plot = tmp_path / "probe.json", tmp_path / "probe.png"
     options = ("--short", "--json", json_file, "--plot", plot)
     assert run(tmp_path / "m.safetensors", *options) == 0
+    assert "PASSED" in capsys.readouterr().out
     found = json.loads(json_file.read_text())
     assert found["violations"] == 0
     assert found["exposure"]["review"]["day"]["median_amount"] > 0
@@ -490,7 +498,6 @@ def test_the_command_writes_json_and_plot(
 
     monkeypatch.setattr(pipeline.probe, "require_matplotlib", missing)
     plot.unlink()
-    capsys.readouterr()
     assert run(tmp_path / "m.safetensors", *options) == 0
     assert "plot is left out" in capsys.readouterr().out
     assert not plot.exists()
@@ -506,6 +513,9 @@ label = "label"
 
 [constants]
 currency = "EUR"
+
+[time]
+unit = "ms"
 """
 
 
@@ -552,10 +562,11 @@ def test_the_shipped_checkpoint_can_be_probed(
 
 
 def test_the_short_form_can_stand_in_a_header(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: ProbeResult
 ) -> None:
     monkeypatch.setattr("model.probe.SHORT", TINY)
     result = short_probe(monotone())
+    assert result.metrics() == passed.metrics()  # the same each time
     path = tmp_path / "m.safetensors"
     monotone().with_header(metrics=result.metrics()).save(path)
     assert Checkpoint.load(path).header.metrics == result.metrics()
