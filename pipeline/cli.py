@@ -324,6 +324,39 @@ def evaluate(**options: Any) -> None:
     run_evaluate(evaluate_options(**options))
 
 
+@recur.command("probe")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Parquet or CSV file of labelled transactions: its accounts are probed, too.",
+)
+@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what was found to this file, too.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG file of scores by sweep and of exposure; needs matplotlib.",
+)
+@click.option("--short", is_flag=True, help="The short form, as at the end of `recur train`.")
+def probe_command(**options: Any) -> None:
+    """Test how CHECKPOINT behaves: sweeps, large payments, and what a thief can take.
+
+    With the history fixed, more money and more known frauds at the merchant must not lower the
+    score. Prints each place where it falls, where an input leaves its range, and the exposure:
+    the most that a thief who knows the model takes under the review threshold. Ends with code 1
+    on a violation.
+    """
+    from pipeline.probe import ProbeOptions, run_probe
+
+    sys.exit(run_probe(ProbeOptions(**options)))
+
+
 @recur.command()
 @click.option("--transactions", type=int, default=200_000, show_default=True, help="Of the burst.")
 @click.option(

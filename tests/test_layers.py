@@ -52,6 +52,7 @@ LAYERS = {
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.reason_check
+        model.probe_scorer model.probe_histories model.exposure model.probe model.probe_plots
         model.results model.plots model.card
     """,
     "tools": """
@@ -61,7 +62,7 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation pipeline.account_view pipeline.time_option
+        pipeline.evaluation pipeline.probe pipeline.account_view pipeline.time_option
         pipeline.state_comparison pipeline.verification pipeline.score_comparison
         pipeline.verify pipeline.verify_report pipeline.state_view
         pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
