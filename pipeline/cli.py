@@ -83,14 +83,22 @@ def settings() -> None:
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
+@click.option("--no-probe", is_flag=True, help="Do not probe the checkpoint at the end.")
 def train(
-    output: Path, data: Path | None, columns: str | None, skip_unusable: bool, **options: Any
+    output: Path,
+    data: Path | None,
+    columns: str | None,
+    skip_unusable: bool,
+    no_probe: bool,
+    **options: Any,
 ) -> None:
     """Train a network on your transactions, or simulated ones; write its checkpoint to OUTPUT.
 
-    Interrupted, it goes on where it stopped when it is started again in the same way.
+    Interrupted, it goes on where it stopped when it is started again in the same way. At the end
+    it probes the checkpoint (see `recur probe`) and ends with code 1 on a violation.
     """
     from model.checkpoint import CheckpointError
+    from model.probe import short_probe
     from model.progress import TrainingProgress
     from model.simulator import SimulatorError
     from model.training import TrainingError, TrainingSettings
@@ -109,11 +117,21 @@ def train(
     try:
         with TrainingProgress() as progress:
             checkpoint = train_network(TrainingSettings(**options), output, progress.report, source)
+        probed = None if no_probe else short_probe(checkpoint)
+        if probed is not None:
+            metrics = checkpoint.header.metrics | probed.metrics()
+            checkpoint = checkpoint.with_header(metrics=metrics)
+            checkpoint.save(output)
     except (CheckpointError, SimulatorError, TrainingError) as error:
         raise RecurError(str(error)) from error
     click.echo(f"{output}: model {checkpoint.digest}, on days held out:")
     for name, value in checkpoint.header.metrics.items():
         click.echo(f"  {name:32} {value:.4g}")
+    if probed is not None:
+        for line in probed.lines():
+            click.echo(line)
+        if probed.failed:
+            sys.exit(1)
 
 
 @recur.command()
