@@ -1,8 +1,8 @@
 """The thieves of the wide world: whose cards they take, and what they pay with them.
 
-Each theft but a patient one is of one day. Its payments, tests of the card among them, are all fraud. What an
-account usually pays decides the amounts, so that a thief takes many times the usual of a small
-account and of a large one.
+Each theft but a patient one is of one day. Its payments, tests of the card among them, are all
+fraud. What an account usually pays decides the amounts, so that a thief takes many times the usual
+of a small account and of a large one.
 """
 
 from __future__ import annotations
