@@ -49,6 +49,7 @@ ACCOUNT_FEATURES: tuple[str, ...] = (
     "amount_to_mean",  # amount / mean_amount_30d, or AmountScale.floor if that is more
     "usual_amount",  # running mean before this one, without outliers
     "amount_to_usual",  # amount / usual_amount, or AmountScale.floor if that is more
+    "amount_to_least",  # the greater of these two ratios: how far it is under both
 )
 """Names of an account's raw features, in the order of the columns."""
 
@@ -175,7 +176,7 @@ def observe(
     """Features of one transaction of each of n distinct accounts, and their histories after.
 
     Event time that runs backwards counts as no time passed, and ``last_event_ms`` stays. With the
-    history fixed, only ``amount``, ``amount_to_mean`` and ``amount_to_usual`` depend on the amount.
+    history fixed, only the columns :data:`AMOUNT_FEATURES` depend on the amount.
 
     Args:
         history: n accounts before the transaction; not changed.
@@ -206,6 +207,7 @@ def observe(
     amount_to_mean           3.00
     usual_amount             30.00
     amount_to_usual          2.00
+    amount_to_least          3.00
     """
     n = len(amount)
     first = history.count == 0
@@ -238,6 +240,7 @@ def observe(
     floor = np.float32(scale.floor)
     np.divide(raw[0], np.maximum(raw[10], floor), out=raw[11])
     np.divide(raw[0], np.maximum(raw[12], floor), out=raw[13])
+    np.maximum(raw[11], raw[13], out=raw[14])
 
     # What enters the means: not a card check, nor all of an outlier.
     within = np.minimum(raw[0], np.maximum(np.float32(OUTLIER) * raw[12], raw[8]))
@@ -406,7 +409,7 @@ class Input(msgspec.Struct, frozen=True):
         return "merchant" if self.feature in MERCHANT_FEATURES else "own"
 
 
-AMOUNT_FEATURES = ("amount", "amount_to_mean", "amount_to_usual")
+AMOUNT_FEATURES = ("amount", "amount_to_mean", "amount_to_usual", "amount_to_least")
 """Features that rise with the transaction's amount; the other ones do not depend on it."""
 
 FRAUD_FEATURES = (
@@ -426,9 +429,9 @@ FRAUD_AGES = (
 )
 """Features that depend on when the merchant's known frauds were."""
 
-SMALL_SHARE = 0.5
-"""A payment of less than this share of the usual amount, or of the floor, may be suspicious for
-being small, as a card test is. Above it more money never lowers the score."""
+SMALL_SHARE = 1.0
+"""A payment under this share of both the usual amount and the mean (or of the floor) may
+be suspicious for being small, as a card test is. Above it more money never lowers the score."""
 
 SMALL_UNIT = 0.001
 """Of that share, on a logarithmic scale: a cent and a euro of an account that usually spends 50."""
@@ -453,7 +456,8 @@ ACCOUNT_INPUTS: tuple[Input, ...] = (
     Input("amount", "linear"),
     Input("amount_to_mean", "linear"),
     Input("amount_to_usual", "linear"),
-    Input("amount_to_usual", "log1p", unit=SMALL_UNIT, at_most=SMALL_SHARE),
+    Input("amount_to_least", "log1p", unit=SMALL_UNIT, at_most=SMALL_SHARE),
+    Input("amount_to_least", "linear", at_most=SMALL_SHARE),
     Input("seconds_since_last", "is_first"),
     Input("hour_of_day", "sin", period=24.0),
     Input("hour_of_day", "cos", period=24.0),

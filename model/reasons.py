@@ -132,7 +132,9 @@ class Explainer:
         amount[:, at["amount"]] = own
         for name in ("usual_amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d"):
             amount[:, at[name]] = own
-        amount[:, [at["amount_to_mean"], at["amount_to_usual"]]] = 1.0
+        amount[
+            :, [at[name] for name in ("amount_to_mean", "amount_to_usual", "amount_to_least")]
+        ] = 1.0
 
         known = raw[:, at["merchant_known_frauds"]] > 0
         for window in ("1d", "7d", "30d"):
