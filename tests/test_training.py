@@ -22,9 +22,10 @@ from rich.console import Console
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
 from model.evaluation import average_precision
-from model.features import ACCOUNT_FEATURES
+from model.features import ACCOUNT_FEATURES, FeatureSpec, Float32
 from model.fitting import RECIPE
 from model.gru import Network
+from model.merchants import Labels, observe_merchant_log
 from model.progress import TrainingProgress
 from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.simulator import SimulatorError
@@ -67,6 +68,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def network_of(settings: TrainingSettings, inputs: int) -> Network:
+    """One that sees so many numbers, none of them an amount or a merchant."""
+    architecture = settings.architecture(FeatureSpec())
+    return Network(replace(architecture, inputs=inputs, roles=("own",) * inputs))
+
+
+def raw_as_trained(log: Log, checkpoint: Checkpoint) -> Float32:
+    """Raw features of a log in which the checkpoint weighs the known frauds."""
+    spec = checkpoint.header.features
+    raw = observe_all(log, spec)
+    weight = checkpoint.network.merchant_weight(torch.from_numpy(checkpoint.encode(raw)))
+    labels = Labels.delayed(log.is_fraud, log.timestamp_ms, spec.label_delay_ms, weight)
+    raw[:, ACCOUNT:] = observe_merchant_log(
+        log.merchant, log.timestamp_ms, labels, spec.label_delay_ms
+    )
+    return raw
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path, list[Report]]:
     path = tmp_path_factory.mktemp("trained") / "new folder" / "small.safetensors"
@@ -93,7 +112,7 @@ def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
 ) -> None:
     checkpoint, _, _ = trained
     log = simulate(SMALL)
-    raw = observe_all(log, checkpoint.header.features)
+    raw = raw_as_trained(log, checkpoint)
     scores, _, _ = score_stepwise(
         checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
     )
@@ -179,7 +198,7 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
         changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
         inputs[log.day >= split.validation] = torch.randn(1)
         torch.manual_seed(0)
-        network = Network(settings.architecture(3))
+        network = network_of(settings, 3)
         fit(network, inputs, changed, split, settings)
         weights.append(network.state_dict())
     for name, weight in weights[0].items():
@@ -195,7 +214,7 @@ def test_every_other_epoch_is_of_accounts_that_begin_anew() -> None:
     def weights(epochs: int, *, restarted: bool) -> dict[str, torch.Tensor]:
         settings = replace(SMALL, epochs=epochs, learning_rate=1e-3)
         torch.manual_seed(0)
-        network = Network(settings.architecture(3))
+        network = network_of(settings, 3)
         fit(
             *(network, inputs, log, Split.of(SMALL.days), settings),
             sequences=sequences,
@@ -230,7 +249,7 @@ def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
         hidden_size=8, epochs=12, chunk_steps=10, accounts_per_batch=16, dropout=0.0, days=60
     )
     torch.manual_seed(0)
-    network = Network(settings.architecture(1))
+    network = network_of(settings, 1)
     inputs = torch.from_numpy(shown.reshape(-1, 1))
     fit(network, inputs, log, Split(0, steps, steps, steps, steps), settings)
     scores = score_unrolled(network.eval(), inputs, account)
@@ -442,7 +461,7 @@ def test_scores_are_calibrated_and_the_header_says_what_thresholds_are_worth(
     checkpoint, _, _ = trained
     header, log = checkpoint.header, simulate(SMALL)
     split = Split.of(SMALL.days)
-    raw = observe_all(log, header.features)
+    raw = raw_as_trained(log, checkpoint)
     scores = score_unrolled(
         checkpoint.network, torch.from_numpy(checkpoint.encode(raw)), log.account
     )
@@ -487,7 +506,7 @@ def test_what_has_no_label_is_not_learned_from(tmp_path: Path) -> None:
             log.scenario,
         )
         torch.manual_seed(0)
-        network = Network(settings.architecture(3))
+        network = network_of(settings, 3)
         fit(network, inputs, dataset, split, settings)
         weights.append(network.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
