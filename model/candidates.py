@@ -126,9 +126,7 @@ class Material:
         self._raw: dict[str, Float32] = {}
         self._windows: dict[tuple[tuple[Field, ...], float], Float32] = {}
 
-    def inputs(
-        self, spec: FeatureSpec, own: OwnRisk, device: torch.device = CPU
-    ) -> EncodedInputs:
+    def inputs(self, spec: FeatureSpec, own: OwnRisk, device: torch.device = CPU) -> EncodedInputs:
         """The inputs by a specification, with frauds weighed by an own risk."""
         return EncodedInputs(self._raw_by_position(spec, own), spec, device)
 

@@ -383,9 +383,7 @@ class _Arrived:
         if labels.weight is not None:
             self._weight = labels.weight[order]
 
-    def before(
-        self, bucket: int, there: Rows
-    ) -> tuple[Rows, Int64, Int64, NDArray[np.uint8]]:
+    def before(self, bucket: int, there: Rows) -> tuple[Rows, Int64, Int64, NDArray[np.uint8]]:
         """Frauds of merchants ``there`` (ascending) known before a bucket, as in a profile."""
         end = np.searchsorted(self._known, bucket)
         recent = np.flatnonzero(self._bucket[:end] >= bucket - DEPTH)

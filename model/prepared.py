@@ -1,8 +1,8 @@
 """What a training prepares once: raw features of the whole log, inputs, and merchant weights.
 
-    learned rows -> scale of amounts, fields -> accounts' raw features
-                 -> own risk, fitted -> weights of frauds -> merchants' raw features
-                 -> inputs with their ranges, means, deviations and steps
+learned rows -> scale of amounts, fields -> accounts' raw features
+             -> own risk, fitted -> weights of frauds -> merchants' raw features
+             -> inputs with their ranges, means, deviations and steps
 """
 
 from __future__ import annotations
@@ -140,4 +140,3 @@ class _OwnInputs:
             for begin in range(0, max(1, len(positions)), ENCODED_AT_ONCE)
         ]
         return torch.from_numpy(np.concatenate(parts))
-

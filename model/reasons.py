@@ -157,6 +157,8 @@ class Explainer:
         """How much of the amount's part is that it is unusual for the account, [n], 0 to 1."""
         amount = raw[:, self._column["amount"]].astype(np.float64)
         usual = raw[:, self._column["usual_amount"]].astype(np.float64)
+        # At its first transaction nothing is unusual for an account, only for all of them.
+        usual = np.where(raw[:, self._column["transactions_seen"]] > 1, usual, amount)
         for_account = surprise_for_account(amount, usual, self._amounts.deviation)
         for_anyone = surprise_for_anyone(amount, np.asarray(self._amounts.tail))
         both = for_account + for_anyone
