@@ -210,6 +210,9 @@ def test_tensors_that_are_not_the_architectures_are_refused_by_name(file: Path) 
         Checkpoint.load(rewritten(file, deeper))
 
 
+SIZES = {"inputs": 2, "input_size": 4, "hidden_size": 8, "head_size": 4}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
@@ -221,8 +224,8 @@ def test_tensors_that_are_not_the_architectures_are_refused_by_name(file: Path) 
         ("features", {"inputs": [{"feature": "amount", "transform": "evil"}] * 2}, "evil"),
         ("features", {"inputs": [{"feature": "amount", "transform": "linear"}]}, "1 inputs"),
         ("features", {"inputs": [{"feature": "count_1d", "transform": "linear"}] * 2}, "roles"),
-        ("architecture", {"inputs": 2, "roles": ["amount", "own"]}, "roles"),
-        ("architecture", {"inputs": 2}, "roles"),
+        ("architecture", SIZES | {"roles": ["amount", "own"]}, "the roles of the network's"),
+        ("architecture", SIZES, "the roles of the network's inputs are not"),
         ("architecture", {"inputs": 2, "roles": ["amount"]}, "1 roles for 2 inputs"),
         ("architecture", {"inputs": 2, "rising_size": 3}, "rising_size is 3"),
     ],
