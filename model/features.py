@@ -28,6 +28,7 @@ from model.merchants import MERCHANT_FEATURES
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
 UInt32 = NDArray[np.uint32]
 
 WINDOW_DAYS = (1, 7, 30)
@@ -126,6 +127,7 @@ class AccountHistory:
             ``last_event_ms``; a window of each of :data:`WINDOW_DAYS`.
         decayed_amount: [n, 3] amounts, weighed the same; without outliers but in the first.
         usual_amount: [n] running mean of the amount without its outliers; 0 at count 0.
+        usual_count: [n] payments that it is of, up to :data:`USUAL_COUNT_MAX`.
     """
 
     last_event_ms: Int64
@@ -133,6 +135,7 @@ class AccountHistory:
     decayed_count: Float32
     decayed_amount: Float32
     usual_amount: Float32
+    usual_count: UInt8
 
     @classmethod
     def empty(cls, n: int) -> AccountHistory:
@@ -147,6 +150,7 @@ class AccountHistory:
             np.zeros((n, _WINDOWS), np.float32),
             np.zeros((n, _WINDOWS), np.float32),
             np.zeros(n, np.float32),
+            np.zeros(n, np.uint8),
         )
 
     def __len__(self) -> int:
@@ -244,15 +248,16 @@ def observe(
     np.copyto(entered, raw[8:11], where=checks)
     amount_after = np.multiply(amount_before, decay)
     amount_after += entered
-    counted = np.minimum(count, USUAL_COUNT_MAX).astype(np.float32)
-    counted += np.float32(USUAL_PRIOR_COUNT)
-    usual_after = raw[12] + np.where(checks, np.float32(0.0), within - raw[12]) / counted
+    counted = np.minimum(history.usual_count + ~checks, USUAL_COUNT_MAX).astype(np.uint8)
+    share = np.float32(1.0) / (counted + np.float32(USUAL_PRIOR_COUNT))
+    usual_after = raw[12] + np.where(checks, np.float32(0.0), within - raw[12]) * share
     after = AccountHistory(
         last_event_ms,
         count.astype(np.uint32, copy=False),
         np.ascontiguousarray(count_after.T),
         np.ascontiguousarray(amount_after.T),
         usual_after,
+        counted,
     )
     return np.ascontiguousarray(raw.T), after
 

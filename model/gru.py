@@ -1,4 +1,4 @@
-"""The network: embeddings, input layer -> GRU (stacked) -> head on hidden and input.
+"""The network: embeddings, input layer -> GRU (stacked); head on the state before and the input.
 
 The same parameters run in two ways that agree to 1e-5: :meth:`Network.step` advances n
 accounts by one transaction each (the worker), :meth:`Network.unroll` runs whole sequences
@@ -73,15 +73,7 @@ class Architecture:
             object.__setattr__(self, "roles", ("own",) * self.inputs)
         if len(self.roles) != self.inputs:
             raise ValueError(f"{len(self.roles)} roles for {self.inputs} inputs")
-        if self.rising_size % 2:
-            raise ValueError(f"rising_size is {self.rising_size}; it must be even")
-        for name in ("inputs", "input_size", "hidden_size", "head_size", "rising_size"):
-            if not 1 <= getattr(self, name) <= SIZE_MAX:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {SIZE_MAX}")
-        if not 1 <= self.layers <= LAYERS_MAX:
-            raise ValueError(f"layers is {self.layers}; it must be 1 to {LAYERS_MAX}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be 0 up to, but not, 1")
+        self._check_sizes()
         if self.cell not in (*_CELLS, "none"):
             raise ValueError(f"cell is {self.cell!r}; it must be one of {', '.join(_CELLS)}, none")
         if len(self.embeddings) > EMBEDDINGS_MAX:
@@ -92,6 +84,17 @@ class Architecture:
                     f"an embedding of {codes} codes in vectors of {size}; at most "
                     f"{VOCABULARY_MAX} and {SIZE_MAX}"
                 )
+
+    def _check_sizes(self) -> None:
+        for name in ("inputs", "input_size", "hidden_size", "head_size", "rising_size"):
+            if not 1 <= getattr(self, name) <= SIZE_MAX:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {SIZE_MAX}")
+        if self.rising_size % 2:
+            raise ValueError(f"rising_size is {self.rising_size}; it must be even")
+        if not 1 <= self.layers <= LAYERS_MAX:
+            raise ValueError(f"layers is {self.layers}; it must be 1 to {LAYERS_MAX}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be 0 up to, but not, 1")
 
 
 @dataclass(frozen=True)

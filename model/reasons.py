@@ -41,6 +41,9 @@ REASONS_MAX = 3
 WEIGHT_MIN = 0.05
 """A reason that is less of the whole is not worth a person's time, unless it is the only one."""
 
+TINY = 1e-12
+"""What is divided by is at least this, in any currency."""
+
 EXPLAINED_AT_ONCE = 256
 """Most transactions in one batch, each of which asks the network seven times."""
 
@@ -157,6 +160,7 @@ class Explainer:
         """How much of the amount's part is that it is unusual for the account, [n], 0 to 1."""
         amount = raw[:, self._column["amount"]].astype(np.float64)
         usual = raw[:, self._column["usual_amount"]].astype(np.float64)
+        usual = np.maximum(usual, self._checkpoint.header.features.scale.floor)
         # At its first transaction nothing is unusual for an account, only for all of them.
         usual = np.where(raw[:, self._column["transactions_seen"]] > 1, usual, amount)
         for_account = surprise_for_account(amount, usual, self._amounts.deviation)
@@ -175,7 +179,7 @@ def surprise_for_anyone(amount: Float64, tail: Float64) -> Float64:
     if len(tail) == 0:
         return np.zeros(len(amount))
     halvings = np.interp(amount, tail, np.arange(len(tail)))
-    beyond = np.log(np.maximum(amount / max(tail[-1], 0.01), 1.0))
+    beyond = np.log(np.maximum(amount / max(tail[-1], TINY), 1.0))
     surprise: Float64 = halvings * np.log(2.0) + _PARETO_EXPONENT * beyond
     return surprise
 
@@ -192,7 +196,7 @@ def surprise_for_account(amount: Float64, usual: Float64, deviation: float) -> F
     >>> surprise_for_account(np.array([10.0, 30.0, 100.0]), np.full(3, 20.0), 0.5).round(1)
     array([ 0.7,  1.8, 10.7])
     """
-    t = (amount - usual) / np.maximum(deviation * usual, 0.01)
+    t = (amount - usual) / np.maximum(deviation * usual, TINY)
     t = np.maximum(t, 0.0)
     # The closed form for even degrees of freedom (Abramowitz and Stegun 26.7.4).
     cos2 = 1.0 / (1.0 + t * t / _DEGREES_OF_FREEDOM)

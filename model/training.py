@@ -45,6 +45,7 @@ from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import TrainingState
 from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
+from model.world import WORLDS
 
 __all__ = [
     "DataSource",
@@ -92,13 +93,11 @@ class SimulatedData:
 
     def __init__(self, settings: TrainingSettings) -> None:
         self._settings = settings
-        self._simulator = Simulator(
-            settings.customers, settings.terminals, settings.start_date, settings.seed
-        )
+        self._simulator = simulator_of(settings)
 
     def identity(self) -> str:
         s = self._settings
-        return f"simulated {s.customers} {s.terminals} {s.days} {s.start_date} {s.seed}"
+        return f"simulated {s.world} {s.customers} {s.terminals} {s.days} {s.start_date} {s.seed}"
 
     def write(self, folder: Path, show: Callable[[float, str], None]) -> Dataset:
         with DatasetWriter(folder) as writer:
@@ -109,6 +108,12 @@ class SimulatedData:
 
     def settings(self, settings: TrainingSettings) -> dict[str, Any]:
         return dataclasses.asdict(settings)
+
+
+def simulator_of(settings: TrainingSettings) -> Simulator:
+    """The simulator that the settings describe."""
+    s = settings
+    return Simulator(s.customers, s.terminals, s.start_date, s.seed, WORLDS[s.world])
 
 
 def _rows(day: DayOfTransactions) -> Rows:
@@ -146,10 +151,7 @@ class Log:
 
 def simulate(settings: TrainingSettings) -> Log:
     """The simulator's first days, whole, in memory."""
-    simulator = Simulator(
-        settings.customers, settings.terminals, settings.start_date, settings.seed
-    )
-    days: list[DayOfTransactions] = list(islice(simulator.days(), settings.days))
+    days: list[DayOfTransactions] = list(islice(simulator_of(settings).days(), settings.days))
     return Log(
         day=np.repeat(np.arange(len(days)), [len(d) for d in days]),
         timestamp_ms=np.concatenate([d.timestamp_ms for d in days]),

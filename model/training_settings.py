@@ -10,6 +10,7 @@ from typing import Literal
 from model.features import LABEL_DELAY_MAX_DAYS, FeatureSpec
 from model.gru import Architecture
 from model.inputs import embedding_sizes
+from model.world import WORLDS, WorldName
 
 TRANSACTIONS_MAX = 100_000_000
 """Most transactions to simulate; on disk they take about 260 bytes each."""
@@ -31,6 +32,8 @@ class TrainingSettings:
     terminals: int = 10_000
     days: int = 183
     start_date: str = "2018-04-01"
+    world: WorldName = "wide"
+    """Which accounts, merchants and frauds are simulated: see :mod:`model.world`."""
     seed: int = 1
     """Of data, weights and dropout. Not the simulator's default: that stays data never seen."""
 
@@ -72,6 +75,8 @@ class TrainingSettings:
             )
         for name in ("train_until", "test_from"):
             self.moment_ms(name)
+        if self.world not in WORLDS:
+            raise TrainingError(f"world is {self.world!r}; it must be {' or '.join(WORLDS)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise TrainingError(f"device is {self.device!r}; it must be auto, cpu or cuda")
         expected = 2 * self.customers * self.days

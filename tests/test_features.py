@@ -77,6 +77,7 @@ def columns_of(history: AccountHistory) -> list[list[float]]:
         history.decayed_count.tolist(),
         history.decayed_amount.tolist(),
         history.usual_amount.tolist(),
+        history.usual_count.tolist(),
     ]
 
 
@@ -159,7 +160,8 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
         for name, value in expected.items():
             assert found_row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
         # What comes out of order counts as happening at the latest time seen.
-        before.append(Seen.of(now_ms_or_last, amount, len(before), expected))
+        counted = before[-1].counted if before else 0
+        before.append(Seen.of(now_ms_or_last, amount, counted, expected))
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,19 @@ class Seen:
     time_ms: int
     entered: dict[int, float]
     usual: float
+    counted: int
 
     @classmethod
-    def of(cls, time_ms: int, amount: float, number: int, expected: dict[str, float]) -> Seen:
+    def of(cls, time_ms: int, amount: float, counted: int, expected: dict[str, float]) -> Seen:
         means = {days: expected[f"mean_amount_{days}d"] for days in WINDOW_DAYS}
         usual = expected["usual_amount"]
         if np.float32(amount) < SCALE.floor:
-            return cls(time_ms, means, usual)
+            return cls(time_ms, means, usual, counted)
         cut = min(amount, max(2.5 * usual, means[1]))
         # What is usual for everyone counts as one payment before the first.
-        after = usual + (cut - usual) / (min(number + 1, 100) + 1)
-        return cls(time_ms, {1: amount, 7: cut, 30: cut}, after)
+        counted = min(counted + 1, 100)
+        after = usual + (cut - usual) / (counted + 1)
+        return cls(time_ms, {1: amount, 7: cut, 30: cut}, after, counted)
 
 
 def test_a_first_amount_of_a_cent_is_never_what_is_usual() -> None:
@@ -189,8 +193,8 @@ def test_a_first_amount_of_a_cent_is_never_what_is_usual() -> None:
         seen, history = one(history, 0.01 if day == 0 else 50.0, START_MS + day * DAY_MS)
         if day <= 1:
             assert seen["usual_amount"] == SCALE.usual
-    # (1 x 40 of everyone + 1 x 40 for the cent + 6 x 50) / 8
-    assert seen["usual_amount"] == pytest.approx(47.5)
+    # 40 of everyone, which count as one payment, and six of 50: the cent does not count.
+    assert seen["usual_amount"] == pytest.approx((40 + 6 * 50) / 7)
 
 
 @given(

@@ -21,17 +21,22 @@ LAYERS = {
         model.thresholds model.reasons
     """,
     "vocabulary": """
-        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
+        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
+        pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
+        pipeline.ending pipeline.outages
     """,
     "clients": """
-        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
+        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.redis_servers
+        pipeline.state_store
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
+        pipeline.group_errors pipeline.message_limits pipeline.bounded_batches
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
+        pipeline.evictions
     """,
     "processor": """
         pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute
@@ -41,11 +46,14 @@ LAYERS = {
         pipeline.app
     """,
     "training": """
-        model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
+        model.world model.payments model.reach model.wide_accounts model.thieves
+        model.wide_world model.simulator
+        model.dataset model.scoring model.evaluation model.steps model.inputs
         model.raw_features model.prepared model.training_settings model.split model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.reason_check
+        model.probe_scorer model.probe_histories model.exposure model.probe model.probe_plots
         model.results model.plots model.card
     """,
     "tools": """
@@ -55,7 +63,7 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation pipeline.account_view pipeline.time_option
+        pipeline.evaluation pipeline.probe pipeline.account_view pipeline.time_option
         pipeline.state_comparison pipeline.verification pipeline.score_comparison
         pipeline.verify pipeline.verify_report pipeline.state_view
         pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
