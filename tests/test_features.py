@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import msgspec
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from model.features import (
     ACCOUNT_FEATURES,
     ACCOUNT_INPUTS,
+    AMOUNT_FEATURES,
     FEATURES,
     INPUTS,
     OUTLIER,
+    RANGE_RANK,
+    SIGNED,
     WINDOW_DAYS,
     AccountHistory,
     AmountScale,
@@ -29,12 +33,15 @@ from model.features import (
     Float64,
     Input,
     Int64,
+    Role,
+    Transform,
     field_column,
     observe,
     observe_log,
     ranges_of,
     rounds_of,
 )
+from model.inputs import fitted_spec
 from model.merchants import Labels, observe_merchant_log
 
 DAY_MS = 86_400_000
@@ -435,7 +442,187 @@ def test_inputs_keep_the_order_of_the_specification(order: list[int]) -> None:
     np.testing.assert_array_equal(encoded, np.stack(one_by_one, axis=1))
 
 
+def fitted(n: int = 3000, fields: tuple[Field, ...] = ()) -> tuple[FeatureSpec, Float32]:
+    """A specification with ranges and steps, and the raw features that it was fitted to."""
+    raw = raw_sample(n)
+    for _ in fields:
+        values = np.arange(n, dtype=np.float32) % 90
+        raw = np.hstack((raw, np.where(values < 9, np.nan, values)[:, None].astype(np.float32)))
+    is_fraud = raw[:, 0] > 150
+    return fitted_spec(raw, is_fraud, fields, scale=SCALE), raw
+
+
+BOUNDED = [name for name in FEATURES if name not in ("hour_of_day", "day_of_week")]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(1e-6, 1e30), st.integers(0, 2999))
+def test_no_input_is_extrapolated(beyond: float, row: int) -> None:
+    """Beyond a range every input is what it is at the range's end, and it is told."""
+    spec, raw = fitted_once()
+    encoder = Encoder(spec)
+    inside = np.clip(raw[row], *np.array(spec.ranges, np.float32).T)
+    assert encoder.outside(inside[None]) is None
+    for place, name in enumerate(spec.names):
+        if name not in BOUNDED:
+            continue
+        low, high = (np.float32(end) for end in spec.ranges[place])
+        for end, value in ((low, low - beyond * abs(low) - beyond), (high, high * (1 + beyond))):
+            out, at_end = inside.copy(), inside.copy()
+            out[place], at_end[place] = np.float32(value), end
+            if out[place] == end:  # the same number in float32
+                continue
+            np.testing.assert_array_equal(
+                encoder.encode(out[None]), encoder.encode(at_end[None]), err_msg=name
+            )
+            told = encoder.outside(out[None])
+            assert told is not None
+            assert np.flatnonzero(told[0]).tolist() == [place]
+            assert encoder.outside(at_end[None]) is None
+
+
+@cache
+def fitted_once() -> tuple[FeatureSpec, Float32]:
+    return fitted()
+
+
+def test_that_there_is_no_value_is_within_every_range_and_seen() -> None:
+    spec, raw = fitted_once()
+    row = np.median(raw, axis=0)
+    signed = [spec.names.index(name) for name in SIGNED]
+    row[signed] = -1.0
+    encoder = Encoder(spec)
+    assert encoder.outside(row[None]) is None
+    zero = row.copy()
+    zero[signed] = 0.0
+    firsts = [i for i, each in enumerate(spec.inputs) if each.transform == "is_first"]
+    assert firsts
+    assert (encoder.encode(row[None])[0, firsts] == 1.0).all()
+    assert (encoder.encode(zero[None])[0, firsts] == 0.0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_range_is_not_widened_by_a_few_odd_values(sign: int) -> None:
+    """Fewer than twenty, of many transactions; of 500 one is enough."""
+    raw = np.tile(raw_sample(500), (60, 1))  # 30,000
+    place = FEATURES.index("merchant_count_7d")
+    raw[:, place] = np.arange(30_000) % 1000
+    ordinary = ranges_of(raw, FeatureSpec())
+    odd = np.arange(RANGE_RANK) * 1500 + 700  # transactions of ordinary values
+    raw[odd[1:], place] = sign * 1e9
+    assert ranges_of(raw, FeatureSpec()) == ordinary
+    raw[odd[0], place] = sign * 1e9
+    assert ranges_of(raw, FeatureSpec())[place][sign > 0] == sign * 1e9
+    assert ranges_of(raw[: odd[0] + 1], FeatureSpec())[place][sign > 0] == sign * 1e9
+
+
+def test_a_missing_value_stays_missing_and_is_not_outside() -> None:
+    spec, raw = fitted(fields=(Field("age", "numeric"),))
+    assert spec.ranges[-1] == (9.0, 89.0)
+    missing = raw[:1].copy()
+    missing[0, -1] = np.nan
+    encoder = Encoder(spec)
+    encoded = dict(
+        zip(
+            [(i.feature, i.transform) for i in spec.inputs], encoder.encode(missing)[0], strict=True
+        )
+    )
+    assert encoded["age", "is_missing"] == 1.0
+    assert encoded["age", "linear"] == 0.0
+    assert encoder.outside(missing) is None
+    missing[0, -1] = 200.0
+    assert Encoder(spec).outside(missing) is not None
+
+
+@pytest.mark.parametrize("factor", [160.0, 16_000.0, 1e-4, 1e-8])
+def test_the_currency_s_unit_does_not_matter(factor: float) -> None:
+    """The same log in JPY, IDR or a tiny unit gives the same inputs, fitted on each."""
+    rng = np.random.default_rng(5)
+    n = 4000
+    account = rng.integers(0, 60, n)
+    amount = np.round(rng.gamma(2.0, rng.uniform(3, 40, 60)[account]), 2)
+    amount[::50] = 0.01
+    timestamp_ms = START_MS + np.sort(rng.integers(0, 60 * DAY_MS, n))
+    is_fraud = amount > 120
+    encoded = []
+    for unit in (1.0, factor):
+        scale = AmountScale.of(account, amount * unit)
+        raw = with_merchants(observe_log(account, amount * unit, timestamp_ms, scale))
+        spec = fitted_spec(raw, is_fraud, scale=scale)
+        encoded.append(Encoder(spec).encode(raw))
+        at = [(i.feature, i.transform, i.at_most) for i in spec.inputs]
+        assert spec.scale.floor == pytest.approx(unit * floor_of(account, amount))
+    assert any(transform == "step" and name == "amount" for name, transform, _ in at)
+    for place, name in enumerate(at):
+        np.testing.assert_allclose(
+            encoded[1][:, place], encoded[0][:, place], atol=2e-4, err_msg=str(name)
+        )
+
+
+def floor_of(account: Int64, amount: Float64) -> float:
+    """A fifth of what the fifth percentile of accounts spends."""
+    means = sorted(float(amount[account == a].mean()) for a in set(account.tolist()))
+    return 0.2 * float(np.percentile(means, 5))
+
+
+def test_no_input_can_tell_amounts_that_are_divisible_by_5_cents() -> None:
+    """As those of stolen cards are in the Handbook's data: every input rises with the amount, by
+    a smooth function or by one of a few steps, and none goes up and down."""
+    rng = np.random.default_rng(8)
+    n = 20_000
+    account = rng.integers(0, 200, n)
+    is_fraud = rng.random(n) < 0.05
+    amount = np.round(rng.gamma(2.0, 30.0, n), 2)
+    amount = np.where(is_fraud, np.round(amount * 20) / 20, amount)
+    raw = with_merchants(observe_log(account, amount, START_MS + np.arange(n) * 60_000, SCALE))
+    spec = fitted_spec(raw, is_fraud, scale=SCALE)
+    assert len({i.threshold for i in spec.inputs if i.feature == "amount"}) < 20
+
+    cents = np.round(np.arange(1, 40_001) / 100, 2)
+    _, history = one(AccountHistory.empty(1), 50.0, START_MS)
+    many = history.take(np.zeros(len(cents), np.intp))
+    raw, _ = observe(many, cents, np.full(len(cents), START_MS + DAY_MS), SCALE)
+    moves = np.diff(raw, axis=0)
+    assert {ACCOUNT_FEATURES[i] for i in np.flatnonzero(moves.any(axis=0))} == set(AMOUNT_FEATURES)
+    inputs = Encoder(spec).encode(with_merchants(raw))
+    rises = np.diff(inputs, axis=0)
+    assert (rises >= 0).all()
+    for place, i in enumerate(spec.inputs):
+        if i.transform == "step":
+            assert np.count_nonzero(rises[:, place]) <= 1, "one step up"
+        elif i.feature in AMOUNT_FEATURES:  # no steeper than the transform's own slope
+            moved = moves[:, ACCOUNT_FEATURES.index(i.feature)]
+            slope = 1 / i.deviation / (i.unit if i.transform == "log1p" else 1.0)
+            assert (rises[:, place] <= moved * slope * 1.01 + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("feature", "at_most", "role"),
+    [
+        ("amount", None, "amount"),
+        ("amount_to_usual", None, "amount"),
+        ("amount_to_usual", 0.5, "own"),
+        ("usual_amount", None, "own"),
+        ("seconds_since_last", None, "own"),
+        ("merchant_known_frauds", None, "frauds"),
+        ("merchant_known_frauds", 1.0, "any_fraud"),
+        ("merchant_streak_frauds", None, "frauds"),
+        ("merchant_risk_1d", None, "frauds"),
+        ("merchant_genuine_days", None, "fraud_ages"),
+        ("merchant_oldest_fraud_days", None, "fraud_ages"),
+        ("merchant_count_7d", None, "merchant"),
+        ("age", None, "own"),
+    ],
+)
+@pytest.mark.parametrize("transform", ["log1p", "linear", "step"])
+def test_an_input_s_role_says_what_the_network_may_make_of_it(
+    feature: str, at_most: float | None, role: Role, transform: Transform
+) -> None:
+    assert Input(feature, transform, at_most=at_most).role == role
+
+
 CATEGORY = Field("c", "categorical", ("food",))
+FINITE = ((0.0, 1.0),) * len(FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -451,6 +638,15 @@ CATEGORY = Field("c", "categorical", ("food",))
         (FeatureSpec((Input("c", "category", deviation=0.1),), fields=(CATEGORY,)), "a code"),
         (FeatureSpec(fields=(Field("amount", "numeric"),)), "same name"),
         (FeatureSpec(definition=99), "definition 99"),
+        (FeatureSpec(ranges=FINITE[1:]), "ranges for"),
+        (FeatureSpec(ranges=(*FINITE[1:], (0.0, math.inf))), "finite value"),
+        (FeatureSpec(ranges=(*FINITE[1:], (math.nan, 1.0))), "finite value"),
+        (FeatureSpec(ranges=(*FINITE[1:], (2.0, 1.0))), "in this order"),
+        (FeatureSpec(scale=AmountScale(floor=0.0)), "floor 0"),
+        (FeatureSpec(scale=AmountScale(usual=math.inf)), "usual inf"),
+        (FeatureSpec(scale=AmountScale(usual=-1.0)), "usual -1"),
+        (FeatureSpec((Input("amount", "log1p", unit=0.0),)), "unit 0"),
+        (FeatureSpec((Input("amount", "log1p", at_most=math.nan),)), "at_most nan"),
         (FeatureSpec(window_days=(1, 2, 3)), r"\[1, 2, 3\] days"),
     ],
 )
@@ -462,6 +658,7 @@ def test_a_specification_that_cannot_be_computed_is_refused_with_its_reason(
 
 
 def test_a_specification_survives_json_without_a_change() -> None:
-    spec = FeatureSpec().fitted(raw_sample())
+    spec, _ = fitted(fields=(Field("age", "numeric"),))
+    assert len(spec.ranges) == len(spec.names)
     again = msgspec.json.decode(msgspec.json.encode(spec), type=FeatureSpec)
     assert again == spec
