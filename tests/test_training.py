@@ -20,12 +20,19 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from model.dataset import Dataset
+from model.dataset import DAY_MS, Dataset
 from model.evaluation import average_precision
-from model.features import ACCOUNT_FEATURES, FeatureSpec, Float32
+from model.features import (
+    ACCOUNT_FEATURES,
+    FRAUD_AGES,
+    AccountHistory,
+    FeatureSpec,
+    Float32,
+    observe,
+)
 from model.fitting import RECIPE
 from model.gru import Network
-from model.merchants import Labels, observe_merchant_log
+from model.merchants import MERCHANT_FEATURES, Labels, observe_merchant_log
 from model.progress import TrainingProgress
 from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.simulator import SimulatorError
@@ -572,3 +579,113 @@ def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16(
     assert ap_exact > 0.7
     assert abs(average_precision(rounded[visible], truth) - ap_exact) < 1e-3
     assert np.abs(rounded - exact).max() < 0.02
+
+
+def histories_of(log: Log, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
+    """What a worker remembers of each account at the end of a log, and the hidden."""
+    raw = raw_as_trained(log, checkpoint)
+    _, history, hidden = score_stepwise(
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
+    )
+    return history, hidden
+
+
+def logits_of(
+    checkpoint: Checkpoint,
+    history: AccountHistory,
+    hidden: torch.Tensor,
+    amount: np.ndarray[tuple[int], np.dtype[np.float64]],
+    merchant: Float32,
+    later_ms: int,
+) -> tuple[Float32, Float32]:
+    """Logits and inputs of one payment of each account, after its history."""
+    times = history.last_event_ms + later_ms
+    of_account, _ = observe(history, amount, times, checkpoint.header.features.scale)
+    inputs = checkpoint.encode(np.hstack((of_account, merchant)))
+    with torch.inference_mode():
+        logits, _ = checkpoint.network.step(torch.from_numpy(inputs), hidden)
+    return logits.numpy(), inputs
+
+
+@pytest.fixture(scope="module")
+def swept(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> tuple[Checkpoint, AccountHistory, torch.Tensor, Float32]:
+    """The trained checkpoint, histories, their hiddens, and merchants with and without frauds."""
+    checkpoint, _, _ = trained
+    log = simulate(replace(SMALL, customers=60, terminals=100, seed=9))
+    history, hidden = histories_of(log, checkpoint)
+    with_merchants = raw_as_trained(log, checkpoint)[:, ACCOUNT:]
+    rng = np.random.default_rng(4)
+    merchant = with_merchants[rng.integers(0, len(log), len(history))]
+    assert (merchant[:, MERCHANT_FEATURES.index("merchant_known_frauds")] > 0).any()
+    return checkpoint, history, hidden, merchant
+
+
+@pytest.mark.parametrize("later_ms", [1000, 3_600_000, 20 * DAY_MS])
+def test_more_money_never_lowers_a_trained_score(
+    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], later_ms: int
+) -> None:
+    """From half of what is usual on: what is smaller may be a card test."""
+    checkpoint, history, hidden, merchant = swept
+    scale = checkpoint.header.features.scale
+    usual = np.maximum(history.usual_amount.astype(np.float64), scale.floor)
+    before = np.zeros(len(history), np.float32)
+    rose = np.zeros(len(history), np.bool_)
+    for times_usual in np.concatenate((np.linspace(0.5, 20, 100), np.geomspace(20, 1e6, 40))):
+        logits, _ = logits_of(
+            checkpoint, history, hidden, usual * times_usual * (1 + 1e-6), merchant, later_ms
+        )
+        scores = 1 / (1 + np.exp(-logits))
+        assert (scores >= before - 1e-5).all(), times_usual
+        rose |= (before > 0) & (scores > before + 1e-4)
+        before = scores
+    assert rose.mean() > 0.5, "and it does depend on the amount"
+
+
+@pytest.mark.parametrize("age_days", [-1.0, 3.0, 20.0])
+def test_more_known_frauds_never_lower_a_trained_score(
+    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], age_days: float
+) -> None:
+    """At ages of frauds that are fixed; -1 is a merchant whose frauds say nothing about it."""
+    checkpoint, history, hidden, merchant = swept
+    column = {name: place for place, name in enumerate(MERCHANT_FEATURES)}
+    amount = history.usual_amount.astype(np.float64)
+    for streak in (False, True):
+        at = merchant.copy()
+        for name in FRAUD_AGES[:2]:
+            at[:, column[name]] = age_days
+        at[:, column["merchant_streak_days"]] = age_days if streak else -1.0
+        before = np.zeros(len(history), np.float32)
+        for frauds in (0.0, 0.1, 0.4, 0.9, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0):
+            at[:, column["merchant_known_frauds"]] = frauds
+            at[:, column["merchant_streak_frauds"]] = frauds if streak else 0.0
+            for days, share in ((1, 0.0), (7, 0.5), (30, 1.0)):
+                seen = np.maximum(at[:, column[f"merchant_count_{days}d"]], 1)
+                risk = np.minimum(frauds * share / seen, 1.0)
+                at[:, column[f"merchant_risk_{days}d"]] = risk
+            logits, _ = logits_of(checkpoint, history, hidden, amount, at, 3_600_000)
+            scores = 1 / (1 + np.exp(-logits))
+            assert (scores >= before - 1e-5).all(), (frauds, streak)
+            before = scores
+
+
+def test_a_cent_more_changes_a_trained_score_by_next_to_nothing_but_at_a_step(
+    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32],
+) -> None:
+    """Whether an amount is divisible by 5 cents, as those of stolen cards are, must not show."""
+    checkpoint, history, hidden, merchant = swept
+    steps = [i.transform == "step" for i in checkpoint.header.features.inputs]
+    rng = np.random.default_rng(5)
+    compared = 0
+    for _ in range(20):
+        amount = rng.integers(100, 6000, len(history)) / 20
+        at, inputs = logits_of(checkpoint, history, hidden, amount, merchant, 3_600_000)
+        for cents in (0.01, 0.02):
+            moved, others = logits_of(
+                checkpoint, history, hidden, amount + cents, merchant, 3_600_000
+            )
+            between = (inputs[:, steps] != others[:, steps]).any(axis=1)
+            assert (np.abs(moved - at)[~between] < 0.05).all()
+            compared += int((~between).sum())
+    assert compared > 1500
