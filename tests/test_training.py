@@ -688,4 +688,4 @@ def test_a_cent_more_changes_a_trained_score_by_next_to_nothing_but_at_a_step(
             between = (inputs[:, steps] != others[:, steps]).any(axis=1)
             assert (np.abs(moved - at)[~between] < 0.05).all()
             compared += int((~between).sum())
-    assert compared > 1500
+    assert compared > 0.8 * 40 * len(history)
