@@ -158,14 +158,14 @@ class Checkpoint:
             raise CheckpointError("the header's architecture is not the network's")
         if header.architecture.cell != "gru":
             raise CheckpointError(f"a checkpoint holds a GRU, not {header.architecture.cell!r}")
+        try:  # first: it names what is wrong of an input
+            self._encoder = Encoder(header.features)
+        except FeatureSpecError as error:
+            raise CheckpointError(str(error)) from error
         _check_inputs(header)
         for name, weight in network.state_dict().items():
             if not torch.isfinite(weight).all():
                 raise CheckpointError(f"the tensor {name} has values that are not finite")
-        try:
-            self._encoder = Encoder(header.features)
-        except FeatureSpecError as error:
-            raise CheckpointError(str(error)) from error
         self.network = network.eval().requires_grad_(False)
         self.header = header
         self.digest = _digest(network, header)

@@ -559,8 +559,10 @@ class FeatureSpec(msgspec.Struct, frozen=True):
             there = values[~np.isnan(values)]
             if i.transform in SCALED and len(there):
                 mean, deviation = there.mean(dtype=np.float64), there.std(dtype=np.float64)
+                in_currency = i.transform == "linear" and i.feature in AMOUNTS
+                least = DEVIATION_MIN * (self.scale.floor if in_currency else 1.0)
                 i = msgspec.structs.replace(
-                    i, mean=float(mean), deviation=max(float(deviation), DEVIATION_MIN)
+                    i, mean=float(mean), deviation=max(float(deviation), least)
                 )
             inputs.append(i)
         return msgspec.structs.replace(self, inputs=tuple(inputs))
@@ -570,7 +572,7 @@ LABEL_DELAY_MAX_DAYS = 30.0
 """A profile is 38 days deep: what is left is the time that risk is measured over."""
 
 DEVIATION_MIN = 1e-3
-"""An input of smaller deviation is not stretched to one."""
+"""An input of smaller deviation is not stretched to one; of an amount, in units of the floor."""
 
 
 class FeatureSpecError(ValueError):

@@ -30,7 +30,10 @@ OWN_SIZE = 32
 BATCH = 1024
 UPDATES = 4000
 LEARNING_RATE = 3e-3
-REST_START_LOGIT = -6.0
+EXPLAINED_START = -3.0
+"""The logit of what payments explain begins so far under that of the share of fraud, and the rest
+at it. So what no input explains stays with the rest: a constant could be either."""
+
 GRADIENT_NORM_MAX = 1.0
 REPORT_EVERY = 100
 
@@ -49,7 +52,7 @@ class OwnRisk(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(inputs, OWN_SIZE)
         self.explained = nn.Linear(OWN_SIZE, 1)
-        self.rest = nn.Parameter(torch.full((1,), REST_START_LOGIT))
+        self.rest = nn.Parameter(torch.zeros(1))
 
     def log_risk(self, own: Tensor) -> Tensor:
         """[n, I] -> [n]: the logarithm of p."""
@@ -84,6 +87,10 @@ def fit_own_risk(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = OwnRisk(inputs)
+    rate = float(np.clip(is_fraud.mean(), 1 / (1 + len(is_fraud)), 0.5))
+    with torch.no_grad():
+        network.rest.fill_(float(np.log(rate / (1 - rate))))
+        network.explained.bias.fill_(network.rest.item() + EXPLAINED_START)
     rng = np.random.default_rng(seed)
     parameters = list(network.parameters())
     optimizer = AdamW(parameters, 0.0)

@@ -163,6 +163,8 @@ class Explainer:
         amount = raw[:, self._column["amount"]].astype(np.float64)
         usual = raw[:, self._column["usual_amount"]].astype(np.float64)
         usual = np.maximum(usual, self._checkpoint.header.features.scale.floor)
+        # At its first transaction nothing is unusual for an account, only for all of them.
+        usual = np.where(raw[:, self._column["transactions_seen"]] > 1, usual, amount)
         for_account = surprise_for_account(amount, usual, self._amounts.deviation)
         for_anyone = surprise_for_anyone(amount, np.asarray(self._amounts.tail))
         both = for_account + for_anyone

@@ -80,6 +80,7 @@ def small_checkpoint(
         layers=layers,
         head_size=8,
         dropout=0.0,
+        roles=FeatureSpec(inputs).roles,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -34,8 +34,10 @@ from model.gru import Architecture, Network
 
 def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:
     torch.manual_seed(seed)
-    architecture = Architecture(2, input_size=4, hidden_size=8, layers=layers, head_size=4)
     spec = FeatureSpec((Input("amount", "log1p", mean=mean), Input("amount_to_mean", "linear")))
+    architecture = Architecture(
+        2, input_size=4, hidden_size=8, layers=layers, head_size=4, roles=spec.roles
+    )
     return Checkpoint(
         Network(architecture),
         Header(architecture=architecture, features=spec, metrics={"average_precision": 0.3}),
@@ -188,9 +190,9 @@ def test_safetensors_of_something_else_are_refused(tmp_path: Path) -> None:
 def test_another_format_version_is_refused_before_its_header_is_read(file: Path) -> None:
     def newer(header: dict[str, object]) -> None:
         header.clear()
-        header["format_version"] = 3
+        header["format_version"] = 4
 
-    with pytest.raises(CheckpointError, match="format version 3; this version of Recur reads 2"):
+    with pytest.raises(CheckpointError, match="format version 4; this version of Recur reads 3"):
         Checkpoint.load(rewritten(file, newer))
 
 
@@ -208,6 +210,9 @@ def test_tensors_that_are_not_the_architectures_are_refused_by_name(file: Path) 
         Checkpoint.load(rewritten(file, deeper))
 
 
+SIZES = {"inputs": 2, "input_size": 4, "hidden_size": 8, "head_size": 4}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
@@ -218,6 +223,11 @@ def test_tensors_that_are_not_the_architectures_are_refused_by_name(file: Path) 
         ("features", {"inputs": [{"feature": "risk", "transform": "linear"}] * 2}, "'risk'"),
         ("features", {"inputs": [{"feature": "amount", "transform": "evil"}] * 2}, "evil"),
         ("features", {"inputs": [{"feature": "amount", "transform": "linear"}]}, "1 inputs"),
+        ("features", {"inputs": [{"feature": "count_1d", "transform": "linear"}] * 2}, "roles"),
+        ("architecture", SIZES | {"roles": ["amount", "own"]}, "the roles of the network's"),
+        ("architecture", SIZES, "the roles of the network's inputs are not"),
+        ("architecture", {"inputs": 2, "roles": ["amount"]}, "1 roles for 2 inputs"),
+        ("architecture", {"inputs": 2, "rising_size": 3}, "rising_size is 3"),
     ],
 )
 def test_a_header_that_cannot_be_run_is_refused_with_its_reason(
@@ -243,7 +253,7 @@ DEEP = '{"a":' * 10_000
         DEEP.encode(),
         b'{"a":' + b"[" * 10_000 + b'],"__metadata__":{"recur":"{}"}}',
         json.dumps({"__metadata__": {"recur": DEEP}}).encode(),
-        json.dumps({"__metadata__": {"recur": '{"format_version":2,"training":' + DEEP}}).encode(),
+        json.dumps({"__metadata__": {"recur": '{"format_version":3,"training":' + DEEP}}).encode(),
     ],
 )
 def test_a_header_that_breaks_parsers_is_refused(tmp_path: Path, header: bytes) -> None:

@@ -179,7 +179,7 @@ def test_raw_features_of_groups_are_those_of_the_whole_log(
     spec = FeatureSpec(label_delay_days=3.0)
     shares: list[float] = []
 
-    raw = write_raw(dataset, sequences, spec, tmp_path / "raw", shares.append)
+    raw = write_raw(dataset, sequences, spec, tmp_path / "raw", show=shares.append)
 
     np.testing.assert_array_equal(raw, observe_all(simulate(settings), spec)[sequences.row])
     np.testing.assert_array_equal(raw, open_raw(tmp_path / "raw", dataset, spec))
@@ -247,9 +247,7 @@ def test_inputs_of_fields_are_standardised_whatever_their_scale(tmp_path: Path) 
     dataset = fields_of(tmp_path)
     fields, _ = chosen_fields(dataset, np.arange(len(dataset)))
     sequences = Sequences(dataset.account)
-    raw = write_raw(
-        dataset, sequences, FeatureSpec(fields=fields), tmp_path / "raw", lambda _: None
-    )
+    raw = write_raw(dataset, sequences, FeatureSpec(fields=fields), tmp_path / "raw")
     age = raw[:, len(FEATURES)]
     is_fraud = np.nan_to_num(age) > 55
     spec = fitted_spec(raw, is_fraud, fields)
@@ -325,7 +323,10 @@ def test_a_restarted_account_is_one_without_a_past_at_the_merchants_as_they_are(
 
     expected = raw.copy()
     expected[:, : len(ACCOUNT_FEATURES)] = observe_log(
-        account[parts.row], dataset.amount[parts.row], dataset.timestamp_ms[parts.row]
+        account[parts.row],
+        dataset.amount[parts.row],
+        dataset.timestamp_ms[parts.row],
+        FeatureSpec().scale,
     )
     encoded = Encoder(FeatureSpec().fitted(raw)).encode(expected)
     everywhere = np.arange(len(dataset))

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.merchants model.features model.gru model.checkpoint
+        model model.transaction model.merchants model.features model.adamw model.own_risk
+        model.gru model.checkpoint
         model.thresholds model.reasons
     """,
     "vocabulary": """
@@ -48,7 +49,7 @@ LAYERS = {
         model.world model.payments model.reach model.wide_accounts model.thieves
         model.wide_world model.simulator
         model.dataset model.scoring model.evaluation model.steps model.inputs
-        model.raw_features model.training_settings model.split model.adamw model.training_state
+        model.raw_features model.prepared model.training_settings model.split model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.reason_check

@@ -46,7 +46,9 @@ def log() -> Dataset:
 
 @pytest.fixture(scope="module")
 def raw(log: Dataset) -> Float32:
-    of_account = observe_log(log.account.astype(np.int64), log.amount, log.timestamp_ms)
+    of_account = observe_log(
+        log.account.astype(np.int64), log.amount, log.timestamp_ms, FeatureSpec().scale
+    )
     others = np.zeros((len(log), len(FEATURES) - of_account.shape[1]), np.float32)
     return np.hstack((of_account, others))
 
@@ -56,7 +58,7 @@ def checkpoint(raw: Float32) -> Checkpoint:
     """Untrained, but its hidden matters."""
     torch.manual_seed(0)
     spec = FeatureSpec().fitted(raw)
-    network = Network(Architecture(inputs=len(spec.inputs), hidden_size=8, layers=2))
+    network = Network(Architecture(len(spec.inputs), hidden_size=8, layers=2, roles=spec.roles))
     return Checkpoint(network, Header(architecture=network.architecture, features=spec))
 
 

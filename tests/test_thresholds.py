@@ -43,7 +43,9 @@ DATA = validation()
 
 def checkpoint(**changes: object) -> Checkpoint:
     torch.manual_seed(0)
-    architecture = Architecture(len(INPUTS), input_size=4, hidden_size=8, head_size=4)
+    architecture = Architecture(
+        len(INPUTS), input_size=4, hidden_size=8, head_size=4, roles=FeatureSpec().roles
+    )
     fraud = float(DATA.amount[DATA.is_fraud].sum())
     header = {
         "thresholds": Thresholds(review=0.4, decline=0.8),

@@ -20,11 +20,19 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from model.dataset import Dataset
+from model.dataset import DAY_MS, Dataset
 from model.evaluation import average_precision
-from model.features import ACCOUNT_FEATURES
+from model.features import (
+    ACCOUNT_FEATURES,
+    FRAUD_AGES,
+    AccountHistory,
+    FeatureSpec,
+    Float32,
+    observe,
+)
 from model.fitting import RECIPE
 from model.gru import Network
+from model.merchants import MERCHANT_FEATURES, Labels, observe_merchant_log
 from model.progress import TrainingProgress
 from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.simulator import SimulatorError
@@ -68,6 +76,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def network_of(settings: TrainingSettings, inputs: int) -> Network:
+    """One that sees so many numbers, none of them an amount or a merchant."""
+    architecture = settings.architecture(FeatureSpec())
+    return Network(replace(architecture, inputs=inputs, roles=("own",) * inputs))
+
+
+def raw_as_trained(log: Log, checkpoint: Checkpoint) -> Float32:
+    """Raw features of a log in which the checkpoint weighs the known frauds."""
+    spec = checkpoint.header.features
+    raw = observe_all(log, spec)
+    weight = checkpoint.network.merchant_weight(torch.from_numpy(checkpoint.encode(raw)))
+    labels = Labels.delayed(log.is_fraud, log.timestamp_ms, spec.label_delay_ms, weight)
+    raw[:, ACCOUNT:] = observe_merchant_log(
+        log.merchant, log.timestamp_ms, labels, spec.label_delay_ms
+    )
+    return raw
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path, list[Report]]:
     path = tmp_path_factory.mktemp("trained") / "new folder" / "small.safetensors"
@@ -94,7 +120,7 @@ def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
 ) -> None:
     checkpoint, _, _ = trained
     log = simulate(SMALL)
-    raw = observe_all(log, checkpoint.header.features)
+    raw = raw_as_trained(log, checkpoint)
     scores, _, _ = score_stepwise(
         checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
     )
@@ -180,7 +206,7 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
         changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
         inputs[log.day >= split.validation] = torch.randn(1)
         torch.manual_seed(0)
-        network = Network(settings.architecture(3))
+        network = network_of(settings, 3)
         fit(network, inputs, changed, split, settings)
         weights.append(network.state_dict())
     for name, weight in weights[0].items():
@@ -196,7 +222,7 @@ def test_every_other_epoch_is_of_accounts_that_begin_anew() -> None:
     def weights(epochs: int, *, restarted: bool) -> dict[str, torch.Tensor]:
         settings = replace(SMALL, epochs=epochs, learning_rate=1e-3)
         torch.manual_seed(0)
-        network = Network(settings.architecture(3))
+        network = network_of(settings, 3)
         fit(
             *(network, inputs, log, Split.of(SMALL.days), settings),
             sequences=sequences,
@@ -231,7 +257,7 @@ def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
         hidden_size=8, epochs=12, chunk_steps=10, accounts_per_batch=16, dropout=0.0, days=60
     )
     torch.manual_seed(0)
-    network = Network(settings.architecture(1))
+    network = network_of(settings, 1)
     inputs = torch.from_numpy(shown.reshape(-1, 1))
     fit(network, inputs, log, Split(0, steps, steps, steps, steps), settings)
     scores = score_unrolled(network.eval(), inputs, account)
@@ -453,7 +479,7 @@ def test_scores_are_calibrated_and_the_header_says_what_thresholds_are_worth(
     checkpoint, _, _ = trained
     header, log = checkpoint.header, simulate(SMALL)
     split = Split.of(SMALL.days)
-    raw = observe_all(log, header.features)
+    raw = raw_as_trained(log, checkpoint)
     scores = score_unrolled(
         checkpoint.network, torch.from_numpy(checkpoint.encode(raw)), log.account
     )
@@ -498,7 +524,7 @@ def test_what_has_no_label_is_not_learned_from(tmp_path: Path) -> None:
             log.scenario,
         )
         torch.manual_seed(0)
-        network = Network(settings.architecture(3))
+        network = network_of(settings, 3)
         fit(network, inputs, dataset, split, settings)
         weights.append(network.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -553,3 +579,113 @@ def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16(
     assert ap_exact > 0.7
     assert abs(average_precision(rounded[visible], truth) - ap_exact) < 1e-3
     assert np.abs(rounded - exact).max() < 0.02
+
+
+def histories_of(log: Log, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
+    """What a worker remembers of each account at the end of a log, and the hidden."""
+    raw = raw_as_trained(log, checkpoint)
+    _, history, hidden = score_stepwise(
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
+    )
+    return history, hidden
+
+
+def logits_of(
+    checkpoint: Checkpoint,
+    history: AccountHistory,
+    hidden: torch.Tensor,
+    amount: np.ndarray[tuple[int], np.dtype[np.float64]],
+    merchant: Float32,
+    later_ms: int,
+) -> tuple[Float32, Float32]:
+    """Logits and inputs of one payment of each account, after its history."""
+    times = history.last_event_ms + later_ms
+    of_account, _ = observe(history, amount, times, checkpoint.header.features.scale)
+    inputs = checkpoint.encode(np.hstack((of_account, merchant)))
+    with torch.inference_mode():
+        logits, _ = checkpoint.network.step(torch.from_numpy(inputs), hidden)
+    return logits.numpy(), inputs
+
+
+@pytest.fixture(scope="module")
+def swept(
+    trained: tuple[Checkpoint, Path, list[Report]],
+) -> tuple[Checkpoint, AccountHistory, torch.Tensor, Float32]:
+    """The trained checkpoint, histories, their hiddens, and merchants with and without frauds."""
+    checkpoint, _, _ = trained
+    log = simulate(replace(SMALL, customers=60, terminals=100, seed=9))
+    history, hidden = histories_of(log, checkpoint)
+    with_merchants = raw_as_trained(log, checkpoint)[:, ACCOUNT:]
+    rng = np.random.default_rng(4)
+    merchant = with_merchants[rng.integers(0, len(log), len(history))]
+    assert (merchant[:, MERCHANT_FEATURES.index("merchant_known_frauds")] > 0).any()
+    return checkpoint, history, hidden, merchant
+
+
+@pytest.mark.parametrize("later_ms", [1000, 3_600_000, 20 * DAY_MS])
+def test_more_money_never_lowers_a_trained_score(
+    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], later_ms: int
+) -> None:
+    """From half of what is usual on: what is smaller may be a card test."""
+    checkpoint, history, hidden, merchant = swept
+    scale = checkpoint.header.features.scale
+    usual = np.maximum(history.usual_amount.astype(np.float64), scale.floor)
+    before = np.zeros(len(history), np.float32)
+    rose = np.zeros(len(history), np.bool_)
+    for times_usual in np.concatenate((np.linspace(0.5, 20, 100), np.geomspace(20, 1e6, 40))):
+        logits, _ = logits_of(
+            checkpoint, history, hidden, usual * times_usual * (1 + 1e-6), merchant, later_ms
+        )
+        scores = 1 / (1 + np.exp(-logits))
+        assert (scores >= before - 1e-5).all(), times_usual
+        rose |= (before > 0) & (scores > before + 1e-4)
+        before = scores
+    assert rose.mean() > 0.5, "and it does depend on the amount"
+
+
+@pytest.mark.parametrize("age_days", [-1.0, 3.0, 20.0])
+def test_more_known_frauds_never_lower_a_trained_score(
+    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], age_days: float
+) -> None:
+    """At ages of frauds that are fixed; -1 is a merchant whose frauds say nothing about it."""
+    checkpoint, history, hidden, merchant = swept
+    column = {name: place for place, name in enumerate(MERCHANT_FEATURES)}
+    amount = history.usual_amount.astype(np.float64)
+    for streak in (False, True):
+        at = merchant.copy()
+        for name in FRAUD_AGES[:2]:
+            at[:, column[name]] = age_days
+        at[:, column["merchant_streak_days"]] = age_days if streak else -1.0
+        before = np.zeros(len(history), np.float32)
+        for frauds in (0.0, 0.1, 0.4, 0.9, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0):
+            at[:, column["merchant_known_frauds"]] = frauds
+            at[:, column["merchant_streak_frauds"]] = frauds if streak else 0.0
+            for days, share in ((1, 0.0), (7, 0.5), (30, 1.0)):
+                seen = np.maximum(at[:, column[f"merchant_count_{days}d"]], 1)
+                risk = np.minimum(frauds * share / seen, 1.0)
+                at[:, column[f"merchant_risk_{days}d"]] = risk
+            logits, _ = logits_of(checkpoint, history, hidden, amount, at, 3_600_000)
+            scores = 1 / (1 + np.exp(-logits))
+            assert (scores >= before - 1e-5).all(), (frauds, streak)
+            before = scores
+
+
+def test_a_cent_more_changes_a_trained_score_by_next_to_nothing_but_at_a_step(
+    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32],
+) -> None:
+    """Whether an amount is divisible by 5 cents, as those of stolen cards are, must not show."""
+    checkpoint, history, hidden, merchant = swept
+    steps = [i.transform == "step" for i in checkpoint.header.features.inputs]
+    rng = np.random.default_rng(5)
+    compared = 0
+    for _ in range(20):
+        amount = rng.integers(100, 6000, len(history)) / 20
+        at, inputs = logits_of(checkpoint, history, hidden, amount, merchant, 3_600_000)
+        for cents in (0.01, 0.02):
+            moved, others = logits_of(
+                checkpoint, history, hidden, amount + cents, merchant, 3_600_000
+            )
+            between = (inputs[:, steps] != others[:, steps]).any(axis=1)
+            assert (np.abs(moved - at)[~between] < 0.05).all()
+            compared += int((~between).sum())
+    assert compared > 0.8 * 40 * len(history)

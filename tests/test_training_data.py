@@ -20,7 +20,7 @@ from benchmarks.bursts import transactions
 from model.checkpoint import Checkpoint
 from model.evaluation import average_precision
 from model.features import ACCOUNT_FEATURES, FEATURES
-from model.raw_features import write_raw
+from model.prepared import write_raw_for
 from model.scoring import Sequences, score_stepwise
 from pipeline.cli import recur
 from pipeline.column_mapping import load_mapping
@@ -122,7 +122,9 @@ def test_a_file_with_fields_in_any_order_becomes_a_checkpoint_that_a_worker_can_
     dataset = FileData(file, load_mapping(mapping)).write(tmp_path / "data", lambda d, n: None)
     assert dataset.digest() == header.data_digest
     sequences = Sequences(dataset.account)
-    raw = write_raw(dataset, sequences, header.features, tmp_path / "raw")
+    raw = write_raw_for(
+        dataset, sequences, header.features, checkpoint.network.own, tmp_path / "raw"
+    )
     in_order = np.empty_like(raw)
     in_order[sequences.row] = raw
     scores, _, _ = score_stepwise(
