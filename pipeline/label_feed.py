@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
-from pipeline.codec import Label, encode_label
+from pipeline.codec import Label, encode_label, labelled_ms_of
 from pipeline.column_mapping import load_label_mapping, load_mapping
 from pipeline.errors import SettingsError
 from pipeline.feed import Block, Feed, ahead
@@ -133,7 +133,8 @@ def single_label(options: LabelOptions) -> Label:
     timestamp_ms = epoch_ms_of(options.timestamp or "", "--timestamp")
     labelled_ms = now_ms
     if options.labelled_at is not None:
-        labelled_ms = epoch_ms_of(options.labelled_at, "--labelled-at")
+        known_ms = epoch_ms_of(options.labelled_at, "--labelled-at")
+        labelled_ms = labelled_ms_of(known_ms, timestamp_ms)
     if labelled_ms < timestamp_ms:
         raise SettingsError("the label would be known before the transaction's --timestamp")
     for name in ("transaction_id", "account_id", "merchant_id"):
@@ -158,21 +159,35 @@ def encode_labels(
     timestamps_ms: NDArray[np.int64],
     labelled_ms: NDArray[np.int64],
     source: str,
+    merchant_weights: Sequence[float | None] | None = None,
 ) -> Block:
-    """A block of n labels to send, from equally long columns."""
+    """A block of n labels to send, from equally long columns.
+
+    Args:
+        merchant_weights: n, from 0 to 1; None where a label tells none.
+    """
+    weights = merchant_weights or [None] * len(merchant_ids)
     values = [
         encode_label(
             Label(
-                transaction, account, merchant, FRAUD if fraud else GENUINE, time_ms, known, source
+                transaction,
+                account,
+                merchant,
+                FRAUD if fraud else GENUINE,
+                time_ms,
+                known,
+                source,
+                weight,
             )
         )
-        for transaction, account, merchant, fraud, time_ms, known in zip(
+        for transaction, account, merchant, fraud, time_ms, known, weight in zip(
             transaction_ids,
             account_ids,
             merchant_ids,
             is_fraud.tolist(),
             timestamps_ms.tolist(),
             labelled_ms.tolist(),
+            weights,
             strict=True,
         )
     ]
@@ -220,6 +235,7 @@ class _FileLabels:
                 part.timestamps_ms + self._offset_ms,
                 part.labelled_ms + self._offset_ms,
                 SOURCE_FILE,
+                part.merchant_weights,
             )
 
     def _parts(self) -> Iterator[LabelPart]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.features import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
+from model.merchants import WEIGHT_MAX
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec
 
 
@@ -73,6 +75,8 @@ class Scored:
         failed: indices whose computation fails, with the error: nothing was applied.
         expired: how many states started anew because their account was silent too long.
         before: float16[L, H], the hidden before it, of each index with reasons to give.
+        merchant_weight: uint8[n], how far a fraud of it would count at its merchant.
+        outside: bool[n, features], raw inputs beyond what training saw; None: there are none.
     """
 
     score: NDArray[np.float32]
@@ -81,6 +85,8 @@ class Scored:
     failed: dict[int, str]
     expired: int
     before: dict[int, NDArray[np.float16]]
+    merchant_weight: NDArray[np.uint8]
+    outside: NDArray[np.bool_] | None
 
 
 FEATURES_END = len(FEATURES)
@@ -115,6 +121,10 @@ class Scorer:
         self._columns = len(checkpoint.header.features.names)
         self._scale = checkpoint.header.features.scale
         self._failures_in_a_row = 0
+        features = checkpoint.header.features
+        self._weighs = features.uses_merchants
+        used = {i.feature for i in features.inputs}
+        self._is_input = np.array([name in used for name in features.names])
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
@@ -171,6 +181,8 @@ class Scorer:
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
                     before={},
+                    merchant_weight=np.full(1, WEIGHT_MAX, np.uint8),
+                    outside=None,
                 )
         else:
             self._failures_in_a_row = 0
@@ -184,6 +196,8 @@ class Scorer:
             failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
             expired=first.expired + second.expired,
             before=first.before | {n // 2 + i: hidden for i, hidden in second.before.items()},
+            merchant_weight=np.concatenate((first.merchant_weight, second.merchant_weight)),
+            outside=_stacked(first, second),
         )
 
     def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
@@ -204,6 +218,7 @@ class Scorer:
         repeated = np.zeros(n, bool)
         expired = 0
         before: dict[int, NDArray[np.float16]] = {}
+        own: list[tuple[NDArray[np.intp], Tensor]] = []
         for members in rounds_of(batch.row):
             rows = batch.row[members]
             seen = (states.recent_ids[rows] == batch.id_hash[members, None]).any(axis=1)
@@ -218,12 +233,33 @@ class Scorer:
                 states.reset(rows[stale])
                 expired += int(stale.sum())
             hidden = states.hidden[rows]  # a copy
-            score[members], raw[members] = self._step(
+            score[members], raw[members], of_payment = self._step(
                 states, batch, members, rows, raw[members, known:], hidden
             )
+            own.append((members, of_payment))
             for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
                 before[int(members[place])] = hidden[place]
-        return Scored(score, raw, repeated, {}, expired, before)
+        weight = np.full(n, WEIGHT_MAX, np.uint8)
+        if own and self._weighs:
+            scored = np.concatenate([members for members, _ in own])
+            weight[scored] = self._merchant_weight(torch.cat([part for _, part in own]))
+        outside = self._outside(raw, repeated)
+        return Scored(score, raw, repeated, {}, expired, before, weight, outside)
+
+    def _merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
+        """[m, own] -> uint8[m]: the inputs of payments and their accounts to merchant weights."""
+        return self.checkpoint.network.own.merchant_weight(own)
+
+    def _outside(
+        self, raw: NDArray[np.float32], repeated: NDArray[np.bool_]
+    ) -> NDArray[np.bool_] | None:
+        """Of the network's inputs, those beyond their range; None where there are none."""
+        outside = self.checkpoint.outside(raw)
+        if outside is None:
+            return None
+        outside &= self._is_input
+        outside[repeated] = False
+        return outside if outside.any() else None
 
     def _step(
         self,
@@ -233,8 +269,8 @@ class Scorer:
         rows: NDArray[np.intp],
         others: NDArray[np.float32],
         hidden16: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """One transaction of each of m distinct accounts: float32[m], float32[m, R].
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Tensor]:
+        """One transaction of each of m distinct accounts: float32[m], float32[m, R], [m, own].
 
         Args:
             others: float32[m, R - A], the raw columns after the account's.
@@ -252,12 +288,24 @@ class Scorer:
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
             # Rounded after each step, so that where a micro-batch ends leaves no trace.
             after16 = hidden.half().numpy()
+            own = self.checkpoint.network.own_inputs(inputs)
         if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
             raise ComputationError("the score is no number")
         states.history.put(rows, after)
         states.hidden[rows] = after16
         note_applied(states, batch, members, rows, before.count)
-        return score, raw
+        return score, raw, own
+
+
+def _stacked(first: Scored, second: Scored) -> NDArray[np.bool_] | None:
+    """What is outside in one of the two, or in both."""
+    if first.outside is None and second.outside is None:
+        return None
+    parts = [
+        np.zeros(part.raw.shape, bool) if part.outside is None else part.outside
+        for part in (first, second)
+    ]
+    return np.concatenate(parts)
 
 
 def note_applied(

@@ -350,6 +350,8 @@ class LabelPart:
     is_fraud: NDArray[np.bool_]
     timestamps_ms: NDArray[np.int64]
     labelled_ms: NDArray[np.int64]
+    merchant_weights: list[float | None] | None = None
+    """From 0 to 1, None where a row has none; None: the file has no such column."""
 
     def __len__(self) -> int:
         return len(self.transaction_ids)
@@ -378,7 +380,14 @@ class LabelFile:
             )
 
     def _names(self) -> list[str]:
-        return [getattr(self._columns, name) for name in self._columns.__struct_fields__]
+        named = {name: getattr(self._columns, name) for name in self._columns.__struct_fields__}
+        if named["merchant_weight"] == "merchant_weight" and not self._has_weights:
+            del named["merchant_weight"]  # no mapping asks for it
+        return list(named.values())
+
+    @property
+    def _has_weights(self) -> bool:
+        return self._columns.merchant_weight in self._source.names
 
     @property
     def fraction_read(self) -> float:
@@ -406,7 +415,14 @@ class LabelFile:
         labels = _labels(batch.column(names.label), faults)
         faults.add(labels == LABEL_UNKNOWN, "label is empty")
         timestamps_ms = _epoch_ms(batch.column(names.timestamp), form, faults)
-        labelled_ms = _epoch_ms(batch.column(names.labelled_at), form, faults, "labelled_at")
+        labelled_ms = _not_before_on_its_day(
+            _epoch_ms(batch.column(names.labelled_at), form, faults, "labelled_at"),
+            timestamps_ms,
+            ZoneInfo(form.zone),
+        )
+        weights = None
+        if self._has_weights:
+            weights = _weights(batch.column(names.merchant_weight), faults)
         faults.add((timestamps_ms < 0) & ~faults.bad, "timestamp is before 1970")
         faults.add(
             (labelled_ms < timestamps_ms) & ~faults.bad,
@@ -426,6 +442,7 @@ class LabelFile:
             labels == 1,
             timestamps_ms,
             labelled_ms,
+            weights,
         )
 
 
@@ -505,6 +522,14 @@ def _finite(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(np.abs(numbers) <= AMOUNT_MAX, numbers, np.nan)
 
 
+def _weights(column: pa.Array, faults: _Faults) -> list[float | None]:
+    """Merchant weights; None where there is none."""
+    numbers = _numbers(column, "merchant_weight", faults)
+    with np.errstate(invalid="ignore"):
+        faults.add((numbers < 0) | (numbers > 1), "merchant_weight is not between 0 and 1")
+    return [None if value != value else value for value in numbers.tolist()]
+
+
 def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:
     """int8: 1 fraud, 0 genuine, -1 unknown (null or empty)."""
     labels = np.full(len(column), LABEL_UNKNOWN, np.int8)
@@ -550,6 +575,19 @@ def _epoch_ms(
     faults.add(~np.isfinite(numbers) & ~faults.bad, f"{name} is missing or not finite")
     milliseconds = np.nan_to_num(numbers, posinf=0, neginf=0) * (1000 / _PER_SECOND[form.unit])
     return np.round(np.clip(milliseconds, -1, TIMESTAMP_MAX_MS + 1)).astype(np.int64)
+
+
+def _not_before_on_its_day(
+    labelled_ms: NDArray[np.int64], timestamps_ms: NDArray[np.int64], zone: ZoneInfo
+) -> NDArray[np.int64]:
+    """Times of labels; a date alone, on the day of the payment, is not before it."""
+    early = (labelled_ms < timestamps_ms) & (timestamps_ms < labelled_ms + 2 * DAY_MS)
+    for index in np.flatnonzero(early).tolist():
+        labelled = datetime.fromtimestamp(labelled_ms[index] / 1000, zone)
+        paid = datetime.fromtimestamp(timestamps_ms[index] / 1000, zone)
+        if labelled.time() == datetime.min.time() and labelled.date() == paid.date():
+            labelled_ms[index] = timestamps_ms[index]
+    return labelled_ms
 
 
 def _from_arrow_times(column: pa.Array, zone: str) -> NDArray[np.int64]:

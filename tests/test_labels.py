@@ -20,7 +20,7 @@ from pipeline.health import Health
 from pipeline.labels import LabelProcessor
 from pipeline.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
 from pipeline.merchant_profile import Fraud, transaction_hash
-from pipeline.merchant_store import Alerted
+from pipeline.merchant_store import ScoredNote
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish
@@ -170,7 +170,7 @@ def known(world: World, merchant: str = "M1") -> list[str]:
 
 def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_letter() -> None:
     world = World()
-    finish(world.merchants.add({}, [Alerted("M1", transaction_hash("t1"), "decline")]))
+    finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
     produce_label(world, "t1")
     produce_label(world, "t2", "M2", days=3.0)
     produce_label(world, "t3", "M2", "genuine")

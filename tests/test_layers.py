@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.merchants model.features model.gru model.checkpoint
+        model model.transaction model.merchants model.adamw model.own_risk model.features model.gru
+        model.checkpoint
         model.thresholds model.reasons
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
-        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
+        pipeline.decision pipeline.transaction_note pipeline.metrics pipeline.health
+        pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
     """,
     "clients": """
@@ -41,7 +43,7 @@ LAYERS = {
     """,
     "training": """
         model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
-        model.raw_features model.training_settings model.split model.adamw model.training_state
+        model.raw_features model.training_settings model.split model.prepared model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.reason_check

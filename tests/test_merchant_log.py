@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline import merchant_log
 from pipeline.codec import CountedScore
-from pipeline.merchant_log import CountsOfLog, FirstScores, LoggedLabel, correction, frauds_of
+from pipeline.merchant_log import (
+    CountsOfLog,
+    FirstScores,
+    LoggedLabel,
+    WeightsOfLog,
+    correction,
+    frauds_of,
+)
 from pipeline.merchant_profile import Fraud, Profile
 from pipeline.merchant_store import Booking
 
@@ -94,10 +101,11 @@ def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
         label(9, 3, True, 15),
     ]
 
-    assert frauds_of(labels, [9]) == [Fraud(2, 10, 12)]
-    assert frauds_of(labels, [10], [Fraud(7, 9, 9)]) == [
+    weights = WeightsOfLog({})
+    assert frauds_of(labels, [9], weights) == [Fraud(2, 10, 12)]
+    assert frauds_of(labels, [10], weights, kept=[Fraud(7, 9, 9)]) == [
         Fraud(7, 9, 9),
         Fraud(2, 10, 12),
         Fraud(3, 10, 15),
     ]
-    assert frauds_of(labels, [1]) == [Fraud(1, 10, 11)]
+    assert frauds_of(labels, [1], weights) == [Fraud(1, 10, 11)]

@@ -19,17 +19,17 @@ from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.memory import MemoryMerchantStore
 from pipeline.merchant_profile import FIXED_BYTES, Fraud, Profile
 from pipeline.merchant_store import (
-    ALERT_EXPIRY_MS,
     EXPIRY_MS,
-    Alerted,
     Booked,
     Booking,
     MerchantStore,
     RedisMerchantStore,
+    ScoredNote,
 )
 from pipeline.redis_calls import RIGHTS, StoreForbiddenError, StoreUnavailableError
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import load_settings
+from pipeline.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN, TransactionNote, decision_of
 
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
 
@@ -329,11 +329,11 @@ def test_a_profile_begun_by_a_label_counts_transactions(backend: Backend) -> Non
 
 
 def test_labels_tell_what_was_decided_of_their_transactions(backend: Backend) -> None:
-    alerts = [Alerted("M1", 1, "review"), Alerted("M2", 2, "decline")]
+    notes = [ScoredNote("M1", 1, "review"), ScoredNote("M2", 2, "decline")]
 
     async def go(store: MerchantStore) -> None:
-        await store.add({1000: {"M1": 1}}, alerts)
-        await store.add({}, alerts[:1])
+        await store.add({1000: {"M1": 1}}, notes)
+        await store.add({}, notes[:1])
         labels = [fraud(0, "M1", 1), fraud(1, "M2", 2, is_fraud=False), fraud(2, "M2", 3)]
         assert await book(store, 0, labels) == ["review", "decline", "approve"]
 
@@ -377,11 +377,11 @@ def test_every_order_of_labels_gives_what_a_profile_in_python_gives(
 # real servers ----------------------------------------------------------------------------
 
 
-def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) -> None:
+def test_profiles_and_notes_expire_and_watermarks_never(real_backend: Backend) -> None:
     keys = real_backend.keys
 
     async def go(store: MerchantStore) -> None:
-        await store.add({1000: {"M1": 1}}, [Alerted("M1", 7, "review")])
+        await store.add({1000: {"M1": 1}}, [ScoredNote("M1", 7, "review")])
         await book(store, 3, [fraud(0, "M2", 1)])
 
     real_backend.run(go)
@@ -390,7 +390,9 @@ def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) 
         for merchant in ("M1", "M2"):
             assert EXPIRY_MS - 60_000 < client.pttl(keys.profile(merchant)) <= EXPIRY_MS
         slot = merchant_slot("M1")
-        assert ALERT_EXPIRY_MS - 60_000 < client.pttl(keys.alert(slot, 7)) <= ALERT_EXPIRY_MS
+        for merchant, transaction in ((slot, 7), (merchant_slot("M2"), 1)):
+            left = client.pttl(keys.note(merchant, transaction))
+            assert NOTE_EXPIRY_MS - 60_000 < left <= NOTE_EXPIRY_MS
         watermark = keys.labels_watermark(merchant_slot("M2"), "labels", 3)
         assert client.pttl(watermark) == -1
 
@@ -540,6 +542,6 @@ def test_what_a_script_changes_together_lies_in_one_slot() -> None:
         tag = b"{%d}" % slot
         assert name.split(b"}")[0] + b"}" == b"recur:merchant:" + tag
         assert tag in keys.labels_watermark(slot, "labels", 0)
-        assert tag in keys.alert(slot, 1)
+        assert tag in keys.note(slot, 1)
         assert 0 <= slot < MERCHANT_SLOTS
     assert np.unique([merchant_slot(f"M{i}") for i in range(5000)]).size == MERCHANT_SLOTS

@@ -20,12 +20,14 @@ from model.merchants import (
 from pipeline import patience as patience_module
 from pipeline.codec import decode_score
 from pipeline.health import Health
+from pipeline.keys import merchant_slot
 from pipeline.memory import MemoryMerchantStore
 from pipeline.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.merchant_store import Booking
 from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
+from pipeline.transaction_note import TransactionNote
 from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish, small_checkpoint
 
 START_BUCKET = START_MS // BUCKET_MS
@@ -113,7 +115,7 @@ def test_a_shadow_model_counts_nothing() -> None:
     finish(world.worker().run())
 
     assert world.merchants.profiles == {}
-    assert world.merchants.alerts == {}
+    assert world.merchants.notes == {}
 
 
 def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
@@ -121,7 +123,8 @@ def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
     world.produce("A1", "t1")
     finish(world.worker().run())
 
-    assert world.merchants.alerts == {transaction_hash("t1"): "review"}
+    place = merchant_slot("m1"), transaction_hash("t1")
+    assert world.merchants.notes == {place: TransactionNote("review")}
 
 
 # features --------------------------------------------------------------------------------

@@ -566,5 +566,5 @@ def _copy(store: MemoryMerchantStore) -> MemoryMerchantStore:
 
 def _restore(store: MemoryMerchantStore, other: MemoryMerchantStore) -> None:
     store.profiles = dict(other.profiles)
-    store.alerts = dict(other.alerts)
+    store.notes = dict(other.notes)
     store.booked = dict(other.booked)
