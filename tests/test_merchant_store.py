@@ -513,8 +513,8 @@ def test_profiles_and_notes_expire_and_watermarks_never(real_backend: Backend) -
         for merchant in ("M1", "M2"):
             assert EXPIRY_MS - 60_000 < client.pttl(keys.profile(merchant)) <= EXPIRY_MS
         slot = merchant_slot("M1")
-        for merchant, transaction in ((slot, 7), (merchant_slot("M2"), 1)):
-            left = client.pttl(keys.note(merchant, transaction))
+        for of, transaction in ((slot, 7), (merchant_slot("M2"), 1)):
+            left = client.pttl(keys.note(of, transaction))
             assert NOTE_EXPIRY_MS - 60_000 < left <= NOTE_EXPIRY_MS
         watermark = keys.labels_watermark(merchant_slot("M2"), "labels", 3)
         assert client.pttl(watermark) == -1
