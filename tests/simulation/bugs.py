@@ -394,11 +394,11 @@ BUGS = [
     Bug("labels booked again", 5, 80, Parts(merchant_client=BookedAgain)),
     Bug("labels booked past a gap", 47, 100, Parts(merchant_client=BookedPastTheGap)),
     Bug("notes written after the states", 121, 500, Parts(processor=NotesLater)),
-    Bug("notes of kept scores not written", 20, 500, patches=[(Processor, "_note_kept", _nothing)]),
+    Bug("notes of kept scores not written", 10, 100, patches=[(Processor, "_note_kept", _nothing)]),
     Bug(
         "an older label taken for the newest",
-        20,
-        500,
+        8,
+        100,
         patches=[(TransactionNote, "labelled", _last_label)],
     ),
 ]
