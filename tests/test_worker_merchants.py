@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-import torch
 from prometheus_client import CollectorRegistry
 
-from model.checkpoint import Checkpoint
-from model.features import FEATURES, INPUTS, Input
+from model.features import FEATURES, INPUTS
 from model.merchants import (
     BUCKET_MS,
     MERCHANT_FEATURES,
@@ -31,7 +28,15 @@ from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from pipeline.transaction_note import TransactionNote
-from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish, small_checkpoint
+from tests.memory_pipeline import (
+    DAY_MS,
+    START_MS,
+    Killed,
+    World,
+    checkpoint_of_weights,
+    finish,
+    small_checkpoint,
+)
 
 START_BUCKET = START_MS // BUCKET_MS
 
@@ -132,24 +137,7 @@ def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
 
 def world_of_weights(**settings: Any) -> World:
     """Whose network takes payments of an unusual amount for frauds that explain themselves."""
-    checkpoint = small_checkpoint(inputs=INPUTS)
-    own = checkpoint.network.own
-    columns = [i for i in INPUTS if i.role in ("own", "amount")]
-    with torch.no_grad():
-        own.rest.fill_(-6.0)
-        for layer in (own.hidden, own.explained):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        own.hidden.weight[0, columns.index(Input("amount_to_usual", "linear"))] = 1.0
-        own.explained.weight[0, 0] = 1.0
-        own.explained.bias[0] = -12.0
-    ranges = [(-1e30, 1e30)] * len(FEATURES)
-    ranges[FEATURES.index("amount")] = (0.0, 300.0)
-    features = msgspec.structs.replace(checkpoint.header.features, ranges=tuple(ranges))
-    checkpoint = Checkpoint(
-        checkpoint.network, msgspec.structs.replace(checkpoint.header, features=features)
-    )
-    return World(checkpoint, partitions=1, **settings)
+    return World(checkpoint_of_weights(), partitions=1, **settings)
 
 
 def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_remembered() -> None:
