@@ -11,14 +11,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.merchants import MERCHANT_FEATURES, WITHOUT_KNOWN_FRAUDS
+from model.merchants import MERCHANT_FEATURES, WEIGHT_MAX, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import (
     ID_MAX_CHARACTERS,
@@ -34,6 +34,10 @@ from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.timestamps import DAY_MS, labelled_time, other_unit
 
 T = TypeVar("T")
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+WEIGHT_DIGITS = 3
+"""Decimals of a merchant weight in JSON: enough to tell all that are stored."""
 
 REASONS = (
     "null_value",
@@ -55,6 +59,7 @@ REASONS = (
     "label",
     "labelled_at",
     "batch_too_large",
+    "merchant_weight",
 )
 """Why a record is rejected: a closed set, fit for a metric label."""
 
@@ -92,6 +97,7 @@ _FIELD_REASONS = {
     "`$.timestamp`": "timestamp",
     "`$.label`": "label",
     "`$.labelled_at`": "labelled_at",
+    "`$.merchant_weight`": "merchant_weight",
 }
 _TIMES = ("timestamp", "labelled_at")
 _NUMBER = re.compile(rb"\d{1,20}(\.\d{1,20})?([eE]\+?\d\d?)?")
@@ -111,7 +117,8 @@ class Label(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The truth about a transaction, as the labels topic carries it; its key is merchant_id.
 
     ``timestamp`` is the transaction's; ``labelled_at`` is when the truth became known, and
-    ``source`` who said so.
+    ``source`` who said so. ``merchant_weight`` is how far the merchant explains a fraud, from 0
+    to 1, where the sender knows; else what the worker knew of the transaction decides.
     """
 
     transaction_id: Id
@@ -121,6 +128,7 @@ class Label(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     timestamp: Timestamp
     labelled_at: Timestamp
     source: ShortText | None = None
+    merchant_weight: Share | None = None
 
 
 LABELS = ("fraud", "genuine")
@@ -332,7 +340,9 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     ``features`` are the model's raw named inputs, null where a value is missing, without what
     every merchant has of which no fraud is known (:meth:`raw` knows it). ``thresholds`` are those
     that decided; where they approved, they are left out. ``state`` is left out, too, but where the
-    account's state could not be used (:data:`STATE_REFUSED`).
+    account's state could not be used (:data:`STATE_REFUSED`). ``merchant_weight`` is how far a
+    fraud of the transaction would count at its merchant, where that is less than in full.
+    ``out_of_range`` names inputs that are beyond what training saw, where there are any.
     """
 
     transaction_id: str
@@ -347,6 +357,8 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     features: dict[str, float | None]
     thresholds: dict[str, float] | None = None
     state: Literal["refused"] | None = None
+    merchant_weight: float | None = None
+    out_of_range: list[str] | None = None
 
     def raw(self, names: Sequence[str]) -> list[float]:
         """Values of the raw columns of these names, to compute the score again; NaN is missing."""
@@ -399,6 +411,12 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     decision: str
     thresholds: dict[str, float] | None = None
     features: MerchantRecord | None = None  # type: ignore[valid-type]
+    merchant_weight: Share | None = None
+
+    @property
+    def weight(self) -> int:
+        """How far a fraud of the transaction counts at its merchant, as it is stored."""
+        return WEIGHT_MAX if self.merchant_weight is None else stored_weight(self.merchant_weight)
 
 
 _RecordedFeatures = msgspec.defstruct(
@@ -440,6 +458,8 @@ class CountedScore(msgspec.Struct, frozen=True, gc=False):
     source: str
     merchant_id: str
     timestamp: int
+    transaction_id: str = ""
+    merchant_weight: Share | None = None
 
 
 decode_score = msgspec.json.Decoder(Score).decode
@@ -569,6 +589,26 @@ def with_thresholds(score: bytes, thresholds: Thresholds) -> bytes:
 def with_refused_state(score: bytes) -> bytes:
     """JSON of a score that was computed as if the account had no state, for it was refused."""
     return score[:-1] + b"," + _encode({"state": STATE_REFUSED})[1:]
+
+
+def with_merchant_weight(score: bytes, weight: int) -> bytes:
+    """JSON of a score of a transaction that its merchant does not fully explain.
+
+    Args:
+        weight: as it is stored.
+    """
+    share = round(weight / WEIGHT_MAX, WEIGHT_DIGITS)
+    return score[:-1] + b"," + _encode({"merchant_weight": share})[1:]
+
+
+def with_out_of_range(score: bytes, names: Sequence[str]) -> bytes:
+    """JSON of a score with inputs that are beyond what training saw."""
+    return score[:-1] + b"," + _encode({"out_of_range": names})[1:]
+
+
+def stored_weight(share: float) -> int:
+    """A merchant weight from 0 to 1 as the whole number that is stored."""
+    return round(share * WEIGHT_MAX)
 
 
 def _template(names: Sequence[str]) -> bytes:

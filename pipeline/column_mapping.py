@@ -113,6 +113,8 @@ class LabelColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     label: str = "label"
     timestamp: str = "timestamp"
     labelled_at: str = "labelled_at"
+    merchant_weight: str = "merchant_weight"
+    """A file may be without it."""
 
 
 class LabelMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@
     recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
     recur:labels:<topic>-<partition>                    up to where all slots have booked it
-    recur:alert:{<slot>}:<hash of the transaction id>   that there was an alert, until its label
+    recur:note:{<slot>}:<hash of the transaction id>    what its labels need to know of it
 
 The braces are Redis Cluster's hash tag: a partition's states and its watermark lie in one
 slot, so that one MGET reads them and one script writes them, atomically. ``<model>`` is the
@@ -94,8 +94,8 @@ class MerchantKeys:
     b'recur:merchant:{2}:M1'
     >>> keys.labels_watermark(merchant_slot("M1"), "labels", 3)
     b'recur:labels:{2}:labels-3'
-    >>> keys.alert(merchant_slot("M1"), 255)
-    b'recur:alert:{2}:00000000000000ff'
+    >>> keys.note(merchant_slot("M1"), 255)
+    b'recur:note:{2}:00000000000000ff'
     """
 
     prefix: str
@@ -110,9 +110,9 @@ class MerchantKeys:
         """Key of the offset before which all labels of a partition are booked in a slot."""
         return f"{self.prefix}:labels:{{{slot}}}:{topic}-{partition}".encode()
 
-    def alert(self, slot: int, transaction_hash: int) -> bytes:
-        """Key of a transaction's decision, where it raised an alert."""
-        return f"{self.prefix}:alert:{{{slot}}}:{transaction_hash:016x}".encode()
+    def note(self, slot: int, transaction_hash: int) -> bytes:
+        """Key of what is remembered of a transaction."""
+        return f"{self.prefix}:note:{{{slot}}}:{transaction_hash:016x}".encode()
 
     def labels_watermarks(self, slot: int, topic: str, partitions: int) -> list[bytes]:
         """Keys of how far each labels partition is booked in a slot's profiles."""

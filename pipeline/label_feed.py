@@ -168,21 +168,35 @@ def encode_labels(
     timestamps_ms: NDArray[np.int64],
     labelled_ms: NDArray[np.int64],
     source: str,
+    merchant_weights: Sequence[float | None] | None = None,
 ) -> Block:
-    """A block of n labels to send, from equally long columns."""
+    """A block of n labels to send, from equally long columns.
+
+    Args:
+        merchant_weights: n, from 0 to 1; None where a label tells none.
+    """
+    weights = merchant_weights or [None] * len(merchant_ids)
     values = [
         encode_label(
             Label(
-                transaction, account, merchant, FRAUD if fraud else GENUINE, time_ms, known, source
+                transaction,
+                account,
+                merchant,
+                FRAUD if fraud else GENUINE,
+                time_ms,
+                known,
+                source,
+                weight,
             )
         )
-        for transaction, account, merchant, fraud, time_ms, known in zip(
+        for transaction, account, merchant, fraud, time_ms, known, weight in zip(
             transaction_ids,
             account_ids,
             merchant_ids,
             is_fraud.tolist(),
             timestamps_ms.tolist(),
             labelled_ms.tolist(),
+            weights,
             strict=True,
         )
     ]
@@ -230,6 +244,7 @@ class _FileLabels:
                 part.timestamps_ms + self._offset_ms,
                 part.labelled_ms + self._offset_ms,
                 SOURCE_FILE,
+                part.merchant_weights,
             )
 
     def _parts(self) -> Iterator[LabelPart]:

@@ -15,13 +15,13 @@ from typing import Protocol
 
 import numpy as np
 
-from model.merchants import BUCKET_MS
+from model.merchants import BUCKET_MS, WEIGHT_MAX
 from pipeline.bounded_batches import refuse_batch
-from pipeline.codec import Label, decode_label
+from pipeline.codec import Label, decode_label, stored_weight
 from pipeline.dead_letter import DeadLetters
 from pipeline.errors import RejectedError
 from pipeline.health import Health
-from pipeline.merchant_profile import Fraud, transaction_hash
+from pipeline.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
 from pipeline.merchant_store import Booked, Booking, MerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll, Record, TransactionLog
@@ -30,6 +30,7 @@ from pipeline.publisher import Outgoing, Publisher
 from pipeline.score_log import Bounds
 from pipeline.settings import Settings
 from pipeline.timestamps import is_record_time
+from pipeline.transaction_note import NOTE_EXPIRY_MS, STALE
 
 log = logging.getLogger(__name__)
 
@@ -181,13 +182,15 @@ class LabelProcessor:
         )
 
     def _observe(self, names: list[str], delays_ms: list[int], booked: Booked) -> None:
-        """Count labels that are new."""
-        new = [i for i, decision in enumerate(booked.decisions) if decision is not None]
+        """Count labels that are new, and those that came after a newer one."""
+        done = [i for i, decision in enumerate(booked.decisions) if decision is not None]
+        new = [i for i in done if booked.decisions[i] != STALE]
+        self._metrics.labels_stale.inc(len(done) - len(new))
         for i in new:
             self._metrics.labels.labels(names[i], booked.decisions[i]).inc()
         self._metrics.label_delay.observe(np.array([delays_ms[i] for i in new]) / 1000.0)
         if booked.behind is None:
-            self._metrics.labels_repeated.inc(len(names) - len(new))
+            self._metrics.labels_repeated.inc(len(names) - len(done))
 
 
 def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:
@@ -210,7 +213,19 @@ def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:
 
 def booking_of(offset: int, label: Label, timestamp_ms: int, labelled_ms: int) -> Booking:
     """What the store books of a label."""
+    told = label.merchant_weight
     entry = Fraud(
-        transaction_hash(label.transaction_id), timestamp_ms // BUCKET_MS, labelled_ms // BUCKET_MS
+        transaction_hash(label.transaction_id),
+        timestamp_ms // BUCKET_MS,
+        min(labelled_ms // BUCKET_MS, KNOWN_MAX),
+        WEIGHT_MAX if told is None else stored_weight(told),
     )
-    return Booking(offset, label.merchant_id, label.label == "fraud", entry)
+    return Booking(
+        offset,
+        label.merchant_id,
+        label.label == "fraud",
+        entry,
+        labelled_ms,
+        is_weight_told=told is not None,
+        is_late=labelled_ms - timestamp_ms > NOTE_EXPIRY_MS,
+    )

@@ -14,21 +14,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from aiokafka.partitioner import murmur2
 
-from pipeline.decision import DECISIONS
-from pipeline.keys import MERCHANT_SLOTS
+from pipeline.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.merchant_profile import Profile, is_sound
-from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, places_by_slot
+from pipeline.merchant_store import (
+    Booked,
+    Booking,
+    Counts,
+    ScoredNote,
+    booked_of,
+    places_by_slot,
+)
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError, Said
 from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
 from pipeline.topics import TopicRole
+from pipeline.transaction_note import STALE, TransactionNote, decision_of
 from pipeline.transactional_publisher import transactional_id
 
 FETCH_RECORDS = 100
@@ -123,7 +130,7 @@ class MemoryMerchantStore:
 
     Attributes:
         profiles: values by merchant.
-        alerts: decisions by hash of the transaction id.
+        notes: what is remembered of transactions, by slot and hash of the transaction id.
         booked: before which offset all labels are booked, by partition and slot.
         is_up: False is a server that does not answer.
         interrupt: called before and after each call.
@@ -131,7 +138,7 @@ class MemoryMerchantStore:
 
     def __init__(self) -> None:
         self.profiles: dict[str, bytes] = {}
-        self.alerts: dict[int, str] = {}
+        self.notes: dict[tuple[int, int], TransactionNote] = {}
         self.booked: dict[tuple[int, int], int] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
@@ -149,7 +156,7 @@ class MemoryMerchantStore:
             self._require_up()
             return [self.profiles.get(merchant) for merchant in merchant_ids]
 
-    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
+    async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("add to merchants", self.interrupt):
@@ -157,14 +164,24 @@ class MemoryMerchantStore:
             for bucket, merchants in counts.items():
                 for merchant, n in merchants.items():
                     self.count(bucket, merchant, n)
-            for alert in alerts:
-                self.alerts[alert.transaction_hash] = alert.decision
+            for note in notes:
+                self.remember(note)
 
     def count(self, bucket: int, merchant_id: str, n: int) -> None:
         """Add to a merchant's profile at once."""
         profile = self.profile(merchant_id)
         profile.count(bucket, n)
         self.profiles[merchant_id] = profile.to_bytes()
+
+    def remember(self, scored: ScoredNote) -> None:
+        """Remember a transaction at once."""
+        place = merchant_slot(scored.merchant_id), scored.transaction_hash
+        before = self.notes.get(place, TransactionNote())
+        note = self.notes[place] = before.scored(scored.decision, scored.weight)
+        if note.weight != before.weight:
+            profile = self.profile(scored.merchant_id)
+            if profile.weigh(scored.transaction_hash, note.weight):
+                self.profiles[scored.merchant_id] = profile.to_bytes()
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
@@ -189,10 +206,16 @@ class MemoryMerchantStore:
         return [self._book(label) if label.offset >= booked_to else None for label in labels]
 
     def _book(self, label: Booking) -> str:
+        place = merchant_slot(label.merchant_id), label.entry.id_hash
+        before = self.notes.get(place, TransactionNote())
+        note = before.labelled(label.labelled_ms, label.told_weight)
+        if note is None:
+            return STALE
+        self.notes[place] = note
         profile = self.profile(label.merchant_id)
-        if profile.book(label.entry, label.is_fraud):
+        if profile.book(replace(label.entry, weight=note.weight), label.is_fraud):
             self.profiles[label.merchant_id] = profile.to_bytes()
-        return self.alerts.get(label.entry.id_hash, DECISIONS[0])
+        return decision_of(note, is_late=label.is_late)
 
     async def booked_to(self, partition: int) -> int:
         """See :class:`pipeline.merchant_store.MerchantStore`."""

@@ -1,22 +1,24 @@
 """What merchants' profiles must be, computed from the scores and labels topics.
 
 A transaction is counted in its merchant's profile when its score is published for the first time;
-so the scores tell what is counted. A label is booked in the order of its partition.
+so the scores tell what is counted. A label is booked in the order of its partition, but for one
+that is older than another of its transaction; a fraud weighs what the label tells, or the score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
+from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.codec import CountedScore
 from pipeline.merchant_profile import Fraud, Profile
 from pipeline.merchant_store import Booking
 from pipeline.score_log import source_offset
+from pipeline.transaction_note import TransactionNote
 
 SOURCES_BEFORE = 100_000
 """A score that is published late may be of a transaction so much before the topic's first."""
@@ -142,20 +144,61 @@ class LoggedLabel:
     booking: Booking
 
 
+@dataclass(frozen=True)
+class WeightsOfLog:
+    """How far transactions explain a fraud, by their scores.
+
+    Attributes:
+        of_transaction: stored weights under the full one, by hash of the transaction id.
+        from_bucket: scores of transactions before it may be deleted.
+    """
+
+    of_transaction: Mapping[int, int]
+    from_bucket: int = 0
+
+    def weight(self, entry: Fraud, standing: Mapping[int, int]) -> int:
+        """The weight of a fraud whose labels tell none.
+
+        Args:
+            standing: weights in the profile, by hash: what counts where the log says nothing.
+        """
+        found = self.of_transaction.get(entry.id_hash)
+        if found is not None:
+            return found
+        if entry.bucket < self.from_bucket:
+            return standing.get(entry.id_hash, WEIGHT_MAX)
+        return WEIGHT_MAX
+
+
 def frauds_of(
-    labels: Iterable[LoggedLabel], booked_to: Sequence[int], kept: Sequence[Fraud] = ()
+    labels: Iterable[LoggedLabel],
+    booked_to: Sequence[int],
+    weights: WeightsOfLog,
+    standing: Sequence[Fraud] = (),
+    kept: Sequence[Fraud] = (),
 ) -> list[Fraud]:
     """A merchant's known frauds after its labels are booked.
 
     Args:
         labels: the merchant's, in the order of their partition.
         booked_to: by partition, the offset up to which labels are booked.
+        standing: those in its profile.
         kept: frauds whose labels the log has no more.
     """
     profile = Profile(frauds=list(kept))
+    notes: dict[int, TransactionNote] = {}
+    weight_of = {fraud.id_hash: fraud.weight for fraud in standing}
     for label in labels:
-        if label.booking.offset < booked_to[label.partition]:
-            profile.book(label.booking.entry, label.booking.is_fraud)
+        booking, entry = label.booking, label.booking.entry
+        if booking.offset >= booked_to[label.partition]:
+            continue
+        before = notes.get(entry.id_hash)
+        if before is None:
+            before = TransactionNote(weight=weights.weight(entry, weight_of))
+        note = before.labelled(booking.labelled_ms, booking.told_weight)
+        if note is not None:
+            notes[entry.id_hash] = note
+            profile.book(replace(entry, weight=note.weight), booking.is_fraud)
     return profile.frauds
 
 

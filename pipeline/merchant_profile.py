@@ -2,8 +2,8 @@
 
     format u8, 3 spare, head u32       8 bytes
     ring of counts u16               640 bytes, bucket j at j % BUCKETS
-    known frauds                      16 bytes each: transaction id's hash u64,
-                                      its bucket u32, the bucket in which the label came u32
+    known frauds                      16 bytes each: transaction id's hash u64, its bucket u32,
+                                      merchant weight u8, the bucket in which the label came u24
 
 All big-endian, as Redis's BITFIELD counts: workers add to the ring in place. A value of
 another format or size counts as absent.
@@ -12,16 +12,16 @@ another format or size counts as absent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from model.merchants import BUCKETS, MerchantProfiles
+from model.merchants import BUCKETS, WEIGHT_MAX, MerchantProfiles
 
-PROFILE_FORMAT = 2
+PROFILE_FORMAT = 3
 """Version of the layout; raise it with every change of the layout."""
 
 HEAD_NONE = 0xFFFF_FFFF
@@ -37,10 +37,14 @@ FRAUDS_MAX = 1000
 FRAUD_BUCKETS_MAX = 384
 """A fraud this much older than a new label is forgotten, buckets: 48 days."""
 
+KNOWN_BITS = 24
+KNOWN_MAX = (1 << KNOWN_BITS) - 1
+"""The last bucket in which a label can arrive, of the year 7711; a later one counts as this."""
+
 FIXED = np.dtype(
     [("format", "u1"), ("spare", "u1", (3,)), ("head", ">u4"), ("counts", ">u2", (BUCKETS,))]
 )
-FRAUD = np.dtype([("id_hash", ">u8"), ("bucket", ">u4"), ("known", ">u4")])
+FRAUD = np.dtype([("id_hash", ">u8"), ("bucket", ">u4"), ("weight_known", ">u4")])
 EMPTY_VALUE = np.array(
     (PROFILE_FORMAT, (0, 0, 0), HEAD_NONE, np.zeros(BUCKETS, "u2")), FIXED
 ).tobytes()
@@ -55,12 +59,14 @@ class Fraud:
     Attributes:
         id_hash: of the transaction's id.
         bucket: in which the transaction counts.
-        known: the bucket in which the label arrived.
+        known: the bucket in which the label arrived that first said so.
+        weight: how far its merchant explains it, up to :data:`model.merchants.WEIGHT_MAX`.
     """
 
     id_hash: int
     bucket: int
     known: int
+    weight: int = WEIGHT_MAX
 
 
 @dataclass
@@ -94,7 +100,10 @@ class Profile:
         return moved
 
     def book(self, fraud: Fraud, is_fraud: bool) -> bool:
-        """Take a label in: the last one of a transaction wins.
+        """Take a label in, of a transaction's labels the newest so far.
+
+        A fraud that is said again takes the new weight and keeps when it was first known: features
+        that were computed since rest on that.
 
         Returns:
             whether it changed anything.
@@ -104,10 +113,20 @@ class Profile:
         if not is_fraud:
             self.frauds = others
             return bool(same)
-        entry = Fraud(fraud.id_hash, fraud.bucket, same[0].known if same else fraud.known)
+        entry = replace(fraud, known=same[0].known if same else fraud.known)
         oldest = fraud.known - FRAUD_BUCKETS_MAX
         self.frauds = [*(f for f in others if f.bucket > oldest), entry][-FRAUDS_MAX:]
         return True
+
+    def weigh(self, id_hash: int, weight: int) -> bool:
+        """Give a known fraud another weight.
+
+        Returns:
+            whether it changed anything.
+        """
+        before = list(self.frauds)
+        self.frauds = [replace(f, weight=weight) if f.id_hash == id_hash else f for f in before]
+        return self.frauds != before
 
     def to_bytes(self) -> bytes:
         """The value that Redis holds."""
@@ -115,8 +134,7 @@ class Profile:
         fixed["format"] = PROFILE_FORMAT
         fixed["head"] = HEAD_NONE if self.head < 0 else self.head
         fixed["counts"] = self.counts
-        tail = np.array([(f.id_hash, f.bucket, f.known) for f in self.frauds], FRAUD)
-        return fixed.tobytes() + tail.tobytes()
+        return fixed.tobytes() + b"".join(encode_frauds(self.frauds))
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Profile:
@@ -129,7 +147,10 @@ class Profile:
             raise ValueError(f"a merchant profile of {len(value)} bytes in an unknown format")
         fixed = np.frombuffer(value, FIXED, 1)[0]
         head = int(fixed["head"])
-        frauds = [Fraud(*entry) for entry in np.frombuffer(value, FRAUD, -1, FIXED_BYTES).tolist()]
+        frauds = [
+            Fraud(id_hash, bucket, packed & KNOWN_MAX, packed >> KNOWN_BITS)
+            for id_hash, bucket, packed in np.frombuffer(value, FRAUD, -1, FIXED_BYTES).tolist()
+        ]
         return cls(-1 if head == HEAD_NONE else head, fixed["counts"].astype(np.uint16), frauds)
 
 
@@ -176,7 +197,8 @@ def decode_profiles(values: Sequence[bytes | None]) -> tuple[MerchantProfiles, i
             counts=table["counts"].astype(np.uint16),
             fraud_row=np.repeat(np.array(tail_rows, np.intp), counts_of_rows),
             fraud_bucket=frauds["bucket"].astype(np.int64),
-            fraud_known=frauds["known"].astype(np.int64),
+            fraud_known=(frauds["weight_known"] & KNOWN_MAX).astype(np.int64),
+            fraud_weight=(frauds["weight_known"] >> KNOWN_BITS).astype(np.uint8),
         ),
         refused,
     )
@@ -189,6 +211,9 @@ def transaction_hash(transaction_id: str) -> int:
 
 def encode_frauds(frauds: Sequence[Fraud]) -> list[bytes]:
     """The entries of known frauds, each 16 bytes."""
-    entries: NDArray[Any] = np.array([(f.id_hash, f.bucket, f.known) for f in frauds], FRAUD)
+    entries: NDArray[Any] = np.array(
+        [(f.id_hash, f.bucket, f.weight << KNOWN_BITS | min(f.known, KNOWN_MAX)) for f in frauds],
+        FRAUD,
+    )
     blob = entries.tobytes()
     return [blob[start : start + FRAUD_BYTES] for start in range(0, len(blob), FRAUD_BYTES)]

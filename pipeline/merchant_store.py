@@ -4,6 +4,10 @@ Workers add to profiles side by side, so nothing here is guarded by a partition'
 transactions are counted in place, at least once. Labels are booked exactly once: a script
 changes a slot's profiles together with the offset before which all labels of a partition are
 booked in them. It skips what is below that, and books nothing where there is a gap.
+
+What a label needs to know of its transaction is remembered in a note
+(:mod:`pipeline.transaction_note`) in the same slot, and with it when the transaction's newest label
+became known: an older one changes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
+from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.merchant_profile import (
@@ -34,12 +38,17 @@ from pipeline.merchant_profile import (
 from pipeline.redis_calls import Command, RedisCalls, Script, redis_client
 from pipeline.settings import Settings
 from pipeline.state_store import Intactness
+from pipeline.transaction_note import (
+    LABELLED_NOTE_BYTES,
+    NOTE_BYTES,
+    NOTE_EXPIRY_MS,
+    STALE,
+    UNKNOWN,
+    TransactionNote,
+)
 
 EXPIRY_MS = FRAUD_BUCKETS_MAX * BUCKET_MS
 """A profile in which nothing is counted for so long goes: 48 days (or up to a day less)."""
-
-ALERT_EXPIRY_MS = 60 * 86_400_000
-"""So long after an alert its label may come and still be told from that of an approved one."""
 
 KEYS_PER_CALL_MAX = 256
 """A script that counts works on so many profiles, and others get their turn."""
@@ -105,17 +114,59 @@ return #KEYS
     }
 )
 
+# KEYS: for each transaction the key of its note and that of its merchant's profile. ARGV: time to
+# live in milliseconds, then 11 bytes for each: hash of its id, decision and weight as in a note. A
+# label that came before has told its time, and maybe the weight, and these stay; a fraud that it
+# booked gets the weight that is remembered from now on.
+REMEMBER_SCRIPT = Script(
+    b"""
+for i = 1, #KEYS / 2 do
+  local key, profile = KEYS[2 * i - 1], KEYS[2 * i]
+  local told = string.sub(ARGV[2], 11 * i - 10, 11 * i)
+  local id, note = string.sub(told, 1, 8), string.sub(told, 9, 11)
+  local before = redis.call('GET', key)
+  if before and #before == %(labelled)d then
+    if string.byte(before, 3) == 1 then
+      note = string.sub(note, 1, 1) .. string.sub(before, 2, 3)
+    elseif string.byte(before, 2) ~= string.byte(note, 2) then
+      local value = redis.call('GET', profile)
+      if value and #value > %(fixed)d and string.byte(value) == %(format)d
+          and (#value - %(fixed)d) %% %(fraud)d == 0 then
+        for at = %(fixed)d + 1, #value, %(fraud)d do
+          if string.sub(value, at, at + 7) == id then
+            redis.call('SETRANGE', profile, at + 11, string.sub(note, 2, 2))
+          end
+        end
+      end
+    end
+    note = note .. string.sub(before, 4)
+  end
+  redis.call('SET', key, note, 'PX', ARGV[1])
+end
+return #KEYS
+"""
+    % {
+        b"labelled": LABELLED_NOTE_BYTES,
+        b"fixed": FIXED_BYTES,
+        b"format": PROFILE_FORMAT,
+        b"fraud": FRAUD_BYTES,
+    }
+)
+
 # KEYS: the slot's watermark of the labels partition, profiles, then for each label the key of
-# its transaction's alert. ARGV: time to live in milliseconds, how many profiles, an empty
-# profile, where the labels begin and end, then 29 bytes for each label: which profile, offset,
-# 1 for fraud, entry. Returns for each label '' where it was booked before, else the decision of
-# its transaction; a number where nothing is booked since the slot is booked only up to there.
+# its transaction's note. ARGV: time to live in milliseconds, how many profiles, an empty
+# profile, where the labels begin and end, 39 bytes for each label (which profile, offset, 1 for
+# fraud, 1 where it tells its weight, 1 where it comes after a note's time, when it became known,
+# entry), a note's time to live. Returns for each label '' where it was booked before, 'stale' where
+# a newer one of its transaction was, else the decision on its transaction; a number where nothing
+# is booked since the slot is booked only up to there.
 BOOK_SCRIPT = Script(
     b"""
 local booked_to = tonumber(redis.call('GET', KEYS[1]) or '0')
 if booked_to < tonumber(ARGV[4]) then return booked_to end
 local profiles, labels = tonumber(ARGV[2]), ARGV[6]
-local fixed, frauds, changed, replies = {}, {}, {}, {}
+local fixed, frauds, changed, notes, replies = {}, {}, {}, {}, {}
+local decisions = {%(decisions)b}
 local function known_frauds(p)
   if not frauds[p] then
     local value = redis.call('GET', KEYS[1 + p])
@@ -130,26 +181,43 @@ local function known_frauds(p)
   end
   return frauds[p]
 end
-for i = 1, #labels / 29 do
-  local at = 29 * i - 28
-  local p, offset, is_fraud = struct.unpack('>I4I8B', labels, at)
+local function note_of(key)
+  local note = notes[key] or redis.call('GET', key)
+  if note and (#note == %(note)d or #note == %(labelled)d) then return note end
+  return string.char(0, %(weight)d, 0)
+end
+for i = 1, #labels / 39 do
+  local at = 39 * i - 38
+  local p, offset, is_fraud, is_told, is_late, when = struct.unpack('>I4I8BBBI8', labels, at)
+  local key = KEYS[1 + profiles + i]
+  local note = note_of(key)
   if offset < booked_to then
     replies[i] = ''
+  elseif #note == %(labelled)d and when < struct.unpack('>I6', note, 4) then
+    replies[i] = '%(stale)b'
   else
-    replies[i] = redis.call('GET', KEYS[1 + profiles + i]) or '%(approve)s'
-    local entry = string.sub(labels, at + 13, at + 28)
-    local id, known = string.sub(entry, 1, 8), string.sub(entry, 13, 16)
-    local oldest = struct.unpack('>I4', known) - %(oldest)d
+    local entry = string.sub(labels, at + 23, at + 38)
+    local id, weight, known = string.sub(entry, 1, 8), string.sub(entry, 13, 13),
+      string.sub(entry, 14, 16)
+    replies[i] = decisions[string.byte(note)] or (is_late == 1 and '%(unknown)b' or '%(approve)b')
+    if is_told == 1 then
+      note = string.sub(note, 1, 1) .. weight .. string.char(1)
+    else
+      note = string.sub(note, 1, 3)
+      weight = string.sub(note, 2, 2)
+    end
+    notes[key] = note .. struct.pack('>I6', when)
+    local oldest = struct.unpack('>I3', known) - %(oldest)d
     local kept, was_known = {}, false
     for _, other in ipairs(known_frauds(p)) do
       if string.sub(other, 1, 8) == id then
-        known, was_known = string.sub(other, 13, 16), true
+        known, was_known = string.sub(other, 14, 16), true
       elseif is_fraud == 0 or struct.unpack('>I4', other, 9) > oldest then
         table.insert(kept, other)
       end
     end
     if is_fraud == 1 then
-      table.insert(kept, id .. string.sub(entry, 9, 12) .. known)
+      table.insert(kept, id .. string.sub(entry, 9, 12) .. weight .. known)
       while #kept > %(most)d do table.remove(kept, 1) end
     end
     if is_fraud == 1 or was_known then frauds[p], changed[p] = kept, true end
@@ -158,6 +226,7 @@ end
 for p in pairs(changed) do
   redis.call('SET', KEYS[1 + p], fixed[p] .. table.concat(frauds[p]), 'PX', ARGV[1])
 end
+for key, note in pairs(notes) do redis.call('SET', key, note, 'PX', ARGV[7]) end
 if tonumber(ARGV[5]) > booked_to then redis.call('SET', KEYS[1], ARGV[5]) end
 return replies
 """
@@ -165,13 +234,20 @@ return replies
         b"fixed": FIXED_BYTES,
         b"format": PROFILE_FORMAT,
         b"fraud": FRAUD_BYTES,
+        b"decisions": ", ".join(f"[{ord(word[0])}] = '{word}'" for word in DECISIONS).encode(),
         b"approve": DECISIONS[0].encode(),
+        b"note": NOTE_BYTES,
+        b"labelled": LABELLED_NOTE_BYTES,
+        b"weight": WEIGHT_MAX,
+        b"stale": STALE.encode(),
+        b"unknown": UNKNOWN.encode(),
         b"oldest": FRAUD_BUCKETS_MAX,
         b"most": FRAUDS_MAX,
     }
 )
 
-_LABEL_HEAD = struct.Struct(">IQB")
+_LABEL_HEAD = struct.Struct(">IQBBBQ")
+_TOLD = struct.Struct(">Q")
 
 
 @dataclass(frozen=True)
@@ -180,13 +256,26 @@ class Booking:
 
     Attributes:
         offset: of its record in the labels partition.
-        entry: what the merchant's profile holds of it if it is a fraud.
+        entry: what the merchant's profile holds of it if it is a fraud; its weight counts only
+            where the label tells it.
+        labelled_ms: when it became known, epoch milliseconds: of a transaction's labels the
+            newest one counts, and of two of the same time the one that comes last.
+        is_weight_told: the label tells the weight; else the one that is remembered counts.
+        is_late: it became known after a note of its transaction would have gone.
     """
 
     offset: int
     merchant_id: str
     is_fraud: bool
     entry: Fraud
+    labelled_ms: int = 0
+    is_weight_told: bool = False
+    is_late: bool = False
+
+    @property
+    def told_weight(self) -> int | None:
+        """The weight that the label tells, if it does."""
+        return self.entry.weight if self.is_weight_told else None
 
 
 @dataclass(frozen=True)
@@ -194,8 +283,8 @@ class Booked:
     """What became of labels.
 
     Attributes:
-        decisions: of each label's transaction; None for a label that was booked before, or is
-            not booked.
+        decisions: on each label's transaction, or ``unknown``; ``stale`` for a label that is
+            older than one that came before; None for one that was booked before, or is not booked.
         behind: None, or the offset up to which some slots are booked, before where the labels
             begin: the store lost what is between, and in these slots nothing was booked.
     """
@@ -205,12 +294,18 @@ class Booked:
 
 
 @dataclass(frozen=True)
-class Alerted:
-    """That a transaction raised an alert, with its decision."""
+class ScoredNote:
+    """What a worker notes of a transaction that it scored.
+
+    Attributes:
+        decision: on it.
+        weight: how far its merchant explains it if it is a fraud.
+    """
 
     merchant_id: str
     transaction_hash: int
     decision: str
+    weight: int = WEIGHT_MAX
 
 
 Counts = Mapping[int, Mapping[str, int]]
@@ -227,8 +322,8 @@ class MerchantStore(Protocol):
             StoreUnavailableError: nothing can be said; ask again.
         """
 
-    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
-        """Count transactions, and remember alerts.
+    async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
+        """Count transactions, and remember what labels need to know of some of them.
 
         Raises:
             StoreUnavailableError: some of it may have been done.
@@ -270,12 +365,12 @@ class RedisMerchantStore:
 
     def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
         self.intactness: Intactness | None = None
-        self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT)
+        self._calls = RedisCalls(client, COUNT_SCRIPT, REMEMBER_SCRIPT, BOOK_SCRIPT)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
         self._labels_topic = labels_topic
         self._expiry = b"%d" % EXPIRY_MS
-        self._alert_expiry = b"%d" % ALERT_EXPIRY_MS
+        self._note_expiry = b"%d" % NOTE_EXPIRY_MS
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RedisMerchantStore:
@@ -307,12 +402,11 @@ class RedisMerchantStore:
                 found[i] = value
         return found
 
-    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
+    async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
         """See :class:`MerchantStore`: one round trip."""
         commands = [command for bucket in counts for command in self._count(bucket, counts[bucket])]
-        for alert in alerts:
-            key = self._keys.alert(merchant_slot(alert.merchant_id), alert.transaction_hash)
-            commands.append(("SET", key, alert.decision.encode(), "PX", self._alert_expiry))
+        if notes:
+            commands += self._remember(notes)
         if commands:
             await self._calls.execute(commands)
 
@@ -335,6 +429,25 @@ class RedisMerchantStore:
             )
             for part in calls
         ]
+
+    def _remember(self, notes: Sequence[ScoredNote]) -> list[Command]:
+        """The calls that remember transactions."""
+        places = [list(range(len(notes)))]
+        if self._calls.is_cluster:
+            places = list(by_slot([note.merchant_id for note in notes]).values())
+        most = KEYS_PER_CALL_MAX
+        calls = [part[i : i + most] for part in places for i in range(0, len(part), most)]
+        return [self._remember_call([notes[i] for i in part]) for part in calls]
+
+    def _remember_call(self, notes: Sequence[ScoredNote]) -> Command:
+        keys: list[bytes] = []
+        told = []
+        for note in notes:
+            slot = merchant_slot(note.merchant_id)
+            keys += self._keys.note(slot, note.transaction_hash), self._profile(note.merchant_id)
+            value = TransactionNote().scored(note.decision, note.weight).to_bytes()
+            told.append(_TOLD.pack(note.transaction_hash) + value)
+        return REMEMBER_SCRIPT.call(keys, self._note_expiry, b"".join(told))
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """See :class:`MerchantStore`: one round trip, with a script call for each slot."""
@@ -360,14 +473,22 @@ class RedisMerchantStore:
         places = [place_of.setdefault(x.merchant_id, 1 + len(place_of)) for x in labels]
         entries = encode_frauds([label.entry for label in labels])
         blob = b"".join(
-            _LABEL_HEAD.pack(place, label.offset, label.is_fraud) + entry
+            _LABEL_HEAD.pack(
+                place,
+                label.offset,
+                label.is_fraud,
+                label.is_weight_told,
+                label.is_late,
+                label.labelled_ms,
+            )
+            + entry
             for place, label, entry in zip(places, labels, entries, strict=True)
         )
         return BOOK_SCRIPT.call(
             [
                 self._keys.labels_watermark(slot, self._labels_topic, partition),
                 *map(self._profile, place_of),
-                *(self._keys.alert(slot, label.entry.id_hash) for label in labels),
+                *(self._keys.note(slot, label.entry.id_hash) for label in labels),
             ],
             self._expiry,
             b"%d" % len(place_of),
@@ -375,6 +496,7 @@ class RedisMerchantStore:
             b"%d" % begin,
             b"%d" % end,
             blob,
+            self._note_expiry,
         )
 
     async def booked_to(self, partition: int) -> int:

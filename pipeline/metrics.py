@@ -27,6 +27,7 @@ from prometheus_client.utils import floatToGoString
 
 from pipeline.codec import LABELS, REASONS
 from pipeline.decision import DECISIONS
+from pipeline.transaction_note import UNKNOWN
 
 LATENCY_BUCKETS_SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
@@ -166,6 +167,10 @@ class Metrics:
             "recur_labels_repeated", "Labels dropped because they were booked before",
             registry=registry,
         )  # fmt: skip
+        self.labels_stale = Counter(
+            "recur_labels_stale", "Labels that came after a newer one of their transaction",
+            registry=registry,
+        )  # fmt: skip
         self.label_delay = BatchHistogram(
             "recur_label_delay_seconds", "From a transaction to its label, event time",
             DELAY_BUCKETS_SECONDS, registry,
@@ -191,6 +196,11 @@ class Metrics:
         self.score = BatchHistogram(
             "recur_score", "Scores, as probability of fraud", SCORE_BUCKETS, registry
         )
+        self.out_of_range = Counter(
+            "recur_inputs_out_of_range",
+            "Raw inputs of scored transactions beyond what training saw; they saturate",
+            ["feature"], registry=registry,
+        )  # fmt: skip
         self.event_age = Gauge(
             "recur_event_age_seconds", "Wall clock minus the newest event time seen",
             registry=registry,
@@ -251,7 +261,7 @@ class Metrics:
         for direction in SKEWS:
             self.event_time_skew.labels(direction)
         for label in LABELS:
-            for decision in DECISIONS:
+            for decision in (*DECISIONS, UNKNOWN):
                 self.labels.labels(label, decision)
         for result in PROFILE_RESULTS:
             self.profiles.labels(result)

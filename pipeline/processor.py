@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.merchants import BUCKET_MS, MERCHANT_FEATURES
+from model.merchants import BUCKET_MS, MERCHANT_FEATURES, WEIGHT_MAX
 from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.account_state import AccountStates
@@ -46,6 +46,8 @@ from pipeline.codec import (
     decode_instruction,
     encode_alert,
     payment_ms,
+    with_merchant_weight,
+    with_out_of_range,
     with_refused_state,
     with_thresholds,
 )
@@ -55,7 +57,7 @@ from pipeline.errors import RejectedError
 from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.health import Health
 from pipeline.merchant_profile import transaction_hash
-from pipeline.merchant_store import Alerted, MerchantStore
+from pipeline.merchant_store import MerchantStore, ScoredNote
 from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
@@ -71,6 +73,7 @@ from pipeline.timestamps import (
     event_time,
     is_record_time,
 )
+from pipeline.transaction_note import NOTE_EXPIRY_MS
 
 APPROVE = DECISIONS[0]
 
@@ -123,7 +126,7 @@ class Part:
         said: how many transactions have a score, old or new.
         scores, alerts, letters: what to publish.
         flagged: index, score and decision of what is to raise an alert.
-        alerted: what ``alerts`` are of.
+        notes: what labels will need to know of transactions.
         changed: accounts and states to save; None is to be deleted.
         saved: whether they and the watermark stand in the store.
     """
@@ -153,7 +156,7 @@ class Part:
     alerts: list[Outgoing] = field(default_factory=list)
     letters: list[Outgoing] = field(default_factory=list)
     flagged: list[tuple[int, bytes, str]] = field(default_factory=list)
-    alerted: list[Alerted] = field(default_factory=list)
+    notes: list[ScoredNote] = field(default_factory=list)
     changed: tuple[list[str], Sequence[bytes | None]] = field(default_factory=lambda: ([], []))
     saved: bool = False
 
@@ -357,7 +360,10 @@ class Processor:
         self._decoder = PartDecoder(settings, scorer.checkpoint, clock_ms)
         self._further_fields = self._decoder.further_fields
         self._explainer = Explainer(scorer.checkpoint)
+        self._names = np.array(names)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
+        for name in names:
+            metrics.out_of_range.labels(name)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
 
     def use(self, thresholds: Thresholds) -> None:
@@ -573,6 +579,7 @@ class Processor:
             if part.kept:
                 part.new = [i for i in part.new if part.records[i].offset not in part.kept]
                 self._flag(part, self._kept(part, silent, thresholds))
+                self._note_kept(part, silent)
         self._say(parts, scored, thresholds)
         self._alert(parts, scored)
 
@@ -596,6 +603,10 @@ class Processor:
         )
         for i in np.flatnonzero(choices).tolist():
             values[i] = with_thresholds(values[i], thresholds)
+        weights = scored.merchant_weight[at]
+        for i in np.flatnonzero(weights < WEIGHT_MAX).tolist():
+            values[i] = with_merchant_weight(values[i], int(weights[i]))
+        self._tell_out_of_range(values, scored, at)
         start = 0
         for part in parts:
             stop = start + len(part.new)
@@ -611,7 +622,47 @@ class Processor:
             if any(choices[start:stop]):
                 said = zip(part.new, values[start:stop], decisions[start:stop], strict=True)
                 self._flag(part, said)
+            for i in np.flatnonzero(
+                (weights[start:stop] < WEIGHT_MAX) | np.array(choices[start:stop], bool)
+            ).tolist():
+                weight = int(weights[start + i])
+                self._note(part, part.new[i], decisions[start + i], weight)
             start = stop
+
+    def _tell_out_of_range(self, values: list[bytes], scored: Scored, at: NDArray[np.intp]) -> None:
+        """Scores with inputs that training did not see say so, and they are counted."""
+        if scored.outside is None:
+            return
+        outside = scored.outside[at]
+        for i in np.flatnonzero(outside.any(axis=1)).tolist():
+            values[i] = with_out_of_range(values[i], self._names[outside[i]].tolist())
+        count = outside.sum(axis=0)
+        for column in np.flatnonzero(count).tolist():
+            self._metrics.out_of_range.labels(self._names[column]).inc(int(count[column]))
+
+    def _note_kept(self, part: Part, silent: NDArray[np.bool_]) -> None:
+        """What is to be remembered of transactions whose score was published before.
+
+        Their notes may be lost with the states, or were not written before a worker died.
+        """
+        for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True)):
+            kept = part.kept.get(record.offset)
+            if kept is not None and not skip:
+                decision, weight = kept.score.decision, kept.score.weight
+                if decision != APPROVE or weight < WEIGHT_MAX:
+                    self._note(part, i, decision, weight)
+
+    def _note(self, part: Part, i: int, decision: str, weight: int) -> None:
+        """Remember a transaction until its labels come, unless it would be forgotten by now."""
+        record, transaction = part.records[i], part.transactions[i]
+        if self._clock_ms() - record.timestamp > NOTE_EXPIRY_MS:
+            return
+        if _is_warm(record):  # it raised no alert
+            decision = APPROVE
+            if weight == WEIGHT_MAX:
+                return
+        of = transaction_hash(transaction.transaction_id)
+        part.notes.append(ScoredNote(transaction.merchant_id, of, decision, weight))
 
     def _kept(
         self, part: Part, silent: NDArray[np.bool_], thresholds: Thresholds
@@ -643,12 +694,10 @@ class Processor:
         reasons = iter(self._explainer.explain(scored.raw[at], before))
         for part in parts:
             for i, score, decision in part.flagged:
-                record, transaction = part.records[i], part.transactions[i]
+                record = part.records[i]
                 self._metrics.alerts.labels(decision).inc()
                 alert = encode_alert(score, next(reasons), self._clock_ms())
                 part.alerts.append(Outgoing(record.key, alert))
-                of = transaction_hash(transaction.transaction_id)
-                part.alerted.append(Alerted(transaction.merchant_id, of, decision))
 
     def _hold(self, parts: list[Part], states: AccountStates) -> None:
         """Hold what is computed in memory; the next poll continues it."""
@@ -757,6 +806,7 @@ class Processor:
                     part.partition, part.partition_owned, where, part.end
                 )
             saves.append(self._save_of(part, where))
+        await self._remember(parts)
         stands = await self._save_all(parts, saves)
         for part, save, saved in zip(parts, saves, stands, strict=True):
             part.saved = saved
@@ -770,16 +820,24 @@ class Processor:
             self._metrics.forgotten.inc(len(part.forgets))
             self._metrics.transactions.inc(part.said)
 
+    async def _remember(self, parts: list[Part]) -> None:
+        """Write notes before the states: a worker that dies here comes to these transactions again.
+
+        A note that is written again is the same.
+        """
+        notes = [note for part in parts for note in part.notes] if self._is_serving else []
+        if notes:
+            await self._patience.ask_store(lambda: self._merchant_store.add({}, notes))
+
     async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
         """Save states, and add to merchants' profiles meanwhile; which states stand."""
         counts = self._count(parts)
-        alerted = [alerted for part in parts for alerted in part.alerted]
         saving = self._patience.ask_store(lambda: self._store.save(saves))
-        if not (self._is_serving and (counts or alerted)):
+        if not counts:
             return await saving
         stands, _ = await self._together(
             saving,
-            self._patience.ask_store(lambda: self._merchant_store.add(counts, alerted)),
+            self._patience.ask_store(lambda: self._merchant_store.add(counts, [])),
         )
         return list(stands)
 

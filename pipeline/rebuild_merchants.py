@@ -4,7 +4,8 @@ Workers may run. Scores are counted up to an offset, profiles are read a little 
 the scores that came meanwhile: a count that lies between the two is right. Others are corrected
 by their difference, so that nothing that workers add at the same time is lost; what came in the
 moment of reading may be missed or doubled in them, and is put right in the next round. Known
-frauds are booked again from the labels topic, each slot up to where its labels are booked.
+frauds are booked again from the labels topic, each slot up to where its labels are booked, with
+the merchant weights that labels or scores tell.
 
 What retention has deleted cannot be counted again, and is left as it stands.
 """
@@ -21,13 +22,26 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.merchants import BUCKET_MS, BUCKETS
-from pipeline.codec import decode_counted
+from pipeline.codec import decode_counted, stored_weight
 from pipeline.errors import RecurError, RejectedError
 from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of, label_of
 from pipeline.log_reader import KafkaLogReader
-from pipeline.merchant_log import CountsOfLog, FirstScores, LoggedLabel, correction, frauds_of
-from pipeline.merchant_profile import Fraud, Profile, decode_profiles, is_sound
+from pipeline.merchant_log import (
+    CountsOfLog,
+    FirstScores,
+    LoggedLabel,
+    WeightsOfLog,
+    correction,
+    frauds_of,
+)
+from pipeline.merchant_profile import (
+    Fraud,
+    Profile,
+    decode_profiles,
+    is_sound,
+    transaction_hash,
+)
 from pipeline.merchant_repair import MerchantRepair
 from pipeline.ownership import Record
 from pipeline.progress_bar import Bar, bar_for
@@ -102,6 +116,7 @@ class MerchantRebuild:
         self._labels_to = [0] * labels_partitions
         self._labels: dict[int, dict[str, list[LoggedLabel]]] = {}  # by slot and merchant
         self._known_from = -1
+        self._weights: dict[int, int] = {}
         self._found = Corrected()
         self._logs = KafkaScoreLog(settings)
         self._stack = AsyncExitStack()
@@ -120,8 +135,7 @@ class MerchantRebuild:
             return await self._run()
 
     async def _run(self) -> Corrected:
-        await self._read_scores(self._counts)
-        await self._read_labels()
+        await self._read_log()
         await self._correct_frauds()
         await self._read_scores(self._counts)
         merchants = list(self._counts.row_of)
@@ -136,6 +150,11 @@ class MerchantRebuild:
         return self._found
 
     # the log -----------------------------------------------------------------------------
+
+    async def _read_log(self) -> None:
+        """Take in labels, and then scores: that of a labelled transaction came before its label."""
+        await self._read_labels()
+        await self._read_scores(self._counts)
 
     async def _read_scores(self, into: CountsOfLog) -> None:
         """Count the scores up to where the topic ends now."""
@@ -158,6 +177,9 @@ class MerchantRebuild:
                 if firsts.source(score) is not None:
                     merchants.append(score.merchant_id)
                     times.append(score.timestamp)
+                    if score.merchant_weight is not None:
+                        of = transaction_hash(score.transaction_id)
+                        self._weights[of] = stored_weight(score.merchant_weight)
             into.add(merchants, times)
 
     async def _read_labels(self) -> None:
@@ -227,16 +249,17 @@ class MerchantRebuild:
         """How many profiles were corrected; None where a worker has booked meanwhile."""
         booked = await self._repair.booked_to(slot)
         if any(to > read for to, read in zip(booked, self._labels_to, strict=True)):
-            await self._read_labels()
+            await self._read_log()
         labels = self._labels.get(slot, {})
         values = await self._repair.profiles.load(merchants)
+        weights = WeightsOfLog(self._weights, self._found.from_bucket)
         frauds: dict[str, Sequence[Fraud]] = {}
         for merchant, value in zip(merchants, values, strict=True):
             standing = Profile.from_bytes(value).frauds if value and is_sound(value) else []
             logged = labels.get(merchant, [])
             touched = {label.booking.entry.id_hash for label in logged}
             kept = [f for f in standing if f.known <= self._known_from and f.id_hash not in touched]
-            due = frauds_of(logged, booked, kept)
+            due = frauds_of(logged, booked, weights, standing, kept)
             if due != standing or (value is not None and not is_sound(value)):
                 frauds[merchant] = due
         if self._dry_run or not frauds:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.features import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
+from model.merchants import WEIGHT_MAX
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec
 from pipeline.settings import Settings
 from pipeline.timestamps import DAY_MS
@@ -77,6 +79,8 @@ class Scored:
         failed: indices whose computation fails, with the error: nothing was applied.
         expired: how many states started anew because their account was silent too long.
         before: float16[L, H], the hidden before it, of each index with reasons to give.
+        merchant_weight: uint8[n], how far a fraud of it would count at its merchant.
+        outside: bool[n, features], raw inputs beyond what training saw; None: there are none.
     """
 
     score: NDArray[np.float32]
@@ -86,6 +90,8 @@ class Scored:
     failed: dict[int, str]
     expired: int
     before: dict[int, NDArray[np.float16]]
+    merchant_weight: NDArray[np.uint8]
+    outside: NDArray[np.bool_] | None
 
 
 ID_CONFLICT = "the account had this transaction id with another content"
@@ -167,6 +173,10 @@ class Scorer:
         self._columns = len(checkpoint.header.features.names)
         self._scale = checkpoint.header.features.scale
         self._failures_in_a_row = 0
+        features = checkpoint.header.features
+        self._weighs = features.uses_merchants
+        used = {i.feature for i in features.inputs}
+        self._is_input = np.array([name in used for name in features.names])
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
@@ -224,6 +234,8 @@ class Scorer:
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
                     before={},
+                    merchant_weight=np.full(1, WEIGHT_MAX, np.uint8),
+                    outside=None,
                 )
         else:
             self._failures_in_a_row = 0
@@ -238,6 +250,8 @@ class Scorer:
             failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
             expired=first.expired + second.expired,
             before=first.before | {n // 2 + i: hidden for i, hidden in second.before.items()},
+            merchant_weight=np.concatenate((first.merchant_weight, second.merchant_weight)),
+            outside=_stacked(first, second),
         )
 
     def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
@@ -259,6 +273,7 @@ class Scorer:
         failed: dict[int, str] = {}
         expired = 0
         before: dict[int, NDArray[np.float16]] = {}
+        own: list[tuple[NDArray[np.intp], Tensor]] = []
         for members in rounds_of(batch.row):
             rows = batch.row[members]
             known = states.recent_ids[rows]  # [m, RECENT_IDS]
@@ -282,12 +297,39 @@ class Scorer:
                 states.reset(rows[stale])
                 expired += int(stale.sum())
             hidden = states.hidden[rows]  # a copy
-            score[members], raw[members] = self._step(
+            score[members], raw[members], of_payment = self._step(
                 states, batch, members, rows, raw[members, others:], hidden
             )
+            own.append((members, of_payment))
             for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
                 before[int(members[place])] = hidden[place]
-        return Scored(score, raw, repeated, conflicting, failed, expired, before)
+        weight = np.full(n, WEIGHT_MAX, np.uint8)
+        if own and self._weighs:
+            scored = np.concatenate([members for members, _ in own])
+            weight[scored] = self._merchant_weight(torch.cat([part for _, part in own]))
+        silent = repeated.copy()
+        silent[list(failed)] = True
+        outside = self._outside(raw, silent)
+        return Scored(score, raw, repeated, conflicting, failed, expired, before, weight, outside)
+
+    def _merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
+        """[m, own] -> uint8[m]: the inputs of payments and their accounts to merchant weights."""
+        return self.checkpoint.network.own.merchant_weight(own)
+
+    def _outside(
+        self, raw: NDArray[np.float32], silent: NDArray[np.bool_]
+    ) -> NDArray[np.bool_] | None:
+        """Of the network's inputs, those beyond their range; None where there are none.
+
+        Args:
+            silent: [n] transactions that were not scored.
+        """
+        outside = self.checkpoint.outside(raw)
+        if outside is None:
+            return None
+        outside &= self._is_input
+        outside[silent] = False
+        return outside if outside.any() else None
 
     def _step(
         self,
@@ -297,8 +339,8 @@ class Scorer:
         rows: NDArray[np.intp],
         others: NDArray[np.float32],
         hidden16: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """One transaction of each of m distinct accounts: float32[m], float32[m, R].
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Tensor]:
+        """One transaction of each of m distinct accounts: float32[m], float32[m, R], [m, own].
 
         Args:
             others: float32[m, R - A], the raw columns after the account's.
@@ -316,12 +358,24 @@ class Scorer:
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
             # Rounded after each step, so that where a micro-batch ends leaves no trace.
             after16 = hidden.half().numpy()
+            own = self.checkpoint.network.own_inputs(inputs)
         if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
             raise ComputationError("the score is no number")
         states.history.put(rows, after)
         states.hidden[rows] = after16
         note_applied(states, batch, members, rows, before.count)
-        return score, raw
+        return score, raw, own
+
+
+def _stacked(first: Scored, second: Scored) -> NDArray[np.bool_] | None:
+    """What is outside in one of the two, or in both."""
+    if first.outside is None and second.outside is None:
+        return None
+    parts = [
+        np.zeros(part.raw.shape, bool) if part.outside is None else part.outside
+        for part in (first, second)
+    ]
+    return np.concatenate(parts)
 
 
 def scorer_of(settings: Settings, checkpoint: Checkpoint) -> Scorer:

@@ -358,6 +358,8 @@ class LabelPart:
     is_fraud: NDArray[np.bool_]
     timestamps_ms: NDArray[np.int64]
     labelled_ms: NDArray[np.int64]
+    merchant_weights: list[float | None] | None = None
+    """From 0 to 1, None where a row has none; None: the file has no such column."""
 
     def __len__(self) -> int:
         return len(self.transaction_ids)
@@ -386,7 +388,14 @@ class LabelFile:
             )
 
     def _names(self) -> list[str]:
-        return [getattr(self._columns, name) for name in self._columns.__struct_fields__]
+        named = {name: getattr(self._columns, name) for name in self._columns.__struct_fields__}
+        if named["merchant_weight"] == "merchant_weight" and not self._has_weights:
+            del named["merchant_weight"]  # no mapping asks for it
+        return list(named.values())
+
+    @property
+    def _has_weights(self) -> bool:
+        return self._columns.merchant_weight in self._source.names
 
     @property
     def fraction_read(self) -> float:
@@ -415,6 +424,9 @@ class LabelFile:
         faults.add(labels == LABEL_UNKNOWN, "label is empty")
         timestamps_ms = _epoch_ms(batch.column(names.timestamp), form, faults)
         labelled_ms = _epoch_ms(batch.column(names.labelled_at), form, faults, "labelled_at")
+        weights = None
+        if self._has_weights:
+            weights = _weights(batch.column(names.merchant_weight), faults)
         faults.add((timestamps_ms < 0) & ~faults.bad, "timestamp is before 1970")
         labelled_ms = _labelled_ms(timestamps_ms, labelled_ms, form.zone)
         for name, times_ms in (("timestamp", timestamps_ms), ("labelled_at", labelled_ms)):
@@ -440,6 +452,7 @@ class LabelFile:
             labels == 1,
             timestamps_ms,
             labelled_ms,
+            weights,
         )
 
 
@@ -517,6 +530,14 @@ def _finite(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
     """Values that a worker would not take count as missing."""
     with np.errstate(invalid="ignore"):
         return np.where(np.abs(numbers) <= AMOUNT_MAX, numbers, np.nan)
+
+
+def _weights(column: pa.Array, faults: _Faults) -> list[float | None]:
+    """Merchant weights; None where there is none."""
+    numbers = _numbers(column, "merchant_weight", faults)
+    with np.errstate(invalid="ignore"):
+        faults.add((numbers < 0) | (numbers > 1), "merchant_weight is not between 0 and 1")
+    return [None if value != value else value for value in numbers.tolist()]
 
 
 def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:

@@ -13,13 +13,22 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features import ACCOUNT_INPUTS, FEATURES, AccountHistory, FeatureSpec, Input, observe
+from model.features import (
+    ACCOUNT_INPUTS,
+    FEATURES,
+    INPUTS,
+    AccountHistory,
+    FeatureSpec,
+    Input,
+    observe,
+)
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import RECENT_IDS, Watermark
@@ -87,12 +96,36 @@ def small_checkpoint(
         network = Network(architecture)
     with torch.no_grad():
         network.logit.weight *= 12
+        network.own.rest.fill_(2.0)  # a merchant explains every fraud
     header = Header(
         architecture=architecture,
         features=FeatureSpec(inputs),
         thresholds=Thresholds(review=0.3, decline=0.6),
     )
     return Checkpoint(network, header)
+
+
+def checkpoint_of_weights() -> Checkpoint:
+    """One that takes payments far over the usual amount for frauds that explain themselves.
+
+    Amounts over 300 are out of its range.
+    """
+    checkpoint = small_checkpoint(inputs=INPUTS)
+    own = checkpoint.network.own
+    columns = [i for i in INPUTS if i.role in ("own", "amount")]
+    with torch.no_grad():
+        own.rest.fill_(-6.0)
+        for layer in (own.hidden, own.explained):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        own.hidden.weight[0, columns.index(Input("amount_to_usual", "linear"))] = 1.0
+        own.explained.weight[0, 0] = 1.0
+        own.explained.bias[0] = -12.0
+    ranges = [(-1e30, 1e30)] * len(FEATURES)
+    ranges[FEATURES.index("amount")] = (0.0, 300.0)
+    features = msgspec.structs.replace(checkpoint.header.features, ranges=tuple(ranges))
+    header = msgspec.structs.replace(checkpoint.header, features=features)
+    return Checkpoint(checkpoint.network, header)
 
 
 class Killed(BaseException):
@@ -203,6 +236,7 @@ def _apply(
         state.history,
         np.array([transaction.amount]),
         np.array([min(sent_ms, record_ms + TOLERANCE_MS)]),
+        checkpoint.header.features.scale,
     )
     with torch.inference_mode():
         others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)

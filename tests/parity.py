@@ -19,13 +19,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model import own_risk
 from model.checkpoint import Checkpoint, Header
-from model.features import FeatureSpec, observe_log
+from model.features import AmountScale, Encoder, FeatureSpec, observe_log, ranges_of
 from model.gru import Architecture, Network
 from model.merchants import (
     MERCHANT_FEATURES,
@@ -43,6 +46,9 @@ from pipeline.transaction_files import TransactionFile
 from tests.pipeline_under_test import PipelineUnderTest, until
 
 DAY_MS = 86_400_000
+OWN_UPDATES = 400
+"""Of what a payment explains: a tenth of a training's."""
+
 TOLERANCE = 2e-3
 """Largest difference of a score: hiddens are float16, and a matrix product's last bits depend on
 its size."""
@@ -122,9 +128,14 @@ class Log:
 
 
 def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1) -> Checkpoint:
-    """A small untrained network that sees accounts and merchants; its inputs are standardised."""
-    raw = np.hstack((observe_log(log.account, log.amount, log.timestamp_ms), merchant_raw))
-    features = FeatureSpec().fitted(raw)
+    """A small untrained network that sees accounts and merchants; its inputs are standardised.
+
+    By what a payment explains it is fitted, so that frauds have different merchant weights.
+    """
+    scale = AmountScale.of(log.account, log.amount)
+    raw = np.hstack((observe_log(log.account, log.amount, log.timestamp_ms, scale), merchant_raw))
+    features = FeatureSpec(scale=scale)
+    features = msgspec.structs.replace(features, ranges=ranges_of(raw, features)).fitted(raw)
     architecture = Architecture(
         inputs=len(features.inputs),
         input_size=32,
@@ -132,12 +143,18 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
         layers=1,
         head_size=32,
         dropout=0.0,
+        roles=features.roles,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Network(architecture)
     with torch.no_grad():
         network.logit.weight *= 4
+    own = network.own_inputs(torch.from_numpy(Encoder(features).encode(raw)))
+    with mock.patch.object(own_risk, "UPDATES", OWN_UPDATES):
+        network.own = own_risk.fit_own_risk(
+            lambda rows: own[torch.from_numpy(rows)], log.is_fraud, own.shape[1], seed
+        )
     return Checkpoint(network, Header(architecture=architecture, features=features))
 
 
@@ -149,6 +166,7 @@ class Parity:
         scores, offline: float32[N].
         merchant_raw, offline_merchant_raw: float32[N, M].
         seconds: that the workers took.
+        weights: how many different merchant weights the log's frauds have.
     """
 
     scores: NDArray[np.float32]
@@ -158,6 +176,7 @@ class Parity:
     seconds: float
     buckets: int
     labels: int
+    weights: int
 
     @property
     def largest_difference(self) -> float:
@@ -210,6 +229,7 @@ async def compare(
         seconds,
         buckets,
         labels,
+        len(np.unique(merchant_weights(log, checkpoint)[log.is_fraud])),
     )
 
 
@@ -259,10 +279,24 @@ def _total(system: PipelineUnderTest, name: str) -> float:
     )
 
 
-def offline_merchant_raw(log: Log, delay_ms: int) -> NDArray[np.float32]:
-    """Merchants' features of the log, float32[N, M]."""
-    labels = Labels.delayed(log.is_fraud, log.timestamp_ms, delay_ms)
+def offline_merchant_raw(
+    log: Log, delay_ms: int, weight: NDArray[np.uint8] | None = None
+) -> NDArray[np.float32]:
+    """Merchants' features of the log, float32[N, M].
+
+    Args:
+        weight: uint8[N] how far frauds count at their merchants; None: in full.
+    """
+    labels = Labels.delayed(log.is_fraud, log.timestamp_ms, delay_ms, weight)
     return observe_merchant_log(log.merchant, log.timestamp_ms, labels, delay_ms)
+
+
+def merchant_weights(log: Log, checkpoint: Checkpoint) -> NDArray[np.uint8]:
+    """uint8[N] of the log's transactions."""
+    scale = checkpoint.header.features.scale
+    raw = observe_log(log.account, log.amount, log.timestamp_ms, scale)
+    raw = np.hstack((raw, np.zeros((len(log), len(MERCHANT_FEATURES)), np.float32)))
+    return checkpoint.network.merchant_weight(torch.from_numpy(checkpoint.encode(raw)))
 
 
 def run(
@@ -275,10 +309,11 @@ def run(
     **settings: Any,
 ) -> Parity:
     """Compare on these services, with a random checkpoint if none is given."""
-    features = FeatureSpec() if checkpoint is None else checkpoint.header.features
-    merchant_raw = offline_merchant_raw(log, features.label_delay_ms)
     if checkpoint is None:
-        checkpoint = random_checkpoint(log, merchant_raw)
+        unweighed = offline_merchant_raw(log, FeatureSpec().label_delay_ms)
+        checkpoint = random_checkpoint(log, unweighed)
+    weight = merchant_weights(log, checkpoint)
+    merchant_raw = offline_merchant_raw(log, checkpoint.header.features.label_delay_ms, weight)
     path = directory / "checkpoint.safetensors"
     checkpoint.save(path)
     system = PipelineUnderTest(bootstrap, redis_url, directory, checkpoint=path, **settings)

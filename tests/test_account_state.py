@@ -38,6 +38,7 @@ def codecs_and_states(draw: st.DrawFn) -> tuple[StateCodec, AccountStates]:
             decayed_count=draw(column("f4", n, WINDOWS)),
             decayed_amount=draw(column("f4", n, WINDOWS)),
             usual_amount=draw(column("f4", n)),
+            usual_count=draw(column("u1", n)),
         ),
         recent_ids=draw(column("u8", n, RECENT_IDS)),
         hidden=draw(column("f2", n, codec.layers, codec.hidden_size)),

@@ -20,7 +20,7 @@ from pipeline.health import Health
 from pipeline.labels import LabelProcessor
 from pipeline.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
 from pipeline.merchant_profile import Fraud, transaction_hash
-from pipeline.merchant_store import Alerted
+from pipeline.merchant_store import ScoredNote
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish
@@ -66,6 +66,9 @@ def test_a_good_label_is_decoded_with_both_its_times() -> None:
         ({"labelled_at": "2024-05-31T18:00:00"}, "labelled_at"),
         ({"labelled_at": START_MS - 1}, "labelled_at"),
         ({"account_id": 7}, "wrong_type"),
+        ({"merchant_weight": 1.01}, "merchant_weight"),
+        ({"merchant_weight": -0.5}, "merchant_weight"),
+        ({"merchant_weight": "all"}, "wrong_type"),
     ],
 )
 def test_each_kind_of_bad_label_is_rejected_with_its_reason(
@@ -170,7 +173,7 @@ def known(world: World, merchant: str = "M1") -> list[str]:
 
 def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_letter() -> None:
     world = World()
-    finish(world.merchants.add({}, [Alerted("M1", transaction_hash("t1"), "decline")]))
+    finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
     produce_label(world, "t1")
     produce_label(world, "t2", "M2", days=3.0)
     produce_label(world, "t3", "M2", "genuine")
@@ -198,6 +201,82 @@ def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_
         if world.kafka.bounds(world.settings.topic("labels"), p).end
     }
     assert worker.labels.next_offsets() == ends
+
+
+def test_an_older_label_that_comes_later_changes_nothing_and_is_counted_apart() -> None:
+    """A file of last month's is sent after this week's; or two senders, one of them slow."""
+    world = World(partitions=1)
+    produce_label(world, "t1", days=8.0)
+    produce_label(world, "t1", label="genuine", days=7.0)
+    produce_label(world, "t2", label="genuine", days=8.0)
+    produce_label(world, "t2", days=7.0)
+    produce_label(world, "t3", days=7.0)
+    produce_label(world, "t3", label="genuine", days=7.0)  # the last one of the same time
+    worker = LabelWorker(world)
+
+    worker.run()
+
+    assert known(world) == ["t1"]
+    assert worker.count("recur_labels_stale_total") == 2
+    assert worker.count("recur_labels_repeated_total") == 0
+    assert worker.count("recur_labels_total", label="fraud", decision="approve") == 2
+    assert worker.count("recur_labels_total", label="genuine", decision="approve") == 2
+    lost(world)
+    finish(worker.labels.look())
+    worker.run()
+    assert known(world) == ["t1"]
+
+
+def test_a_label_after_60_days_does_not_count_its_transaction_as_approved() -> None:
+    """Nobody knows any more whether it was; what is still remembered is told."""
+    world = World(partitions=1)
+    finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
+    world.now_ms += 100 * DAY_MS
+    for transaction, days in (("t1", 61.0), ("t2", 61.0), ("t3", 59.0)):
+        produce_label(world, transaction, days=days)
+    worker = LabelWorker(world)
+
+    worker.run()
+
+    counted = {
+        decision: worker.count("recur_labels_total", label="fraud", decision=decision)
+        for decision in ("approve", "review", "decline", "unknown")
+    }
+    assert counted == {"approve": 1, "review": 0, "decline": 1, "unknown": 1}
+
+
+def test_a_label_may_tell_how_far_its_merchant_explains_the_fraud() -> None:
+    world = World(partitions=1)
+    for number, weight in enumerate((0, 0.25, 1, None)):
+        fields = GOOD | {"transaction_id": f"t{number}", "labelled_at": START_MS}
+        value = fields if weight is None else fields | {"merchant_weight": weight}
+        world.kafka.produce(
+            world.settings.topic("labels"), b"M1", json.dumps(value).encode(), headers=[]
+        )
+    LabelWorker(world).run()
+
+    assert [fraud.weight for fraud in world.merchants.profile("M1").frauds] == [0, 64, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("labelled_at", "paid_at", "rejected"),
+    [
+        ("2024-05-31T00:00:00Z", "2024-05-31T18:00:00Z", False),
+        ("2024-05-31T00:00:00+02:00", "2024-05-31T21:30:00Z", False),
+        (1_717_113_600_000, "2024-05-31T18:00:00Z", False),
+        ("2024-05-31T00:00:00Z", "2024-06-01T00:00:01Z", True),
+        ("2024-05-31T12:00:00Z", "2024-05-31T18:00:00Z", True),
+    ],
+)
+def test_a_date_without_a_time_is_not_before_the_payment_of_that_day(
+    labelled_at: Any, paid_at: str, rejected: bool
+) -> None:
+    value = json.dumps(GOOD | {"labelled_at": labelled_at, "timestamp": paid_at}).encode()
+    if rejected:
+        assert reason_of(value) == "labelled_at"
+    else:
+        _, timestamp_ms, labelled_ms = decode_label(b"M1", value)
+        assert timestamp_ms == labelled_ms
 
 
 def test_labels_that_come_again_are_booked_and_counted_once() -> None:
@@ -269,6 +348,7 @@ def test_a_store_that_is_away_is_waited_for() -> None:
 
 def lost(world: World) -> None:
     world.merchants.profiles.clear()
+    world.merchants.notes.clear()
     world.merchants.booked.clear()
 
 

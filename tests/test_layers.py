@@ -23,7 +23,8 @@ LAYERS = {
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
         pipeline.codec
-        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
+        pipeline.decision pipeline.transaction_note pipeline.metrics pipeline.health
+        pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
         pipeline.ending pipeline.outages
     """,

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from rich.console import Console
 
-from model.merchants import BUCKET_MS, SETTLE_MS
+from model.merchants import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
 from model.transaction import Transaction
+from pipeline import rebuild_merchants
 from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.label_feed import encode_labels
 from pipeline.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.merchant_store import Booking, RedisMerchantStore
+from pipeline.redis_calls import redis_client
 from pipeline.services import Kafka, Redis
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.topics import ensure_topics
+from tests.memory_pipeline import checkpoint_of_weights
 from tests.parity import Log, offline_merchant_raw, random_checkpoint
 from tests.pipeline_under_test import (
     EVENT_TIME_MS,
@@ -116,6 +121,78 @@ def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
             await until_booked(system, labels)
             after, other = await scores_at(31)
             assert after == other
+
+    asyncio.run(run())
+
+
+def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Redis lost what it remembered: the scores still tell."""
+    monkeypatch.setattr(rebuild_merchants, "SETTLE_SECONDS", 0.3)
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint_of_weights().save(path)
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, checkpoint=path)
+    begin = EVENT_TIME_MS // BUCKET_MS * BUCKET_MS
+    names = ("plain", "blamed")
+
+    def payment(name: str, merchant: str, amount: float, bucket: int = 0) -> Transaction:
+        return Transaction(
+            transaction_id=f"{name}-{merchant}",
+            account_id=f"A-{merchant}",
+            merchant_id=merchant,
+            amount=amount,
+            currency="EUR",
+            timestamp=begin + bucket * BUCKET_MS + SETTLE_MS,
+        )
+
+    frauds = [payment("fraud", "plain", 50.0), payment("fraud", "blamed", 4_000.0)]
+    usual = [payment(f"usual{i}", merchant, 50.0) for merchant in names for i in range(19)]
+
+    async def weights(store: RedisMerchantStore) -> list[int]:
+        """Of the two merchants' frauds, as far as they are booked."""
+        values = await store.load(names)
+        return [f.weight for value in values if value for f in Profile.from_bytes(value).frauds]
+
+    async def run() -> None:
+        store = RedisMerchantStore.from_settings(system.settings)
+        client = redis_client(system.settings)
+        async with system.running(workers=1), Feed(system.settings, "labels") as labels:
+            await system.send(usual)
+            await system.until_applied()
+            await system.send(frauds)
+            await system.until_applied()
+            await send_labels(labels, frauds, 8 * DAY_MS - 2 * BUCKET_MS)
+            await until_booked(system, labels)
+            later = [payment("later", merchant, 50.0, 64) for merchant in names]
+            await system.send(later)
+            await system.until_applied()
+            found = {score.transaction_id: score for score in await system.scores()}
+            plain, blamed = (found[t.transaction_id].features["merchant_risk_30d"] for t in later)
+            assert plain == pytest.approx(1 / 20)
+            assert blamed is not None
+            assert blamed < 0.1 / 20
+            assert found[frauds[0].transaction_id].merchant_weight is None
+            assert found[frauds[1].transaction_id].out_of_range == ["amount"]
+
+            right = await weights(store)
+            assert right[0] == WEIGHT_MAX
+            keys = [key async for key in client.scan_iter(f"{system.settings.key_prefix}:*")]
+            kinds = (b":merchant:", b":note:", b":labels:")
+            await client.delete(*(key for key in keys if any(kind in key for kind in kinds)))
+
+            async def booked_again() -> bool:
+                return await weights(store) == [WEIGHT_MAX] * 2
+
+            await until(booked_again, "the worker to book its labels again")
+            console = Console(file=io.StringIO())
+            told = await rebuild_merchants.rebuild_merchants_lines(
+                system.settings, dry_run=False, console=console
+            )
+            assert "  known frauds of 1 profiles corrected" in told
+            assert await weights(store) == right
+        await store.close()
+        await client.aclose()
 
     asyncio.run(run())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,14 @@ from hypothesis import strategies as st
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline import merchant_log
 from pipeline.codec import CountedScore
-from pipeline.merchant_log import CountsOfLog, FirstScores, LoggedLabel, correction, frauds_of
+from pipeline.merchant_log import (
+    CountsOfLog,
+    FirstScores,
+    LoggedLabel,
+    WeightsOfLog,
+    correction,
+    frauds_of,
+)
 from pipeline.merchant_profile import Fraud, Profile
 from pipeline.merchant_store import Booking
 
@@ -94,10 +103,39 @@ def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
         label(9, 3, True, 15),
     ]
 
-    assert frauds_of(labels, [9]) == [Fraud(2, 10, 12)]
-    assert frauds_of(labels, [10], [Fraud(7, 9, 9)]) == [
+    weights = WeightsOfLog({})
+    assert frauds_of(labels, [9], weights) == [Fraud(2, 10, 12)]
+    assert frauds_of(labels, [10], weights, kept=[Fraud(7, 9, 9)]) == [
         Fraud(7, 9, 9),
         Fraud(2, 10, 12),
         Fraud(3, 10, 15),
     ]
-    assert frauds_of(labels, [1]) == [Fraud(1, 10, 11)]
+    assert frauds_of(labels, [1], weights) == [Fraud(1, 10, 11)]
+
+
+def test_known_frauds_weigh_what_labels_tell_else_scores_else_what_stands() -> None:
+    def label(offset: int, number: int, at: int, told: int | None = None, **other: Any) -> Any:
+        fields = {"is_fraud": True, "bucket": 10} | other
+        entry = Fraud(number, fields["bucket"], 20, 255 if told is None else told)
+        booking = Booking(
+            offset, "M", fields["is_fraud"], entry, at, is_weight_told=told is not None
+        )
+        return LoggedLabel(0, booking)
+
+    labels = [
+        label(0, 1, at=5),
+        label(1, 2, at=5, told=60),
+        label(2, 2, at=6),
+        label(3, 3, at=5),
+        label(4, 4, at=5, bucket=8),
+        label(5, 1, at=4, is_fraud=False),  # older than the one before
+        label(6, 5, at=7, is_fraud=False),
+        label(7, 5, at=6),
+    ]
+    weights = WeightsOfLog({1: 40, 2: 50}, from_bucket=9)
+    standing = [Fraud(3, 10, 20, 70), Fraud(4, 8, 20, 80)]
+
+    found = frauds_of(labels, [9], weights, standing)
+
+    expected = {1: 40, 2: 60, 3: 255, 4: 80}
+    assert {fraud.id_hash: fraud.weight for fraud in found} == expected

@@ -12,6 +12,7 @@ from pipeline.merchant_profile import (
     FIXED_BYTES,
     FRAUD_BUCKETS_MAX,
     FRAUDS_MAX,
+    KNOWN_MAX,
     Fraud,
     Profile,
     decode_profiles,
@@ -19,7 +20,7 @@ from pipeline.merchant_profile import (
 )
 
 buckets = st.integers(0, 11_000_000)
-frauds = st.builds(Fraud, st.integers(0, 2**64 - 1), buckets, buckets)
+frauds = st.builds(Fraud, st.integers(0, 2**64 - 1), buckets, buckets, st.integers(0, 255))
 profiles = st.builds(
     Profile,
     st.one_of(st.just(-1), buckets),
@@ -53,10 +54,13 @@ def test_many_are_decoded_at_once_as_one_by_one(some: list[Profile | None]) -> N
             columns.fraud_row.tolist(),
             columns.fraud_bucket.tolist(),
             columns.fraud_known.tolist(),
+            columns.fraud_weight.tolist(),
             strict=True,
         )
     )
-    assert found == [(row, f.bucket, f.known) for row, p in enumerate(expected) for f in p.frauds]
+    assert found == [
+        (row, f.bucket, f.known, f.weight) for row, p in enumerate(expected) for f in p.frauds
+    ]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 8, FIXED_BYTES - 1, FIXED_BYTES + 1, FIXED_BYTES + 15])
@@ -105,6 +109,21 @@ def test_the_last_label_of_a_transaction_wins_and_keeps_when_it_was_first_known(
     assert profile.book(Fraud(1, 101, 131), is_fraud=False)
     assert profile.frauds == []
     assert not profile.book(Fraud(1, 101, 131), is_fraud=False)
+
+
+def test_a_fraud_that_is_said_again_takes_the_new_weight() -> None:
+    profile = Profile()
+    profile.book(Fraud(1, 100, 128, 40), is_fraud=True)
+    profile.book(Fraud(1, 100, 130, 50), is_fraud=True)
+    assert profile.frauds == [Fraud(1, 100, 128, 50)]
+    assert profile.weigh(1, 60)
+    assert not profile.weigh(2, 60)
+    assert profile.frauds == [Fraud(1, 100, 128, 60)]
+
+
+def test_a_label_of_a_far_future_leaves_the_weight_alone() -> None:
+    profile = Profile(frauds=[Fraud(1, 100, KNOWN_MAX + 7, 40)])
+    assert Profile.from_bytes(profile.to_bytes()).frauds == [Fraud(1, 100, KNOWN_MAX, 40)]
 
 
 def test_known_frauds_are_bounded_by_number_and_age() -> None:

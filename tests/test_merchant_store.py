@@ -15,21 +15,22 @@ from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
 from model.merchants import BUCKETS
+from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.memory import MemoryMerchantStore
 from pipeline.merchant_profile import FIXED_BYTES, Fraud, Profile
 from pipeline.merchant_store import (
-    ALERT_EXPIRY_MS,
     EXPIRY_MS,
-    Alerted,
     Booked,
     Booking,
     MerchantStore,
     RedisMerchantStore,
+    ScoredNote,
 )
 from pipeline.redis_calls import RIGHTS, StoreForbiddenError, StoreUnavailableError
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import load_settings
+from pipeline.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN
 
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
 
@@ -127,9 +128,19 @@ async def book(store: MerchantStore, partition: int, labels: Sequence[Booking]) 
 
 
 def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> Booking:
-    fields = {"bucket": 1000, "known": 1028, "is_fraud": True} | changes
-    entry = Fraud(transaction, fields["bucket"], fields["known"])
-    return Booking(offset, merchant, fields["is_fraud"], entry)
+    """A label; ``at`` is when it became known, ``weight`` is what it tells."""
+    fields = {"bucket": 1000, "known": 1028, "is_fraud": True, "at": 0, "weight": None} | changes
+    told = fields["weight"]
+    entry = Fraud(transaction, fields["bucket"], fields["known"], 255 if told is None else told)
+    return Booking(
+        offset,
+        merchant,
+        fields["is_fraud"],
+        entry,
+        fields["at"],
+        is_weight_told=told is not None,
+        is_late=fields.get("late", False),
+    )
 
 
 # counts ----------------------------------------------------------------------------------
@@ -329,47 +340,159 @@ def test_a_profile_begun_by_a_label_counts_transactions(backend: Backend) -> Non
 
 
 def test_labels_tell_what_was_decided_of_their_transactions(backend: Backend) -> None:
-    alerts = [Alerted("M1", 1, "review"), Alerted("M2", 2, "decline")]
+    notes = [ScoredNote("M1", 1, "review"), ScoredNote("M2", 2, "decline")]
 
     async def go(store: MerchantStore) -> None:
-        await store.add({1000: {"M1": 1}}, alerts)
-        await store.add({}, alerts[:1])
+        await store.add({1000: {"M1": 1}}, notes)
+        await store.add({}, notes[:1])
         labels = [fraud(0, "M1", 1), fraud(1, "M2", 2, is_fraud=False), fraud(2, "M2", 3)]
         assert await book(store, 0, labels) == ["review", "decline", "approve"]
 
     backend.run(go)
 
 
-labels_of_one_partition = st.lists(
+def test_a_label_that_comes_too_late_for_a_note_tells_that_the_decision_is_unknown(
+    backend: Backend,
+) -> None:
+    async def go(store: MerchantStore) -> None:
+        await store.add({}, [ScoredNote("M1", 1, "decline")])
+        labels = [fraud(0, "M1", 1, late=True), fraud(1, "M1", 2, late=True), fraud(2, "M1", 3)]
+        assert await book(store, 0, labels) == ["decline", UNKNOWN, "approve"]
+
+    backend.run(go)
+
+
+def test_an_older_label_that_comes_later_changes_nothing(backend: Backend) -> None:
+    """Whether it says genuine or fraud, of an alert or not; of the same time the last one wins."""
+    labels = [
+        fraud(0, "M1", 1, at=500),
+        fraud(1, "M1", 1, at=499, is_fraud=False),
+        fraud(2, "M1", 2, at=800, is_fraud=False),
+        fraud(3, "M1", 2, at=700),
+        fraud(4, "M1", 3, at=300),
+        fraud(5, "M1", 3, at=300, is_fraud=False),
+        fraud(6, "M1", 1, at=400, known=1000, weight=7),
+    ]
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({}, [ScoredNote("M1", 1, "review")])
+        told = await book(store, 0, labels[:4])
+        told += await book(store, 0, labels)
+        first, again = ["review", STALE, "approve", STALE], [None] * 4
+        assert told == [*first, *again, "approve", "approve", STALE]
+        assert (await profile(store, "M1")).frauds == [Fraud(1, 1000, 1028)]
+
+    backend.run(go)
+
+
+def test_a_fraud_weighs_what_its_label_tells_else_what_is_remembered_else_in_full(
+    backend: Backend,
+) -> None:
+    notes = [ScoredNote("M1", 1, "approve", 40), ScoredNote("M1", 2, "decline", 50)]
+    labels = [fraud(0, "M1", 1), fraud(1, "M1", 2, weight=60), fraud(2, "M1", 3)]
+
+    async def go(store: MerchantStore) -> None:
+        await store.add({}, notes)
+        assert await book(store, 0, labels) == ["approve", "decline", "approve"]
+        expected = {1: 40, 2: 60, 3: 255}
+        assert {f.id_hash: f.weight for f in (await profile(store, "M1")).frauds} == expected
+
+        # Said again, and remembered again: a label's own weight stays.
+        assert await book(store, 0, [*labels, fraud(3, "M1", 2)]) == [None] * 3 + ["decline"]
+        await store.add({}, notes)
+        assert {f.id_hash: f.weight for f in (await profile(store, "M1")).frauds} == expected
+
+    backend.run(go)
+
+
+def test_a_note_that_comes_after_its_label_weighs_the_fraud_that_was_booked(
+    backend: Backend,
+) -> None:
+    """A Redis lost both: labels are booked again at once, and states when the log comes to them."""
+
+    async def go(store: MerchantStore) -> None:
+        await book(store, 0, [fraud(0, "M1", 1, at=9), fraud(1, "M1", 2)])
+        await store.add({1029: {"M1": 3}}, [ScoredNote("M1", 1, "review", 40)])
+        assert (await profile(store, "M1")).frauds == [
+            Fraud(1, 1000, 1028, 40),
+            Fraud(2, 1000, 1028),
+        ]
+        # What labels told stays: an older one is still an older one.
+        again = [fraud(2, "M1", 1, at=8, is_fraud=False), fraud(3, "M1", 1, at=9)]
+        assert await book(store, 0, again) == [STALE, "review"]
+        assert (await profile(store, "M1")).counts.sum() == 3
+
+    backend.run(go)
+
+
+steps_of_one_partition = st.lists(
     st.tuples(
         st.sampled_from(["M1", "M2"]),
         st.integers(0, 4),
         st.integers(1000, 1500),
         st.integers(0, 60),
-        st.booleans(),
+        st.sampled_from(["fraud", "genuine", "note"]),
+        st.integers(0, 5),
+        st.one_of(st.none(), st.integers(0, 255)),
     ),
     max_size=30,
 )
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=labels_of_one_partition)
-def test_every_order_of_labels_gives_what_a_profile_in_python_gives(
-    redis_server: Redis, drawn: list[tuple[str, int, int, int, bool]]
+@given(drawn=steps_of_one_partition)
+def test_every_order_of_labels_and_notes_gives_what_the_store_in_python_gives(
+    redis_server: Redis, drawn: list[tuple[str, int, int, int, str, int, int | None]]
 ) -> None:
-    expected: dict[str, Profile] = {}
-    labels = []
-    for offset, (merchant, transaction, bucket, delay, is_fraud) in enumerate(drawn):
-        entry = Fraud(transaction, bucket, bucket + delay)
-        labels.append(Booking(offset, merchant, is_fraud, entry))
-        expected.setdefault(merchant, Profile()).book(entry, is_fraud)
+    expected = MemoryMerchantStore()
+
+    async def go(store: MerchantStore) -> None:
+        for offset, (merchant, transaction, bucket, delay, what, at, weight) in enumerate(drawn):
+            if what == "note":
+                decision = DECISIONS[at % 3]
+                noted = ScoredNote(
+                    merchant, transaction, decision, 255 if weight is None else weight
+                )
+                for each in (store, expected):
+                    await each.add({}, [noted])
+                continue
+            label = fraud(
+                offset,
+                merchant,
+                transaction,
+                bucket=bucket,
+                known=bucket + delay,
+                is_fraud=what == "fraud",
+                at=at,
+                weight=weight,
+                late=delay > 50,
+            )
+            assert await book(store, 0, [label]) == await book(expected, 0, [label])
+        for merchant in ("M1", "M2"):
+            values = await store.load([merchant])
+            assert values == await expected.load([merchant])
+
+    server_backend(redis_server).run(go)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=steps_of_one_partition)
+def test_labels_that_are_booked_together_give_what_they_give_one_by_one(
+    redis_server: Redis, drawn: list[tuple[str, int, int, int, str, int, int | None]]
+) -> None:
+    expected = MemoryMerchantStore()
+    labels = [
+        fraud(i, m, t, bucket=b, known=b + d, is_fraud=what == "fraud", at=at, weight=weight)
+        for i, (m, t, b, d, what, at, weight) in enumerate(drawn)
+    ]
 
     async def go(store: MerchantStore) -> None:
         await book(store, 0, labels[: len(labels) // 2])
         await book(store, 0, labels[len(labels) // 4 :])
-        for merchant, wanted in expected.items():
-            (value,) = await store.load([merchant])
-            assert (Profile.from_bytes(value).frauds if value else []) == wanted.frauds
+        for label in labels:
+            await book(expected, 0, [label])
+        for merchant in ("M1", "M2"):
+            assert await store.load([merchant]) == await expected.load([merchant])
 
     server_backend(redis_server).run(go)
 
@@ -377,11 +500,11 @@ def test_every_order_of_labels_gives_what_a_profile_in_python_gives(
 # real servers ----------------------------------------------------------------------------
 
 
-def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) -> None:
+def test_profiles_and_notes_expire_and_watermarks_never(real_backend: Backend) -> None:
     keys = real_backend.keys
 
     async def go(store: MerchantStore) -> None:
-        await store.add({1000: {"M1": 1}}, [Alerted("M1", 7, "review")])
+        await store.add({1000: {"M1": 1}}, [ScoredNote("M1", 7, "review")])
         await book(store, 3, [fraud(0, "M2", 1)])
 
     real_backend.run(go)
@@ -390,7 +513,9 @@ def test_profiles_and_alerts_expire_and_watermarks_never(real_backend: Backend) 
         for merchant in ("M1", "M2"):
             assert EXPIRY_MS - 60_000 < client.pttl(keys.profile(merchant)) <= EXPIRY_MS
         slot = merchant_slot("M1")
-        assert ALERT_EXPIRY_MS - 60_000 < client.pttl(keys.alert(slot, 7)) <= ALERT_EXPIRY_MS
+        for of, transaction in ((slot, 7), (merchant_slot("M2"), 1)):
+            left = client.pttl(keys.note(of, transaction))
+            assert NOTE_EXPIRY_MS - 60_000 < left <= NOTE_EXPIRY_MS
         watermark = keys.labels_watermark(merchant_slot("M2"), "labels", 3)
         assert client.pttl(watermark) == -1
 
@@ -540,6 +665,6 @@ def test_what_a_script_changes_together_lies_in_one_slot() -> None:
         tag = b"{%d}" % slot
         assert name.split(b"}")[0] + b"}" == b"recur:merchant:" + tag
         assert tag in keys.labels_watermark(slot, "labels", 0)
-        assert tag in keys.alert(slot, 1)
+        assert tag in keys.note(slot, 1)
         assert 0 <= slot < MERCHANT_SLOTS
     assert np.unique([merchant_slot(f"M{i}") for i in range(5000)]).size == MERCHANT_SLOTS

@@ -135,6 +135,7 @@ def test_every_metric_that_dashboards_read_is_there_under_its_name(metrics: Metr
         "recur_polls_in_flight",
         "recur_labels",
         "recur_labels_repeated",
+        "recur_labels_stale",
         "recur_label_delay_seconds",
         "recur_labels_lag_records",
         "recur_merchant_profiles",
@@ -145,7 +146,7 @@ def test_every_label_has_a_closed_set_of_values_and_none_names_an_account(
     metrics: Metrics,
 ) -> None:
     closed = {
-        "decision": {"approve", "review", "decline"},
+        "decision": {"approve", "review", "decline", "unknown"},
         "label": {"fraud", "genuine"},
         "reason": set(REASONS),
         "result": set(STATE_RESULTS),

@@ -23,4 +23,5 @@ def test_100_000_transactions_with_late_labels_get_the_scores_of_offline_computi
     assert np.count_nonzero(known_frauds) > 1_000
     assert parity.features_that_differ == 0
     assert parity.largest_difference <= TOLERANCE
+    assert parity.weights > 20, "frauds that all weigh the same would compare well"
     assert np.ptp(parity.offline) > 0.2, "scores that are all alike would compare well"

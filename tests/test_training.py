@@ -28,6 +28,7 @@ from model.features import (
     AccountHistory,
     FeatureSpec,
     Float32,
+    Role,
     observe,
 )
 from model.fitting import RECIPE
@@ -79,7 +80,8 @@ def _one_thread() -> Iterator[None]:
 def network_of(settings: TrainingSettings, inputs: int) -> Network:
     """One that sees so many numbers, none of them an amount or a merchant."""
     architecture = settings.architecture(FeatureSpec())
-    return Network(replace(architecture, inputs=inputs, roles=("own",) * inputs))
+    roles: tuple[Role, ...] = ("own",) * inputs
+    return Network(replace(architecture, inputs=inputs, roles=roles))
 
 
 def raw_as_trained(log: Log, checkpoint: Checkpoint) -> Float32:
@@ -636,7 +638,7 @@ def test_more_money_never_lowers_a_trained_score(
         logits, _ = logits_of(
             checkpoint, history, hidden, usual * times_usual * (1 + 1e-6), merchant, later_ms
         )
-        scores = 1 / (1 + np.exp(-logits))
+        scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
         assert (scores >= before - 1e-5).all(), times_usual
         rose |= (before > 0) & (scores > before + 1e-4)
         before = scores
@@ -665,7 +667,7 @@ def test_more_known_frauds_never_lower_a_trained_score(
                 risk = np.minimum(frauds * share / seen, 1.0)
                 at[:, column[f"merchant_risk_{days}d"]] = risk
             logits, _ = logits_of(checkpoint, history, hidden, amount, at, 3_600_000)
-            scores = 1 / (1 + np.exp(-logits))
+            scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
             assert (scores >= before - 1e-5).all(), (frauds, streak)
             before = scores
 

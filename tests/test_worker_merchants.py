@@ -18,15 +18,25 @@ from model.merchants import (
     present_bucket,
 )
 from pipeline import patience as patience_module
-from pipeline.codec import decode_score
+from pipeline.codec import decode_score, stored_weight
 from pipeline.health import Health
+from pipeline.keys import merchant_slot
 from pipeline.memory import MemoryMerchantStore
 from pipeline.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.merchant_store import Booking
 from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish, small_checkpoint
+from pipeline.transaction_note import TransactionNote
+from tests.memory_pipeline import (
+    DAY_MS,
+    START_MS,
+    Killed,
+    World,
+    checkpoint_of_weights,
+    finish,
+    small_checkpoint,
+)
 
 START_BUCKET = START_MS // BUCKET_MS
 
@@ -113,7 +123,7 @@ def test_a_shadow_model_counts_nothing() -> None:
     finish(world.worker().run())
 
     assert world.merchants.profiles == {}
-    assert world.merchants.alerts == {}
+    assert world.merchants.notes == {}
 
 
 def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
@@ -121,7 +131,85 @@ def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
     world.produce("A1", "t1")
     finish(world.worker().run())
 
-    assert world.merchants.alerts == {transaction_hash("t1"): "review"}
+    place = merchant_slot("m1"), transaction_hash("t1")
+    assert world.merchants.notes == {place: TransactionNote("review")}
+
+
+def world_of_weights(**settings: Any) -> World:
+    """Whose network takes payments of an unusual amount for frauds that explain themselves."""
+    return World(checkpoint_of_weights(), partitions=1, **settings)
+
+
+def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_remembered() -> None:
+    world = world_of_weights(review_threshold=1.0, decline_threshold=1.0)
+    for i, amount in enumerate((50.0, 50.0, 50.0, 250.0, 4_000.0)):
+        world.produce("A1", f"t{i}", amount=amount)
+    worker = world.worker()
+    finish(worker.run())
+
+    scores = [decode_score(said[0]) for _, said in sorted(world.scores(0).items())]
+    shares = [score.merchant_weight for score in scores]
+    assert shares[:3] == [None] * 3
+    assert shares[4] is not None
+    assert shares[3] is None or shares[3] > shares[4]
+    assert shares[4] < 0.1
+    place = merchant_slot("m1"), transaction_hash("t4")
+    expected = TransactionNote(scores[4].decision, stored_weight(shares[4]))
+    assert world.merchants.notes[place] == expected
+    assert (place[0], transaction_hash("t0")) not in world.merchants.notes
+    assert [score.out_of_range for score in scores] == [None] * 4 + [["amount"]]
+    assert worker.count("recur_inputs_out_of_range_total", feature="amount") == 1
+    assert worker.count("recur_inputs_out_of_range_total", feature="hour_of_day") == 0
+
+
+def test_a_fraud_that_explains_itself_hardly_counts_at_its_merchant() -> None:
+    world = world_of_weights(review_threshold=1.0, decline_threshold=1.0)
+    worker = world.worker()
+    for merchant, amount in (("plain", 50.0), ("blamed", 4_000.0)):
+        for i in range(4):
+            world.produce(f"A-{merchant}", f"{merchant}{i}", amount=50.0, merchant_id=merchant)
+        world.produce(f"A-{merchant}", f"f-{merchant}", amount=amount, merchant_id=merchant)
+    finish(worker.run())
+    bucket = world.now_ms // BUCKET_MS
+    for merchant in ("plain", "blamed"):
+        entry = Fraud(transaction_hash(f"f-{merchant}"), bucket, bucket)
+        offset = world.merchants.all_booked_to(0)
+        booking = Booking(offset, merchant, True, entry)
+        finish(world.merchants.book(0, [booking], offset, offset + 1))
+    jump_to_next_bucket(world)
+    for merchant in ("plain", "blamed"):
+        world.produce(f"B-{merchant}", merchant_id=merchant)
+    finish(worker.run())
+
+    plain, blamed = (f["merchant_known_frauds"] for f in features(world)[-2:])
+    assert plain == 1.0
+    assert 0.0 < blamed < 0.1
+
+
+def test_a_worker_that_dies_before_its_save_remembers_what_it_had_published() -> None:
+    """Whoever comes next finds the score, and the note with it."""
+    world = world_of_weights(review_threshold=0.0, decline_threshold=1.0)
+    world.produce("A1", "t1", amount=50.0)
+    world.produce("A1", "t2", amount=4_000.0)
+    left = iter([None])
+
+    def die(name: str) -> None:
+        if name == "before add to merchants" and next(left, 0) is None:
+            raise Killed
+
+    world.interrupt(die)
+    with pytest.raises(Killed):
+        finish(world.worker().run())
+    assert world.merchants.notes == {}
+    assert world.watermark(0) == 0
+    world.interrupt(lambda name: None)
+    finish(world.worker().run())
+
+    for number, said in enumerate(world.scores(0).values(), start=1):
+        assert len(said) == 1
+        note = world.merchants.notes[merchant_slot("m1"), transaction_hash(f"t{number}")]
+        assert note.decision == decode_score(said[0]).decision
+        assert (note.weight < 26) == (number == 2)
 
 
 # features --------------------------------------------------------------------------------

@@ -207,7 +207,10 @@ def run_label(data: bytes) -> str:
 
 def small_checkpoint() -> Checkpoint:
     """An untrained network that sees no merchants."""
-    architecture = Architecture(len(ACCOUNT_INPUTS), 4, 8, head_size=4, dropout=0.0)
+    roles = FeatureSpec(ACCOUNT_INPUTS).roles
+    architecture = Architecture(
+        len(ACCOUNT_INPUTS), 4, 8, head_size=4, dropout=0.0, rising_size=4, roles=roles
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         network = Network(architecture)

@@ -8,17 +8,18 @@ a worker must have known of a score (:class:`Conclusion`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
+from model.merchants import WEIGHT_MAX
 from pipeline.account_state import RECENT_IDS, StateCodec, Watermark
 from pipeline.codec import FORGET, decode_alert
 from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.memory import MemoryMerchantStore, MemoryStateStore
-from pipeline.merchant_profile import Fraud, Profile
+from pipeline.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.merchant_store import Booking
 from pipeline.score_log import Kept, read_score
 from tests.simulation.chain import NO_HIDDEN, chained, score_of
@@ -49,6 +50,7 @@ class Entry:
     """
 
     account: str = ""
+    merchant: str = ""
     amount: float = 0.0
     transaction_id: str = ""
     content: str = ""
@@ -260,11 +262,13 @@ class LabelAudit:
         bookings: what must be booked, by offset, of each partition.
         ends: where each partition ends.
         booked_to: up to where each slot was ever booked, of each partition.
+        weights: of transactions by their scorer, by hash.
     """
 
     bookings: list[dict[int, Booking]]
     ends: list[int]
     booked_to: list[list[int]] = field(default_factory=list)
+    weights: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.booked_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
@@ -272,14 +276,31 @@ class LabelAudit:
     def check(self, store: MemoryMerchantStore, merchant: str, partition: int) -> None:
         """A merchant's known frauds are its labels up to where its slot is booked.
 
+        Of a transaction's labels the newest one counts. A fraud weighs what a label told, else
+        what its scorer said, once that is remembered, else in full.
+
         Raises:
             Violation: they are not.
         """
-        end = store.booked.get((partition, merchant_slot(merchant)), 0)
+        slot = merchant_slot(merchant)
+        end = store.booked.get((partition, slot), 0)
         expected = Profile()
+        newest: dict[int, int] = {}
+        told: dict[int, int] = {}
         for offset, booking in self.bookings[partition].items():
-            if offset < end and booking.merchant_id == merchant:
-                expected.book(booking.entry, booking.is_fraud)
+            name = booking.entry.id_hash
+            is_old = booking.labelled_ms < newest.get(name, 0)
+            if offset >= end or booking.merchant_id != merchant or is_old:
+                continue
+            newest[name] = booking.labelled_ms
+            if booking.told_weight is not None:
+                told[name] = booking.told_weight
+            note = store.notes.get((slot, name))
+            weight = WEIGHT_MAX
+            if note is not None and note.decision is not None:
+                weight = self.weights[name]
+            entry = replace(booking.entry, weight=told.get(name, weight))
+            expected.book(entry, booking.is_fraud)
         found = store.profile(merchant).frauds
         if sorted(found, key=_id) != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
@@ -385,6 +406,27 @@ class Auditor:
         for number, bookings in enumerate(self.labels.bookings):
             for booking in bookings.values():
                 self.label_booked(number, booking)
+        self.check(self._finish_notes)
+
+    def _finish_notes(self) -> None:
+        """What labels need to know of transactions is remembered, as it was said of them."""
+        said: dict[tuple[int, int], set[str]] = {}
+        needed: set[tuple[int, int]] = set()
+        for partition in self.partitions:
+            for offset, entry in enumerate(partition.entries):
+                if not entry.is_applied:
+                    continue
+                name = transaction_hash(entry.transaction_id)
+                place = merchant_slot(entry.merchant), name
+                decisions = {DECISIONS[0]} if entry.is_warm else set()
+                decisions |= {one.decision for one in partition.said.get(offset, ())}
+                said.setdefault(place, set()).update(decisions)
+                if DECISIONS[0] not in decisions or self.labels.weights[name] < WEIGHT_MAX:
+                    needed.add(place)
+        for place in needed:
+            note = self._merchants.notes.get(place)
+            if note is None or note.decision not in said[place]:
+                raise Violation("notes", f"of {place} is remembered {note}, not {said[place]}")
 
     def _finish_partition(self, partition: PartitionAudit) -> None:
         for offset, entry in enumerate(partition.entries):

@@ -27,6 +27,7 @@ from pipeline.publisher import Appended, Outgoing
 from pipeline.score_log import Kept
 from pipeline.scorer import MicroBatch, Scored
 from pipeline.state_store import Save, StoreUnavailableError
+from pipeline.transaction_note import TransactionNote
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
 from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
@@ -350,6 +351,25 @@ class BookedPastTheGap(MerchantClient):
         return await super().book(partition, labels, 0, end)
 
 
+class NotesLater(Processor):
+    """Remembers what labels need to know of transactions once their states are saved."""
+
+    async def _remember(self, parts: list[Part]) -> None:
+        """Not yet."""
+
+    async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
+        stands = await super()._save_all(parts, saves)
+        await super()._remember(parts)
+        return stands
+
+
+def _last_label(note: TransactionNote, labelled_ms: int, weight: int | None) -> TransactionNote:
+    """The label that comes last counts, however old it is."""
+    if weight is not None:
+        note = dataclasses.replace(note, weight=weight, is_weight_told=True)
+    return dataclasses.replace(note, labelled_ms=labelled_ms)
+
+
 def _nothing(*_: Iterable[Any]) -> None:
     """Is not done."""
 
@@ -384,4 +404,12 @@ BUGS = [
     Bug("rejected records not published", 1, 10, Parts(publisher=RejectedDropped)),
     Bug("labels booked again", 5, 80, Parts(merchant_client=BookedAgain)),
     Bug("labels booked past a gap", 47, 100, Parts(merchant_client=BookedPastTheGap)),
+    Bug("notes written after the states", 121, 500, Parts(processor=NotesLater)),
+    Bug("notes of kept scores not written", 10, 100, patches=[(Processor, "_note_kept", _nothing)]),
+    Bug(
+        "an older label taken for the newest",
+        8,
+        100,
+        patches=[(TransactionNote, "labelled", _last_label)],
+    ),
 ]

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from model.checkpoint import Checkpoint, Thresholds
 from model.features import INPUTS
+from model.merchants import WEIGHT_MAX
 from model.reasons import Reason
 from pipeline.account_state import AccountStates
 from pipeline.scorer import MicroBatch, Scorer, note_applied
@@ -48,6 +51,11 @@ def score_of(hidden: bytes) -> float:
     return int.from_bytes(hidden[:3], "little") / 2**24
 
 
+def weight_of(amount: float) -> int:
+    """The merchant weight of a payment: a third of them have one that is remembered."""
+    return WEIGHT_MAX if amount < 67 else int(amount)
+
+
 def chain_checkpoint() -> Checkpoint:
     """For the chain: it looks at merchants, and two fifths of all scores raise an alert."""
     checkpoint = small_checkpoint(hidden_size=4, inputs=INPUTS)
@@ -65,7 +73,7 @@ class ChainScorer(Scorer):
         rows: NDArray[np.intp],
         others: NDArray[np.float32],
         hidden16: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Tensor]:
         amounts = batch.amount[members].tolist()
         if POISON in amounts:
             raise FloatingPointError("it fails")
@@ -87,7 +95,10 @@ class ChainScorer(Scorer):
         raw[:, self._columns - others.shape[1] :] = others
         places = range(0, len(hidden), 8)
         score = np.array([score_of(hidden[i : i + 8]) for i in places], np.float32)
-        return score, raw
+        return score, raw, torch.from_numpy(raw[:, :1])
+
+    def _merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
+        return np.array([weight_of(amount) for amount in own[:, 0].tolist()], np.uint8)
 
 
 class NoReasons:

@@ -27,12 +27,19 @@ from pipeline.errors import RejectedError
 from pipeline.further_fields import FurtherFields
 from pipeline.labels import booking_of
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
+from pipeline.merchant_profile import transaction_hash
 from pipeline.publisher import PublishError
 from pipeline.settings import Settings, load_settings
 from pipeline.topics import ROLES
 from tests.memory_pipeline import DAY_MS, START_MS
 from tests.simulation.auditor import Auditor, Entry, Violation
-from tests.simulation.chain import POISON, ChainScorer, NoReasons, chain_checkpoint
+from tests.simulation.chain import (
+    POISON,
+    ChainScorer,
+    NoReasons,
+    chain_checkpoint,
+    weight_of,
+)
 from tests.simulation.clock import Host, Loop
 from tests.simulation.group import SESSION_SECONDS, Coordinator
 from tests.simulation.network import Faults, Network, UnexpectedError
@@ -310,6 +317,7 @@ class Run:
         key = str(fields["account_id"]).encode()
         entry = Entry(
             account=fields["account_id"],
+            merchant=fields["merchant_id"],
             amount=fields["amount"],
             transaction_id=fields["transaction_id"],
             content=f"{fields['merchant_id']} {fields['amount']} {fields['timestamp']}",
@@ -319,6 +327,8 @@ class Run:
         )
         self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
         entry = self.auditor.partitions[partition].produced(entry, self.now_ms)
+        name = transaction_hash(entry.transaction_id)
+        self.auditor.labels.weights[name] = weight_of(entry.amount)
         if rejected is None and instruction is None:
             self._sent.append({"partition": partition, "fields": fields})
         self._tell(f"a record of {fields['account_id']} in {partition}: {entry}")
@@ -331,12 +341,19 @@ class Run:
             return
         self.now_ms += int(rng.random() * HOUR_MS)
         fields = rng.choice(self._sent)["fields"]
-        self._append_label(fields, rng.choice(["fraud", "fraud", "genuine"]), rng.random() < 0.1)
+        text: dict[str, Any] = {"label": rng.choice(["fraud", "fraud", "genuine"])}
+        text["labelled_at"] = self.now_ms
+        if rng.random() < 0.4:  # known for a while
+            known_ms = self.now_ms - int(rng.random() * 12 * HOUR_MS)
+            text["labelled_at"] = max(fields["timestamp"], known_ms)
+        if rng.random() < 0.2:
+            text["merchant_weight"] = round(rng.random(), 3)
+        self._append_label(fields, text, rng.random() < 0.1)
 
-    def _append_label(self, fields: dict[str, Any], label: str, is_bad: bool) -> None:
+    def _append_label(self, fields: dict[str, Any], more: dict[str, Any], is_bad: bool) -> None:
         names = ("transaction_id", "account_id", "merchant_id", "timestamp")
-        text = {name: fields[name] for name in names}
-        value = json.dumps({**text, "label": label, "labelled_at": self.now_ms}).encode()
+        text = {name: fields[name] for name in names} | more
+        value = json.dumps(text).encode()
         if is_bad:
             value = value[:-1]
         key = str(fields["merchant_id"]).encode()
@@ -349,7 +366,7 @@ class Run:
         else:
             self.auditor.labels.bookings[partition][offset] = booking
         self.auditor.labels.ends[partition] = offset + 1
-        self._tell(f"a label of {fields['merchant_id']} in {partition}: {label}")
+        self._tell(f"a label of {fields['merchant_id']} in {partition}: {more}")
         self._wake()
 
     def _wake(self) -> None:
@@ -509,7 +526,8 @@ class Run:
             self._append(partition, accounts[0], 1.0)
         for merchant in self._merchant_names[::MERCHANTS]:
             fields = {**self._sent[-1]["fields"], "merchant_id": merchant}
-            self._append_label(fields, "fraud", False)
+            more = {"label": "fraud", "labelled_at": self.now_ms}
+            self._append_label(fields, more, False)
         self._is_all_produced = True
 
     def _give_up(self) -> None:
@@ -571,5 +589,5 @@ def _copy(store: MemoryMerchantStore) -> MemoryMerchantStore:
 
 def _restore(store: MemoryMerchantStore, other: MemoryMerchantStore) -> None:
     store.profiles = dict(other.profiles)
-    store.alerts = dict(other.alerts)
+    store.notes = dict(other.notes)
     store.booked = dict(other.booked)

@@ -14,7 +14,14 @@ from typing import Any
 
 from pipeline.keys import MERCHANT_SLOTS
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
-from pipeline.merchant_store import Alerted, Booked, Booking, Counts, booked_of, places_by_slot
+from pipeline.merchant_store import (
+    Booked,
+    Booking,
+    Counts,
+    ScoredNote,
+    booked_of,
+    places_by_slot,
+)
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
@@ -116,22 +123,22 @@ class MerchantClient:
         )
         return values
 
-    async def add(self, counts: Counts, alerts: Sequence[Alerted]) -> None:
-        """One script for each bucket, and a command for each alert."""
+    async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
+        """One script for each bucket, and one for notes."""
         effects: list[Callable[[], None]] = [
             partial(self._count, bucket, merchants) for bucket, merchants in counts.items()
         ]
-        if alerts:
-            effects.append(partial(self._remember, alerts))
+        if notes:
+            effects.append(partial(self._remember, notes))
         await self._network.ask(self._host, "count", effects, StoreUnavailableError)
 
     def _count(self, bucket: int, merchants: Any) -> None:
         for merchant, n in merchants.items():
             self._store.count(bucket, merchant, n)
 
-    def _remember(self, alerts: Sequence[Alerted]) -> None:
-        for alert in alerts:
-            self._store.alerts[alert.transaction_hash] = alert.decision
+    def _remember(self, notes: Sequence[ScoredNote]) -> None:
+        for note in notes:
+            self._store.remember(note)
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """A script for each slot; each server's are carried out together or not at all."""
