@@ -626,13 +626,14 @@ def swept(
 def test_more_money_never_lowers_a_trained_score(
     swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], later_ms: int
 ) -> None:
-    """From half of what is usual on: what is smaller may be a card test."""
+    """From what is usual, or the mean, on: what is under both may be a card test."""
     checkpoint, history, hidden, merchant = swept
     scale = checkpoint.header.features.scale
-    usual = np.maximum(history.usual_amount.astype(np.float64), scale.floor)
+    mean = history.decayed_amount[:, 2] / np.maximum(history.decayed_count[:, 2], 1)
+    usual = np.maximum(np.maximum(history.usual_amount, mean).astype(np.float64), scale.floor)
     before = np.zeros(len(history), np.float32)
     rose = np.zeros(len(history), np.bool_)
-    for times_usual in np.concatenate((np.linspace(0.5, 20, 100), np.geomspace(20, 1e6, 40))):
+    for times_usual in np.concatenate((np.linspace(1.0, 20, 100), np.geomspace(20, 1e6, 40))):
         logits, _ = logits_of(
             checkpoint, history, hidden, usual * times_usual * (1 + 1e-6), merchant, later_ms
         )
