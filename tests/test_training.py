@@ -29,6 +29,7 @@ from model.features import (
     FeatureSpec,
     Float32,
     Float64,
+    Role,
     observe,
 )
 from model.fitting import RECIPE
@@ -80,7 +81,8 @@ def _one_thread() -> Iterator[None]:
 def network_of(settings: TrainingSettings, inputs: int) -> Network:
     """One that sees so many numbers, none of them an amount or a merchant."""
     architecture = settings.architecture(FeatureSpec())
-    return Network(replace(architecture, inputs=inputs, roles=("own",) * inputs))
+    roles: tuple[Role, ...] = ("own",) * inputs
+    return Network(replace(architecture, inputs=inputs, roles=roles))
 
 
 def raw_as_trained(log: Log, checkpoint: Checkpoint) -> Float32:
