@@ -163,6 +163,8 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
         expected["usual_amount"] = usual
         expected["amount_to_mean"] = amount / max(expected["mean_amount_30d"], SCALE.floor)
         expected["amount_to_usual"] = amount / max(usual, SCALE.floor)
+        ratios = expected["amount_to_mean"], expected["amount_to_usual"]
+        expected["amount_to_least"] = max(ratios)
         found_row = dict(zip(ACCOUNT_FEATURES, raw[row].tolist(), strict=True))
         for name, value in expected.items():
             assert found_row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
@@ -227,7 +229,7 @@ def test_card_checks_move_nothing_and_shrink_no_denominator(
     without, _ = one(history, 500.0, large)
     seen, _ = one(after, 500.0, large)
 
-    for name in ("usual_amount", "amount_to_usual", "amount_to_mean", "mean_amount_30d"):
+    for name in (*AMOUNT_FEATURES, "usual_amount", "mean_amount_30d"):
         assert seen[name] == pytest.approx(without[name], rel=1e-5), name
     for name in ("mean_amount_1d", "mean_amount_7d"):
         assert seen[name] == pytest.approx(without[name], rel=1e-5), name
@@ -601,7 +603,8 @@ def test_no_input_can_tell_amounts_that_are_divisible_by_5_cents() -> None:
     [
         ("amount", None, "amount"),
         ("amount_to_usual", None, "amount"),
-        ("amount_to_usual", 0.5, "own"),
+        ("amount_to_least", 1.0, "own"),
+        ("amount_to_least", None, "amount"),
         ("usual_amount", None, "own"),
         ("seconds_since_last", None, "own"),
         ("merchant_known_frauds", None, "frauds"),

@@ -47,6 +47,7 @@ TYPICAL = {
     "amount_to_mean": 1.0,
     "usual_amount": 40.0,
     "amount_to_usual": 1.0,
+    "amount_to_least": 1.0,
     "merchant_count_1d": 2.0,
     "merchant_count_7d": 8.0,
     "merchant_count_30d": 30.0,

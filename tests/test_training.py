@@ -28,6 +28,7 @@ from model.features import (
     AccountHistory,
     FeatureSpec,
     Float32,
+    Float64,
     Role,
     observe,
 )
@@ -596,7 +597,7 @@ def logits_of(
     checkpoint: Checkpoint,
     history: AccountHistory,
     hidden: torch.Tensor,
-    amount: np.ndarray[tuple[int], np.dtype[np.float64]],
+    amount: Float64,
     merchant: Float32,
     later_ms: int,
 ) -> tuple[Float32, Float32]:
@@ -606,7 +607,7 @@ def logits_of(
     inputs = checkpoint.encode(np.hstack((of_account, merchant)))
     with torch.inference_mode():
         logits, _ = checkpoint.network.step(torch.from_numpy(inputs), hidden)
-    return logits.numpy(), inputs
+    return np.asarray(logits.numpy(), np.float32), inputs
 
 
 @pytest.fixture(scope="module")
@@ -628,13 +629,14 @@ def swept(
 def test_more_money_never_lowers_a_trained_score(
     swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], later_ms: int
 ) -> None:
-    """From half of what is usual on: what is smaller may be a card test."""
+    """From what is usual, or the mean, on: what is under both may be a card test."""
     checkpoint, history, hidden, merchant = swept
     scale = checkpoint.header.features.scale
-    usual = np.maximum(history.usual_amount.astype(np.float64), scale.floor)
-    before = np.zeros(len(history), np.float32)
+    mean = history.decayed_amount[:, 2] / np.maximum(history.decayed_count[:, 2], 1)
+    usual = np.maximum(np.maximum(history.usual_amount, mean).astype(np.float64), scale.floor)
+    before: Float32 = np.zeros(len(history), np.float32)
     rose = np.zeros(len(history), np.bool_)
-    for times_usual in np.concatenate((np.linspace(0.5, 20, 100), np.geomspace(20, 1e6, 40))):
+    for times_usual in np.concatenate((np.linspace(1.0, 20, 100), np.geomspace(20, 1e6, 40))):
         logits, _ = logits_of(
             checkpoint, history, hidden, usual * times_usual * (1 + 1e-6), merchant, later_ms
         )
@@ -658,7 +660,7 @@ def test_more_known_frauds_never_lower_a_trained_score(
         for name in FRAUD_AGES[:2]:
             at[:, column[name]] = age_days
         at[:, column["merchant_streak_days"]] = age_days if streak else -1.0
-        before = np.zeros(len(history), np.float32)
+        before: Float32 = np.zeros(len(history), np.float32)
         for frauds in (0.0, 0.1, 0.4, 0.9, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0):
             at[:, column["merchant_known_frauds"]] = frauds
             at[:, column["merchant_streak_frauds"]] = frauds if streak else 0.0
