@@ -150,9 +150,9 @@ def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_reme
     scores = [decode_score(said[0]) for _, said in sorted(world.scores(0).items())]
     shares = [score.merchant_weight for score in scores]
     assert shares[:3] == [None] * 3
-    assert shares[3] is None or shares[3] > shares[4]
     assert shares[4] is not None
     assert shares[4] < 0.1
+    assert shares[3] is None or shares[3] > shares[4]
     place = merchant_slot("m1"), transaction_hash("t4")
     expected = TransactionNote(scores[4].decision, stored_weight(shares[4]))
     assert world.merchants.notes[place] == expected
