@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.features import FEATURES
-from model.merchants import MERCHANT_FEATURES, WITHOUT_KNOWN_FRAUDS
+from model.merchants import MERCHANT_FEATURES, WEIGHT_MAX, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction, epoch_ms
 from pipeline.codec import (
@@ -26,6 +26,8 @@ from pipeline.codec import (
     decode_score,
     encode_alert,
     encode_transaction,
+    with_merchant_weight,
+    with_out_of_range,
     with_refused_state,
     with_thresholds,
 )
@@ -334,6 +336,20 @@ def test_the_mark_of_a_refused_state_changes_nothing_else_and_reaches_the_alert(
     assert decode_alert(said).state == "refused"
     published, plain = decode_published(marked), decode_published(value)
     assert published == plain, "recovery reads it as any other"
+
+
+def test_a_merchant_weight_comes_back_as_it_is_stored_and_odd_inputs_by_name() -> None:
+    value = score_of("A1")
+    for weight in range(WEIGHT_MAX):  # each comes back as it is stored
+        weighed = decode_published(with_merchant_weight(value, weight))
+        assert weighed is not None
+        assert weighed.weight == weight
+    plain = decode_published(value)
+    assert plain is not None
+    assert plain.weight == WEIGHT_MAX
+    odd = decode_score(with_out_of_range(value, ["amount", "count_1d"]))
+    assert odd.out_of_range == ["amount", "count_1d"]
+    assert decode_score(value).out_of_range is None
 
 
 def test_recovery_reads_what_a_worker_published() -> None:

@@ -13,11 +13,13 @@ from click.testing import CliRunner
 
 from pipeline.cli import recur
 from pipeline.codec import Label, decode_label
+from pipeline.column_mapping import LabelColumns, LabelMapping, TimeForm
 from pipeline.errors import RecurError, SettingsError
 from pipeline.label_feed import LabelOptions, run_label, single_label
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
 from pipeline.topics import ensure_topics
+from pipeline.transaction_files import LabelFile, LabelPart
 
 DAY_MS = 86_400_000
 
@@ -88,6 +90,40 @@ def test_columns_of_other_names_are_mapped(settings: Settings, tmp_path: Path) -
     ((label, then, late),) = sent(settings)
     assert (label.merchant_id, label.label) == ("T3", "fraud")
     assert (then, late - then) == (1_714_557_600_000, 7 * DAY_MS)
+
+
+def parts_of(tmp_path: Path, text: str, mapping: LabelMapping | None = None) -> LabelPart:
+    """A file's labels, read and not sent."""
+    file = tmp_path / "labels.csv"
+    file.write_text(text)
+    (part,) = LabelFile(file, mapping or LabelMapping()).parts()
+    return part
+
+
+def test_a_file_may_tell_how_far_merchants_explain_frauds(tmp_path: Path) -> None:
+    lines = LABELS_CSV.splitlines()
+    texts = ("merchant_weight", "0.25", "", "1")
+    text = "\n".join(f"{line},{weight}" for line, weight in zip(lines, texts, strict=True))
+
+    assert parts_of(tmp_path, LABELS_CSV).merchant_weights is None
+    assert parts_of(tmp_path, text).merchant_weights == [0.25, None, 1.0]
+    with pytest.raises(RecurError, match=r"row 3: merchant_weight is not between 0 and 1"):
+        parts_of(tmp_path, text.removesuffix("1") + "1.5")
+    mapping = LabelMapping(LabelColumns(merchant_weight="share"))
+    with pytest.raises(RecurError, match="has no column share"):
+        parts_of(tmp_path, text, mapping)
+
+
+def test_a_date_in_a_file_is_not_before_the_payment_of_that_day(tmp_path: Path) -> None:
+    header = LABELS_CSV.splitlines()[0]
+    mapping = LabelMapping(time=TimeForm(zone="Europe/Madrid"))
+    text = f"{header}\nt1,A1,M1,fraud,2024-05-01T18:00:00,2024-05-01\n"
+
+    part = parts_of(tmp_path, text, mapping)
+
+    assert part.labelled_ms.tolist() == part.timestamps_ms.tolist()
+    with pytest.raises(RecurError, match="labelled_at is before the transaction's timestamp"):
+        parts_of(tmp_path, text.replace(",2024-05-01\n", ",2024-04-30\n"), mapping)
 
 
 HANDBOOK_COLUMNS = (

@@ -153,6 +153,7 @@ def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_reme
     assert shares[4] is not None
     assert shares[3] is None or shares[3] > shares[4]
     assert shares[4] < 0.1
+    assert shares[3] is None or shares[3] > shares[4]
     place = merchant_slot("m1"), transaction_hash("t4")
     expected = TransactionNote(scores[4].decision, stored_weight(shares[4]))
     assert world.merchants.notes[place] == expected
