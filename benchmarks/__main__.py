@@ -39,6 +39,7 @@ from pipeline.services import Services, embedded
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint
 from pipeline.supervisor import SupervisedProcess
+from pipeline.timestamps import ANY_AGE_SECONDS
 from pipeline.topics import ensure_topics
 from pipeline.worker_processes import (
     LATENCY,
@@ -111,6 +112,7 @@ class Bench:
             key_prefix=f"bench-{name}",
             kafka_group=f"bench-{name}",
             transactional=transactional,
+            max_timestamp_age_seconds=ANY_AGE_SECONDS,
         )
 
     @asynccontextmanager
@@ -124,6 +126,7 @@ class Bench:
             "kafka_group",
             "checkpoint",
             "transactional",
+            "max_timestamp_age_seconds",
         )
         environment = {f"RECUR_{name.upper()}": str(getattr(settings, name)) for name in names}
         process = start_worker(next(self._number), self._directory, environment)

@@ -82,7 +82,7 @@ def _score(
     history = AccountHistory(*(table[name] for name in HISTORY_COLUMNS))
     amounts = np.array([payment.amount for payment in batch])
     times = np.array([payment.timestamp for payment in batch])
-    raw, after = observe(history, amounts, times)
+    raw, after = observe(history, amounts, times, checkpoint.header.features.scale)
     raw = np.hstack((raw, np.zeros((len(raw), len(MERCHANT_FEATURES)), np.float32)))
     with torch.inference_mode():
         hidden = torch.from_numpy(table["hidden"].astype(np.float32))

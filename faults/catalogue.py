@@ -8,6 +8,7 @@ from faults.of_input import Backwards, Flood, HotAccount, SentTwice, Undecodable
 from faults.of_kafka import BrokerKilled, OneOfThreeBrokers
 from faults.of_labels import LabelsLost, LabelStorm
 from faults.of_redis import (
+    Eviction,
     RedisClusterFailover,
     RedisEmpty,
     RedisFailover,
@@ -32,6 +33,7 @@ FAULTS: tuple[Fault, ...] = (
     RedisFailover(),
     RedisClusterFailover(),
     LabelsLost(),
+    Eviction(),
     RedisFull(),
     RedisSlow(),
     Undecodable(),

@@ -86,6 +86,7 @@ _SPOILERS: tuple[Callable[[bytes], bytes], ...] = (
     _with(merchant_id=""),
     _with(account_id="of another key"),
     _with(timestamp=4_102_444_800_000),  # the year 2100
+    _with(timestamp=1_534_327_200),  # seconds
 )
 
 

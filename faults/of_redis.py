@@ -236,6 +236,45 @@ async def _is_elected(replica: Redis) -> bool:
         return bool(state == "ok" and client.info("replication")["role"] == "master")
 
 
+class Eviction(OwnRedis):
+    """Without a word to anybody: some accounts have no state any more, and look new."""
+
+    name = "eviction"
+    what = "Redis evicts a quarter of what it has, and goes on for 5 s (two policies, twice each)"
+    policies: ClassVar[tuple[str, ...]] = ("volatile-lru", "allkeys-random")
+    # Or workers would have in memory what Redis has lost.
+    settings: ClassVar[Mapping[str, Any]] = {"cached_states_max": 0, "micro_batch_max": 200}
+
+    async def disturb(self, rig: Rig) -> None:
+        """See :class:`Fault`."""
+        times = rig.times(4)
+        for number in times:
+            rig.fraction = number / len(times)
+            await rig.go_on(1.0, 3.0)
+            policy = self.policies[number % len(self.policies)]
+            evicted = await asyncio.to_thread(self.evict, policy)
+            require(evicted > 0, "Redis evicted nothing")
+            rig.notes.append(f"{evicted:,} keys evicted at once by {policy}")
+            await rig.go_on(rig.seconds(5, least=2))
+            await asyncio.to_thread(self.stop_evicting)
+            await rig.recover(await rig.mark())
+
+    def evict(self, policy: str) -> int:
+        """Have Redis make room by a policy; how many keys went at once."""
+        with self.redis.client() as client:
+            before = client.info("stats")["evicted_keys"]
+            client.config_set("maxmemory-policy", policy)
+            client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 0.75))
+            client.ping()
+            return int(client.info("stats")["evicted_keys"] - before)
+
+    def stop_evicting(self) -> None:
+        """As an operator does who reads what the workers say."""
+        with self.redis.client() as client:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", 0)
+
+
 class RedisFull(OwnRedis):
     """Reads go on, and every write is refused."""
 

@@ -19,6 +19,7 @@ from model.checkpoint import Checkpoint
 from pipeline.errors import RecurError
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint
+from pipeline.timestamps import ANY_AGE_SECONDS
 from pipeline.topics import ensure_topics
 from pipeline.worker_processes import WorkerProcess
 
@@ -217,6 +218,7 @@ async def rigged(
         "topic_prefix": f"{name}-",
         "key_prefix": f"recur-{name}",
         "kafka_group": f"group-{name}",
+        "max_timestamp_age_seconds": ANY_AGE_SECONDS,
         **overrides,
     }
     settings = load_settings(**overrides)

@@ -8,7 +8,6 @@ folded into the network's last layer.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.gru import Network
@@ -49,7 +48,5 @@ def _shift(z: NDArray[np.float64], is_fraud: NDArray[np.bool_]) -> float:
 
 
 def fold(network: Network, scale: float, shift: float) -> None:
-    """Makes the network's logits ``scale * logit + shift``, in place."""
-    with torch.no_grad():
-        network.logit.weight.mul_(scale)
-        network.logit.bias.mul_(scale).add_(shift)
+    """Make the network's logits ``scale * logit + shift``, in place."""
+    network.scale_logits(scale, shift)

@@ -9,6 +9,7 @@ days, the best of its last epochs and its calibration from the validation days.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +29,14 @@ from model.evaluation import average_precision
 from model.features import FeatureSpec, Field, Float32
 from model.fitting import device_of, fit
 from model.gru import Cell, Network
-from model.inputs import chosen_fields, embedding_sizes, fitted_spec
+from model.inputs import chosen_fields
+from model.own_risk import OwnRisk
+from model.prepared import Prepared, prepare, write_raw_for
 from model.protocol import Fold, iso_date
-from model.raw_features import EncodedInputs, field_values, restarted_inputs, write_raw
+from model.raw_features import EncodedInputs, field_values, restarted_inputs
 from model.reference import TREES, fit_boosted
 from model.scoring import Sequences, unrolled_logits
-from model.training import FIT_ROWS_MAX, choose_thresholds
+from model.training import choose_thresholds
 from model.training_settings import TrainingSettings
 from model.training_state import TrainingState
 from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
@@ -120,12 +123,12 @@ class Material:
         self._folder = folder
         self._place = np.empty(len(dataset), np.intp)
         self._place[self.sequences.row] = np.arange(len(dataset))
-        self._raw: dict[tuple[tuple[Field, ...], float], Float32] = {}
+        self._raw: dict[str, Float32] = {}
         self._windows: dict[tuple[tuple[Field, ...], float], Float32] = {}
 
-    def inputs(self, spec: FeatureSpec, device: torch.device = CPU) -> EncodedInputs:
-        """The inputs by a specification."""
-        return EncodedInputs(self._raw_by_position(spec), spec, device)
+    def inputs(self, spec: FeatureSpec, own: OwnRisk, device: torch.device = CPU) -> EncodedInputs:
+        """The inputs by a specification, with frauds weighed by an own risk."""
+        return EncodedInputs(self._raw_by_position(spec, own), spec, device)
 
     def restarted(
         self, inputs: EncodedInputs, fold: Fold, seed: int, show: Show
@@ -138,12 +141,25 @@ class Material:
             lambda done: show(0.0, f"features of new accounts, {done:.0%} done"),
         )
 
-    def raw_of(
-        self, spec: FeatureSpec, show: Show = lambda share, note: None
-    ) -> Callable[[Rows], Float32]:
+    def raw_of(self, spec: FeatureSpec, own: OwnRisk) -> Callable[[Rows], Float32]:
         """Gives the raw features [m, R] of rows [m] of the log."""
-        raw = self._raw_by_position(spec, show)
+        raw = self._raw_by_position(spec, own)
         return lambda rows: raw[self._place[rows]]
+
+    def prepared(self, fold: Fold, label_delay_days: float, show: Show) -> Prepared:
+        """What the fold's networks share; raw features are computed once."""
+        path = self._folder / f"raw-{fold.name}-{label_delay_days:g}"
+        prepared = prepare(
+            self.dataset,
+            self.sequences,
+            fold.learned_rows(self.dataset),
+            label_delay_days,
+            path,
+            0,
+            show,
+        )
+        self._raw[_raw_key(prepared.spec, prepared.own)] = prepared.raw
+        return prepared
 
     def windows(self, fields: tuple[Field, ...], label_delay_days: float) -> Float32:
         """[N, 15 + fields] see :func:`model.windows.window_inputs`; then the further fields."""
@@ -155,37 +171,26 @@ class Material:
             self._windows[key] = np.hstack((windows, *further))
         return self._windows[key]
 
-    def _raw_by_position(self, spec: FeatureSpec, show: Show = lambda share, note: None) -> Float32:
-        key = spec.fields, spec.label_delay_days
+    def _raw_by_position(self, spec: FeatureSpec, own: OwnRisk) -> Float32:
+        key = _raw_key(spec, own)
         if key not in self._raw:
             path = self._folder / f"raw-{len(self._raw)}"
-            self._raw[key] = write_raw(
-                self.dataset,
-                self.sequences,
-                spec,
-                path,
-                lambda share: show(share, "computing features"),
-            )
+            self._raw[key] = write_raw_for(self.dataset, self.sequences, spec, own, path)
         return self._raw[key]
 
 
-def fold_spec(material: Material, fold: Fold, label_delay_days: float, show: Show) -> FeatureSpec:
-    """The inputs of a new network, chosen and fitted on the fold's training days."""
-    dataset = material.dataset
-    rows = fold.learned_rows(dataset)
-    fields, _ = chosen_fields(dataset, rows)
-    if len(rows) > FIT_ROWS_MAX:
-        rows = np.sort(np.random.default_rng(0).choice(rows, FIT_ROWS_MAX, replace=False))
-    unfitted = FeatureSpec(label_delay_days=label_delay_days, fields=fields)
-    raw = material.raw_of(unfitted, show)(rows)
-    return fitted_spec(raw, dataset.is_fraud[rows], fields, label_delay_days)
+def _raw_key(spec: FeatureSpec, own: OwnRisk) -> str:
+    """Says what raw features depend on."""
+    weights = [parameter.numpy().tobytes() for parameter in own.state_dict().values()]
+    decides = [spec.fields, spec.label_delay_days, spec.scale, spec.inputs, *weights]
+    return hashlib.sha256(msgspec.msgpack.encode(decides)).hexdigest()
 
 
 def train_network(
     kind: NetworkKind,
     material: Material,
     fold: Fold,
-    spec: FeatureSpec,
+    prepared: Prepared,
     settings: TrainingSettings,
     show: Show = lambda share, note: None,
     state: TrainingState | None = None,
@@ -193,26 +198,25 @@ def train_network(
     """A network of this kind, trained and calibrated on the fold's days.
 
     Args:
-        spec: all inputs; a network that sees the transaction alone takes some of them.
+        prepared: all inputs; a network that sees the transaction alone takes some of them.
         state: where an interrupted training goes on.
     """
-    dataset = material.dataset
+    dataset, spec, own = material.dataset, prepared.spec, prepared.own
     if kind.alone:
         seen = (*TRANSACTION_FEATURES, *(field.name for field in spec.fields))
         chosen = tuple(i for i in spec.inputs if i.feature in seen)
         spec = msgspec.structs.replace(spec, inputs=chosen)
     device = device_of(settings)
-    inputs = material.inputs(spec, device)
+    inputs = EncodedInputs(prepared.raw, spec, device)
     until_test = material.sequences.before(fold.end_row(dataset))
-    numbers = sum(i.transform != "category" for i in spec.inputs)
     settings = dataclasses.replace(settings, layers=kind.layers)
-    architecture = dataclasses.replace(
-        settings.architecture(numbers, embedding_sizes(spec)), cell=kind.cell
-    )
+    architecture = dataclasses.replace(settings.architecture(spec), cell=kind.cell)
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = Network(architecture)
+    if not kind.alone:
+        network.own.load_state_dict(own.state_dict())
     fit(
         network.to(device),
         inputs,
@@ -235,7 +239,7 @@ def train_network(
     show(0.96, "")
     states = states_of(network, inputs, until_test) if kind.cell == "gru" else None
     network.cpu()
-    trained = Trained(scores, seconds, _parameters(network), _timed(network, material, spec))
+    trained = Trained(scores, seconds, _parameters(network), _timed(network, inputs))
     if states is None:
         return trained
     truth = is_compromised(dataset, material.sequences)[states.row]
@@ -247,7 +251,7 @@ def train_network(
         currency=dataset.currency,
         training={"seed": settings.seed, "train_until": iso_date(fold.train_until)},
         thresholds=choose_thresholds(dataset, scores, fold.split, settings),
-        amounts=_amounts(material, spec, fold.learned_rows(dataset)),
+        amounts=_amounts(material, prepared, fold.learned_rows(dataset)),
         data_digest=dataset.digest(),
     )
     return dataclasses.replace(
@@ -260,7 +264,7 @@ def train_network(
 def score_given(checkpoint: Checkpoint, material: Material, fold: Fold) -> Trained:
     """The scores of a checkpoint that was trained elsewhere."""
     dataset, network = material.dataset, checkpoint.network
-    inputs = material.inputs(checkpoint.header.features)
+    inputs = material.inputs(checkpoint.header.features, network.own)
     until_test = material.sequences.before(fold.end_row(dataset))
     logits = unrolled_logits(network, inputs, until_test)
     states = states_of(network, inputs, until_test)
@@ -269,7 +273,7 @@ def score_given(checkpoint: Checkpoint, material: Material, fold: Fold) -> Train
         torch.sigmoid(torch.from_numpy(logits)).numpy(),
         0.0,
         _parameters(network),
-        _timed(network, material, checkpoint.header.features),
+        _timed(network, inputs),
         checkpoint,
         Verdicts(states.row, verdict_scores(network, states), truth),
     )
@@ -314,13 +318,13 @@ def train_reference(
     )
 
 
-def _timed(network: Network, material: Material, spec: FeatureSpec) -> float:
+def _timed(network: Network, inputs: EncodedInputs) -> float:
     """Microseconds for each transaction of a batch of distinct accounts on one core.
 
     Of the network alone: features, Kafka and Redis are not in it.
     """
-    position = np.arange(BATCH_TRANSACTIONS) % len(material.dataset)
-    batch = material.inputs(spec).at(position)  # [n, I]
+    position = np.arange(BATCH_TRANSACTIONS) % len(inputs)
+    batch = inputs.at(position).cpu()  # [n, I]
     hidden = network.empty_hidden(len(batch))
 
     def step() -> object:
@@ -347,9 +351,10 @@ def _validation(
     return validate
 
 
-def _amounts(material: Material, spec: FeatureSpec, rows: Rows) -> Amounts:
+def _amounts(material: Material, prepared: Prepared, rows: Rows) -> Amounts:
     """How amounts spread in those rows: the reasons of alerts need it."""
-    raw = material.raw_of(spec)(rows)
+    spec = prepared.spec
+    raw = material.raw_of(spec, prepared.own)(rows)
     amount, to_usual = (raw[:, spec.names.index(n)] for n in ("amount", "amount_to_usual"))
     return Amounts.of(amount.astype(np.float64), to_usual.astype(np.float64))
 
@@ -359,7 +364,7 @@ def _parameters(network: Network) -> int:
     return sum(
         weight.numel()
         for name, weight in network.named_parameters()
-        if not name.startswith("verdict.")
+        if not name.startswith(("verdict.", "own."))
     )
 
 

@@ -12,13 +12,7 @@ from model.protocol import HANDBOOK_FOLDS
 from model.reasons import SCENARIO_REASONS
 from model.results import Results, Summary, table
 from model.verdict import COMPROMISED_DAYS, EVERY
-
-SCENARIOS = {
-    1: "amount over 220",
-    2: "compromised terminal",
-    3: "stolen card",
-}
-"""What the numbers of the Handbook's and the simulator's fraud scenarios mean."""
+from model.world import scenario_name
 
 MEANINGS = {
     "AUC": "probability that a fraud scores higher than a genuine transaction",
@@ -204,7 +198,7 @@ def _comparison(results: Results, plots: Sequence[str]) -> str:
 
 def _scenarios(results: Results) -> str:
     numbers = sorted({s for network in results.networks for s in network.recall_by_scenario})
-    headings = ["network", *(SCENARIOS.get(s, f"scenario {s}") for s in numbers)]
+    headings = ["network", *(scenario_name(s) for s in numbers)]
     rows = [
         [n.title, *(_share(n.recall_by_scenario.get(s)) for s in numbers)] for n in results.networks
     ]
@@ -218,7 +212,7 @@ ones raise an alert:
 
 def _reasons(results: Results) -> str:
     rows = [
-        [SCENARIOS.get(s, f"scenario {s}"), f"`{SCENARIO_REASONS[s]}`", _share(share)]
+        [scenario_name(s), f"`{SCENARIO_REASONS[s]}`", _share(share)]
         for s, share in sorted(results.first_reasons_agree.items())
     ]
     return f"""## Reasons
@@ -270,7 +264,7 @@ def _limits(results: Results, described: Summary) -> str:
     worst = min(described.recall_by_scenario.items(), key=lambda i: i[1], default=None)
     blind = ""
     if worst is not None:
-        kind = SCENARIOS.get(worst[0], f"scenario {worst[0]}")
+        kind = scenario_name(worst[0])
         blind = (
             f"- It finds least of the kind “{kind}”: {worst[1]:.1%} at "
             f"{RECALL_FALSE_POSITIVE_RATE:.1%} false positives.\n"

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from model.features import (
-    USUAL_OUTLIER,
+    OUTLIER,
     Encoder,
     FeatureSpec,
     FeatureSpecError,
@@ -27,7 +28,7 @@ from model.features import (
 )
 from model.gru import Architecture, Network
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the header and of the tensors' names."""
 
 HEADER_MAX_BYTES = 1 << 20
@@ -101,7 +102,7 @@ class Amounts(msgspec.Struct, frozen=True):
         """
         halvings = max(1, min(TAIL_MAX, int(np.log2(max(len(amount), 1)))))
         tail = np.quantile(amount, 1.0 - 0.5 ** np.arange(halvings)) if len(amount) else []
-        outliers_cut = np.minimum(to_usual, USUAL_OUTLIER) - 1.0
+        outliers_cut = np.minimum(to_usual, OUTLIER) - 1.0
         deviation = float(np.sqrt(np.mean(outliers_cut**2))) if len(amount) else 0.5
         return cls(tuple(float(value) for value in tail), max(deviation, 0.01))
 
@@ -173,6 +174,10 @@ class Checkpoint:
         """The network's inputs [n, I] of raw features [n, F] (:func:`model.features.observe`)."""
         return self._encoder.encode(raw)
 
+    def outside(self, raw: Float32) -> NDArray[np.bool_] | None:
+        """Which raw features [n, F] are beyond what training saw; None where none is."""
+        return self._encoder.outside(raw)
+
     def with_header(self, **changes: Any) -> Checkpoint:
         """The same network with other thresholds, metrics and so on."""
         return Checkpoint(self.network, msgspec.structs.replace(self.header, **changes))
@@ -231,12 +236,14 @@ def _check_inputs(header: Header) -> None:
     """The feature specification gives what the network takes."""
     architecture, features = header.architecture, header.features
     codes = tuple(codes for codes, _ in architecture.embeddings)
-    numbers = sum(i.transform != "category" for i in features.inputs)
+    numbers = len(features.roles)
     if numbers != architecture.inputs:
         raise CheckpointError(
             f"the feature specification has {numbers} inputs, the network takes "
             f"{architecture.inputs}"
         )
+    if features.roles != architecture.roles:
+        raise CheckpointError("the roles of the network's inputs are not those of their features")
     categories = tuple(i.feature for i in features.inputs if i.transform == "category")
     sizes = {field.name: 1 + len(field.vocabulary) for field in features.fields}
     if codes != tuple(sizes.get(name, 0) for name in categories):

@@ -24,15 +24,15 @@ from model.candidates import (
     NetworkKind,
     Show,
     Trained,
-    fold_spec,
     score_given,
     train_network,
     train_reference,
 )
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
-from model.features import DEFINITION, INPUTS, FeatureSpec, Float32
+from model.features import DEFINITION, INPUTS, Float32
 from model.fitting import RECIPE, device_of
+from model.prepared import Prepared
 from model.protocol import Fold, ProtocolName, days_of
 from model.reference import PARAMETERS, TREES, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
@@ -211,7 +211,7 @@ class Comparer:
         self._given = given
         self._cache = None if cache is None else RunCache(cache)
         self._digest = log.digest()
-        self._spec: tuple[Fold, FeatureSpec] | None = None  # of the present fold
+        self._prepared: tuple[Fold, Prepared] | None = None  # of the present fold
 
     def compare(
         self, protocol: ProtocolName, folds: Sequence[Fold], report: Reporter = lambda _: None
@@ -313,23 +313,23 @@ class Comparer:
             return train_reference(
                 self.material, job.fold, settings.label_delay_days, job.seed, show, settings.trees
             )
-        spec = self._spec_of(job.fold, lambda share, note: show(SPEC_SHARE * share, note))
+        prepared = self._prepared_of(job.fold, lambda share, note: show(SPEC_SHARE * share, note))
         return train_network(
             KINDS[job.network],
             self.material,
             job.fold,
-            spec,
+            prepared,
             dataclasses.replace(settings.training, seed=job.seed),
             lambda share, note: show(SPEC_SHARE + (1 - SPEC_SHARE) * share, note),
             None if self._cache is None else self._cache.state(key),
         )
 
-    def _spec_of(self, fold: Fold, show: Show) -> FeatureSpec:
-        """How inputs are computed on a fold."""
-        if self._spec is None or self._spec[0] != fold:
-            spec = fold_spec(self.material, fold, self._settings.label_delay_days, show)
-            self._spec = fold, spec
-        return self._spec[1]
+    def _prepared_of(self, fold: Fold, show: Show) -> Prepared:
+        """What the networks of a fold share."""
+        if self._prepared is None or self._prepared[0] != fold:
+            prepared = self.material.prepared(fold, self._settings.label_delay_days, show)
+            self._prepared = fold, prepared
+        return self._prepared[1]
 
 
 def _measure_verdict(trained: Trained, log: Dataset, rows: NDArray[np.intp]) -> dict[str, float]:

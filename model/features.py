@@ -28,6 +28,7 @@ from model.merchants import MERCHANT_FEATURES
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
 UInt32 = NDArray[np.uint32]
 
 WINDOW_DAYS = (1, 7, 30)
@@ -42,29 +43,32 @@ ACCOUNT_FEATURES: tuple[str, ...] = (
     "count_1d",  # decayed counts of the account's transactions, with this one
     "count_7d",
     "count_30d",
-    "mean_amount_1d",  # decayed means before this one; its own amount at an account's first
-    "mean_amount_7d",
+    "mean_amount_1d",  # decayed means before this one; AmountScale.usual at an account's first
+    "mean_amount_7d",  # in these two an outlier counts as at most OUTLIER times the usual amount
     "mean_amount_30d",
-    "amount_to_mean",  # amount / mean_amount_30d
-    "usual_amount",  # running mean before this one, in which outliers count as 2.5 times it
-    "amount_to_usual",  # amount / usual_amount
+    "amount_to_mean",  # amount / mean_amount_30d, or AmountScale.floor if that is more
+    "usual_amount",  # running mean before this one, without outliers
+    "amount_to_usual",  # amount / usual_amount, or AmountScale.floor if that is more
 )
 """Names of an account's raw features, in the order of the columns."""
 
 FEATURES = ACCOUNT_FEATURES + MERCHANT_FEATURES
 """Names of the columns of ``raw``, before those of a checkpoint's further fields."""
 
-DEFINITION = 3
+DEFINITION = 4
 """Version of what :func:`observe` computes; part of a checkpoint's digest."""
 
-MEAN_AMOUNT_FLOOR = 0.01
-"""A mean amount counts as at least this (a cent) when an amount is divided by it."""
+OUTLIER = 2.5
+"""A payment of more than this many times the usual amount is an outlier.
 
-USUAL_OUTLIER = 2.5
-"""Of an amount so many times the usual amount, or the plain mean if that is more, enters it."""
+It counts as so much, or as the account's mean of the last day if that is more: a second payment
+of the same kind is none."""
 
 USUAL_COUNT_MAX = 100
-"""The usual amount is a mean over about so many of an account's last transactions."""
+"""The usual amount is a mean over about so many of an account's last payments."""
+
+USUAL_PRIOR_COUNT = 1.0
+"""The usual amount begins at what is usual for all accounts, which counts as so many payments."""
 
 _DAY_MS = 86_400_000
 _HOUR_MS = 3_600_000
@@ -72,6 +76,44 @@ _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _COUNT_MAX = np.uint32(2**32 - 1)
 _WINDOWS = len(WINDOW_DAYS)
 _DECAY_PER_MS = np.array([-1.0 / (days * _DAY_MS) for days in WINDOW_DAYS])[:, None]  # [3, 1]
+
+
+class AmountScale(msgspec.Struct, frozen=True):
+    """What amounts mean in the currency of a checkpoint, from its training data.
+
+    Attributes:
+        floor: no ratio has a denominator under it. A payment under it, such as a card check of
+            0.00 or 0.01, does not change what counts as usual.
+        usual: what is usual for an account of which nothing is known.
+    """
+
+    floor: float = 1.0
+    usual: float = 50.0
+
+    @classmethod
+    def of(cls, account: Int64 | NDArray[np.int32], amount: Float64) -> AmountScale:
+        """The scale of a log: quantiles of its accounts' mean amounts.
+
+        The floor is a fifth of what the fifth percentile of accounts spends.
+
+        Args:
+            account: [N] whole numbers, any.
+            amount: [N].
+
+        >>> AmountScale.of(np.array([1, 1, 2]), np.array([10.0, 30.0, 40.0]))
+        AmountScale(floor=4.2, usual=30.0)
+        """
+        _, code, count = np.unique(account, return_inverse=True, return_counts=True)
+        mean = np.bincount(code, amount) / count
+        mean = mean[mean > 0]
+        if len(mean) == 0:
+            return cls()
+        low, middle = np.quantile(mean, [FLOOR_QUANTILE, 0.5])
+        return cls(float(low) * FLOOR_SHARE, float(middle))
+
+
+FLOOR_QUANTILE = 0.05
+FLOOR_SHARE = 0.2
 
 
 @dataclass
@@ -83,8 +125,9 @@ class AccountHistory:
         count: [n] transactions seen; stays at 2**32 - 1 once there.
         decayed_count: [n, 3] transactions, each weighing exp(-age / window) at
             ``last_event_ms``; a window of each of :data:`WINDOW_DAYS`.
-        decayed_amount: [n, 3] amounts, weighed the same.
-        usual_amount: [n] running mean of the amount without its outliers.
+        decayed_amount: [n, 3] amounts, weighed the same; without outliers but in the first.
+        usual_amount: [n] running mean of the amount without its outliers; 0 at count 0.
+        usual_count: [n] payments that it is of, up to :data:`USUAL_COUNT_MAX`.
     """
 
     last_event_ms: Int64
@@ -92,6 +135,7 @@ class AccountHistory:
     decayed_count: Float32
     decayed_amount: Float32
     usual_amount: Float32
+    usual_count: UInt8
 
     @classmethod
     def empty(cls, n: int) -> AccountHistory:
@@ -106,6 +150,7 @@ class AccountHistory:
             np.zeros((n, _WINDOWS), np.float32),
             np.zeros((n, _WINDOWS), np.float32),
             np.zeros(n, np.float32),
+            np.zeros(n, np.uint8),
         )
 
     def __len__(self) -> int:
@@ -125,23 +170,26 @@ HISTORY_COLUMNS = tuple(field.name for field in fields(AccountHistory))
 
 
 def observe(
-    history: AccountHistory, amount: Float64, timestamp_ms: Int64
+    history: AccountHistory, amount: Float64, timestamp_ms: Int64, scale: AmountScale
 ) -> tuple[Float32, AccountHistory]:
     """Features of one transaction of each of n distinct accounts, and their histories after.
 
-    Event time that runs backwards counts as no time passed, and ``last_event_ms`` stays.
+    Event time that runs backwards counts as no time passed, and ``last_event_ms`` stays. With the
+    history fixed, only ``amount``, ``amount_to_mean`` and ``amount_to_usual`` depend on the amount.
 
     Args:
         history: n accounts before the transaction; not changed.
         amount: [n] at least 0, in the checkpoint's currency.
         timestamp_ms: [n] event time, epoch milliseconds, at least 0.
+        scale: of the checkpoint.
 
     Returns:
         raw: [n, A] the columns of :data:`ACCOUNT_FEATURES`.
         history: the n accounts after the transaction.
 
-    >>> raw, history = observe(AccountHistory.empty(1), np.array([20.0]), np.array([0]))
-    >>> raw, history = observe(history, np.array([60.0]), np.array([43_200_000]))
+    >>> scale = AmountScale(floor=1.0, usual=40.0)
+    >>> raw, history = observe(AccountHistory.empty(1), np.array([20.0]), np.array([0]), scale)
+    >>> raw, history = observe(history, np.array([60.0]), np.array([43_200_000]), scale)
     >>> for name, value in zip(ACCOUNT_FEATURES, raw[0].tolist(), strict=True):
     ...     print(f"{name:24} {value:.2f}")
     amount                   60.00
@@ -156,11 +204,12 @@ def observe(
     mean_amount_7d           20.00
     mean_amount_30d          20.00
     amount_to_mean           3.00
-    usual_amount             20.00
-    amount_to_usual          3.00
+    usual_amount             30.00
+    amount_to_usual          2.00
     """
     n = len(amount)
     first = history.count == 0
+    some_first = bool(first.any())
     last_event_ms = np.maximum(history.last_event_ms, timestamp_ms)
     elapsed_ms = last_event_ms - history.last_event_ms
     # Columns of [n, .] arrays are worked on as rows of [., n]: inner loops of n, not of 3.
@@ -182,34 +231,40 @@ def observe(
     # The decay since the last transaction is in both and cancels. A count before is at least
     # 1 unless it is the first: the last transaction weighs 1 at last_event_ms.
     np.divide(amount_before, np.maximum(count_before, np.float32(1.0)), out=raw[8:11])
-    if first.any():
-        raw[1, first] = -1.0
-        raw[8:11, first] = raw[0, first]
-    floor = np.float32(MEAN_AMOUNT_FLOOR)
-    np.divide(raw[0], np.maximum(raw[10], floor), out=raw[11])
     raw[12] = history.usual_amount
-    if first.any():
-        raw[12, first] = raw[0, first]
+    if some_first:
+        raw[1, first] = -1.0
+        raw[8:11, first] = raw[12, first] = np.float32(scale.usual)
+    floor = np.float32(scale.floor)
+    np.divide(raw[0], np.maximum(raw[10], floor), out=raw[11])
     np.divide(raw[0], np.maximum(raw[12], floor), out=raw[13])
 
+    # What enters the means: not a card check, nor all of an outlier.
+    within = np.minimum(raw[0], np.maximum(np.float32(OUTLIER) * raw[12], raw[8]))
+    checks = raw[0] < floor
+    entered = np.empty((_WINDOWS, n), np.float32)
+    entered[0] = raw[0]
+    entered[1:] = within
+    np.copyto(entered, raw[8:11], where=checks)
     amount_after = np.multiply(amount_before, decay)
-    amount_after += raw[0]
-    counted = np.minimum(count, USUAL_COUNT_MAX).astype(np.float32)
-    # No less than the plain mean: or a first amount of a cent, a card's verification, would stay.
-    bound = np.maximum(np.float32(USUAL_OUTLIER) * raw[12], raw[10])
-    within = np.minimum(raw[0], bound)
-    usual_after = raw[12] + (within - raw[12]) / counted
+    amount_after += entered
+    counted = np.minimum(history.usual_count + ~checks, USUAL_COUNT_MAX).astype(np.uint8)
+    share = np.float32(1.0) / (counted + np.float32(USUAL_PRIOR_COUNT))
+    usual_after = raw[12] + np.where(checks, np.float32(0.0), within - raw[12]) * share
     after = AccountHistory(
         last_event_ms,
         count.astype(np.uint32, copy=False),
         np.ascontiguousarray(count_after.T),
         np.ascontiguousarray(amount_after.T),
         usual_after,
+        counted,
     )
     return np.ascontiguousarray(raw.T), after
 
 
-def observe_log(account: Int64, amount: Float64, timestamp_ms: Int64) -> Float32:
+def observe_log(
+    account: Int64, amount: Float64, timestamp_ms: Int64, scale: AmountScale
+) -> Float32:
     """Accounts' features of a whole log, from empty histories: training and evaluation.
 
     Round r holds the r-th transaction of each account that has one, so N transactions cost
@@ -219,6 +274,7 @@ def observe_log(account: Int64, amount: Float64, timestamp_ms: Int64) -> Float32
         account: [N] whole numbers, any; the log is in order of event time.
         amount: [N].
         timestamp_ms: [N].
+        scale: of the checkpoint.
 
     Returns:
         raw: [N, A] in the order of the log.
@@ -228,7 +284,8 @@ def observe_log(account: Int64, amount: Float64, timestamp_ms: Int64) -> Float32
     histories = AccountHistory.empty(len(rounds[0]) if rounds else 0)
     for rows in rounds:
         active = slice(0, len(rows))
-        raw[rows], after = observe(histories.take(active), amount[rows], timestamp_ms[rows])
+        taken = histories.take(active)
+        raw[rows], after = observe(taken, amount[rows], timestamp_ms[rows], scale)
         histories.put(active, after)
     return raw
 
@@ -295,21 +352,30 @@ def category_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-Transform = Literal["log1p", "linear", "is_first", "sin", "cos", "step", "is_missing", "category"]
+Transform = Literal[
+    "log1p", "linear", "as_is", "is_first", "sin", "cos", "step", "is_missing", "category"
+]
+Role = Literal["own", "amount", "merchant", "frauds", "fraud_ages", "any_fraud", "category"]
 
 
 class Input(msgspec.Struct, frozen=True):
     """One input of the network: ``(transform(feature) - mean) / deviation``.
 
+    Before it is transformed, a value beyond the feature's range, or over ``at_most``, counts as
+    the nearest one within.
+
     Attributes:
         feature: a name among the columns of ``raw``.
-        transform: ``log1p`` (of values under 0 as 0), ``linear``, ``is_first`` (1 where the
+        transform: ``log1p`` of value / unit (of values under 0 as 0), ``linear``, ``as_is``
+            (linear, but not standardised), ``is_first`` (1 where the
             value is negative, else 0), ``sin`` or ``cos`` of a value that runs round in
             ``period``, ``step`` (1 from ``threshold`` on, else 0), ``is_missing`` (1 where
             there is no value, else 0), or ``category`` (the code, for an embedding).
         mean, deviation: of the transformed value over the training period.
         period: only for ``sin`` and ``cos``, in units of the feature.
         threshold: only for ``step``, in units of the feature.
+        unit: only for ``log1p``, in units of the feature.
+        at_most: in units of the feature; None: no bound but the range.
     """
 
     feature: str
@@ -318,6 +384,54 @@ class Input(msgspec.Struct, frozen=True):
     deviation: float = 1.0
     period: float = 1.0
     threshold: float = 0.0
+    unit: float = 1.0
+    at_most: float | None = None
+
+    @property
+    def role(self) -> Role:
+        """What the network may make of it.
+
+        ``amount`` and ``frauds``: more of it never lowers the score. ``any_fraud``: 0 where no
+        fraud of the merchant is known. ``fraud_ages``: matters only where one is. The others
+        may matter in any way.
+        """
+        if self.transform == "category":
+            return "category"
+        if self.feature in AMOUNT_FEATURES:
+            return "amount" if self.at_most is None else "own"
+        if self.feature in FRAUD_FEATURES:
+            return "frauds" if self.at_most is None else "any_fraud"
+        if self.feature in FRAUD_AGES:
+            return "fraud_ages"
+        return "merchant" if self.feature in MERCHANT_FEATURES else "own"
+
+
+AMOUNT_FEATURES = ("amount", "amount_to_mean", "amount_to_usual")
+"""Features that rise with the transaction's amount; the other ones do not depend on it."""
+
+FRAUD_FEATURES = (
+    "merchant_known_frauds",
+    "merchant_risk_1d",
+    "merchant_risk_7d",
+    "merchant_risk_30d",
+    "merchant_streak_frauds",
+)
+"""Features that rise with the number of the merchant's known frauds."""
+
+FRAUD_AGES = (
+    "merchant_oldest_fraud_days",
+    "merchant_newest_fraud_days",
+    "merchant_genuine_days",
+    "merchant_streak_days",
+)
+"""Features that depend on when the merchant's known frauds were."""
+
+SMALL_SHARE = 0.5
+"""A payment of less than this share of the usual amount, or of the floor, may be suspicious for
+being small, as a card test is. Above it more money never lowers the score."""
+
+SMALL_UNIT = 0.001
+"""Of that share, on a logarithmic scale: a cent and a euro of an account that usually spends 50."""
 
 
 SCALED: tuple[Transform, ...] = ("log1p", "linear")
@@ -339,6 +453,7 @@ ACCOUNT_INPUTS: tuple[Input, ...] = (
     Input("amount", "linear"),
     Input("amount_to_mean", "linear"),
     Input("amount_to_usual", "linear"),
+    Input("amount_to_usual", "log1p", unit=SMALL_UNIT, at_most=SMALL_SHARE),
     Input("seconds_since_last", "is_first"),
     Input("hour_of_day", "sin", period=24.0),
     Input("hour_of_day", "cos", period=24.0),
@@ -362,13 +477,20 @@ MERCHANT_INPUTS: tuple[Input, ...] = (
     Input("merchant_streak_days", "linear"),
     Input("merchant_oldest_fraud_days", "is_first"),
     Input("merchant_streak_days", "is_first"),
+    Input("merchant_known_frauds", "as_is", at_most=1.0),
 )
 INPUTS = ACCOUNT_INPUTS + MERCHANT_INPUTS
 """The inputs of a new network, before :meth:`FeatureSpec.fit`.
 
-The amount is there twice: on the logarithmic scale, and linear. Nothing is clipped: what is
-rare and far out is what matters.
+The amount is there twice: on the logarithmic scale, and linear. A feature's range is what
+training saw, and no less: what is rare and far out is what matters.
 """
+
+AMOUNTS = ("amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d", "usual_amount")
+"""Features in the checkpoint's currency: on a logarithmic scale their unit is the floor."""
+
+SIGNED = ("seconds_since_last", *FRAUD_AGES)
+"""Features whose -1 says that there is no value; it is within every range."""
 
 
 class FeatureSpec(msgspec.Struct, frozen=True):
@@ -381,6 +503,9 @@ class FeatureSpec(msgspec.Struct, frozen=True):
         label_delay_days: merchants' risk is measured up to so long ago.
         fields: further fields of the transaction, each a column of ``raw`` after
             :data:`FEATURES`.
+        scale: what amounts mean in the checkpoint's currency.
+        ranges: of each column of ``raw``, the lowest and the highest value that training saw
+            (:func:`ranges_of`); beyond it an input saturates. Empty: no bounds.
     """
 
     inputs: tuple[Input, ...] = INPUTS
@@ -388,6 +513,13 @@ class FeatureSpec(msgspec.Struct, frozen=True):
     window_days: tuple[int, ...] = WINDOW_DAYS
     label_delay_days: float = 7.0
     fields: tuple[Field, ...] = ()
+    scale: AmountScale = AmountScale()
+    ranges: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of the inputs, but of categories."""
+        return tuple(i.role for i in self.inputs if i.transform != "category")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -463,6 +595,13 @@ class Encoder:
             )[:, None]
 
         self._column = np.array([names.index(i.feature) for i in spec.inputs], np.intp)
+        low, high = _bounds(spec)
+        self._low, self._high = low, high  # [R]
+        self._is_bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
+        most = [np.inf if i.at_most is None else i.at_most for i in spec.inputs]
+        self._least = low[self._column][:, None]  # [I, 1]
+        self._most = np.minimum(high[self._column], np.array(most, np.float32))[:, None]
+        self._is_clipped = bool(np.isfinite(self._least).any() or np.isfinite(self._most).any())
         self._log, self._wave, self._first = (
             chosen("log1p"),
             chosen("sin", "cos"),
@@ -473,6 +612,7 @@ class Encoder:
         self._turn = column([2 * np.pi / i.period for i in spec.inputs], self._wave)
         self._phase = column([np.pi / 2 * (t == "cos") for t in transforms], self._wave)
         self._threshold = column([i.threshold for i in spec.inputs], self._step)
+        self._unit = column([1 / i.unit for i in spec.inputs], self._log)
         self._scale = column([1 / i.deviation for i in spec.inputs], slice(None))  # [I, 1]
         self._shift = column([-i.mean / i.deviation for i in spec.inputs], slice(None))
         self._may_miss = any(field.kind == "numeric" for field in spec.fields)
@@ -489,11 +629,21 @@ class Encoder:
             np.nan_to_num(inputs, copy=False, nan=0.0)
         return np.ascontiguousarray(inputs.T)
 
+    def outside(self, raw: Float32) -> NDArray[np.bool_] | None:
+        """Which raw features [n, R] are beyond their range; None where none is."""
+        if not self._is_bounded:
+            return None
+        beyond: NDArray[np.bool_] = (raw < self._low) | (raw > self._high)
+        return beyond if beyond.any() else None
+
     def transformed(self, raw: Float32) -> Float32:
         """Inputs [I, n] before they are standardised; NaN where a value is missing."""
         inputs = raw.T[self._column]  # [I, n]
+        if self._is_clipped:
+            np.clip(inputs, self._least, self._most, out=inputs)
         if self._log is not None:
-            inputs[self._log] = np.log1p(np.maximum(inputs[self._log], np.float32(0.0)))
+            positive = np.maximum(inputs[self._log], np.float32(0.0))
+            inputs[self._log] = np.log1p(positive * self._unit)
         if self._wave is not None:
             inputs[self._wave] = np.sin(inputs[self._wave] * self._turn + self._phase)
         if self._first is not None:
@@ -503,6 +653,47 @@ class Encoder:
         if self._missing is not None:
             inputs[self._missing] = np.isnan(inputs[self._missing])
         return inputs
+
+
+RANGE_RANK = 20
+"""A range ends at the value that this many transactions of the training pass or reach, so that no
+few odd ones widen it; of few transactions, one in a thousand."""
+
+
+def ranges_of(raw: Float32, spec: FeatureSpec) -> tuple[tuple[float, float], ...]:
+    """The range of each raw feature over transactions ``raw`` [N, R] of the training period.
+
+    A missing value and the -1 of :data:`SIGNED` features are left out. A feature that runs round,
+    a category, and one without values have no bounds.
+    """
+    categories = {field.name for field in spec.fields if field.kind == "categorical"}
+    unbounded = {"hour_of_day", "day_of_week", *categories}
+    found = []
+    for name, column in zip(spec.names, raw.T, strict=True):
+        there = column[~np.isnan(column)]
+        if name in SIGNED:
+            there = there[there >= 0]
+        if name in unbounded or not len(there):
+            found.append((-_FLOAT32_MAX, _FLOAT32_MAX))
+            continue
+        rank = min(RANGE_RANK, 1 + len(there) // 1000)
+        ends = np.partition(there, [rank - 1, len(there) - rank])
+        low = -1.0 if name in SIGNED else float(ends[rank - 1])
+        found.append((low, float(ends[len(there) - rank])))
+    return tuple(found)
+
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+"""No bound: JSON has no infinity."""
+
+
+def _bounds(spec: FeatureSpec) -> tuple[Float32, Float32]:
+    """Lowest and highest value [R] of each raw feature."""
+    ranges = spec.ranges or ((-_FLOAT32_MAX, _FLOAT32_MAX),) * len(spec.names)
+    low, high = np.array(ranges, np.float64).T
+    low = np.where(low <= -_FLOAT32_MAX, -np.inf, low)
+    high = np.where(high >= _FLOAT32_MAX, np.inf, high)
+    return low.astype(np.float32), high.astype(np.float32)
 
 
 def _slice_or_rows(chosen: NDArray[np.bool_]) -> slice | NDArray[np.intp] | None:
@@ -530,6 +721,19 @@ def _check(spec: FeatureSpec) -> None:
         raise FeatureSpecError(
             f"label_delay_days is {spec.label_delay_days}; it must be 0 to {LABEL_DELAY_MAX_DAYS}"
         )
+    if spec.ranges and (
+        len(spec.ranges) != len(names)
+        or not np.isfinite(spec.ranges).all()
+        or any(low > high for low, high in spec.ranges)
+    ):
+        raise FeatureSpecError(
+            f"{len(spec.ranges)} ranges for {len(names)} features; each has a lowest and a "
+            "highest finite value, in this order"
+        )
+    if not (0 < spec.scale.floor < np.inf and 0 < spec.scale.usual < np.inf):
+        raise FeatureSpecError(
+            f"scale has floor {spec.scale.floor} and usual {spec.scale.usual}; both must be over 0"
+        )
     kinds = {field.name: field.kind for field in spec.fields}
     for number, i in enumerate(spec.inputs):
         _check_input(number, i, names, kinds)
@@ -544,12 +748,12 @@ def _check_input(number: int, i: Input, names: Sequence[str], kinds: dict[str, F
         raise FeatureSpecError(
             f"input {number} needs the feature {i.feature[:64]!r}; known are {', '.join(names)}"
         )
-    numbers = (i.mean, i.deviation, i.period, i.threshold)
-    if not np.isfinite(numbers).all() or i.deviation <= 0 or i.period <= 0:
+    numbers = (i.mean, i.deviation, i.period, i.threshold, i.unit, i.at_most or 0.0)
+    if not np.isfinite(numbers).all() or min(i.deviation, i.period, i.unit) <= 0:
         raise FeatureSpecError(
             f"input {number} ({i.feature}): mean {i.mean}, deviation {i.deviation}, "
-            f"period {i.period}, threshold {i.threshold}; they must be finite, deviation and "
-            "period over 0"
+            f"period {i.period}, threshold {i.threshold}, unit {i.unit}, at_most {i.at_most}; "
+            "they must be finite, deviation, period and unit over 0"
         )
     if i.transform == "category" and (i.mean, i.deviation) != (0.0, 1.0):
         raise FeatureSpecError(

@@ -35,7 +35,7 @@ from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import Position, TrainingState
 
-RECIPE = 3
+RECIPE = 4
 """Version of what is made of the same data and settings, such as how many epochs are the default:
 what another version has trained, or begun to, is trained anew."""
 

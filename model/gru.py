@@ -12,13 +12,19 @@ L layers, H hidden, D head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+from model.features import Role
+from model.own_risk import OwnRisk
 
 SIZE_MAX = 4096
 """Largest size of any layer."""
@@ -44,6 +50,8 @@ class Architecture:
         inputs: numbers in; the codes of ``embeddings`` come on top of them.
         cell: what is recurrent; ``none`` makes a feed-forward network of one transaction.
         embeddings: for each category its codes and the size of its vectors.
+        rising_size: units each for what rises with the amount, and with known frauds; even.
+        roles: of each of the inputs; empty: all are ``own``.
 
     Raises:
         ValueError: a size is out of its bounds; the message names it.
@@ -57,9 +65,17 @@ class Architecture:
     dropout: float = 0.1
     cell: Cell = "gru"
     embeddings: tuple[tuple[int, int], ...] = ()
+    rising_size: int = 32
+    roles: tuple[Role, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "input_size", "hidden_size", "head_size"):
+        if not self.roles:
+            object.__setattr__(self, "roles", ("own",) * self.inputs)
+        if len(self.roles) != self.inputs:
+            raise ValueError(f"{len(self.roles)} roles for {self.inputs} inputs")
+        if self.rising_size % 2:
+            raise ValueError(f"rising_size is {self.rising_size}; it must be even")
+        for name in ("inputs", "input_size", "hidden_size", "head_size", "rising_size"):
             if not 1 <= getattr(self, name) <= SIZE_MAX:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {SIZE_MAX}")
         if not 1 <= self.layers <= LAYERS_MAX:
@@ -126,14 +142,33 @@ def _embedding(codes: int, size: int) -> nn.Embedding:
 
 
 class Network(nn.Module):
-    """Fraud logits of each transaction, given the account's hidden before it."""
+    """Fraud logits of each transaction, given the account's hidden state before it.
+
+    The logit is a sum of three parts, each of the state before and of the transaction:
+
+    - ``context``: of everything but the amount over what is usual and known frauds;
+    - ``amount``: rises with the inputs of role ``amount``;
+    - ``frauds``: at least 0, and 0 where no fraud of the merchant is known; rises with the inputs
+      of roles ``amount`` and ``frauds``, by which also the merchant's fraud ages matter.
+
+    So with the history fixed more money or more known frauds never lower the score: the weights
+    on these ways are taken by their absolute value, and what follows them rises, too (a partially
+    monotone network, as Runje and Shankaranarayana 2023 make them). The recurrent layer, which
+    carries the history on, sees all inputs freely.
+    """
+
+    _free_mask: Tensor
+    _amount_mask: Tensor
+    _fraud_mask: Tensor
+    _ages_mask: Tensor
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
         self.embeddings = nn.ModuleList(_embedding(codes, size) for codes, size in a.embeddings)
         embedded = sum(size for _, size in a.embeddings)
-        self.input_layer = nn.Linear(a.inputs + embedded, a.input_size)
+        width = a.inputs + embedded
+        self.input_layer = nn.Linear(width, a.input_size)
         self.recurrent: nn.RNNBase | None = None
         if a.cell != "none":
             self.recurrent = _CELLS[a.cell](
@@ -145,18 +180,39 @@ class Network(nn.Module):
             )
         recurrent_size = a.hidden_size if a.cell != "none" else 0
         self.dropout = nn.Dropout(a.dropout)
-        self.head = nn.Linear(recurrent_size + a.input_size, a.head_size)
+        self.free_layer = nn.Linear(width, a.input_size)
+        rising = a.rising_size
+        # Rows: the context's head, then what amount and frauds get of the context.
+        self.head = nn.Linear(recurrent_size + a.input_size, a.head_size + 2 * rising)
+        self.amount_layer = nn.Linear(width, rising, bias=False)
+        self.fraud_layer = nn.Linear(width, rising, bias=False)
         self.logit = nn.Linear(a.head_size, 1)
+        self.amount_logit = nn.Linear(rising, 1, bias=False)
+        self.fraud_logit = nn.Linear(rising, 1, bias=False)
+        self.own = OwnRisk(max(1, sum(role in ("own", "amount") for role in a.roles)))
         self.verdict = nn.Linear(a.hidden_size, 1)
+        self._roles = a.roles + ("own",) * embedded
+        self._own_columns = [i for i, r in enumerate(a.roles) if r in ("own", "amount")]
+        self._any_fraud = a.roles.index("any_fraud") if "any_fraud" in a.roles else None
+        free = _columns(self._roles, "own", "merchant")  # [width], 1 or 0
+        amount = _columns(self._roles, "amount")
+        frauds = _columns(self._roles, "frauds", "any_fraud")
+        ages = _columns(self._roles, "fraud_ages")
+        self.register_buffer("_free_mask", free, persistent=False)
+        self.register_buffer("_amount_mask", amount, persistent=False)
+        self.register_buffer("_fraud_mask", amount + frauds, persistent=False)
+        self.register_buffer("_ages_mask", ages, persistent=False)
         self._cells: list[_Cell] = []
+        self._packed: _Packed | None = None
 
     def train(self, mode: bool = True) -> Network:
         """Training or (``eval()``) evaluation; :meth:`step` takes the weights as they are then."""
         self._cells = []
+        self._packed = None
         return super().train(mode)
 
     def empty_hidden(self, n: int) -> Tensor:
-        """Hidden [n, L, H] of n accounts that have made no transaction: zeros."""
+        """Hidden states [n, L, H] of n accounts that have made no transaction: zeros."""
         a = self.architecture
         size = a.hidden_size * (2 if a.cell == "lstm" else 1)
         return torch.zeros(n, a.layers, size, device=self.logit.weight.device)
@@ -172,17 +228,25 @@ class Network(nn.Module):
             logits: [n].
             hidden: [n, L, H] after the transaction.
         """
-        x = self._input(inputs)  # [n, X]
-        below = x
-        after = []
-        if not self._cells:
+        if self._packed is None:
             assert isinstance(self.recurrent, nn.GRU)
             self._cells = [_Cell.of(*weights) for weights in self.recurrent.all_weights]
+            self._packed = _Packed.of(self)
+        x = self._embedded(inputs)  # [n, width]
+        packed, size = self._packed, self.architecture.input_size
+        first = torch.addmm(packed.first_bias, x, packed.first)  # [n, 2 X + 2 M]
+        shown = first[:, : 2 * size].relu_()
+        below = shown[:, :size]
+        after = []
         for layer, cell in enumerate(self._cells):
             below = cell.step(below, hidden[:, layer])  # [n, H]
             after.append(below)
+        joined = torch.cat((hidden[:, -1], shown[:, size:]), 1)  # [n, H + X]
+        head = torch.addmm(packed.head_bias, joined, packed.head)  # [n, D + 2 M]
+        head[:, -packed.rising.shape[0] :] += first[:, 2 * size :]
+        logits = self._sum(head, packed.context, packed.amount, packed.frauds, x)
         stacked = after[0].unsqueeze(1) if len(after) == 1 else torch.stack(after, 1)
-        return self._logits(below, x), stacked  # [n], [n, L, H]
+        return logits, stacked  # [n], [n, L, H]
 
     def unroll(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """T transactions of each of n accounts; every one is scored (many to many).
@@ -195,32 +259,128 @@ class Network(nn.Module):
             logits: [n, T].
             hidden: [n, L, H] after the last.
         """
-        x = self._input(inputs)  # [n, T, X]
+        x = self._embedded(inputs)  # [n, T, width]
         if self.recurrent is None:
             return self._logits(None, x), self.empty_hidden(len(x))
-        before = None if hidden is None else hidden.transpose(0, 1).contiguous()  # [L, n, H]
+        below = F.relu(self.input_layer(x))  # [n, T, X]
+        if hidden is None:
+            hidden = self.empty_hidden(len(x))
+        before = hidden.transpose(0, 1).contiguous()  # [L, n, H]
         if isinstance(self.recurrent, nn.LSTM):
-            pair = None if before is None else before.chunk(2, -1)
-            outputs, (h, c) = self.recurrent(x, pair and tuple(p.contiguous() for p in pair))
+            pair = before.chunk(2, -1)
+            outputs, (h, c) = self.recurrent(below, tuple(p.contiguous() for p in pair))
             after = torch.cat((h, c), -1)
+            before = pair[0]
         else:
-            outputs, after = self.recurrent(x, before)  # [n, T, H], [L, n, H]
-        return self._logits(outputs, x), after.transpose(0, 1)
+            outputs, after = self.recurrent(below, before)  # [n, T, H], [L, n, H]
+        earlier = torch.cat((before[-1].unsqueeze(1), outputs[:, :-1]), 1)  # [n, T, H]
+        return self._logits(earlier, x), after.transpose(0, 1)
+
+    def merchant_weight(self, inputs: Tensor) -> NDArray[np.uint8]:
+        """[n, I] -> uint8[n]: how far a fraud of each says something about its merchant."""
+        return self.own.merchant_weight(self.own_inputs(inputs))
+
+    def own_inputs(self, inputs: Tensor) -> Tensor:
+        """[n, I] -> [n, own]: the inputs of the payment and its account."""
+        return inputs[:, self._own_columns]
 
     def verdict_logit(self, hidden: Tensor) -> Tensor:
-        """[n, L, H] -> [n]: the logit that an account is compromised, from its last hidden."""
+        """[n, L, H] -> [n]: the logit that an account is compromised, from its last state."""
         return cast("Tensor", self.verdict(hidden[:, -1]).squeeze(-1))
 
-    def _input(self, inputs: Tensor) -> Tensor:
-        """[..., I] -> [..., X]."""
-        if self.architecture.embeddings:
-            numbers = self.architecture.inputs
-            codes = inputs[..., numbers:].long()  # [..., categories]
-            vectors = [embed(codes[..., i]) for i, embed in enumerate(self.embeddings)]
-            inputs = torch.cat((inputs[..., :numbers], *vectors), -1)
-        return F.relu(self.input_layer(inputs))
+    def scale_logits(self, scale: float, shift: float) -> None:
+        """Make the logits ``scale * logit + shift``, in place; the scale must be over 0."""
+        assert scale > 0, "a falling calibration would turn what rises"
+        with torch.no_grad():
+            for layer in (self.logit, self.amount_logit, self.fraud_logit):
+                layer.weight.mul_(scale)
+            self.logit.bias.mul_(scale).add_(shift)
+
+    def _embedded(self, inputs: Tensor) -> Tensor:
+        """[..., I] -> [..., width]: categories as vectors."""
+        if not self.architecture.embeddings:
+            return inputs
+        numbers = self.architecture.inputs
+        codes = inputs[..., numbers:].long()  # [..., categories]
+        vectors = [embed(codes[..., i]) for i, embed in enumerate(self.embeddings)]
+        return torch.cat((inputs[..., :numbers], *vectors), -1)
+
+    def _free_weight(self) -> Tensor:
+        return self.free_layer.weight * self._free_mask
+
+    def _amount_weight(self) -> Tensor:
+        return self.amount_layer.weight.abs() * self._amount_mask
+
+    def _fraud_weight(self) -> Tensor:
+        weight = self.fraud_layer.weight
+        return weight.abs() * self._fraud_mask + weight * self._ages_mask
 
     def _logits(self, hidden: Tensor | None, x: Tensor) -> Tensor:
-        """[..., H], [..., X] -> [...]."""
-        joined = x if hidden is None else torch.cat((hidden, x), -1)  # [..., H + X]
-        return cast("Tensor", self.logit(F.relu(self.head(self.dropout(joined)))).squeeze(-1))
+        """[..., H], [..., width] -> [...]."""
+        free = F.relu(F.linear(x, self._free_weight(), self.free_layer.bias))
+        joined = free if hidden is None else torch.cat((hidden, free), -1)  # [..., H + X]
+        head = self.head(self.dropout(joined))  # [..., D + 2 M]
+        rising = torch.cat((self._amount_weight(), self._fraud_weight()))  # [2 M, width]
+        context, given = head.split((self.architecture.head_size, len(rising)), -1)
+        head = torch.cat((context, given + F.linear(x, rising)), -1)
+        amount, frauds = self.amount_logit.weight.abs().t(), self.fraud_logit.weight.abs().t()
+        return self._sum(head, self.logit.weight.t(), amount, frauds, x)
+
+    def _sum(
+        self, head: Tensor, context: Tensor, amount: Tensor, frauds: Tensor, x: Tensor
+    ) -> Tensor:
+        """[..., D + 2 M], output weights, [..., width] -> [...]: the parts' sum."""
+        size, rising = self.architecture.head_size, self.architecture.rising_size
+        logit = F.relu(head[..., :size]) @ context + self.logit.bias
+        logit = logit + _rise(head[..., size : size + rising]) @ amount
+        if self._any_fraud is not None:
+            share = x[..., self._any_fraud].clamp(0.0, 1.0).unsqueeze(-1)
+            logit = logit + share * (_rise(head[..., size + rising :]) @ frauds)
+        return logit.squeeze(-1)
+
+
+def _rise(z: Tensor) -> Tensor:
+    """Rising functions, at least 0: half of the units without an upper end, half with one."""
+    open_end, closed_end = z.chunk(2, -1)
+    return torch.cat((F.relu(open_end), torch.sigmoid(closed_end)), -1)
+
+
+def _columns(roles: Sequence[str], *wanted: str) -> Tensor:
+    # On the CPU, where the network is made without values, too.
+    return torch.tensor([float(role in wanted) for role in roles], device="cpu")
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A network's layers around its GRU, laid out for one step."""
+
+    first: Tensor  # [width, 2 X + 2 M]: to the GRU, free, amount, frauds
+    first_bias: Tensor
+    head: Tensor  # [H + X, D + 2 M]
+    head_bias: Tensor
+    context: Tensor  # [D, 1]
+    amount: Tensor  # [M, 1]
+    frauds: Tensor  # [M, 1]
+    rising: Tensor  # [2 M]
+
+    @classmethod
+    def of(cls, network: Network) -> _Packed:
+        """From the network's weights as they are."""
+        with torch.no_grad():
+            rising = torch.zeros(2 * network.architecture.rising_size)
+            rows = (
+                network.input_layer.weight,
+                network._free_weight(),
+                network._amount_weight(),
+                network._fraud_weight(),
+            )
+            return cls(
+                torch.cat(rows).t().contiguous(),
+                torch.cat((network.input_layer.bias, network.free_layer.bias, rising)),
+                network.head.weight.detach().t().contiguous(),
+                network.head.bias.detach(),
+                network.logit.weight.detach().t().contiguous(),
+                network.amount_logit.weight.abs().t().contiguous(),
+                network.fraud_logit.weight.abs().t().contiguous(),
+                rising,
+            )

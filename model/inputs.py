@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.dataset import Dataset
-from model.features import INPUTS, FeatureSpec, Field, Input
+from model.features import (
+    AMOUNTS,
+    INPUTS,
+    AmountScale,
+    FeatureSpec,
+    Field,
+    Input,
+    ranges_of,
+)
 from model.steps import learned_steps
 
 STEP_FEATURES = (
@@ -59,6 +67,8 @@ MISSING_MIN = 20
 """Missing values from which on that a value is missing is an input."""
 
 _FLOAT32_RESOLUTION = 1e-6
+
+DEFAULT_SCALE = AmountScale()
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
@@ -138,6 +148,7 @@ def fitted_spec(
     is_fraud: NDArray[np.bool_],
     fields: tuple[Field, ...] = (),
     label_delay_days: float = 7.0,
+    scale: AmountScale = DEFAULT_SCALE,
 ) -> FeatureSpec:
     """The inputs of a new network.
 
@@ -145,10 +156,17 @@ def fitted_spec(
         raw: [n, R] of labelled transactions of the training period, or a sample of them.
         is_fraud: [n].
         fields: as in the columns of ``raw``.
+        scale: by which ``raw`` was computed.
     """
-    spec = FeatureSpec(label_delay_days=label_delay_days, fields=fields)
+    spec = FeatureSpec(label_delay_days=label_delay_days, fields=fields, scale=scale)
+    spec = msgspec.structs.replace(spec, ranges=ranges_of(raw, spec))
     column = {name: raw[:, place] for place, name in enumerate(spec.names)}
-    inputs = list(INPUTS)
+    inputs = [
+        msgspec.structs.replace(i, unit=scale.floor)
+        if i.feature in AMOUNTS and i.transform == "log1p"
+        else i
+        for i in INPUTS
+    ]
     for name in STEP_FEATURES:
         inputs += _steps(name, learned_steps(column[name], is_fraud))
     spec = msgspec.structs.replace(spec, inputs=tuple(inputs)).fitted(raw)

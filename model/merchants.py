@@ -9,6 +9,9 @@ live stream give the same features.
 
 Labels come late. Up to ``label_delay`` ago a transaction that is not known as fraud counts as
 genuine; of later ones nothing is known, so risk is measured over windows that end there.
+
+A known fraud has a *weight* from 0 to 1: how far the merchant explains it (:mod:`model.own_risk`).
+Sums of frauds are sums of weights. Ages look only at frauds of at least :data:`STRONG_WEIGHT`.
 """
 
 from __future__ import annotations
@@ -39,18 +42,24 @@ SETTLE_MS = 60_000
 COUNT_MAX = 65_535
 """A bucket's count stays there."""
 
+WEIGHT_MAX = 255
+"""The weight of a fraud that only its merchant explains, as the whole number that is stored."""
+
+STRONG_WEIGHT = 128
+"""Frauds of at least this stored weight count for the ages of a merchant's frauds."""
+
 MERCHANT_FEATURES: tuple[str, ...] = (
     "merchant_count_1d",  # transactions in the last day, week, 30 days
     "merchant_count_7d",
     "merchant_count_30d",
-    "merchant_risk_1d",  # known frauds / transactions in the same windows, ending label_delay ago
+    "merchant_risk_1d",  # weights of frauds / transactions in these windows, to label_delay ago
     "merchant_risk_7d",
     "merchant_risk_30d",
-    "merchant_known_frauds",  # in all closed buckets
-    "merchant_oldest_fraud_days",  # since the oldest known fraud's bucket; -1: none
+    "merchant_known_frauds",  # weights of the known frauds in all closed buckets
+    "merchant_oldest_fraud_days",  # since the oldest strong fraud's bucket; -1: none
     "merchant_newest_fraud_days",
     "merchant_genuine_days",  # since the newest labelled bucket with a genuine one; -1: none
-    "merchant_streak_frauds",  # known frauds in buckets after that one
+    "merchant_streak_frauds",  # weights of strong frauds in buckets after that one
     "merchant_streak_days",  # since the oldest of them; -1: none
 )
 """Names of a merchant's raw features, in the order of the columns."""
@@ -97,6 +106,7 @@ class MerchantProfiles:
         fraud_row: intp[k], the row of each known fraud, ascending.
         fraud_bucket: int64[k], the bucket of its transaction.
         fraud_known: int64[k], the bucket in which its label arrived.
+        fraud_weight: uint8[k], how far the merchant explains it, up to :data:`WEIGHT_MAX`.
     """
 
     head: Int64
@@ -104,6 +114,7 @@ class MerchantProfiles:
     fraud_row: Rows
     fraud_bucket: Int64
     fraud_known: Int64
+    fraud_weight: NDArray[np.uint8]
 
     @classmethod
     def empty(cls, n: int) -> MerchantProfiles:
@@ -115,6 +126,7 @@ class MerchantProfiles:
             np.zeros(0, np.intp),
             nothing,
             nothing,
+            np.zeros(0, np.uint8),
         )
 
     def __len__(self) -> int:
@@ -128,16 +140,28 @@ class Labels:
     Attributes:
         row: intp[k], which transaction of the log.
         arrival_ms: int64[k], when its label arrives, epoch milliseconds.
+        weight: uint8[k], how far its merchant explains it; None: each counts in full.
     """
 
     row: Rows
     arrival_ms: Int64
+    weight: NDArray[np.uint8] | None = None
 
     @classmethod
-    def delayed(cls, is_fraud: NDArray[np.bool_], timestamp_ms: Int64, delay_ms: int) -> Labels:
-        """Every fraud of a log, known so long after its transaction."""
+    def delayed(
+        cls,
+        is_fraud: NDArray[np.bool_],
+        timestamp_ms: Int64,
+        delay_ms: int,
+        weight: NDArray[np.uint8] | None = None,
+    ) -> Labels:
+        """Every fraud of a log, known ``delay_ms`` after its transaction.
+
+        Args:
+            weight: uint8[N] of the log's transactions.
+        """
         row = np.flatnonzero(is_fraud)
-        return cls(row, timestamp_ms[row] + delay_ms)
+        return cls(row, timestamp_ms[row] + delay_ms, None if weight is None else weight[row])
 
 
 def observe_merchants(
@@ -184,6 +208,21 @@ def _look(profiles: MerchantProfiles, row: Rows, present: Int64, label_delay_ms:
     return np.ascontiguousarray(raw.T)
 
 
+@dataclass(frozen=True)
+class _KnownFrauds:
+    """Known frauds of r merchants in each closed bucket.
+
+    Attributes:
+        number: int32[r, DEPTH] all of them.
+        weight: float32[r, DEPTH] their weights, added up.
+        strong: float32[r, DEPTH] the weights of the strong ones.
+    """
+
+    number: NDArray[np.int32]
+    weight: Float32
+    strong: Float32
+
+
 def _closed_counts(profiles: MerchantProfiles, row: Rows, present: Int64) -> NDArray[np.uint16]:
     """Transactions [n, DEPTH] in each closed bucket."""
     counts = np.empty((len(row), DEPTH), np.uint16)
@@ -206,9 +245,10 @@ def _closed_counts(profiles: MerchantProfiles, row: Rows, present: Int64) -> NDA
 
 def _known_frauds(
     profiles: MerchantProfiles, row: Rows, present: Int64
-) -> tuple[Rows, NDArray[np.int32]]:
-    """Which of n have known frauds, [r], and how many of each closed bucket, [r, DEPTH]."""
-    nothing = np.zeros(0, np.intp), np.zeros((0, DEPTH), np.int32)
+) -> tuple[Rows, _KnownFrauds]:
+    """Which of n have known frauds, [r], and these frauds."""
+    zeros = np.zeros((0, DEPTH), np.float32)
+    nothing = np.zeros(0, np.intp), _KnownFrauds(zeros.astype(np.int32), zeros, zeros)
     if len(profiles.fraud_row) == 0:
         return nothing
     begin = np.searchsorted(profiles.fraud_row, row, side="left")
@@ -220,35 +260,44 @@ def _known_frauds(
     if not seen.any():
         return nothing
     rated, place = np.unique(of[seen], return_inverse=True)
-    frauds = np.zeros((len(rated), DEPTH), np.int32)
-    np.add.at(frauds, (place, column[seen]), 1)
-    return rated, frauds
+    stored = profiles.fraud_weight[fraud][seen].astype(np.int64)
+    cell = place * DEPTH + column[seen]
+
+    def summed(values: NDArray[np.int64]) -> NDArray[np.float64]:
+        sums = np.bincount(cell, values.astype(np.float64), len(rated) * DEPTH)
+        return np.asarray(sums.reshape(-1, DEPTH), np.float64)
+
+    return rated, _KnownFrauds(
+        summed(np.ones_like(stored)).astype(np.int32),
+        (summed(stored) / WEIGHT_MAX).astype(np.float32),
+        (summed(np.where(stored >= STRONG_WEIGHT, stored, 0)) / WEIGHT_MAX).astype(np.float32),
+    )
 
 
-def _look_at_frauds(
-    counts: NDArray[np.uint16], frauds: NDArray[np.int32], labelled: int
-) -> Float32:
+def _look_at_frauds(counts: NDArray[np.uint16], frauds: _KnownFrauds, labelled: int) -> Float32:
     """Features from the third on, [M - 3, r], of r merchants with known frauds.
 
     Args:
         counts: [r, DEPTH] transactions.
-        frauds: [r, DEPTH] known frauds.
         labelled: columns before it have had their labels.
     """
     raw = np.empty((len(MERCHANT_FEATURES) - 3, len(counts)), np.float32)
     for i, window in enumerate(_WINDOW_BUCKETS):
         inside = slice(max(labelled - window, 0), labelled)
-        known = frauds[:, inside].sum(axis=1, dtype=np.float32)
-        raw[i] = known / np.maximum(counts[:, inside].sum(axis=1, dtype=np.float32), 1)
-    raw[3] = frauds.sum(axis=1)
-    there = frauds > 0
-    raw[4] = (DEPTH - there.argmax(axis=1)) * _BUCKET_DAYS
+        known = frauds.weight[:, inside].sum(axis=1, dtype=np.float32)
+        # Transactions are counted at least once and can be lost: a rate is at most 1.
+        seen = counts[:, inside].sum(axis=1, dtype=np.float32)
+        raw[i] = known / np.maximum(np.maximum(seen, known), 1)
+    raw[3] = frauds.weight.sum(axis=1)
+    there = frauds.strong > 0
+    oldest = (DEPTH - there.argmax(axis=1)) * _BUCKET_DAYS
+    raw[4] = np.where(there.any(axis=1), oldest, _NONE)
     raw[5] = _days_since_last(there)
-    genuine = counts[:, :labelled] > frauds[:, :labelled]
+    genuine = counts[:, :labelled] > frauds.number[:, :labelled]
     raw[6] = _days_since_last(genuine)
     last_genuine = np.where(genuine.any(axis=1), labelled - 1 - genuine[:, ::-1].argmax(axis=1), -1)
     streak = there & (np.arange(DEPTH) > last_genuine[:, None])
-    raw[7] = np.where(streak, frauds, 0).sum(axis=1)
+    raw[7] = np.where(streak, frauds.strong, 0.0).sum(axis=1)
     raw[8] = np.where(streak.any(axis=1), (DEPTH - streak.argmax(axis=1)) * _BUCKET_DAYS, _NONE)
     return raw
 
@@ -330,8 +379,11 @@ class _Arrived:
         self._code = code[row]
         self._bucket = bucket_of(timestamp_ms[row])
         self._known = bucket_of(labels.arrival_ms[order])
+        self._weight = np.full(len(row), WEIGHT_MAX, np.uint8)
+        if labels.weight is not None:
+            self._weight = labels.weight[order]
 
-    def before(self, bucket: int, there: Rows) -> tuple[Rows, Int64, Int64]:
+    def before(self, bucket: int, there: Rows) -> tuple[Rows, Int64, Int64, NDArray[np.uint8]]:
         """Frauds of merchants ``there`` (ascending) known before a bucket, as in a profile."""
         end = np.searchsorted(self._known, bucket)
         recent = np.flatnonzero(self._bucket[:end] >= bucket - DEPTH)
@@ -340,4 +392,4 @@ class _Arrived:
         recent, place = recent[found], place[found]
         order = np.argsort(place, kind="stable")
         recent = recent[order]
-        return place[order], self._bucket[recent], self._known[recent]
+        return place[order], self._bucket[recent], self._known[recent], self._weight[recent]

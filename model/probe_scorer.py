@@ -23,6 +23,7 @@ from model.merchants import (
     BUCKETS,
     COUNT_MAX,
     DEPTH,
+    WEIGHT_MAX,
     MerchantProfiles,
     bucket_of,
     observe_merchants,
@@ -107,6 +108,7 @@ def merchant_raw(merchants: Sequence[Merchant], now_ms: int, label_delay_ms: int
         fraud_row=np.array(row, np.intp),
         fraud_bucket=np.array(bucket, np.int64),
         fraud_known=np.array(known, np.int64),
+        fraud_weight=np.full(len(row), WEIGHT_MAX, np.uint8),
     )
     rows = np.arange(len(merchants))
     return observe_merchants(profiles, rows, np.full(len(merchants), now_ms), label_delay_ms)
@@ -199,9 +201,10 @@ class ProbeScorer:
         )
 
     def usual(self, states: States) -> Float64:
-        """Usual amount [n] of each account; the training's median of an account without a past."""
+        """Usual amount [n] of each account, at least the floor of amounts."""
         usual = states.history.usual_amount.astype(np.float64)
-        return np.where(states.history.count > 0, usual, self.median_amount)
+        usual = np.where(states.history.count > 0, usual, self.spec.scale.usual)
+        return np.maximum(usual, self.spec.scale.floor)
 
     def raw(
         self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
@@ -281,7 +284,7 @@ class ProbeScorer:
     def _observed(
         self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
     ) -> tuple[Float32, AccountHistory]:
-        of_account, history = observe(states.history, amount, timestamp_ms)
+        of_account, history = observe(states.history, amount, timestamp_ms, self.spec.scale)
         of_merchant = np.broadcast_to(merchant, (len(amount), merchant.shape[1]))
         return np.hstack((of_account, of_merchant, states.fields)), history
 

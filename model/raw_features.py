@@ -25,13 +25,14 @@ from model.dataset import Dataset, DatasetError
 from model.features import (
     ACCOUNT_FEATURES,
     FEATURES,
+    AmountScale,
     Encoder,
     FeatureSpec,
     Field,
     field_column,
     observe_log,
 )
-from model.merchants import Labels, observe_merchant_log
+from model.merchants import WEIGHT_MAX, Labels, observe_merchant_log
 from model.scoring import Sequences
 
 GROUP_TRANSACTIONS = 2_000_000
@@ -39,6 +40,9 @@ GROUP_TRANSACTIONS = 2_000_000
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
+Weigh = Callable[[Float32, Rows], NDArray[np.uint8]]
+"""Gives the merchant weights [m] of frauds at positions [m] of raw features [N, R], in which the
+merchants' columns are still empty."""
 
 
 def write_raw(
@@ -46,16 +50,18 @@ def write_raw(
     sequences: Sequences,
     spec: FeatureSpec,
     path: Path,
+    weigh: Weigh | None = None,
     show: Callable[[float], None] = lambda _: None,
 ) -> Float32:
-    """Computes raw features, and maps the file that holds them into memory.
+    """Compute raw features, and map the file that holds them into memory.
 
     Labels become known ``spec.label_delay_days`` after their transaction.
 
     Args:
         sequences: of the dataset's accounts.
-        spec: its fields and label delay count; its inputs do not.
+        spec: its fields, scale and label delay count; its inputs do not.
         path: file to write.
+        weigh: how far frauds count at their merchants; None: in full.
         show: called with the share that is done.
 
     Returns:
@@ -66,9 +72,13 @@ def write_raw(
     """
 
     def fill(raw: Float32) -> None:
-        _accounts(dataset, sequences, raw, lambda done: show(done * 0.4))
+        _accounts(dataset, sequences, spec.scale, raw, lambda done: show(done * 0.3))
         _fields(dataset, sequences, spec, raw)
-        _merchants(dataset, sequences, spec, raw, lambda done: show(0.4 + done * 0.6))
+        weight = np.full(len(dataset), WEIGHT_MAX, np.uint8)
+        if weigh is not None:
+            fraud = np.flatnonzero(dataset.is_fraud[sequences.row])
+            weight[sequences.row[fraud]] = weigh(raw, fraud)
+        _merchants(dataset, sequences, spec, weight, raw, lambda done: show(0.5 + done * 0.5))
 
     return _written(path, (len(dataset), len(spec.names)), fill)
 
@@ -125,12 +135,17 @@ def restarted_inputs(
     """
     parts = sequences.restarted(sequences.before(until_row).length, seed)
     shape = len(dataset), len(ACCOUNT_FEATURES)
-    accounts = _written(path, shape, lambda raw: _accounts(dataset, parts, raw, show))
+    scale = inputs.spec.scale
+    accounts = _written(path, shape, lambda raw: _accounts(dataset, parts, scale, raw, show))
     return inputs.with_accounts(accounts), parts
 
 
 def _accounts(
-    dataset: Dataset, sequences: Sequences, raw: Float32, show: Callable[[float], None]
+    dataset: Dataset,
+    sequences: Sequences,
+    scale: AmountScale,
+    raw: Float32,
+    show: Callable[[float], None],
 ) -> None:
     number = np.repeat(np.arange(len(sequences.length)), sequences.length)  # by position
     for begin, end in _groups(sequences.length):
@@ -139,6 +154,7 @@ def _accounts(
             number[begin:end],
             np.asarray(dataset.amount[rows]),
             np.asarray(dataset.timestamp_ms[rows]),
+            scale,
         )
         show(end / len(raw))
 
@@ -147,6 +163,7 @@ def _merchants(
     dataset: Dataset,
     sequences: Sequences,
     spec: FeatureSpec,
+    weight: NDArray[np.uint8],
     raw: Float32,
     show: Callable[[float], None],
 ) -> None:
@@ -158,7 +175,7 @@ def _merchants(
     for begin, end in _groups(lengths):
         rows = np.sort(by_merchant[begin:end])
         times = np.asarray(dataset.timestamp_ms[rows])
-        labels = Labels.delayed(dataset.is_fraud[rows], times, delay_ms)
+        labels = Labels.delayed(dataset.is_fraud[rows], times, delay_ms, weight[rows])
         raw[place[rows], len(ACCOUNT_FEATURES) : len(FEATURES)] = observe_merchant_log(
             dataset.merchant[rows].astype(np.int64), times, labels, delay_ms
         )
@@ -206,9 +223,13 @@ class EncodedInputs:
     def __init__(self, raw: Float32, spec: FeatureSpec, device: torch.device) -> None:
         self._raw = raw
         self._accounts: Float32 | None = None
+        self.spec = spec
         self._encoder = Encoder(spec)
         self._inputs = len(spec.inputs)
         self._device = device
+
+    def __len__(self) -> int:
+        return len(self._raw)
 
     def with_accounts(self, accounts: Float32) -> EncodedInputs:
         """The same inputs but for the accounts' features [N, A], in the same order."""

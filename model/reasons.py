@@ -41,6 +41,9 @@ REASONS_MAX = 3
 WEIGHT_MIN = 0.05
 """A reason that is less of the whole is not worth a person's time, unless it is the only one."""
 
+TINY = 1e-12
+"""What is divided by is at least this, in any currency."""
+
 EXPLAINED_AT_ONCE = 256
 """Most transactions in one batch, each of which asks the network seven times."""
 
@@ -125,9 +128,7 @@ class Explainer:
         at, typical = self._column, self._typical
         raw = asked[0]
         amount, risky, new, velocity = asked[1:5]
-        own = np.where(
-            raw[:, at["transactions_seen"]] > 1, raw[:, at["usual_amount"]], typical["amount"]
-        )
+        own = raw[:, at["usual_amount"]]
         amount[:, at["amount"]] = own
         for name in ("usual_amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d"):
             amount[:, at[name]] = own
@@ -159,6 +160,7 @@ class Explainer:
         """How much of the amount's part is that it is unusual for the account, [n], 0 to 1."""
         amount = raw[:, self._column["amount"]].astype(np.float64)
         usual = raw[:, self._column["usual_amount"]].astype(np.float64)
+        usual = np.maximum(usual, self._checkpoint.header.features.scale.floor)
         for_account = surprise_for_account(amount, usual, self._amounts.deviation)
         for_anyone = surprise_for_anyone(amount, np.asarray(self._amounts.tail))
         both = for_account + for_anyone
@@ -175,7 +177,7 @@ def surprise_for_anyone(amount: Float64, tail: Float64) -> Float64:
     if len(tail) == 0:
         return np.zeros(len(amount))
     halvings = np.interp(amount, tail, np.arange(len(tail)))
-    beyond = np.log(np.maximum(amount / max(tail[-1], 0.01), 1.0))
+    beyond = np.log(np.maximum(amount / max(tail[-1], TINY), 1.0))
     surprise: Float64 = halvings * np.log(2.0) + _PARETO_EXPONENT * beyond
     return surprise
 
@@ -192,7 +194,7 @@ def surprise_for_account(amount: Float64, usual: Float64, deviation: float) -> F
     >>> surprise_for_account(np.array([10.0, 30.0, 100.0]), np.full(3, 20.0), 0.5).round(1)
     array([ 0.7,  1.8, 10.7])
     """
-    t = (amount - usual) / np.maximum(deviation * usual, 0.01)
+    t = (amount - usual) / np.maximum(deviation * usual, TINY)
     t = np.maximum(t, 0.0)
     # The closed form for even degrees of freedom (Abramowitz and Stegun 26.7.4).
     cos2 = 1.0 / (1.0 + t * t / _DEGREES_OF_FREEDOM)
@@ -209,20 +211,24 @@ def _typical(spec: FeatureSpec) -> dict[str, float]:
         if i.transform == "linear":
             values[i.feature] = i.mean
     for i in spec.inputs:
-        if i.transform == "log1p":
-            values[i.feature] = float(np.expm1(i.mean))
+        if i.transform == "log1p" and i.at_most is None:
+            values[i.feature] = float(np.expm1(i.mean)) * i.unit
     return values
 
 
 def _lognormal(spec: FeatureSpec) -> Amounts:
     """For a checkpoint that does not say how amounts spread: what its inputs' scale tells."""
-    scale = [(i.mean, i.deviation) for i in spec.inputs if (i.feature, i.transform) == _LOG_AMOUNT]
+    scale = [
+        (i.mean, i.deviation, i.unit)
+        for i in spec.inputs
+        if (i.feature, i.transform) == _LOG_AMOUNT
+    ]
     if not scale:
         return Amounts()
-    mean, deviation = scale[0]
+    mean, deviation, unit = scale[0]
     shares = torch.tensor(0.5, dtype=torch.float64) ** torch.arange(1, TAIL_MAX)
     z = -torch.special.ndtri(shares).numpy()
-    return Amounts((0.0, *np.expm1(mean + deviation * z).tolist()))
+    return Amounts((0.0, *(unit * np.expm1(mean + deviation * z)).tolist()))
 
 
 def _reasons(falls: Float64) -> list[Reason]:

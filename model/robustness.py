@@ -112,11 +112,14 @@ def score_with_faults(
     twice = rng.random(n_scored) < faults.twice_share
     lost = rng.random(n_scored) < faults.lost_share
     scores = np.empty(n_scored, np.float32)
+    scale = checkpoint.header.features.scale
 
     def advance(
         account: NDArray[np.intp], rows: NDArray[np.intp]
     ) -> tuple[AccountHistory, torch.Tensor, torch.Tensor]:
-        of_account, after = observe(history.take(account), log.amount[rows], log.timestamp_ms[rows])
+        of_account, after = observe(
+            history.take(account), log.amount[rows], log.timestamp_ms[rows], scale
+        )
         whole = np.hstack((of_account, raw_of(rows)[:, len(ACCOUNT_FEATURES) :]))
         inputs = torch.from_numpy(checkpoint.encode(whole))
         logits, advanced = checkpoint.network.step(inputs, hidden[torch.from_numpy(account)])

@@ -197,6 +197,7 @@ def score_stepwise(
     history = AccountHistory.empty(len(order))
     hidden = checkpoint.network.empty_hidden(len(order))
     scores = np.empty(len(account), np.float32)
+    scale = checkpoint.header.features.scale
     if others is None:
         columns = len(checkpoint.header.features.names) - len(ACCOUNT_FEATURES)
         others = np.zeros((len(account), columns), np.float32)
@@ -204,7 +205,8 @@ def score_stepwise(
         for rows in rounds:
             n = len(rows)
             active = slice(0, n)
-            raw, after = observe(history.take(active), amount[rows], timestamp_ms[rows])
+            taken = history.take(active)
+            raw, after = observe(taken, amount[rows], timestamp_ms[rows], scale)
             history.put(active, after)
             inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others[rows]))))
             logits, advanced = checkpoint.network.step(inputs, hidden[:n])

@@ -18,8 +18,11 @@ Card Fraud Detection - Practical Handbook", chapter 3, "Transaction data simulat
 Where rules overlap the one with the higher number names the scenario, and the amount of
 fraud 1 is the one before it is multiplied.
 
+That is the world :data:`model.world.HANDBOOK`. :data:`model.world.WIDE` has further accounts,
+shops and kinds of fraud beside it: see :mod:`model.world`.
+
 It streams: a day at a time, in memory bounded by customers and terminals. A day is drawn from
-the seed and its number alone, so a stream's beginning does not depend on where it ends.
+the seed, its number and what came before, so a stream's beginning does not depend on its end.
 """
 
 from __future__ import annotations
@@ -27,33 +30,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAP_SIZE = 100.0
-RADIUS = 5.0
+from model.payments import DAY_MS, Payments
+from model.reach import MAP_SIZE, Reach
+from model.wide_world import WideWorld
+from model.world import (
+    CUSTOMER_COMPROMISED_DAYS,
+    CUSTOMER_FRAUD_FACTOR,
+    CUSTOMER_FRAUD_PROBABILITY,
+    CUSTOMERS_COMPROMISED_PER_DAY,
+    HANDBOOK,
+    HIGH_AMOUNT,
+    TERMINAL_COMPROMISED_DAYS,
+    TERMINALS_COMPROMISED_PER_DAY,
+    World,
+)
+
 MEAN_AMOUNT_RANGE = (5.0, 100.0)
 RATE_RANGE_PER_DAY = (0.0, 4.0)
 NOON_SECONDS = 43_200.0
 TIME_DEVIATION_SECONDS = 20_000.0
-DAY_MS = 86_400_000
-
-HIGH_AMOUNT = 220.0
-TERMINALS_COMPROMISED_PER_DAY = 2
-TERMINAL_COMPROMISED_DAYS = 28
-CUSTOMERS_COMPROMISED_PER_DAY = 3
-CUSTOMER_COMPROMISED_DAYS = 14
-CUSTOMER_FRAUD_PROBABILITY = 1 / 3
-CUSTOMER_FRAUD_FACTOR = 5.0
 
 CUSTOMERS_MAX = 10_000_000
 TERMINALS_MAX = 10_000_000
 
 _POPULATION_STREAM = 0
 _DAY_STREAM = 1
-_DRAWS_BEFORE_LOOKING_AT_ALL = 40
-_CELLS = int(MAP_SIZE / RADIUS)  # a side; what a customer reaches is in 3 x 3 of them
+_WIDE_POPULATION_STREAM = 2
+_WIDE_DAY_STREAM = 3
 
 
 class SimulatorError(ValueError):
@@ -72,7 +80,7 @@ class DayOfTransactions:
         merchant: 0 up to terminals; see :func:`merchant_id`.
         amount: EUR, rounded to cents.
         is_fraud: the truth.
-        scenario: 0 genuine, else 1, 2 or 3.
+        scenario: the kind of fraud, a place in :data:`model.world.SCENARIOS`; 0 genuine.
     """
 
     day: int
@@ -120,6 +128,7 @@ class Simulator:
         terminals: 1 or more.
         start_date: first day, ISO 8601; days are UTC days.
         seed: 0 or more; the same seed gives the same stream.
+        world: which accounts, merchants and frauds there are.
 
     Raises:
         SimulatorError: an argument is out of its bounds.
@@ -135,26 +144,58 @@ class Simulator:
         terminals: int = 10_000,
         start_date: str = "2018-04-01",
         seed: int = 0,
+        world: World = HANDBOOK,
     ) -> None:
         if not 1 <= customers <= CUSTOMERS_MAX:
             raise SimulatorError(f"customers is {customers}; it must be 1 to {CUSTOMERS_MAX}")
         if not 1 <= terminals <= TERMINALS_MAX:
             raise SimulatorError(f"terminals is {terminals}; it must be 1 to {TERMINALS_MAX}")
+        if world.is_wide and terminals < 2:
+            raise SimulatorError(f"terminals is {terminals}; the wide world needs 2 or more")
         if seed < 0:
             raise SimulatorError(f"seed is {seed}; it must be 0 or more")
         self.customers = customers
         self.terminals = terminals
         self.seed = seed
+        self.world = world
         self._start_ms = _midnight_ms(start_date)
         rng = np.random.default_rng([seed, _POPULATION_STREAM])
         place = rng.uniform(0, MAP_SIZE, (customers, 2))
         self._mean_amount = rng.uniform(*MEAN_AMOUNT_RANGE, customers)
         self._rate_per_day = rng.uniform(*RATE_RANGE_PER_DAY, customers)
-        self._reach = _Reach(place, rng.uniform(0, MAP_SIZE, (terminals, 2)))
-        self._rate_per_day[~self._reach.any(rng)] = 0.0
+        self._on_map = max(
+            1, min(round(terminals * world.map_terminals), terminals - world.is_wide)
+        )
+        self._reach = Reach(place, rng.uniform(0, MAP_SIZE, (self._on_map, 2)))
+        self._reaches = self._reach.any(rng)
+        self._rate_per_day[~self._reaches] = 0.0
 
     def days(self) -> Iterator[DayOfTransactions]:
-        """The days from the first on, without end. Each call begins anew."""
+        """The days from the first on, without end. Each call starts at the first."""
+        return self._wide_days() if self.world.is_wide else self._handbook_days()
+
+    def wide_world(self) -> WideWorld:
+        """The wide world as it is before its first day."""
+        rng = np.random.default_rng([self.seed, _WIDE_POPULATION_STREAM])
+        shops = self.terminals - self._on_map
+        mean, reach, reaches = self._mean_amount, self._reach, self._reaches
+        return WideWorld(rng, mean, reach, reaches, self._on_map, shops, self.world)
+
+    def _wide_days(self) -> Iterator[DayOfTransactions]:
+        wide = self.wide_world()
+        transactions = 0
+        for day in count():
+            rng = np.random.default_rng([self.seed, _WIDE_DAY_STREAM, day])
+            account, time_ms, amount = self._payments(rng)
+            follows = wide.accounts.follows_handbook[account]
+            # Cents are rounded at the end only: of an amount times 5 they would be a trace.
+            amount = np.abs(amount + rng.uniform(-0.005, 0.005, len(amount)))
+            handbook = Payments.of(account, time_ms, amount).at(follows)
+            paid = wide.day(day, handbook, rng)
+            yield self._day(day, transactions, paid)
+            transactions += len(paid)
+
+    def _handbook_days(self) -> Iterator[DayOfTransactions]:
         terminal_compromised_until = np.zeros(self.terminals, np.int64)  # first day after it
         customer_compromised_until = np.zeros(self.customers, np.int64)
         transactions = 0
@@ -182,18 +223,23 @@ class Simulator:
             scenario[terminal_compromised_until[merchant] > day] = 2
             scenario[taken_over] = 3
             amount[taken_over] = np.round(amount[taken_over] * CUSTOMER_FRAUD_FACTOR, 2)
-            yield DayOfTransactions(
-                day=day,
-                transaction_id=np.arange(transactions, transactions + len(account)),
-                timestamp_ms=self._start_ms + day * DAY_MS + time_ms,
-                account=account,
-                merchant=merchant,
-                amount=amount,
-                is_fraud=scenario > 0,
-                scenario=scenario,
-            )
+            paid = Payments(account, time_ms, amount, merchant, scenario)
+            yield self._day(day, transactions, paid)
             transactions += len(account)
             day += 1
+
+    def _day(self, day: int, transactions: int, paid: Payments) -> DayOfTransactions:
+        """Payments in order of time as a day that ``transactions`` came before."""
+        return DayOfTransactions(
+            day=day,
+            transaction_id=np.arange(transactions, transactions + len(paid)),
+            timestamp_ms=self._start_ms + day * DAY_MS + paid.time_ms,
+            account=paid.account,
+            merchant=paid.merchant,
+            amount=paid.amount,
+            is_fraud=paid.scenario > 0,
+            scenario=paid.scenario,
+        )
 
     def _payments(
         self, rng: np.random.Generator
@@ -211,76 +257,6 @@ class Simulator:
         in_day = np.flatnonzero((time_ms >= 0) & (time_ms < DAY_MS))
         in_order = in_day[np.argsort(time_ms[in_day], kind="stable")]
         return account[in_order], time_ms[in_order], amount[in_order]
-
-
-class _Reach:
-    """Draws terminals within the radius of customers, without a list of them per customer.
-
-    Terminals are sorted by cell of a grid; what a customer can reach lies in three runs of
-    neighbouring cells, from which terminals are drawn until one is near enough.
-    """
-
-    def __init__(self, customers: NDArray[np.float64], terminals: NDArray[np.float64]) -> None:
-        cell = _cell(terminals)
-        self._terminal = np.lexsort((cell[:, 1], cell[:, 0]))  # grid position -> terminal
-        self._place = terminals[self._terminal]
-        self._customers = customers
-        flat = (cell[:, 0] * _CELLS + cell[:, 1])[self._terminal]
-        own = _cell(customers)
-        row = own[:, :1] + np.array([-1, 0, 1])  # [customers, 3]
-        outside = (row < 0) | (row >= _CELLS)
-        first = row * _CELLS + np.maximum(own[:, 1:] - 1, 0)
-        last = row * _CELLS + np.minimum(own[:, 1:] + 1, _CELLS - 1)
-        begin = np.searchsorted(flat, first, side="left")
-        end = np.searchsorted(flat, last, side="right")
-        end[outside] = begin[outside]
-        self._begin = begin
-        self._ends = np.cumsum(end - begin, axis=1)  # [customers, 3] candidates up to each run
-
-    def any(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """[customers] whether a terminal is within reach: some draws, then a look at all."""
-        reaches = np.zeros(len(self._customers), np.bool_)
-        waiting = np.flatnonzero(self._ends[:, 2])
-        for _ in range(_DRAWS_BEFORE_LOOKING_AT_ALL):
-            position = self._position(waiting, rng.integers(self._ends[waiting, 2]))
-            reaches[waiting[self._near(waiting, position)]] = True
-            waiting = waiting[~reaches[waiting]]
-        for customer in waiting:
-            candidates = np.arange(self._ends[customer, 2])
-            same = np.full(len(candidates), customer)
-            reaches[customer] = self._near(same, self._position(same, candidates)).any()
-        return reaches
-
-    def draw(self, account: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """[n] a terminal for each account; each account must reach one."""
-        merchant = np.empty(len(account), np.int64)
-        waiting = np.arange(len(account))
-        while len(waiting):
-            customer = account[waiting]
-            position = self._position(customer, rng.integers(self._ends[customer, 2]))
-            near = self._near(customer, position)
-            merchant[waiting[near]] = self._terminal[position[near]]
-            waiting = waiting[~near]
-        return merchant
-
-    def _position(
-        self, customer: NDArray[np.int64], candidate: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Grid positions of the customers' k-th candidates."""
-        ends = self._ends[customer]
-        run = (candidate[:, None] >= ends[:, :2]).sum(axis=1)
-        before = np.where(run > 0, ends[np.arange(len(run)), run - 1], 0)
-        position: NDArray[np.int64] = self._begin[customer, run] + candidate - before
-        return position
-
-    def _near(self, customer: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
-        away = self._place[position] - self._customers[customer]
-        near: NDArray[np.bool_] = np.einsum("ij,ij->i", away, away) < RADIUS**2
-        return near
-
-
-def _cell(place: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.minimum(place // RADIUS, _CELLS - 1).astype(np.int64)
 
 
 def _compromise(

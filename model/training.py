@@ -36,15 +36,16 @@ from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, 
 from model.features import DEFINITION, FeatureSpec, Float32, observe_log
 from model.fitting import RECIPE, Truth, device_of, fit
 from model.gru import Network
-from model.inputs import chosen_fields, embedding_sizes, fitted_spec
 from model.merchants import Labels, observe_merchant_log
-from model.raw_features import EncodedInputs, open_raw, restarted_inputs, write_raw
+from model.prepared import Prepared, prepare
+from model.raw_features import EncodedInputs, restarted_inputs
 from model.scoring import Sequences, unrolled_logits
 from model.simulator import DayOfTransactions, Simulator
 from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import TrainingState
 from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
+from model.world import WORLDS
 
 __all__ = [
     "DataSource",
@@ -65,9 +66,6 @@ __all__ = [
 
 ALERTS_MIN = 20
 """A precision is measured on no fewer alerts."""
-
-FIT_ROWS_MAX = 2_000_000
-"""Transactions that statistics of the inputs are taken from; of more, a random sample."""
 
 _READ, _PREPARED, _FITTED, _SCORED = 0.03, 0.08, 0.93, 0.97  # shares of the time, about
 _RAW, _RESTARTED = "raw", "raw-restarted"
@@ -95,13 +93,11 @@ class SimulatedData:
 
     def __init__(self, settings: TrainingSettings) -> None:
         self._settings = settings
-        self._simulator = Simulator(
-            settings.customers, settings.terminals, settings.start_date, settings.seed
-        )
+        self._simulator = simulator_of(settings)
 
     def identity(self) -> str:
         s = self._settings
-        return f"simulated {s.customers} {s.terminals} {s.days} {s.start_date} {s.seed}"
+        return f"simulated {s.world} {s.customers} {s.terminals} {s.days} {s.start_date} {s.seed}"
 
     def write(self, folder: Path, show: Callable[[float, str], None]) -> Dataset:
         with DatasetWriter(folder) as writer:
@@ -112,6 +108,12 @@ class SimulatedData:
 
     def settings(self, settings: TrainingSettings) -> dict[str, Any]:
         return dataclasses.asdict(settings)
+
+
+def simulator_of(settings: TrainingSettings) -> Simulator:
+    """The simulator that the settings describe."""
+    s = settings
+    return Simulator(s.customers, s.terminals, s.start_date, s.seed, WORLDS[s.world])
 
 
 def _rows(day: DayOfTransactions) -> Rows:
@@ -149,10 +151,7 @@ class Log:
 
 def simulate(settings: TrainingSettings) -> Log:
     """The simulator's first days, whole, in memory."""
-    simulator = Simulator(
-        settings.customers, settings.terminals, settings.start_date, settings.seed
-    )
-    days: list[DayOfTransactions] = list(islice(simulator.days(), settings.days))
+    days: list[DayOfTransactions] = list(islice(simulator_of(settings).days(), settings.days))
     return Log(
         day=np.repeat(np.arange(len(days)), [len(d) for d in days]),
         timestamp_ms=np.concatenate([d.timestamp_ms for d in days]),
@@ -167,7 +166,7 @@ def simulate(settings: TrainingSettings) -> Log:
 def observe_all(log: Log, spec: FeatureSpec) -> Float32:
     """Raw features [N, R] of a log whose labels all come after the spec's delay."""
     labels = Labels.delayed(log.is_fraud, log.timestamp_ms, spec.label_delay_ms)
-    of_account = observe_log(log.account, log.amount, log.timestamp_ms)
+    of_account = observe_log(log.account, log.amount, log.timestamp_ms, spec.scale)
     of_merchant = observe_merchant_log(log.merchant, log.timestamp_ms, labels, spec.label_delay_ms)
     return np.hstack((of_account, of_merchant))
 
@@ -242,11 +241,12 @@ class _Training:
         split = Split.chosen(settings, int(dataset.timestamp_ms[0]), days)
         _check_fraud(dataset, split)
         sequences = Sequences(dataset.account)
-        raw, spec, amounts = self._features(dataset, sequences, split)
-        inputs = EncodedInputs(raw, spec, self._device)
-        numbers = sum(i.transform != "category" for i in spec.inputs)
+        prepared = self._prepared(dataset, sequences, split)
+        spec = prepared.spec
+        inputs = EncodedInputs(prepared.raw, spec, self._device)
         with _seeded(settings.seed, self._device):
-            network = Network(settings.architecture(numbers, embedding_sizes(spec)))
+            network = Network(settings.architecture(spec))
+        network.own.load_state_dict(prepared.own.state_dict())
         network = network.to(self._device)
         fit(
             network,
@@ -289,7 +289,7 @@ class _Training:
                 metrics=metrics,
                 training=decisive | {"device": self._device.type, "recipe": RECIPE},
                 data_digest=dataset.digest(),
-                amounts=amounts,
+                amounts=_amounts(prepared, sequences),
                 **_operating_points(dataset, scores, split),
             ),
         )
@@ -317,38 +317,26 @@ class _Training:
         self._keep_in_sight(_READ, ", ".join(note for note in notes if note))
         return Dataset.open(folder)
 
-    def _features(
-        self, dataset: Dataset, sequences: Sequences, split: Split
-    ) -> tuple[Float32, FeatureSpec, Amounts]:
-        """Raw features of the whole dataset; inputs and amounts of the training period."""
-        settings = self._settings
-        in_training = _labelled(dataset, split.training, split.validation)
-        fields, left_out = chosen_fields(dataset, in_training)
-        for said in sorted(set(left_out.values())):
-            names = ", ".join(name for name in left_out if left_out[name] == said)
+    def _prepared(self, dataset: Dataset, sequences: Sequences, split: Split) -> Prepared:
+        """Raw features of the whole dataset; inputs and own risk of the training period."""
+
+        def show(share: float, note: str) -> None:
+            done = _READ + share * (_PREPARED - _READ) * 0.7
+            self._report(Report("computing features", done, note))
+
+        prepared = prepare(
+            dataset,
+            sequences,
+            _labelled(dataset, split.training, split.validation),
+            self._settings.label_delay_days,
+            self._folder / _RAW,
+            self._settings.seed,
+            show,
+        )
+        for said in sorted(set(prepared.left_out.values())):
+            names = ", ".join(name for name, why in prepared.left_out.items() if why == said)
             self._keep_in_sight(_READ, f"not used, since they say {said}: {names}")
-        unfitted = FeatureSpec(label_delay_days=settings.label_delay_days, fields=fields)
-        path = self._folder / _RAW
-        if path.is_file():
-            raw = open_raw(path, dataset, unfitted)
-        else:
-
-            def show(done: float) -> None:
-                done = _READ + done * (_PREPARED - _READ) * 0.7
-                self._report(Report("computing features", done))
-
-            raw = write_raw(dataset, sequences, unfitted, path, show)
-        self._report(Report("choosing inputs", _PREPARED))
-        rows = in_training
-        if len(rows) > FIT_ROWS_MAX:
-            rng = np.random.default_rng(settings.seed)
-            rows = np.sort(rng.choice(rows, FIT_ROWS_MAX, replace=False))
-        place = np.empty(len(dataset), np.intp)
-        place[sequences.row] = np.arange(len(dataset))
-        sample = raw[place[rows]]
-        spec = fitted_spec(sample, dataset.is_fraud[rows], fields, settings.label_delay_days)
-        column = {name: sample[:, i] for i, name in enumerate(spec.names)}
-        return raw, spec, Amounts.of(column["amount"], column["amount_to_usual"])
+        return prepared
 
     def _show_restarting(self, done: float) -> None:
         self._report(Report("computing features of new accounts", _PREPARED, f"{done:.0%} done"))
@@ -378,6 +366,15 @@ def _validation(
         return evaluation.average_precision(logits, is_fraud)
 
     return validate
+
+
+def _amounts(prepared: Prepared, sequences: Sequences) -> Amounts:
+    """How amounts spread over the training period."""
+    place = np.empty(len(sequences.row), np.intp)
+    place[sequences.row] = np.arange(len(place))
+    sample = prepared.raw[place[prepared.sample]]
+    column = {name: sample[:, i] for i, name in enumerate(prepared.spec.names)}
+    return Amounts.of(column["amount"], column["amount_to_usual"])
 
 
 def _verdict(

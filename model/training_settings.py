@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from model.features import LABEL_DELAY_MAX_DAYS
+from model.features import LABEL_DELAY_MAX_DAYS, FeatureSpec
 from model.gru import Architecture
+from model.inputs import embedding_sizes
+from model.world import WORLDS, WorldName
 
 TRANSACTIONS_MAX = 100_000_000
 """Most transactions to simulate; on disk they take about 260 bytes each."""
@@ -30,6 +32,8 @@ class TrainingSettings:
     terminals: int = 10_000
     days: int = 183
     start_date: str = "2018-04-01"
+    world: WorldName = "wide"
+    """Which accounts, merchants and frauds are simulated: see :mod:`model.world`."""
     seed: int = 1
     """Of data, weights and dropout. Not the simulator's default: that stays data never seen."""
 
@@ -71,6 +75,8 @@ class TrainingSettings:
             )
         for name in ("train_until", "test_from"):
             self.moment_ms(name)
+        if self.world not in WORLDS:
+            raise TrainingError(f"world is {self.world!r}; it must be {' or '.join(WORLDS)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise TrainingError(f"device is {self.device!r}; it must be auto, cpu or cuda")
         expected = 2 * self.customers * self.days
@@ -80,7 +86,7 @@ class TrainingSettings:
                 f"transactions; at most {TRANSACTIONS_MAX:,} fit: lower customers or days"
             )
         try:
-            self.architecture(inputs=1)
+            self.architecture(FeatureSpec())
         except ValueError as error:
             raise TrainingError(str(error)) from error
 
@@ -99,17 +105,17 @@ class TrainingSettings:
                     f"{name} is {getattr(self, name)}; it must be over 0 and under 1"
                 )
 
-    def architecture(
-        self, inputs: int, embeddings: tuple[tuple[int, int], ...] = ()
-    ) -> Architecture:
+    def architecture(self, spec: FeatureSpec) -> Architecture:
+        """The network's sizes for these inputs."""
         return Architecture(
-            inputs=inputs,
+            inputs=len(spec.roles),
             input_size=self.input_size,
             hidden_size=self.hidden_size,
             layers=self.layers,
             head_size=self.head_size,
             dropout=self.dropout,
-            embeddings=embeddings,
+            embeddings=embedding_sizes(spec),
+            roles=spec.roles,
         )
 
     def moment_ms(self, name: Literal["train_until", "test_from"] | str) -> int | None:

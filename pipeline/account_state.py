@@ -1,7 +1,7 @@
 """An account's state as bytes, and many of them as columns.
 
 The layout is fixed and little-endian (see :func:`layout`): a header, what the features
-remember, hashes of the account's last transaction ids, the hidden as float16, a checksum.
+remember, hashes of the account's last transactions, the hidden as float16, a checksum.
 A value of another format, size or checksum is refused and counts as absent.
 
 In memory a micro-batch's states are columns (:class:`AccountStates`), so that a round is a
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from model.features import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Version of the state's layout; raise it with every change of the layout."""
 
 RECENT_IDS = 8
@@ -77,7 +77,8 @@ class AccountStates:
         first_offset, last_offset: int64[n], offsets of the first and last transaction in it.
         last_record_ms: int64[n], CreateTime of the last record, epoch milliseconds.
         history: what the features remember (its ``count`` is 0 for an account without state).
-        recent_ids: uint64[n, RECENT_IDS], hashes of the last transaction ids; 0 is empty.
+        recent_ids: uint64[n, RECENT_IDS], hashes of the last transactions, half of an id's and half
+            of a content's (:func:`pipeline.scorer.id_hashes`); 0 is empty.
         hidden: float16[n, layers, hidden_size].
     """
 
@@ -220,6 +221,7 @@ def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
         ("usual_amount", "<f4"),
         ("recent_ids", "<u8", (RECENT_IDS,)),
         ("hidden", "<f2", (layers, hidden_size)),
+        ("usual_count", "u1"),
     ]
     padding = -np.dtype(fields).itemsize % 8
     if padding:

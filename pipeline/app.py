@@ -9,9 +9,11 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 
 import faust
@@ -25,21 +27,26 @@ from model.checkpoint import Checkpoint
 from pipeline import logs, poll_transport
 from pipeline.checkpoint_watch import CheckpointWatch
 from pipeline.decision import thresholds_of
+from pipeline.ending import Ending, leave_at_signals
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError
+from pipeline.evictions import Evictions
+from pipeline.group_errors import HOPELESS, group_refusal
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
 from pipeline.merchant_store import RedisMerchantStore
+from pipeline.message_limits import MessageLimits
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
 from pipeline.patience import Patience
 from pipeline.processor import Computed, Processor
 from pipeline.publisher import KafkaPublisher
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
-from pipeline.scorer import Scorer
+from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.topics import partition_count
 from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,15 @@ LAG_LOOK_SECONDS = 5.0
 
 LABELS_LOOK_SECONDS = 10.0
 """Between two looks at whether Redis still has the labels that were booked."""
+
+GROUP_LOOK_SECONDS = 0.5
+"""Between two looks at whether the group refuses this worker; each has it ask again."""
+
+GROUP_PATIENCE_SECONDS = 10.0
+"""A group that refuses a worker for so long will not take it: the worker ends."""
+
+JOIN_TELL_SECONDS = 60.0
+"""Between two lines of a worker that is in no group yet."""
 
 DAY_MS = 86_400_000
 
@@ -101,9 +117,27 @@ class Worker:
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
-        self._publisher = KafkaPublisher(settings)
-        self._transactions = TransactionalPublisher(settings) if settings.transactional else None
+        self._limits = MessageLimits(settings)
+        self._publisher = KafkaPublisher(settings, self._limits)
+        self._transactions = (
+            TransactionalPublisher(settings, self._limits) if settings.transactional else None
+        )
+        self._group_watch: asyncio.Task[None] | None = None
+        self._refused_since: float | None = None
         self.app = faust_app(settings, directory)
+        self._evictions = Evictions(
+            settings=settings,
+            model=checkpoint.digest,
+            partitions=partitions,
+            store=self._store,
+            merchant_store=self._merchant_store,
+            logs=self._score_log,
+            labels_partitions=lambda: partition_count(settings, self._labels_topic),
+            metrics=self.metrics,
+            health=self.health,
+            on_repaired=lambda: self._consumer().look_again(self._topic),
+        )
+        self._store.intactness = self._merchant_store.intactness = self._evictions
         patience = Patience(self.metrics, self.health)
         self.ownership = Ownership(
             topic=self._topic,
@@ -119,7 +153,7 @@ class Worker:
         )
         self.processor = Processor(
             settings=settings,
-            scorer=Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS)),
+            scorer=scorer_of(settings, checkpoint),
             store=self._store,
             merchant_store=self._merchant_store,
             publisher=self._publisher,
@@ -163,6 +197,7 @@ class Worker:
     async def start_clients(self) -> None:
         """Connect what the processor uses; the consumer is Faust's."""
         await self._score_log.start()
+        await self._limits.read()
         await self._publisher.start()
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
@@ -170,6 +205,10 @@ class Worker:
         consumer.from_begin = {self._labels_topic}
         if self._settings.transactional:  # a watermark may be behind the committed offset
             consumer.take_at_once = {self._topic}
+        # What is left of the bound goes into the commit and into leaving the group.
+        consumer.stop_seconds = self._settings.shutdown_seconds / 3
+        # Faust starts its own tasks only once the group has given partitions.
+        self._group_watch = asyncio.create_task(self._watch_group())
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:
@@ -218,6 +257,7 @@ class Worker:
         self.labels.assign({tp.partition for tp in assigned if tp.topic == self._labels_topic})
         self.metrics.partitions.set(len(partitions))
         self.health.up("partitions")
+        self._refused_since = None
         # Until the monitors have looked: a worker that does not even begin is stalled, too.
         self.health.records_wait(bool(partitions))
         log.info("partitions assigned", extra={"partitions": sorted(partitions)})
@@ -244,6 +284,37 @@ class Worker:
         await self._score_log.stop()
         await self._store.close()
         await self._merchant_store.close()
+        await self._evictions.close()
+
+    # the group ---------------------------------------------------------------------------
+
+    async def _watch_group(self) -> None:
+        """End the worker where the group refuses it for good; it would wait for ever."""
+        waiting_since = told = monotonic()
+        while not self.app.should_stop:
+            await asyncio.sleep(GROUP_LOOK_SECONDS)
+            now = monotonic()
+            if "partitions" not in self.health.missing():
+                waiting_since = told = now
+            elif now - told >= JOIN_TELL_SECONDS:
+                told = now
+                log.warning(
+                    "still in no group; where the broker answers, see that its topic of groups "
+                    "is there (offsets.topic.replication.factor) and what the other members do",
+                    extra={
+                        "group": self._settings.kafka_group,
+                        "seconds": round(now - waiting_since),
+                    },
+                )
+            error = self._consumer().group_error()
+            if error is None:
+                continue
+            if self._refused_since is None:
+                self._refused_since = now
+            hopeless = isinstance(error, HOPELESS)
+            if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
+                await self.app.crash(group_refusal(self._settings, error))
+                return
 
     # monitors ----------------------------------------------------------------------------
 
@@ -277,12 +348,11 @@ class Worker:
 
     async def _look_at_redis(self) -> None:
         try:
-            await self._store.ping()
+            await self._evictions.look()
             self.health.up("redis")
         except StoreUnavailableError as error:
             self.metrics.redis_errors.inc()
-            self.health.down("redis", "it does not answer")
-            log.debug("Redis does not answer", extra={"why": str(error)})
+            self.health.down("redis", "it does not answer", str(error))
 
     async def _look_at_lag(self) -> None:
         """Lag of what is assigned, from a connection that is not the consumer's."""
@@ -293,8 +363,7 @@ class Worker:
             self.health.up("kafka")
         except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
-            self.health.down("kafka", "it does not answer")
-            log.debug("Kafka does not answer", extra={"why": str(error)})
+            self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
             self.health.records_wait(self._consumer().polls_in_flight > 0)
             return
         lags = await self._lags(self._topic, ends, self.ownership.next_offsets())
@@ -376,12 +445,26 @@ def _credentials(settings: Settings) -> Any:
 
 
 class _Process(faust.Worker):  # type: ignore[misc]
-    """Faust's worker process with our clients started before the app."""
+    """Faust's worker process with our clients started before the app, and a bound on its stop."""
 
-    def __init__(self, worker: Worker, **options: Any) -> None:
+    def __init__(self, worker: Worker, ending: Ending, **options: Any) -> None:
         super().__init__(worker.app, **options)
         self.spinner = None  # Faust's progress on the terminal
         self._recur = worker
+        self._ending = ending
+
+    def _schedule_shutdown(self, signal: signal.Signals) -> None:
+        self._ending.told(signal)
+        super()._schedule_shutdown(signal)
+
+    def _crash(self, reason: BaseException) -> None:
+        self._ending.begin()
+        super()._crash(reason)
+
+    async def stop(self) -> None:
+        """Stop, within the bound."""
+        self._ending.begin()
+        await super().stop()
 
     async def on_first_start(self) -> None:
         await self._recur.start_clients()
@@ -416,6 +499,7 @@ def run_worker(settings: Settings) -> int:
     asyncio.set_event_loop(loop)
     partitions = loop.run_until_complete(check_services(settings, checkpoint))
     with tempfile.TemporaryDirectory(prefix="recur-worker-") as directory:
+        leave_at_signals(Path(directory))  # until Faust takes the signals
         worker = Worker(settings, checkpoint, partitions, Path(directory))
         log.info(
             "worker starts",
@@ -427,12 +511,12 @@ def run_worker(settings: Settings) -> int:
         )
         _spare_the_collector()
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        return _run(worker, loop)
+        return _run(worker, loop, Ending(settings.shutdown_seconds, Path(directory)))
 
 
-def _run(worker: Worker, loop: asyncio.AbstractEventLoop) -> int:
+def _run(worker: Worker, loop: asyncio.AbstractEventLoop, ending: Ending) -> int:
     process = _Process(
-        worker, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False
+        worker, ending, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False
     )
     try:
         process.execute_from_commandline()

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pipeline.ending import leave_at_signals
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.state_cli import state
@@ -30,6 +31,7 @@ def recur(config: Path | None) -> None:
 @recur.command()
 def worker() -> None:
     """Run a worker of the consumer group until SIGTERM or Ctrl-C."""
+    leave_at_signals()  # the imports below take a while
     from pipeline.app import run_worker
 
     sys.exit(run_worker(load_settings()))
@@ -67,6 +69,13 @@ def settings() -> None:
 @click.option("--customers", type=int, default=5_000, show_default=True, help="Simulated.")
 @click.option("--terminals", type=int, default=10_000, show_default=True, help="Simulated.")
 @click.option("--days", type=int, default=183, show_default=True, help="Simulated.")
+@click.option(
+    "--world",
+    type=click.Choice(["wide", "handbook"]),
+    default="wide",
+    show_default=True,
+    help="Simulated: many kinds of accounts and fraud, or the Handbook's alone.",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
 @click.option("--hidden-size", type=int, default=128, show_default=True)
 @click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
@@ -74,14 +83,22 @@ def settings() -> None:
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
+@click.option("--no-probe", is_flag=True, help="Do not probe the checkpoint at the end.")
 def train(
-    output: Path, data: Path | None, columns: str | None, skip_unusable: bool, **options: Any
+    output: Path,
+    data: Path | None,
+    columns: str | None,
+    skip_unusable: bool,
+    no_probe: bool,
+    **options: Any,
 ) -> None:
     """Train a network on your transactions, or simulated ones; write its checkpoint to OUTPUT.
 
-    Interrupted, it goes on where it stopped when it is started again in the same way.
+    Interrupted, it goes on where it stopped when it is started again in the same way. At the end
+    it probes the checkpoint (see `recur probe`) and ends with code 1 on a violation.
     """
     from model.checkpoint import CheckpointError
+    from model.probe import short_probe
     from model.progress import TrainingProgress
     from model.simulator import SimulatorError
     from model.training import TrainingError, TrainingSettings
@@ -100,11 +117,21 @@ def train(
     try:
         with TrainingProgress() as progress:
             checkpoint = train_network(TrainingSettings(**options), output, progress.report, source)
+        probed = None if no_probe else short_probe(checkpoint)
+        if probed is not None:
+            metrics = checkpoint.header.metrics | probed.metrics()
+            checkpoint = checkpoint.with_header(metrics=metrics)
+            checkpoint.save(output)
     except (CheckpointError, SimulatorError, TrainingError) as error:
         raise RecurError(str(error)) from error
     click.echo(f"{output}: model {checkpoint.digest}, on days held out:")
     for name, value in checkpoint.header.metrics.items():
         click.echo(f"  {name:32} {value:.4g}")
+    if probed is not None:
+        for line in probed.lines():
+            click.echo(line)
+        if probed.failed:
+            sys.exit(1)
 
 
 @recur.command()
@@ -298,6 +325,13 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 @click.option("--customers", type=int, help="Simulated, without FILE.")
 @click.option("--terminals", type=int, help="Simulated, without FILE.")
 @click.option("--days", type=int, help="Simulated, without FILE.")
+@click.option(
+    "--world",
+    type=click.Choice(["handbook", "wide"]),
+    default="handbook",
+    show_default=True,
+    help="Simulated, without FILE: the Handbook's accounts and frauds, or many more kinds.",
+)
 def evaluate(**options: Any) -> None:
     """Compare networks, and LightGBM, on the transactions in FILE or on simulated ones.
 
@@ -350,6 +384,13 @@ def probe_command(**options: Any) -> None:
     "--seconds", type=float, default=30, show_default=True, help="Length of the live part."
 )
 @click.option("--workers", type=int, default=2, show_default=True, help="Worker processes.")
+@click.option(
+    "--world",
+    type=click.Choice(["wide", "handbook"]),
+    default="wide",
+    show_default=True,
+    help="Many kinds of accounts and fraud, or the Handbook's alone.",
+)
 @click.option("--keep-running", is_flag=True, help="Go on with the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""

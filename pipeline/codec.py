@@ -8,7 +8,9 @@ shortest decimal that is the same float32, so that a decision can be recomputed 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
 import msgspec
@@ -29,6 +31,7 @@ from model.transaction import (
 from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
 from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
+from pipeline.timestamps import DAY_MS, labelled_time, other_unit
 
 T = TypeVar("T")
 
@@ -42,12 +45,16 @@ REASONS = (
     "amount",
     "currency",
     "timestamp",
+    "timestamp_unit",
+    "old_timestamp",
     "future_timestamp",
+    "id_conflict",
     "key_mismatch",
     "control",
     "computation",
     "label",
     "labelled_at",
+    "batch_too_large",
 )
 """Why a record is rejected: a closed set, fit for a metric label."""
 
@@ -65,7 +72,10 @@ LOOK = b"look"
 """The instruction to look at the partition's watermark, which each poll does: it wakes a worker."""
 
 WARM_HEADER = "recur-warm"
-"""Marks a transaction that builds state and raises no alert."""
+"""Marks a transaction that builds state and raises no alert; it may be of any age."""
+
+HISTORY_HEADER = "recur-history"
+"""Marks a transaction of the past, as a replay sends it: it may be of any age."""
 
 STATE_REFUSED = "refused"
 """Of a score: the account's state was damaged or of another version, and counted as absent."""
@@ -83,6 +93,14 @@ _FIELD_REASONS = {
     "`$.label`": "label",
     "`$.labelled_at`": "labelled_at",
 }
+_TIMES = ("timestamp", "labelled_at")
+_NUMBER = re.compile(rb"\d{1,20}(\.\d{1,20})?([eE]\+?\d\d?)?")
+_DATE = re.compile(rb'"(\d{4}-\d\d-\d\d)"')
+_DAY_END_MS = DAY_MS + 12 * 3_600_000
+"""Where it is still the day of a date that begins at midnight UTC, counted from there."""
+_DAY_BEGIN_MS = 14 * 3_600_000
+"""Where it is the day of a date already, before midnight UTC."""
+
 # RecursionError: brackets in brackets, a thousand deep.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -183,15 +201,83 @@ def decode_label(key: bytes | None, value: bytes | None) -> tuple[Label, int, in
     Raises:
         RejectedError: the record cannot be booked; the message holds none of its content.
     """
-    label = _decoded(value, _decode_label)
+    label, dates = _decoded(value, _decode_dated_label)
     if key != label.merchant_id.encode():
         raise RejectedError("key_mismatch", "the record's key is not its merchant_id")
-    timestamp_ms, labelled_ms = epoch_ms(label.timestamp), epoch_ms(label.labelled_at)
-    if timestamp_ms < 0:
-        raise RejectedError("timestamp", "the timestamp is before 1970")
+    timestamp_ms = payment_ms(label.timestamp)
+    labelled_ms = payment_ms(label.labelled_at, "labelled_at")
+    if "labelled_at" in dates:
+        if "timestamp" not in dates:
+            labelled_ms = labelled_time(timestamp_ms, labelled_ms, _DAY_END_MS)
+    elif _is_midnight(label.labelled_at):
+        labelled_ms = labelled_time(timestamp_ms, labelled_ms)
+    if dates == {"timestamp"} and timestamp_ms - _DAY_BEGIN_MS <= labelled_ms < timestamp_ms:
+        timestamp_ms = labelled_ms
     if labelled_ms < timestamp_ms:
         raise RejectedError("labelled_at", "labelled_at is before the transaction's timestamp")
     return label, timestamp_ms, labelled_ms
+
+
+def payment_ms(timestamp: int | datetime, name: str = "timestamp") -> int:
+    """Epoch milliseconds of a time in a record.
+
+    Args:
+        name: of its field.
+
+    Raises:
+        RejectedError: it is a plausible time in another unit, or before 1970.
+    """
+    if isinstance(timestamp, int):
+        if not _NO_OTHER_UNIT_FROM <= timestamp < _NO_OTHER_UNIT_TO:
+            _refuse_other_unit(timestamp, name)
+        return timestamp
+    timestamp_ms = epoch_ms(timestamp)
+    if timestamp_ms < 0:
+        raise RejectedError(name, f"the {name} is before 1970")
+    return timestamp_ms
+
+
+_NO_OTHER_UNIT_FROM, _NO_OTHER_UNIT_TO = 10**10, 10**14
+
+
+def _refuse_other_unit(number: float, name: str) -> None:
+    unit = other_unit(number)
+    if unit is not None:
+        raise RejectedError("timestamp_unit", f"the {name} looks like {unit}; send milliseconds")
+
+
+def _is_midnight(timestamp: int | datetime) -> bool:
+    """Whether a time is how a date without a time is written as one."""
+    if isinstance(timestamp, int):
+        return timestamp % DAY_MS == 0
+    return timestamp.time() == datetime.min.time()
+
+
+def _decode_dated_label(value: bytes) -> tuple[Label, set[str]]:
+    """Decode a label; a date without a time is taken as its midnight UTC.
+
+    Returns:
+        the label, and which fields are dates.
+    """
+    try:
+        return _decode_label(value), set()
+    except msgspec.ValidationError:
+        fields = _decode_object(value)
+        dates: dict[str, int] = {}
+        for name in _TIMES:
+            found = _DATE.fullmatch(bytes(fields.get(name, b"")))
+            if found is not None:
+                dates[name] = _midnight_ms(found[1].decode())
+        if not dates:
+            raise
+    return _decode_label(_encode({**fields, **dates})), set(dates)
+
+
+def _midnight_ms(date: str) -> int:
+    try:
+        return epoch_ms(datetime.fromisoformat(date).replace(tzinfo=UTC))
+    except ValueError:  # no such day
+        return -1
 
 
 def _decoded(value: bytes | None, decoder: Callable[[bytes], T]) -> T:
@@ -202,11 +288,30 @@ def _decoded(value: bytes | None, decoder: Callable[[bytes], T]) -> T:
     try:
         return decoder(value)
     except msgspec.ValidationError as error:
+        _refuse_other_units(value, str(error))
         reason = _reason(str(error))
         said = "the label is neither fraud nor genuine" if reason == "label" else str(error)
         raise RejectedError(reason, said) from None
     except _NOT_JSON as error:
         raise RejectedError("not_json", str(error)[:200]) from None
+
+
+def _refuse_other_units(value: bytes, message: str) -> None:
+    """Name the unit of a time that is refused: too large for milliseconds, a fraction, or text.
+
+    Raises:
+        RejectedError: the time that the message is about is a plausible one in another unit.
+    """
+    name = next((name for name in _TIMES if f"`$.{name}`" in message), None)
+    if name is None:
+        return
+    try:
+        text = bytes(_decode_object(value).get(name, b""))
+    except _NOT_JSON:  # what the message is about stands before it, and is refused all the same
+        return
+    number = _NUMBER.fullmatch(text.strip(b'"'))
+    if number is not None:
+        _refuse_other_unit(float(number[0]), name)
 
 
 def _reason(message: str) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+from pipeline.bounded_batches import records_in
 from pipeline.metrics import Metrics
 from pipeline.ownership import Record
 from pipeline.publisher import Outgoing
@@ -17,6 +18,45 @@ TELL_EVERY_MS = 60_000
 """Between two lines of the log about the same reason."""
 
 log = logging.getLogger(__name__)
+
+
+class Notices:
+    """Lines of the log about one thing that comes often: the first, and then one a minute.
+
+    Args:
+        message: what each line says.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._untold: Counter[str] = Counter()
+        self._told_ms: dict[str, int] = {}
+
+    def tell(
+        self,
+        topic: str,
+        partition: int,
+        offset: int,
+        now_ms: int,
+        records: int = 1,
+        reason: str = "",
+    ) -> None:
+        """Count records, and say how many there were since the last line of this reason."""
+        self._untold[reason] += records
+        told_ms = self._told_ms.get(reason)
+        if told_ms is not None and now_ms - told_ms < TELL_EVERY_MS:
+            return
+        self._told_ms[reason] = now_ms
+        log.warning(
+            self._message,
+            extra={
+                **({"reason": reason} if reason else {}),
+                "records": self._untold.pop(reason),
+                "topic": topic,
+                "partition": partition,
+                "offset": offset,
+            },
+        )
 
 
 class DeadLetters:
@@ -35,14 +75,15 @@ class DeadLetters:
         self._value_max_bytes = value_max_bytes
         self._metrics = metrics
         self._clock_ms = clock_ms
-        self._untold: Counter[str] = Counter()
-        self._told_ms: dict[str, int] = {}
+        self._notices = Notices(
+            "rejected: the dead-letter topic has what, and what is wrong with it"
+        )
 
     def letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
         """The original key and bytes; where from and why in headers."""
         now_ms = self._clock_ms()
-        self._metrics.rejected.labels(reason).inc()
-        self._tell(reason, partition, record.offset, now_ms)
+        self._metrics.rejected.labels(reason).inc(records_in(record.value))
+        self._notices.tell(self._topic, partition, record.offset, now_ms, reason=reason)
         limit = self._value_max_bytes
         headers = {
             "topic": self._topic,
@@ -58,21 +99,3 @@ class DeadLetters:
             headers["truncated"] = str(len(value or b""))
             key, value = key and key[:key_limit], value and value[:limit]
         return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
-
-    def _tell(self, reason: str, partition: int, offset: int, now_ms: int) -> None:
-        """The first one of a reason, and once a minute how many there were since."""
-        self._untold[reason] += 1
-        told_ms = self._told_ms.get(reason)
-        if told_ms is not None and now_ms - told_ms < TELL_EVERY_MS:
-            return
-        self._told_ms[reason] = now_ms
-        log.warning(
-            "rejected: the dead-letter topic has what, and what is wrong with it",
-            extra={
-                "reason": reason,
-                "records": self._untold.pop(reason),
-                "topic": self._topic,
-                "partition": partition,
-                "offset": offset,
-            },
-        )

@@ -210,7 +210,7 @@ class Show:
     ) -> None:
         if not phase.read_along:  # time flies, and a label says itself from when on it is known
             await self.labels.send_until(int(phase.transactions.columns.timestamp_ms[-1]))
-        feed = self._feed.run(ahead(blocks), rate=rate, warm=phase.warm)
+        feed = self._feed.run(ahead(blocks), rate=rate, warm=phase.warm, history=True)
         feeding = asyncio.ensure_future(feed)
         try:
             await self._until_scored(phase, feeding)

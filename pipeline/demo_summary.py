@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from redis.asyncio import Redis
 
+from model.world import GENUINE, SCENARIOS
 from pipeline.demo_show import Phase, Show
-from pipeline.demo_view import SCENARIOS, Caught, Summary, milliseconds
+from pipeline.demo_view import Caught, Summary, milliseconds
 from pipeline.keys import MerchantKeys
 from pipeline.settings import Settings
 from pipeline.worker_processes import WorkerProcess
@@ -101,7 +102,8 @@ def _caught(played: Played) -> list[Caught]:
     flagged = np.concatenate([phase.tally.flagged for phase in phases])
     return [
         Caught(name, int((flagged & (scenario == kind)).sum()), int((scenario == kind).sum()))
-        for kind, name in SCENARIOS.items()
+        for kind, name in enumerate(SCENARIOS)
+        if kind != GENUINE and (scenario == kind).any()
     ]
 
 

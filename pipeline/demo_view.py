@@ -19,8 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-SCENARIOS = {1: "amount over 220", 2: "skimmed terminal", 3: "stolen card"}
-"""The simulator's kinds of fraud."""
+from model.world import GENUINE, scenario_name
 
 ALERT_LINES_MAX = 14
 PLAIN_LINE_SECONDS = 2.0
@@ -355,9 +354,7 @@ def _alerts(scene: Scene, narrow: bool, lines: int) -> RenderableType:
 
 def truth(scenario: int) -> Text:
     """What the simulator knows about an alert."""
-    if scenario == 0:
-        return Text("genuine", "yellow")
-    return Text(SCENARIOS.get(scenario, "fraud"), "green")
+    return Text(scenario_name(scenario), "yellow" if scenario == GENUINE else "green")
 
 
 def _footer(scene: Scene, width: int) -> list[RenderableType]:
@@ -390,7 +387,7 @@ def summary_view(summary: Summary) -> RenderableType:
         share = f"{kind.caught / kind.frauds:>5.0%}" if kind.frauds else f"{_DASH:>5}"
         grid.add_row(
             "fraud caught" if index == 0 else "",
-            f"{share}  {kind.name:<21} {kind.caught:>6,} of {kind.frauds:,}",
+            f"{share}  {kind.name:<22} {kind.caught:>6,} of {kind.frauds:,}",
         )
     for index, worker in enumerate(summary.workers):
         grid.add_row("workers" if index == 0 else "", worker)

@@ -85,11 +85,13 @@ def evaluate_options(
     customers: int | None,
     terminals: int | None,
     days: int | None,
+    world: str,
     **options: Any,
 ) -> EvaluateOptions:
     """The options from those of the command line; what is none keeps its default."""
     training = {
         **{"customers": customers, "terminals": terminals, "days": days},
+        **{"world": world},
         **{"epochs": epochs, "hidden_size": hidden_size},
     }
     chosen = NETWORKS if networks is None else tuple(n.strip() for n in networks.split(","))
@@ -129,8 +131,9 @@ def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Re
 
 def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
     _check_requirements(options)
+    # Networks are compared on the Handbook's data unless another world is asked for.
     training = TrainingSettings(
-        **options.training, label_delay_days=float(options.label_delay_days)
+        **{"world": "handbook"} | options.training, label_delay_days=float(options.label_delay_days)
     )
     settings = ComparisonSettings(
         options.networks, options.seeds, options.label_delay_days, training, options.trees
@@ -253,7 +256,7 @@ def _described(
     checkpoint = comparison.checkpoints.get(fold.name)
     if checkpoint is None:
         return None, {}
-    raw_of = comparer.material.raw_of(checkpoint.header.features)
+    raw_of = comparer.material.raw_of(checkpoint.header.features, checkpoint.network.own)
     within = _within(report, _COMPARED_SHARE, _FAULTS_SHARE)
     robustness = measure_robustness(
         checkpoint, log, raw_of, fold, lambda share, title: within(Report(title, share))

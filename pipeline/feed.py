@@ -27,8 +27,9 @@ from aiokafka.partitioner import DefaultPartitioner
 from numpy.typing import NDArray
 
 from model.transaction import Transaction
-from pipeline.codec import WARM_HEADER
+from pipeline.codec import HISTORY_HEADER, WARM_HEADER
 from pipeline.errors import RecurError
+from pipeline.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings
 from pipeline.topics import TopicRole
 
@@ -38,8 +39,8 @@ BLOCK_TRANSACTIONS = 8192
 UNACKED_MAX_RECORDS = 65_536
 """Records that may wait for their acks."""
 
-BATCH_MAX_BYTES = 512 * 1024
-"""Of one partition's batch; a broker takes 1 MiB unless told otherwise."""
+RECORD_OVERHEAD_BYTES = 256
+"""What a batch of one record has besides key and value, and more."""
 
 TICK_SECONDS = 0.005
 """A paced feed wakes at most this often; at fewer than 200/s each record is sent alone."""
@@ -158,17 +159,19 @@ class Feed:
         self._topic = settings.topic(role)
         self._partitions: list[int] = []
         self._partition_of: dict[bytes, int] = {}
+        self._limits = MessageLimits(settings, [role], least_bytes=0)
         self._producer: Any = None
         self._failure: BaseException | None = None
         self._ack_came = asyncio.Event()
 
     async def __aenter__(self) -> Feed:
         compression = self._settings.kafka_compression
+        await self._limits.read()
         self._producer = AIOKafkaProducer(
             **self._settings.kafka_client_options(),
             acks="all",
             enable_idempotence=True,
-            max_batch_size=BATCH_MAX_BYTES,
+            max_batch_size=self._limits.batch_bytes,
             compression_type=None if compression == "none" else compression,
             request_timeout_ms=round(self._timeout_seconds * 1000),
         )
@@ -211,9 +214,10 @@ class Feed:
         *,
         rate: float | None = None,
         warm: bool = False,
+        history: bool = False,
         stop: asyncio.Event | None = None,
     ) -> None:
-        """Send all blocks.
+        """Send all blocks; ``history`` marks them as transactions of the past, of any age.
 
         A block with ``due_seconds`` keeps that timetable; another keeps ``rate``
         (transactions/s), or goes as fast as the broker takes it when that is None. Returns
@@ -224,9 +228,9 @@ class Feed:
         async for block in blocks:
             due = timetable.of(block)
             if due is None:
-                await self.send(block.keys, block.values, warm=warm)
+                await self.send(block.keys, block.values, warm=warm, history=history)
             else:
-                await self._send_paced(block, due, timetable, warm, stop)
+                await self._send_paced(block, due, timetable, warm, history, stop)
             if stop.is_set():
                 return
 
@@ -236,6 +240,7 @@ class Feed:
         due: NDArray[np.float64],
         timetable: _Timetable,
         warm: bool,
+        history: bool,
         stop: asyncio.Event,
     ) -> None:
         clock = asyncio.get_running_loop().time
@@ -249,20 +254,35 @@ class Feed:
                 now -= late
             ready = int(np.searchsorted(due, now, side="right"))
             if ready > at:
-                await self.send(block.keys[at:ready], block.values[at:ready], warm=warm)
+                keys, values = block.keys[at:ready], block.values[at:ready]
+                await self.send(keys, values, warm=warm, history=history)
                 at = ready
             if at < len(due):
                 wait = due[at] - (clock() - timetable.start)
                 await asyncio.sleep(min(max(wait, TICK_SECONDS), _STOP_SECONDS))
 
     async def send(
-        self, keys: Sequence[bytes], values: Sequence[bytes], *, warm: bool = False
+        self,
+        keys: Sequence[bytes],
+        values: Sequence[bytes],
+        *,
+        warm: bool = False,
+        history: bool = False,
     ) -> None:
         """Send records now; waits only while too many are unacked."""
         headers = [(WARM_HEADER, b"1")] if warm else []
+        if history:
+            headers.append((HISTORY_HEADER, b"1"))
         builders: dict[int, Any] = {}
         timestamp_ms = 0
+        largest = self._limits.record_bytes - RECORD_OVERHEAD_BYTES
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            if len(key) + len(value) > largest:
+                raise RecurError(
+                    f"one of the {self._role} has {len(key) + len(value)} bytes, and topic"
+                    f" {self._topic} takes {largest}: leave it out, or raise the topic's"
+                    f" max.message.bytes; {self.count.acked:,} are acknowledged"
+                )
             if index % _STAMP_EVERY == 0:
                 timestamp_ms = int(time.time() * 1000)
             partition = self._partition(key)
@@ -329,6 +349,8 @@ class Feed:
 
     def _gave_up(self, error: BaseException | None = None) -> RecurError:
         said = f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
+        if isinstance(error, TOO_LARGE):
+            said += ": the topic's max.message.bytes was lowered meanwhile; start again"
         return RecurError(
             f"the broker at {self._settings.kafka_bootstrap} does not take {self._role} ({said});"
             f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"

@@ -6,6 +6,11 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from pipeline.outages import Outages
+
+SERVICES = frozenset({"redis", "kafka"})
+"""The log tells of their outages."""
+
 
 class Health:
     """What `/live` and `/ready` tell; written by worker and monitors, read by any thread.
@@ -18,6 +23,7 @@ class Health:
     def __init__(self, watchdog_seconds: float, clock: Callable[[], float] = monotonic) -> None:
         self._watchdog_seconds = watchdog_seconds
         self._clock = clock
+        self._outages = Outages(clock)
         self._lock = threading.Lock()
         self._missing = {"redis": "not reached yet", "kafka": "not reached yet",
                          "partitions": "not assigned yet"}  # fmt: skip
@@ -27,11 +33,14 @@ class Health:
         """``part`` (redis, kafka, partitions or worker) is there."""
         with self._lock:
             self._missing.pop(part, None)
+        self._outages.answered(part)
 
-    def down(self, part: str, why: str) -> None:
-        """``part`` is away."""
+    def down(self, part: str, why: str, error: str = "") -> None:
+        """``part`` is away; ``error`` is what a call to it failed with, for the log."""
         with self._lock:
             self._missing[part] = why
+        if part in SERVICES:
+            self._outages.failed(part, error)
 
     def moved(self, what: str = "transactions") -> None:
         """A micro-batch was applied, or labels were booked."""

@@ -2,6 +2,8 @@
 
     recur:<model>:{<topic>-<partition>}                 the partition's watermark
     recur:<model>:{<topic>-<partition>}:<account_id>    an account's state
+    recur:evictions:<model>:<topic>                     up to which evictions states are repaired
+    recur:evictions:<model>:<topic>:lock                a worker repairs them
     recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
     recur:labels:<topic>-<partition>                    up to where all slots have booked it
@@ -54,6 +56,14 @@ class Keys:
         """Keys of accounts' states, in the order given."""
         start = f"{self.prefix}:{self.model}:{{{self.topic}-{partition}}}:"
         return [(start + account_id).encode() for account_id in account_ids]
+
+    def evictions(self) -> bytes:
+        """Key of the numbers of evicted keys up to which the states are repaired."""
+        return f"{self.prefix}:evictions:{self.model}:{self.topic}".encode()
+
+    def evictions_lock(self) -> bytes:
+        """Key that keeps other workers from repairing at the same time."""
+        return self.evictions() + b":lock"
 
     def accounts_pattern(self) -> str:
         """SCAN pattern of this topic's states; :meth:`account_of` knows which keys are."""

@@ -7,6 +7,7 @@ made that come so many days late, as in the Fraud Detection Handbook.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pipeline.feed import Block, Feed, ahead
 from pipeline.progress_bar import bar_for
 from pipeline.settings import Settings
 from pipeline.time_option import epoch_ms_of
+from pipeline.timestamps import labelled_time
 from pipeline.topics import ensure_topics
 from pipeline.transaction_files import DAY_MS, LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
 
@@ -38,6 +40,7 @@ OFFSET_DAYS_MAX = 100_000
 FRAUD: Literal["fraud"] = "fraud"
 GENUINE: Literal["genuine"] = "genuine"
 
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _SINGLE = ("transaction_id", "account_id", "merchant_id", "label", "timestamp")
 
 
@@ -133,7 +136,7 @@ def single_label(options: LabelOptions) -> Label:
     timestamp_ms = epoch_ms_of(options.timestamp or "", "--timestamp")
     labelled_ms = now_ms
     if options.labelled_at is not None:
-        labelled_ms = epoch_ms_of(options.labelled_at, "--labelled-at")
+        labelled_ms = _labelled_ms(options.labelled_at, timestamp_ms)
     if labelled_ms < timestamp_ms:
         raise SettingsError("the label would be known before the transaction's --timestamp")
     for name in ("transaction_id", "account_id", "merchant_id"):
@@ -148,6 +151,13 @@ def single_label(options: LabelOptions) -> Label:
         labelled_at=labelled_ms,
         source=SOURCE_HAND,
     )
+
+
+def _labelled_ms(text: str, timestamp_ms: int) -> int:
+    """Epoch milliseconds of --labelled-at, which may be a date without a time."""
+    is_date = _DATE.fullmatch(text) is not None
+    labelled_ms = epoch_ms_of(f"{text}T00:00:00Z" if is_date else text, "--labelled-at")
+    return labelled_time(timestamp_ms, labelled_ms) if is_date else labelled_ms
 
 
 def encode_labels(

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from model.merchants import BUCKET_MS
+from pipeline.bounded_batches import refuse_batch
 from pipeline.codec import Label, decode_label
 from pipeline.dead_letter import DeadLetters
 from pipeline.errors import RejectedError
@@ -28,6 +29,7 @@ from pipeline.patience import Patience
 from pipeline.publisher import Outgoing, Publisher
 from pipeline.score_log import Bounds
 from pipeline.settings import Settings
+from pipeline.timestamps import is_record_time
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +196,11 @@ def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:
     Raises:
         RejectedError: it cannot be booked.
     """
+    refuse_batch(record.value)
     label, timestamp_ms, labelled_ms = decode_label(record.key, record.value)
-    if labelled_ms - record.timestamp > future_limit_ms:
+    has_time = is_record_time(record.timestamp)
+    record_ms = record.timestamp if has_time else time.time_ns() // 1_000_000
+    if labelled_ms - record_ms > future_limit_ms:
         raise RejectedError(
             "future_timestamp",
             f"labelled_at is over {future_limit_ms // 1000} s past the record's time",

@@ -33,6 +33,7 @@ from pipeline.merchant_profile import (
 )
 from pipeline.redis_calls import Command, RedisCalls, Script, redis_client
 from pipeline.settings import Settings
+from pipeline.state_store import Intactness
 
 EXPIRY_MS = FRAUD_BUCKETS_MAX * BUCKET_MS
 """A profile in which nothing is counted for so long goes: 48 days (or up to a day less)."""
@@ -262,9 +263,13 @@ class RedisMerchantStore:
         client: a connected client that returns bytes.
         keys: names the keys.
         labels_topic: full name.
+
+    Attributes:
+        intactness: asked before a load is believed; None believes all.
     """
 
     def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
+        self.intactness: Intactness | None = None
         self._calls = RedisCalls(client, COUNT_SCRIPT, BOOK_SCRIPT)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
@@ -282,6 +287,12 @@ class RedisMerchantStore:
         """See :class:`MerchantStore`: one MGET, on a cluster one for each slot."""
         if not merchant_ids:
             return []
+        found = await self._load(merchant_ids)
+        if self.intactness is not None:
+            await self.intactness.require(absent=None in found)
+        return found
+
+    async def _load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
         profile = self._profile
         if not self._calls.is_cluster:
             (values,) = await self._calls.execute([("MGET", *map(profile, merchant_ids))])
@@ -327,6 +338,8 @@ class RedisMerchantStore:
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
         """See :class:`MerchantStore`: one round trip, with a script call for each slot."""
+        if self.intactness is not None:
+            await self.intactness.require(absent=False)
         calls: list[Sequence[int]] = []
         commands: list[Command] = []
         for slot, places in enumerate(places_by_slot(labels)):
@@ -370,6 +383,19 @@ class RedisMerchantStore:
         keys = [self._keys.labels_watermark(slot, topic, partition) for slot in slots]
         values = await self._calls.execute([("GET", key) for key in keys])
         return min(0 if value is None else int(value) for value in values)
+
+    async def forget_booked(self, partitions: int) -> None:
+        """Forget how far labels are booked, so that workers book them again from the log.
+
+        Raises:
+            StoreUnavailableError: some may be forgotten; ask again.
+        """
+        if partitions == 0:
+            return
+        topic, slots = self._labels_topic, range(MERCHANT_SLOTS)
+        await self._calls.execute(
+            [("DEL", *self._keys.labels_watermarks(slot, topic, partitions)) for slot in slots]
+        )
 
     async def close(self) -> None:
         """See :class:`MerchantStore`."""

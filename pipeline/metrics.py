@@ -44,6 +44,7 @@ DELAY_BUCKETS_SECONDS = (
 
 STAGES = ("decode", "load", "compute", "publish", "save", "ack", "book")
 PROFILE_RESULTS = ("cached", "loaded", "missing", "refused")
+SKEWS = ("ahead", "behind")
 STATE_RESULTS = ("cached", "loaded", "missing", "refused", "expired")
 
 
@@ -121,6 +122,21 @@ class Metrics:
             "recur_duplicates", "Transactions dropped because their id was seen before",
             registry=registry,
         )  # fmt: skip
+        self.id_conflicts = Counter(
+            "recur_id_conflicts",
+            "Transactions whose id their account had with another content",
+            registry=registry,
+        )
+        self.event_time_skew = Counter(
+            "recur_event_time_skew",
+            "Transactions whose timestamp is off their record's by more than the tolerance",
+            ["direction"], registry=registry,
+        )  # fmt: skip
+        self.clock_skew = Counter(
+            "recur_record_clock_skew",
+            "Transactions whose record is stamped ahead of the worker's clock",
+            registry=registry,
+        )
         self.forgotten = Counter(
             "recur_accounts_forgotten", "Instructions to forget an account that were applied",
             registry=registry,
@@ -168,7 +184,7 @@ class Metrics:
         )  # fmt: skip
         self.latency = BatchHistogram(
             "recur_score_latency_seconds",
-            "From the record's CreateTime to the acknowledged score",
+            "From the record's CreateTime to the acknowledged score; at most a day old",
             LATENCY_BUCKETS_SECONDS,
             registry,
         )
@@ -186,6 +202,15 @@ class Metrics:
         self.redis_errors = Counter(
             "recur_redis_errors", "Failed calls to Redis", registry=registry
         )
+        self.evicted_keys = Counter(
+            "recur_redis_evicted_keys",
+            "Keys that Redis evicted, account states perhaps among them",
+            registry=registry,
+        )
+        self.may_evict = Gauge(
+            "recur_redis_may_evict", "1 while Redis has a maxmemory-policy that may evict states",
+            registry=registry,
+        )  # fmt: skip
         self.kafka_errors = Counter(
             "recur_kafka_errors", "Failed calls to Kafka", registry=registry
         )
@@ -223,6 +248,8 @@ class Metrics:
             self.alerts.labels(decision)
         for reason in REASONS:
             self.rejected.labels(reason)
+        for direction in SKEWS:
+            self.event_time_skew.labels(direction)
         for label in LABELS:
             for decision in DECISIONS:
                 self.labels.labels(label, decision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import TypeVar
@@ -12,8 +11,6 @@ from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.score_log import LogUnavailableError
 from pipeline.state_store import StoreUnavailableError
-
-log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Waits between two calls; the last one repeats."""
@@ -45,16 +42,10 @@ class Patience:
                 answer = await call()
             except (StoreUnavailableError, LogUnavailableError) as error:
                 self._errors[service].inc()
-                self._health.down(service, "it does not answer")
-                if attempt == 0:
-                    log.warning(
-                        "a service does not answer; waiting for it",
-                        extra={"service": service, "why": str(error)},
-                    )
+                self._health.down(service, "it does not answer", str(error))
                 await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             else:
                 if attempt:
                     self._health.up(service)
-                    log.info("it answers again", extra={"service": service, "attempts": attempt})
                 return answer
         raise AssertionError("count() ends")

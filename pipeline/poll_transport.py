@@ -28,6 +28,7 @@ from faust.types import TP, ConsumerMessage, Message
 from mode import Service
 from mode.threads import ServiceThread
 
+from pipeline.bounded_batches import one_poll
 from pipeline.ownership import Chunk, Poll
 from pipeline.score_log import LogUnavailableError
 
@@ -124,6 +125,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self.take_at_once: set[str] = set()
         # Partitions that are to come so, and where they begin.
         self._to_take: dict[TP, int] = {}
+        # A worker that stops waits so long at most for the poll at work.
+        self.stop_seconds = float(self.app.conf.broker_session_timeout)
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -231,12 +234,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
     ) -> Any:
         """What one fetch returned: straight from aiokafka, not by Faust's queue."""
         consumer = self._thread._ensure_consumer()
-        return await self._thread._fetch_records(
-            consumer,
-            active_partitions,
-            timeout=timeout,
-            max_records=consumer._max_poll_records,
-        )
+        with one_poll():
+            return await self._thread._fetch_records(
+                consumer,
+                active_partitions,
+                timeout=timeout,
+                max_records=consumer._max_poll_records,
+            )
 
     # acks --------------------------------------------------------------------------------
 
@@ -272,7 +276,10 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """Before partitions go: let the poll at work finish, drop the others, commit."""
         for key in [key for key, (_, at_work) in self._in_flight.items() if not at_work]:
             del self._in_flight[key]
-        until = monotonic() + float(self.app.conf.broker_session_timeout)
+        patience = float(self.app.conf.broker_session_timeout)
+        if self.app.should_stop:
+            patience = min(patience, self.stop_seconds)
+        until = monotonic() + patience
         while self._in_flight and monotonic() < until:
             self._changed.clear()
             try:
@@ -349,6 +356,12 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._resets += 1
         self._go_to(tp, offset)
 
+    def look_again(self, topic: str) -> None:
+        """Have the agent look at each partition's watermark, though no record may come."""
+        for tp in self.assignment():
+            if tp.topic == topic and tp in self._begin:
+                self._to_take[tp] = self._begin[tp]
+
     def _go_to(self, tp: TP, offset: int) -> None:
         """The next chunk begins there, and so does the next fetch."""
         self._begin[tp] = offset
@@ -369,6 +382,21 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             return cast("int | None", await consumer.committed(tp))
         except KafkaError as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+
+    def group_error(self) -> BaseException | None:
+        """Why the group refused us since the last look, if it did.
+
+        Looking has aiokafka try again; it waits for that, in silence.
+        """
+        consumer = self._thread._consumer if self._thread is not None else None
+        coordinator = consumer._coordinator if consumer is not None else None
+        if coordinator is None:
+            return None  # not started yet
+        try:
+            coordinator.check_errors()
+        except KafkaError as error:
+            return None if error.retriable else error
+        return None
 
     def rejoin(self) -> None:
         """Ask the group anew for partitions: what this member knows of them is out of date."""

@@ -34,19 +34,22 @@ from numpy.typing import NDArray
 from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES
 from model.reasons import Explainer
-from model.transaction import Transaction, epoch_ms
+from model.transaction import Transaction
 from pipeline.account_state import AccountStates
+from pipeline.bounded_batches import refuse_batch
 from pipeline.codec import (
     CONTROL_HEADER,
+    HISTORY_HEADER,
     WARM_HEADER,
     ScoreEncoder,
     decode,
     decode_instruction,
     encode_alert,
+    payment_ms,
     with_refused_state,
     with_thresholds,
 )
-from pipeline.dead_letter import DeadLetters
+from pipeline.dead_letter import DeadLetters, Notices
 from pipeline.decision import DECISIONS, Thresholds, thresholds_of
 from pipeline.errors import RejectedError
 from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
@@ -59,14 +62,23 @@ from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience
 from pipeline.publisher import Appended, Outgoing, Publisher, Said, Transactions
 from pipeline.score_log import Kept
-from pipeline.scorer import MicroBatch, Scored, Scorer
+from pipeline.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StateStore
+from pipeline.timestamps import (
+    RECORD_TIME_MAX_MS,
+    are_record_times,
+    event_time,
+    is_record_time,
+)
 
 APPROVE = DECISIONS[0]
 
 NEVER = 2.0
 """A score that there is none of."""
+
+BACKFILLED_FROM_MS = 86_400_000
+"""A record that is older when it is scored is of a log that was copied: its age is no latency."""
 
 THREAD_MIN = 256
 """From so many transactions on a micro-batch is computed in a thread, while answers of broker
@@ -91,7 +103,10 @@ class Part:
     """A partition's part of a micro-batch on its way through the steps.
 
     Attributes:
-        records, transactions, timestamps_ms: what can be scored, in log order.
+        records, transactions: what can be scored, in log order.
+        sent_ms: event time of each transaction, as it was sent and is published.
+        timestamps_ms: event time that enters the account's features and state.
+        is_past: whether each transaction says that it is of the past.
         rows: the place of each transaction's account in ``accounts``.
         accounts: account ids; distinct, but that one which is forgotten is another from there on.
         forgets: instructions to forget an account.
@@ -117,7 +132,9 @@ class Part:
     chunk: Chunk
     records: list[Record] = field(default_factory=list)
     transactions: list[Transaction] = field(default_factory=list)
+    sent_ms: list[int] = field(default_factory=list)
     timestamps_ms: list[int] = field(default_factory=list)
+    is_past: list[bool] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     accounts: list[str] = field(default_factory=list)
     forgets: list[Forget] = field(default_factory=list)
@@ -173,12 +190,21 @@ class PartDecoder:
     Args:
         settings: limits.
         checkpoint: its currency and further fields.
+        clock_ms: wall clock, epoch milliseconds; asked only where a record has no time.
     """
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
         self.further_fields = FurtherFields(checkpoint.header.features.fields)
         self._currency = checkpoint.header.currency
         self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+        self._tolerance_ms = int(settings.timestamp_tolerance_seconds * 1000)
+        self._age_max_ms = int(settings.max_timestamp_age_seconds * 1000)
+        self._clock_ms = clock_ms
 
     def part(self, partition: int, chunk: Chunk) -> Part:
         """A chunk's transactions; what cannot be scored is set aside with its reason."""
@@ -189,36 +215,66 @@ class PartDecoder:
                 if record.headers and _is_instruction(record):
                     _obey(part, row_of, record)
                     continue
-                transaction, timestamp_ms = self._decode(record)
+                is_past = bool(record.headers) and _is_of_the_past(record)
+                transaction, sent_ms, timestamp_ms = self._decode(record, is_past)
             except RejectedError as error:
                 part.rejected.append((record, error.reason, str(error)))
                 continue
             part.records.append(record)
             part.transactions.append(transaction)
+            part.sent_ms.append(sent_ms)
             part.timestamps_ms.append(timestamp_ms)
+            part.is_past.append(is_past)
             row = row_of.setdefault(transaction.account_id, len(part.accounts))
             if row == len(part.accounts):
                 part.accounts.append(transaction.account_id)
             part.rows.append(row)
         return part
 
-    def _decode(self, record: Record) -> tuple[Transaction, int]:
+    def _decode(self, record: Record, is_past: bool) -> tuple[Transaction, int, int]:
+        """A record's transaction, its event time as sent, and that of its account's features."""
+        refuse_batch(record.value)
         transaction = decode(record.key, record.value, self._currency, self.further_fields)
-        timestamp = transaction.timestamp
-        timestamp_ms = timestamp if isinstance(timestamp, int) else epoch_ms(timestamp)
-        if timestamp_ms < 0:
-            raise RejectedError("timestamp", "the timestamp is before 1970")
-        if timestamp_ms - record.timestamp > self._future_limit_ms:
+        sent_ms = payment_ms(transaction.timestamp)
+        record_ms = record.timestamp
+        if -self._age_max_ms <= sent_ms - record_ms <= 0 and record_ms < RECORD_TIME_MAX_MS:
+            return transaction, sent_ms, sent_ms  # as almost all are; else it costs more calls
+        return transaction, sent_ms, self._event_time(sent_ms, record_ms, is_past)
+
+    def _event_time(self, sent_ms: int, record_ms: int, is_past: bool) -> int:
+        """Event time for the features of a transaction that is early, old, or has no record time.
+
+        Raises:
+            RejectedError: it is too early or too old.
+        """
+        is_timed = is_record_time(record_ms)
+        # Without a time of the record's the clock alone can tell a far future.
+        ahead_ms = sent_ms - (record_ms if is_timed else self._clock_ms())
+        if ahead_ms > self._future_limit_ms:
+            of = "the record's own" if is_timed else "the worker's clock"
             raise RejectedError(
                 "future_timestamp",
-                f"the timestamp is over {self._future_limit_ms // 1000} s past the record's own",
+                f"the timestamp is over {self._future_limit_ms // 1000} s past {of}",
             )
-        return transaction, timestamp_ms
+        if not is_timed:
+            return sent_ms
+        if -ahead_ms > self._age_max_ms and not is_past:
+            raise RejectedError(
+                "old_timestamp",
+                f"the timestamp is over {self._age_max_ms // 1000} s before the record's own: send"
+                f" history with the header {HISTORY_HEADER}, or set max_timestamp_age_seconds",
+            )
+        return event_time(sent_ms, record_ms, self._tolerance_ms)
 
 
 def _is_instruction(record: Record) -> bool:
     """Whether a record is an instruction, known or not, and no transaction."""
     return any(name == CONTROL_HEADER for name, _ in record.headers)
+
+
+def _is_of_the_past(record: Record) -> bool:
+    """Whether a record says that its transaction is of the past."""
+    return any(name in (HISTORY_HEADER, WARM_HEADER) for name, _ in record.headers)
 
 
 def _obey(part: Part, row_of: dict[str, int], record: Record) -> None:
@@ -290,13 +346,15 @@ class Processor:
                 cached_max=settings.cached_merchants_max,
             )
         self._topic = settings.topic("transactions")
+        self._tolerance_ms = int(settings.timestamp_tolerance_seconds * 1000)
+        self._conflicts = Notices("a transaction id came again with another content")
         self._cached_states_max = settings.cached_states_max
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
         names = features.names
-        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._decoder = PartDecoder(settings, scorer.checkpoint, clock_ms)
         self._further_fields = self._decoder.further_fields
         self._explainer = Explainer(scorer.checkpoint)
         self._encoder = ScoreEncoder(names, scorer.checkpoint.digest)
@@ -401,7 +459,7 @@ class Processor:
             return
         wanted = self._merchants.look(
             [transaction.merchant_id for part in parts for transaction in part.transactions],
-            np.array([time for part in parts for time in part.timestamps_ms], np.int64),
+            np.array([time for part in parts for time in part.sent_ms], np.int64),
         )
         if len(wanted.missing):
             await self._together(self._load_values(parts), self._merchants.fill(wanted))
@@ -457,7 +515,9 @@ class Processor:
         applied = bisect_left(part.records, next_offset, key=lambda record: record.offset)
         del part.records[:applied]
         del part.transactions[:applied]
+        del part.sent_ms[:applied]
         del part.timestamps_ms[:applied]
+        del part.is_past[:applied]
         del part.rows[:applied]
         if part.merchant_raw is not None:
             part.merchant_raw = part.merchant_raw[applied:]
@@ -501,7 +561,8 @@ class Processor:
             for i in part.indices(scored.failed):
                 silent[i] = True
                 error = scored.failed[i + part.scored.start]
-                part.rejected.append((part.records[i], "computation", error))
+                reason = "id_conflict" if error == ID_CONFLICT else "computation"
+                part.rejected.append((part.records[i], reason, error))
             part.letters = [
                 self._dead_letters.letter(part.partition, *item)
                 for item in part.rejected
@@ -522,7 +583,7 @@ class Processor:
         decisions = [DECISIONS[choice] for choice in choices]
         values = self._encoder.encode(
             [part.transactions[i] for part in parts for i in part.new],
-            [part.timestamps_ms[i] for part in parts for i in part.new],
+            [part.sent_ms[i] for part in parts for i in part.new],
             [
                 prefix + str(part.records[i].offset)
                 for part in parts
@@ -656,11 +717,33 @@ class Processor:
         metrics = self._metrics
         applied = ~scored.repeated
         applied[list(scored.failed)] = False
-        metrics.latency.observe((now_ms - batch.record_ms[applied]) / 1000.0)
+        self._observe_times(computed.parts, applied, now_ms)
         metrics.micro_batch.observe([len(batch)])
         metrics.score.observe(scored.score[applied])
         metrics.event_age.set((now_ms - int(batch.timestamp_ms.max())) / 1000.0)
         metrics.duplicates.inc(int(scored.repeated.sum()))
+        metrics.id_conflicts.inc(int(scored.conflicting.sum()))
+        for part in computed.parts:
+            found = np.flatnonzero(scored.conflicting[part.scored])
+            if len(found):
+                offset = part.records[int(found[0])].offset
+                self._conflicts.tell(self._topic, part.partition, offset, now_ms, len(found))
+
+    def _observe_times(self, parts: list[Part], applied: NDArray[np.bool_], now_ms: int) -> None:
+        """Latency of what was applied, and whose clocks are off."""
+        records = [record.timestamp for part in parts for record in part.records]
+        created = np.array(records, np.int64)
+        sent = np.array([ms for part in parts for ms in part.sent_ms], np.int64)
+        is_past = np.array([past for part in parts for past in part.is_past], bool)
+        is_timed = applied & are_record_times(created)
+        age_ms = now_ms - created[is_timed]
+        metrics, tolerance_ms = self._metrics, self._tolerance_ms
+        metrics.latency.observe(np.maximum(age_ms[age_ms <= BACKFILLED_FROM_MS], 0) / 1000.0)
+        metrics.clock_skew.inc(int((age_ms < 0).sum()))
+        ahead_ms = (sent - created)[is_timed]
+        behind = (ahead_ms < -tolerance_ms) & ~is_past[is_timed]
+        metrics.event_time_skew.labels("ahead").inc(int((ahead_ms > tolerance_ms).sum()))
+        metrics.event_time_skew.labels("behind").inc(int(behind.sum()))
 
     # save --------------------------------------------------------------------------------
 
@@ -704,7 +787,7 @@ class Processor:
         """Transactions that are scored for the first time, by time bucket and merchant."""
         counts: dict[int, Counter[str]] = {}
         for part in parts if self._merchant_counts else ():
-            transactions, times = part.transactions, part.timestamps_ms
+            transactions, times = part.transactions, part.sent_ms
             names = [transactions[i].merchant_id for i in part.new]
             buckets = [times[i] // BUCKET_MS for i in part.new]
             for bucket in set(buckets):  # almost always one
@@ -745,24 +828,31 @@ def columns(
     transactions: list[Transaction] = []
     records: list[Record] = []
     rows: list[int] = []
+    sent_ms: list[int] = []
     timestamps_ms: list[int] = []
     accounts = 0
     for part in parts:
         part.scored = slice(len(records), len(records) + len(part.records))
         transactions += part.transactions
         records += part.records
+        sent_ms += part.sent_ms
         timestamps_ms += part.timestamps_ms
         rows += [row + accounts for row in part.rows] if accounts else part.rows
         accounts += len(part.accounts)
+    amount = np.array([transaction.amount for transaction in transactions], np.float64)
+    sent = np.array(sent_ms, np.int64)
+    created = np.array([record.timestamp for record in records], np.int64)
     return MicroBatch(
         row=np.array(rows, np.intp),
-        amount=np.array([transaction.amount for transaction in transactions], np.float64),
+        amount=amount,
         timestamp_ms=np.array(timestamps_ms, np.int64),
-        record_ms=np.array([record.timestamp for record in records], np.int64),
+        record_ms=np.where(are_record_times(created), created, sent),
         offset=np.array([record.offset for record in records], np.int64),
-        # 0 marks an empty place among a state's recent ids.
-        id_hash=np.array(
-            [transaction_hash(t.transaction_id) or 1 for t in transactions], np.uint64
+        id_hash=id_hashes(
+            np.array([transaction_hash(t.transaction_id) for t in transactions], np.uint64),
+            np.array([transaction_hash(t.merchant_id) for t in transactions], np.uint64),
+            amount,
+            sent,
         ),
         merchant_raw=_merchant_raw(parts),
         fields=further.columns(transactions),

@@ -16,10 +16,17 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from pipeline.errors import RecurError
+from pipeline.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings
 
-PRODUCE_BATCH_BYTES = 512 * 1024
-"""Largest batch of records; under the broker's default limit of 1 MiB."""
+LETTER_KEY_SHARE = 4
+"""Of a dead letter that has to be cut its key keeps such a part of the bytes."""
+
+OVERHEAD_BYTES = 128
+"""What a batch of one record has besides key, value and headers, and more; and for each header."""
+
+CUT_HEADER = "truncated"
+"""Tells how long the value of a dead letter was that had to be cut."""
 
 
 class PublishError(RecurError):
@@ -112,10 +119,21 @@ class KafkaPublisher:
 
     Args:
         settings: names the topics and the broker.
+        limits: of its topics' batches, read already; None to read them at the start.
         options: more arguments of aiokafka's producer.
+
+    Attributes:
+        batch_bytes: the largest batch that it sends.
     """
 
-    def __init__(self, settings: Settings, **options: Any) -> None:
+    def __init__(
+        self, settings: Settings, limits: MessageLimits | None = None, **options: Any
+    ) -> None:
+        self._limits = limits or MessageLimits(settings)
+        self._limits_are_read = limits is not None
+        self.batch_bytes = self._limits.batch_bytes
+        self._shrinking = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
         self._scores_topic = settings.topic("scores")
         self._alerts_topic = settings.topic("alerts")
         self._dead_letter_topic = settings.topic("dead_letter")
@@ -125,7 +143,6 @@ class KafkaPublisher:
             | {
                 "acks": "all",
                 "enable_idempotence": True,
-                "max_batch_size": PRODUCE_BATCH_BYTES,
                 "compression_type": None if compression == "none" else compression,
             }
             | options
@@ -134,13 +151,36 @@ class KafkaPublisher:
 
     async def start(self) -> None:
         """Connect."""
-        self._producer = AIOKafkaProducer(**self._options)
+        if not self._limits_are_read:
+            await self._limits.read()
+            self._limits_are_read = True
+        self.batch_bytes = self._limits.batch_bytes
+        self._producer = AIOKafkaProducer(**self._options, max_batch_size=self.batch_bytes)
         await self._producer.start()
 
     async def stop(self) -> None:
         """Flush and disconnect."""
         if self._producer is not None:
             await self._producer.stop()
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    async def _shrink(self) -> None:
+        """A batch was too large: go on with a producer of smaller ones.
+
+        The one before has left a gap in a partition's sequence, which the broker holds against
+        whatever it sends there.
+        """
+        assert self._producer is not None
+        before, refused_bytes = self._producer, self.batch_bytes
+        async with self._shrinking:
+            if self._producer is not before:
+                return  # done by another publish meanwhile
+            await self._limits.learn(refused_bytes)
+            await self.start()
+        task = asyncio.create_task(before.stop())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def publish(
         self,
@@ -170,14 +210,18 @@ class KafkaPublisher:
         rest = scores
         while rest:
             sent = [await self._send_batch(partition, rest[partition]) for partition in rest]
-            acknowledged = await asyncio.gather(*(delivery for _, delivery in sent))
+            acknowledged = await _all_of([delivery for _, delivery in sent])
+            left = {}
             for partition, (size, _), metadata in zip(rest, sent, acknowledged, strict=True):
-                places[partition].append((_known(metadata.offset), size))
-            rest = {
-                partition: rest[partition][size:]
-                for partition, (size, _) in zip(rest, sent, strict=True)
-                if size < len(rest[partition])
-            }
+                if metadata is None:
+                    size = 0
+                else:
+                    places[partition].append((_known(metadata.offset), size))
+                if size < len(rest[partition]):
+                    left[partition] = rest[partition][size:]
+            rest = left
+            if None in acknowledged:
+                await self._too_large()
         return {partition: _appended(found) for partition, found in places.items()}
 
     async def _send_batch(
@@ -200,12 +244,21 @@ class KafkaPublisher:
 
     async def _send(self, topic: str, records: Sequence[Outgoing]) -> None:
         """Send records one by one; the key decides the partition."""
-        sent = [await self._send_one(topic, record) for record in records]
-        if sent:
-            await asyncio.gather(*sent)
+        rest = list(records)
+        while rest:
+            acknowledged = await _all_of([await self._send_one(topic, record) for record in rest])
+            rest = [r for r, done in zip(rest, acknowledged, strict=True) if done is None]
+            if rest:
+                await self._too_large()
+
+    async def _too_large(self) -> None:
+        """Some of what was sent is refused as too large; when this returns it may be sent again."""
+        await self._shrink()
 
     async def _send_one(self, topic: str, record: Outgoing) -> asyncio.Future[Any]:
         assert self._producer is not None
+        if topic == self._dead_letter_topic:
+            record = _cut(record, self._limits.record_bytes)
         headers = list(record.headers)
         if record.key is None and record.value is None:  # send() refuses what Kafka allows
             batch = self._producer.create_batch()
@@ -219,6 +272,35 @@ class KafkaPublisher:
             topic, value=record.value, key=record.key, headers=headers
         )
         return delivery
+
+
+async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
+    """What the broker said of each; None where it refused a batch as too large.
+
+    Raises:
+        KafkaError: it refused one for another reason.
+    """
+    said = await asyncio.gather(*deliveries, return_exceptions=True)
+    for outcome in said:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, TOO_LARGE):
+            raise outcome
+    return [None if isinstance(outcome, BaseException) else outcome for outcome in said]
+
+
+def _cut(letter: Outgoing, limit: int) -> Outgoing:
+    """A dead letter that a batch of ``limit`` bytes holds; its headers are never cut."""
+    key, value = letter.key or b"", letter.value or b""
+    room = limit - OVERHEAD_BYTES
+    room -= sum(len(name) + len(text) + OVERHEAD_BYTES for name, text in letter.headers)
+    if len(key) + len(value) <= room:
+        return letter
+    room = max(0, room - len(CUT_HEADER) - OVERHEAD_BYTES)
+    headers = letter.headers
+    if CUT_HEADER not in dict(headers):
+        headers = (*headers, (CUT_HEADER, str(len(value)).encode()))
+    key = key[: max(room // LETTER_KEY_SHARE, room - len(value))]
+    value = value[: max(0, room - len(key))]
+    return Outgoing(letter.key and key, letter.value and value, headers)
 
 
 def _appended(places: Sequence[tuple[int | None, int]]) -> Appended:

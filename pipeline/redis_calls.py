@@ -10,10 +10,17 @@ from typing import Any
 
 import redis.asyncio as redis_asyncio
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import (
+    ClusterCrossSlotError,
+    MovedError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+)
 
-from pipeline.errors import RecurError
-from pipeline.settings import Settings
+from pipeline.errors import RecurError, SettingsError
+from pipeline.settings import Settings, sentinel_address
 
 # AttributeError: redis-py's cluster client, after an error of one call, closes the connections
 # of all others, some of which then find no socket.
@@ -49,6 +56,24 @@ class StoreForbiddenError(RecurError):
             f" commands `recur state` {COMMAND_RIGHTS}, on the keys that begin with"
             " RECUR_KEY_PREFIX (ACL SETUSER), and start again"
         )
+
+
+class StoreAddressError(RecurError):
+    """RECUR_REDIS_URL names another kind of Redis than the settings say; asking again is no use."""
+
+
+IS_A_CLUSTER = (
+    "the Redis that RECUR_REDIS_URL names is a node of a Redis Cluster: set RECUR_REDIS_CLUSTER"
+    " to true"
+)
+IS_NO_CLUSTER = (
+    "RECUR_REDIS_CLUSTER is true, and the Redis that RECUR_REDIS_URL names is no Redis Cluster:"
+    " set RECUR_REDIS_CLUSTER to false, or RECUR_REDIS_URL to a node of the cluster"
+)
+NO_SUCH_DATABASE = (
+    "the Redis that RECUR_REDIS_URL names has no database of that number: end the address with"
+    " /0, or raise its setting `databases`"
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ class RedisCalls:
         except NoScriptError:
             raise
         except _UNAVAILABLE as error:
-            raise _unanswered(error) from error
+            raise await self._unanswered(error) from error
 
     async def _load_scripts(self) -> None:
         options = {"target_nodes": RedisCluster.PRIMARIES} if self.is_cluster else {}
@@ -133,7 +158,7 @@ class RedisCalls:
         try:
             return await self.client.execute_command(*command, **options)
         except _UNAVAILABLE as error:
-            raise _unanswered(error) from error
+            raise await self._unanswered(error) from error
 
     async def scan(self, pattern: str) -> AsyncIterator[list[bytes]]:
         """Every key like this, some at a time, of all nodes of a cluster.
@@ -151,8 +176,24 @@ class RedisCalls:
                     yield keys
                     keys = []
         except _UNAVAILABLE as error:
-            raise _unanswered(error) from error
+            raise await self._unanswered(error) from error
         yield keys
+
+    async def _unanswered(self, error: BaseException) -> Exception:
+        """What to raise where a command was not answered."""
+        said = str(error)
+        if any(sign in said for sign in _FORBIDDEN):
+            return StoreForbiddenError()
+        if "Cluster mode is not enabled" in said:
+            return StoreAddressError(IS_NO_CLUSTER)
+        if not self.is_cluster and isinstance(error, (ClusterCrossSlotError, MovedError)):
+            return StoreAddressError(IS_A_CLUSTER)
+        if "DB index is out of range" in said:
+            return StoreAddressError(NO_SUCH_DATABASE)
+        if "READONLY" in said and not self.is_cluster:
+            # It was the primary once. Sentinel, or the name's new address, tells of another.
+            await self.client.connection_pool.disconnect(inuse_connections=False)
+        return StoreUnavailableError(_complaint(error))
 
     async def close(self) -> None:
         """Give connections back."""
@@ -164,14 +205,47 @@ def redis_client(settings: Settings) -> Any:
     options = settings.redis_client_options()
     if settings.redis_cluster:
         return RedisCluster.from_url(settings.redis_url, **options)
-    return redis_asyncio.Redis.from_url(settings.redis_url, **options)
+    if "+sentinel://" in settings.redis_url:
+        return _client_of_sentinels(settings, options)
+    client = redis_asyncio.Redis.from_url(settings.redis_url, **options)
+    try:
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    except TypeError as error:
+        raise SettingsError(
+            "redis_url (RECUR_REDIS_URL) has an option after the question mark that the client does"
+            " not know: take it off"
+        ) from error
+    return client
 
 
-def _unanswered(error: BaseException) -> StoreUnavailableError | StoreForbiddenError:
-    """What to raise where a command was not answered."""
-    if any(sign in str(error) for sign in _FORBIDDEN):
-        return StoreForbiddenError()
-    return StoreUnavailableError(_complaint(error))
+class _FollowsSentinels(redis_asyncio.Redis):
+    """A client of the primary that also closes what it asks the Sentinels by."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Give connections back."""
+        await super().aclose(close_connection_pool)
+        for sentinel in self.connection_pool.sentinel_manager.sentinels:  # type: ignore[attr-defined]
+            await sentinel.aclose()
+
+
+def _client_of_sentinels(settings: Settings, options: dict[str, Any]) -> Any:
+    """A client of the primary that Sentinels name now; it asks them at each connection."""
+    address = sentinel_address(settings.redis_url)
+    assert address is not None  # the settings have looked
+    if settings.redis_is_tls:
+        options["ssl"] = True
+    of_sentinels = {k: v for k, v in options.items() if k not in ("username", "password")}
+    if settings.redis_sentinel_username:
+        of_sentinels["username"] = settings.redis_sentinel_username
+    if settings.redis_sentinel_password:
+        of_sentinels["password"] = settings.redis_sentinel_password.get_secret_value()
+    login = {"username": address.username, "password": address.password}
+    options = {k: v for k, v in login.items() if v} | options
+    hosts = list(address.hosts)
+    sentinel = Sentinel(hosts, sentinel_kwargs=of_sentinels)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(
+        address.master, redis_class=_FollowsSentinels, db=address.database, **options
+    )
 
 
 def _complaint(error: BaseException) -> str:

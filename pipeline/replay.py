@@ -164,6 +164,7 @@ class _Replay:
                         ahead(self._blocks()),
                         rate=self._options.rate,
                         warm=self._options.warm,
+                        history=True,
                         stop=self._stop,
                     )
                 )

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from model.checkpoint import Checkpoint
 from model.features import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
 from pipeline.account_state import RECENT_IDS, AccountStates, StateCodec
+from pipeline.settings import Settings
+from pipeline.timestamps import DAY_MS
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class MicroBatch:
     Attributes:
         row: intp[n], the account's row in the states.
         amount: float64[n], in the checkpoint's currency.
-        timestamp_ms: int64[n], event time.
-        record_ms: int64[n], the record's CreateTime.
+        timestamp_ms: int64[n], event time that enters features and state.
+        record_ms: int64[n], the record's CreateTime, or the event time where it has none.
         offset: int64[n], in the transaction's partition.
-        id_hash: uint64[n], of the transaction id, never 0.
+        id_hash: uint64[n], of the transaction's id and content, see :func:`id_hashes`.
         merchant_raw: float32[n, M], the merchant's raw features; zeros if the checkpoint uses none.
         fields: float32[n, K], raw columns of the checkpoint's further fields.
         explain_from: float32[n], the score from which on there will be reasons to give.
@@ -69,7 +71,9 @@ class Scored:
     Attributes:
         score: float32[n], probability of fraud.
         raw: float32[n, features], the raw inputs.
-        repeated: bool[n], the account had this transaction id before: nothing was applied.
+        repeated: bool[n], the account had this transaction before, the same id with the same
+            content: nothing was applied.
+        conflicting: bool[n], it had the id with another content.
         failed: indices whose computation fails, with the error: nothing was applied.
         expired: how many states started anew because their account was silent too long.
         before: float16[L, H], the hidden before it, of each index with reasons to give.
@@ -78,9 +82,53 @@ class Scored:
     score: NDArray[np.float32]
     raw: NDArray[np.float32]
     repeated: NDArray[np.bool_]
+    conflicting: NDArray[np.bool_]
     failed: dict[int, str]
     expired: int
     before: dict[int, NDArray[np.float16]]
+
+
+ID_CONFLICT = "the account had this transaction id with another content"
+"""The error of a transaction that is not applied for its id."""
+
+_ID_HALF = np.uint64(0xFFFF_FFFF_0000_0000)
+_CONTENT_HALF = np.uint64(0x0000_0000_FFFF_FFFF)
+
+
+def id_hashes(
+    id_hash: NDArray[np.uint64],
+    merchant_hash: NDArray[np.uint64],
+    amount: NDArray[np.float64],
+    sent_ms: NDArray[np.int64],
+) -> NDArray[np.uint64]:
+    """What a state remembers of n transactions: half of an id's hash, half of its content's.
+
+    A repeat agrees in both, a conflict in the id alone. Content is the merchant, the amount and
+    the event time as it was sent; currency and account are the same for all that are compared.
+    Two of 8 remembered ids with equal halves come once in 500 million transactions; that is a
+    conflict that is none, which is scored all the same. What is dropped agrees in all 64 bits.
+
+    Args:
+        id_hash, merchant_hash: [n] 64-bit hashes of the two ids.
+        amount, sent_ms: [n].
+
+    Returns:
+        [n], never 0, which marks an empty place among a state's recent ids.
+    """
+    content = _mixed(merchant_hash)
+    content = _mixed(content ^ (amount + 0.0).view(np.uint64))  # -0.0 is 0.0
+    content = _mixed(content ^ sent_ms.astype(np.uint64))
+    hashes = (id_hash & _ID_HALF) | (content & _CONTENT_HALF)
+    hashes[hashes == 0] = 1
+    return hashes
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spread each bit over the word: the finalizer of MurmurHash3."""
+    shift = np.uint64(33)
+    words = (words ^ (words >> shift)) * np.uint64(0xFF51_AFD7_ED55_8CCD)
+    words = (words ^ (words >> shift)) * np.uint64(0xC4CE_B9FE_1A85_EC53)
+    return words ^ (words >> shift)
 
 
 FEATURES_END = len(FEATURES)
@@ -105,14 +153,19 @@ class Scorer:
     Args:
         checkpoint: network and features.
         ttl_ms: an account silent for longer starts anew, milliseconds of record time.
+        reject_conflicts: do not apply a transaction whose id its account had with another content.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ttl_ms: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, ttl_ms: int, *, reject_conflicts: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
         architecture = checkpoint.network.architecture
         self.codec = StateCodec(architecture.layers, architecture.hidden_size)
         self._ttl_ms = ttl_ms
+        self._reject_conflicts = reject_conflicts
         self._columns = len(checkpoint.header.features.names)
+        self._scale = checkpoint.header.features.scale
         self._failures_in_a_row = 0
 
     def score(
@@ -167,6 +220,7 @@ class Scorer:
                     score=np.zeros(1, np.float32),
                     raw=np.zeros((1, self._columns), np.float32),
                     repeated=np.zeros(1, bool),
+                    conflicting=np.zeros(1, bool),
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
                     before={},
@@ -180,6 +234,7 @@ class Scorer:
             score=np.concatenate((first.score, second.score)),
             raw=np.concatenate((first.raw, second.raw)),
             repeated=np.concatenate((first.repeated, second.repeated)),
+            conflicting=np.concatenate((first.conflicting, second.conflicting)),
             failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
             expired=first.expired + second.expired,
             before=first.before | {n // 2 + i: hidden for i, hidden in second.before.items()},
@@ -197,18 +252,28 @@ class Scorer:
         n = len(batch)
         score = np.zeros(n, np.float32)
         raw = np.zeros((n, self._columns), np.float32)
-        known = len(ACCOUNT_FEATURES)
-        raw[:, known:FEATURES_END] = batch.merchant_raw
+        others = len(ACCOUNT_FEATURES)
+        raw[:, others:FEATURES_END] = batch.merchant_raw
         raw[:, FEATURES_END:] = batch.fields
-        repeated = np.zeros(n, bool)
+        repeated, conflicting = np.zeros(n, bool), np.zeros(n, bool)
+        failed: dict[int, str] = {}
         expired = 0
         before: dict[int, NDArray[np.float16]] = {}
         for members in rounds_of(batch.row):
             rows = batch.row[members]
-            seen = (states.recent_ids[rows] == batch.id_hash[members, None]).any(axis=1)
-            if seen.any():
+            known = states.recent_ids[rows]  # [m, RECENT_IDS]
+            differing = known ^ batch.id_hash[members, None]
+            same_id = ((differing & _ID_HALF) == 0) & (known != 0)
+            if same_id.any():
+                seen = (differing == 0).any(axis=1)
+                conflicts = same_id.any(axis=1) & ~seen
                 repeated[members[seen]] = True
-                members, rows = members[~seen], rows[~seen]
+                conflicting[members[conflicts]] = True
+                dropped = seen
+                if self._reject_conflicts:
+                    dropped = seen | conflicts
+                    failed |= dict.fromkeys(members[conflicts].tolist(), ID_CONFLICT)
+                members, rows = members[~dropped], rows[~dropped]
                 if len(members) == 0:
                     continue
             silent_ms = batch.record_ms[members] - states.last_record_ms[rows]
@@ -218,11 +283,11 @@ class Scorer:
                 expired += int(stale.sum())
             hidden = states.hidden[rows]  # a copy
             score[members], raw[members] = self._step(
-                states, batch, members, rows, raw[members, known:], hidden
+                states, batch, members, rows, raw[members, others:], hidden
             )
             for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
                 before[int(members[place])] = hidden[place]
-        return Scored(score, raw, repeated, {}, expired, before)
+        return Scored(score, raw, repeated, conflicting, failed, expired, before)
 
     def _step(
         self,
@@ -240,7 +305,9 @@ class Scorer:
             hidden16: float16[m, L, H], before.
         """
         before = states.history.take(rows)
-        raw, after = observe(before, batch.amount[members], batch.timestamp_ms[members])
+        raw, after = observe(
+            before, batch.amount[members], batch.timestamp_ms[members], self._scale
+        )
         raw = np.concatenate((raw, others), axis=1)
         with torch.inference_mode():
             inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
@@ -255,6 +322,15 @@ class Scorer:
         states.hidden[rows] = after16
         note_applied(states, batch, members, rows, before.count)
         return score, raw
+
+
+def scorer_of(settings: Settings, checkpoint: Checkpoint) -> Scorer:
+    """The scorer of a worker with these settings."""
+    return Scorer(
+        checkpoint,
+        ttl_ms=int(settings.state_ttl_days * DAY_MS),
+        reject_conflicts=settings.id_conflicts == "reject",
+    )
 
 
 def note_applied(

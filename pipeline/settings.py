@@ -7,14 +7,18 @@ or from the default below. ``recur settings`` prints all of them; secrets are ma
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -27,6 +31,17 @@ from pipeline.errors import SettingsError
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.safetensors"
 CONFIG_VARIABLE = "RECUR_CONFIG"
 
+REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+SENTINEL_PORT = 26379
+
+# What Kubernetes sets in each container for a service named recur, recur-redis or recur-http.
+_KUBERNETES_NAME = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$"
+)
+_KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
+
+log = logging.getLogger(__name__)
+
 
 def _topic_name(name: str) -> str:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -36,6 +51,46 @@ def _topic_name(name: str) -> str:
 
 
 TopicName = Annotated[str, AfterValidator(_topic_name)]
+
+
+class _WithoutKubernetes(PydanticBaseSettingsSource):
+    """The environment without what Kubernetes put there: RECUR_HTTP_PORT=tcp://10.0.0.1:9100."""
+
+    def __init__(
+        self, settings_cls: type[BaseSettings], environment: PydanticBaseSettingsSource
+    ) -> None:
+        super().__init__(settings_cls)
+        self._environment = environment
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """As the environment has it."""
+        return self._environment.get_field_value(field, field_name)
+
+    def __call__(self) -> dict[str, Any]:
+        """Values by setting."""
+        return {
+            name: value
+            for name, value in self._environment().items()
+            if not (isinstance(value, str) and _is_kubernetes_port(f"RECUR_{name.upper()}", value))
+        }
+
+
+@dataclass(frozen=True)
+class SentinelAddress:
+    """What a ``redis+sentinel://`` address says.
+
+    Attributes:
+        hosts: host and port of each Sentinel.
+        master: the name under which they know the primary.
+        database: number of the primary's database.
+        username, password: the primary's, if they stand in the address.
+    """
+
+    hosts: tuple[tuple[str, int], ...]
+    master: str
+    database: int
+    username: str | None
+    password: str | None
 
 
 class Settings(BaseSettings):
@@ -109,11 +164,16 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,  # a password may stand in the address
-        description="redis:// or rediss:// (TLS) address; of any node with redis_cluster",
+        description="redis:// or rediss:// (TLS) address; of any node with redis_cluster; or"
+        " redis+sentinel://sentinel-1:26379,sentinel-2:26379/master-name/0",
     )
     redis_cluster: bool = Field(False, description="whether the address is a Redis Cluster's")
     redis_username: str | None = Field(None, description="ACL user")
     redis_password: SecretStr | None = Field(None, description="password of that user")
+    redis_sentinel_username: str | None = Field(None, description="ACL user of the Sentinels")
+    redis_sentinel_password: SecretStr | None = Field(
+        None, description="password of the Sentinels, where they have one"
+    )
     redis_ssl_cafile: Path | None = Field(
         None, description="PEM file of the authorities that signed the server's certificate"
     )
@@ -134,6 +194,23 @@ class Settings(BaseSettings):
     )
     future_limit_seconds: float = Field(
         86_400.0, gt=0, description="a timestamp further past its record's is rejected, seconds"
+    )
+    timestamp_tolerance_seconds: float = Field(
+        300.0,
+        ge=0,
+        le=31_536_000,
+        description="a clock that is ahead moves its account's time past the record's by this at"
+        " most, seconds; further off is counted (recur_event_time_skew_total)",
+    )
+    max_timestamp_age_seconds: float = Field(
+        631_152_000.0,
+        gt=0,
+        description="a timestamp further before its record's is rejected, seconds; but not of"
+        " replays, warm-ups and records with the header recur-history",
+    )
+    id_conflicts: Literal["score", "reject"] = Field(
+        "score",
+        description="what becomes of a transaction whose id its account had with another content",
     )
     review_threshold: float | None = Field(
         None, ge=0, le=1, description="score from which on to alert; else the checkpoint's"
@@ -177,6 +254,13 @@ class Settings(BaseSettings):
     startup_timeout_seconds: float = Field(
         10.0, gt=0, le=600, description="how long to wait for broker and Redis at start, seconds"
     )
+    shutdown_seconds: float = Field(
+        15.0,
+        ge=1,
+        le=600,
+        description="a worker that is told to stop ends within this, whatever is away, seconds;"
+        " less than the grace of what stops it (Kubernetes: 30)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log line to write"
     )
@@ -194,13 +278,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "kafka_bootstrap has host:port alone; who logs in is kafka_sasl_username"
             )
-        if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("redis_url must begin with redis://, rediss:// or unix://")
-        if not _is_address(self.redis_url):
-            raise ValueError(
-                "redis_url has no host, or a port that is no number; a password with one of the"
-                " characters / ? # @ goes into redis_password"
-            )
+        _check_bootstrap(self.kafka_bootstrap)
+        self._check_redis_url()
         self._use_what_is_set()
         if (
             self.review_threshold is not None
@@ -210,6 +289,49 @@ class Settings(BaseSettings):
             raise ValueError("decline_threshold must not be under review_threshold")
         return self
 
+    def _check_redis_url(self) -> None:
+        """Refuse an address that no client would take, or would take otherwise.
+
+        Raises:
+            ValueError: it names the setting, and shows nothing of the address.
+        """
+        name = _named("redis_url")
+        scheme, separator, _ = self.redis_url.partition("://")
+        if not separator or scheme not in REDIS_SCHEMES:
+            raise ValueError(
+                f"{name} must begin with redis://, rediss:// (TLS), redis+sentinel://,"
+                " rediss+sentinel:// or unix://, such as redis://host:6379/0"
+            )
+        if scheme.endswith("+sentinel"):
+            address = sentinel_address(self.redis_url)
+            database: int | None = address.database if address else None
+            if address is None:
+                raise ValueError(
+                    f"{name} must be redis+sentinel://host:26379,host:26379/master-name, and"
+                    " perhaps /0 for a database; a password with one of the characters / ? # @ ,"
+                    " goes into redis_password"
+                )
+        elif not _is_address(self.redis_url):
+            raise ValueError(
+                f"{name} has no host, or a port that is no number; a password with one of the"
+                " characters / ? # @ goes into redis_password"
+            )
+        else:
+            database = 0 if scheme == "unix" else _database(self.redis_url)
+            if database is None:
+                raise ValueError(f"{name}: after the host comes the number of a database, or none")
+        if self.redis_cluster and (database or scheme not in ("redis", "rediss")):
+            raise ValueError(
+                f"{name}: a Redis Cluster has database 0 alone, and neither Sentinel nor socket:"
+                " set it to redis://host:6379/0 of any node, or set redis_cluster"
+                " (RECUR_REDIS_CLUSTER) to false"
+            )
+
+    @property
+    def redis_is_tls(self) -> bool:
+        """Whether Redis is spoken to with TLS."""
+        return self.redis_url.startswith(("rediss://", "rediss+sentinel://"))
+
     def _use_what_is_set(self) -> None:
         """A certificate that nobody asks for would mean that there is no TLS where one thinks so.
 
@@ -218,7 +340,7 @@ class Settings(BaseSettings):
         """
         for service, is_on, how in (
             ("kafka", self.kafka_security_protocol.endswith("SSL"), "kafka_security_protocol"),
-            ("redis", self.redis_url.startswith("rediss://"), "a redis_url of rediss://"),
+            ("redis", self.redis_is_tls, "a redis_url of rediss://"),
         ):
             names = [f"{service}_ssl_{name}" for name in ("cafile", "certfile", "keyfile")]
             there = [name for name in names if getattr(self, name)]
@@ -236,7 +358,8 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments over environment over file over defaults."""
         file = os.environ.get(CONFIG_VARIABLE)
-        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        environment = _WithoutKubernetes(settings_cls, env_settings)
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, environment)
         if file:
             sources += (TomlConfigSettingsSource(settings_cls, toml_file=Path(file)),)
         return sources
@@ -315,7 +438,7 @@ class Settings(BaseSettings):
             options["username"] = self.redis_username
         if self.redis_password:
             options["password"] = self.redis_password.get_secret_value()
-        if self.redis_url.startswith("rediss://"):
+        if self.redis_is_tls:
             self._ssl_context("redis")  # so that a wrong file is told at once, by its setting
             for name in ("cafile", "certfile", "keyfile"):
                 path = getattr(self, f"redis_ssl_{name}")
@@ -335,16 +458,27 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError(f"{CONFIG_VARIABLE}: there is no file {file}")
     known = {f"RECUR_{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE}
     unknown = sorted(name for name in os.environ if name.startswith("RECUR_") and name not in known)
-    if unknown:
-        raise SettingsError(
-            f"{', '.join(unknown)}: no such setting; `recur settings` lists them all"
-        )
+    ours = [name for name in unknown if not _is_of_kubernetes(name, os.environ[name])]
+    if len(ours) < len(unknown):
+        log.debug("variables that Kubernetes sets for services are ignored")
+    if ours:
+        raise SettingsError(f"{', '.join(ours)}: no such setting; `recur settings` lists them all")
     try:
         return Settings(**overrides)
     except ValidationError as error:
         raise SettingsError("\n".join(_complaints(error))) from None
     except ValueError as error:  # the TOML file is not TOML
         raise SettingsError(f"{file}: {error}") from None
+
+
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether Kubernetes set a variable that is no setting, for a service of ours."""
+    return bool(_KUBERNETES_NAME.search(name)) or _is_kubernetes_port(name, value)
+
+
+def _is_kubernetes_port(name: str, value: str) -> bool:
+    """Whether Kubernetes set a variable that may have a setting's name, such as http_port."""
+    return name.endswith("_PORT") and bool(_KUBERNETES_PORT.match(value))
 
 
 def _named(name: str) -> str:
@@ -361,6 +495,66 @@ def _is_address(url: str) -> bool:
         return bool(parts.hostname) and parts.port != 0 and "@" not in rest
     except ValueError:
         return False
+
+
+def _check_bootstrap(bootstrap: str) -> None:
+    """Refuse what is no list of host:port.
+
+    Raises:
+        ValueError: it names the setting.
+    """
+    name = _named("kafka_bootstrap")
+    for address in bootstrap.split(","):
+        scheme, separator, _ = address.strip().partition("://")
+        if separator:
+            raise ValueError(
+                f"{name} has {scheme[:20]}:// before an address: write host:port alone, such as"
+                " broker-1:9092,broker-2:9092; how to talk to the brokers is"
+                f" {_named('kafka_security_protocol')}"
+            )
+        host, separator, port = address.strip().rpartition(":")
+        if not (host or port) or (separator and not (host and port.isdecimal())):
+            raise ValueError(
+                f"{name} has an address that is not host:port: write broker-1:9092,broker-2:9092"
+            )
+
+
+def sentinel_address(url: str) -> SentinelAddress | None:
+    """The parts of a ``redis+sentinel://`` address; None where it is none.
+
+    >>> address = sentinel_address("redis+sentinel://a:26380,b/mymaster/2")
+    >>> address.hosts, address.master, address.database
+    ((('a', 26380), ('b', 26379)), 'mymaster', 2)
+    """
+    rest = url.partition("://")[2]
+    login, _, rest = rest.rpartition("@")
+    places, _, path = rest.partition("/")
+    master, _, database = path.partition("/")
+    username, _, password = login.partition(":")
+    hosts = []
+    for place in places.split(","):
+        host, separator, port = place.strip().rpartition(":")
+        if not separator:
+            host, port = place.strip(), str(SENTINEL_PORT)
+        if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+            return None
+        hosts.append((host.strip("[]"), int(port)))
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", master) or not re.fullmatch(r"\d{0,4}", database):
+        return None
+    if "/" in login or "?" in login or "#" in login:
+        return None
+    return SentinelAddress(
+        tuple(hosts), master, int(database or 0), unquote(username) or None,
+        unquote(password) or None,
+    )  # fmt: skip
+
+
+def _database(url: str) -> int | None:
+    """The number of the database in a Redis address; None where it is no number."""
+    parts = urlsplit(url)
+    named = re.findall(r"(?:^|&)db=([^&]*)", parts.query)
+    number = (named or [parts.path.strip("/")])[-1] or "0"
+    return int(number) if number.isdecimal() else None
 
 
 def redis_address(url: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator import Simulator, account_id, merchant_id, transaction_id
+from model.world import HANDBOOK, World
 from pipeline.feed import BLOCK_TRANSACTIONS, Block, encode_block
 
 CURRENCY = "EUR"
@@ -27,7 +28,7 @@ class Columns:
     merchant: NDArray[np.int64]
     amount: NDArray[np.float64]
     scenario: NDArray[np.int8]
-    """0 genuine, else the kind of fraud."""
+    """A place in :data:`model.world.SCENARIOS`; 0 genuine."""
 
     def __len__(self) -> int:
         return len(self.account)
@@ -82,8 +83,10 @@ class SimulatedTransactions:
 class SimulatedStream:
     """The simulator's transactions, numbered from 0 without gaps, in pieces of any size."""
 
-    def __init__(self, customers: int, terminals: int, start_date: str, seed: int) -> None:
-        self._days = Simulator(customers, terminals, start_date, seed).days()
+    def __init__(
+        self, customers: int, terminals: int, start_date: str, seed: int, world: World = HANDBOOK
+    ) -> None:
+        self._days = Simulator(customers, terminals, start_date, seed, world).days()
         self._left: list[Columns] = []
         self._next = 0
 

@@ -17,11 +17,14 @@ from pipeline.codec import names_in
 from pipeline.errors import StartupError
 from pipeline.further_fields import ALWAYS_THERE
 from pipeline.merchant_store import RedisMerchantStore
+from pipeline.message_limits import MessageLimits
 from pipeline.ownership import check_watermark, read_watermark
+from pipeline.redis_calls import IS_A_CLUSTER, StoreAddressError
+from pipeline.redis_servers import unreachable_nodes
 from pipeline.rights import check_rights
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings, redis_address
-from pipeline.state_store import NO_EVICTION, RedisStateStore, StoreUnavailableError
+from pipeline.state_store import RedisStateStore, StoreUnavailableError
 from pipeline.topics import ensure_topics
 
 RETRY_SECONDS = 0.2
@@ -63,6 +66,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
     await check_rights(settings)
+    await MessageLimits(settings).read()
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     merchant_store = RedisMerchantStore.from_settings(settings)
     score_log = KafkaScoreLog(settings)
@@ -82,18 +86,40 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
 async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
     address = redis_address(settings.redis_url)
     try:
-        policy = await answered_within(settings.startup_timeout_seconds, store.eviction_policy)
+        servers = await answered_within(settings.startup_timeout_seconds, store.servers)
     except StoreUnavailableError as error:
+        away = await unreachable_nodes(settings)
+        if away:
+            raise StartupError(
+                f"the Redis Cluster at {address} announces {', '.join(away)}, where nothing"
+                " answers from here: set cluster-announce-ip and cluster-announce-port of its nodes"
+                " to addresses that workers reach, or start those nodes"
+            ) from error
         raise StartupError(_redis_hint(address, str(error))) from error
-    if policy not in (None, NO_EVICTION):
-        raise StartupError(
-            f"the Redis at {address} has maxmemory-policy {policy}, so it would evict account "
-            "states: set it to noeviction (redis-cli config set maxmemory-policy noeviction)"
-        )
+    for server in servers:
+        if server.may_evict:
+            raise StartupError(
+                f"the Redis at {server.name or address} has maxmemory-policy {server.policy}, so it"
+                " would evict account states: set it to noeviction (redis-cli config set"
+                " maxmemory-policy noeviction, or the provider's parameter of that name)"
+            )
+        if server.is_replica:
+            raise StartupError(
+                f"the Redis at {address} is a replica and refuses writes: set RECUR_REDIS_URL to"
+                " its primary, or to redis+sentinel://, which follows the primary"
+            )
+        if server.is_of_cluster and not settings.redis_cluster:
+            raise StoreAddressError(IS_A_CLUSTER)
 
 
 def _redis_hint(address: str, said: str) -> str:
     """What a first call to Redis failed with, as the setting to correct."""
+    if "MasterNotFound" in said:
+        return (
+            f"the Sentinels at {address} do not answer, or know no primary of that name, or none"
+            f" that is up ({said}): correct RECUR_REDIS_URL, RECUR_REDIS_SENTINEL_PASSWORD where"
+            " they have a password, or see `redis-cli -p 26379 sentinel masters`"
+        )
     if any(sign in said for sign in _LOGIN_SIGNS):
         return (
             f"the Redis at {address} refuses the login ({said}): correct RECUR_REDIS_USERNAME and"

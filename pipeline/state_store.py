@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from redis.asyncio.cluster import RedisCluster
-
 from pipeline.keys import Keys
 from pipeline.redis_calls import Command, RedisCalls, Script
 from pipeline.redis_calls import StoreUnavailableError as StoreUnavailableError
 from pipeline.redis_calls import redis_client as redis_client
+from pipeline.redis_servers import Server, servers
 from pipeline.settings import Settings
 
 _DAY_MS = 86_400_000
-
-NO_EVICTION = "noeviction"
-"""The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
 
 # KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
 # time to live in milliseconds, then states ("" deletes). Returns the watermark that stands
@@ -70,6 +66,20 @@ class Save:
     states: Sequence[bytes | None]
 
 
+class Intactness(Protocol):
+    """Whether what the store does not have was never there."""
+
+    async def require(self, *, absent: bool) -> None:
+        """Return if nothing is known to be lost.
+
+        Args:
+            absent: something is not there; ask the servers whether they evicted anything.
+
+        Raises:
+            StoreUnavailableError: something is lost, and not repaired yet; ask again.
+        """
+
+
 class StateStore(Protocol):
     """What the processor needs of a store."""
 
@@ -110,9 +120,13 @@ class RedisStateStore:
         keys: names the keys.
         expiry_ms: how long Redis keeps an unused state: the state's time to live plus the
             log's retention, so that replay decides the same as the worker did.
+
+    Attributes:
+        intactness: asked before a load is believed; None believes all.
     """
 
     def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
+        self.intactness: Intactness | None = None
         self._calls = RedisCalls(client, SAVE_SCRIPT)
         self._keys = keys
         self._expiry = str(expiry_ms).encode()
@@ -125,7 +139,18 @@ class RedisStateStore:
         return cls(redis_client(settings), keys, expiry_ms)
 
     async def load(self, requests: Sequence[Load]) -> list[Loaded]:
-        """See :class:`StateStore`: one MGET, on a cluster one for each partition."""
+        """See :class:`StateStore`: one MGET, on a cluster one for each partition.
+
+        Where something is absent, :attr:`intactness` is asked whether it was evicted.
+        """
+        found = await self.load_as_it_is(requests)
+        if self.intactness is not None:
+            absent = any(one.watermark is None or None in one.states for one in found)
+            await self.intactness.require(absent=absent)
+        return found
+
+    async def load_as_it_is(self, requests: Sequence[Load]) -> list[Loaded]:
+        """Load without asking whether anything is lost: for the repair itself."""
         keys = self._keys
         wanted = [
             [
@@ -168,22 +193,13 @@ class RedisStateStore:
         """See :class:`StateStore`."""
         await self._calls.ask("PING")
 
-    async def eviction_policy(self) -> str | None:
-        """The server's ``maxmemory-policy``; None where it does not tell.
-
-        Of a cluster's nodes it is that of the first one which may evict, if there is any.
+    async def servers(self) -> list[Server]:
+        """The Redis, or each primary of the cluster, as it describes itself.
 
         Raises:
-            StoreUnavailableError: it does not answer.
+            StoreUnavailableError: one does not answer.
         """
-        if self._calls.is_cluster:
-            nodes = await self._calls.ask("INFO", "memory", target_nodes=RedisCluster.PRIMARIES)
-            infos = list(nodes.values()) if "maxmemory_policy" not in nodes else [nodes]
-        else:
-            infos = [await self._calls.ask("INFO", "memory")]
-        policies = [str(info["maxmemory_policy"]) for info in infos if "maxmemory_policy" in info]
-        evicting = [policy for policy in policies if policy != NO_EVICTION]
-        return next(iter([*evicting, *policies]), None)
+        return await servers(self._calls)
 
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
         """Watermarks that there are, by partition.
@@ -191,7 +207,8 @@ class RedisStateStore:
         Raises:
             StoreUnavailableError: it does not answer.
         """
-        replies = await self.load([Load(partition, []) for partition in range(partitions)])
+        requests = [Load(partition, []) for partition in range(partitions)]
+        replies = await self.load_as_it_is(requests)
         return {
             partition: reply.watermark
             for partition, reply in enumerate(replies)

@@ -32,7 +32,7 @@ from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.recompute import RecomputedPartition
-from pipeline.scorer import Scorer
+from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 
@@ -118,7 +118,7 @@ async def state_at(
             f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_KEY_PREFIX and "
             "RECUR_REDIS_URL are the workers'"
         )
-    scorer = Scorer(checkpoint, int(settings.state_ttl_days * _DAY_MS))
+    scorer = scorer_of(settings, checkpoint)
     async with RecomputedPartition(settings, scorer, place.partition, One(account_id)) as log:
         later = await log.first_at(time_ms + 1)
         wanted = log.end if later is None else later

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from model.transaction import TIMESTAMP_MAX_MS
 from pipeline.errors import SettingsError
+from pipeline.timestamps import other_unit
 
 
 def epoch_ms_of(text: str, option: str) -> int:
@@ -17,8 +18,12 @@ def epoch_ms_of(text: str, option: str) -> int:
     Raises:
         SettingsError: it is no time.
     """
-    if text.isascii() and text.isdigit() and int(text) <= TIMESTAMP_MAX_MS:
-        return int(text)
+    if text.isascii() and text.isdigit():
+        unit = other_unit(int(text))
+        if unit is not None:
+            raise SettingsError(f"{option} looks like {unit}; write milliseconds")
+        if int(text) <= TIMESTAMP_MAX_MS:
+            return int(text)
     try:
         when = datetime.fromisoformat(text)
     except ValueError:

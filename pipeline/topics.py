@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -131,6 +131,25 @@ async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
                     int(values["retention.ms"]),
                     int(values["segment.ms"]),
                 )
+    return found
+
+
+async def batch_limits(settings: Settings, roles: Iterable[TopicRole]) -> dict[TopicRole, int]:
+    """The largest batch of records that topics take, bytes; not of those that are not told.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    found: dict[TopicRole, int] = {}
+    async with admin_client(settings, deadline) as admin:
+        for role in roles:
+            asked = [ConfigResource(ConfigResourceType.TOPIC, settings.topic(role))]
+            ((error, _, _, _, entries),) = (await admin.describe_configs(asked))[0].resources
+            values = {entry[0]: entry[1] for entry in entries}
+            limits = [int(values[n]) for n in ("max.message.bytes", "segment.bytes") if n in values]
+            if limits and not error:
+                found[role] = min(limits)
     return found
 
 

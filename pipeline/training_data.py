@@ -23,7 +23,7 @@ from pipeline.transaction_files import Part, TransactionFile
 SCENARIOS_MAX = 100
 """Kinds of fraud that are told apart."""
 
-_SIMULATOR_SETTINGS = ("customers", "terminals", "days", "start_date")
+_SIMULATOR_SETTINGS = ("customers", "terminals", "days", "start_date", "world")
 
 
 class FileData:

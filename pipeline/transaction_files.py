@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from model.transaction import AMOUNT_MAX, ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
 from pipeline.column_mapping import OPTIONAL_FIELDS, ColumnMapping, LabelMapping, TimeForm
 from pipeline.errors import RecurError
+from pipeline.timestamps import labelled_time, look_like_seconds
 
 PART_ROWS = 8192
 """Rows read at once."""
@@ -164,6 +165,7 @@ class TransactionFile:
         self._skip_unusable = skip_unusable
         self._allow_unsorted = allow_unsorted or for_training
         self._find_repeats = not for_training
+        self._for_training = for_training
         self._latest_ms = round(time.time() * 1000) + DAY_MS if latest_ms is None else latest_ms
         self._require_fields("label" if for_training else "transaction_id")
         self._source: _ParquetSource | _CsvSource = _open(path)
@@ -280,6 +282,12 @@ class TransactionFile:
             "timestamp lies in the future, where the worker rejects it"
             " (--offset-days -N moves all times)",
         )
+        if not self._for_training:
+            faults.add(
+                look_like_seconds(timestamps_ms) & ~faults.bad,
+                "timestamp is in 1970, where the worker takes milliseconds for seconds: correct"
+                " [time] unit, or move all times with --offset-days",
+            )
 
     def _currencies(self, column: pa.Array | None, count: int, faults: _Faults) -> list[Any]:
         if column is None:
@@ -408,6 +416,12 @@ class LabelFile:
         timestamps_ms = _epoch_ms(batch.column(names.timestamp), form, faults)
         labelled_ms = _epoch_ms(batch.column(names.labelled_at), form, faults, "labelled_at")
         faults.add((timestamps_ms < 0) & ~faults.bad, "timestamp is before 1970")
+        labelled_ms = _labelled_ms(timestamps_ms, labelled_ms, form.zone)
+        for name, times_ms in (("timestamp", timestamps_ms), ("labelled_at", labelled_ms)):
+            faults.add(
+                look_like_seconds(times_ms) & ~faults.bad,
+                f"{name} is in 1970, which the worker takes for seconds: correct [time] unit",
+            )
         faults.add(
             (labelled_ms < timestamps_ms) & ~faults.bad,
             "labelled_at is before the transaction's timestamp",
@@ -550,6 +564,19 @@ def _epoch_ms(
     faults.add(~np.isfinite(numbers) & ~faults.bad, f"{name} is missing or not finite")
     milliseconds = np.nan_to_num(numbers, posinf=0, neginf=0) * (1000 / _PER_SECOND[form.unit])
     return np.round(np.clip(milliseconds, -1, TIMESTAMP_MAX_MS + 1)).astype(np.int64)
+
+
+def _labelled_ms(
+    timestamps_ms: NDArray[np.int64], labelled_ms: NDArray[np.int64], zone: str
+) -> NDArray[np.int64]:
+    """Times of labels; a date without a time, on the day of the payment, is the payment's time."""
+    found = labelled_ms.copy()
+    for index in np.flatnonzero((labelled_ms >= 0) & (labelled_ms < timestamps_ms)).tolist():
+        labelled = int(labelled_ms[index])
+        local = datetime.fromtimestamp(labelled / 1000, ZoneInfo(zone))
+        if labelled % DAY_MS == 0 or local.time() == datetime.min.time():
+            found[index] = labelled_time(int(timestamps_ms[index]), labelled)
+    return found
 
 
 def _from_arrow_times(column: pa.Array, zone: str) -> NDArray[np.int64]:

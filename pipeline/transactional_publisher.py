@@ -28,6 +28,7 @@ from aiokafka.errors import (
     ProducerFenced,
 )
 
+from pipeline.message_limits import MessageLimits
 from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said
 from pipeline.score_log import LogUnavailableError
 from pipeline.settings import Settings
@@ -54,6 +55,10 @@ FENCED: tuple[type[KafkaError], ...] = (
 """The id has a newer producer, or the broker has ended the transaction or forgotten the id."""
 
 
+class BatchTooLargeError(Exception):
+    """A batch was larger than its topic takes; the transaction is aborted."""
+
+
 class FencedError(Exception):
     """Somebody has taken the partition: what was sent is not committed."""
 
@@ -64,11 +69,15 @@ class PartitionPublisher(KafkaPublisher):
     Args:
         settings: names topics, group and broker.
         partition: the input partition.
+        limits: of its topics' batches, read already; None to read them at the start.
     """
 
-    def __init__(self, settings: Settings, partition: int) -> None:
+    def __init__(
+        self, settings: Settings, partition: int, limits: MessageLimits | None = None
+    ) -> None:
         super().__init__(
             settings,
+            limits,
             transactional_id=transactional_id(settings, partition),
             transaction_timeout_ms=round(TRANSACTION_TIMEOUT_SECONDS * 1000),
             retry_backoff_ms=RETRY_BACKOFF_MS,
@@ -83,11 +92,12 @@ class PartitionPublisher(KafkaPublisher):
 
         Raises:
             FencedError: nothing of it is committed.
+            BatchTooLargeError: the same; a producer of smaller batches may do it.
             PublishError: it cannot be done, or nobody knows whether it is done.
         """
         async with self._at_work:
             try:
-                return await self._commit(said)
+                return await self._commit_or_abort(said)
             except (KafkaError, IllegalOperation) as error:
                 if _is_fenced(error):
                     raise FencedError from error
@@ -95,6 +105,14 @@ class PartitionPublisher(KafkaPublisher):
                     f"cannot commit a transaction ({type(error).__name__}); see the broker's log "
                     "and the rights on transactional ids and the group"
                 ) from error
+
+    async def _commit_or_abort(self, said: Said) -> Appended | None:
+        try:
+            return await self._commit(said)
+        except BatchTooLargeError:
+            assert self._producer is not None
+            await self._producer.abort_transaction()
+            raise
 
     async def _commit(self, said: Said) -> Appended | None:
         producer = self._producer
@@ -117,6 +135,10 @@ class PartitionPublisher(KafkaPublisher):
             return where
         return Appended(where.first, where.next + 1)  # the marker takes an offset
 
+    async def _too_large(self) -> None:
+        """What was sent before in the transaction goes with it."""
+        raise BatchTooLargeError
+
     async def close(self) -> None:
         """Disconnect once no transaction is under way: aiokafka would wait for ever for its end."""
         async with self._at_work:
@@ -132,17 +154,19 @@ class TransactionalPublisher:
 
     Args:
         settings: names topics, group and broker.
+        limits: of its topics' batches, read before the first take; None: not known.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, limits: MessageLimits | None = None) -> None:
         self._settings = settings
+        self._limits = limits or MessageLimits(settings)
         self._tenures = count(1)
         self._publishers: dict[int, tuple[int, PartitionPublisher]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def take(self, partition: int) -> int:
         """See :class:`pipeline.publisher.Transactions`."""
-        publisher = PartitionPublisher(self._settings, partition)
+        publisher = PartitionPublisher(self._settings, partition, self._limits)
         try:
             await publisher.start()
         except (KafkaError, OSError) as error:
@@ -185,13 +209,18 @@ class TransactionalPublisher:
                 return  # taken since, by this worker itself
             try:
                 committed[partition] = await publisher.commit(said[partition])
+                return
             except FencedError:
-                if self._publishers.get(partition) == (tenure, publisher):
-                    self.release([partition])
                 log.warning(
                     "another worker has taken the partition; nothing was published",
                     extra={"partition": partition},
                 )
+            except BatchTooLargeError:
+                # Another producer could not tell whether somebody takes the partition meanwhile:
+                # take it again, by way of the group.
+                await self._limits.learn(publisher.batch_bytes)
+            if self._publishers.get(partition) == (tenure, publisher):
+                self.release([partition])
 
         if len(said) == 1:  # almost always, at live rates: no tasks are made
             await commit_one(*said)

@@ -31,7 +31,7 @@ from pipeline.progress_bar import Bar
 from pipeline.recompute import Advanced, RecomputedPartition
 from pipeline.redis_calls import StoreForbiddenError, StoreUnavailableError
 from pipeline.score_comparison import ScoreTally
-from pipeline.scorer import Scorer, ScorerBrokenError
+from pipeline.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
@@ -194,7 +194,7 @@ class Verifier:
         self._partitions = partitions
         self._open = open_reader
         self._model = checkpoint.digest
-        self._scorer = Scorer(checkpoint, int(settings.state_ttl_days * _DAY_MS))
+        self._scorer = scorer_of(settings, checkpoint)
         self._topic = settings.topic("transactions")
         self._expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
         self._total = self._done = 0

@@ -19,8 +19,9 @@ from pipeline.errors import ServiceError
 from pipeline.services import HOST, free_port
 from pipeline.supervisor import SupervisedProcess
 
-STOP_SECONDS = 15.0
-"""A worker may take so long to finish its micro-batch and leave the group."""
+STOP_SECONDS = 20.0
+"""A worker may take so long to finish its micro-batch and leave the group: its own bound
+(RECUR_SHUTDOWN_SECONDS), and what ending takes."""
 
 HTTP_TIMEOUT_SECONDS = 2.0
 POLL_SECONDS = 0.1

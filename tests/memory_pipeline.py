@@ -48,13 +48,16 @@ from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience
 from pipeline.processor import Computed, Processor
 from pipeline.rebuild import Rebuild
-from pipeline.scorer import Scorer
+from pipeline.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
 from pipeline.state_store import Save
 from pipeline.topics import ROLES
 
 DAY_MS = 86_400_000
 START_MS = 1_700_000_000_000
+TOLERANCE_MS = 300_000
+"""An account's time is past its records' by this at most; the setting's default."""
+
 HIDDEN_TOLERANCE = 4e-3
 """Largest difference of a hidden between micro-batches of different sizes: a matrix product's
 last bits depend on its size, and float16 then rounds another way, at each step anew."""
@@ -101,7 +104,7 @@ class AccountReference:
 
     history: AccountHistory
     hidden: torch.Tensor  # [1, L, H]
-    ids: list[str] = field(default_factory=list)
+    sent: list[Transaction] = field(default_factory=list)
     first_offset: int = -1
     last_offset: int = -1
     last_record_ms: int = 0
@@ -115,12 +118,17 @@ class PartitionReference:
     warm: set[int] = field(default_factory=set)
     rejected: dict[int, str] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
+    conflicting: set[int] = field(default_factory=set)
     accounts: dict[str, AccountReference] = field(default_factory=dict)
     forgotten: set[int] = field(default_factory=set)
 
 
 def reference(
-    checkpoint: Checkpoint, records: Sequence[MemoryRecord], ttl_ms: int = 30 * DAY_MS
+    checkpoint: Checkpoint,
+    records: Sequence[MemoryRecord],
+    ttl_ms: int = 30 * DAY_MS,
+    *,
+    reject_conflicts: bool = False,
 ) -> PartitionReference:
     """The offline computation of a partition's log."""
     result = PartitionReference()
@@ -134,6 +142,14 @@ def reference(
         except RejectedError as error:
             result.rejected[record.offset] = error.reason
             continue
+        state = result.accounts.get(transaction.account_id)
+        last = [] if state is None else state.sent[-RECENT_IDS:]
+        same_id = [other for other in last if other.transaction_id == transaction.transaction_id]
+        if same_id and not any(_is_repeat(transaction, other) for other in same_id):
+            result.conflicting.add(record.offset)
+            if reject_conflicts:
+                result.rejected[record.offset] = "id_conflict"
+                continue
         score = _apply(checkpoint, result.accounts, transaction, record, ttl_ms)
         if score is None:
             result.repeated.add(record.offset)
@@ -148,9 +164,21 @@ def _decoded(checkpoint: Checkpoint, record: MemoryRecord) -> Transaction:
     if any(name == CONTROL_HEADER for name, _ in record.headers):
         raise RejectedError("control", "")
     transaction = decode(record.key, record.value, checkpoint.header.currency)
-    if epoch_ms(transaction.timestamp) > record.timestamp + DAY_MS:
+    if epoch_ms(transaction.timestamp) > _record_ms(transaction, record) + DAY_MS:
         raise RejectedError("future_timestamp", "")
     return transaction
+
+
+def _record_ms(transaction: Transaction, record: MemoryRecord) -> int:
+    """The record's time; its event's where it has none that milliseconds could be."""
+    is_time = 1973 <= 1970 + record.timestamp / (365.25 * DAY_MS) < 5000
+    return record.timestamp if is_time else epoch_ms(transaction.timestamp)
+
+
+def _is_repeat(transaction: Transaction, other: Transaction) -> bool:
+    """The same payment sent again."""
+    names = ("transaction_id", "merchant_id", "amount", "timestamp")
+    return all(getattr(transaction, name) == getattr(other, name) for name in names)
 
 
 def _apply(
@@ -162,25 +190,27 @@ def _apply(
 ) -> float | None:
     """The score; None for a repeat."""
     state = accounts.get(transaction.account_id)
-    if state is not None and transaction.transaction_id in state.ids[-RECENT_IDS:]:
+    if state is not None and any(_is_repeat(transaction, o) for o in state.sent[-RECENT_IDS:]):
         return None
-    if state is None or record.timestamp - state.last_record_ms > ttl_ms:
+    sent_ms = epoch_ms(transaction.timestamp)
+    record_ms = _record_ms(transaction, record)
+    if state is None or record_ms - state.last_record_ms > ttl_ms:
         state = AccountReference(AccountHistory.empty(1), checkpoint.network.empty_hidden(1))
         state.first_offset = record.offset
         accounts[transaction.account_id] = state
     raw, state.history = observe(
         state.history,
         np.array([transaction.amount]),
-        np.array([epoch_ms(transaction.timestamp)]),
+        np.array([min(sent_ms, record_ms + TOLERANCE_MS)]),
     )
     with torch.inference_mode():
         others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)
         inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others))))
         logits, hidden = checkpoint.network.step(inputs, state.hidden)
         state.hidden = hidden.half().float()
-    state.ids.append(transaction.transaction_id)
+    state.sent.append(transaction)
     state.last_offset = record.offset
-    state.last_record_ms = max(state.last_record_ms, record.timestamp)
+    state.last_record_ms = max(state.last_record_ms, record_ms)
     return float(torch.sigmoid(logits))
 
 
@@ -200,7 +230,7 @@ class AuditedStateStore(MemoryStateStore):
         return stands
 
 
-_references: dict[tuple[str, int, str], PartitionReference] = {}
+_references: dict[tuple[str, int, bool, str], PartitionReference] = {}
 """Computed before: tests that kill a worker at every step need the same ones again and again."""
 
 
@@ -225,9 +255,13 @@ class World:
     def produce(
         self, account: str, transaction_id: str | None = None, **changes: Any
     ) -> tuple[int, int]:
-        """Append a transaction, a minute after the last; its partition and offset."""
+        """Append a transaction, a minute after the last; its partition and offset.
+
+        Args:
+            changes: other fields, ``headers``, and ``record_ms``, the record's CreateTime.
+        """
         self.now_ms += 60_000
-        headers = changes.pop("headers", ())
+        headers, record_ms = changes.pop("headers", ()), changes.pop("record_ms", None)
         fields = {
             "transaction_id": transaction_id or f"t{self.now_ms}",
             "account_id": account,
@@ -236,14 +270,20 @@ class World:
             "currency": "EUR",
             "timestamp": self.now_ms,
         } | changes
-        return self.produce_raw(account.encode(), json.dumps(fields).encode(), headers)
+        return self.produce_raw(account.encode(), json.dumps(fields).encode(), headers, record_ms)
 
     def produce_raw(
-        self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = ()
+        self,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        record_ms: int | None = None,
     ) -> tuple[int, int]:
         """Append a record; its partition and offset."""
         partition = self.kafka.partition_of(self.topic, key)
-        return partition, self.kafka.produce(self.topic, key, value, headers=headers)
+        return partition, self.kafka.produce(
+            self.topic, key, value, headers=headers, timestamp_ms=record_ms
+        )
 
     def forget(self, account: str) -> tuple[int, int]:
         """Append the instruction to forget an account; its partition and offset."""
@@ -261,8 +301,9 @@ class World:
             elif i % 13 == 10:
                 self.forget(account)
             elif i % 9 == 8:
+                timestamp = self.now_ms
                 for _ in range(1 + i % 2):
-                    self.produce(account, f"t{i}-{account}", amount=amount)
+                    self.produce(account, f"t{i}-{account}", amount=amount, timestamp=timestamp)
             else:
                 headers = [(WARM_HEADER, b"1")] if i % 7 == 3 else []
                 self.produce(account, amount=amount, headers=headers)
@@ -351,12 +392,15 @@ class World:
     def references(self) -> list[PartitionReference]:
         """The offline computation of every partition, from its whole log."""
         ttl_ms = int(self.settings.state_ttl_days * DAY_MS)
+        reject = self.settings.id_conflicts == "reject"
         found = []
         for partition in self.partitions:
             records = self.kafka.records(self.topic, partition)
-            key = self.checkpoint.digest, ttl_ms, str(records)
+            key = self.checkpoint.digest, ttl_ms, reject, str(records)
             if key not in _references:
-                _references[key] = reference(self.checkpoint, records, ttl_ms)
+                _references[key] = reference(
+                    self.checkpoint, records, ttl_ms, reject_conflicts=reject
+                )
             found.append(_references[key])
         return found
 
@@ -424,8 +468,12 @@ def assert_states(world: World, partition: int, expected: PartitionReference) ->
         assert int(history.last_event_ms[0]) == int(state.history.last_event_ms[0]), account
         np.testing.assert_allclose(history.decayed_count, state.history.decayed_count, 1e-5)
         np.testing.assert_allclose(history.decayed_amount, state.history.decayed_amount, 1e-5)
-        ids = {xxhash.xxh3_64_intdigest(i.encode()) for i in state.ids[-RECENT_IDS:]}
-        assert set(found.recent_ids[0].tolist()) - {0} == ids, account
+        last = state.sent[-RECENT_IDS:]
+        ids = {xxhash.xxh3_64_intdigest(t.transaction_id.encode()) >> 32 for t in last}
+        remembered = set(found.recent_ids[0].tolist()) - {0}
+        assert {entry >> 32 for entry in remembered} == ids, account
+        contents = {(t.transaction_id, t.merchant_id, t.amount, t.timestamp) for t in last}
+        assert len(remembered) == len(contents), account
         hidden = torch.from_numpy(found.hidden[0]).float()
         assert (hidden - state.hidden[0]).abs().max() < HIDDEN_TOLERANCE, account
 
@@ -482,7 +530,7 @@ class MemoryWorker:
         self.health = Health(10.0, clock=lambda: 0.0)
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
         patience = Patience(self.metrics, self.health)
-        self.scorer = Scorer(checkpoint, ttl_ms=int(settings.state_ttl_days * DAY_MS))
+        self.scorer = scorer_of(settings, checkpoint)
         transactions = MemoryTransactions(world.kafka, settings) if settings.transactional else None
         self.fenced: list[int] = []
         self.ownership = Ownership(

@@ -347,7 +347,12 @@ def test_sequences_before_a_row_leave_out_what_comes_after() -> None:
 
 
 def test_simulated_data_have_an_identity_of_their_settings() -> None:
-    one, other = (
-        SimulatedData(TrainingSettings(customers=customers)).identity() for customers in (10, 11)
+    one, other, handbook = (
+        SimulatedData(settings).identity()
+        for settings in (
+            TrainingSettings(customers=10),
+            TrainingSettings(customers=11),
+            TrainingSettings(customers=10, world="handbook"),
+        )
     )
-    assert one != other
+    assert len({one, other, handbook}) == 3

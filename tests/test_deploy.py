@@ -35,6 +35,7 @@ OURS = {name: service for name, service in SERVICES.items() if service["image"] 
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 PROMETHEUS: dict[str, Any] = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/recur.json").read_text())
+KUBERNETES_GRACE_SECONDS = 30
 EVERY_SERVICE = pytest.mark.parametrize("service", OURS.values(), ids=list(OURS))
 
 
@@ -110,6 +111,21 @@ def test_compose_commands_and_variables_run_as_processes(
 
     assert check.returncode == 0, check.stderr
     assert stopped == 0
+
+
+@EVERY_SERVICE
+def test_a_worker_ends_by_itself_before_it_would_be_killed(service: dict[str, Any]) -> None:
+    """Docker waits for stop_grace_period, Kubernetes for 30 s where nothing else is said."""
+    grace = re.fullmatch(r"(\d+)s", service["stop_grace_period"])
+    assert grace is not None
+    bound = float(
+        service["environment"].get(
+            "RECUR_SHUTDOWN_SECONDS", Settings.model_fields["shutdown_seconds"].default
+        )
+    )
+
+    assert bound <= int(grace[1]) / 2
+    assert bound <= KUBERNETES_GRACE_SECONDS / 2
 
 
 @EVERY_SERVICE
@@ -256,6 +272,13 @@ def test_the_health_check_fails_where_nothing_answers() -> None:
     nobody = ask("live", 1)
     assert nobody.returncode == 1
     assert nobody.stderr.startswith("/live on port 1: ")
+
+
+def test_the_health_check_takes_no_service_of_kubernetes_for_a_port() -> None:
+    script = [sys.executable, str(ROOT / "deploy/healthcheck.py"), "live"]
+    environment = {"RECUR_HTTP_PORT": "tcp://10.96.0.13:9100"}
+    asked = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert asked.returncode == 0 or asked.stderr.startswith("/live")
 
 
 # Prometheus and Grafana

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -14,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.partitioner import DefaultPartitioner
 
+from model.transaction import Transaction
 from pipeline.account_state import STATE_FORMAT
 from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
 from pipeline.keys import MerchantKeys
@@ -416,3 +420,69 @@ def test_the_watchdog_ends_a_worker_whose_records_wait(kafka: Kafka, tmp_path: P
 
     with Redis() as server:
         asyncio.run(run(server))
+
+
+def test_what_cannot_be_so_is_told_on_a_real_broker(system: PipelineUnderTest) -> None:
+    """Units, a clock ahead, records without a time of their own, ids that come again."""
+    hour_ms = 3_600_000
+
+    def payment(number: int, name: str, event_ms: int, amount: float = 20.0) -> bytes:
+        return encode_transaction(
+            Transaction(name, f"A{number}", "M1", amount, "EUR", timestamp=event_ms)
+        )
+
+    async def run() -> None:
+        system.use(max_timestamp_age_seconds=86_400)
+        topic = system.settings.topic("transactions")
+        async with system.running(workers=1):
+            now_ms = time.time_ns() // 1_000_000
+            # Name, event time and CreateTime: an account for each, with payments before and after.
+            cases = [
+                ("in seconds", now_ms // 1000, now_ms),
+                ("in microseconds", now_ms * 1000, now_ms),
+                ("ahead", now_ms + 20 * hour_ms, now_ms),
+                ("no time", now_ms, -1),
+                ("time 0", now_ms, 0),
+            ]
+            async with AIOKafkaProducer(**system.settings.kafka_client_options()) as producer:
+                partitions = sorted(await producer.partitions_for(topic))
+                for number, (name, event_ms, created_ms) in enumerate(cases):
+                    batch = producer.create_batch()
+                    key = f"A{number}".encode()
+                    values = [
+                        (payment(number, "first", now_ms - 60_000), now_ms),
+                        (payment(number, name, event_ms), created_ms),
+                        (payment(number, "again", now_ms), now_ms),
+                        (payment(number, "again", now_ms, amount=21.0), now_ms),
+                        (payment(number, "again", now_ms), now_ms),
+                        (payment(number, "old", now_ms - 48 * hour_ms), now_ms),
+                        (payment(number, "last", now_ms + 600_000), now_ms + 600_000),
+                    ]
+                    for value, record_ms in values:
+                        assert batch.append(key=key, value=value, timestamp=record_ms)
+                    batch.close()
+                    partition = DefaultPartitioner()(key, partitions, partitions)
+                    await (await producer.send_batch(batch, topic, partition=partition))
+            await system.until_applied()
+            scores = await system.scores()
+            letters = [dict(record.headers) for record in await system.records("dead_letter")]
+            reasons = Counter(headers["reason"].decode() for headers in letters)
+            assert reasons == {"timestamp_unit": 2, "old_timestamp": len(cases)}
+            assert len(scores) == 7 * len(cases) - 2 - 2 * len(cases)
+            pauses = {
+                (score.account_id, score.transaction_id): score.features["seconds_since_last"]
+                for score in scores
+            }
+            assert pauses["A2", "last"] == 300.0, "its clock was ahead by the tolerance alone"
+            assert {pauses[f"A{number}", "last"] for number in (0, 1, 3, 4)} == {600.0}
+            (worker,) = system.workers
+            assert await metric(worker, "recur_id_conflicts_total") == len(cases)
+            assert await metric(worker, "recur_duplicates_total") == len(cases)
+            assert await metric(worker, "recur_record_clock_skew_total") == len(cases)
+            assert await metric(worker, "recur_score_latency_seconds_sum") >= 0
+            ahead = 'recur_event_time_skew_total{direction="ahead"}'
+            assert await metric(worker, ahead) == 1
+            checkpoint = system.scorer.checkpoint
+            assert (await verify(system.settings, checkpoint, VerifyOptions(), NoBar())).is_right
+
+    asyncio.run(run())

@@ -19,7 +19,7 @@ from faults.fault import Fault, Row, Shared, run_fault
 from faults.load import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
 from faults.of_input import Undecodable
 from faults.of_kafka import BrokerKilled
-from faults.of_redis import RedisClusterFailover, RedisEmpty, require_loss
+from faults.of_redis import Eviction, RedisClusterFailover, RedisEmpty, require_loss
 from faults.of_workers import Sigkill, Zombie
 from faults.outcome import topic_records
 from faults.proxy import Proxy
@@ -50,7 +50,15 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
 
 @pytest.mark.parametrize(
     "fault",
-    [Sigkill(), Zombie(), BrokerKilled(), RedisEmpty(), RedisClusterFailover(), Undecodable()],
+    [
+        Sigkill(),
+        Zombie(),
+        BrokerKilled(),
+        RedisEmpty(),
+        RedisClusterFailover(),
+        Eviction(),
+        Undecodable(),
+    ],
     ids=lambda fault: fault.name,
 )
 def test_a_fault_loses_nothing_and_applies_nothing_twice(
@@ -136,6 +144,30 @@ def test_every_kind_of_wrong_is_counted(
     for words in ("a complaint of its own", "1 transactions lost", "2 applied twice", "1 conflict"):
         assert words in told
     assert not any("conflicting" in line for line in found.complaints(allow_conflicts=True))
+
+
+class UnseenEviction(Eviction):
+    """States go, and Redis does not count them: workers act as if they did not look."""
+
+    name = "unseen-eviction"
+    what = "states deleted"
+
+    def evict(self, policy: str) -> int:
+        with self.redis.client() as client:
+            states = list(client.scan_iter(match="*:{*transactions-*}:*", count=1_000))
+            return int(client.delete(*states[::4]))
+
+
+def test_an_eviction_that_workers_do_not_see_is_counted(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `eviction` would report of workers that go on as if accounts were new."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    row = run_short(UnseenEviction(), kafka, redis_server, workers=1)
+    assert row.outcome is not None
+    assert row.outcome.too_few > 100
+    assert row.outcome.verification.different_accounts > 10
+    assert any("not in a state" in line for line in row.complaints)
 
 
 def test_a_fault_that_has_no_effect_is_no_proof() -> None:

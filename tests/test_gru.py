@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.features import Role
 from model.gru import Architecture, Cell, Network
 
 INPUTS = 17
@@ -27,6 +28,55 @@ def steps(net: Network, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]
         logit, hidden = net.step(inputs[:, t], hidden)
         logits.append(logit)
     return torch.stack(logits, 1), hidden
+
+
+ROLES: tuple[Role, ...] = (
+    *("own", "amount", "frauds", "fraud_ages", "merchant") * 3,
+    *("amount", "any_fraud"),
+)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("roles", "falls_without"), [(("amount",), False), (("frauds", "any_fraud"), True)]
+)
+def test_more_money_and_more_known_frauds_never_lower_the_score(
+    seed: int, roles: tuple[Role, ...], falls_without: bool
+) -> None:
+    """Whatever the weights are, and with the history and everything else fixed."""
+    torch.manual_seed(seed)
+    net = Network(Architecture(INPUTS, roles=ROLES)).eval()
+    for parameter in net.parameters():
+        parameter.data = torch.randn_like(parameter)
+    rising = [i for i, role in enumerate(ROLES) if role in roles]
+    any_fraud = ROLES.index("any_fraud")
+    inputs = torch.randn(200, 1, INPUTS)
+    inputs[:, :, any_fraud] = torch.rand(200, 1)
+    more = inputs.repeat(1, 50, 1)
+    more[:, :, rising] += torch.linspace(0, 30, 50)[None, :, None]
+    hidden = torch.randn(200, 1, 128).repeat_interleave(50, 0)
+    logits, _ = net.step(more.flatten(0, 1), hidden)
+    logits = logits.view(200, 50)
+    assert (logits.diff(dim=1) >= -1e-3).all()
+    assert (logits[:, -1] - logits[:, 0] > 1e-2).float().mean() > 0.9
+    if falls_without:  # none known: no age of a fraud matters, and the score is at its least
+        none = inputs.clone()
+        none[:, :, any_fraud] = 0.0
+        least, _ = net.step(none[:, 0], hidden[::50])
+        assert (logits[:, 0] >= least - 1e-3).all()
+        none[:, :, [i for i, role in enumerate(ROLES) if role == "fraud_ages"]] = 3.0
+        again, _ = net.step(none[:, 0], hidden[::50])
+        torch.testing.assert_close(again, least)
+
+
+def test_a_score_depends_on_the_state_before_its_transaction_alone() -> None:
+    net = network()
+    inputs = torch.randn(4, 2, INPUTS)
+    first, after = net.unroll(inputs[:, :1])
+    whole, _ = net.unroll(inputs)
+    torch.testing.assert_close(whole[:, 0], first[:, 0])
+    other, _ = net.unroll(inputs[:, 1:], torch.zeros_like(after))
+    assert (whole[:, 1] - other[:, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -20,17 +20,22 @@ LAYERS = {
         model.thresholds model.reasons
     """,
     "vocabulary": """
-        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
+        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
+        pipeline.codec
         pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
+        pipeline.ending pipeline.outages
     """,
     "clients": """
-        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
+        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.redis_servers
+        pipeline.state_store
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
+        pipeline.group_errors pipeline.message_limits pipeline.bounded_batches
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
+        pipeline.evictions
     """,
     "processor": """
         pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute
@@ -40,7 +45,9 @@ LAYERS = {
         pipeline.app
     """,
     "training": """
-        model.simulator model.dataset model.scoring model.evaluation model.steps model.inputs
+        model.world model.payments model.reach model.wide_accounts model.thieves
+        model.wide_world model.simulator
+        model.dataset model.scoring model.evaluation model.steps model.inputs
         model.raw_features model.training_settings model.split model.adamw model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates

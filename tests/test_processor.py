@@ -35,6 +35,7 @@ from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from tests.memory_pipeline import (
     DAY_MS,
+    START_MS,
     Killed,
     MemoryWorker,
     World,
@@ -1497,7 +1498,7 @@ def test_when_everything_fails_the_worker_ends_with_nothing_published() -> None:
 def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> None:
     world = World(partitions=1, review_threshold=0.0)
     for _ in range(3):
-        world.produce("A", "same", amount=300.0)
+        world.produce("A", "same", amount=300.0, timestamp=START_MS)
     world.produce("A", "other", amount=300.0)
 
     worker = read_on(world)

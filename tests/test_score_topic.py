@@ -20,9 +20,9 @@ from pipeline.memory import (
     MemoryTransactions,
     no_interrupt,
 )
+from pipeline.message_limits import PRODUCE_BATCH_BYTES
 from pipeline.ownership import ALL_SOURCES, Record
 from pipeline.publisher import (
-    PRODUCE_BATCH_BYTES,
     Appended,
     KafkaPublisher,
     Outgoing,
@@ -508,7 +508,7 @@ def test_what_the_broker_does_not_take_is_not_committed_in_part(kafka: Kafka) ->
         large = Outgoing(b"A1", b"x" * 2_000_000)
         with pytest.raises(PublishError, match="MessageSizeTooLarge"):
             await transactions.commit(
-                {0: said(broker, 0, range(3), tenure)._replace(rejected=[large])}
+                {0: said(broker, 0, range(3), tenure)._replace(alerts=[large])}
             )
 
         await transactions.take(0)
@@ -524,7 +524,7 @@ def test_what_the_broker_does_not_take_is_not_committed_in_part(kafka: Kafka) ->
 def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None:
     async def test(broker: Broker) -> None:
         with pytest.raises(PublishError, match="MessageSizeTooLarge"):
-            await broker.publisher.publish({}, [], [Outgoing(b"A1", b"x" * 2_000_000)])
+            await broker.publisher.publish({}, [Outgoing(b"A1", b"x" * 2_000_000)], [])
 
     run(open_real(kafka), test)
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from pipeline.errors import SettingsError
-from pipeline.settings import CONFIG_VARIABLE, Settings, describe, load_settings, redis_address
+from pipeline.settings import (
+    CONFIG_VARIABLE,
+    Settings,
+    describe,
+    load_settings,
+    redis_address,
+    sentinel_address,
+)
 from tests.secure_services import Authority
 
 PASSWORD = "hunter2-hunter2"
@@ -317,3 +324,110 @@ def test_every_topic_takes_the_prefix() -> None:
 
     assert settings.topic("transactions") == "eu.transactions"
     assert settings.topic("dead_letter") == "eu.dlq"
+
+
+KUBERNETES = {  # what it sets for services named recur, recur-redis, recur-http, recur-kafka
+    "RECUR_SERVICE_HOST": "10.96.0.11",
+    "RECUR_SERVICE_PORT": "9100",
+    "RECUR_SERVICE_PORT_HTTP_METRICS": "9100",
+    "RECUR_PORT": "tcp://10.96.0.11:9100",
+    "RECUR_PORT_9100_TCP": "tcp://10.96.0.11:9100",
+    "RECUR_PORT_9100_TCP_PROTO": "tcp",
+    "RECUR_PORT_9100_TCP_PORT": "9100",
+    "RECUR_PORT_9100_TCP_ADDR": "10.96.0.11",
+    "RECUR_REDIS_SERVICE_HOST": "10.96.0.12",
+    "RECUR_REDIS_SERVICE_PORT": "6379",
+    "RECUR_REDIS_PORT": "tcp://10.96.0.12:6379",
+    "RECUR_REDIS_PORT_6379_TCP_ADDR": "10.96.0.12",
+    "RECUR_HTTP_SERVICE_HOST": "fd00::13",
+    "RECUR_HTTP_PORT": "tcp://[fd00::13]:9100",
+    "RECUR_HTTP_PORT_9100_TCP": "tcp://[fd00::13]:9100",
+    "RECUR_KAFKA_PORT": "udp://10.96.0.14:53",
+    "RECUR_KAFKA_PORT_53_UDP_PROTO": "udp",
+    "RECUR_WORKER_METRICS_PORT_1_SCTP": "sctp://10.96.0.15:1",
+}
+
+
+def test_variables_that_kubernetes_sets_for_services_are_no_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where one has a setting's name; what an operator sets there goes on counting."""
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+
+    assert load_settings() == load_settings(http_port=9100)
+
+    monkeypatch.setenv("RECUR_HTTP_PORT", "9200")
+    assert load_settings().http_port == 9200
+    monkeypatch.setenv("RECUR_SERVICE_HOTS", "x")
+    monkeypatch.setenv("RECUR_REDIS_PORT", "6379")
+    assert complaint().startswith("RECUR_REDIS_PORT, RECUR_SERVICE_HOTS: no such setting")
+
+
+@pytest.mark.parametrize(
+    "bootstrap",
+    [
+        "PLAINTEXT://broker:9092",
+        "kafka://broker:9092",
+        "a:9092,SASL_SSL://b:9092",
+        "a:9092,",
+        "",
+        "broker:port",
+        ":9092",
+        "broker:",
+    ],
+)
+def test_brokers_that_are_no_host_and_port_are_told(bootstrap: str) -> None:
+    message = complaint(kafka_bootstrap=bootstrap)
+
+    assert message.startswith("kafka_bootstrap (RECUR_KAFKA_BOOTSTRAP) has ")
+    assert "broker-1:9092" in message
+    assert ("RECUR_KAFKA_SECURITY_PROTOCOL" in message) is ("://" in bootstrap)
+
+
+@pytest.mark.parametrize("bootstrap", ["a", "a:9092", "a:9092, b:9093", "[::1]:9092"])
+def test_brokers_that_are_host_and_port_are_taken(bootstrap: str) -> None:
+    assert load_settings(kafka_bootstrap=bootstrap).kafka_bootstrap == bootstrap
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"redis_url": "redis:6379"}, "redis://host:6379/0"),
+        ({"redis_url": "redis.example:6379/0"}, "redis://host:6379/0"),
+        ({"redis_url": "redis-cluster://h:6379"}, "redis://host:6379/0"),
+        ({"redis_url": "redis+sentinel://h:26379"}, "/master-name"),
+        ({"redis_url": "redis+sentinel:///mymaster"}, "/master-name"),
+        ({"redis_url": "redis+sentinel://h:x/mymaster"}, "/master-name"),
+        ({"redis_url": "redis+sentinel://h:26379/mymaster/zero"}, "/master-name"),
+        ({"redis_url": f"redis+sentinel://:{PASSWORD}/x@h/mymaster"}, "redis_password"),
+        ({"redis_url": "redis://h:6379/mymaster"}, "number of a database"),
+        ({"redis_url": "redis://h:6379/0?db=one"}, "number of a database"),
+        ({"redis_url": "redis://h:6379/3", "redis_cluster": True}, "database 0"),
+        ({"redis_url": "redis://h:6379?db=3", "redis_cluster": True}, "database 0"),
+        ({"redis_url": "redis+sentinel://h/mymaster", "redis_cluster": True}, "Sentinel"),
+        ({"redis_url": "unix:///run/redis.sock", "redis_cluster": True}, "socket"),
+    ],
+)
+def test_an_address_of_redis_that_no_client_takes_is_told(
+    overrides: dict[str, Any], words: str
+) -> None:
+    message = complaint(**overrides)
+
+    assert "RECUR_REDIS_URL" in message
+    assert words in message
+    assert PASSWORD not in message
+
+
+def test_sentinels_are_read_with_their_master_and_both_logins() -> None:
+    url = f"rediss+sentinel://recur:{PASSWORD}@s1:26380,s2,[::1]:26379/my-master/2"
+    address = sentinel_address(load_settings(redis_url=url).redis_url)
+
+    assert address is not None
+    assert address.hosts == (("s1", 26380), ("s2", 26379), ("::1", 26379))
+    assert (address.master, address.database) == ("my-master", 2)
+    assert (address.username, address.password) == ("recur", PASSWORD)
+    assert PASSWORD not in redis_address(url)
+    settings = load_settings(redis_url=url, redis_sentinel_password=PASSWORD)
+    assert PASSWORD not in str(list(describe(settings)))
+    assert settings.redis_is_tls

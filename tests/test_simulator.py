@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import NDArray
 
 from model.simulator import (
-    CUSTOMER_FRAUD_FACTOR,
     DayOfTransactions,
     Simulator,
     SimulatorError,
@@ -21,6 +20,7 @@ from model.simulator import (
     transaction_id,
 )
 from model.transaction import Transaction
+from model.world import CUSTOMER_FRAUD_FACTOR
 
 PUBLISHED_TRANSACTIONS_PER_DAY = 1_754_155 / 183
 PUBLISHED_FRAUDS_BY_SCENARIO = {1: 973, 2: 9077, 3: 4631}

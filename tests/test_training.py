@@ -47,6 +47,7 @@ SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.s
 
 ACCOUNT = len(ACCOUNT_FEATURES)
 SMALL = TrainingSettings(
+    world="handbook",
     customers=300,
     terminals=600,
     days=50,
@@ -299,6 +300,7 @@ def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
         ({"learning_rate": -1.0}, r"learning_rate is -1\.0"),
         ({"decline_precision": 1.5}, r"decline_precision is 1\.5"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"world": "flat"}, "world is 'flat'; it must be handbook or wide"),
         ({"label_delay_days": 31.0}, r"label_delay_days is 31\.0"),
         ({"train_until": "in May"}, "train_until is 'in May'"),
         ({"customers": 10**6}, "lower customers or days"),
@@ -313,7 +315,9 @@ def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) ->
     reports: list[Report] = []
     with pytest.raises(TrainingError, match=r"have 0 frauds among .* both classes are needed"):
         train(
-            TrainingSettings(customers=1, terminals=5000, days=14), tmp_path / "m", reports.append
+            TrainingSettings(world="handbook", customers=1, terminals=5000, days=14),
+            tmp_path / "m",
+            reports.append,
         )
     assert {report.stage for report in reports} == {"reading transactions"}
     with pytest.raises(SimulatorError, match="customers is 0"):
@@ -329,7 +333,7 @@ from pathlib import Path
 import model.fitting
 from model.training import TrainingSettings, train
 model.fitting.SAVE_EVERY_SECONDS = 0.0
-settings = TrainingSettings(customers=80, terminals=60, days=30, hidden_size=4,
+settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
     layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))
 """
@@ -352,7 +356,14 @@ def test_a_training_that_is_killed_goes_on_and_gives_the_same_bytes(
     assert before.epoch >= 3
     stages: list[str] = []
     settings = TrainingSettings(
-        customers=80, terminals=60, days=30, hidden_size=4, layers=layers, epochs=5, device="cpu"
+        world="handbook",
+        customers=80,
+        terminals=60,
+        days=30,
+        hidden_size=4,
+        layers=layers,
+        epochs=5,
+        device="cpu",
     )
     train(settings, killed, lambda report: stages.append(report.stage))
     assert "epoch 1 of 5" not in stages
@@ -527,7 +538,9 @@ def test_the_shipped_checkpoint_was_trained_by_the_default_settings() -> None:
 
 
 def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16() -> None:
-    log = simulate(TrainingSettings(customers=700, terminals=1500, days=45, seed=77))
+    log = simulate(
+        TrainingSettings(world="handbook", customers=700, terminals=1500, days=45, seed=77)
+    )
     shipped = Checkpoint.load(SHIPPED)
     raw = observe_all(log, shipped.header.features)
     exact = score_unrolled(shipped.network, torch.from_numpy(shipped.encode(raw)), log.account)

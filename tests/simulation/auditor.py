@@ -43,13 +43,15 @@ class Entry:
     Attributes:
         rejected: the reason, of what cannot be scored.
         instruction: which, of what is no transaction; no score comes of it.
-        is_repeated: its account had its transaction id before; nothing comes of it.
+        content: what a repeat has in common with it, besides the id.
+        is_repeated: its account had the same transaction before; nothing comes of it.
         previous: the offset before it in the account's state; None where that begins anew.
     """
 
     account: str = ""
     amount: float = 0.0
     transaction_id: str = ""
+    content: str = ""
     rejected: str | None = None
     instruction: bytes | None = None
     is_repeated: bool = False
@@ -99,7 +101,7 @@ class _Account:
 
     last: int | None = None
     last_record_ms: int = 0
-    ids: list[str] = field(default_factory=list)
+    ids: list[tuple[str, str]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
 
 
@@ -137,7 +139,7 @@ class PartitionAudit:
             account.offsets.append(offset)
         elif entry.rejected is None and entry.instruction is None:
             account = self._accounts.setdefault(entry.account, _Account())
-            if entry.transaction_id in account.ids[-RECENT_IDS:]:
+            if (entry.transaction_id, entry.content) in account.ids[-RECENT_IDS:]:
                 entry = Entry(**{**vars(entry), "is_repeated": True})
             else:
                 if record_ms - account.last_record_ms > self._ttl_ms:
@@ -145,7 +147,7 @@ class PartitionAudit:
                 entry = Entry(**{**vars(entry), "previous": account.last})
                 account.last = offset
                 account.last_record_ms = max(account.last_record_ms, record_ms)
-                account.ids.append(entry.transaction_id)
+                account.ids.append((entry.transaction_id, entry.content))
                 account.offsets.append(offset)
         self.entries.append(entry)
         return entry

@@ -297,6 +297,16 @@ class RepeatsApplied(ChainScorer):
         return super().score(values, dataclasses.replace(batch, id_hash=own))
 
 
+class ConflictsDropped(ChainScorer):
+    """Takes another payment for a repeat because it has an id that came before."""
+
+    def score(
+        self, values: Sequence[bytes | None], batch: MicroBatch
+    ) -> tuple[AccountStates, Scored, Any, int]:
+        alike = batch.id_hash & np.uint64(0xFFFF_FFFF_0000_0000)
+        return super().score(values, dataclasses.replace(batch, id_hash=alike))
+
+
 class AlwaysNew(Ownership):
     """Takes a store that lost everything for a new group's."""
 
@@ -368,6 +378,7 @@ BUGS = [
     Bug("no seek back to the states", 31, 120, Parts(ownership=GapInLog)),
     Bug("what is applied not dropped", 3, 20, Parts(processor=ApplyAgain)),
     Bug("a repeated transaction id not dropped", 1, 10, Parts(scorer=RepeatsApplied)),
+    Bug("another payment with an id of before dropped", 1, 10, Parts(scorer=ConflictsDropped)),
     Bug("a store that lost everything taken for a new one", 88, 180, Parts(ownership=AlwaysNew)),
     Bug("an account not forgotten", 1, 10, patches=[(processor, "_obey", _nothing)]),
     Bug("rejected records not published", 1, 10, Parts(publisher=RejectedDropped)),

@@ -300,6 +300,10 @@ class Run:
         elif 0.18 <= chance < 0.26:
             instruction = FORGET if chance < 0.24 else LOOK
             headers.append((CONTROL_HEADER, instruction))
+        elif 0.26 <= chance < 0.30:  # ids that count anew: another payment has an id of before
+            ids = [b["fields"] for b in self._sent if b["fields"]["account_id"] == account]
+            if ids:
+                fields["transaction_id"] = ids[-1]["transaction_id"]
         value = b"" if instruction else json.dumps(fields).encode()
         if 0.14 <= chance < 0.18:
             value, rejected = value[:-1], "not_json"
@@ -308,6 +312,7 @@ class Run:
             account=fields["account_id"],
             amount=fields["amount"],
             transaction_id=fields["transaction_id"],
+            content=f"{fields['merchant_id']} {fields['amount']} {fields['timestamp']}",
             rejected=rejected,
             instruction=instruction,
             is_warm=(WARM_HEADER, b"1") in headers,

@@ -1,0 +1,307 @@
+"""Fetched batches of records, bounded in memory however well they are compressed.
+
+A fetch is bounded by the bytes that travel. Zeros compress a thousand to one, so that a batch of
+a few hundred kilobytes may fill a worker's memory. aiokafka decompresses a batch whole; here its
+size is looked at first, in a buffer of bounded size. A batch that is too large is not read: one
+record stands for it, whose value (:class:`RefusedBatch`) says where it is.
+
+Importing this module bounds all of aiokafka's consumers of the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import cramjam
+import msgspec
+from aiokafka.consumer import fetcher
+from aiokafka.record.memory_records import MemoryRecords
+
+from pipeline.errors import RejectedError
+
+BATCH_MAX_BYTES = 32 << 20
+"""A batch that is larger uncompressed is not read. A producer's batch is of 1 MiB or less, and
+compresses to a tenth."""
+
+POLL_MAX_BYTES = 32 << 20
+"""Once a poll has decompressed so much, the rest is left for the next fetch."""
+
+TELL_SECONDS = 10.0
+"""Between two lines of the log about batches that are refused."""
+
+GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
+
+_FIRST_TRY_BYTES = 1 << 16
+_LIKELY_RATIO = 16
+_PIECE_BYTES = 1 << 18
+_XERIAL = b"\x82SNAPPY\x00"
+_XERIAL_HEADER_BYTES = 16
+_LENGTH = struct.Struct(">i")
+_HEADER_BYTES = 61  # of a batch of version 2
+_MAGIC_AT, _CODEC_AT, _COUNT_AT = 16, 22, 57
+_LEGACY_CODEC_AT = 17
+
+log = logging.getLogger(__name__)
+
+
+class RefusedBatch(bytes):
+    """The value of the record that stands for a batch; its bytes are where it is, as JSON.
+
+    A type of its own, so that no producer can send one.
+    """
+
+    records: int
+    first_offset: int
+    last_offset: int
+
+    @classmethod
+    def of(cls, first_offset: int, last_offset: int, records: int, compressed: int) -> RefusedBatch:
+        """A batch's offsets, how many records it has, and its bytes as they were fetched."""
+        where = {
+            "refused_batch": {
+                "first_offset": first_offset,
+                "last_offset": last_offset,
+                "records": records,
+                "compressed_bytes": compressed,
+                "limit_bytes": BATCH_MAX_BYTES,
+            }
+        }
+        value = cls(msgspec.json.encode(where))
+        value.records = records
+        value.first_offset, value.last_offset = first_offset, last_offset
+        return value
+
+    def __str__(self) -> str:
+        return (
+            f"a compressed batch of {self.records} records, offsets {self.first_offset} to"
+            f" {self.last_offset}, is over {BATCH_MAX_BYTES >> 20} MiB and is not read: have the"
+            " producer send its records again in smaller batches"
+        )
+
+
+def records_in(value: bytes | None) -> int:
+    """How many records a value stands for."""
+    return value.records if isinstance(value, RefusedBatch) else 1
+
+
+def refuse_batch(value: bytes | None) -> None:
+    """Raise where a record stands for a batch.
+
+    Raises:
+        RejectedError: it does.
+    """
+    if isinstance(value, RefusedBatch):
+        raise RejectedError("batch_too_large", str(value))
+
+
+@dataclass
+class _Budget:
+    left: int
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
+
+
+@contextmanager
+def one_poll() -> Iterator[None]:
+    """Within the block, so much is decompressed as one poll may hold."""
+    token = _budget.set(_Budget(POLL_MAX_BYTES))
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def uncompressed_size(codec: int, payload: memoryview, limit: int) -> int | None:
+    """The size of compressed records, bytes; None if it is over ``limit``.
+
+    Never holds more than ``limit``. What is damaged has the size 0: who decompresses it tells.
+    """
+    if codec == GZIP:
+        return _gzip_size(payload, limit)
+    if codec == SNAPPY:
+        size = _snappy_size(payload)
+        return size if size <= limit else None
+    if codec == LZ4:
+        return _size_by(cramjam.lz4.decompress_into, payload, limit)
+    if codec == ZSTD:
+        return _size_by(cramjam.zstd.decompress_into, payload, limit)
+    return 0
+
+
+def _size_by(decompress_into: Any, payload: memoryview, limit: int) -> int | None:
+    data = payload.tobytes()
+    likely = min(limit, _FIRST_TRY_BYTES + _LIKELY_RATIO * len(data))
+    for room in dict.fromkeys((likely, limit)):
+        try:
+            return int(decompress_into(data, bytearray(room)))
+        except cramjam.DecompressionError as error:
+            if "whole buffer" not in str(error):
+                return 0
+    return None
+
+
+def _gzip_size(payload: memoryview, limit: int) -> int | None:
+    size = 0
+    data: bytes = payload.tobytes()
+    while data:
+        member = zlib.decompressobj(wbits=31)
+        while not member.eof:
+            try:
+                piece = len(member.decompress(data, _PIECE_BYTES))
+            except zlib.error:
+                return size
+            size += piece
+            if size > limit:
+                return None
+            data = member.unconsumed_tail
+            if not piece and not data and not member.eof:
+                return size  # it is cut off
+        data = member.unused_data
+    return size
+
+
+def _snappy_size(payload: memoryview) -> int:
+    """What the blocks say of themselves; a block that says less than it holds is damaged."""
+    if payload[: len(_XERIAL)] != _XERIAL:
+        return _varint(payload)
+    size, at = 0, _XERIAL_HEADER_BYTES
+    while at + _LENGTH.size <= len(payload):
+        (length,) = _LENGTH.unpack_from(payload, at)
+        at += _LENGTH.size
+        size += _varint(payload[at : at + max(0, length)])
+        at += max(0, length)
+    return size
+
+
+def _varint(data: memoryview) -> int:
+    number = 0
+    for position, byte in enumerate(data[:5]):
+        number |= (byte & 0x7F) << (7 * position)
+        if byte < 0x80:
+            break
+    return number
+
+
+class BoundedRecords:
+    """What :class:`aiokafka.record.memory_records.MemoryRecords` does, with a bound.
+
+    Args:
+        data: the batches that a fetch returned of a partition.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._records = MemoryRecords(data)
+        self._data = memoryview(data)
+        self._at = 0
+        self.tp: Any = None
+
+    def size_in_bytes(self) -> int:
+        """See MemoryRecords."""
+        return self._records.size_in_bytes()
+
+    def has_next(self) -> bool:
+        """See MemoryRecords; none while the poll holds as much as it may."""
+        budget = _budget.get()
+        return self._records.has_next() and (budget is None or budget.left > 0)
+
+    def next_batch(self) -> Any:
+        """See MemoryRecords; what is too large comes as a batch of one record."""
+        batch: Any = self._records.next_batch()
+        data = self._data[self._at :]
+        end = 12 + _LENGTH.unpack_from(data, 8)[0]
+        self._at += end
+        is_legacy = data[_MAGIC_AT] < 2
+        codec = data[_LEGACY_CODEC_AT if is_legacy else _CODEC_AT] & 7
+        if not codec:
+            return batch
+        begin = _legacy_value_at(data) if is_legacy else _HEADER_BYTES
+        size = uncompressed_size(codec, data[begin:end], BATCH_MAX_BYTES)
+        if size is None:
+            records = 1 if is_legacy else _LENGTH.unpack_from(data, _COUNT_AT)[0]
+            return _InsteadOf(batch, self.tp, records, end)
+        budget = _budget.get()
+        if budget is not None:
+            budget.left -= size
+        return batch
+
+
+def _legacy_value_at(data: memoryview) -> int:
+    """Where the value of a message of version 0 or 1 begins."""
+    at = 18 + 8 * data[_MAGIC_AT]
+    return at + 4 + max(0, _LENGTH.unpack_from(data, at)[0]) + 4
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """The record that stands for a batch."""
+
+    offset: int
+    timestamp: int
+    value: RefusedBatch
+    timestamp_type: int = 0
+    key: None = None
+    headers: tuple[()] = ()
+    checksum: None = None
+
+
+class _InsteadOf:
+    """A batch that is not read; all but its records are its own."""
+
+    def __init__(self, batch: Any, tp: Any, records: int, compressed: int) -> None:
+        self._batch = batch
+        self._tp = tp
+        self._records = records
+        self._compressed = compressed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+    def __iter__(self) -> Iterator[_Stand]:
+        first, last = self._batch.base_offset, self._batch.next_offset - 1
+        value = RefusedBatch.of(first, last, self._records, self._compressed)
+        _tell(self._tp, value)
+        yield _Stand(last, getattr(self._batch, "max_timestamp", None) or 0, value)
+
+
+_told = {"at": -TELL_SECONDS, "untold": 0.0}
+
+
+def _tell(tp: Any, value: RefusedBatch) -> None:
+    _told["untold"] += 1
+    if monotonic() - _told["at"] < TELL_SECONDS:
+        return
+    log.error(
+        "a batch of records is too large uncompressed; it is not read, and the dead-letter topic "
+        "says where it is",
+        extra={
+            "topic": None if tp is None else tp.topic,
+            "partition": None if tp is None else tp.partition,
+            "first_offset": value.first_offset,
+            "last_offset": value.last_offset,
+            "records": value.records,
+            "limit_bytes": BATCH_MAX_BYTES,
+            "batches": round(_told["untold"]),
+        },
+    )
+    _told.update(at=monotonic(), untold=0.0)
+
+
+class PartitionRecords(fetcher.PartitionRecords):  # type: ignore[misc]
+    """aiokafka's own, whose batches know what partition they are of."""
+
+    def __init__(self, tp: Any, records: BoundedRecords, *args: Any) -> None:
+        records.tp = tp
+        super().__init__(tp, records, *args)
+
+
+fetcher.MemoryRecords = BoundedRecords
+fetcher.PartitionRecords = PartitionRecords

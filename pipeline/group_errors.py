@@ -1,0 +1,55 @@
+"""What it means that the group refuses a worker, and which setting to correct."""
+
+from __future__ import annotations
+
+from aiokafka import errors as kafka_errors
+
+from pipeline.errors import StartupError
+from pipeline.settings import Settings
+
+HOPELESS = (kafka_errors.InvalidSessionTimeoutError, kafka_errors.InvalidGroupIdError)
+"""No waiting helps: nothing but a setting is wrong."""
+
+
+def group_refusal(settings: Settings, error: BaseException) -> StartupError:
+    """An error of the group that stays, as one line that says what to do."""
+    group = settings.kafka_group
+    return StartupError(
+        f"the group {group} refuses this worker ({_said(error)}): {_hint(settings, error)}"
+    )
+
+
+def _hint(settings: Settings, error: BaseException) -> str:
+    if isinstance(error, kafka_errors.InvalidSessionTimeoutError):
+        return (
+            f"RECUR_KAFKA_SESSION_TIMEOUT_SECONDS is {settings.kafka_session_timeout_seconds:g};"
+            " set it within the broker's group.min.session.timeout.ms and"
+            " group.max.session.timeout.ms (6 s and 30 min unless configured)"
+        )
+    if isinstance(error, kafka_errors.InconsistentGroupProtocolError):
+        return (
+            "its members are of another program, or share out partitions in another way; end"
+            " them, or set RECUR_KAFKA_GROUP to a group of Recur's own"
+        )
+    if isinstance(error, kafka_errors.InvalidGroupIdError):
+        return "the broker does not take that name; set RECUR_KAFKA_GROUP to another one"
+    if isinstance(error, kafka_errors.GroupAuthorizationFailedError):
+        return (
+            "allow this user (RECUR_KAFKA_SASL_USERNAME) to Read the group with kafka-acls.sh, or"
+            " correct RECUR_KAFKA_GROUP; docs/security.md lists all that a worker needs"
+        )
+    if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
+        return (
+            "allow this user (RECUR_KAFKA_SASL_USERNAME) to Read the topics with kafka-acls.sh;"
+            " docs/security.md lists all that a worker needs"
+        )
+    return (
+        "see the broker's log; such as a group of group.max.size members; RECUR_KAFKA_GROUP"
+        " names another group"
+    )
+
+
+def _said(error: BaseException) -> str:
+    name = type(error).__name__
+    text = " ".join(str(error).split())[:200]
+    return text if name in text else f"{name}: {text}".removesuffix(": ")
