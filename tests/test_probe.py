@@ -64,6 +64,7 @@ TINY = ProbeSettings(
     fraud_cases=3,
     repeats=3,
     found=6,
+    longest=60,
     exposure=ExposureSettings(
         accounts=6, tried=2, random_plans=1, varied=1, kept=2, rates=(0.002,), payments_max=4
     ),
