@@ -21,6 +21,7 @@ from model.features import Float32, Float64, Int64
 from model.probe_histories import (
     DAY_MS,
     HOUR_MS,
+    LONGEST,
     SECOND_MS,
     History,
     catalogue,
@@ -73,7 +74,7 @@ CURVES_OF = (
     "business card",
     "every 7 seconds",
     "silent for ten weeks",
-    "1,200 payments",
+    "old account",
 )
 """Histories whose curves a result keeps, for the plot."""
 
@@ -258,6 +259,7 @@ class ProbeSettings:
         contexts: contexts of the amount's sweep, of those that there are.
         repeats: payments of the count's sweep.
         found: histories that are taken from a person's data.
+        longest: payments of the oldest account.
     """
 
     form: str = "full"
@@ -266,6 +268,7 @@ class ProbeSettings:
     fraud_cases: int = 1_000
     repeats: int = 200
     found: int = 100
+    longest: int = LONGEST
     exposure: ExposureSettings = field(default_factory=ExposureSettings)
     customers: int = 2_000
     days: int = 50
@@ -314,7 +317,7 @@ def _probe(
     began = time.monotonic()
     checkpoint = scorer.checkpoint
     show(0.0, "histories")
-    histories = catalogue(scorer.scale)
+    histories = catalogue(scorer.scale, settings.longest)
     if log is not None:
         histories += found_histories(log, scorer.spec, settings.found)
     states, _ = replay(scorer, histories)

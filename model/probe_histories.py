@@ -31,6 +31,9 @@ LOG_ROWS_MAX = 2_000_000
 PAYMENTS_MAX = 2_000
 """Of a longer history only the last payments are looked at."""
 
+LONGEST = 1_500
+"""Payments of the oldest account of the catalogue."""
+
 CARD_CHECKS = (0.0, 0.01, 1.0)
 """What a card is checked with, by shops and by thieves."""
 
@@ -85,18 +88,19 @@ def paying(name: str, group: str, amounts: ArrayLike, every_ms: int, pause_ms: i
     return History(name, group, amount, times, pause_ms)
 
 
-def catalogue(scale: float) -> list[History]:
+def catalogue(scale: float, longest: int = LONGEST) -> list[History]:
     """The histories that every checkpoint is probed with.
 
     Args:
         scale: multiplies amounts in euros.
+        longest: payments of the oldest account.
     """
     histories = [
         *_steady(),
         *_ranges(),
         *_card_checks(),
         *_few_small(),
-        *_unusual(),
+        *_unusual(longest),
     ]
     return [
         History(h.name, h.group, h.amount * scale, h.timestamp_ms, h.pause_ms) for h in histories
@@ -163,12 +167,12 @@ def _few_small() -> list[History]:
     ]
 
 
-def _unusual() -> list[History]:
+def _unusual(longest: int) -> list[History]:
     rng = np.random.default_rng(7)
     business = np.round(np.clip(rng.lognormal(np.log(8000), 0.8, 60), 500, 60_000), 2)
     coffee = np.where(rng.random(60) < 0.7, rng.uniform(2.5, 6, 60), rng.uniform(20, 90, 60))
-    seconds = rng.uniform(1, 4, 400)
-    old = np.round(np.clip(rng.normal(35, 15, 1200), 1, None), 2)
+    seconds = rng.uniform(1, 4, min(400, longest))
+    old = np.round(np.clip(rng.normal(35, 15, longest), 1, None), 2)
     usual = np.round(rng.uniform(20, 60, 30), 2)
     year = np.round(rng.uniform(20, 60, 53), 2)
     return [
@@ -178,7 +182,7 @@ def _unusual() -> list[History]:
         paying("every 7 seconds", "fast", np.round(seconds, 2), 7 * SECOND_MS, 7 * SECOND_MS),
         paying("silent for three weeks", "silent", usual, DAY_MS, 21 * DAY_MS),
         paying("silent for ten weeks", "silent", usual, DAY_MS, 70 * DAY_MS),
-        paying("1,200 payments", "old", old, DAY_MS, DAY_MS),
+        paying("old account", "old", old, DAY_MS, DAY_MS),
         paying("a year, once a week", "old", year, 7 * DAY_MS, 7 * DAY_MS),
     ]
 

@@ -177,14 +177,6 @@ class ProbeScorer:
         """Whether the checkpoint says how far each of its inputs reaches."""
         return bool(self._ranges)
 
-    @property
-    def median_amount(self) -> float:
-        """Median amount of the training data, or what stands for it."""
-        amounts = self.checkpoint.header.amounts
-        if amounts is None or len(amounts.tail) < 2 or not amounts.tail[1] > 0:
-            return 40.0 * self.scale
-        return float(amounts.tail[1])
-
     def merchants(self, merchants: Sequence[Merchant], now_ms: int) -> Float32:
         """Raw features [m, M] of merchants."""
         return merchant_raw(merchants, now_ms, self.spec.label_delay_ms)
