@@ -30,6 +30,7 @@ class Server:
         is_full: at its ``maxmemory`` and without a right to evict, so that it refuses writes.
         is_replica: it follows another server, and refuses writes.
         is_of_cluster: it is a node of a Redis Cluster.
+        is_sentinel: it is no Redis with data, but a Sentinel.
     """
 
     name: str = ""
@@ -39,6 +40,7 @@ class Server:
     is_full: bool = False
     is_replica: bool = False
     is_of_cluster: bool = False
+    is_sentinel: bool = False
 
     @property
     def may_evict(self) -> bool:
@@ -94,6 +96,7 @@ def server_of(name: str, info: Mapping[str, Any]) -> Server:
         is_full=policy == NO_EVICTION and 0 < most < used,
         is_replica=info.get("role") == "slave",
         is_of_cluster=bool(int(info.get("cluster_enabled", 0))),
+        is_sentinel=info.get("redis_mode") == "sentinel",
     )
 
 
