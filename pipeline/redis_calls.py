@@ -203,12 +203,12 @@ class RedisCalls:
 def redis_client(settings: Settings) -> Any:
     """A client for the Redis or Redis Cluster that the settings name; connects when used."""
     options = settings.redis_client_options()
-    if settings.redis_cluster:
-        return RedisCluster.from_url(settings.redis_url, **options)
     if "+sentinel://" in settings.redis_url:
         return _client_of_sentinels(settings, options)
-    client = redis_asyncio.Redis.from_url(settings.redis_url, **options)
     try:
+        if settings.redis_cluster:
+            return RedisCluster.from_url(settings.redis_url, **options)
+        client = redis_asyncio.Redis.from_url(settings.redis_url, **options)
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     except TypeError as error:
         raise SettingsError(

@@ -100,8 +100,9 @@ def test_a_database_that_is_not_there_and_an_option_that_is_none_are_told(
     beyond = settings_of(redis_server.url.replace("/0", "/99"))
     assert "RECUR_REDIS_URL" in refusal(beyond)
     assert "database" in said_by(beyond, ("GET", "a"))
-    unknown = settings_of(redis_server.url + "?retries=3")
-    assert "RECUR_REDIS_URL" in said_by(unknown, ("GET", "a"))
+    for is_cluster in (False, True):
+        unknown = settings_of(redis_server.url + "?retries=3", redis_cluster=is_cluster)
+        assert "question mark" in said_by(unknown, ("GET", "a"))
 
 
 def test_a_replica_and_a_policy_that_evicts_keep_a_worker_from_starting() -> None:
