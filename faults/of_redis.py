@@ -241,9 +241,10 @@ class Eviction(OwnRedis):
 
     name = "eviction"
     what = "Redis evicts a quarter of what it has, and goes on for 5 s (two policies, twice each)"
+    history = 50_000
     policies: ClassVar[tuple[str, ...]] = ("volatile-lru", "allkeys-random")
     # Or workers would have in memory what Redis has lost.
-    settings: ClassVar[Mapping[str, Any]] = {"cached_states_max": 0, "micro_batch_max": 200}
+    settings: ClassVar[Mapping[str, Any]] = {"cached_states_max": 0, "micro_batch_max": 300}
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""

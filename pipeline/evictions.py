@@ -1,4 +1,4 @@
-"""What Redis evicts is noticed while a worker runs, and computed again from the log.
+"""Notice what Redis evicts while a worker runs, and have it computed again from the log.
 
 An evicted state cannot be told from that of an account which is new. So a worker looks every
 second whether a server may evict and how many keys it has evicted, and asks once more before it
@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
+from pipeline.errors import StartupError
 from pipeline.health import Health
 from pipeline.keys import Keys
 from pipeline.merchant_store import RedisMerchantStore
@@ -45,7 +46,7 @@ SET_POLICY = (
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What stands in Redis of its own evictions.
+    """The record of evictions that stands in Redis.
 
     Attributes:
         repaired: numbers of evicted keys up to which states are repaired, by run id of a server.
@@ -133,9 +134,12 @@ class Evictions:
         if self._lost and not any(server.may_evict for server in found):
             try:
                 await self._repair()
-            except LogUnavailableError as error:
+            except (LogUnavailableError, StartupError) as error:
                 self._metrics.kafka_errors.inc()
-                log.debug("Kafka does not answer", extra={"why": str(error)})
+                log.warning(
+                    "what Redis evicted cannot be repaired yet; trying again",
+                    extra={"why": str(error)},
+                )
 
     async def close(self) -> None:
         """Give connections back."""
@@ -144,7 +148,7 @@ class Evictions:
     # look --------------------------------------------------------------------------------
 
     async def _examine(self) -> list[Server]:
-        """The servers, with what is lost found out and written down."""
+        """Ask the servers, and find out and write down what is lost."""
         async with self._one_at_a_time:
             written = await self._read()
             # After it: a number under that of the record is one that was reset.
@@ -163,7 +167,7 @@ class Evictions:
             return found
 
     async def _first_record(self, evicted: dict[str, int]) -> Record:
-        """Where nothing is written: of states that stand already, anything may be evicted."""
+        """Begin a record; of states that stand already, anything may be evicted."""
         has_states = bool(await self._store.watermarks(self._partitions))
         return Record({} if has_states else evicted)
 
@@ -193,14 +197,14 @@ class Evictions:
             self._on_repaired()
 
     def _count(self, evicted: Mapping[str, int], repaired: Mapping[str, int]) -> None:
-        """Into the metric, what was evicted since the look before."""
+        """Add what was evicted since the look before to the metric."""
         for run, n in evicted.items():
             before = self._counted.get(run, repaired.get(run, 0))
             self._metrics.evicted_keys.inc(n - before if n >= before else n)
             self._counted[run] = n
 
     def _tell(self, found: list[Server]) -> None:
-        """Not ready, with a line in the log, where a server is not as it must be."""
+        """Make the worker not ready, and log a line, where a server is not as it must be."""
         place = redis_address(self._settings.redis_url)
         self._metrics.may_evict.set(any(server.may_evict for server in found))
         wrong: dict[str, str] = {}
@@ -288,13 +292,13 @@ class Evictions:
     # what is repaired --------------------------------------------------------------------
 
     async def _read(self) -> Record | None:
-        """What stands in Redis. Read with every look, so that it is as young as watermarks are."""
+        """Read the record, with every look, so that Redis evicts it no sooner than watermarks."""
         value = await self._calls.ask("GET", self._keys.evictions())
         if value is None:
             return None
         try:
             return msgspec.json.decode(value, type=Record)
-        except msgspec.DecodeError:  # of another version: it is written anew
+        except msgspec.DecodeError:  # of another version: a new one is written
             return None
 
     async def _write(self, record: Record) -> None:
@@ -304,7 +308,7 @@ class Evictions:
 
 
 def _compared(record: Record, evicted: Mapping[str, int]) -> Record:
-    """What the record is, given the numbers now: those over its own are lost."""
+    """Compare a record with the numbers now: what is over its own is lost."""
     # A number under its own was reset (CONFIG RESETSTAT): it counts from zero.
     repaired = {run: n for run, n in record.repaired.items() if evicted.get(run, n) >= n}
     lost = sum(n - repaired.get(run, 0) for run, n in evicted.items())
@@ -313,7 +317,7 @@ def _compared(record: Record, evicted: Mapping[str, int]) -> Record:
 
 
 def _evicted(found: list[Server]) -> dict[str, int]:
-    """Evicted keys, by the start of a server that its run id names."""
+    """Collect numbers of evicted keys, by the servers' run ids."""
     return {
         server.run_id or server.name or "redis": server.evicted
         for server in found

@@ -59,7 +59,7 @@ class StoreForbiddenError(RecurError):
 
 
 class StoreAddressError(RecurError):
-    """RECUR_REDIS_URL names another kind of Redis than the settings say; asking again is no use."""
+    """An address of another kind of Redis than the settings say; asking again is no use."""
 
 
 IS_A_CLUSTER = (
@@ -203,12 +203,12 @@ class RedisCalls:
 def redis_client(settings: Settings) -> Any:
     """A client for the Redis or Redis Cluster that the settings name; connects when used."""
     options = settings.redis_client_options()
-    if settings.redis_cluster:
-        return RedisCluster.from_url(settings.redis_url, **options)
     if "+sentinel://" in settings.redis_url:
         return _client_of_sentinels(settings, options)
-    client = redis_asyncio.Redis.from_url(settings.redis_url, **options)
     try:
+        if settings.redis_cluster:
+            return RedisCluster.from_url(settings.redis_url, **options)
+        client = redis_asyncio.Redis.from_url(settings.redis_url, **options)
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     except TypeError as error:
         raise SettingsError(
@@ -229,7 +229,7 @@ class _FollowsSentinels(redis_asyncio.Redis):
 
 
 def _client_of_sentinels(settings: Settings, options: dict[str, Any]) -> Any:
-    """A client of the primary that Sentinels name now; it asks them at each connection."""
+    """Make a client of the primary that Sentinels name; it asks them at each connection."""
     address = sentinel_address(settings.redis_url)
     assert address is not None  # the settings have looked
     if settings.redis_is_tls:

@@ -1,4 +1,4 @@
-"""What Redis tells of itself (INFO): whether it may evict, has evicted, is full or read-only."""
+"""State of the Redis servers (INFO): may evict, has evicted, is full, is read-only."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Server:
         is_full: at its ``maxmemory`` and without a right to evict, so that it refuses writes.
         is_replica: it follows another server, and refuses writes.
         is_of_cluster: it is a node of a Redis Cluster.
+        is_sentinel: it is no Redis with data, but a Sentinel.
     """
 
     name: str = ""
@@ -39,6 +40,7 @@ class Server:
     is_full: bool = False
     is_replica: bool = False
     is_of_cluster: bool = False
+    is_sentinel: bool = False
 
     @property
     def may_evict(self) -> bool:
@@ -47,7 +49,7 @@ class Server:
 
 
 async def servers(calls: RedisCalls) -> list[Server]:
-    """The Redis, or each primary of the cluster, now.
+    """Describe the Redis, or each primary of the cluster, now.
 
     Raises:
         StoreUnavailableError: one does not answer.
@@ -57,7 +59,7 @@ async def servers(calls: RedisCalls) -> list[Server]:
 
 
 async def evicted_keys(calls: RedisCalls) -> dict[str, int]:
-    """How many keys each server evicted since its start, by the server's name.
+    """Count the keys that each server evicted since its start, by the server's name.
 
     Raises:
         StoreUnavailableError, StoreForbiddenError: as :func:`servers`.
@@ -77,7 +79,7 @@ async def _infos(calls: RedisCalls, *sections: str) -> dict[str, Mapping[str, An
 
 
 def server_of(name: str, info: Mapping[str, Any]) -> Server:
-    """What a reply of INFO says.
+    """Read a reply of INFO.
 
     >>> server_of("", {"maxmemory_policy": "allkeys-lru", "evicted_keys": 7}).may_evict
     True
@@ -94,11 +96,12 @@ def server_of(name: str, info: Mapping[str, Any]) -> Server:
         is_full=policy == NO_EVICTION and 0 < most < used,
         is_replica=info.get("role") == "slave",
         is_of_cluster=bool(int(info.get("cluster_enabled", 0))),
+        is_sentinel=info.get("redis_mode") == "sentinel",
     )
 
 
 async def unreachable_nodes(settings: Settings) -> list[str]:
-    """The primaries that a Redis Cluster announces and that do not answer, ``host:port``.
+    """List the primaries that a Redis Cluster announces and that do not answer, ``host:port``.
 
     Empty where all answer, where none of the cluster's nodes does, and where there is no cluster.
     """

@@ -97,6 +97,12 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
             ) from error
         raise StartupError(_redis_hint(address, str(error))) from error
     for server in servers:
+        if server.is_sentinel:
+            raise StartupError(
+                f"at {address} a Sentinel answers, which holds no data: set RECUR_REDIS_URL to"
+                " redis+sentinel://host:26379/ and the name of the primary (`redis-cli -p 26379"
+                " sentinel masters` prints it)"
+            )
         if server.may_evict:
             raise StartupError(
                 f"the Redis at {server.name or address} has maxmemory-policy {server.policy}, so it"
@@ -114,6 +120,11 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
 
 def _redis_hint(address: str, said: str) -> str:
     """What a first call to Redis failed with, as the setting to correct."""
+    if "unknown command" in said and "SENTINEL" in said.upper().partition("UNKNOWN COMMAND")[2]:
+        return (
+            f"at {address} no Sentinel answers, but a Redis: set RECUR_REDIS_URL to redis:// and"
+            " its address, or to the Sentinels' (port 26379 as a rule)"
+        )
     if "MasterNotFound" in said:
         return (
             f"the Sentinels at {address} do not answer, or know no primary of that name, or none"

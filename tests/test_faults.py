@@ -151,6 +151,7 @@ class UnseenEviction(Eviction):
 
     name = "unseen-eviction"
     what = "states deleted"
+    rate = 500.0
 
     def evict(self, policy: str) -> int:
         with self.redis.client() as client:

@@ -100,8 +100,9 @@ def test_a_database_that_is_not_there_and_an_option_that_is_none_are_told(
     beyond = settings_of(redis_server.url.replace("/0", "/99"))
     assert "RECUR_REDIS_URL" in refusal(beyond)
     assert "database" in said_by(beyond, ("GET", "a"))
-    unknown = settings_of(redis_server.url + "?retries=3")
-    assert "RECUR_REDIS_URL" in said_by(unknown, ("GET", "a"))
+    for is_cluster in (False, True):
+        unknown = settings_of(redis_server.url + "?retries=3", redis_cluster=is_cluster)
+        assert "question mark" in said_by(unknown, ("GET", "a"))
 
 
 def test_a_replica_and_a_policy_that_evicts_keep_a_worker_from_starting() -> None:
@@ -115,8 +116,8 @@ def test_a_replica_and_a_policy_that_evicts_keep_a_worker_from_starting() -> Non
         assert "redis+sentinel://" in said
 
 
-def test_sentinels_that_know_no_such_primary_are_told() -> None:
-    with under_sentinel(PASSWORD) as (sentinel, _, _):
+def test_sentinels_that_know_no_such_primary_and_what_is_no_sentinel_are_told() -> None:
+    with under_sentinel(PASSWORD) as (sentinel, primary, _):
         known = settings_of(sentinel.url, redis_sentinel_password=PASSWORD)
         other = sentinel.url.replace("mymaster", "another")
         for settings in (
@@ -128,6 +129,12 @@ def test_sentinels_that_know_no_such_primary_are_told() -> None:
             assert "Sentinel" in said
             assert "RECUR_REDIS_URL" in said
             assert PASSWORD not in said
+
+        said = refusal(settings_of(f"redis://:{PASSWORD}@{HOST}:{sentinel.port}/0"))
+        assert "a Sentinel answers" in said
+        assert "redis+sentinel://" in said
+        said = refusal(settings_of(f"redis+sentinel://{HOST}:{primary.port}/mymaster"))
+        assert "no Sentinel answers, but a Redis" in said
 
         async def check() -> None:
             store = RedisStateStore.from_settings(known, MODEL)
