@@ -30,7 +30,7 @@ from pipeline.state_store import redis_client
 from pipeline.topics import ensure_topics
 from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
 
-READY_SECONDS = 60.0
+READY_SECONDS = 240.0
 DAY_MS = 86_400_000
 EVENT_TIME_MS = 1_700_000_000_000
 

@@ -170,6 +170,7 @@ def _record(**changes: Any) -> bytes:
 TRANSACTIONS = (
     _record(),
     _record(timestamp=1_534_327_200_000, amount=0, category="5411", channel="online", country="DE"),
+    _record(timestamp=1_534_327_200),
     _record(account_id="é🙂", category=5411, online=True, **{"card age": 3.5}, more={"a": [1, {}]}),
 )
 
