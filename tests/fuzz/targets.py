@@ -189,6 +189,9 @@ LABEL = json.dumps(
 ).encode()
 
 
+DATED_LABEL = LABEL.replace(b"T10:00:00Z", b"").replace(b"T10:00:00+02:00", b"")
+
+
 def run_label(data: bytes) -> str:
     """A label's record; one that is accepted is made into what the store books."""
     key = b"M0004321"
@@ -409,7 +412,7 @@ def _targets() -> dict[str, Target]:
     )
     targets = (
         Target("transaction", run_transaction, TRANSACTIONS, mutate_record, 32 * MIB),
-        Target("label", run_label, (LABEL,), mutate_record, 32 * MIB),
+        Target("label", run_label, (LABEL, DATED_LABEL), mutate_record, 32 * MIB),
         Target("state", run_state, (STATE, sealed(bytes(len(STATE)))), mutate_state, 32 * MIB),
         Target("watermark", run_watermark, (WATERMARK,), mutate_bytes, 32 * MIB),
         Target(
