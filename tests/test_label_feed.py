@@ -152,7 +152,7 @@ def test_a_single_label_is_spelled_out_on_the_command_line(
     assert (then, late) == (1_714_550_400_000, 1_715_162_400_000)
 
 
-SINGLE = {
+SINGLE: dict[str, Any] = {
     "transaction_id": "t1",
     "account_id": "A1",
     "merchant_id": "M1",
@@ -182,7 +182,7 @@ def test_what_is_missing_or_wrong_is_named(changes: dict[str, Any], message: str
 
 
 def test_a_single_label_may_have_a_date_on_the_day_of_the_payment() -> None:
-    label = single_label(LabelOptions(**SINGLE, labelled_at="2024-05-01"))
+    label = single_label(LabelOptions(**(SINGLE | {"labelled_at": "2024-05-01"})))
     assert label.labelled_at == label.timestamp == 1_714_557_600_000
 
 
