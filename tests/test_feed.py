@@ -13,7 +13,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from model.transaction import Transaction
-from pipeline.codec import WARM_HEADER, decode
+from pipeline.codec import HISTORY_HEADER, WARM_HEADER, decode
 from pipeline.errors import RecurError
 from pipeline.feed import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
 from pipeline.services import Kafka
@@ -128,6 +128,18 @@ def test_only_a_warm_feed_marks_its_records(settings: Settings) -> None:
     for record in asyncio.run(run()):
         number = int(decode(record.key, record.value, "EUR").transaction_id[1:])
         assert [name for name, _ in record.headers] == ([WARM_HEADER] if number < 10 else [])
+
+
+def test_a_feed_of_history_marks_its_records_at_any_pace(settings: Settings) -> None:
+    async def run() -> list[Any]:
+        await ensure_topics(settings)
+        async with Feed(settings) as feed:
+            await feed.run(blocks(block(5)), history=True)
+            await feed.run(blocks(block(5, first=5)), history=True, warm=True, rate=1000)
+        return await read_all(settings, 10)
+
+    found = [[name for name, _ in record.headers] for record in asyncio.run(run())]
+    assert sorted(found) == sorted([[HISTORY_HEADER], [WARM_HEADER, HISTORY_HEADER]] * 5)
 
 
 def test_a_rate_is_kept_and_records_carry_the_time_they_were_sent(settings: Settings) -> None:

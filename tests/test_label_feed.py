@@ -13,8 +13,7 @@ from click.testing import CliRunner
 
 from pipeline.cli import recur
 from pipeline.codec import Label, decode_label
-from pipeline.column_mapping import LabelColumns, LabelMapping, TimeForm
-from pipeline.errors import RecurError, SettingsError
+from pipeline.column_mapping import LabelColumns, LabelMapping, TimeForm, load_label_mapping
 from pipeline.label_feed import LabelOptions, run_label, single_label
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
@@ -74,6 +73,18 @@ def test_a_file_of_labels_is_sent_as_it_stands(
     ]
     assert [(late - then) // DAY_MS for _, then, late in found] == [7, 1, 7]
     assert "sent 3 labels, 2 of them fraud" in capsys.readouterr().out
+
+
+def test_a_date_in_a_file_on_the_day_of_the_payment_is_not_before_it(tmp_path: Path) -> None:
+    """In the mapping's time zone, of a column of texts."""
+    file, mapping = tmp_path / "labels.csv", tmp_path / "columns.toml"
+    rows = ["t1,A1,M1,fraud,2024-05-01 23:30:00,2024-05-01", "t2,A1,M1,fraud,2024-05-01 10:00:00,"]
+    file.write_text("\n".join([LABELS_CSV.splitlines()[0], *rows]) + "2024-05-02\n")
+    mapping.write_text('[time]\nzone = "Europe/Berlin"\n')
+
+    (part,) = LabelFile(file, load_label_mapping(mapping)).parts()
+
+    assert (part.labelled_ms - part.timestamps_ms).tolist() == [0, 14 * 3_600_000]
 
 
 def test_columns_of_other_names_are_mapped(settings: Settings, tmp_path: Path) -> None:
@@ -174,7 +185,7 @@ def test_a_single_label_is_spelled_out_on_the_command_line(
     assert (then, late) == (1_714_550_400_000, 1_715_162_400_000)
 
 
-SINGLE = {
+SINGLE: dict[str, Any] = {
     "transaction_id": "t1",
     "account_id": "A1",
     "merchant_id": "M1",
@@ -191,6 +202,8 @@ SINGLE = {
         ({"timestamp": "yesterday"}, "--timestamp is no time"),
         ({"timestamp": "2024-05-01T10:00:00"}, "--timestamp is no time"),
         ({"labelled_at": "2024-04-01T10:00:00Z"}, "before the transaction"),
+        ({"labelled_at": "2024-04-30"}, "before the transaction"),
+        ({"timestamp": "1714557600"}, "--timestamp looks like seconds"),
         ({"merchant_id": "x" * 257}, "--merchant-id"),
         ({"delay_days": -1.0}, "--delay-days"),
         ({"columns": Path("a"), "from_transactions": "handbook"}, "keep one"),
@@ -199,6 +212,11 @@ SINGLE = {
 def test_what_is_missing_or_wrong_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         single_label(LabelOptions(**(SINGLE | changes)))
+
+
+def test_a_single_label_may_have_a_date_on_the_day_of_the_payment() -> None:
+    label = single_label(LabelOptions(**(SINGLE | {"labelled_at": "2024-05-01"})))
+    assert label.labelled_at == label.timestamp == 1_714_557_600_000
 
 
 def test_without_file_and_options_it_says_what_it_needs() -> None:
@@ -213,6 +231,8 @@ def test_without_file_and_options_it_says_what_it_needs() -> None:
         ("t4,A1,M1,,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z", "row 4: label is empty"),
         ("t4,A1,M1,1,2024-05-01T12:00:00Z,soon", "row 4: labelled_at is not"),
         ("t4,A1,M1,1,2024-05-01T12:00:00Z,2024-04-08T12:00:00Z", "row 4: labelled_at is before"),
+        ("t4,A1,M1,1,2024-05-01T12:00:00Z,2024-04-30", "row 4: labelled_at is before"),
+        ("t4,A1,M1,1,1970-01-20T12:00:00Z,2024-04-30", "row 4: timestamp is in 1970"),
         ("t4,A1,,1,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z", "row 4: merchant_id is empty"),
     ],
 )

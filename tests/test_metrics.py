@@ -19,6 +19,7 @@ from pipeline.metrics import (
     DELAY_BUCKETS_SECONDS,
     LATENCY_BUCKETS_SECONDS,
     SCORE_BUCKETS,
+    SKEWS,
     STAGE_BUCKETS_SECONDS,
     STAGES,
     STATE_RESULTS,
@@ -116,6 +117,9 @@ def test_every_metric_that_dashboards_read_is_there_under_its_name(metrics: Metr
         "recur_rejected",
         "recur_duplicates",
         "recur_replayed",
+        "recur_id_conflicts",
+        "recur_event_time_skew",
+        "recur_record_clock_skew",
         "recur_scores_recovered",
         "recur_states",
         "recur_micro_batch_transactions",
@@ -147,6 +151,7 @@ def test_every_label_has_a_closed_set_of_values_and_none_names_an_account(
 ) -> None:
     closed = {
         "decision": {"approve", "review", "decline", "unknown"},
+        "direction": set(SKEWS),
         "label": {"fraud", "genuine"},
         "reason": set(REASONS),
         "result": set(STATE_RESULTS),

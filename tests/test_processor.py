@@ -1564,9 +1564,9 @@ def test_scores_of_an_account_whose_state_was_refused_say_so_and_no_others() -> 
     world.store.states[0, b] = world.store.states[0, b][:-1]
     world.store.states[1, c] = b""
     _, first = produce(a, b)
-    world.produce(b, "again")
+    world.produce(b, "again", timestamp=START_MS)
     world.produce_raw(b.encode(), b"rejected")
-    world.produce(b, "again")
+    world.produce(b, "again", timestamp=START_MS)
     (of_c,) = produce(c)
     again = f"{world.topic}:0:4"
     worker = world.worker()

@@ -324,7 +324,7 @@ def test_a_repeat_is_one_though_its_clock_was_ahead_and_it_came_later() -> None:
     assert worker.count("recur_id_conflicts_total") == 0
 
 
-def test_ids_that_count_anew_each_day_lose_nothing() -> None:
+def test_ids_that_restart_each_day_lose_nothing() -> None:
     world = World(partitions=1)
     for _ in range(10):
         for number in range(3):

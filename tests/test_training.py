@@ -81,7 +81,8 @@ def _one_thread() -> Iterator[None]:
 def network_of(settings: TrainingSettings, inputs: int) -> Network:
     """One that sees so many numbers, none of them an amount or a merchant."""
     architecture = settings.architecture(FeatureSpec())
-    roles: tuple[Role, ...] = ("own",) * inputs
+    own: Role = "own"
+    roles = (own,) * inputs
     return Network(replace(architecture, inputs=inputs, roles=roles))
 
 

@@ -172,6 +172,18 @@ def test_rows_in_the_future_are_refused_with_the_option_that_helps(tmp_path: Pat
     assert "--offset-days" in complaint(table(at=future), tmp_path)
 
 
+def test_milliseconds_that_a_worker_takes_for_seconds_are_refused_but_not_for_training(
+    tmp_path: Path,
+) -> None:
+    source = table(at=[1_534_334_400 + second for second in range(3)], TX_FRAUD=[0, 1, 0])
+    said = complaint(source, tmp_path, time='unit = "ms"')
+    assert "row 1: timestamp is in 1970" in said
+    assert "correct [time] unit" in said
+    assert len(parts(source, tmp_path, time='unit = "s"')) == 1
+    options: dict[str, Any] = {"columns": 'label = "TX_FRAUD"', "for_training": True}
+    assert len(parts(source, tmp_path, time='unit = "ms"', **options)) == 1
+
+
 def test_unusable_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "file.parquet"
     pq.write_table(table(sum=[1.0, -2.0, 3.0]), path)

@@ -73,7 +73,8 @@ def test_each_new_transaction_is_counted_in_its_bucket_and_nothing_else_is() -> 
     world = world_with_merchants()
     for i in range(30):
         world.produce(f"A{i % 5}", f"t{i}", merchant_id=f"m{i % 3}")
-    world.produce("A1", "t26", merchant_id="m2")  # a repeat
+    sent_ms = world.now_ms - 3 * 60_000
+    world.produce("A1", "t26", merchant_id="m2", timestamp=sent_ms)  # a repeat
     world.produce_raw(b"A1", b"not a transaction")
     finish(world.worker().run())
 

@@ -170,6 +170,7 @@ def _record(**changes: Any) -> bytes:
 TRANSACTIONS = (
     _record(),
     _record(timestamp=1_534_327_200_000, amount=0, category="5411", channel="online", country="DE"),
+    _record(timestamp=1_534_327_200),
     _record(account_id="é🙂", category=5411, online=True, **{"card age": 3.5}, more={"a": [1, {}]}),
 )
 
@@ -186,6 +187,9 @@ LABEL = json.dumps(
         "source": "chargeback",
     }
 ).encode()
+
+
+DATED_LABEL = LABEL.replace(b"T10:00:00Z", b"").replace(b"T10:00:00+02:00", b"")
 
 
 def run_label(data: bytes) -> str:
@@ -411,7 +415,7 @@ def _targets() -> dict[str, Target]:
     )
     targets = (
         Target("transaction", run_transaction, TRANSACTIONS, mutate_record, 32 * MIB),
-        Target("label", run_label, (LABEL,), mutate_record, 32 * MIB),
+        Target("label", run_label, (LABEL, DATED_LABEL), mutate_record, 32 * MIB),
         Target("state", run_state, (STATE, sealed(bytes(len(STATE)))), mutate_state, 32 * MIB),
         Target("watermark", run_watermark, (WATERMARK,), mutate_bytes, 32 * MIB),
         Target(

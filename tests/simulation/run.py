@@ -307,7 +307,7 @@ class Run:
         elif 0.18 <= chance < 0.26:
             instruction = FORGET if chance < 0.24 else LOOK
             headers.append((CONTROL_HEADER, instruction))
-        elif 0.26 <= chance < 0.30:  # ids that count anew: another payment has an id of before
+        elif 0.26 <= chance < 0.30:  # ids that restart: another payment has an id of before
             ids = [b["fields"] for b in self._sent if b["fields"]["account_id"] == account]
             if ids:
                 fields["transaction_id"] = ids[-1]["transaction_id"]
