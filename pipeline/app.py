@@ -377,9 +377,11 @@ class Worker:
 
     async def _committed(self, tp: TP) -> int | None:
         try:
-            return await self._consumer().committed(tp)
-        except LogUnavailableError:
+            # A consumer whose broker is away waits for it, and the monitor with it.
+            return await asyncio.wait_for(self._consumer().committed(tp), timeout=5.0)
+        except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
+            self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
             return None
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-import cramjam
 import msgspec
+from aiokafka import codec as aiokafka_codec
 from aiokafka.consumer import fetcher
 from aiokafka.record.memory_records import MemoryRecords
 
@@ -37,6 +37,7 @@ POLL_MAX_BYTES = 32 << 20
 TELL_SECONDS = 10.0
 """Between two lines of the log about batches that are refused."""
 
+cramjam: Any = aiokafka_codec.cramjam  # what aiokafka decompresses with
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
 
 _FIRST_TRY_BYTES = 1 << 16
