@@ -19,6 +19,7 @@ from typing import Any, cast
 import faust
 import torch
 import uvloop
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from mode import CrashingSupervisor
 from prometheus_client import CollectorRegistry
@@ -29,7 +30,7 @@ from pipeline.checkpoint_watch import CheckpointWatch
 from pipeline.decision import thresholds_of
 from pipeline.ending import Ending, leave_at_signals
 from pipeline.endpoints import Endpoints
-from pipeline.errors import RecurError
+from pipeline.errors import RecurError, StartupError
 from pipeline.group_errors import HOPELESS, group_refusal
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
@@ -453,7 +454,17 @@ class _Process(faust.Worker):  # type: ignore[misc]
         await super().stop()
 
     async def on_first_start(self) -> None:
-        await self._recur.start_clients()
+        try:
+            await self._recur.start_clients()
+        except (RecurError, KafkaError, OSError) as error:
+            refusal = error
+            if not isinstance(error, RecurError):
+                refusal = StartupError(
+                    f"the broker went away during the start ({type(error).__name__}): see that it"
+                    " is up, and start again"
+                )
+            self._recur.app.crash_reason = refusal  # _run() tells it
+            raise refusal from error
         await super().on_first_start()
 
     def on_setup_root_logger(self, logger: Any, level: int) -> None:

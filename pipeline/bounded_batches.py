@@ -207,7 +207,7 @@ class BoundedRecords:
 
     def size_in_bytes(self) -> int:
         """See MemoryRecords."""
-        return self._records.size_in_bytes()
+        return int(self._records.size_in_bytes())
 
     def has_next(self) -> bool:
         """See MemoryRecords; none while the poll holds as much as it may."""
@@ -238,7 +238,8 @@ class BoundedRecords:
 def _legacy_value_at(data: memoryview) -> int:
     """Where the value of a message of version 0 or 1 begins."""
     at = 18 + 8 * data[_MAGIC_AT]
-    return at + 4 + max(0, _LENGTH.unpack_from(data, at)[0]) + 4
+    key_length: int = _LENGTH.unpack_from(data, at)[0]
+    return at + 4 + max(0, key_length) + 4
 
 
 @dataclass(frozen=True)
