@@ -275,7 +275,7 @@ class Worker:
 
     async def _watch_group(self) -> None:
         """End the worker where the group refuses it for good; it would wait for ever."""
-        waiting_since = told = monotonic()
+        waiting_since = told = refused_last = monotonic()
         while not self.app.should_stop:
             await asyncio.sleep(GROUP_LOOK_SECONDS)
             now = monotonic()
@@ -294,8 +294,9 @@ class Worker:
             error = self._consumer().group_error()
             if error is None:
                 continue
-            if self._refused_since is None:
+            if self._refused_since is None or now - refused_last > GROUP_PATIENCE_SECONDS:
                 self._refused_since = now
+            refused_last = now
             hopeless = isinstance(error, HOPELESS)
             if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
                 await self.app.crash(group_refusal(self._settings, error))
