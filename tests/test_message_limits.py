@@ -76,7 +76,7 @@ def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_come
         await publisher.start()
         try:
             scores, more = outgoing(900), outgoing(1_000)
-            alerts, letters = outgoing(300), outgoing(300)
+            alerts, letters = outgoing(1_800), outgoing(300)
             appended = await publisher.publish({0: scores, 1: scores}, alerts, letters)
             assert appended == {0: Appended(0, 900), 1: Appended(0, 900)}
 
