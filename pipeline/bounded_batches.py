@@ -114,11 +114,11 @@ _budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 @contextmanager
 def one_poll() -> Iterator[None]:
     """Within the block, so much is decompressed as one poll may hold."""
-    token = _budget.set(_Budget(POLL_MAX_BYTES))
+    _budget.set(_Budget(POLL_MAX_BYTES))
     try:
         yield
     finally:
-        _budget.reset(token)
+        _budget.set(None)  # no reset(): a poll that is given up may end in another context
 
 
 def uncompressed_size(codec: int, payload: memoryview, limit: int) -> int | None:

@@ -172,7 +172,7 @@ class KafkaPublisher:
         against whatever it sends there.
         """
         async with self._shrinking:
-            if self._producer is not refused:
+            if id(self._producer) != id(refused):
                 return  # done already: several batches were refused at once
             await self._limits.learn(refused_bytes)
             await self.start()

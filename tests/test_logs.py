@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from pipeline import logs
+from pipeline.errors import RecurError
 
 SECRET = "4111-1111-1111-1111"
 
@@ -130,6 +131,15 @@ def test_an_error_of_a_library_that_is_new_is_told_at_once_and_once(
     assert [line["logger"] for line in lines(capsys)] == ["faust.app", "aiokafka.conn"]
     logs.tell_left_out()
     assert lines(capsys)[0]["lines"] == 8
+
+
+def test_an_error_of_our_own_is_left_to_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+    logging.getLogger("faust.app.base").error("[^-App]: Crashed reason=%r", RecurError("x"))
+    logging.getLogger("faust.worker").critical("[^_Process]: We experienced a crash! Reraising")
+    logs.tell_left_out()
+
+    assert lines(capsys) == []
 
 
 def test_lines_of_another_kind_each_are_bounded_in_memory(
