@@ -19,6 +19,7 @@ from typing import Any, cast
 import faust
 import torch
 import uvloop
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from mode import CrashingSupervisor
 from prometheus_client import CollectorRegistry
@@ -29,7 +30,7 @@ from pipeline.checkpoint_watch import CheckpointWatch
 from pipeline.decision import thresholds_of
 from pipeline.ending import Ending, leave_at_signals
 from pipeline.endpoints import Endpoints
-from pipeline.errors import RecurError
+from pipeline.errors import RecurError, StartupError
 from pipeline.evictions import Evictions
 from pipeline.group_errors import HOPELESS, group_refusal
 from pipeline.health import Health
@@ -290,7 +291,7 @@ class Worker:
 
     async def _watch_group(self) -> None:
         """End the worker where the group refuses it for good; it would wait for ever."""
-        waiting_since = told = monotonic()
+        waiting_since = told = refused_last = monotonic()
         while not self.app.should_stop:
             await asyncio.sleep(GROUP_LOOK_SECONDS)
             now = monotonic()
@@ -309,8 +310,9 @@ class Worker:
             error = self._consumer().group_error()
             if error is None:
                 continue
-            if self._refused_since is None:
+            if self._refused_since is None or now - refused_last > GROUP_PATIENCE_SECONDS:
                 self._refused_since = now
+            refused_last = now
             hopeless = isinstance(error, HOPELESS)
             if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
                 await self.app.crash(group_refusal(self._settings, error))
@@ -393,9 +395,11 @@ class Worker:
 
     async def _committed(self, tp: TP) -> int | None:
         try:
-            return await self._consumer().committed(tp)
-        except LogUnavailableError:
+            # A consumer whose broker is away waits for it, and the monitor with it.
+            return await asyncio.wait_for(self._consumer().committed(tp), timeout=5.0)
+        except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
+            self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
             return None
 
 
@@ -467,7 +471,17 @@ class _Process(faust.Worker):  # type: ignore[misc]
         await super().stop()
 
     async def on_first_start(self) -> None:
-        await self._recur.start_clients()
+        try:
+            await self._recur.start_clients()
+        except (RecurError, KafkaError, OSError) as error:
+            refusal = error
+            if not isinstance(error, RecurError):
+                refusal = StartupError(
+                    f"the broker went away during the start ({type(error).__name__}): see that it"
+                    " is up, and start again"
+                )
+            self._recur.app.crash_reason = refusal  # _run() tells it
+            raise refusal from error
         await super().on_first_start()
 
     def on_setup_root_logger(self, logger: Any, level: int) -> None:

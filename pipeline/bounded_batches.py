@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-import cramjam
 import msgspec
+from aiokafka import codec as aiokafka_codec
 from aiokafka.consumer import fetcher
 from aiokafka.record.memory_records import MemoryRecords
 
@@ -37,6 +37,7 @@ POLL_MAX_BYTES = 32 << 20
 TELL_SECONDS = 10.0
 """Between two lines of the log about batches that are refused."""
 
+cramjam: Any = aiokafka_codec.cramjam  # what aiokafka decompresses with
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
 
 _FIRST_TRY_BYTES = 1 << 16
@@ -113,11 +114,11 @@ _budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 @contextmanager
 def one_poll() -> Iterator[None]:
     """Within the block, so much is decompressed as one poll may hold."""
-    token = _budget.set(_Budget(POLL_MAX_BYTES))
+    _budget.set(_Budget(POLL_MAX_BYTES))
     try:
         yield
     finally:
-        _budget.reset(token)
+        _budget.set(None)  # no reset(): a poll that is given up may end in another context
 
 
 def uncompressed_size(codec: int, payload: memoryview, limit: int) -> int | None:
@@ -237,7 +238,8 @@ class BoundedRecords:
 def _legacy_value_at(data: memoryview) -> int:
     """Where the value of a message of version 0 or 1 begins."""
     at = 18 + 8 * data[_MAGIC_AT]
-    return int(at + 4 + max(0, _LENGTH.unpack_from(data, at)[0]) + 4)
+    key_length: int = _LENGTH.unpack_from(data, at)[0]
+    return at + 4 + max(0, key_length) + 4
 
 
 @dataclass(frozen=True)

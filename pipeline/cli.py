@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pipeline import logs
 from pipeline.ending import leave_at_signals
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
@@ -487,6 +488,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _fail(error: RecurError, code: int) -> None:
+    logs.tell_left_out()  # before the last line, which says what to do
     for line in str(error).splitlines():
         click.echo(f"recur: {line}", err=True)
     sys.exit(code)

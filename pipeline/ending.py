@@ -30,6 +30,9 @@ UNFINISHED_EXIT_CODE = 1
 SECOND_SIGNAL_SECONDS = 1.0
 """A signal that comes sooner after the first one is the same: some shells send it twice."""
 
+TELL_SECONDS = 1.0
+"""So long the last line may take."""
+
 
 def leave_at_signals(directory: Path | None = None) -> None:
     """Until a worker has begun, SIGTERM and SIGINT end the process at once: it holds nothing.
@@ -101,6 +104,10 @@ class Ending:
         self._end(f"the stop took over {self._bound_seconds:g} s (RECUR_SHUTDOWN_SECONDS)", None)
 
     def _end(self, why: str, name: str | None) -> None:
+        # Nobody may read what is written to standard error: writing would then wait for ever.
+        unread = threading.Timer(TELL_SECONDS, self._end_process, [UNFINISHED_EXIT_CODE])
+        unread.daemon = True
+        unread.start()
         log.error(
             f"{why}; the process ends now, and what is not acked is read again",
             extra={} if name is None else {"signal": name},
@@ -108,4 +115,5 @@ class Ending:
         logs.tell_left_out()
         shutil.rmtree(self._directory, ignore_errors=True)
         sys.stderr.flush()
+        unread.cancel()
         self._end_process(UNFINISHED_EXIT_CODE)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -26,6 +28,15 @@ STALLED_EXIT_CODE = 75
 CHECK_SECONDS = 0.5
 GRACE_SECONDS = 2.0
 """Between `/live` turning false and the end of the process."""
+
+
+class _Server(ThreadingHTTPServer):
+    """Tells of a defect in the log, and nothing of a client that hung up."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            log.error("a request for health or metrics failed", exc_info=error)
 
 
 class Endpoints:
@@ -52,7 +63,7 @@ class Endpoints:
         self._end_process = end_process
         self._stopped = threading.Event()
         try:
-            self._server = ThreadingHTTPServer((host, port), self._handler())
+            self._server = _Server((host, port), self._handler())
         except OSError as error:
             raise StartupError(
                 f"cannot listen on {host}:{port} ({error.strerror}): set RECUR_HTTP_PORT to "

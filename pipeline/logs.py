@@ -33,7 +33,7 @@ KINDS_MAX = 256
 
 _KIND_CHARACTERS = 160
 _SAMPLE_CHARACTERS = 300
-_SAYS_NOTHING = ("We experienced a crash!",)
+_SAYS_NOTHING = "We experienced a crash!"
 _VARYING = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
@@ -60,6 +60,8 @@ class LibraryLines(logging.Filter):
         if top not in QUIET_LOGGERS:
             return True
         text = str(record.msg)
+        if _is_told_at_the_end(record, text):
+            return False
         kind = record.name, record.levelno, _VARYING.sub("#", text)[:_KIND_CHARACTERS]
         with self._lock:
             if kind not in self._seen and len(self._seen) >= KINDS_MAX:
@@ -108,18 +110,25 @@ class LibraryLines(logging.Filter):
         )
 
 
+def _is_told_at_the_end(record: logging.LogRecord, text: str) -> bool:
+    """Whether a line is about an error of our own that ends the program, and is its last line."""
+    return _SAYS_NOTHING in text or any(isinstance(e, RecurError) for e in _errors_in(record))
+
+
 def _is_told_elsewhere(record: logging.LogRecord) -> bool:
-    """Whether a line only says that a service does not answer, or what ends the program."""
-    if str(record.msg).startswith(_SAYS_NOTHING):
-        return True
+    """Whether a line only says that a service does not answer."""
+    return any(
+        isinstance(error, OSError) or getattr(error, "retriable", False)
+        for error in _errors_in(record)
+    )
+
+
+def _errors_in(record: logging.LogRecord) -> list[BaseException]:
     args = record.args if isinstance(record.args, tuple) else ()
     errors = [arg for arg in args if isinstance(arg, BaseException)]
     if record.exc_info and record.exc_info[1] is not None:
         errors.append(record.exc_info[1])
-    return any(
-        isinstance(error, OSError | RecurError) or getattr(error, "retriable", False)
-        for error in errors
-    )
+    return errors
 
 
 _library_lines: LibraryLines | None = None

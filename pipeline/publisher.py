@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, OutOfOrderSequenceNumber
 
 from pipeline.errors import RecurError
 from pipeline.message_limits import TOO_LARGE, MessageLimits
@@ -165,20 +165,18 @@ class KafkaPublisher:
         if self._closing:
             await asyncio.wait(self._closing)
 
-    async def _shrink(self) -> None:
+    async def _shrink(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
         """A batch was too large: go on with a producer of smaller ones.
 
-        The one before has left a gap in a partition's sequence, which the broker holds against
-        whatever it sends there.
+        The one that was refused has left a gap in a partition's sequence, which the broker holds
+        against whatever it sends there.
         """
-        assert self._producer is not None
-        before, refused_bytes = self._producer, self.batch_bytes
         async with self._shrinking:
-            if self._producer is not before:
-                return  # done by another publish meanwhile
+            if id(self._producer) != id(refused):
+                return  # done already: several batches were refused at once
             await self._limits.learn(refused_bytes)
             await self.start()
-        task = asyncio.create_task(before.stop())
+        task = asyncio.create_task(refused.stop())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -209,6 +207,7 @@ class KafkaPublisher:
         places: dict[int, list[tuple[int | None, int]]] = {partition: [] for partition in scores}
         rest = scores
         while rest:
+            sender = self._sender()
             sent = [await self._send_batch(partition, rest[partition]) for partition in rest]
             acknowledged = await _all_of([delivery for _, delivery in sent])
             left = {}
@@ -221,7 +220,7 @@ class KafkaPublisher:
                     left[partition] = rest[partition][size:]
             rest = left
             if None in acknowledged:
-                await self._too_large()
+                await self._too_large(*sender)
         return {partition: _appended(found) for partition, found in places.items()}
 
     async def _send_batch(
@@ -246,14 +245,20 @@ class KafkaPublisher:
         """Send records one by one; the key decides the partition."""
         rest = list(records)
         while rest:
+            sender = self._sender()
             acknowledged = await _all_of([await self._send_one(topic, record) for record in rest])
             rest = [r for r, done in zip(rest, acknowledged, strict=True) if done is None]
             if rest:
-                await self._too_large()
+                await self._too_large(*sender)
 
-    async def _too_large(self) -> None:
+    def _sender(self) -> tuple[AIOKafkaProducer, int]:
+        """Who sends now, and batches of what size."""
+        assert self._producer is not None
+        return self._producer, self.batch_bytes
+
+    async def _too_large(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
         """Some of what was sent is refused as too large; when this returns it may be sent again."""
-        await self._shrink()
+        await self._shrink(refused, refused_bytes)
 
     async def _send_one(self, topic: str, record: Outgoing) -> asyncio.Future[Any]:
         assert self._producer is not None
@@ -277,12 +282,17 @@ class KafkaPublisher:
 async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """What the broker said of each; None where it refused a batch as too large.
 
+    So it does with what the same producer sent after that one.
+
     Raises:
         KafkaError: it refused one for another reason.
     """
     said = await asyncio.gather(*deliveries, return_exceptions=True)
+    again: tuple[type[BaseException], ...] = TOO_LARGE
+    if any(isinstance(outcome, TOO_LARGE) for outcome in said):
+        again += (OutOfOrderSequenceNumber,)
     for outcome in said:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, TOO_LARGE):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, again):
             raise outcome
     return [None if isinstance(outcome, BaseException) else outcome for outcome in said]
 

@@ -135,7 +135,7 @@ class PartitionPublisher(KafkaPublisher):
             return where
         return Appended(where.first, where.next + 1)  # the marker takes an offset
 
-    async def _too_large(self) -> None:
+    async def _too_large(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
         """What was sent before in the transaction goes with it."""
         raise BatchTooLargeError
 

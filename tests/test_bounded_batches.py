@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import aiokafka.codec
-import cramjam
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.record.util import calc_crc32c
@@ -23,6 +22,7 @@ from pipeline.bounded_batches import (
     SNAPPY,
     ZSTD,
     RefusedBatch,
+    cramjam,
     one_poll,
     uncompressed_size,
 )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from pipeline import logs
+from pipeline.errors import RecurError
 
 SECRET = "4111-1111-1111-1111"
 
@@ -99,6 +100,76 @@ def test_libraries_that_write_payloads_at_debug_are_quiet_even_then(
     log.warning("the broker is away")
 
     assert [line["message"] for line in lines(capsys)] == ["the broker is away"]
+
+
+def test_what_libraries_repeat_is_counted_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+    library = logging.getLogger("aiokafka")
+
+    for attempt in range(500):
+        library.warning("Unable connect to node with id %s: %s", attempt % 3, ConnectionError())
+        library.error("Unable connect to node with id %s: %s", attempt % 3, OSError(111, "no"))
+        library.warning(f"took {attempt} ms at 0x7f{attempt:08x}")
+    assert lines(capsys) == []
+    logs.tell_left_out()
+    logs.tell_left_out()
+
+    (line,) = lines(capsys)
+    assert (line["lines"], line["kinds"], line["times"]) == (1_500, 3, 500)
+    assert line["most_often"].startswith("aiokafka: ")
+
+
+def test_an_error_of_a_library_that_is_new_is_told_at_once_and_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+
+    for number in range(5):
+        logging.getLogger("faust.app").error("a defect in task %s", number)
+        logging.getLogger("aiokafka.conn").error("a defect in task %s", number)
+
+    assert [line["logger"] for line in lines(capsys)] == ["faust.app", "aiokafka.conn"]
+    logs.tell_left_out()
+    assert lines(capsys)[0]["lines"] == 8
+
+
+def test_an_error_of_our_own_is_left_to_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+    logging.getLogger("faust.app.base").error("[^-App]: Crashed reason=%r", RecurError("x"))
+    logging.getLogger("faust.worker").critical("[^_Process]: We experienced a crash! Reraising")
+    logs.tell_left_out()
+
+    assert lines(capsys) == []
+
+
+def test_lines_of_another_kind_each_are_bounded_in_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+    library = logging.getLogger("mode.worker")
+
+    for number in range(5 * logs.KINDS_MAX):
+        name = "".join(chr(ord("a") + int(digit)) for digit in str(number))
+        library.error(f"defect {name}")
+
+    assert len(lines(capsys)) <= logs.KINDS_MAX + 1
+    logs.tell_left_out()
+    assert lines(capsys)[0]["kinds"] == 1
+
+
+def test_what_is_told_with_a_services_outage_is_not_told_twice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+    for _ in range(7):
+        logging.getLogger("aiokafka").warning("away")
+        logging.getLogger("redis.client").warning("away")
+
+    assert logs.take_left_out("kafka") == 7
+    assert logs.take_left_out("kafka") == 0
+    logs.tell_left_out()
+
+    assert lines(capsys)[0]["lines"] == 7
 
 
 def test_text_is_readable_and_holds_the_same_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from pipeline import message_limits
 from pipeline.errors import RecurError, StartupError
 from pipeline.feed import Feed
 from pipeline.message_limits import LARGEST_OUTPUT_BYTES, MessageLimits
@@ -75,7 +76,7 @@ def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_come
         await publisher.start()
         try:
             scores, more = outgoing(900), outgoing(1_000)
-            alerts, letters = outgoing(300), outgoing(300)
+            alerts, letters = outgoing(1_800), outgoing(300)
             appended = await publisher.publish({0: scores, 1: scores}, alerts, letters)
             assert appended == {0: Appended(0, 900), 1: Appended(0, 900)}
 
@@ -95,6 +96,48 @@ def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_come
         assert sorted(await values(settings, tmp_path, "dead_letter")) == sorted(
             r.value or b"" for r in letters + letters + letters
         )
+
+    asyncio.run(run())
+
+
+def test_a_limit_that_the_broker_does_not_tell_is_found_out(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a user who may not describe the topics' configuration."""
+
+    async def untold(*_: object) -> dict[TopicRole, int]:
+        return {}
+
+    async def run() -> None:
+        await ensure_topics(settings)
+        await limit(settings, 50 * KIB, "scores", "dead_letter")
+        monkeypatch.setattr(message_limits, "batch_limits", untold)
+        publisher = KafkaPublisher(settings)
+        await publisher.start()
+        try:
+            scores, letters = outgoing(400), [Outgoing(b"A", b"v" * 900_000)]
+            appended = await publisher.publish({0: scores}, [], letters)
+            assert appended == {0: Appended(0, 400)}
+        finally:
+            await publisher.stop()
+        assert await values(settings, tmp_path, "scores") == [r.value for r in scores]
+        (letter,) = await values(settings, tmp_path, "dead_letter")
+        assert 10 * KIB < len(letter) < 50 * KIB
+
+    asyncio.run(run())
+
+
+def test_a_score_that_no_topic_takes_ends_the_publishing(settings: Settings) -> None:
+    async def run() -> None:
+        await ensure_topics(settings)
+        await limit(settings, LARGEST_OUTPUT_BYTES, "scores")
+        publisher = KafkaPublisher(settings)
+        await publisher.start()
+        try:
+            with pytest.raises(RecurError, match=r"max\.message\.bytes"):
+                await publisher.publish({0: outgoing(1, 40 * KIB)}, [], [])
+        finally:
+            await publisher.stop()
 
     asyncio.run(run())
 

@@ -1,0 +1,87 @@
+"""An outage is told of when it begins, once a minute, and when it is over."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from pipeline.outages import TELL_SECONDS, TOLD_AT_ONCE_MAX, Outages
+
+
+class Clock:
+    """Monotonic seconds that a test moves."""
+
+    now_seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def outages(clock: Clock, caplog: pytest.LogCaptureFixture) -> Outages:
+    caplog.set_level(logging.INFO)
+    return Outages(clock)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    lines = [vars(record) | {"text": record.getMessage()} for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+def test_a_long_outage_is_told_of_once_a_minute_with_counts(
+    outages: Outages, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(1801):  # ten times a second, for three minutes
+        outages.failed("kafka", "refused")
+        clock.now_seconds += 0.1
+    outages.answered("kafka")
+    outages.answered("kafka")
+
+    first, *middle, last = told(caplog)
+    assert (first["text"], first["why"]) == (
+        "a service does not answer; waiting for it",
+        "refused",
+    )
+    assert {line["text"] for line in middle} == {"a service still does not answer"}
+    assert 2 <= len(middle) <= 3
+    assert (last["text"], last["failures"]) == ("it answers again", 1801)
+    assert last["seconds"] == pytest.approx(180.1)
+
+
+def test_services_are_told_of_apart(outages: Outages, caplog: pytest.LogCaptureFixture) -> None:
+    outages.failed("kafka", "")
+    outages.failed("redis", "")
+    outages.answered("redis")
+
+    assert [line["service"] for line in told(caplog)] == ["kafka", "redis", "redis"]
+
+
+def test_a_service_that_comes_and_goes_fills_no_log(
+    outages: Outages, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(600):
+        outages.failed("redis", "refused")
+        clock.now_seconds += 0.05
+        outages.answered("redis")
+        clock.now_seconds += 0.05
+    assert len(told(caplog)) == 2 * TOLD_AT_ONCE_MAX
+
+    clock.now_seconds += TELL_SECONDS
+    outages.failed("redis", "refused")
+    assert len(told(caplog)) == 1, "one that begins later is told of again"
+
+
+def test_a_service_that_was_never_away_is_not_told_of(
+    outages: Outages, caplog: pytest.LogCaptureFixture
+) -> None:
+    outages.answered("kafka")
+
+    assert told(caplog) == []
