@@ -36,7 +36,7 @@ from model.world import (
 
 AMOUNT_MAX = 100_000.0
 """EUR; no theft is over it."""
-HUGE_FACTOR = (10.0, 3_000.0)
+HUGE_FACTOR = (5.0, 3_000.0)
 YOUNG_PAYMENTS_MAX = 20
 """A third of the huge payments are on accounts with 1 up to this many payments before."""
 SILENT_DAYS = 21
@@ -187,7 +187,7 @@ def _huge_victims(
 
 
 def _huge(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
-    """Single payments, even on the logarithmic scale from ten times the usual on."""
+    """Single payments, even on the logarithmic scale from five times the usual on."""
     low, high = HUGE_FACTOR
     factor = log_uniform(rng, low, np.minimum(high, AMOUNT_MAX / usual[victim]), len(victim))
     time_ms = within(rng, np.ones(len(victim), np.int64), np.full(len(victim), HOUR_MS))

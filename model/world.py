@@ -127,7 +127,7 @@ class World:
         takeovers: thefts from accounts that were silent for three weeks or more.
         bursts: of many payments of about the usual amount within an hour.
         small_frauds: thefts of some payments under the usual amount.
-        huge_payments: single payments of 10 to 3,000 times the usual, to 100,000 EUR.
+        huge_payments: single payments of 5 to 3,000 times the usual, to 100,000 EUR.
         huge_after_check: the same as a share of the accounts whose only payment is a check, a day.
         fraud_accounts: share of the accounts beginning during the log that a thief opened.
         patient_thieves: thefts over one to seven days, of many payments not far over the usual.
@@ -203,16 +203,16 @@ WIDE = World(
     checks=1 / 180,
     silences=1 / 600,
     level_changes=1 / 250,
-    large_purchases=1 / 400,
+    large_purchases=1 / 1000,
     journeys=1 / 200,
     sprees=1 / 150,
     skimmed_terminals=TERMINALS_COMPROMISED_PER_DAY / 10_000,
     stolen_cards=CUSTOMERS_COMPROMISED_PER_DAY / 6_000,
-    card_tests=3.2e-4,
+    card_tests=4e-4,
     takeovers=1.3e-4,
     bursts=8e-5,
     small_frauds=2.0e-4,
-    huge_payments=8e-4,
+    huge_payments=1.2e-3,
     huge_after_check=0.06,
     fraud_accounts=0.05,
     patient_thieves=8e-5,
