@@ -29,6 +29,7 @@ from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
+from pipeline.log_watch import OpenTransactions, TopicWatch
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
@@ -40,6 +41,7 @@ from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.topics import ROLES
 from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ REDIS_LOOK_SECONDS = 1.0
 
 LAG_LOOK_SECONDS = 5.0
 """Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
+
+LOOK_LIMIT_SECONDS = 5.0
+"""So long the broker may take to answer at a look."""
 
 LABELS_LOOK_SECONDS = 10.0
 """Between two looks at whether Redis still has the labels that were booked."""
@@ -103,6 +108,7 @@ class Worker:
         self._score_log = KafkaScoreLog(settings)
         self._publisher = KafkaPublisher(settings)
         self._transactions = TransactionalPublisher(settings) if settings.transactional else None
+        self._watch_topics()
         self.app = faust_app(settings, directory)
         patience = Patience(self.metrics, self.health)
         self.ownership = Ownership(
@@ -116,6 +122,7 @@ class Worker:
             metrics=self.metrics,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
+            on_new_log=settings.on_new_log,
         )
         self.processor = Processor(
             settings=settings,
@@ -140,6 +147,20 @@ class Worker:
             health=self.health,
         )
         self._wire()
+
+    def _watch_topics(self) -> None:
+        """What the monitors hold of the topics."""
+        settings = self._settings
+        roles = [role for role in ROLES if role != "labels" or settings.merchant_counts]
+        self._topic_watch = TopicWatch(
+            [settings.topic(role) for role in roles],
+            settings.topic("scores"),
+            settings.topic_missing_seconds,
+            self._score_log,
+            self.health,
+        )
+        self._open_transactions = OpenTransactions(self._topic)
+        self._open_label_transactions = OpenTransactions(self._labels_topic)
 
     def _consumer(self) -> poll_transport.Consumer:
         return cast(poll_transport.Consumer, self.app.consumer)
@@ -232,6 +253,7 @@ class Worker:
             self._transactions.release(partitions)
         for partition in partitions:
             self.metrics.lag.remove(str(partition))
+            self.metrics.held.remove(str(partition))
         self.health.down("partitions", "a rebalance is under way")
         log.info("partitions revoked", extra={"partitions": sorted(partitions)})
 
@@ -255,14 +277,23 @@ class Worker:
 
     async def _monitor_lag(self) -> None:
         while not self.app.should_stop:
-            await self._look_at_lag()
+            try:
+                await self._look_at_lag()
+                await self.ownership.see_log()
+            except RecurError as error:  # a topic is gone, or another one
+                await self.app.crash(error)
+                return
             await asyncio.sleep(LAG_LOOK_SECONDS)
 
     async def _monitor_labels(self) -> None:
         """Labels that Redis lost are booked again even where no others come."""
         while not self.app.should_stop:
             await asyncio.sleep(LABELS_LOOK_SECONDS)
-            await self.labels.look()
+            try:
+                await self.labels.look()
+            except RecurError as error:  # the topic is another one
+                await self.app.crash(error)
+                return
 
     async def _monitor_checkpoint(self) -> None:
         """New thresholds in the checkpoint's file decide from the next micro-batch on."""
@@ -288,39 +319,78 @@ class Worker:
         """Lag of what is assigned, from a connection that is not the consumer's."""
         assigned, labels = self.ownership.assigned(), self.labels.assigned()
         try:
-            ends = await self._ends(self._topic, assigned)
-            label_ends = await self._ends(self._labels_topic, labels)
+            there = await asyncio.wait_for(self._topic_watch.look(), timeout=LOOK_LIMIT_SECONDS)
+            # aiokafka would ask for what is not there, ten times a second.
+            ends = await self._ends(self._topic, assigned if self._topic in there else set())
+            label_ends = await self._ends(
+                self._labels_topic, labels if self._labels_topic in there else set()
+            )
             self.health.up("kafka")
+            await self._tell_lag(ends)
+            await self._tell_labels_lag(label_ends)
         except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
             self.health.down("kafka", "it does not answer")
             log.debug("Kafka does not answer", extra={"why": str(error)})
             self.health.records_wait(self._consumer().polls_in_flight > 0)
-            return
-        lags = await self._lags(self._topic, ends, self.ownership.next_offsets())
-        for partition, lag in lags.items():
+
+    async def _tell_lag(self, ends: dict[int, int]) -> None:
+        """Lag and what is held back, of the transactions topic."""
+        positions = await self._positions(self._topic, ends, self.ownership.next_offsets())
+        stable = await self._stable_ends(self._topic, ends, positions)
+        held = self._open_transactions.see(ends, stable, positions)
+        for partition, position in positions.items():
+            lag = max(0, ends[partition] - position)
             self.metrics.lag.labels(str(partition)).set(lag)
-        self.health.records_wait(any(lags.values()))
-        lags = await self._lags(self._labels_topic, label_ends, self.labels.next_offsets())
-        self.metrics.labels_lag.set(sum(lags.values()))
-        self.health.records_wait(any(lags.values()), STREAM)
+            records = held[partition].records if partition in held else 0
+            self.metrics.held.labels(str(partition)).set(records)
+        # What is held back moves when its transaction ends, and not by a new start.
+        self.health.records_wait(any(stable[p] > position for p, position in positions.items()))
+
+    async def _tell_labels_lag(self, ends: dict[int, int]) -> None:
+        """The same of the labels topic."""
+        positions = await self._positions(self._labels_topic, ends, self.labels.next_offsets())
+        stable = await self._stable_ends(self._labels_topic, ends, positions)
+        self._open_label_transactions.see(ends, stable, positions)
+        self.metrics.labels_lag.set(sum(max(0, ends[p] - at) for p, at in positions.items()))
+        waiting = any(stable[p] > position for p, position in positions.items())
+        self.health.records_wait(waiting, STREAM)
 
     async def _ends(self, topic: str, partitions: set[int]) -> dict[int, int]:
         if not partitions:
             return {}
-        return await asyncio.wait_for(self._score_log.ends(topic, sorted(partitions)), timeout=5.0)
+        return await asyncio.wait_for(
+            self._score_log.high_watermarks(topic, sorted(partitions)), timeout=LOOK_LIMIT_SECONDS
+        )
 
-    async def _lags(
+    async def _stable_ends(
+        self, topic: str, ends: dict[int, int], positions: dict[int, int]
+    ) -> dict[int, int]:
+        """Up to where records are given to who reads what is committed."""
+        behind = [p for p, position in positions.items() if position < ends[p]]
+        if not behind:
+            return ends
+        found = await asyncio.wait_for(
+            self._score_log.ends(topic, sorted(behind)), timeout=LOOK_LIMIT_SECONDS
+        )
+        return {**ends, **found}
+
+    async def _positions(
         self, topic: str, ends: dict[int, int], applied: dict[int, int]
     ) -> dict[int, int]:
-        """Records that wait, by partition."""
-        lags = {}
-        for partition, end in ends.items():
+        """Up to where all is applied, of each partition of which that is known."""
+        positions = {}
+        for partition in ends:
+            tp = TP(topic, partition)
             position = applied.get(partition)
             if position is None:
-                position = await self._committed(TP(topic, partition))
-            lags[partition] = max(0, end - position) if position is not None else 0
-        return lags
+                position = await self._committed(tp)
+            read_to = self._consumer().read_to(tp)
+            if position is None or (read_to is not None and read_to > position):
+                position = read_to
+            if position is not None:
+                positions[partition] = position
+        return positions
 
     async def _committed(self, tp: TP) -> int | None:
         try:

@@ -294,6 +294,7 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     decision: str
     thresholds: dict[str, float] | None = None
     features: MerchantRecord | None = None  # type: ignore[valid-type]
+    transaction_id: str | None = None
 
 
 _RecordedFeatures = msgspec.defstruct(

@@ -12,7 +12,7 @@ or take a service away:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -106,6 +106,16 @@ class MemoryStateStore:
                 self.states[request.partition, account] = state
         return True
 
+    async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
+        """See :class:`pipeline.state_store.StateStore`."""
+        await asyncio.sleep(0)
+        self._require_up()
+        yield self.places(partition)
+
+    def places(self, partition: int | None = None) -> list[tuple[int, str]]:
+        """What :meth:`accounts` gives, at once."""
+        return [place for place in self.states if partition in (None, place[0])]
+
     async def ping(self) -> None:
         """See :class:`pipeline.state_store.StateStore`."""
         self._require_up()
@@ -125,6 +135,7 @@ class MemoryMerchantStore:
         profiles: values by merchant.
         alerts: decisions by hash of the transaction id.
         booked: before which offset all labels are booked, by partition and slot.
+        labels_ids: of the log that each partition is booked from.
         is_up: False is a server that does not answer.
         interrupt: called before and after each call.
     """
@@ -133,6 +144,7 @@ class MemoryMerchantStore:
         self.profiles: dict[str, bytes] = {}
         self.alerts: dict[int, str] = {}
         self.booked: dict[tuple[int, int], int] = {}
+        self.labels_ids: dict[int, bytes] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
 
@@ -204,6 +216,27 @@ class MemoryMerchantStore:
         """The offset before which all labels of a partition are booked."""
         return min(self.booked.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
 
+    async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        self._require_up()
+        return self.named_labels_log(partition, log_id)
+
+    def named_labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """What :meth:`labels_log` does, at once."""
+        if log_id is not None:
+            self.labels_ids.setdefault(partition, log_id)
+        return self.labels_ids.get(partition)
+
+    async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        self._require_up()
+        self.forget_labels_log(partition, log_id)
+
+    def forget_labels_log(self, partition: int, log_id: bytes) -> None:
+        """What :meth:`begin_labels_log` does, at once."""
+        self.booked = {place: end for place, end in self.booked.items() if place[0] != partition}
+        self.labels_ids[partition] = log_id
+
     async def close(self) -> None:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
 
@@ -267,8 +300,20 @@ class MemoryKafka:
         self._generations: dict[tuple[str, str, int], int] = {}
         self._producers: dict[str, _Producer] = {}
         self._clock_ms = clock_ms
+        self._ids: dict[str, bytes] = {}
+        self._made = 0
+        for topic in partitions:
+            self._make(topic)
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
+
+    def _make(self, topic: str) -> None:
+        self._made += 1
+        self._ids[topic] = self._made.to_bytes(16, "big")
+
+    def topic_id(self, topic: str) -> bytes:
+        """A topic's id: another one each time that it is made."""
+        return self._ids[topic]
 
     def partition_of(self, topic: str, key: bytes | None) -> int:
         """Kafka's default partition for a key; 0 for a record without key."""
@@ -323,6 +368,7 @@ class MemoryKafka:
     def recreate(self, topic: str) -> None:
         """Delete a topic and create it again; what groups committed of it goes as well."""
         self._logs[topic] = [_Log() for _ in self._logs[topic]]
+        self._make(topic)
         for place in [place for place in self._committed if place[1] == topic]:
             del self._committed[place]
 
@@ -522,6 +568,11 @@ class MemoryScoreLog:
         with _step("bounds", self._kafka.interrupt):
             self._kafka.require_up()
             return self._kafka.bounds(topic, partition)
+
+    async def topic_id(self, topic: str) -> bytes | None:
+        """See :class:`pipeline.score_log.ScoreLog`; no effect that a worker could die at."""
+        self._kafka.require_up()
+        return self._kafka.topic_id(topic)
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int

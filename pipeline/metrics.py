@@ -183,6 +183,10 @@ class Metrics:
             "recur_consumer_lag_records", "Records in the log that are not applied yet",
             ["partition"], registry=registry,
         )  # fmt: skip
+        self.held = Gauge(
+            "recur_held_records", "Records that a producer's open transaction holds back",
+            ["partition"], registry=registry,
+        )  # fmt: skip
         self.redis_errors = Counter(
             "recur_redis_errors", "Failed calls to Redis", registry=registry
         )

@@ -370,6 +370,19 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         except KafkaError as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
 
+    def read_to(self, tp: TP) -> int | None:
+        """Up to where a partition is read and done with; None where nobody can say.
+
+        Unlike what is applied this is past the markers of transactions and past what was taken
+        back, which are no records.
+        """
+        if any(topic == tp.topic for topic, _ in self._in_flight.values()):
+            return None
+        subscription = self._thread._ensure_consumer()._subscription.subscription
+        assignment = subscription.assignment if subscription is not None else None
+        state = assignment.state_value(tp) if assignment is not None else None
+        return state.position if state is not None and state.has_valid_position else None
+
     def rejoin(self) -> None:
         """Ask the group anew for partitions: what this member knows of them is out of date."""
         self._thread._ensure_consumer()._coordinator.request_rejoin()

@@ -7,7 +7,7 @@ the transactions, and keeps what was said: a redelivered transaction has one sco
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError
 
 from pipeline.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
+from pipeline.topic_ids import ask_ids
 
 READ_TIMEOUT_SECONDS = 5.0
 """Reading published scores may come no further for this long."""
@@ -42,10 +43,15 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Kept:
-    """A published score: its record's bytes, and what recovery needs of it."""
+    """A published score: its record's bytes, and what recovery needs of it.
+
+    Attributes:
+        is_recent: it came while its reader worked on the partition, and so is of the same log.
+    """
 
     value: bytes
     score: PublishedScore
+    is_recent: bool = False
 
     def merchant_raw(self) -> tuple[float, ...] | None:
         """The merchant's features that it was computed from, if it records them all."""
@@ -60,6 +66,13 @@ class ScoreLog(Protocol):
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
         """Where a partition's log begins and ends now.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+
+    async def topic_id(self, topic: str) -> bytes | None:
+        """A topic's id now; None where there is no such topic.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -97,6 +110,7 @@ class KafkaScoreLog:
             "auto_offset_reset": "earliest",
         }
         self._consumer: AIOKafkaConsumer | None = None
+        self._of_all: AIOKafkaConsumer | None = None
         self._one_at_a_time = asyncio.Lock()
 
     async def start(self) -> None:
@@ -108,6 +122,8 @@ class KafkaScoreLog:
         """Disconnect."""
         if self._consumer is not None:
             await self._consumer.stop()
+        if self._of_all is not None:
+            await self._of_all.stop()
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
         """See :class:`ScoreLog`."""
@@ -120,6 +136,22 @@ class KafkaScoreLog:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
         return Bounds(begin[place], end[place])
 
+    async def topic_id(self, topic: str) -> bytes | None:
+        """See :class:`ScoreLog`."""
+        return (await self.topic_ids([topic])).get(topic)
+
+    async def topic_ids(self, topics: Sequence[str]) -> dict[str, bytes]:
+        """Ids of those of the topics that there are.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        assert self._consumer is not None
+        try:
+            return await ask_ids(self._consumer._client, topics)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+
     async def ends(self, topic: str, partitions: list[int]) -> dict[int, int]:
         """The next offset of each partition.
 
@@ -130,6 +162,29 @@ class KafkaScoreLog:
         try:
             assert self._consumer is not None
             ends = await self._consumer.end_offsets(places)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+        return {place.partition: end for place, end in ends.items()}
+
+    async def high_watermarks(self, topic: str, partitions: list[int]) -> dict[int, int]:
+        """Where each partition ends, with what an open transaction holds back.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        places = [TopicPartition(topic, partition) for partition in partitions]
+        try:
+            if self._of_all is None:  # a client is of one isolation level
+                consumer = AIOKafkaConsumer(
+                    **self._options | {"isolation_level": "read_uncommitted"}
+                )
+                try:
+                    await consumer.start()
+                except BaseException:
+                    await consumer.stop()
+                    raise
+                self._of_all = consumer
+            ends = await self._of_all.end_offsets(places)
         except (KafkaError, OSError) as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
         return {place.partition: end for place, end in ends.items()}

@@ -21,6 +21,7 @@ from aiokafka.conn import collect_hosts, create_conn
 from pipeline.errors import StartupError
 from pipeline.logs import quiet
 from pipeline.settings import Settings
+from pipeline.topic_ids import ask_ids
 
 TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
 ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
@@ -83,6 +84,17 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
     deadline = time.monotonic() + settings.startup_timeout_seconds
     async with admin_client(settings, deadline) as admin:
         return (await _partition_counts(admin)).get(topic)
+
+
+async def topic_ids(settings: Settings) -> dict[str, bytes]:
+    """Ids of the transactions, scores and labels topics, by full name, as far as there are any.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    roles: tuple[TopicRole, ...] = ("transactions", "scores", "labels")
+    async with admin_client(settings) as admin:
+        return await ask_ids(admin._client, [settings.topic(role) for role in roles])
 
 
 @dataclass(frozen=True)

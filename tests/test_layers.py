@@ -21,16 +21,18 @@ LAYERS = {
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.codec
-        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state
+        pipeline.decision pipeline.metrics pipeline.health pipeline.account_state pipeline.log_ids
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
     """,
     "clients": """
         pipeline.topics pipeline.rights pipeline.redis_calls pipeline.state_store
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
+        pipeline.topic_ids
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
+        pipeline.log_watch
     """,
     "processor": """
         pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute

@@ -125,6 +125,7 @@ class Worker(app.Worker):
             transaction_log=PartitionLog(self._consumer, self._topic),
             patience=patience,
             metrics=METRICS,
+            on_new_log=settings.on_new_log,
         )
         self.ownership._writer = services.rng.getrandbits(64)
         self.processor = parts.processor(
