@@ -339,8 +339,8 @@ class Worker:
         positions = await self._positions(self._topic, ends, self.ownership.next_offsets())
         stable = await self._stable_ends(self._topic, ends, positions)
         held = self._open_transactions.see(ends, stable, positions)
-        for partition, position in positions.items():
-            lag = max(0, ends[partition] - position)
+        for partition, end in ends.items():
+            lag = max(0, end - positions.get(partition, end))
             self.metrics.lag.labels(str(partition)).set(lag)
             records = held[partition].records if partition in held else 0
             self.metrics.held.labels(str(partition)).set(records)

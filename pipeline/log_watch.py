@@ -1,4 +1,4 @@
-"""What a worker sees of its topics beside what it reads: whether they are there, and what they hold.
+"""What a worker sees of its topics besides records: whether they are there, what is held back.
 
 A monitor asks every few seconds, by connections that are not the consumer's.
 """
