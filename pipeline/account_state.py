@@ -29,7 +29,7 @@ RECENT_IDS = 8
 """How many transaction ids a state remembers, to drop repeats."""
 
 WATERMARK_FORMAT = 2
-_WATERMARK = struct.Struct("<B3xIqqQ16s16sq")
+_WATERMARK = struct.Struct("<B3xIqqQ16s16sqq")
 _WITHOUT_IDS = struct.Struct("<B3xIqqQ")  # format 1
 
 
@@ -46,6 +46,7 @@ class Watermark:
         log_id: id of the transactions topic that the states are of.
         scores_log_id: id of the scores topic that ``scores_offset`` is of.
         scores_begin: offset in the scores partition before which all is of another log.
+        stale_to: offsets that the group committed up to here may be those of a log before.
     """
 
     partitions: int
@@ -55,9 +56,10 @@ class Watermark:
     log_id: bytes = NO_ID
     scores_log_id: bytes = NO_ID
     scores_begin: int = 0
+    stale_to: int = 0
 
     def to_bytes(self) -> bytes:
-        """72 bytes, little-endian."""
+        """80 bytes, little-endian."""
         return _WATERMARK.pack(
             WATERMARK_FORMAT,
             self.partitions,
@@ -67,6 +69,7 @@ class Watermark:
             self.log_id,
             self.scores_log_id,
             self.scores_begin,
+            self.stale_to,
         )
 
     @classmethod
@@ -80,7 +83,7 @@ class Watermark:
         if layout is None or len(value) != layout.size:
             raise ValueError(f"a watermark of {len(value)} bytes in an unknown format")
         mark = cls(*layout.unpack(value)[1:])
-        offsets = mark.next_offset, mark.scores_offset, mark.scores_begin
+        offsets = mark.next_offset, mark.scores_offset, mark.scores_begin, mark.stale_to
         if mark.partitions < 1 or min(offsets) < 0:
             raise ValueError("a damaged watermark, of no partitions or a negative offset")
         return mark

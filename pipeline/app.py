@@ -106,8 +106,11 @@ class Worker:
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
-        self._publisher = KafkaPublisher(settings)
-        self._transactions = TransactionalPublisher(settings) if settings.transactional else None
+        lost_letters = self.metrics.letters_lost.inc
+        self._publisher = KafkaPublisher(settings, on_lost_letters=lost_letters)
+        self._transactions: TransactionalPublisher | None = None
+        if settings.transactional:
+            self._transactions = TransactionalPublisher(settings, lost_letters)
         self._watch_topics()
         self.app = faust_app(settings, directory)
         patience = Patience(self.metrics, self.health)
@@ -154,7 +157,9 @@ class Worker:
         roles = [role for role in ROLES if role != "labels" or settings.merchant_counts]
         self._topic_watch = TopicWatch(
             [settings.topic(role) for role in roles],
+            {self._topic: "states", self._labels_topic: "booked labels"},
             settings.topic("scores"),
+            settings.on_new_log == "stop",
             settings.topic_missing_seconds,
             self._score_log,
             self.health,
@@ -184,6 +189,7 @@ class Worker:
     async def start_clients(self) -> None:
         """Connect what the processor uses; the consumer is Faust's."""
         await self._score_log.start()
+        await self.ownership.look_at_log()
         await self._publisher.start()
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
@@ -320,6 +326,8 @@ class Worker:
         assigned, labels = self.ownership.assigned(), self.labels.assigned()
         try:
             there = await asyncio.wait_for(self._topic_watch.look(), timeout=LOOK_LIMIT_SECONDS)
+            if self._topic_watch.changed & {self._topic, self._labels_topic}:
+                self._consumer().look_at_topics()
             # aiokafka would ask for what is not there, ten times a second.
             ends = await self._ends(self._topic, assigned if self._topic in there else set())
             label_ends = await self._ends(

@@ -39,7 +39,10 @@ class DeadLetters:
         self._told_ms: dict[str, int] = {}
 
     def letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
-        """The original key and bytes; where from and why in headers."""
+        """The original key and bytes; where from and why in headers.
+
+        Where there is no key, its coordinates are: a compacted topic takes none without.
+        """
         now_ms = self._clock_ms()
         self._metrics.rejected.labels(reason).inc()
         self._tell(reason, partition, record.offset, now_ms)
@@ -57,6 +60,9 @@ class DeadLetters:
         if len(value or b"") > limit or len(key or b"") > key_limit:
             headers["truncated"] = str(len(value or b""))
             key, value = key and key[:key_limit], value and value[:limit]
+        if key is None:
+            headers["keyless"] = "true"
+            key = f"{self._topic}:{partition}:{record.offset}".encode()
         return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
 
     def _tell(self, reason: str, partition: int, offset: int, now_ms: int) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pipeline.errors import StartupError
 from pipeline.health import Health
-from pipeline.log_ids import is_other, shown
+from pipeline.log_ids import is_other, other_log, shown
 
 TELL_SECONDS = 60.0
 """Between two lines about the same open transaction."""
@@ -41,29 +41,39 @@ class TopicWatch:
 
     Args:
         topics: full names.
-        scores_topic: that of them in which another id does not stop anything.
+        read: those of them that the worker reads, and what is in Redis of each.
+        scores_topic: what is lost with it is told.
+        stops: whether another topic of one that is read ends the worker.
         seconds: so long a topic that is gone is waited for.
         logs: knows ids.
         health: is told what is missing.
+
+    Attributes:
+        changed: topics that are read and were made again since the last look.
     """
 
     def __init__(
         self,
         topics: Sequence[str],
+        read: Mapping[str, str],
         scores_topic: str,
+        stops: bool,
         seconds: float,
         logs: AsksIds,
         health: Health,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        self.changed: set[str] = set()
         self._topics = list(topics)
+        self._read = dict(read)
         self._scores_topic = scores_topic
+        self._stops = stops
         self._seconds = seconds
         self._logs = logs
         self._health = health
         self._clock = clock
         self._gone_since: dict[str, float] = {}
-        self._scores_id: bytes | None = None
+        self._ids: dict[str, bytes] = {}
 
     async def look(self) -> set[str]:
         """The topics that are there.
@@ -71,6 +81,7 @@ class TopicWatch:
         Raises:
             LogUnavailableError: the broker does not answer.
             TopicGoneError: one has been gone for too long; the message says what to do.
+            StartupError: one that is read is another.
         """
         found = await self._logs.topic_ids(self._topics)
         now = self._clock()
@@ -91,24 +102,25 @@ class TopicWatch:
             self._health.down("topics", f"{', '.join(sorted(self._gone_since))} was deleted")
         else:
             self._health.up("topics")
-        self._see_scores(found)
-        return set(found)
-
-    def _see_scores(self, found: Mapping[str, bytes]) -> None:
-        scores_id = found.get(self._scores_topic)
-        if scores_id is None:
-            return
-        if self._scores_id is not None and is_other(self._scores_id, scores_id):
+        self.changed = {
+            topic
+            for topic, topic_id in found.items()
+            if is_other(self._ids.get(topic, topic_id), topic_id)
+        }
+        for topic in self.changed & self._read.keys() if self._stops else ():
+            raise other_log(topic, self._ids[topic], found[topic], self._read[topic])
+        if self._scores_topic in self.changed:
             log.warning(
                 "the scores topic was deleted and made again: the scores that it held are gone,"
                 " and a rebuild computes without the merchants' features in them",
                 extra={
                     "topic": self._scores_topic,
-                    "id_then": shown(self._scores_id),
-                    "id_now": shown(scores_id),
+                    "id_then": shown(self._ids[self._scores_topic]),
+                    "id_now": shown(found[self._scores_topic]),
                 },
             )
-        self._scores_id = scores_id
+        self._ids |= found
+        return set(found)
 
 
 def _gone(topic: str, seconds: float) -> TopicGoneError:

@@ -12,6 +12,7 @@ or take a service away:
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -596,7 +597,10 @@ class MemoryScoreLog:
             for record in records:
                 published = read_score(record.value, source_prefix)
                 if published is not None:
-                    kept.setdefault(*published)
+                    source, score = published
+                    first = kept.setdefault(source, score)
+                    if first is not score:
+                        kept[source] = first.and_then(score)
             position = records[-1].offset + 1 if len(records) == FETCH_RECORDS else end
         return kept, position
 
@@ -629,6 +633,7 @@ class MemoryConsumer:
         self._positions: dict[int, int] = {}
         self._to_take: set[int] = set()
         self._generations: dict[int, int] = {}
+        self._epochs: Counter[int] = Counter()
         self.assign(assigned)
 
     def assign(self, partitions: Collection[int]) -> None:
@@ -654,7 +659,8 @@ class MemoryConsumer:
         for partition in list(self._positions):
             chunk = self._chunk(partition, room)
             if chunk is None and partition in self._to_take:
-                chunk = Chunk(self._positions[partition], self._positions[partition], ())
+                at = self._positions[partition]
+                chunk = Chunk(at, at, (), self._epochs[partition])
             self._to_take.discard(partition)
             if chunk is None:
                 continue
@@ -671,7 +677,10 @@ class MemoryConsumer:
         if not bounds.begin <= start <= bounds.end:
             start = self._reset_offset(partition)
         records = self._kafka.fetch(self._topic, partition, start, room)
-        return Chunk(min(begin, start), records[-1].offset + 1, records) if records else None
+        if not records:
+            return None
+        epoch = self._epochs[partition]
+        return Chunk(min(begin, start), records[-1].offset + 1, records, epoch)
 
     def _reset_offset(self, partition: int) -> int:
         bounds = self._kafka.bounds(self._topic, partition)
@@ -692,12 +701,14 @@ class MemoryConsumer:
             self._kafka.require_up()
             return self._kafka.committed(self._group, self._topic, partition)
 
-    async def seek(self, partition: int, offset: int) -> None:
+    async def seek(self, partition: int, offset: int) -> int:
         """See :class:`pipeline.ownership.TransactionLog`."""
         await asyncio.sleep(0)
         with _step("seek", self._kafka.interrupt):
+            self._epochs[partition] += 1
             if partition in self._positions:
                 self._positions[partition] = offset
+        return self._epochs[partition]
 
 
 @contextmanager

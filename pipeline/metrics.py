@@ -117,6 +117,10 @@ class Metrics:
             "recur_rejected", "Records sent to the dead-letter topic", ["reason"],
             registry=registry,
         )  # fmt: skip
+        self.letters_lost = Counter(
+            "recur_letters_lost", "Rejected records that the broker refused as dead letters, too",
+            registry=registry,
+        )  # fmt: skip
         self.duplicates = Counter(
             "recur_duplicates", "Transactions dropped because their id was seen before",
             registry=registry,

@@ -54,11 +54,16 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A partition's part of a poll: every record of the log in [begin, end)."""
+    """A partition's part of a poll: every record of the log in [begin, end).
+
+    Attributes:
+        epoch: how often the partition had been sought back when it was fetched.
+    """
 
     begin: int
     end: int
     records: Sequence[Record]
+    epoch: int = 0
 
 
 @dataclass
@@ -84,8 +89,8 @@ class TransactionLog(Protocol):
             LogUnavailableError: the broker does not answer.
         """
 
-    async def seek(self, partition: int, offset: int) -> None:
-        """Read the partition from ``offset`` on, in polls to come."""
+    async def seek(self, partition: int, offset: int) -> int:
+        """Read the partition from ``offset`` on, in polls to come; the epoch of those."""
 
 
 @dataclass
@@ -118,6 +123,7 @@ class Owned:
         tenure: under which we commit, where scores and offsets are committed together.
         log_id, scores_log_id: ids of the topics that the offsets are of.
         scores_begin: offset in its scores partition before which all is of another log.
+        stale_to: offsets that the group committed up to here may be those of a log before.
         recovery: until all that was published is read.
         neighbour: the watermark before it; during a save, the one after it.
         states: values of accounts' states as computed, which the store has or will have once
@@ -137,6 +143,7 @@ class Owned:
     log_id: bytes
     scores_log_id: bytes
     scores_begin: int
+    stale_to: int
     neighbour: bytes | None = None
     states: dict[str, bytes | None] = field(default_factory=dict)
     seeking: bool = False
@@ -184,6 +191,11 @@ class LogId:
         self._patience = patience
         self._told = NO_ID
         self._look_again_at = 0.0
+
+    @property
+    def told(self) -> bytes:
+        """The id as it was told last; :data:`NO_ID` before it was asked for."""
+        return self._told
 
     async def look(self, *, now: bool) -> bytes:
         """The id; one that was told :data:`LOG_LOOK_SECONDS` ago will do, unless ``now``."""
@@ -247,10 +259,19 @@ class Ownership:
         self._publications: Counter[int] = Counter()
         # A poll may outlive its assignment: what it finds gone was there all the same.
         self._ever_owned: set[int] = set()
+        # The topic's id when what is fetched of each partition now began to be fetched, and the
+        # epoch of that: what is older may be of a log before.
+        self._fetched_of: dict[int, bytes] = {}
+        self._epochs: dict[int, int] = {}
+
+    async def look_at_log(self) -> None:
+        """Learn the topic's id before anything is fetched of it."""
+        await self._log.look(now=True)
 
     def assign(self, partitions: Collection[int]) -> None:
         """The group gave these partitions, and no others."""
         self._assigned = set(partitions)
+        self._fetched_of = dict.fromkeys(partitions, self._log.told)
         for partition in [p for p in self._owned if p not in self._assigned]:
             del self._owned[partition]
 
@@ -306,6 +327,8 @@ class Ownership:
         # as applied before it is known which.
         elif is_other(owned.log_id, await self._log.look(now=chunk.begin < owned.computed_to)):
             owned = await self._assume(partition, watermark, chunk.begin)
+        if not await self._is_of_log(partition, owned, chunk):
+            return None
         if chunk.begin > owned.computed_to:
             await self.seek_back(partition, owned)
             return None
@@ -313,6 +336,16 @@ class Ownership:
         if chunk.records and chunk.records[0].offset > owned.computed_to:
             await self._notice_lost_records(partition, owned)
         return owned
+
+    async def _is_of_log(self, partition: int, owned: Owned, chunk: Chunk) -> bool:
+        """Whether a chunk is surely of the log that its partition is owned of, else it is fetched
+        again: one that was fetched before the log was made again may have any of its offsets."""
+        if self._fetched_of.get(partition, NO_ID) not in (NO_ID, owned.log_id):
+            self._fetched_of[partition] = owned.log_id
+            owned.seeking = True
+            self._epochs[partition] = await self._transaction_log.seek(partition, owned.computed_to)
+            return False
+        return chunk.epoch >= self._epochs.get(partition, 0)
 
     async def published(
         self, partition: int, owned: Owned, records: Sequence[Record]
@@ -330,7 +363,9 @@ class Ownership:
                 )
             )
             for source, score in kept.items():
-                recovery.kept.setdefault(source, (start, score))
+                _, first = found_before = recovery.kept.setdefault(source, (start, score))
+                if first is not score:
+                    recovery.kept[source] = found_before[0], first.and_then(score)
         found = recovery.kept
         return {r.offset: found[r.offset][1] for r in records if r.offset in found}
 
@@ -383,6 +418,7 @@ class Ownership:
             owned.log_id,
             owned.scores_log_id,
             owned.scores_begin,
+            owned.stale_to,
         )
 
     async def follow(self, partition: int, owned: Owned, chunk: Chunk) -> None:
@@ -446,8 +482,8 @@ class Ownership:
         is_same = not is_other(mark.scores_log_id, scores_log_id)
         in_log = is_same and scores.begin <= mark.scores_offset <= scores.end
         recovery = Recovery(mark.scores_offset if in_log else scores.begin, scores.end)
-        if committed is not None and committed > bounds.end:
-            committed = None  # of a log before this one
+        if committed is not None and committed <= mark.stale_to:
+            committed = None  # of a log before this one, perhaps
         owned = Owned(
             watermark=watermark,
             next_offset=mark.next_offset,
@@ -461,6 +497,7 @@ class Ownership:
             log_id=log_id,
             scores_log_id=scores_log_id,
             scores_begin=mark.scores_begin if is_same else 0,
+            stale_to=mark.stale_to,
         )
         if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
@@ -535,6 +572,7 @@ class Ownership:
             log_id,
             scores_log_id,
             scores.end,
+            max(mark.next_offset, mark.stale_to),
         )
         if await self._patience.ask_store(
             partial(begin_log, self._store, partition, watermark, begin.to_bytes())

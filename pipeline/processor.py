@@ -776,11 +776,8 @@ def _of_these(part: Part, kept: dict[int, Kept]) -> dict[int, Kept]:
     if not kept:
         return kept
     ids = {r.offset: t.transaction_id for r, t in zip(part.records, part.transactions, strict=True)}
-    return {
-        offset: score
-        for offset, score in kept.items()
-        if score.is_recent or score.score.transaction_id in (None, ids[offset])
-    }
+    found = {offset: score.of(ids[offset]) for offset, score in kept.items()}
+    return {offset: score for offset, score in found.items() if score is not None}
 
 
 def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:

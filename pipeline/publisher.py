@@ -7,19 +7,25 @@ acknowledged base offset tells whether anybody else wrote to the scores partitio
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import BrokerResponseError, KafkaError
 
 from pipeline.errors import RecurError
 from pipeline.settings import Settings
 
 PRODUCE_BATCH_BYTES = 512 * 1024
 """Largest batch of records; under the broker's default limit of 1 MiB."""
+
+TELL_SECONDS = 60.0
+"""Between two lines about dead letters that are refused."""
+
+log = logging.getLogger(__name__)
 
 
 class PublishError(RecurError):
@@ -112,10 +118,17 @@ class KafkaPublisher:
 
     Args:
         settings: names the topics and the broker.
+        on_lost_letters: called with how many dead letters the broker refuses.
         options: more arguments of aiokafka's producer.
     """
 
-    def __init__(self, settings: Settings, **options: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_lost_letters: Callable[[int], None] = lambda count: None,
+        **options: Any,
+    ) -> None:
         self._scores_topic = settings.topic("scores")
         self._alerts_topic = settings.topic("alerts")
         self._dead_letter_topic = settings.topic("dead_letter")
@@ -131,6 +144,11 @@ class KafkaPublisher:
             | options
         )
         self._producer: AIOKafkaProducer | None = None
+        self._on_lost_letters = on_lost_letters
+        # Once the broker has refused a letter: aiokafka's idempotent producer counts it all the
+        # same, and the broker then refuses whatever it sends to that partition.
+        self._letters_producer: AIOKafkaProducer | None = None
+        self._told_at = -TELL_SECONDS
 
     async def start(self) -> None:
         """Connect."""
@@ -141,6 +159,8 @@ class KafkaPublisher:
         """Flush and disconnect."""
         if self._producer is not None:
             await self._producer.stop()
+        if self._letters_producer is not None:
+            await self._letters_producer.stop()
 
     async def publish(
         self,
@@ -155,7 +175,7 @@ class KafkaPublisher:
             appended, *_ = await asyncio.gather(
                 self._append(scores),
                 self._send(self._alerts_topic, alerts),
-                self._send(self._dead_letter_topic, rejected),
+                self._send_letters(rejected),
             )
             return appended
         except KafkaError as error:
@@ -204,6 +224,81 @@ class KafkaPublisher:
         if sent:
             await asyncio.gather(*sent)
 
+    async def _send_letters(self, letters: Sequence[Outgoing]) -> None:
+        """Send dead letters; one that the broker refuses stops nothing.
+
+        Raises:
+            KafkaError: the broker is away.
+        """
+        if self._letters_producer is not None:
+            await self.send_letters_apart(letters)
+            return
+        results = await asyncio.gather(
+            *(self._deliver(self._dead_letter_topic, letter) for letter in letters),
+            return_exceptions=True,
+        )
+        refused = []
+        for letter, result in zip(letters, results, strict=True):
+            if isinstance(result, BaseException):
+                if not is_refusal(result):
+                    raise result
+                refused.append(letter)
+        if refused:
+            await self.send_letters_apart(refused)
+
+    async def _deliver(self, topic: str, record: Outgoing) -> None:
+        await (await self._send_one(topic, record))
+
+    async def send_letters_apart(self, letters: Sequence[Outgoing]) -> None:
+        """Send dead letters one by one, so that each is taken or refused for itself.
+
+        A letter may be there twice after a failure.
+
+        Raises:
+            KafkaError: the broker is away.
+        """
+        if self._letters_producer is None:
+            options = self._options | {"enable_idempotence": False, "transactional_id": None}
+            producer = AIOKafkaProducer(**options)
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._letters_producer = producer
+        refused = 0
+        for letter in letters:
+            try:
+                await self._letters_producer.send_and_wait(
+                    self._dead_letter_topic,
+                    value=letter.value,
+                    key=letter.key,
+                    headers=list(letter.headers),
+                )
+            except KafkaError as error:
+                if not is_refusal(error):
+                    raise
+                refused += 1
+                self._tell_refused(letter, error)
+        if refused:
+            self._on_lost_letters(refused)
+
+    def _tell_refused(self, letter: Outgoing, error: KafkaError) -> None:
+        now = time.monotonic()
+        if now - self._told_at < TELL_SECONDS:
+            return
+        self._told_at = now
+        headers = {name: value.decode() for name, value in letter.headers}
+        log.error(
+            "the broker refuses a dead letter, which is lost: see the limits, policies and rights"
+            " of the dead-letter topic; recur_letters_lost_total counts",
+            extra={
+                "dead_letter_topic": self._dead_letter_topic,
+                "why": type(error).__name__,
+                **{name: headers.get(name, "") for name in ("topic", "partition", "offset")},
+            },
+        )
+
     async def _send_one(self, topic: str, record: Outgoing) -> asyncio.Future[Any]:
         assert self._producer is not None
         headers = list(record.headers)
@@ -219,6 +314,11 @@ class KafkaPublisher:
             topic, value=record.value, key=record.key, headers=headers
         )
         return delivery
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the broker refuses a record for what it is: sending it again does not help."""
+    return isinstance(error, BrokerResponseError) and not error.retriable
 
 
 def _appended(places: Sequence[tuple[int | None, int]]) -> Appended:

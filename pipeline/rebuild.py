@@ -127,6 +127,7 @@ class Rebuild:
             log_id,
             scores_log_id,
             scores_begin,
+            max(standing.stale_to, standing.next_offset) if is_new_log else standing.stale_to,
         )
         plan = TakenBack(partition, bounds.begin, bounds_end if is_new_log else end, is_new_log)
         return plan, loaded.watermark, mark

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Protocol
 
@@ -47,11 +47,28 @@ class Kept:
 
     Attributes:
         is_recent: it came while its reader worked on the partition, and so is of the same log.
+        others: later ones of other transactions, which had its offset in another log.
     """
 
     value: bytes
     score: PublishedScore
     is_recent: bool = False
+    others: tuple[Kept, ...] = ()
+
+    def of(self, transaction_id: str) -> Kept | None:
+        """The one that is of this transaction."""
+        for kept in (self, *self.others):
+            if kept.is_recent or kept.score.transaction_id in (None, transaction_id):
+                return kept
+        return None
+
+    def and_then(self, later: Kept) -> Kept:
+        """With one that was published later."""
+        found = self
+        for other in (later, *later.others):
+            if found.of(other.score.transaction_id or "") is None:
+                found = replace(found, others=(*found.others, replace(other, others=())))
+        return found
 
     def merchant_raw(self) -> tuple[float, ...] | None:
         """The merchant's features that it was computed from, if it records them all."""
@@ -229,7 +246,9 @@ class KafkaScoreLog:
                 published = read_score(record.value, source_prefix)
                 if published is not None:
                     source, score = published
-                    kept.setdefault(source, score)
+                    first = kept.setdefault(source, score)
+                    if first is not score:
+                        kept[source] = first.and_then(score)
             return bool(kept) and max(kept) >= until_source
 
         position = await self._scan(TopicPartition(self._topic, partition), start, end, take)

@@ -23,7 +23,7 @@ from pipeline.rights import check_rights
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings, redis_address
 from pipeline.state_store import NO_EVICTION, RedisStateStore, StoreUnavailableError
-from pipeline.topics import ensure_topics
+from pipeline.topics import check_retention, ensure_topics
 
 RETRY_SECONDS = 0.2
 
@@ -64,6 +64,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
     await check_rights(settings)
+    await check_retention(settings)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     merchant_store = RedisMerchantStore.from_settings(settings)
     score_log = KafkaScoreLog(settings)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -28,7 +28,7 @@ from aiokafka.errors import (
     ProducerFenced,
 )
 
-from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said
+from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said, is_refusal
 from pipeline.score_log import LogUnavailableError
 from pipeline.settings import Settings
 
@@ -58,6 +58,10 @@ class FencedError(Exception):
     """Somebody has taken the partition: what was sent is not committed."""
 
 
+class LetterRefusedError(Exception):
+    """The broker refuses a dead letter: nothing is committed, and the producer is done with."""
+
+
 class PartitionPublisher(KafkaPublisher):
     """The one producer of an input partition.
 
@@ -66,9 +70,15 @@ class PartitionPublisher(KafkaPublisher):
         partition: the input partition.
     """
 
-    def __init__(self, settings: Settings, partition: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        partition: int,
+        on_lost_letters: Callable[[int], None] = lambda count: None,
+    ) -> None:
         super().__init__(
             settings,
+            on_lost_letters=on_lost_letters,
             transactional_id=transactional_id(settings, partition),
             transaction_timeout_ms=round(TRANSACTION_TIMEOUT_SECONDS * 1000),
             retry_backoff_ms=RETRY_BACKOFF_MS,
@@ -83,6 +93,7 @@ class PartitionPublisher(KafkaPublisher):
 
         Raises:
             FencedError: nothing of it is committed.
+            LetterRefusedError: nothing of it is committed.
             PublishError: it cannot be done, or nobody knows whether it is done.
         """
         async with self._at_work:
@@ -110,6 +121,9 @@ class PartitionPublisher(KafkaPublisher):
         )
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
+            if isinstance(results[2], BaseException) and is_refusal(results[2]):
+                if not any(map(_is_fenced, errors)):
+                    raise LetterRefusedError from results[2]
             raise next(filter(_is_fenced, errors), errors[0])
         await producer.commit_transaction()
         where: Appended | None = results[0].get(self._partition)
@@ -132,17 +146,28 @@ class TransactionalPublisher:
 
     Args:
         settings: names topics, group and broker.
+        on_lost_letters: called with how many dead letters the broker refuses.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, on_lost_letters: Callable[[int], None] = lambda count: None
+    ) -> None:
         self._settings = settings
+        self._on_lost_letters = on_lost_letters
         self._tenures = count(1)
         self._publishers: dict[int, tuple[int, PartitionPublisher]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def take(self, partition: int) -> int:
         """See :class:`pipeline.publisher.Transactions`."""
-        publisher = PartitionPublisher(self._settings, partition)
+        publisher = await self._started(partition)
+        self.release([partition])
+        tenure = next(self._tenures)
+        self._publishers[partition] = tenure, publisher
+        return tenure
+
+    async def _started(self, partition: int) -> PartitionPublisher:
+        publisher = PartitionPublisher(self._settings, partition, self._on_lost_letters)
         try:
             await publisher.start()
         except (KafkaError, OSError) as error:
@@ -153,10 +178,23 @@ class TransactionalPublisher:
                 f"the broker refuses a transactional producer ({type(error).__name__}); see the "
                 "rights on transactional ids"
             ) from error
-        self.release([partition])
-        tenure = next(self._tenures)
-        self._publishers[partition] = tenure, publisher
-        return tenure
+        return publisher
+
+    async def _without_letters(self, partition: int, said: Said, tenure: int) -> Appended | None:
+        """Commit what is said again by a new producer, its letters apart from it.
+
+        Raises:
+            FencedError: nothing of it is committed, but letters may be there.
+            PublishError: it cannot be done.
+        """
+        try:
+            publisher = await self._started(partition)
+            self.release([partition])
+            self._publishers[partition] = tenure, publisher
+            await publisher.send_letters_apart(said.rejected)
+        except (KafkaError, LogUnavailableError) as error:
+            raise PublishError(f"cannot publish dead letters ({type(error).__name__})") from error
+        return await publisher.commit(said._replace(rejected=()))
 
     def release(self, partitions: Collection[int]) -> None:
         """These partitions are no longer ours: close their producers."""
@@ -184,9 +222,14 @@ class TransactionalPublisher:
             if publisher is None or tenure != said[partition].tenure:
                 return  # taken since, by this worker itself
             try:
-                committed[partition] = await publisher.commit(said[partition])
+                try:
+                    committed[partition] = await publisher.commit(said[partition])
+                except LetterRefusedError:
+                    committed[partition] = await self._without_letters(
+                        partition, said[partition], tenure
+                    )
             except FencedError:
-                if self._publishers.get(partition) == (tenure, publisher):
+                if self._publishers.get(partition, (0, None))[0] == tenure:
                     self.release([partition])
                 log.warning(
                     "another worker has taken the partition; nothing was published",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def test_a_worker_that_may_begins_from_the_new_log_while_it_runs(
             for more in sent[1:]:
                 await make_again(system.settings, "transactions")
                 await send_anew(system.settings, more)
-                await until(lambda: _are_scored(system, more), "the log to be scored", SLOW_SECONDS)
+                await until(partial(_are_scored, system, more), "all scored", SLOW_SECONDS)
             assert_scored_once(await system.scores(), [t for some in sent for t in some])
             assert system.workers[0].process.poll() is None
 

@@ -1180,7 +1180,7 @@ def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
     world.kafka.recreate("transactions")
     world.produce("A", "t-new")
     with pytest.raises(
-        StartupError, match="topic id .* then, .* now.*recur state rebuild --new-log"
+        StartupError, match=r"topic id \S+ then, \S+ now.*recur state rebuild --new-log"
     ):
         finish(world.worker().run())
 
