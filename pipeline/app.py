@@ -26,7 +26,7 @@ from pipeline import logs, poll_transport
 from pipeline.checkpoint_watch import CheckpointWatch
 from pipeline.decision import thresholds_of
 from pipeline.endpoints import Endpoints
-from pipeline.errors import RecurError
+from pipeline.errors import RecurError, StartupError
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
 from pipeline.log_watch import OpenTransactions, TopicWatch
@@ -51,6 +51,9 @@ REDIS_LOOK_SECONDS = 1.0
 
 LAG_LOOK_SECONDS = 5.0
 """Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
+
+FAUST_LOGGER = "faust.app.base"
+"""It logs the trace of whatever ends the app."""
 
 LOOK_LIMIT_SECONDS = 5.0
 """So long the broker may take to answer at a look."""
@@ -210,8 +213,11 @@ class Worker:
                 computed = await self.processor.compute(event.value)
                 if concluding is not None:
                     await concluding
-            except BaseException:
+            except BaseException as error:
                 consumer.abandon(event.message)
+                if isinstance(error, StartupError):
+                    await self._end(error)
+                    return
                 raise
             concluding = asyncio.create_task(self._conclude(computed, event))
 
@@ -234,10 +240,18 @@ class Worker:
                 continue
             try:
                 await self.labels.process(event.value)
-            except BaseException:
+            except BaseException as error:
                 consumer.abandon(event.message)
+                if isinstance(error, StartupError):
+                    await self._end(error)
+                    return
                 raise
             event.ack()
+
+    async def _end(self, error: StartupError) -> None:
+        """End the process; its last line says all, and a trace of it would hide that."""
+        with logs.quiet(FAUST_LOGGER):
+            await self.app.crash(error)
 
     def _on_assigned(self, assigned: set[TP]) -> None:
         partitions = {tp.partition for tp in assigned if tp.topic == self._topic}
@@ -286,8 +300,8 @@ class Worker:
             try:
                 await self._look_at_lag()
                 await self.ownership.see_log()
-            except RecurError as error:  # a topic is gone, or another one
-                await self.app.crash(error)
+            except StartupError as error:  # a topic is gone, or another one
+                await self._end(error)
                 return
             await asyncio.sleep(LAG_LOOK_SECONDS)
 
@@ -297,8 +311,8 @@ class Worker:
             await asyncio.sleep(LABELS_LOOK_SECONDS)
             try:
                 await self.labels.look()
-            except RecurError as error:  # the topic is another one
-                await self.app.crash(error)
+            except StartupError as error:  # the topic is another one
+                await self._end(error)
                 return
 
     async def _monitor_checkpoint(self) -> None:

@@ -98,6 +98,7 @@ def assert_told(log: str, topic: str, ids: tuple[bytes, bytes]) -> None:
     (line,) = [line for line in log.splitlines() if "--new-log" in line]
     for words in (f"another {topic} ", *map(shown, ids), "recur state rebuild --new-log"):
         assert words in line
+    assert "Traceback" not in log
 
 
 async def begin(system: PipelineUnderTest) -> str:
