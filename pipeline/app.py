@@ -198,8 +198,8 @@ class Worker:
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
-        if self._settings.transactional:  # a watermark may be behind the committed offset
-            consumer.take_at_once = {self._topic}
+        # A watermark may be behind the committed offset, or of a log before this one.
+        consumer.take_at_once = {self._topic}
         self.endpoints.start()
 
     async def _score(self, polls: Any) -> None:

@@ -109,6 +109,7 @@ class Worker(app.Worker):
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
+        consumer.take_at_once = {self._topic}
         patience = Patience(METRICS, self.health)
         score_log = parts.score_log(host, network, services.kafka, settings)
         publisher = parts.publisher(
