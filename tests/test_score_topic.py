@@ -509,7 +509,7 @@ def test_what_the_broker_does_not_take_is_not_committed_in_part(kafka: Kafka) ->
         large = Outgoing(b"A1", b"x" * 2_000_000)
         with pytest.raises(PublishError, match="MessageSizeTooLarge"):
             await transactions.commit(
-                {0: said(broker, 0, range(3), tenure)._replace(rejected=[large])}
+                {0: said(broker, 0, range(3), tenure)._replace(alerts=[large])}
             )
 
         await transactions.take(0)
