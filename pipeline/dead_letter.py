@@ -61,7 +61,6 @@ class DeadLetters:
             headers["truncated"] = str(len(value or b""))
             key, value = key and key[:key_limit], value and value[:limit]
         if key is None:
-            headers["keyless"] = "true"
             key = f"{self._topic}:{partition}:{record.offset}".encode()
         return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))
 
