@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -51,6 +52,9 @@ REDIS_LOOK_SECONDS = 1.0
 
 LAG_LOOK_SECONDS = 5.0
 """Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
+
+END_SECONDS = 10.0
+"""So long an end in good order may take, where the worker has to end."""
 
 FAUST_LOGGER = "faust.app.base"
 """It logs the trace of whatever ends the app."""
@@ -249,7 +253,11 @@ class Worker:
             event.ack()
 
     async def _end(self, error: StartupError) -> None:
-        """End the process; its last line says all, and a trace of it would hide that."""
+        """End the process; its last line says all, and a trace of it would hide that.
+
+        Faust commits before it ends, and aiokafka tries that for ever of a topic that is gone.
+        """
+        asyncio.get_running_loop().call_later(END_SECONDS, _end_now, error)
         with logs.quiet(FAUST_LOGGER):
             await self.app.crash(error)
 
@@ -420,6 +428,12 @@ class Worker:
         except LogUnavailableError:
             self.metrics.kafka_errors.inc()
             return None
+
+
+def _end_now(error: RecurError) -> None:
+    """End without leaving the group, with the same last line and exit status."""
+    print(f"recur: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def faust_app(settings: Settings, directory: Path) -> faust.App:

@@ -155,6 +155,10 @@ class Worker(app.Worker):
         )
         self._watch(self.processor)
 
+    async def _end(self, error: BaseException) -> None:
+        """Without the timer that ends a real process."""
+        await self.app.crash(error)
+
     def start(self) -> None:
         """Run it."""
         member = self.member
