@@ -537,7 +537,12 @@ class Ownership:
         owned = dict(self._owned)
         if not owned:
             return
-        found = await self._log.look(now=True)
+        try:
+            found = await self._score_log.topic_id(self._topic)
+        except LogUnavailableError:
+            return
+        if found is None:  # gone, for which nobody waits here
+            return
         for partition, known in owned.items():
             if is_other(known.log_id, found) and self.owns(partition, known):
                 if self._on_new_log == "stop":
