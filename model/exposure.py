@@ -51,7 +51,7 @@ FALSE_POSITIVE_RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 TARGET_RATE = 0.002
 TARGET_TIMES_USUAL = 3.0
-"""The aim: at this share of false positives the median of a week stays under so many times."""
+"""The aim: at this share of false positives the medians stay under three times the usual."""
 
 MINUTE_MS = 60_000
 _MERCHANTS = (LARGE_MERCHANT, SMALL_MERCHANT, UNKNOWN_MERCHANT)

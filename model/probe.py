@@ -59,7 +59,7 @@ LARGE_AMOUNTS = (250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000)
 """Large payments, euros."""
 
 LARGE_TIMES_USUAL = 10.0
-"""A payment is large where it is over so many times the usual amount."""
+"""A payment is large where it is over ten times the usual amount."""
 
 FALLS_MAX = 2_000
 """Falls that a result keeps; all are counted."""

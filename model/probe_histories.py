@@ -249,7 +249,7 @@ def found_histories(
     :data:`LOG_ROWS_MAX` transactions only the last ones are looked at.
 
     Args:
-        count: at most so many.
+        count: the most histories to take.
         payments_min: accounts with fewer payments are left out.
         flagged: take accounts with a known fraud, too.
         seed: of the order of accounts that are alike.

@@ -1,7 +1,7 @@
 """Scores of what an account might do next: many variants of a transaction in one batch.
 
 Everything that a probe knows of features and network goes through this module. States are what
-a worker holds: a history, and a hidden state rounded to float16 after each step.
+a worker holds: histories, and hidden states rounded to float16 after each step.
 """
 
 from __future__ import annotations
