@@ -268,13 +268,13 @@ class LabelAudit:
         bookings: what must be booked, by offset, of each partition.
         ends: where each partition ends.
         booked_to: up to where each slot was ever booked, of each partition.
-        weights: of transactions by their scorer, by hash.
+        weights: of transactions by their scorer, by slot and hash: those of one id may be several.
     """
 
     bookings: list[dict[int, Booking]]
     ends: list[int]
     booked_to: list[list[int]] = field(default_factory=list)
-    weights: dict[int, int] = field(default_factory=dict)
+    weights: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.booked_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
@@ -291,6 +291,8 @@ class LabelAudit:
         slot = merchant_slot(merchant)
         end = store.booked.get((partition, slot), 0)
         expected = Profile()
+        found = sorted(store.profile(merchant).frauds, key=_id)
+        weights = {fraud.id_hash: fraud.weight for fraud in found}
         newest: dict[int, int] = {}
         told: dict[int, int] = {}
         for offset, booking in self.bookings[partition].items():
@@ -304,11 +306,11 @@ class LabelAudit:
             note = store.notes.get((slot, name))
             weight = WEIGHT_MAX
             if note is not None and note.decision is not None:
-                weight = self.weights[name]
+                possible = self.weights[slot, name]
+                weight = weights[name] if weights.get(name) in possible else min(possible)
             entry = replace(booking.entry, weight=told.get(name, weight))
             expected.book(entry, booking.is_fraud)
-        found = store.profile(merchant).frauds
-        if sorted(found, key=_id) != sorted(expected.frauds, key=_id):
+        if found != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
 
 
@@ -456,7 +458,7 @@ class Auditor:
                 decisions = {DECISIONS[0]} if entry.is_warm else set()
                 decisions |= {one.decision for one in partition.said.get(offset, ())}
                 said.setdefault(place, set()).update(decisions)
-                if DECISIONS[0] not in decisions or self.labels.weights[name] < WEIGHT_MAX:
+                if DECISIONS[0] not in decisions or min(self.labels.weights[place]) < WEIGHT_MAX:
                     needed.add(place)
         for place in needed:
             note = self._merchants.notes.get(place)

@@ -25,6 +25,7 @@ from pipeline import memory, ownership, poll_transport, processor
 from pipeline.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.errors import RejectedError
 from pipeline.further_fields import FurtherFields
+from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
 from pipeline.merchant_profile import transaction_hash
@@ -333,9 +334,9 @@ class Run:
         )
         self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
         entry = self.auditor.partitions[partition].produced(entry, self.now_ms)
-        name = transaction_hash(entry.transaction_id)
-        self.auditor.labels.weights[name] = weight_of(entry.amount)
         if rejected is None and instruction is None:
+            place = merchant_slot(entry.merchant), transaction_hash(entry.transaction_id)
+            self.auditor.labels.weights.setdefault(place, set()).add(weight_of(entry.amount))
             self._sent.append({"partition": partition, "fields": fields})
         self._tell(f"a record of {fields['account_id']} in {partition}: {entry}")
         self._wake()
