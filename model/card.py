@@ -41,6 +41,7 @@ def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[
         plots: names of the image files beside the card.
     """
     described = _described(results, checkpoint)
+    metrics = checkpoint.header.metrics if checkpoint else {}
     sections = [
         _head(checkpoint),
         *([_model(checkpoint), _inputs(checkpoint.header.features)] if checkpoint else []),
@@ -51,6 +52,7 @@ def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[
         *([_reasons(results)] if results.first_reasons_agree else []),
         *([_robustness(results)] if results.robustness else []),
         *([_thresholds(checkpoint)] if checkpoint else []),
+        *([_behaviour(checkpoint)] if checkpoint and "probe_violations" in metrics else []),
         _limits(results, described),
     ]
     return "\n\n".join(section.strip() for section in sections) + "\n"
@@ -258,6 +260,35 @@ def _thresholds(checkpoint: Checkpoint) -> str:
 A score of {thresholds.review:.4g} or more is reviewed, one of {thresholds.decline:.4g} or more
 declined. `recur thresholds` sets them from a budget of alerts, a share of false positives, a
 precision or costs."""
+
+
+def _behaviour(checkpoint: Checkpoint) -> str:
+    found = checkpoint.header.metrics
+    rows = [
+        [
+            "curves in which more money over what is usual, or more known frauds, lower the score",
+            f"{found['probe_violations']:,.0f}",
+        ],
+        [
+            "large payments, over ten times what is usual, that are reviewed or declined",
+            _share(found["probe_large_payments_caught"]),
+        ],
+    ]
+    for span in ("day", "week"):
+        median, p99 = (found.get(f"probe_exposure_{span}_{which}") for which in ("median", "p99"))
+        if median is not None and p99 is not None:
+            rows.append(
+                [
+                    f"the most that a thief takes in a {span} under the review threshold, as a "
+                    "multiple of the account's usual spending: median, 99th percentile",
+                    f"{median:,.3g}, {p99:,.3g}",
+                ]
+            )
+    return f"""## Behaviour outside the data
+
+By the short form of `recur probe`; multiples are lower bounds.
+
+{_markdown_table(["what", "found"], rows)}"""
 
 
 def _limits(results: Results, described: Summary) -> str:

@@ -49,8 +49,8 @@ TOLERANCE = (
     "float32 sums differ by less"
 )
 
-REQUIRED_FROM = 0.5
-"""The score must not fall with amounts from this share of the usual amount on."""
+REQUIRED_FROM = 1.0
+"""The score must not fall with amounts from this share of what is usual on."""
 
 AMOUNT_MAX = 100_000.0
 """Largest amount that is tried, euros."""
@@ -727,7 +727,7 @@ def _large_payments(
     """Large payments after each history, at its usual pace and at a usual merchant."""
     amounts = np.array(LARGE_AMOUNTS, np.float64) * scorer.scale
     usual = scorer.usual(states)
-    smaller = np.geomspace(0.5, 1.0, 2)  # half the usual amount, and the usual amount
+    smaller = np.geomspace(1.0, 2.0, 2)  # what is usual, and twice that
     grid = np.hstack((usual[:, None] * smaller, np.tile(amounts, (len(histories), 1))))
     times = np.array([h.next_ms for h in histories], np.int64)
     merchant = scorer.merchants([USUAL_MERCHANT], histories[0].next_ms)
@@ -735,7 +735,7 @@ def _large_payments(
     scores = scorer.scores(
         states, np.repeat(np.arange(h), v), grid.ravel(), np.repeat(times, v), merchant
     ).reshape(h, v)
-    # What is smaller than half the usual amount may score anything.
+    # What is smaller than usual may score anything.
     counted = np.where(grid >= REQUIRED_FROM * usual[:, None], scores, -np.inf)
     order = np.argsort(grid, axis=1, kind="stable")
     ordered = np.take_along_axis(counted, order, 1).astype(np.float64)

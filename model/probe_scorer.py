@@ -193,10 +193,15 @@ class ProbeScorer:
         )
 
     def usual(self, states: States) -> Float64:
-        """Usual amount [n] of each account, at least the floor of amounts."""
-        usual = states.history.usual_amount.astype(np.float64)
-        usual = np.where(states.history.count > 0, usual, self.spec.scale.usual)
-        return np.maximum(usual, self.spec.scale.floor)
+        """What is usual for each account [n]: the lesser of its usual and its mean amount.
+
+        It is at least the floor of amounts. From it on more money must not lower a score.
+        """
+        history, scale = states.history, self.spec.scale
+        mean = history.decayed_amount[:, -1] / np.maximum(history.decayed_count[:, -1], 1.0)
+        usual = np.minimum(history.usual_amount, mean).astype(np.float64)
+        usual = np.where(history.count > 0, usual, scale.usual)
+        return np.maximum(usual, scale.floor)
 
     def raw(
         self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32

@@ -56,9 +56,9 @@ DRAIN_MAX = (2_000.0, 50_000.0)
 TAKEOVER_PAYMENTS, TAKEOVER_FACTOR = (1.0, 8.0), (1.0, 50.0)
 BURST_PAYMENTS, BURST_SPREAD = (10.0, 60.0), 0.3
 SMALL_PAYMENTS, SMALL_FACTOR = (1.0, 6.0), (0.05, 0.6)
-PATIENT_DAYS, PATIENT_PAYMENTS = (1.0, 10.0), (2.0, 60.0)
+PATIENT_DAYS, PATIENT_PAYMENTS = (1.0, 7.0), (4.0, 60.0)
 """Days of a patient theft, and payments a day."""
-PATIENT_FACTOR, PATIENT_SPREAD, PATIENT_RISE = (0.7, 30.0), 0.3, (1.0, 1.08)
+PATIENT_FACTOR, PATIENT_SPREAD, PATIENT_RISE = (0.7, 15.0), 0.3, (1.0, 1.08)
 """The first payments as multiples of the usual; each day's payments rise by a factor each."""
 PATIENT_HOURS = (1.0, 24.0)
 NEW_ACCOUNT_PAYMENTS, NEW_ACCOUNT_AMOUNT = (1.0, 5.0), (20.0, 10_000.0)

@@ -130,7 +130,7 @@ class World:
         huge_payments: single payments of 10 to 3,000 times the usual, to 100,000 EUR.
         huge_after_check: the same as a share of the accounts whose only payment is a check, a day.
         fraud_accounts: share of the accounts beginning during the log that a thief opened.
-        patient_thieves: thefts over one to ten days, of many payments not far over the usual.
+        patient_thieves: thefts over one to seven days, of many payments not far over the usual.
         shops_in_part: share of shops that begin a day to be compromised in part.
     """
 
@@ -215,7 +215,7 @@ WIDE = World(
     huge_payments=8e-4,
     huge_after_check=0.06,
     fraud_accounts=0.05,
-    patient_thieves=1.4e-4,
+    patient_thieves=8e-5,
     shops_in_part=1.4e-4,
 )
 

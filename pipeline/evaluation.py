@@ -27,6 +27,7 @@ from model.comparison import (
 )
 from model.dataset import Dataset, DatasetError
 from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
+from model.probe import short_probe
 from model.progress import TrainingProgress
 from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
 from model.reason_check import first_reasons_agree
@@ -281,6 +282,9 @@ def _write(
             plot(comparison, log, options.output / name)
             plots.append(name)
     checkpoint = comparison.checkpoints.get(comparison.folds[-1].name)
+    if options.robustness and checkpoint is not None:
+        metrics = checkpoint.header.metrics | short_probe(checkpoint).metrics()
+        checkpoint = checkpoint.with_header(metrics=metrics)
     try:
         text = msgspec.json.format(msgspec.json.encode(results), indent=2)
         (options.output / "results.json").write_bytes(text + b"\n")
