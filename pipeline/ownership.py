@@ -271,7 +271,10 @@ class Ownership:
     def assign(self, partitions: Collection[int]) -> None:
         """The group gave these partitions, and no others."""
         self._assigned = set(partitions)
-        self._fetched_of = dict.fromkeys(partitions, self._log.told)
+        # Kept from assignments before this one, whose chunks may still be worked on.
+        for partition in partitions:
+            if self._fetched_of.get(partition, NO_ID) == NO_ID:
+                self._fetched_of[partition] = self._log.told
         for partition in [p for p in self._owned if p not in self._assigned]:
             del self._owned[partition]
 
