@@ -5,7 +5,7 @@ from __future__ import annotations
 from faults.fault import Fault
 from faults.of_everything import SigtermOfAll
 from faults.of_input import Backwards, Flood, HotAccount, SentTwice, Undecodable
-from faults.of_kafka import BrokerKilled, OneOfThreeBrokers
+from faults.of_kafka import BrokerKilled, OneOfThreeBrokers, TopicMadeAgain
 from faults.of_labels import LabelsLost, LabelStorm
 from faults.of_redis import (
     Eviction,
@@ -26,6 +26,7 @@ FAULTS: tuple[Fault, ...] = (
     JoinAndLeave(),
     BrokerKilled(),
     OneOfThreeBrokers(),
+    TopicMadeAgain(),
     RedisFrozen(),
     RedisKilled(),
     RedisSnapshot(),

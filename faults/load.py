@@ -82,6 +82,7 @@ class Load:
         self._change_records = change_records
         self._accounts: list[NDArray[np.int64]] = []
         self._runs: list[_Run] = []
+        self._first_run_in_states = 0
 
     async def start(self, rate: float | None, history: int = 0, most: int | None = None) -> None:
         """Send ``history`` records as fast as the broker takes them, then go on at ``rate``.
@@ -144,6 +145,10 @@ class Load:
             run.numbers.append(sent.numbers)
             yield Block(sent.keys, sent.values)
 
+    def states_begin(self) -> None:
+        """States begin anew with what is sent from now on; the load is stopped."""
+        self._first_run_in_states = len(self._runs)
+
     # what must have come out ------------------------------------------------------------
 
     def numbers_sent(self) -> NDArray[np.int64]:
@@ -151,13 +156,17 @@ class Load:
         nothing = np.empty(0, np.int64)
         return np.concatenate([nothing, *(run.numbers_sent() for run in self._runs)])
 
+    def _numbers_in_states(self) -> NDArray[np.int64]:
+        runs = self._runs[self._first_run_in_states :]
+        return np.concatenate([np.empty(0, np.int64), *(run.numbers_sent() for run in runs)])
+
     def transactions_made(self) -> int:
         """Those of the stream that were made, sent or not: numbers are less than this."""
         return sum(map(len, self._accounts))
 
     def transactions_of_accounts(self) -> dict[str, int]:
-        """How many distinct transactions of each account were sent."""
-        numbers = self.numbers_sent()
+        """How many distinct transactions of each account must be in its state."""
+        numbers = self._numbers_in_states()
         distinct = np.unique(numbers[numbers != NO_TRANSACTION])
         accounts = np.concatenate([*self._accounts, np.empty(0, np.int64)])[distinct]
         names, counts = np.unique(accounts, return_counts=True)

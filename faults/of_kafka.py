@@ -7,17 +7,18 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from faults.fault import Addresses, Fault, Shared
-from faults.rig import Rig
+from faults.rig import Rig, require
 from faults.watch import until_true
 from pipeline.services import Kafka, KafkaCluster
 from pipeline.settings import Settings
-from pipeline.topics import ROLES
+from pipeline.topics import ROLES, admin_client, topic_ids
 
 IN_SYNC_LIMIT_SECONDS = 120.0
+TOPIC_LIMIT_SECONDS = 60.0
 
 
 class BrokerKilled(Fault):
@@ -68,6 +69,58 @@ class OneOfThreeBrokers(Fault):
             await rig.recover(await rig.mark())
             await asyncio.to_thread(node.start)
             await until_in_sync(rig.settings, len(self._cluster.nodes))
+
+
+class TopicMadeAgain(Fault):
+    """The offsets of the new log are small, and mean other transactions."""
+
+    name = "topic-made-again"
+    what = "the transactions topic deleted and made again under running workers, 3 times"
+    settings: ClassVar[Mapping[str, Any]] = {"on_new_log": "begin"}
+
+    async def disturb(self, rig: Rig) -> None:
+        """See :class:`Fault`."""
+        times = rig.times(3)
+        for time in times:
+            rig.fraction = time / len(times)
+            await rig.go_on(2.0, 6.0)
+            await rig.settle()  # what a topic takes with it unread is lost, and nobody's fault
+            await make_again(rig.settings)
+            rig.load.states_begin()
+            await self.when_made_again(rig)
+            mark = await rig.mark()
+            await rig.load.start(self.rate)
+            await rig.recover(mark)
+
+    async def when_made_again(self, rig: Rig) -> None:
+        """Done before the first record comes."""
+
+
+async def make_again(settings: Settings) -> None:
+    """Delete the transactions topic and make it again, with as many partitions.
+
+    Raises:
+        StuckError: the broker does not do it.
+        NoEffectError: it is the same topic.
+    """
+    topic = settings.topic("transactions")
+    before = (await topic_ids(settings))[topic]
+    async with admin_client(settings) as admin:
+        await admin.delete_topics([topic])
+        await until_true(
+            lambda: _is_there(settings, topic, False), "the topic to go", TOPIC_LIMIT_SECONDS
+        )
+        await admin.create_topics(
+            [NewTopic(topic, settings.partitions, settings.kafka_replication_factor)]
+        )
+    await until_true(
+        lambda: _is_there(settings, topic, True), "the topic to be there", TOPIC_LIMIT_SECONDS
+    )
+    require((await topic_ids(settings))[topic] != before, "the topic is the same")
+
+
+async def _is_there(settings: Settings, topic: str, wanted: bool) -> bool:
+    return (topic in await topic_ids(settings)) == wanted
 
 
 async def until_in_sync(settings: Settings, replicas: int) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
+from pipeline.log_ids import NO_ID
 
 STATE_FORMAT = 3
 """Version of the state's layout; raise it with every change of the layout."""
@@ -27,8 +28,9 @@ STATE_FORMAT = 3
 RECENT_IDS = 8
 """How many transaction ids a state remembers, to drop repeats."""
 
-WATERMARK_FORMAT = 1
-_WATERMARK = struct.Struct("<B3xIqqQ")
+WATERMARK_FORMAT = 2
+_WATERMARK = struct.Struct("<B3xIqqQ16s16sqq")
+_WITHOUT_IDS = struct.Struct("<B3xIqqQ")  # format 1
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,33 @@ class Watermark:
         scores_offset: offset in the scores partition from which on everything later than
             the applied transactions was or will be published (a lower bound is right too).
         writer: random number of the process that wrote it, so that no two are alike.
+        log_id: id of the transactions topic that the states are of.
+        scores_log_id: id of the scores topic that ``scores_offset`` is of.
+        scores_begin: offset in the scores partition before which all is of another log.
+        stale_to: offsets that the group committed up to here may be those of a log before.
     """
 
     partitions: int
     next_offset: int
     scores_offset: int
     writer: int
+    log_id: bytes = NO_ID
+    scores_log_id: bytes = NO_ID
+    scores_begin: int = 0
+    stale_to: int = 0
 
     def to_bytes(self) -> bytes:
-        """32 bytes, little-endian."""
+        """80 bytes, little-endian."""
         return _WATERMARK.pack(
-            WATERMARK_FORMAT, self.partitions, self.next_offset, self.scores_offset, self.writer
+            WATERMARK_FORMAT,
+            self.partitions,
+            self.next_offset,
+            self.scores_offset,
+            self.writer,
+            self.log_id,
+            self.scores_log_id,
+            self.scores_begin,
+            self.stale_to,
         )
 
     @classmethod
@@ -61,10 +79,12 @@ class Watermark:
         Raises:
             ValueError: the value has another size or format, or says what no worker writes.
         """
-        if len(value) != _WATERMARK.size or value[0] != WATERMARK_FORMAT:
+        layout = {WATERMARK_FORMAT: _WATERMARK, 1: _WITHOUT_IDS}.get(value[0] if value else 0)
+        if layout is None or len(value) != layout.size:
             raise ValueError(f"a watermark of {len(value)} bytes in an unknown format")
-        mark = cls(*_WATERMARK.unpack(value)[1:])
-        if mark.partitions < 1 or mark.next_offset < 0 or mark.scores_offset < 0:
+        mark = cls(*layout.unpack(value)[1:])
+        offsets = mark.next_offset, mark.scores_offset, mark.scores_begin, mark.stale_to
+        if mark.partitions < 1 or min(offsets) < 0:
             raise ValueError("a damaged watermark, of no partitions or a negative offset")
         return mark
 

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from pipeline.evictions import Evictions
 from pipeline.group_errors import HOPELESS, group_refusal
 from pipeline.health import Health
 from pipeline.labels import STREAM, LabelProcessor
+from pipeline.log_watch import OpenTransactions, TopicWatch
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.message_limits import MessageLimits
 from pipeline.metrics import Metrics
@@ -47,7 +49,7 @@ from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
-from pipeline.topics import partition_count
+from pipeline.topics import ROLES, partition_count
 from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,15 @@ REDIS_LOOK_SECONDS = 1.0
 
 LAG_LOOK_SECONDS = 5.0
 """Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
+
+END_SECONDS = 10.0
+"""So long an end in good order may take, where the worker has to end."""
+
+FAUST_LOGGER = "faust.app.base"
+"""It logs the trace of whatever ends the app."""
+
+LOOK_LIMIT_SECONDS = 5.0
+"""So long the broker may take to answer at a look."""
 
 LABELS_LOOK_SECONDS = 10.0
 """Between two looks at whether Redis still has the labels that were booked."""
@@ -119,12 +130,14 @@ class Worker:
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
         self._limits = MessageLimits(settings)
-        self._publisher = KafkaPublisher(settings, self._limits)
-        self._transactions = (
-            TransactionalPublisher(settings, self._limits) if settings.transactional else None
-        )
+        lost_letters = self.metrics.letters_lost.inc
+        self._publisher = KafkaPublisher(settings, self._limits, on_lost_letters=lost_letters)
+        self._transactions: TransactionalPublisher | None = None
+        if settings.transactional:
+            self._transactions = TransactionalPublisher(settings, self._limits, lost_letters)
         self._group_watch: asyncio.Task[None] | None = None
         self._refused_since: float | None = None
+        self._watch_topics()
         self.app = faust_app(settings, directory)
         self._evictions = Evictions(
             settings=settings,
@@ -151,6 +164,7 @@ class Worker:
             metrics=self.metrics,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
+            on_new_log=settings.on_new_log,
         )
         self.processor = Processor(
             settings=settings,
@@ -176,6 +190,22 @@ class Worker:
         )
         self._wire()
 
+    def _watch_topics(self) -> None:
+        """What the monitors hold of the topics."""
+        settings = self._settings
+        roles = [role for role in ROLES if role != "labels" or settings.merchant_counts]
+        self._topic_watch = TopicWatch(
+            [settings.topic(role) for role in roles],
+            {self._topic: "states", self._labels_topic: "booked labels"},
+            settings.topic("scores"),
+            settings.on_new_log == "stop",
+            settings.topic_missing_seconds,
+            self._score_log,
+            self.health,
+        )
+        self._open_transactions = OpenTransactions(self._topic)
+        self._open_label_transactions = OpenTransactions(self._labels_topic)
+
     def _consumer(self) -> poll_transport.Consumer:
         return cast(poll_transport.Consumer, self.app.consumer)
 
@@ -199,13 +229,14 @@ class Worker:
         """Connect what the processor uses; the consumer is Faust's."""
         await self._score_log.start()
         await self._limits.read()
+        await self.ownership.look_at_log()
         await self._publisher.start()
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
-        if self._settings.transactional:  # a watermark may be behind the committed offset
-            consumer.take_at_once = {self._topic}
+        # A watermark may be behind the committed offset, or of a log before this one.
+        consumer.take_at_once = {self._topic}
         # What is left of the bound goes into the commit and into leaving the group.
         consumer.stop_seconds = self._settings.shutdown_seconds / 3
         # Faust starts its own tasks only once the group has given partitions.
@@ -223,8 +254,11 @@ class Worker:
                 computed = await self.processor.compute(event.value)
                 if concluding is not None:
                     await concluding
-            except BaseException:
+            except BaseException as error:
                 consumer.abandon(event.message)
+                if isinstance(error, StartupError):
+                    await self._end(error)
+                    return
                 raise
             concluding = asyncio.create_task(self._conclude(computed, event))
 
@@ -247,10 +281,22 @@ class Worker:
                 continue
             try:
                 await self.labels.process(event.value)
-            except BaseException:
+            except BaseException as error:
                 consumer.abandon(event.message)
+                if isinstance(error, StartupError):
+                    await self._end(error)
+                    return
                 raise
             event.ack()
+
+    async def _end(self, error: StartupError) -> None:
+        """End the process; its last line says all, and a trace of it would hide that.
+
+        Faust commits before it ends, and aiokafka tries that for ever of a topic that is gone.
+        """
+        asyncio.get_running_loop().call_later(END_SECONDS, _end_now, error)
+        with logs.quiet(FAUST_LOGGER):
+            await self.app.crash(error)
 
     def _on_assigned(self, assigned: set[TP]) -> None:
         partitions = {tp.partition for tp in assigned if tp.topic == self._topic}
@@ -273,6 +319,7 @@ class Worker:
             self._transactions.release(partitions)
         for partition in partitions:
             self.metrics.lag.remove(str(partition))
+            self.metrics.held.remove(str(partition))
         self.health.down("partitions", "a rebalance is under way")
         log.info("partitions revoked", extra={"partitions": sorted(partitions)})
 
@@ -328,14 +375,23 @@ class Worker:
 
     async def _monitor_lag(self) -> None:
         while not self.app.should_stop:
-            await self._look_at_lag()
+            try:
+                await self._look_at_lag()
+                await self.ownership.see_log()
+            except StartupError as error:  # a topic is gone, or another one
+                await self._end(error)
+                return
             await asyncio.sleep(LAG_LOOK_SECONDS)
 
     async def _monitor_labels(self) -> None:
         """Labels that Redis lost are booked again even where no others come."""
         while not self.app.should_stop:
             await asyncio.sleep(LABELS_LOOK_SECONDS)
-            await self.labels.look()
+            try:
+                await self.labels.look()
+            except StartupError as error:  # the topic is another one
+                await self._end(error)
+                return
 
     async def _monitor_checkpoint(self) -> None:
         """New thresholds in the checkpoint's file decide from the next micro-batch on."""
@@ -360,38 +416,79 @@ class Worker:
         """Lag of what is assigned, from a connection that is not the consumer's."""
         assigned, labels = self.ownership.assigned(), self.labels.assigned()
         try:
-            ends = await self._ends(self._topic, assigned)
-            label_ends = await self._ends(self._labels_topic, labels)
+            there = await asyncio.wait_for(self._topic_watch.look(), timeout=LOOK_LIMIT_SECONDS)
+            if self._topic_watch.changed & {self._topic, self._labels_topic}:
+                self._consumer().look_at_topics()
+            # aiokafka would ask for what is not there, ten times a second.
+            ends = await self._ends(self._topic, assigned if self._topic in there else set())
+            label_ends = await self._ends(
+                self._labels_topic, labels if self._labels_topic in there else set()
+            )
             self.health.up("kafka")
+            await self._tell_lag(ends)
+            await self._tell_labels_lag(label_ends)
         except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
             self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
             self.health.records_wait(self._consumer().polls_in_flight > 0)
-            return
-        lags = await self._lags(self._topic, ends, self.ownership.next_offsets())
-        for partition, lag in lags.items():
+
+    async def _tell_lag(self, ends: dict[int, int]) -> None:
+        """Lag and what is held back, of the transactions topic."""
+        positions = await self._positions(self._topic, ends, self.ownership.next_offsets())
+        stable = await self._stable_ends(self._topic, ends, positions)
+        held = self._open_transactions.see(ends, stable, positions)
+        for partition, end in ends.items():
+            lag = max(0, end - positions.get(partition, end))
             self.metrics.lag.labels(str(partition)).set(lag)
-        self.health.records_wait(any(lags.values()))
-        lags = await self._lags(self._labels_topic, label_ends, self.labels.next_offsets())
-        self.metrics.labels_lag.set(sum(lags.values()))
-        self.health.records_wait(any(lags.values()), STREAM)
+            records = held[partition].records if partition in held else 0
+            self.metrics.held.labels(str(partition)).set(records)
+        # What is held back moves when its transaction ends, and not by a new start.
+        self.health.records_wait(any(stable[p] > position for p, position in positions.items()))
+
+    async def _tell_labels_lag(self, ends: dict[int, int]) -> None:
+        """The same of the labels topic."""
+        positions = await self._positions(self._labels_topic, ends, self.labels.next_offsets())
+        stable = await self._stable_ends(self._labels_topic, ends, positions)
+        self._open_label_transactions.see(ends, stable, positions)
+        self.metrics.labels_lag.set(sum(max(0, ends[p] - at) for p, at in positions.items()))
+        waiting = any(stable[p] > position for p, position in positions.items())
+        self.health.records_wait(waiting, STREAM)
 
     async def _ends(self, topic: str, partitions: set[int]) -> dict[int, int]:
         if not partitions:
             return {}
-        return await asyncio.wait_for(self._score_log.ends(topic, sorted(partitions)), timeout=5.0)
+        return await asyncio.wait_for(
+            self._score_log.high_watermarks(topic, sorted(partitions)), timeout=LOOK_LIMIT_SECONDS
+        )
 
-    async def _lags(
+    async def _stable_ends(
+        self, topic: str, ends: dict[int, int], positions: dict[int, int]
+    ) -> dict[int, int]:
+        """Up to where records are given to who reads what is committed."""
+        behind = [p for p, position in positions.items() if position < ends[p]]
+        if not behind:
+            return ends
+        found = await asyncio.wait_for(
+            self._score_log.ends(topic, sorted(behind)), timeout=LOOK_LIMIT_SECONDS
+        )
+        return {**ends, **found}
+
+    async def _positions(
         self, topic: str, ends: dict[int, int], applied: dict[int, int]
     ) -> dict[int, int]:
-        """Records that wait, by partition."""
-        lags = {}
-        for partition, end in ends.items():
+        """Up to where all is applied, of each partition of which that is known."""
+        positions = {}
+        for partition in ends:
+            tp = TP(topic, partition)
             position = applied.get(partition)
             if position is None:
-                position = await self._committed(TP(topic, partition))
-            lags[partition] = max(0, end - position) if position is not None else 0
-        return lags
+                position = await self._committed(tp)
+            read_to = self._consumer().read_to(tp)
+            if position is None or (read_to is not None and read_to > position):
+                position = read_to
+            if position is not None:
+                positions[partition] = position
+        return positions
 
     async def _committed(self, tp: TP) -> int | None:
         try:
@@ -401,6 +498,12 @@ class Worker:
             self.metrics.kafka_errors.inc()
             self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
             return None
+
+
+def _end_now(error: RecurError) -> None:
+    """End without leaving the group, with the same last line and exit status."""
+    print(f"recur: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def faust_app(settings: Settings, directory: Path) -> faust.App:

@@ -412,6 +412,7 @@ class PublishedScore(msgspec.Struct, frozen=True, gc=False):
     thresholds: dict[str, float] | None = None
     features: MerchantRecord | None = None  # type: ignore[valid-type]
     merchant_weight: Share | None = None
+    transaction_id: str | None = None
 
     @property
     def weight(self) -> int:

@@ -80,7 +80,10 @@ class DeadLetters:
         )
 
     def letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
-        """The original key and bytes; where from and why in headers."""
+        """The original key and bytes; where from and why in headers.
+
+        Where there is no key, its coordinates are: a compacted topic takes none without.
+        """
         now_ms = self._clock_ms()
         self._metrics.rejected.labels(reason).inc(records_in(record.value))
         self._notices.tell(self._topic, partition, record.offset, now_ms, reason=reason)
@@ -98,4 +101,6 @@ class DeadLetters:
         if len(value or b"") > limit or len(key or b"") > key_limit:
             headers["truncated"] = str(len(value or b""))
             key, value = key and key[:key_limit], value and value[:limit]
+        if key is None:
+            key = f"{self._topic}:{partition}:{record.offset}".encode()
         return Outgoing(key, value, tuple((name, text.encode()) for name, text in headers.items()))

@@ -281,7 +281,7 @@ class Evictions:
             mark = dataclasses.replace(
                 standing,
                 next_offset=min(bounds.begin, standing.next_offset),
-                scores_offset=scores.begin,
+                scores_offset=max(scores.begin, standing.scores_begin),
                 writer=secrets.randbits(64),
             )
             save = Save(partition, loaded.watermark, mark.to_bytes(), [], [])

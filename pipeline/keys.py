@@ -7,6 +7,7 @@
     recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
     recur:labels:<topic>-<partition>                    up to where all slots have booked it
+    recur:labels:<topic>-<partition>:id                 the id of the log that is booked
     recur:note:{<slot>}:<hash of the transaction id>    what its labels need to know of it
 
 The braces are Redis Cluster's hash tag: a partition's states and its watermark lie in one
@@ -65,9 +66,13 @@ class Keys:
         """Key that keeps other workers from repairing at the same time."""
         return self.evictions() + b":lock"
 
-    def accounts_pattern(self) -> str:
-        """SCAN pattern of this topic's states; :meth:`account_of` knows which keys are."""
-        return f"{self.prefix}:{self.model}:{{{self.topic}-*}}:*"
+    def accounts_pattern(self, partition: int | None = None) -> str:
+        """SCAN pattern of this topic's states, of one partition or all.
+
+        :meth:`account_of` knows which keys are states.
+        """
+        place = "*" if partition is None else partition
+        return f"{self.prefix}:{self.model}:{{{self.topic}-{place}}}:*"
 
     def account_of(self, key: bytes) -> tuple[int, str] | None:
         """Partition and account id of a state's key; None for a key of something else.
@@ -109,6 +114,10 @@ class MerchantKeys:
     def labels_watermark(self, slot: int, topic: str, partition: int) -> bytes:
         """Key of the offset before which all labels of a partition are booked in a slot."""
         return f"{self.prefix}:labels:{{{slot}}}:{topic}-{partition}".encode()
+
+    def labels_log(self, topic: str, partition: int) -> bytes:
+        """Key of the id of the log that a labels partition is booked from."""
+        return f"{self.prefix}:labels:{topic}-{partition}:id".encode()
 
     def note(self, slot: int, transaction_hash: int) -> bytes:
         """Key of what is remembered of a transaction."""

@@ -21,10 +21,11 @@ from pipeline.codec import Label, decode_label, stored_weight
 from pipeline.dead_letter import DeadLetters
 from pipeline.errors import RejectedError
 from pipeline.health import Health
+from pipeline.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
 from pipeline.merchant_store import Booked, Booking, MerchantStore
 from pipeline.metrics import Metrics
-from pipeline.ownership import Chunk, Poll, Record, TransactionLog
+from pipeline.ownership import Chunk, LogId, Poll, Record, TransactionLog
 from pipeline.patience import Patience
 from pipeline.publisher import Outgoing, Publisher
 from pipeline.score_log import Bounds
@@ -43,6 +44,9 @@ class Logs(Protocol):
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
         """Where a partition's log begins and ends now."""
+
+    async def topic_id(self, topic: str) -> bytes | None:
+        """A topic's id now; None where there is no such topic."""
 
 
 class LabelProcessor:
@@ -84,10 +88,15 @@ class LabelProcessor:
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
         self._next_offsets: dict[int, int | None] = {}
+        self._on_new_log = settings.on_new_log
+        self._log = LogId(self._topic, logs, patience)
+        # Of the log that each partition is booked from; of this assignment.
+        self._log_ids: dict[int, bytes] = {}
 
     def assign(self, partitions: Collection[int]) -> None:
         """The group gave these partitions of the labels topic, and no others."""
         self._next_offsets = dict.fromkeys(partitions)
+        self._log_ids = {}
 
     def assigned(self) -> set[int]:
         """The partitions that the group gave."""
@@ -102,6 +111,7 @@ class LabelProcessor:
 
         Raises:
             PublishError: the broker does not take what must be published.
+            StartupError: the topic was deleted and made again.
         """
         tenure = self._next_offsets  # the next assignment has others
         for partition, chunk in poll.chunks.items():
@@ -112,6 +122,9 @@ class LabelProcessor:
             expected = tenure[partition]
             if expected is not None and chunk.begin > expected:
                 continue  # fetched before the log was read back
+            goes_back = expected is not None and chunk.begin < expected
+            if not await self._is_booked_log(partition, now=goes_back):
+                continue
             behind = await self._book(partition, chunk)
             if self._next_offsets is not tenure:
                 break
@@ -122,9 +135,15 @@ class LabelProcessor:
         self._health.moved(STREAM)
 
     async def look(self) -> None:
-        """See whether the store still has what was booked; else have the log read back."""
+        """See whether the store still has what was booked; else have the log read back.
+
+        Raises:
+            StartupError: the topic was deleted and made again.
+        """
         tenure = self._next_offsets
         for partition, booked in list(tenure.items()):
+            if not await self._is_booked_log(partition, now=True):
+                continue
             if booked is None:  # none came yet; what is committed was booked
                 committed = partial(self._labels_log.committed, partition)
                 booked = await self._patience.ask_log(committed)
@@ -133,6 +152,49 @@ class LabelProcessor:
                 standing = max(standing, await self._begin(partition))
                 if standing < booked and self._next_offsets is tenure:
                     await self._read_back(partition, standing)
+
+    async def _is_booked_log(self, partition: int, *, now: bool) -> bool:
+        """Whether the topic is the one that was booked; else it is read from its begin.
+
+        Raises:
+            StartupError: it is not, and the settings say to stop then.
+        """
+        known, tenure = self._log_ids.get(partition), self._next_offsets
+        found = await self._log.look(now=now or known is None)
+        if known is not None and not is_other(known, found):
+            return True
+        named = await self._ask_named(partition, found)
+        if known is None and not is_other(named, found):
+            if self._next_offsets is tenure:
+                self._log_ids[partition] = found
+            return True
+        if is_other(named, found):  # nobody has begun it
+            if self._on_new_log == "stop":
+                raise other_log(self._topic, named, found, "booked labels")
+            begin = partial(self._store.begin_labels_log, partition, found)
+            await self._patience.ask_store(begin)
+            log.warning(
+                "the topic was deleted and made again: its labels are booked from its begin",
+                extra={
+                    "topic": self._topic,
+                    "partition": partition,
+                    "id_then": shown(named),
+                    "id_now": shown(found),
+                },
+            )
+        begin_offset = await self._begin(partition)
+        if self._next_offsets is tenure and partition in tenure:
+            self._log_ids[partition] = found
+            tenure[partition] = begin_offset
+            await self._labels_log.seek(partition, begin_offset)
+        return False
+
+    async def _ask_named(self, partition: int, found: bytes) -> bytes:
+        """The id that the store names; it names what is found where it named none."""
+        if found == NO_ID:
+            return NO_ID
+        named = await self._patience.ask_store(partial(self._store.labels_log, partition, found))
+        return found if named is None else named
 
     async def _begin(self, partition: int) -> int:
         bounds = await self._patience.ask_log(lambda: self._logs.bounds(self._topic, partition))

@@ -12,7 +12,8 @@ or take a service away:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -113,6 +114,16 @@ class MemoryStateStore:
                 self.states[request.partition, account] = state
         return True
 
+    async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
+        """See :class:`pipeline.state_store.StateStore`."""
+        await asyncio.sleep(0)
+        self._require_up()
+        yield self.places(partition)
+
+    def places(self, partition: int | None = None) -> list[tuple[int, str]]:
+        """What :meth:`accounts` gives, at once."""
+        return [place for place in self.states if partition in (None, place[0])]
+
     async def ping(self) -> None:
         """See :class:`pipeline.state_store.StateStore`."""
         self._require_up()
@@ -132,6 +143,7 @@ class MemoryMerchantStore:
         profiles: values by merchant.
         notes: what is remembered of transactions, by slot and hash of the transaction id.
         booked: before which offset all labels are booked, by partition and slot.
+        labels_ids: of the log that each partition is booked from.
         is_up: False is a server that does not answer.
         interrupt: called before and after each call.
     """
@@ -140,6 +152,7 @@ class MemoryMerchantStore:
         self.profiles: dict[str, bytes] = {}
         self.notes: dict[tuple[int, int], TransactionNote] = {}
         self.booked: dict[tuple[int, int], int] = {}
+        self.labels_ids: dict[int, bytes] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
 
@@ -227,6 +240,27 @@ class MemoryMerchantStore:
         """The offset before which all labels of a partition are booked."""
         return min(self.booked.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
 
+    async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        self._require_up()
+        return self.named_labels_log(partition, log_id)
+
+    def named_labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """What :meth:`labels_log` does, at once."""
+        if log_id is not None:
+            self.labels_ids.setdefault(partition, log_id)
+        return self.labels_ids.get(partition)
+
+    async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
+        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        self._require_up()
+        self.forget_labels_log(partition, log_id)
+
+    def forget_labels_log(self, partition: int, log_id: bytes) -> None:
+        """What :meth:`begin_labels_log` does, at once."""
+        self.booked = {place: end for place, end in self.booked.items() if place[0] != partition}
+        self.labels_ids[partition] = log_id
+
     async def close(self) -> None:
         """See :class:`pipeline.merchant_store.MerchantStore`."""
 
@@ -290,8 +324,20 @@ class MemoryKafka:
         self._generations: dict[tuple[str, str, int], int] = {}
         self._producers: dict[str, _Producer] = {}
         self._clock_ms = clock_ms
+        self._ids: dict[str, bytes] = {}
+        self._made = 0
+        for topic in partitions:
+            self._make(topic)
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
+
+    def _make(self, topic: str) -> None:
+        self._made += 1
+        self._ids[topic] = self._made.to_bytes(16, "big")
+
+    def topic_id(self, topic: str) -> bytes:
+        """A topic's id: another one each time that it is made."""
+        return self._ids[topic]
 
     def partition_of(self, topic: str, key: bytes | None) -> int:
         """Kafka's default partition for a key; 0 for a record without key."""
@@ -346,6 +392,7 @@ class MemoryKafka:
     def recreate(self, topic: str) -> None:
         """Delete a topic and create it again; what groups committed of it goes as well."""
         self._logs[topic] = [_Log() for _ in self._logs[topic]]
+        self._make(topic)
         for place in [place for place in self._committed if place[1] == topic]:
             del self._committed[place]
 
@@ -546,6 +593,11 @@ class MemoryScoreLog:
             self._kafka.require_up()
             return self._kafka.bounds(topic, partition)
 
+    async def topic_id(self, topic: str) -> bytes | None:
+        """See :class:`pipeline.score_log.ScoreLog`; no effect that a worker could die at."""
+        self._kafka.require_up()
+        return self._kafka.topic_id(topic)
+
     async def read(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
@@ -568,7 +620,10 @@ class MemoryScoreLog:
             for record in records:
                 published = read_score(record.value, source_prefix)
                 if published is not None:
-                    kept.setdefault(*published)
+                    source, score = published
+                    first = kept.setdefault(source, score)
+                    if first is not score:
+                        kept[source] = first.and_then(score)
             position = records[-1].offset + 1 if len(records) == FETCH_RECORDS else end
         return kept, position
 
@@ -601,6 +656,7 @@ class MemoryConsumer:
         self._positions: dict[int, int] = {}
         self._to_take: set[int] = set()
         self._generations: dict[int, int] = {}
+        self._epochs: Counter[int] = Counter()
         self.assign(assigned)
 
     def assign(self, partitions: Collection[int]) -> None:
@@ -626,7 +682,8 @@ class MemoryConsumer:
         for partition in list(self._positions):
             chunk = self._chunk(partition, room)
             if chunk is None and partition in self._to_take:
-                chunk = Chunk(self._positions[partition], self._positions[partition], ())
+                at = self._positions[partition]
+                chunk = Chunk(at, at, (), self._epochs[partition])
             self._to_take.discard(partition)
             if chunk is None:
                 continue
@@ -643,7 +700,10 @@ class MemoryConsumer:
         if not bounds.begin <= start <= bounds.end:
             start = self._reset_offset(partition)
         records = self._kafka.fetch(self._topic, partition, start, room)
-        return Chunk(min(begin, start), records[-1].offset + 1, records) if records else None
+        if not records:
+            return None
+        epoch = self._epochs[partition]
+        return Chunk(min(begin, start), records[-1].offset + 1, records, epoch)
 
     def _reset_offset(self, partition: int) -> int:
         bounds = self._kafka.bounds(self._topic, partition)
@@ -664,12 +724,14 @@ class MemoryConsumer:
             self._kafka.require_up()
             return self._kafka.committed(self._group, self._topic, partition)
 
-    async def seek(self, partition: int, offset: int) -> None:
+    async def seek(self, partition: int, offset: int) -> int:
         """See :class:`pipeline.ownership.TransactionLog`."""
         await asyncio.sleep(0)
         with _step("seek", self._kafka.interrupt):
+            self._epochs[partition] += 1
             if partition in self._positions:
                 self._positions[partition] = offset
+        return self._epochs[partition]
 
 
 @contextmanager

@@ -347,6 +347,23 @@ class MerchantStore(Protocol):
             StoreUnavailableError: nothing can be said; ask again.
         """
 
+    async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """The id of the log that a labels partition is booked from.
+
+        Args:
+            log_id: where none is named, this one is from now on; None: none.
+
+        Raises:
+            StoreUnavailableError: nothing can be said; ask again.
+        """
+
+    async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
+        """Book a partition from another log: nothing of it is booked yet.
+
+        Raises:
+            StoreUnavailableError: some of it may have been done; ask again.
+        """
+
     async def close(self) -> None:
         """Give connections back."""
 
@@ -518,6 +535,21 @@ class RedisMerchantStore:
         await self._calls.execute(
             [("DEL", *self._keys.labels_watermarks(slot, topic, partitions)) for slot in slots]
         )
+
+    async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """See :class:`MerchantStore`."""
+        key = self._keys.labels_log(self._labels_topic, partition)
+        if log_id is not None:
+            await self._calls.execute([("SET", key, log_id, "NX")])
+        (found,) = await self._calls.execute([("GET", key)])
+        return None if found is None else bytes(found)
+
+    async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
+        """See :class:`MerchantStore`: the id comes last, so that what is cut off is done again."""
+        topic, slots = self._labels_topic, range(MERCHANT_SLOTS)
+        keys = [self._keys.labels_watermark(slot, topic, partition) for slot in slots]
+        await self._calls.execute([("DEL", key) for key in keys])
+        await self._calls.execute([("SET", self._keys.labels_log(topic, partition), log_id)])
 
     async def close(self) -> None:
         """See :class:`MerchantStore`."""

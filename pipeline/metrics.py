@@ -119,6 +119,10 @@ class Metrics:
             "recur_rejected", "Records sent to the dead-letter topic", ["reason"],
             registry=registry,
         )  # fmt: skip
+        self.letters_lost = Counter(
+            "recur_letters_lost", "Rejected records that the broker refused as dead letters, too",
+            registry=registry,
+        )  # fmt: skip
         self.duplicates = Counter(
             "recur_duplicates", "Transactions dropped because their id was seen before",
             registry=registry,
@@ -207,6 +211,10 @@ class Metrics:
         )  # fmt: skip
         self.lag = Gauge(
             "recur_consumer_lag_records", "Records in the log that are not applied yet",
+            ["partition"], registry=registry,
+        )  # fmt: skip
+        self.held = Gauge(
+            "recur_held_records", "Records that a producer's open transaction holds back",
             ["partition"], registry=registry,
         )  # fmt: skip
         self.redis_errors = Counter(

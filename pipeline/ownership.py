@@ -12,16 +12,19 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Protocol
+from time import monotonic
+from typing import Literal, Protocol
 
 from pipeline.account_state import Watermark
 from pipeline.errors import StartupError
+from pipeline.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from pipeline.publisher import Appended, Transactions
-from pipeline.score_log import Bounds, Kept, ScoreLog
+from pipeline.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
 from pipeline.state_store import Load, Save, StateStore
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,13 @@ RECOVERY_LOOKAHEAD = 20_000
 """Published scores are read this many sources ahead of the micro-batch, offsets."""
 
 ALL_SOURCES = 2**62
+
+LOG_LOOK_SECONDS = 0.25
+"""What is fetched is of the topic whose id was told so long ago at most. In less no topic is
+deleted, made again and filled past where a worker is; one look costs as much as a small poll."""
+
+ON_NEW_LOG = Literal["stop", "begin"]
+"""What to do where the topic was deleted and made again."""
 
 
 class Record(Protocol):
@@ -44,11 +54,16 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A partition's part of a poll: every record of the log in [begin, end)."""
+    """A partition's part of a poll: every record of the log in [begin, end).
+
+    Attributes:
+        epoch: how often the partition had been sought back when it was fetched.
+    """
 
     begin: int
     end: int
     records: Sequence[Record]
+    epoch: int = 0
 
 
 @dataclass
@@ -74,8 +89,8 @@ class TransactionLog(Protocol):
             LogUnavailableError: the broker does not answer.
         """
 
-    async def seek(self, partition: int, offset: int) -> None:
-        """Read the partition from ``offset`` on, in polls to come."""
+    async def seek(self, partition: int, offset: int) -> int:
+        """Read the partition from ``offset`` on, in polls to come; the epoch of those."""
 
 
 @dataclass
@@ -106,6 +121,9 @@ class Owned:
         alerts_from: alerts and rejections of records from here on are not published yet.
         committed: the group's offset when the partition was taken, and what we committed since.
         tenure: under which we commit, where scores and offsets are committed together.
+        log_id, scores_log_id: ids of the topics that the offsets are of.
+        scores_begin: offset in its scores partition before which all is of another log.
+        stale_to: offsets that the group committed up to here may be those of a log before.
         recovery: until all that was published is read.
         neighbour: the watermark before it; during a save, the one after it.
         states: values of accounts' states as computed, which the store has or will have once
@@ -122,6 +140,10 @@ class Owned:
     recovery: Recovery | None
     committed: int
     tenure: int
+    log_id: bytes
+    scores_log_id: bytes
+    scores_begin: int
+    stale_to: int
     neighbour: bytes | None = None
     states: dict[str, bytes | None] = field(default_factory=dict)
     seeking: bool = False
@@ -143,6 +165,53 @@ class Owned:
             del self.states[account]
 
 
+class AsksIds(Protocol):
+    """Knows topics' ids."""
+
+    async def topic_id(self, topic: str) -> bytes | None:
+        """A topic's id now; None where there is no such topic.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+
+
+class LogId:
+    """The id of a topic, as it is told now or was told a moment ago.
+
+    Args:
+        topic: full name.
+        logs: is asked.
+        patience: waits for a broker that is away, and for a topic that is not there.
+    """
+
+    def __init__(self, topic: str, logs: AsksIds, patience: Patience) -> None:
+        self._topic = topic
+        self._logs = logs
+        self._patience = patience
+        self._told = NO_ID
+        self._look_again_at = 0.0
+
+    @property
+    def told(self) -> bytes:
+        """The id as it was told last; :data:`NO_ID` before it was asked for."""
+        return self._told
+
+    async def look(self, *, now: bool) -> bytes:
+        """The id; one that was told :data:`LOG_LOOK_SECONDS` ago will do, unless ``now``."""
+        if now or monotonic() >= self._look_again_at:
+            look_again_at = monotonic() + LOG_LOOK_SECONDS
+            self._told = await self._patience.ask_log(self._ask)
+            self._look_again_at = look_again_at
+        return self._told
+
+    async def _ask(self) -> bytes:
+        found = await self._logs.topic_id(self._topic)
+        if found is None:
+            raise LogUnavailableError(f"there is no topic {self._topic}")
+        return found
+
+
 class Ownership:
     """The partitions that the group gave this worker.
 
@@ -152,6 +221,7 @@ class Ownership:
         store, score_log, transaction_log: where watermarks, scores and positions are.
         transactions: where scores and offsets are committed together; None where they are not.
         on_fenced: called with a partition that turned out to be another worker's.
+        on_new_log: what to do where the topic was deleted and made again.
     """
 
     def __init__(
@@ -167,6 +237,7 @@ class Ownership:
         metrics: Metrics,
         transactions: Transactions | None = None,
         on_fenced: Callable[[int], None] = lambda partition: None,
+        on_new_log: ON_NEW_LOG = "stop",
     ) -> None:
         self._topic = topic
         self._scores_topic = scores_topic
@@ -178,6 +249,9 @@ class Ownership:
         self._metrics = metrics
         self._transactions = transactions
         self._on_fenced = on_fenced
+        self._on_new_log = on_new_log
+        self._log = LogId(topic, score_log, patience)
+        self._scores_log = LogId(scores_topic, score_log, patience)
         self._writer = secrets.randbits(64)
         self._assigned: set[int] = set()
         self._owned: dict[int, Owned] = {}
@@ -185,10 +259,22 @@ class Ownership:
         self._publications: Counter[int] = Counter()
         # A poll may outlive its assignment: what it finds gone was there all the same.
         self._ever_owned: set[int] = set()
+        # The topic's id when what is fetched of each partition now began to be fetched, and the
+        # epoch of that: what is older may be of a log before.
+        self._fetched_of: dict[int, bytes] = {}
+        self._epochs: dict[int, int] = {}
+
+    async def look_at_log(self) -> None:
+        """Learn the topic's id before anything is fetched of it."""
+        await self._log.look(now=True)
 
     def assign(self, partitions: Collection[int]) -> None:
         """The group gave these partitions, and no others."""
         self._assigned = set(partitions)
+        # Kept from assignments before this one, whose chunks may still be worked on.
+        for partition in partitions:
+            if self._fetched_of.get(partition, NO_ID) == NO_ID:
+                self._fetched_of[partition] = self._log.told
         for partition in [p for p in self._owned if p not in self._assigned]:
             del self._owned[partition]
 
@@ -240,6 +326,12 @@ class Ownership:
             if owned is not None:
                 self._metrics.guard_mismatches.inc()
             owned = await self._assume(partition, watermark, chunk.begin)
+        # Offsets that go back are a log that begins again, or a redelivery: not to be dropped
+        # as applied before it is known which.
+        elif is_other(owned.log_id, await self._log.look(now=chunk.begin < owned.computed_to)):
+            owned = await self._assume(partition, watermark, chunk.begin)
+        if not await self._is_of_log(partition, owned, chunk):
+            return None
         if chunk.begin > owned.computed_to:
             await self.seek_back(partition, owned)
             return None
@@ -247,6 +339,16 @@ class Ownership:
         if chunk.records and chunk.records[0].offset > owned.computed_to:
             await self._notice_lost_records(partition, owned)
         return owned
+
+    async def _is_of_log(self, partition: int, owned: Owned, chunk: Chunk) -> bool:
+        """Whether a chunk is surely of the log that its partition is owned of, else it is fetched
+        again: one that was fetched before the log was made again may have any of its offsets."""
+        if self._fetched_of.get(partition, NO_ID) not in (NO_ID, owned.log_id):
+            self._fetched_of[partition] = owned.log_id
+            owned.seeking = True
+            self._epochs[partition] = await self._transaction_log.seek(partition, owned.computed_to)
+            return False
+        return chunk.epoch >= self._epochs.get(partition, 0)
 
     async def published(
         self, partition: int, owned: Owned, records: Sequence[Record]
@@ -264,7 +366,9 @@ class Ownership:
                 )
             )
             for source, score in kept.items():
-                recovery.kept.setdefault(source, (start, score))
+                _, first = found_before = recovery.kept.setdefault(source, (start, score))
+                if first is not score:
+                    recovery.kept[source] = found_before[0], first.and_then(score)
         found = recovery.kept
         return {r.offset: found[r.offset][1] for r in records if r.offset in found}
 
@@ -293,7 +397,11 @@ class Ownership:
                 "another worker published scores of this partition",
                 extra={"partition": partition, "scores": len(scores)},
             )
-        later = {source: score for source, score in scores.items() if source >= next_offset}
+        later = {
+            source: replace(score, is_recent=True)
+            for source, score in scores.items()
+            if source >= next_offset
+        }
         if later:
             owned.recovery = owned.recovery or Recovery(end, end)
             for source, score in later.items():
@@ -305,7 +413,16 @@ class Ownership:
             owned.scores_from = _recovered_to(owned, owned.recovery, next_offset)
         elif appended is not None and appended.next is not None:
             owned.scores_from = appended.next
-        return Watermark(self._partitions, next_offset, owned.scores_from, self._writer)
+        return Watermark(
+            self._partitions,
+            next_offset,
+            owned.scores_from,
+            self._writer,
+            owned.log_id,
+            owned.scores_log_id,
+            owned.scores_begin,
+            owned.stale_to,
+        )
 
     async def follow(self, partition: int, owned: Owned, chunk: Chunk) -> None:
         """The watermark was another at the save, and nothing was written: go on from it."""
@@ -338,6 +455,13 @@ class Ownership:
         while watermark is None:
             is_new = committed is None and partition not in self._ever_owned
             watermark = await self._write_first_watermark(partition, begin if is_new else None)
+        mark = read_watermark(self._topic, partition, watermark)
+        log_id = await self._log.look(now=True)
+        while is_other(mark.log_id, log_id):
+            watermark = await self._begin_new_log(partition, watermark, mark, log_id)
+            mark = read_watermark(self._topic, partition, watermark)
+            log_id = await self._log.look(now=True)
+        scores_log_id = await self._scores_log.look(now=True)
         # Asked for after the watermark is known: both logs reach at least as far as it says.
         bounds = await self._bounds(self._topic, partition)
         publications = -1
@@ -345,11 +469,24 @@ class Ownership:
             publications = self._publications[partition]
             scores = await self._bounds(self._scores_topic, partition)
         self._ever_owned.add(partition)
-        mark = read_watermark(self._topic, partition, watermark)
         check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
+        if is_other(mark.scores_log_id, scores_log_id):
+            log.warning(
+                "the scores topic was deleted and made again: what it held of transactions is"
+                " gone, and scores are recovered from its begin",
+                extra={
+                    "topic": self._scores_topic,
+                    "partition": partition,
+                    "id_then": shown(mark.scores_log_id),
+                    "id_now": shown(scores_log_id),
+                },
+            )
         # Past the end: the scores topic was recreated, and all that it holds is of since then.
-        in_log = scores.begin <= mark.scores_offset <= scores.end
+        is_same = not is_other(mark.scores_log_id, scores_log_id)
+        in_log = is_same and scores.begin <= mark.scores_offset <= scores.end
         recovery = Recovery(mark.scores_offset if in_log else scores.begin, scores.end)
+        if committed is not None and committed <= mark.stale_to:
+            committed = None  # of a log before this one, perhaps
         owned = Owned(
             watermark=watermark,
             next_offset=mark.next_offset,
@@ -360,6 +497,10 @@ class Ownership:
             recovery=recovery if recovery.position < recovery.end else None,
             committed=committed or 0,
             tenure=tenure,
+            log_id=log_id,
+            scores_log_id=scores_log_id,
+            scores_begin=mark.scores_begin if is_same else 0,
+            stale_to=mark.stale_to,
         )
         if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
@@ -379,12 +520,82 @@ class Ownership:
                 "no states in Redis for a partition that was worked on; replaying its log",
                 extra={"partition": partition, "from_offset": begin},
             )
+        log_id = await self._log.look(now=True)
+        scores_log_id = await self._scores_log.look(now=True)
         scores = await self._bounds(self._scores_topic, partition)
-        mark = Watermark(self._partitions, begin, scores.begin, self._writer).to_bytes()
+        mark = Watermark(
+            self._partitions, begin, scores.begin, self._writer, log_id, scores_log_id
+        ).to_bytes()
         await self._patience.ask_store(
             lambda: self._store.save([Save(partition, None, mark, [], [])])
         )
         return await self._standing(partition)
+
+    async def see_log(self) -> None:
+        """See that the topic is the one that the states are of, though nothing comes of it.
+
+        Raises:
+            StartupError: it is another, and the settings say to stop then.
+        """
+        owned = dict(self._owned)
+        if not owned:
+            return
+        try:
+            found = await self._score_log.topic_id(self._topic)
+        except LogUnavailableError:
+            return
+        if found is None:  # gone, for which nobody waits here
+            return
+        for partition, known in owned.items():
+            if is_other(known.log_id, found) and self.owns(partition, known):
+                if self._on_new_log == "stop":
+                    raise other_log(self._topic, known.log_id, found)
+                # Whatever comes next is a reason to look at the watermark.
+                begin = (await self._bounds(self._topic, partition)).begin
+                if self.owns(partition, known):
+                    del self._owned[partition]
+                    await self._transaction_log.seek(partition, begin)
+
+    async def _begin_new_log(
+        self, partition: int, watermark: bytes, mark: Watermark, log_id: bytes
+    ) -> bytes:
+        """The topic was deleted and made again: begin its states, or stop.
+
+        Returns:
+            the watermark that stands then, whoever wrote it.
+
+        Raises:
+            StartupError: the settings say to stop.
+        """
+        if self._on_new_log == "stop":
+            raise other_log(self._topic, mark.log_id, log_id)
+        bounds = await self._bounds(self._topic, partition)
+        scores = await self._bounds(self._scores_topic, partition)
+        scores_log_id = await self._scores_log.look(now=True)
+        begin = Watermark(
+            self._partitions,
+            bounds.begin,
+            scores.end,
+            self._writer,
+            log_id,
+            scores_log_id,
+            scores.end,
+            max(mark.next_offset, mark.stale_to),
+        )
+        if await self._patience.ask_store(
+            partial(begin_log, self._store, partition, watermark, begin.to_bytes())
+        ):
+            log.warning(
+                "the topic was deleted and made again: its states begin anew from it",
+                extra={
+                    "topic": self._topic,
+                    "partition": partition,
+                    "id_then": shown(mark.log_id),
+                    "id_now": shown(log_id),
+                },
+            )
+        standing = await self._standing(partition)
+        return begin.to_bytes() if standing is None else standing
 
     async def _standing(self, partition: int) -> bytes | None:
         (loaded,) = await self._patience.ask_store(lambda: self._store.load([Load(partition, [])]))
@@ -406,6 +617,29 @@ class Ownership:
             extra={"partition": partition, "records": lost},
         )
         owned.computed_to = log_begin
+
+
+async def begin_log(store: StateStore, partition: int, standing: bytes, mark: bytes) -> bool:
+    """Begin a partition's states from another log: those of the log before go first.
+
+    Both is done only while the watermark is the one that stands: whoever else writes is not
+    overtaken. Cut off, the log before is still the watermark's, and all is done again.
+
+    Returns:
+        whether the mark stands.
+
+    Raises:
+        StoreUnavailableError: nobody knows; ask again.
+        StoreForbiddenError: Redis does not allow its user to list keys.
+    """
+    async for places in store.accounts(partition):
+        accounts = [account for place, account in places if place == partition]
+        if accounts:
+            gone = Save(partition, standing, standing, accounts, [None] * len(accounts))
+            if not (await store.save([gone]))[0]:
+                return False
+    (stands,) = await store.save([Save(partition, standing, mark, [], [])])
+    return stands
 
 
 def _recovered_to(owned: Owned, recovery: Recovery, next_offset: int) -> int:
@@ -434,13 +668,23 @@ def read_watermark(topic: str, partition: int, value: bytes) -> Watermark:
 
 
 def check_watermark(
-    topic: str, partition: int, mark: Watermark, partitions: int, log_end: int
+    topic: str,
+    partition: int,
+    mark: Watermark,
+    partitions: int,
+    log_end: int,
+    log_id: bytes = NO_ID,
 ) -> None:
     """States and log belong together.
+
+    Args:
+        log_id: the topic's id now.
 
     Raises:
         StartupError: they do not; the message says what to do.
     """
+    if is_other(mark.log_id, log_id):
+        raise other_log(topic, mark.log_id, log_id)
     if mark.partitions != partitions:
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "

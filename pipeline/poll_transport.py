@@ -117,6 +117,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._positions: dict[TP, int] = {}
         # Counts the moments from which on records fetched before are not wanted.
         self._resets = 0
+        # How often each partition was sought back: polls name it of their time.
+        self._epochs: Counter[TP] = Counter()
         self.on_assigned: Callable[[set[TP]], None] = lambda partitions: None
         self.on_revoked: Callable[[set[TP]], None] = lambda partitions: None
         # Topics that a group without offsets reads from their begin, whatever its policy.
@@ -166,7 +168,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         for tp, offset in self._to_take.items():
             if tp.topic not in messages:
                 messages[tp.topic] = self._empty_message(tp, offset)
-            messages[tp.topic].value.chunks[tp.partition] = Chunk(offset, offset, ())
+            messages[tp.topic].value.chunks[tp.partition] = Chunk(
+                offset, offset, (), self._epochs[tp]
+            )
         self._to_take.clear()
         await self._hand_over(list(messages.values()))
 
@@ -219,7 +223,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             if tp.topic not in messages:
                 message = messages[tp.topic] = self._to_message(tp, fetched[0])
                 message.value = Poll({})
-            messages[tp.topic].value.chunks[tp.partition] = Chunk(begin, end, fetched)
+            messages[tp.topic].value.chunks[tp.partition] = Chunk(
+                begin, end, fetched, self._epochs[tp]
+            )
         return list(messages.values())
 
     def _give_up(self, records: Mapping[TP, list[Any]]) -> None:
@@ -350,11 +356,17 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """Of what is fetched from now on."""
         self._thread._ensure_consumer()._fetcher._prefetch_backoff = seconds
 
-    def seek_back(self, tp: TP, offset: int) -> None:
-        """Read a partition from ``offset`` on; what was fetched of it before is given up."""
+    def seek_back(self, tp: TP, offset: int) -> int:
+        """Read a partition from ``offset`` on; what was fetched of it before is given up.
+
+        Returns:
+            the epoch of polls that are fetched from now on.
+        """
+        self._epochs[tp] += 1
         self._sought[tp] = offset
         self._resets += 1
         self._go_to(tp, offset)
+        return self._epochs[tp]
 
     def look_again(self, topic: str) -> None:
         """Have the agent look at each partition's watermark, though no record may come."""
@@ -398,6 +410,24 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             return None if error.retriable else error
         return None
 
+    def read_to(self, tp: TP) -> int | None:
+        """Up to where a partition is read and done with; None where nobody can say.
+
+        Unlike what is applied this is past the markers of transactions and past what was taken
+        back, which are no records.
+        """
+        if any(topic == tp.topic for topic, _ in self._in_flight.values()):
+            return None
+        subscription = self._thread._ensure_consumer()._subscription.subscription
+        assignment = subscription.assignment if subscription is not None else None
+        state = assignment.state_value(tp) if assignment is not None else None
+        return state.position if state is not None and state.has_valid_position else None
+
+    def look_at_topics(self) -> None:
+        """Topics were made again, of which the client would hear in minutes."""
+        self._thread._ensure_consumer()._client.force_metadata_update()
+        self.rejoin()
+
     def rejoin(self) -> None:
         """Ask the group anew for partitions: what this member knows of them is out of date."""
         self._thread._ensure_consumer()._coordinator.request_rejoin()
@@ -427,9 +457,9 @@ class PartitionLog:
         """See :class:`pipeline.ownership.TransactionLog`."""
         return await self._consumer().committed(TP(self._topic, partition))
 
-    async def seek(self, partition: int, offset: int) -> None:
+    async def seek(self, partition: int, offset: int) -> int:
         """See :class:`pipeline.ownership.TransactionLog`."""
-        self._consumer().seek_back(TP(self._topic, partition), offset)
+        return self._consumer().seek_back(TP(self._topic, partition), offset)
 
 
 class Transport(driver.Transport):  # type: ignore[misc]

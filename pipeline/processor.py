@@ -451,8 +451,9 @@ class Processor:
                 self._drop_applied(part)
                 for forget in part.forgets:
                     part.values[forget.row] = None
-                part.kept = await self._ownership.published(
-                    part.partition, part.owned, part.records
+                part.kept = _of_these(
+                    part,
+                    await self._ownership.published(part.partition, part.owned, part.records),
                 )
                 self._metrics.scores_recovered.inc(len(part.kept))
         # The group may have taken partitions away during the waits.
@@ -916,6 +917,15 @@ def columns(
         fields=further.columns(transactions),
         explain_from=_explain_from(parts, review),
     )
+
+
+def _of_these(part: Part, kept: dict[int, Kept]) -> dict[int, Kept]:
+    """Published scores without those of a log before this one, which had the same offsets."""
+    if not kept:
+        return kept
+    ids = {r.offset: t.transaction_id for r, t in zip(part.records, part.transactions, strict=True)}
+    found = {offset: score.of(ids[offset]) for offset, score in kept.items()}
+    return {offset: score for offset, score in found.items() if score is not None}
 
 
 def _merchant_raw(parts: list[Part]) -> NDArray[np.float32]:

@@ -7,13 +7,14 @@ acknowledged base offset tells whether anybody else wrote to the scores partitio
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, OutOfOrderSequenceNumber
+from aiokafka.errors import BrokerResponseError, KafkaError, OutOfOrderSequenceNumber
 
 from pipeline.errors import RecurError
 from pipeline.message_limits import TOO_LARGE, MessageLimits
@@ -27,6 +28,11 @@ OVERHEAD_BYTES = 128
 
 CUT_HEADER = "truncated"
 """Tells how long the value of a dead letter was that had to be cut."""
+
+TELL_SECONDS = 60.0
+"""Between two lines about dead letters that are refused."""
+
+log = logging.getLogger(__name__)
 
 
 class PublishError(RecurError):
@@ -120,6 +126,7 @@ class KafkaPublisher:
     Args:
         settings: names the topics and the broker.
         limits: of its topics' batches, read already; None to read them at the start.
+        on_lost_letters: called with how many dead letters the broker refuses.
         options: more arguments of aiokafka's producer.
 
     Attributes:
@@ -127,7 +134,12 @@ class KafkaPublisher:
     """
 
     def __init__(
-        self, settings: Settings, limits: MessageLimits | None = None, **options: Any
+        self,
+        settings: Settings,
+        limits: MessageLimits | None = None,
+        *,
+        on_lost_letters: Callable[[int], None] = lambda count: None,
+        **options: Any,
     ) -> None:
         self._limits = limits or MessageLimits(settings)
         self._limits_are_read = limits is not None
@@ -148,6 +160,11 @@ class KafkaPublisher:
             | options
         )
         self._producer: AIOKafkaProducer | None = None
+        self._on_lost_letters = on_lost_letters
+        # Once the broker has refused a letter: aiokafka's idempotent producer counts it all the
+        # same, and the broker then refuses whatever it sends to that partition.
+        self._letters_producer: AIOKafkaProducer | None = None
+        self._told_at = -TELL_SECONDS
 
     async def start(self) -> None:
         """Connect."""
@@ -162,6 +179,8 @@ class KafkaPublisher:
         """Flush and disconnect."""
         if self._producer is not None:
             await self._producer.stop()
+        if self._letters_producer is not None:
+            await self._letters_producer.stop()
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -193,7 +212,7 @@ class KafkaPublisher:
             appended, *_ = await asyncio.gather(
                 self._append(scores),
                 self._send(self._alerts_topic, alerts),
-                self._send(self._dead_letter_topic, rejected),
+                self._send_letters(rejected),
             )
             return appended
         except KafkaError as error:
@@ -260,6 +279,87 @@ class KafkaPublisher:
         """Some of what was sent is refused as too large; when this returns it may be sent again."""
         await self._shrink(refused, refused_bytes)
 
+    async def _send_letters(self, letters: Sequence[Outgoing]) -> None:
+        """Send dead letters; one that the broker refuses stops nothing.
+
+        Raises:
+            KafkaError: the broker is away.
+        """
+        rest = list(letters)
+        while rest and self._letters_producer is None:
+            sender = self._sender()
+            said = await asyncio.gather(
+                *(self._deliver(self._dead_letter_topic, letter) for letter in rest),
+                return_exceptions=True,
+            )
+            errors = [outcome for outcome in said if isinstance(outcome, BaseException)]
+            for error in errors:
+                if not is_refusal(error):
+                    raise error
+            rest = [r for r, outcome in zip(rest, said, strict=True) if outcome is not None]
+            if not any(isinstance(error, TOO_LARGE) for error in errors):
+                break
+            try:
+                await self._too_large(*sender)  # they are cut to what is taken now
+            except RecurError:  # the topic takes less than we ask for: some may fit all the same
+                break
+        if rest:
+            await self.send_letters_apart(rest)
+
+    async def _deliver(self, topic: str, record: Outgoing) -> None:
+        await (await self._send_one(topic, record))
+
+    async def send_letters_apart(self, letters: Sequence[Outgoing]) -> None:
+        """Send dead letters one by one, so that each is taken or refused for itself.
+
+        A letter may be there twice after a failure.
+
+        Raises:
+            KafkaError: the broker is away.
+        """
+        if self._letters_producer is None:
+            options = self._options | {"enable_idempotence": False, "transactional_id": None}
+            producer = AIOKafkaProducer(**options)
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._letters_producer = producer
+        refused = 0
+        for letter in letters:
+            try:
+                cut = _cut(letter, self._limits.record_bytes)
+                await self._letters_producer.send_and_wait(
+                    self._dead_letter_topic,
+                    value=cut.value,
+                    key=cut.key,
+                    headers=list(cut.headers),
+                )
+            except KafkaError as error:
+                if not is_refusal(error):
+                    raise
+                refused += 1
+                self._tell_refused(letter, error)
+        if refused:
+            self._on_lost_letters(refused)
+
+    def _tell_refused(self, letter: Outgoing, error: KafkaError) -> None:
+        now = time.monotonic()
+        if now - self._told_at < TELL_SECONDS:
+            return
+        self._told_at = now
+        headers = {name: value.decode() for name, value in letter.headers}
+        log.error(
+            "the broker refuses a dead letter, which is lost: see the limits, policies and rights"
+            " of the dead-letter topic; recur_letters_lost_total counts",
+            extra={
+                "dead_letter_topic": self._dead_letter_topic,
+                "why": type(error).__name__,
+                **{name: headers.get(name, "") for name in ("topic", "partition", "offset")},
+            },
+        )
+
     async def _send_one(self, topic: str, record: Outgoing) -> asyncio.Future[Any]:
         assert self._producer is not None
         if topic == self._dead_letter_topic:
@@ -311,6 +411,11 @@ def _cut(letter: Outgoing, limit: int) -> Outgoing:
     key = key[: max(room // LETTER_KEY_SHARE, room - len(value))]
     value = value[: max(0, room - len(key))]
     return Outgoing(letter.key and key, letter.value and value, headers)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the broker refuses a record for what it is: sending it again does not help."""
+    return isinstance(error, BrokerResponseError) and not error.retriable
 
 
 def _appended(places: Sequence[tuple[int | None, int]]) -> Appended:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 
@@ -20,7 +20,9 @@ from pipeline.codec import LOOK
 from pipeline.errors import RecurError, SettingsError
 from pipeline.instructions import send_instruction
 from pipeline.key_scan import KeyScan
-from pipeline.ownership import read_watermark
+from pipeline.log_ids import NO_ID, is_other
+from pipeline.merchant_store import RedisMerchantStore
+from pipeline.ownership import begin_log, read_watermark
 from pipeline.redis_calls import StoreUnavailableError
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
 from pipeline.settings import Settings
@@ -40,11 +42,13 @@ class TakenBack:
     Attributes:
         begin: the first offset that its log still has: states are computed from there.
         end: up to where they stood, or up to the log's end where that is before.
+        is_new_log: the log is another one than that of the states, and all of them go.
     """
 
     partition: int
     begin: int
     end: int
+    is_new_log: bool = field(default=False, compare=False)
 
 
 class Rebuild:
@@ -86,6 +90,11 @@ class Rebuild:
         """
         while (found := await self._plan(partition)) is not None:
             plan, standing, watermark = found
+            if plan.is_new_log:
+                mark = watermark.to_bytes()
+                if await begin_log(self._store, partition, standing, mark):
+                    return plan
+                continue
             save = Save(partition, standing, watermark.to_bytes(), [], [])
             if (await self._store.save([save]))[0]:
                 return plan
@@ -93,6 +102,8 @@ class Rebuild:
         return None
 
     async def _plan(self, partition: int) -> tuple[TakenBack, bytes, Watermark] | None:
+        log_id = await self._logs.topic_id(self._topic) or NO_ID
+        scores_log_id = await self._logs.topic_id(self._scores_topic) or NO_ID
         bounds = await self._logs.bounds(self._topic, partition)
         scores = await self._logs.bounds(self._scores_topic, partition)
         (loaded,) = await self._store.load([Load(partition, [])])
@@ -100,12 +111,26 @@ class Rebuild:
             return None
         standing = read_watermark(self._topic, partition, loaded.watermark)
         bounds_end = max(bounds.end, (await self._logs.bounds(self._topic, partition)).end)
-        # A log that ends before the watermark is another one, and the scores are not of it.
-        is_other_log = standing.next_offset > bounds_end
-        first_score = scores.end if is_other_log else scores.begin
+        # A log that ends before the watermark is another one, whatever its id, or lost its end;
+        # scores before now are not of what comes in it.
+        is_new_log = is_other(standing.log_id, log_id) or standing.next_offset > bounds_end
+        is_same_topic = not is_other(standing.scores_log_id, scores_log_id)
+        scores_begin = standing.scores_begin if is_same_topic else 0
+        if is_new_log:
+            scores_begin = scores.end
         end = max(bounds.begin, min(standing.next_offset, bounds_end))
-        mark = Watermark(self._partitions, bounds.begin, first_score, secrets.randbits(64))
-        return TakenBack(partition, bounds.begin, end), loaded.watermark, mark
+        mark = Watermark(
+            self._partitions,
+            bounds.begin,
+            max(scores.begin, scores_begin),
+            secrets.randbits(64),
+            log_id,
+            scores_log_id,
+            scores_begin,
+            max(standing.stale_to, standing.next_offset) if is_new_log else standing.stale_to,
+        )
+        plan = TakenBack(partition, bounds.begin, bounds_end if is_new_log else end, is_new_log)
+        return plan, loaded.watermark, mark
 
 
 async def rebuild_lines(
@@ -115,18 +140,21 @@ async def rebuild_lines(
     dry_run: bool,
     wait: bool,
     console: Console,
+    new_log: bool = False,
 ) -> list[str]:
     """What `recur state rebuild` prints, when it is done.
 
     Args:
         partitions: those to rebuild; None for all.
+        new_log: only those whose topic was deleted and made again, labels among them.
 
     Raises:
         RecurError: it cannot be done; the message says why.
     """
     model = load_checkpoint(settings).digest
     topic = settings.topic("transactions")
-    count = (await ensure_topics(settings))["transactions"]
+    counts = await ensure_topics(settings)
+    count = counts["transactions"]
     wrong = [p for p in partitions or () if not 0 <= p < count]
     if wrong:
         raise SettingsError(f"{topic} has the partitions 0 to {count - 1}, and no {wrong[0]}")
@@ -137,9 +165,16 @@ async def rebuild_lines(
         rebuild = Rebuild(topic, settings.topic("scores"), count, store, logs)
         await _check_counts(store, topic, count, partitions)
         wanted = list(range(count)) if partitions is None else list(partitions)
+        labels: list[int] = []
+        if new_log:
+            plans = [await rebuild.look(p) for p in wanted]
+            wanted = [plan.partition for plan in plans if plan is not None and plan.is_new_log]
+            labels = await begin_labels(settings, logs, counts["labels"], dry_run=dry_run)
         act = rebuild.look if dry_run else rebuild.take_back
+        before = await _states(settings, model, wanted, False) if new_log else {}
         taken = [item for p in wanted if (item := await act(p)) is not None]
         stood = await _states(settings, model, [item.partition for item in taken], not dry_run)
+        stood |= before
         workers = await group_members(settings)
         if not dry_run:  # a worker looks at a partition when a record of it comes
             await send_instruction(settings, LOOK, wanted)
@@ -154,7 +189,38 @@ async def rebuild_lines(
     finally:
         await logs.stop()
         await store.close()
+    if new_log:
+        return list(_describe_new_log(settings, taken, stood, labels, dry_run, bool(workers)))
     return list(_describe(topic, taken, stood, dry_run, workers, done))
+
+
+async def begin_labels(
+    settings: Settings, logs: KafkaScoreLog, partitions: int, *, dry_run: bool
+) -> list[int]:
+    """Have the labels topic booked from its begin where it is another than the one booked.
+
+    Returns:
+        the partitions of which that is so.
+
+    Raises:
+        StoreUnavailableError, LogUnavailableError: ask again.
+    """
+    topic = settings.topic("labels")
+    log_id = await logs.topic_id(topic) or NO_ID
+    ends = await logs.ends(topic, list(range(partitions)))
+    store = RedisMerchantStore.from_settings(settings)
+    begun = []
+    try:
+        for partition in range(partitions):
+            known = await store.labels_log(partition, None) or NO_ID
+            is_past = await store.booked_to(partition) > ends[partition]
+            if is_past or is_other(known, log_id):
+                begun.append(partition)
+                if not dry_run:
+                    await store.begin_labels_log(partition, log_id)
+    finally:
+        await store.close()
+    return begun
 
 
 async def _check_counts(
@@ -187,6 +253,33 @@ async def _states(
     return found
 
 
+def _describe_new_log(
+    settings: Settings,
+    taken: Sequence[TakenBack],
+    stood: dict[int, int],
+    labels: Sequence[int],
+    dry_run: bool,
+    workers: bool,
+) -> Iterator[str]:
+    topic = settings.topic("transactions")
+    for item in taken:
+        yield (
+            f"{topic}-{item.partition}: {stood[item.partition]:,} states of the log before"
+            f" {'would go' if dry_run else 'are gone'}, {item.end - item.begin:,} records from"
+            f" offset {item.begin} on"
+        )
+    for partition in labels:
+        yield f"{settings.topic('labels')}-{partition}: labels are booked from the log's begin"
+    if not taken and not labels:
+        yield f"{topic}: the states are of the log that is there; nothing to begin"
+    elif dry_run:
+        yield "would be begun; nothing is done"
+    elif workers:
+        yield "the workers compute the states from the new log now"
+    else:
+        yield "no worker runs: the states are computed from the new log when one starts"
+
+
 def _describe(
     topic: str,
     taken: Sequence[TakenBack],
@@ -199,7 +292,7 @@ def _describe(
         records = f"{item.end - item.begin:,} records from offset {item.begin} on"
         states = f"{stood[item.partition]:,} states"
         yield f"{topic}-{item.partition}: {records}, {states}"
-        if item.begin > 0:
+        if item.begin > 0 and not item.is_new_log:
             yield (
                 "  retention has deleted what is before: accounts whose history began there keep"
                 " only what the log still has; one that is not in the log keeps its state"

@@ -218,6 +218,7 @@ class RecomputedPartition:
         scorer: the model.
         choice: the accounts that are computed; None: all.
         open_reader: of the log; None: at the broker that the settings name.
+        scores_begin: offset in the scores partition before which all is of another log.
 
     Attributes:
         begin: the first offset from which the log is whole: its transactions are there, and their
@@ -235,6 +236,7 @@ class RecomputedPartition:
         partition: int,
         choice: Choice | None = None,
         open_reader: OpenReader | None = None,
+        scores_begin: int = 0,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
@@ -243,7 +245,7 @@ class RecomputedPartition:
         wants = None if self._takes is None or choice is None else choice.wants
         open_reader = open_reader or kafka_readers(settings)
         self._records = open_reader(settings.topic("transactions"), partition, 0)
-        self._scores = ScoresInStep(settings, partition, wants, open_reader)
+        self._scores = ScoresInStep(settings, partition, wants, open_reader, scores_begin)
         self.begin = self.next_offset = self.end = 0
 
     async def __aenter__(self) -> RecomputedPartition:

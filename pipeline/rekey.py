@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +24,7 @@ from rich.console import Console
 from pipeline.account_state import StateCodec, Watermark
 from pipeline.errors import RecurError
 from pipeline.key_scan import KeyScan
+from pipeline.log_ids import NO_ID, is_other, other_log
 from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
@@ -32,7 +33,7 @@ from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 from pipeline.state_store import Load, RedisStateStore, Save
-from pipeline.topics import add_partitions, group_members, partition_count
+from pipeline.topics import add_partitions, group_members, partition_count, topic_ids
 
 READ_MOST = 8_192
 
@@ -124,6 +125,10 @@ class Rekey:
             partition: read_watermark(self._topic, partition, value)
             for partition, value in (await self._store.watermarks(after)).items()
         }
+        log_id = (await topic_ids(self._settings)).get(self._topic, NO_ID)
+        for mark in marks.values():
+            if is_other(mark.log_id, log_id):
+                raise other_log(self._topic, mark.log_id, log_id)
         counts = {mark.partitions for mark in marks.values()} - {after}
         if not counts:
             return None
@@ -263,11 +268,12 @@ class Rekey:
                 (loaded,) = await self._store.load([Load(partition, [])])
                 mark = marks.get(partition)
                 if mark is not None:
-                    place = mark.next_offset, mark.scores_offset
+                    new_mark = replace(mark, partitions=after, writer=secrets.randbits(64))
                 else:
                     scores = await logs.bounds(self._scores_topic, partition)
-                    place = (await logs.bounds(self._topic, partition)).begin, scores.begin
-                new = Watermark(after, *place, secrets.randbits(64)).to_bytes()
+                    begin = (await logs.bounds(self._topic, partition)).begin
+                    new_mark = Watermark(after, begin, scores.begin, secrets.randbits(64))
+                new = new_mark.to_bytes()
                 if not (await self._store.save([Save(partition, loaded.watermark, new, [], [])]))[
                     0
                 ]:

@@ -7,8 +7,8 @@ the transactions, and keeps what was said: a redelivered transaction has one sco
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError
 
 from pipeline.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
+from pipeline.topic_ids import ask_ids
 
 READ_TIMEOUT_SECONDS = 5.0
 """Reading published scores may come no further for this long."""
@@ -42,10 +43,32 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Kept:
-    """A published score: its record's bytes, and what recovery needs of it."""
+    """A published score: its record's bytes, and what recovery needs of it.
+
+    Attributes:
+        is_recent: it came while its reader worked on the partition, and so is of the same log.
+        others: later ones of other transactions, which had its offset in another log.
+    """
 
     value: bytes
     score: PublishedScore
+    is_recent: bool = False
+    others: tuple[Kept, ...] = ()
+
+    def of(self, transaction_id: str) -> Kept | None:
+        """The one that is of this transaction."""
+        for kept in (self, *self.others):
+            if kept.is_recent or kept.score.transaction_id in (None, transaction_id):
+                return kept
+        return None
+
+    def and_then(self, later: Kept) -> Kept:
+        """With one that was published later."""
+        found = self
+        for other in (later, *later.others):
+            if found.of(other.score.transaction_id or "") is None:
+                found = replace(found, others=(*found.others, replace(other, others=())))
+        return found
 
     def merchant_raw(self) -> tuple[float, ...] | None:
         """The merchant's features that it was computed from, if it records them all."""
@@ -60,6 +83,13 @@ class ScoreLog(Protocol):
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
         """Where a partition's log begins and ends now.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+
+    async def topic_id(self, topic: str) -> bytes | None:
+        """A topic's id now; None where there is no such topic.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -97,6 +127,7 @@ class KafkaScoreLog:
             "auto_offset_reset": "earliest",
         }
         self._consumer: AIOKafkaConsumer | None = None
+        self._of_all: AIOKafkaConsumer | None = None
         self._one_at_a_time = asyncio.Lock()
 
     async def start(self) -> None:
@@ -108,6 +139,8 @@ class KafkaScoreLog:
         """Disconnect."""
         if self._consumer is not None:
             await self._consumer.stop()
+        if self._of_all is not None:
+            await self._of_all.stop()
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
         """See :class:`ScoreLog`."""
@@ -120,6 +153,22 @@ class KafkaScoreLog:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
         return Bounds(begin[place], end[place])
 
+    async def topic_id(self, topic: str) -> bytes | None:
+        """See :class:`ScoreLog`."""
+        return (await self.topic_ids([topic])).get(topic)
+
+    async def topic_ids(self, topics: Sequence[str]) -> dict[str, bytes]:
+        """Ids of those of the topics that there are.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        assert self._consumer is not None
+        try:
+            return await ask_ids(self._consumer._client, topics)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+
     async def ends(self, topic: str, partitions: list[int]) -> dict[int, int]:
         """The next offset of each partition.
 
@@ -130,6 +179,29 @@ class KafkaScoreLog:
         try:
             assert self._consumer is not None
             ends = await self._consumer.end_offsets(places)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
+        return {place.partition: end for place, end in ends.items()}
+
+    async def high_watermarks(self, topic: str, partitions: list[int]) -> dict[int, int]:
+        """Where each partition ends, with what an open transaction holds back.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
+        places = [TopicPartition(topic, partition) for partition in partitions]
+        try:
+            if self._of_all is None:  # a client is of one isolation level
+                consumer = AIOKafkaConsumer(
+                    **self._options | {"isolation_level": "read_uncommitted"}
+                )
+                try:
+                    await consumer.start()
+                except BaseException:
+                    await consumer.stop()
+                    raise
+                self._of_all = consumer
+            ends = await self._of_all.end_offsets(places)
         except (KafkaError, OSError) as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
         return {place.partition: end for place, end in ends.items()}
@@ -174,7 +246,9 @@ class KafkaScoreLog:
                 published = read_score(record.value, source_prefix)
                 if published is not None:
                     source, score = published
-                    kept.setdefault(source, score)
+                    first = kept.setdefault(source, score)
+                    if first is not score:
+                        kept[source] = first.and_then(score)
             return bool(kept) and max(kept) >= until_source
 
         position = await self._scan(TopicPartition(self._topic, partition), start, end, take)

@@ -51,6 +51,7 @@ class ScoresInStep:
         settings: name the topics.
         wants: whether the scores of the account with this key are looked at; None: all are.
         open_reader: of the log.
+        begin: scores before this offset are of another log.
 
     Attributes:
         again: further scores of sources, in the order of the topic.
@@ -63,13 +64,15 @@ class ScoresInStep:
         partition: int,
         wants: Callable[[bytes], bool] | None,
         open_reader: OpenReader,
+        begin: int = 0,
     ) -> None:
         self.again: list[Again] = []
         self.strangers = 0
         self._open = partial(open_reader, settings.topic("scores"), partition)
         self._prefix = f"{settings.topic('transactions')}:{partition}:"
         self._wants = wants
-        self._reader = self._open(0)
+        self._first_offset = begin
+        self._reader = self._open(begin)
         self._end = 0
         self._begin = 0
         self._said = np.empty(0, np.float32)  # by source, from _begin on; NaN: none yet
@@ -91,11 +94,11 @@ class ScoresInStep:
         """Read up to where the topic ends now.
 
         Returns:
-            the first offset that is still there.
+            the first offset that is still there; 0 where none of this log's scores is gone.
         """
         bounds = await self._reader.bounds()
         self._end = bounds.end
-        return bounds.begin
+        return bounds.begin if bounds.begin > self._first_offset else 0
 
     def see_sources(self, begin: int, end: int) -> None:
         """Scores of transactions in [begin, end) count: the log has no others."""
@@ -110,7 +113,7 @@ class ScoresInStep:
         """
         least: int | None = None
         seen = 0
-        async with self._open(0) as reader:
+        async with self._open(self._first_offset) as reader:
             while seen < LOOKAHEAD and (records := await reader.read(self._end, READ_MOST)):
                 seen += len(records)
                 for record in records:

@@ -159,6 +159,17 @@ class Settings(BaseSettings):
     log_retention_days: float = Field(
         30.0, gt=0, le=36_500, description="retention of topics that Recur creates, days"
     )
+    on_new_log: Literal["stop", "begin"] = Field(
+        "stop",
+        description="where a topic was deleted and made again: stop, or begin its states from it",
+    )
+    topic_missing_seconds: float = Field(
+        60.0,
+        ge=1,
+        le=86_400,
+        description="a topic that is deleted while workers run is waited for, then they end,"
+        " seconds",
+    )
 
     # Redis
     redis_url: str = Field(

@@ -16,6 +16,7 @@ from model.features import FeatureSpec
 from pipeline.codec import names_in
 from pipeline.errors import StartupError
 from pipeline.further_fields import ALWAYS_THERE
+from pipeline.log_ids import NO_ID, is_other, other_log
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.message_limits import MessageLimits
 from pipeline.ownership import check_watermark, read_watermark
@@ -25,7 +26,7 @@ from pipeline.rights import check_rights
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings, redis_address
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
-from pipeline.topics import ensure_topics
+from pipeline.topics import check_retention, ensure_topics
 
 RETRY_SECONDS = 0.2
 
@@ -66,6 +67,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
     await check_rights(settings)
+    await check_retention(settings)
     await MessageLimits(settings).read()
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     merchant_store = RedisMerchantStore.from_settings(settings)
@@ -157,12 +159,15 @@ async def _check_watermarks(
     topic = settings.topic("transactions")
     try:
         marks = await store.watermarks(partitions)
+        log_id = await score_log.topic_id(topic) or NO_ID
         ends = await score_log.ends(topic, list(range(partitions)))
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise StartupError(f"cannot compare the states with the log: {error}") from error
     for partition, value in marks.items():
         mark = read_watermark(topic, partition, value)
-        check_watermark(topic, partition, mark, partitions, ends[partition])
+        if settings.on_new_log == "begin" and is_other(mark.log_id, log_id):
+            continue  # whoever takes the partition begins it
+        check_watermark(topic, partition, mark, partitions, ends[partition], log_id)
 
 
 async def _check_labels(
@@ -171,17 +176,23 @@ async def _check_labels(
     """No labels are booked past the end of their log: those to come would count as booked."""
     topic = settings.topic("labels")
     try:
+        log_id = await score_log.topic_id(topic) or NO_ID
         ends = await score_log.ends(topic, list(range(partitions)))
         booked = {partition: await store.booked_to(partition) for partition in ends}
+        named = {partition: await store.labels_log(partition, None) for partition in ends}
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise StartupError(f"cannot compare the booked labels with the log: {error}") from error
     for partition, end in ends.items():
+        known = named[partition] or NO_ID
+        if is_other(known, log_id):
+            if settings.on_new_log == "begin":
+                continue  # whoever takes the partition begins it
+            raise other_log(topic, known, log_id, "booked labels")
         if booked[partition] > end:
             raise StartupError(
                 f"labels in Redis are booked past the end of {topic}-{partition} (offset "
                 f"{booked[partition]}, the log ends at {end}): the topic was recreated or "
-                "truncated. Set RECUR_LABELS_TOPIC to a new topic, or RECUR_KEY_PREFIX to a new "
-                "prefix to begin anew"
+                "truncated. Run `recur state rebuild --new-log` to book its labels from its begin"
             )
 
 

@@ -89,24 +89,35 @@ def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> Non
 @click.option("--partition", "partitions", type=int, multiple=True, help="One or more.")
 @click.option("--all", "everything", is_flag=True, help="All partitions.")
 @click.option("--merchants", is_flag=True, help="The merchants' profiles.")
+@click.option(
+    "--new-log", is_flag=True, help="What is of a topic that was deleted and made again since."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the workers are through.")
 def rebuild(
-    partitions: tuple[int, ...], everything: bool, merchants: bool, dry_run: bool, no_wait: bool
+    partitions: tuple[int, ...],
+    everything: bool,
+    merchants: bool,
+    new_log: bool,
+    dry_run: bool,
+    no_wait: bool,
 ) -> None:
     """Have the workers compute states again from the log, as far back as it reaches.
 
     Workers may run: they keep the scores that were published, and score what comes as soon as
     they are through the log. Without workers it is done when one starts. With --merchants this
-    command counts what scores and labels say, and corrects the profiles that differ.
+    command counts what scores and labels say, and corrects the profiles that differ. With --new-log
+    states of a topic that was deleted and made again go, and begin from the one that is there.
     """
     import asyncio
 
     from pipeline.rebuild import rebuild_lines
     from pipeline.rebuild_merchants import rebuild_merchants_lines
 
-    if bool(partitions) + everything + merchants != 1:
-        raise SettingsError("recur state rebuild takes --partition N, --all or --merchants")
+    if bool(partitions) + everything + merchants + new_log != 1:
+        raise SettingsError(
+            "recur state rebuild takes --partition N, --all or --merchants, or --new-log"
+        )
     if merchants:
         told = rebuild_merchants_lines(load_settings(), dry_run=dry_run, console=_console())
         for line in asyncio.run(told):
@@ -119,6 +130,7 @@ def rebuild(
             dry_run=dry_run,
             wait=not no_wait,
             console=_console(),
+            new_log=new_log,
         )
     )
     for line in lines:

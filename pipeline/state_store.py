@@ -101,6 +101,13 @@ class StateStore(Protocol):
             StoreUnavailableError: nothing can be said; ask again with the same requests.
         """
 
+    def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
+        """Partition and account id of every state that there is, of one partition or of all.
+
+        Raises:
+            StoreUnavailableError: nothing can be said; ask again.
+        """
+
     async def ping(self) -> None:
         """Return if the store answers.
 
@@ -215,7 +222,7 @@ class RedisStateStore:
             if reply.watermark is not None
         }
 
-    async def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+    async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
         """Partition and account id of every state that there is, some at a time.
 
         A state that is written meanwhile may be among them or not.
@@ -224,7 +231,7 @@ class RedisStateStore:
             StoreUnavailableError: it does not answer.
             StoreForbiddenError: Redis does not allow its user to list keys.
         """
-        async for keys in self._calls.scan(self._keys.accounts_pattern()):
+        async for keys in self._calls.scan(self._keys.accounts_pattern(partition)):
             yield [place for key in keys if (place := self._keys.account_of(key)) is not None]
 
     async def close(self) -> None:

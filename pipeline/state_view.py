@@ -28,6 +28,7 @@ from pipeline.account_view import (
 )
 from pipeline.errors import RecurError
 from pipeline.keys import Keys
+from pipeline.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
@@ -35,6 +36,7 @@ from pipeline.recompute import RecomputedPartition
 from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
+from pipeline.topics import topic_ids
 
 _DAY_MS = 86_400_000
 
@@ -51,6 +53,7 @@ async def shown_lines(settings: Settings, account_id: str) -> list[str]:
     keys = Keys(settings.key_prefix, checkpoint.digest, topic)
     async with KafkaLogReader(settings, topic, view.partition) as reader:
         log_end = (await reader.bounds()).end
+    log_id = (await topic_ids(settings)).get(topic, NO_ID)
     (key,) = keys.accounts(view.partition, [account_id])
     rows = [
         ("partition", f"{view.partition}{note_on_partition(view)}"),
@@ -58,7 +61,10 @@ async def shown_lines(settings: Settings, account_id: str) -> list[str]:
         ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
         *history_rows(view.state, checkpoint.header.currency),
         ("age", _age(view.state, settings.state_ttl_days)),
-        ("partition's watermark", _watermark(topic, view.partition, view.watermark, log_end)),
+        (
+            "partition's watermark",
+            _watermark(topic, view.partition, view.watermark, log_end, log_id),
+        ),
     ]
     return [f"account {account_id}", *table(rows)]
 
@@ -70,10 +76,15 @@ def _age(state: AccountStates, ttl_days: float) -> str:
     return f"{days:.1f} days of the {ttl_days:g} after which it starts anew"
 
 
-def _watermark(topic: str, partition: int, value: bytes | None, log_end: int) -> str:
+def _watermark(topic: str, partition: int, value: bytes | None, log_end: int, log_id: bytes) -> str:
     if value is None:
         return "none: workers compute this partition's states from its log again"
     mark = read_watermark(topic, partition, value)
+    if is_other(mark.log_id, log_id):
+        return (
+            f"offset {mark.next_offset} of another {topic} (topic id {shown(mark.log_id)}, now"
+            f" {shown(log_id)}): run `recur state rebuild --new-log`"
+        )
     waiting = max(0, log_end - mark.next_offset)
     return f"offset {mark.next_offset}, {waiting:,} records before the log's end"
 
@@ -118,8 +129,13 @@ async def state_at(
             f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_KEY_PREFIX and "
             "RECUR_REDIS_URL are the workers'"
         )
+    log_id = (await topic_ids(settings)).get(topic, NO_ID)
+    if is_other(mark.log_id, log_id):
+        raise other_log(topic, mark.log_id, log_id)
     scorer = scorer_of(settings, checkpoint)
-    async with RecomputedPartition(settings, scorer, place.partition, One(account_id)) as log:
+    async with RecomputedPartition(
+        settings, scorer, place.partition, One(account_id), scores_begin=mark.scores_begin
+    ) as log:
         later = await log.first_at(time_ms + 1)
         wanted = log.end if later is None else later
         until = min(wanted, mark.next_offset)

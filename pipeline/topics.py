@@ -6,9 +6,10 @@ A worker, the demo and a replay all call :func:`ensure_topics` first; several ma
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,12 +22,30 @@ from aiokafka.conn import collect_hosts, create_conn
 from pipeline.errors import StartupError
 from pipeline.logs import quiet
 from pipeline.settings import Settings
+from pipeline.topic_ids import ask_ids
+
+log = logging.getLogger(__name__)
 
 TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
 ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
 
 RETRY_SECONDS = 0.25
 """Between two attempts while the broker is away or a new topic is not visible yet."""
+
+LOGS: Mapping[TopicRole, str] = {
+    "transactions": "accounts' states",
+    "scores": "states and merchants' features",
+    "labels": "merchants' known frauds",
+}
+"""What is computed from each topic; none of them may be compacted."""
+
+SHORT_LOGS: Mapping[TopicRole, str] = {
+    "transactions": "after a loss of Redis's data, or in a rebuild, accounts come back with only"
+    " what the topic still has, and older history is gone",
+    "scores": "a rebuild lacks the merchants' features that older transactions were scored with,"
+    " and states come out different",
+}
+"""What cannot be done again where a topic is kept for less than states live."""
 
 REFUSAL_SECONDS = 5.0
 """So long a broker may take to say why it refuses us."""
@@ -85,6 +104,17 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
         return (await _partition_counts(admin)).get(topic)
 
 
+async def topic_ids(settings: Settings) -> dict[str, bytes]:
+    """Ids of the transactions, scores and labels topics, by full name, as far as there are any.
+
+    Raises:
+        StartupError: the broker does not answer.
+    """
+    roles: tuple[TopicRole, ...] = ("transactions", "scores", "labels")
+    async with admin_client(settings) as admin:
+        return await ask_ids(admin._client, [settings.topic(role) for role in roles])
+
+
 @dataclass(frozen=True)
 class Retention:
     """How long a topic keeps a record.
@@ -113,8 +143,22 @@ async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
     Raises:
         StartupError: the broker does not answer.
     """
+    return {
+        role: None
+        if values is None
+        else Retention(
+            "delete" in values["cleanup.policy"],
+            int(values["retention.ms"]),
+            int(values["segment.ms"]),
+        )
+        for role, values in (await _configurations(settings)).items()
+    }
+
+
+async def _configurations(settings: Settings) -> dict[TopicRole, dict[str, str] | None]:
+    """Of the topics that there are; None where the broker does not say."""
     deadline = time.monotonic() + settings.startup_timeout_seconds
-    found: dict[TopicRole, Retention | None] = {}
+    found: dict[TopicRole, dict[str, str] | None] = {}
     async with admin_client(settings, deadline) as admin:
         counts = await _partition_counts(admin)
         for role in ROLES:
@@ -123,14 +167,7 @@ async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
                 continue
             asked = [ConfigResource(ConfigResourceType.TOPIC, name)]
             ((error, _, _, _, entries),) = (await admin.describe_configs(asked))[0].resources
-            values = {entry[0]: entry[1] for entry in entries}
-            found[role] = None
-            if not error:
-                found[role] = Retention(
-                    "delete" in values["cleanup.policy"],
-                    int(values["retention.ms"]),
-                    int(values["segment.ms"]),
-                )
+            found[role] = None if error else {entry[0]: entry[1] for entry in entries}
     return found
 
 
@@ -151,6 +188,56 @@ async def batch_limits(settings: Settings, roles: Iterable[TopicRole]) -> dict[T
             if limits and not error:
                 found[role] = min(limits)
     return found
+
+
+async def check_retention(settings: Settings) -> None:
+    """No log that states are computed from is compacted, and each is kept long enough.
+
+    Raises:
+        StartupError: a topic is compacted; the message names the policy and what to do.
+    """
+    configurations = await _configurations(settings)
+    for role in LOGS:
+        values = configurations.get(role)
+        if values is not None and "compact" in values["cleanup.policy"]:
+            raise StartupError(_compacted(settings, role, values["cleanup.policy"]))
+    unknown = [settings.topic(role) for role in LOGS if configurations.get(role) is None]
+    if unknown:
+        log.info(
+            "the broker does not tell whether these topics are compacted, or how long they are"
+            " kept: allow this user DescribeConfigs on them",
+            extra={"topics": unknown},
+        )
+    letters = configurations.get("dead_letter")
+    if letters is not None and "compact" in letters["cleanup.policy"]:
+        log.warning(
+            "the dead-letter topic is compacted: of several letters with one key only the last"
+            " stays",
+            extra={"topic": settings.topic("dead_letter")},
+        )
+    for role, what in SHORT_LOGS.items():
+        values = configurations.get(role)
+        ttl_ms = settings.state_ttl_days * _MS_PER_DAY
+        if values is not None and 0 <= int(values["retention.ms"]) < ttl_ms:
+            log.warning(
+                f"the topic is kept for less than states live: {what}; raise its retention.ms, or"
+                " lower RECUR_STATE_TTL_DAYS",
+                extra={
+                    "topic": settings.topic(role),
+                    "retention_days": round(int(values["retention.ms"]) / _MS_PER_DAY, 2),
+                    "state_ttl_days": settings.state_ttl_days,
+                },
+            )
+
+
+def _compacted(settings: Settings, role: TopicRole, policy: str) -> str:
+    topic = settings.topic(role)
+    return (
+        f"topic {topic} has cleanup.policy {policy}: compaction deletes all but the last record of"
+        f" a key, and with it the log that {LOGS[role]} are computed from. Run kafka-configs.sh"
+        f" --bootstrap-server {settings.kafka_bootstrap} --alter --entity-type topics"
+        f" --entity-name {topic} --add-config cleanup.policy=delete, and start again"
+    )
 
 
 async def add_partitions(settings: Settings, topic: str, total: int) -> None:

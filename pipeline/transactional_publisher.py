@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -28,8 +28,9 @@ from aiokafka.errors import (
     ProducerFenced,
 )
 
+from pipeline.errors import RecurError
 from pipeline.message_limits import MessageLimits
-from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said
+from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said, is_refusal
 from pipeline.score_log import LogUnavailableError
 from pipeline.settings import Settings
 
@@ -63,6 +64,10 @@ class FencedError(Exception):
     """Somebody has taken the partition: what was sent is not committed."""
 
 
+class LetterRefusedError(Exception):
+    """The broker refuses a dead letter for what it is; the transaction is aborted."""
+
+
 class PartitionPublisher(KafkaPublisher):
     """The one producer of an input partition.
 
@@ -70,14 +75,20 @@ class PartitionPublisher(KafkaPublisher):
         settings: names topics, group and broker.
         partition: the input partition.
         limits: of its topics' batches, read already; None to read them at the start.
+        on_lost_letters: called with how many dead letters the broker refuses.
     """
 
     def __init__(
-        self, settings: Settings, partition: int, limits: MessageLimits | None = None
+        self,
+        settings: Settings,
+        partition: int,
+        limits: MessageLimits | None = None,
+        on_lost_letters: Callable[[int], None] = lambda count: None,
     ) -> None:
         super().__init__(
             settings,
             limits,
+            on_lost_letters=on_lost_letters,
             transactional_id=transactional_id(settings, partition),
             transaction_timeout_ms=round(TRANSACTION_TIMEOUT_SECONDS * 1000),
             retry_backoff_ms=RETRY_BACKOFF_MS,
@@ -87,16 +98,24 @@ class PartitionPublisher(KafkaPublisher):
         self._group = settings.kafka_group
         self._at_work = asyncio.Lock()
 
-    async def commit(self, said: Said) -> Appended | None:
+    async def commit(self, said: Said, *, letters_apart: bool = False) -> Appended | None:
         """One transaction: publish all, commit the offset; where the scores went.
+
+        Args:
+            letters_apart: send dead letters before the transaction and not in it. One that the
+                broker refuses is lost and counted; one may be there twice after a failure.
 
         Raises:
             FencedError: nothing of it is committed.
             BatchTooLargeError: the same; a producer of smaller batches may do it.
+            LetterRefusedError: the same; letters that are sent apart may do it.
             PublishError: it cannot be done, or nobody knows whether it is done.
         """
         async with self._at_work:
             try:
+                if letters_apart and said.rejected:
+                    await self.send_letters_apart(said.rejected)
+                    said = said._replace(rejected=())
                 return await self._commit_or_abort(said)
             except (KafkaError, IllegalOperation) as error:
                 if _is_fenced(error):
@@ -109,7 +128,7 @@ class PartitionPublisher(KafkaPublisher):
     async def _commit_or_abort(self, said: Said) -> Appended | None:
         try:
             return await self._commit(said)
-        except BatchTooLargeError:
+        except (BatchTooLargeError, LetterRefusedError):
             assert self._producer is not None
             await self._producer.abort_transaction()
             raise
@@ -128,6 +147,9 @@ class PartitionPublisher(KafkaPublisher):
         )
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
+            if isinstance(results[2], BaseException) and is_refusal(results[2]):
+                if not any(map(_is_fenced, errors)):
+                    raise LetterRefusedError from results[2]
             raise next(filter(_is_fenced, errors), errors[0])
         await producer.commit_transaction()
         where: Appended | None = results[0].get(self._partition)
@@ -155,18 +177,29 @@ class TransactionalPublisher:
     Args:
         settings: names topics, group and broker.
         limits: of its topics' batches, read before the first take; None: not known.
+        on_lost_letters: called with how many dead letters the broker refuses.
     """
 
-    def __init__(self, settings: Settings, limits: MessageLimits | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        limits: MessageLimits | None = None,
+        on_lost_letters: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._settings = settings
         self._limits = limits or MessageLimits(settings)
+        self._on_lost_letters = on_lost_letters
+        # Once the broker has refused a letter: it would be refused again, with its transaction.
+        self._letters_apart = False
         self._tenures = count(1)
         self._publishers: dict[int, tuple[int, PartitionPublisher]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def take(self, partition: int) -> int:
         """See :class:`pipeline.publisher.Transactions`."""
-        publisher = PartitionPublisher(self._settings, partition, self._limits)
+        publisher = PartitionPublisher(
+            self._settings, partition, self._limits, self._on_lost_letters
+        )
         try:
             await publisher.start()
         except (KafkaError, OSError) as error:
@@ -208,17 +241,21 @@ class TransactionalPublisher:
             if publisher is None or tenure != said[partition].tenure:
                 return  # taken since, by this worker itself
             try:
-                committed[partition] = await publisher.commit(said[partition])
+                committed[partition] = await publisher.commit(
+                    said[partition], letters_apart=self._letters_apart
+                )
                 return
             except FencedError:
                 log.warning(
                     "another worker has taken the partition; nothing was published",
                     extra={"partition": partition},
                 )
+            # Another producer could not tell whether somebody takes the partition meanwhile: take
+            # it again, by way of the group.
+            except LetterRefusedError:
+                self._letters_apart = True
             except BatchTooLargeError:
-                # Another producer could not tell whether somebody takes the partition meanwhile:
-                # take it again, by way of the group.
-                await self._limits.learn(publisher.batch_bytes)
+                await self._learn(publisher.batch_bytes, said[partition])
             if self._publishers.get(partition) == (tenure, publisher):
                 self.release([partition])
 
@@ -227,6 +264,19 @@ class TransactionalPublisher:
         else:
             await asyncio.gather(*map(commit_one, said))
         return committed
+
+    async def _learn(self, refused_bytes: int, said: Said) -> None:
+        """A batch was refused as too large: find out what is taken now.
+
+        Raises:
+            RecurError: a topic takes less than a score or an alert may need.
+        """
+        try:
+            await self._limits.learn(refused_bytes)
+        except RecurError:
+            if self._letters_apart or not said.rejected:
+                raise
+            self._letters_apart = True  # it may be the dead-letter topic
 
 
 def transactional_id(settings: Settings, partition: int) -> str:

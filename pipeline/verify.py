@@ -25,6 +25,7 @@ from model.checkpoint import Checkpoint
 from pipeline.account_choice import Choice, Everyone, One, Sample
 from pipeline.account_state import Watermark
 from pipeline.errors import RecurError, StartupError
+from pipeline.log_ids import NO_ID
 from pipeline.log_reader import OpenReader, kafka_readers
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.progress_bar import Bar
@@ -36,7 +37,7 @@ from pipeline.settings import Settings
 from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
 from pipeline.state_store import Load, RedisStateStore, StateStore
-from pipeline.topics import partition_count
+from pipeline.topics import partition_count, topic_ids
 from pipeline.verification import Difference, Verification
 
 HIDDEN_TOLERANCE = 2e-3
@@ -120,6 +121,7 @@ async def verify(
         verifier = Verifier(
             settings, checkpoint, options, bar, store, partitions, kafka_readers(settings)
         )
+        verifier.log_id = (await topic_ids(settings)).get(settings.topic("transactions"), NO_ID)
         return await verifier.run()
     except StoreUnavailableError as error:
         raise RecurError(
@@ -162,7 +164,7 @@ class VerifiedStore(StateStore, Protocol):
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
         """Watermarks that there are, by partition."""
 
-    def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+    def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
         """Partition and account of every state that there is."""
 
 
@@ -175,6 +177,9 @@ class Verifier:
         store: account states.
         partitions: how many there are.
         open_reader: of the log.
+
+    Attributes:
+        log_id: the transactions topic's id; unknown unless it is set.
     """
 
     def __init__(
@@ -187,6 +192,7 @@ class Verifier:
         partitions: int,
         open_reader: OpenReader,
     ) -> None:
+        self.log_id = NO_ID
         self._settings = settings
         self._options = options
         self._bar = bar
@@ -241,7 +247,7 @@ class Verifier:
         for partition, mark in marks.items():
             async with self._open(self._topic, partition, 0) as reader:
                 bounds = await reader.bounds()
-            check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
+            check_watermark(self._topic, partition, mark, self._partitions, bounds.end, self.log_id)
             self._total += max(0, mark.next_offset - bounds.begin)
         return marks
 
@@ -262,7 +268,7 @@ class Verifier:
         choice = self._options.choice(partition, self._partitions)
         found = Verification()
         async with RecomputedPartition(
-            self._settings, self._scorer, partition, choice, self._open
+            self._settings, self._scorer, partition, choice, self._open, mark.scores_begin
         ) as log:
             until = mark.next_offset
             found.not_applied = max(0, log.end - max(until, log.begin))

@@ -579,6 +579,7 @@ class MemoryWorker:
             metrics=self.metrics,
             transactions=transactions,
             on_fenced=self.fenced.append,
+            on_new_log=settings.on_new_log,
         )
         self.ownership.assign(assigned)
         self.processor = Processor(

@@ -72,7 +72,7 @@ class StoreOfWorld:
             self._before_load()
         return await self._world.store.load(requests)
 
-    async def accounts(self) -> AsyncIterator[list[tuple[int, str]]]:
+    async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
         if not self.may_list:
             raise StoreForbiddenError
         yield list(self._world.store.states)

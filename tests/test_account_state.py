@@ -233,14 +233,15 @@ def test_a_watermark_survives_the_round_trip(
     partitions: int, next_offset: int, scores_offset: int, writer: int
 ) -> None:
     mark = Watermark(partitions, next_offset, scores_offset, writer)
+    other = Watermark(1, 2, 3, 4, bytes(range(16)), bytes(range(16, 32)), next_offset, 7)
 
     assert Watermark.from_bytes(mark.to_bytes()) == mark
+    assert Watermark.from_bytes(other.to_bytes()) == other
 
 
 @given(st.binary(max_size=64))
 def test_a_watermark_of_another_size_or_format_is_refused(value: bytes) -> None:
-    sound = Watermark(8, 1, 2, 3).to_bytes()
-    if len(value) == len(sound) and value[0] == sound[0]:
+    if len(value) == 32 and value[0] == 1:  # without ids, as an older version wrote it
         value = value[:-1]
 
     with pytest.raises(ValueError, match="unknown format"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from faults.catalogue import FAULTS
 from faults.fault import Fault, Row, Shared, run_fault
 from faults.load import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
 from faults.of_input import Undecodable
-from faults.of_kafka import BrokerKilled
+from faults.of_kafka import BrokerKilled, TopicMadeAgain
 from faults.of_redis import Eviction, RedisClusterFailover, RedisEmpty, require_loss
 from faults.of_workers import Sigkill, Zombie
 from faults.outcome import topic_records
 from faults.proxy import Proxy
 from faults.rig import Mark, NoEffectError, Rig
-from pipeline.account_state import StateCodec
+from pipeline.account_state import StateCodec, Watermark
 from pipeline.keys import Keys
+from pipeline.log_ids import NO_ID
 from pipeline.services import HOST, Kafka, Redis
-from pipeline.state_store import redis_client
+from pipeline.state_store import RedisStateStore, Save, redis_client
 from tests.memory_verify import NoBar
 
 SHORT_SCALE = 0.04
@@ -54,6 +56,7 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
         Sigkill(),
         Zombie(),
         BrokerKilled(),
+        TopicMadeAgain(),
         RedisEmpty(),
         RedisClusterFailover(),
         Eviction(),
@@ -70,6 +73,36 @@ def test_a_fault_loses_nothing_and_applies_nothing_twice(
     assert row.outcome is not None
     assert row.outcome.transactions > 2_000
     assert row.outcome.verification.right == row.outcome.verification.accounts > 1_000
+
+
+class MadeAgainUnnoticed(TopicMadeAgain):
+    """Workers that know no ids, as they once were: what they skip has to be seen."""
+
+    async def when_made_again(self, rig: Rig) -> None:
+        workers = len(rig.crew.members)
+        await rig.crew.stop()
+        store = RedisStateStore.from_settings(rig.settings, rig.checkpoint.digest)
+        try:
+            for partition, value in (await store.watermarks(rig.settings.partitions)).items():
+                mark = replace(Watermark.from_bytes(value), log_id=NO_ID, next_offset=20)
+                (stands,) = await store.save([Save(partition, value, mark.to_bytes(), [], [])])
+                assert stands
+        finally:
+            await store.close()
+        await rig.load.start(None, most=2_000)
+        await rig.load.stop()
+        await rig.crew.start(workers)
+
+
+def test_a_topic_made_again_that_nobody_notices_is_seen_by_what_is_lost(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first records of each partition are taken for applied ones."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for the logs that are kept
+    row = run_short(MadeAgainUnnoticed(), kafka, redis_server, workers=1)
+    assert row.outcome is not None
+    assert row.outcome.lost == 20 * SHORT["partitions"]
+    assert any("transactions lost" in complaint for complaint in row.complaints)
 
 
 class Tampered(Fault):

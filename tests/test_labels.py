@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from model.merchants import BUCKET_MS
+from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
 from pipeline.codec import REASONS, Label, decode_label, encode_label
-from pipeline.errors import RejectedError
+from pipeline.errors import RejectedError, StartupError
 from pipeline.health import Health
 from pipeline.labels import LabelProcessor
 from pipeline.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
@@ -467,3 +468,38 @@ def test_a_partition_taken_away_meanwhile_is_not_acked() -> None:
 
     assert poll.applied == {}
     assert worker.labels.assigned() == set()
+
+
+@pytest.mark.parametrize("count", [2, 10, 15], ids=["shorter", "as long", "longer"])
+@pytest.mark.parametrize("runs_on", [True, False])
+def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
+    count: int, runs_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never are they taken for those that were booked at their offsets."""
+    monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
+    for policy in ("stop", "begin"):
+        world = World(partitions=1, on_new_log=policy)
+        for i in range(10):
+            produce_label(world, f"t{i}")
+        before = LabelWorker(world)
+        before.run()
+        world.kafka.recreate(world.settings.topic("labels"))
+        for i in range(count):
+            produce_label(world, f"t{50 + i}")
+        worker = before if runs_on else LabelWorker(world)
+
+        def go_on(worker: LabelWorker) -> None:
+            worker.run()
+            finish(worker.labels.look())  # where no label shows it
+            worker.run()
+
+        if policy == "stop":
+            with pytest.raises(StartupError, match=r"booked labels .* another labels .*--new-log"):
+                go_on(worker)
+            assert known(world) == [f"t{i}" for i in range(10)]
+            continue
+        go_on(worker)
+        assert set(known(world)) == {*(f"t{i}" for i in range(10))} | {
+            f"t{50 + i}" for i in range(count)
+        }
+        assert finish(world.merchants.booked_to(0)) == count

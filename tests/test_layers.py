@@ -24,7 +24,7 @@ LAYERS = {
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
         pipeline.codec
         pipeline.decision pipeline.transaction_note pipeline.metrics pipeline.health
-        pipeline.account_state
+        pipeline.log_ids pipeline.account_state
         pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
         pipeline.ending pipeline.outages
     """,
@@ -34,10 +34,11 @@ LAYERS = {
         pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
         pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
         pipeline.group_errors pipeline.message_limits pipeline.bounded_batches
+        pipeline.topic_ids
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
-        pipeline.evictions
+        pipeline.evictions pipeline.log_watch
     """,
     "processor": """
         pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute

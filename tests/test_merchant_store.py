@@ -295,6 +295,28 @@ def test_nothing_is_booked_past_a_gap(backend: Backend) -> None:
     backend.run(go)
 
 
+def test_a_labels_log_that_begins_is_booked_from_its_begin_and_others_stay(
+    backend: Backend,
+) -> None:
+    one, other = bytes([1] * 16), bytes([2] * 16)
+
+    async def go(store: MerchantStore) -> None:
+        assert await store.labels_log(0, None) is None
+        assert await store.labels_log(0, one) == one
+        assert await store.labels_log(0, other) == one  # what is named stays
+        for partition in (0, 1):
+            await store.book(partition, [fraud(3, "M1", 1 + partition)], 0, 10)
+
+        await store.begin_labels_log(0, other)
+
+        assert await store.labels_log(0, one) == other
+        assert [await store.booked_to(partition) for partition in (0, 1)] == [0, 10]
+        assert len((await profile(store, "M1")).frauds) == 2
+        assert await store.book(0, [fraud(3, "M1", 9)], 0, 10) == Booked(["approve"])
+
+    backend.run(go)
+
+
 def test_more_labels_than_fit_a_call_are_booked_once_each(backend: Backend) -> None:
     labels = [fraud(2 * i, f"M{i % 3}", i) for i in range(900)]
 

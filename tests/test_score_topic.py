@@ -6,11 +6,14 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
 from pipeline.memory import (
@@ -527,6 +530,99 @@ def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None
             await broker.publisher.publish({}, [Outgoing(b"A1", b"x" * 2_000_000)], [])
 
     run(open_real(kafka), test)
+
+
+PROBE = b"p" * 5_000
+"""Is refused once a topic takes small records only."""
+
+
+def letter(key: bytes, size: int = 10) -> Outgoing:
+    """A dead letter of a record at offset 7."""
+    place = {"topic": b"transactions", "partition": b"0", "offset": b"7"}
+    return Outgoing(key, b"x" * size, tuple(place.items()))
+
+
+async def all_records(broker: Broker, role: TopicRole) -> list[Record]:
+    topic = broker.settings.topic(role)
+    return [r for p in range(PARTITIONS) for r in await broker.records(topic, p)]
+
+
+async def limit_letters(broker: Broker) -> None:
+    """The dead-letter topic takes small records only."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.settings.kafka_bootstrap)
+    await admin.start()
+    try:
+        configs = {"max.message.bytes": "1000"}
+        name = broker.settings.topic("dead_letter")
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, configs)])
+    finally:
+        await admin.close()
+    # The broker acts on it a moment later, in each partition.
+    producer = AIOKafkaProducer(bootstrap_servers=broker.settings.kafka_bootstrap)
+    await producer.start()
+    try:
+        for partition in range(PARTITIONS):
+            await until(partial(is_refused, producer, name, partition), "letters to be limited")
+    finally:
+        await producer.stop()
+
+
+async def is_refused(producer: AIOKafkaProducer, topic: str, partition: int) -> bool:
+    try:
+        await producer.send_and_wait(topic, PROBE, partition=partition)
+    except MessageSizeTooLargeError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
+    kafka: Kafka, caplog: pytest.LogCaptureFixture, transactional: bool
+) -> None:
+    """Its neighbours are taken, and so is what comes later: aiokafka's sequence is broken by it."""
+    sent = [letter(b"A"), letter(b"A", 5_000), letter(b"B"), letter(b"A", 5_000)]
+    later = [letter(b"A", 20), letter(b"B", 20)]
+
+    async def test(broker: Broker) -> None:
+        lost: list[int] = []
+        if transactional:
+            transactions = TransactionalPublisher(broker.settings, on_lost_letters=lost.append)
+            try:
+                await limit_letters(broker)
+                tenure = await transactions.take(0)
+                said = Said(scores(broker, 0, [0]), [], sent, 1, tenure)
+                assert not await transactions.commit({0: said})  # take it again
+                tenure = await transactions.take(0)
+                for i, letters in enumerate((sent, later)):
+                    said = Said(scores(broker, 0, [i]), [], letters, i + 1, tenure)
+                    assert await transactions.commit({0: said})
+            finally:
+                await transactions.stop()
+            assert await broker.committed() == {0: 2}
+        else:
+            publisher = KafkaPublisher(broker.settings, on_lost_letters=lost.append)
+            await publisher.start()
+            try:
+                await limit_letters(broker)
+                for i, letters in enumerate((sent, later)):
+                    await publisher.publish({0: scores(broker, 0, [i])}, [], letters)
+            finally:
+                await publisher.stop()
+        assert len(await all_records(broker, "scores")) == 2
+        found = [
+            (r.key, len(r.value or b""))
+            for r in await all_records(broker, "dead_letter")
+            if r.value != PROBE
+        ]
+        wanted = [(one.key, len(one.value or b"")) for one in (sent[0], sent[2], *later)]
+        assert sorted(set(found)) == sorted(wanted)  # one may be there twice
+        assert sum(lost) == 2
+
+    run(open_real(kafka), test)
+    told = [r for r in caplog.records if "refuses a dead letter" in r.message]
+    assert len(told) == 1
+    assert told[0].why == "MessageSizeTooLargeError"  # type: ignore[attr-defined]
+    assert (told[0].partition, told[0].offset) == ("0", "7")  # type: ignore[attr-defined]
 
 
 def test_batches_that_another_wrote_between_are_told_as_unknown_places(kafka: Kafka) -> None:

@@ -91,6 +91,7 @@ def test_a_run_has_most_kinds_of_what_can_happen() -> None:
         "rebalance",
         "lose_data",
         "look_at_labels",
+        "make_topic_again",
     }
     assert effects > 40 * 50
 

@@ -14,7 +14,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from pipeline.errors import StartupError
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.topics import ROLES, ensure_topics
+from pipeline.topics import LOGS, ROLES, TopicRole, check_retention, ensure_topics
 
 
 def settings_for(kafka: Kafka, **changes: Any) -> Settings:
@@ -22,11 +22,12 @@ def settings_for(kafka: Kafka, **changes: Any) -> Settings:
     return load_settings(kafka_bootstrap=kafka.bootstrap, topic_prefix=prefix, **changes)
 
 
-async def create(settings: Settings, name: str, partitions: int) -> None:
+async def create(settings: Settings, name: str, partitions: int, **configs: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
     await admin.start()
+    named = {key.replace("_", "."): value for key, value in configs.items()}
     try:
-        await admin.create_topics([NewTopic(name, partitions, 1)])
+        await admin.create_topics([NewTopic(name, partitions, 1, topic_configs=named)])
     finally:
         await admin.close()
 
@@ -97,3 +98,46 @@ def test_no_broker_is_one_line_after_the_configured_time() -> None:
 
     assert 0.5 < time.monotonic() - started < 5
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("role", LOGS)
+@pytest.mark.parametrize("policy", ["compact", "compact,delete"])
+def test_a_log_that_is_compacted_is_refused_and_named(
+    kafka: Kafka, role: TopicRole, policy: str
+) -> None:
+    """Compaction keeps the last record of a key: all else that states are computed from goes."""
+    settings = settings_for(kafka)
+    topic = settings.topic(role)
+
+    async def run() -> None:
+        await create(settings, topic, settings.partitions, cleanup_policy=policy)
+        await ensure_topics(settings)
+        await check_retention(settings)
+
+    with pytest.raises(StartupError) as refused:
+        asyncio.run(run())
+    said = str(refused.value)
+    assert f"topic {topic} has cleanup.policy" in said
+    assert f"--entity-name {topic} --add-config cleanup.policy=delete" in said
+
+
+def test_what_cannot_be_rebuilt_is_told_where_a_log_is_kept_for_less_than_states_live(
+    kafka: Kafka, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_for(kafka, state_ttl_days=30.0)
+
+    async def run(settings: Settings) -> list[tuple[str, float]]:
+        caplog.clear()
+        await check_retention(settings)
+        return [(r.topic, r.retention_days) for r in caplog.records]  # type: ignore[attr-defined]
+
+    async def make() -> None:
+        week = str(7 * 86_400_000)
+        await create(settings, settings.topic("transactions"), 8, retention_ms=week)
+        await create(settings, settings.topic("labels"), 8, retention_ms=week)
+        await ensure_topics(settings)
+
+    asyncio.run(make())
+    assert asyncio.run(run(settings)) == [(settings.topic("transactions"), 7.0)]
+    assert "older history is gone" in caplog.text
+    assert asyncio.run(run(settings.model_copy(update={"state_ttl_days": 7.0}))) == []

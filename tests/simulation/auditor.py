@@ -15,7 +15,7 @@ import numpy as np
 
 from model.merchants import WEIGHT_MAX
 from pipeline.account_state import RECENT_IDS, StateCodec, Watermark
-from pipeline.codec import FORGET, decode_alert
+from pipeline.codec import FORGET, decode_alert, decode_published
 from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.memory import MemoryMerchantStore, MemoryStateStore
@@ -112,10 +112,14 @@ class PartitionAudit:
 
     Args:
         ttl_ms: an account silent for longer begins anew.
+        log_id: the topic's.
     """
 
-    def __init__(self, number: int, topic: str, codec: StateCodec, ttl_ms: int) -> None:
+    def __init__(
+        self, number: int, topic: str, codec: StateCodec, ttl_ms: int, log_id: bytes
+    ) -> None:
         self.number = number
+        self.log_id = log_id
         self.entries: list[Entry] = []
         self.said: dict[int, list[Said]] = {}
         self.watermark = 0
@@ -217,6 +221,8 @@ class PartitionAudit:
             Violation: they are not.
         """
         value = store.watermarks.get(self.number)
+        if value is not None and Watermark.from_bytes(value).log_id != self.log_id:
+            raise Violation("states", f"those of {self.number} are of a log before")
         states = {a: state for (p, a), state in store.states.items() if p == self.number}
         end = 0 if value is None else Watermark.from_bytes(value).next_offset
         if end > len(self.entries):
@@ -262,13 +268,13 @@ class LabelAudit:
         bookings: what must be booked, by offset, of each partition.
         ends: where each partition ends.
         booked_to: up to where each slot was ever booked, of each partition.
-        weights: of transactions by their scorer, by hash.
+        weights: of transactions by their scorer, by slot and hash: those of one id may be several.
     """
 
     bookings: list[dict[int, Booking]]
     ends: list[int]
     booked_to: list[list[int]] = field(default_factory=list)
-    weights: dict[int, int] = field(default_factory=dict)
+    weights: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.booked_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
@@ -285,6 +291,8 @@ class LabelAudit:
         slot = merchant_slot(merchant)
         end = store.booked.get((partition, slot), 0)
         expected = Profile()
+        found = sorted(store.profile(merchant).frauds, key=_id)
+        weights = {fraud.id_hash: fraud.weight for fraud in found}
         newest: dict[int, int] = {}
         told: dict[int, int] = {}
         for offset, booking in self.bookings[partition].items():
@@ -298,11 +306,11 @@ class LabelAudit:
             note = store.notes.get((slot, name))
             weight = WEIGHT_MAX
             if note is not None and note.decision is not None:
-                weight = self.weights[name]
+                possible = self.weights[slot, name]
+                weight = weights[name] if weights.get(name) in possible else min(possible)
             entry = replace(booking.entry, weight=told.get(name, weight))
             expected.book(entry, booking.is_fraud)
-        found = store.profile(merchant).frauds
-        if sorted(found, key=_id) != sorted(expected.frauds, key=_id):
+        if found != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
 
 
@@ -328,8 +336,13 @@ class Auditor:
         store: MemoryStateStore,
         merchants: MemoryMerchantStore,
         found: Callable[[Violation], None],
+        log_id: bytes,
     ) -> None:
-        self.partitions = [PartitionAudit(p, topic, codec, ttl_ms) for p in range(partitions)]
+        self._new_audit = partial(PartitionAudit, topic=topic, codec=codec, ttl_ms=ttl_ms)
+        self.partitions = [self._new_audit(p, log_id=log_id) for p in range(partitions)]
+        # Of logs before this one: how far each partition was, and which transactions they had.
+        self._furthest = [0] * partitions
+        self._of_logs_before: set[str] = set()
         self.labels = LabelAudit([{} for _ in range(partitions)], [0] * partitions)
         self.alerts: dict[str, int] = {}
         self.letters: set[tuple[str, int, int]] = set()
@@ -346,8 +359,29 @@ class Auditor:
         except Violation as violation:
             self._found(violation)
 
+    def made_again(self, log_id: bytes) -> None:
+        """The transactions topic was deleted and made again: all begins anew from it.
+
+        What workers still write of the log before, while its watermark stands, is of no
+        interest; scores that they publish of it may come for a while.
+        """
+        for audit in self.partitions:
+            self._furthest[audit.number] = max(self._furthest[audit.number], audit.furthest)
+            self._of_logs_before.update(entry.transaction_id for entry in audit.entries)
+        self.partitions = [self._new_audit(a.number, log_id=log_id) for a in self.partitions]
+        self.alerts.clear()
+        self.letters.clear()
+        self.data_were_lost = True  # offsets begin again
+
     def states_changed(self, partition: int) -> None:
         """Something was written to a partition's states or its watermark."""
+        audit = self.partitions[partition]
+        value = self._store.watermarks.get(partition)
+        mark = None if value is None else Watermark.from_bytes(value)
+        if mark is not None and mark.log_id != audit.log_id:
+            self._furthest[partition] = max(self._furthest[partition], mark.next_offset)
+            audit.watermark = 0
+            return
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
     def label_booked(self, partition: int, booking: Booking) -> None:
@@ -377,7 +411,7 @@ class Auditor:
 
         def check() -> None:
             if topic == self._topic:
-                furthest = self.partitions[partition].furthest
+                furthest = max(self.partitions[partition].furthest, self._furthest[partition])
             else:
                 furthest = min(self.labels.booked_to[partition])
             if offset > furthest:
@@ -391,6 +425,9 @@ class Auditor:
         self, partition: int, place: int, value: bytes | None, is_late: bool, known: int
     ) -> None:
         """A score is appended."""
+        of = decode_published(value)
+        if of is not None and of.transaction_id in self._of_logs_before:
+            return
         self.check(lambda: self.partitions[partition].scored(place, value, is_late, known))
 
     def rejected(self, headers: dict[str, bytes]) -> None:
@@ -421,7 +458,7 @@ class Auditor:
                 decisions = {DECISIONS[0]} if entry.is_warm else set()
                 decisions |= {one.decision for one in partition.said.get(offset, ())}
                 said.setdefault(place, set()).update(decisions)
-                if DECISIONS[0] not in decisions or self.labels.weights[name] < WEIGHT_MAX:
+                if DECISIONS[0] not in decisions or min(self.labels.weights[place]) < WEIGHT_MAX:
                     needed.add(place)
         for place in needed:
             note = self._merchants.notes.get(place)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -319,6 +319,26 @@ class AlwaysNew(Ownership):
         return await super()._write_first_watermark(partition, self._begin)
 
 
+class StatesOfLogBefore(StateClient):
+    """Finds no states to delete where a log was made again."""
+
+    async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
+        return
+        yield
+
+
+class FetchedOfLogBefore(Ownership):
+    """Takes what was fetched before the log was made again for its own."""
+
+    async def _is_of_log(self, partition: int, owned: Owned, chunk: Chunk) -> bool:
+        return True
+
+
+def _same(known: bytes, found: bytes) -> bool:
+    """Whatever the ids are."""
+    return False
+
+
 # rejected records, labels ------------------------------------------------------------------
 
 
@@ -400,6 +420,9 @@ BUGS = [
     Bug("a repeated transaction id not dropped", 1, 10, Parts(scorer=RepeatsApplied)),
     Bug("another payment with an id of before dropped", 1, 10, Parts(scorer=ConflictsDropped)),
     Bug("a store that lost everything taken for a new one", 37, 180, Parts(ownership=AlwaysNew)),
+    Bug("another log taken for the same", 44, 180, patches=[(ownership, "is_other", _same)]),
+    Bug("states kept over to another log", 45, 90, Parts(state_client=StatesOfLogBefore)),
+    Bug("records of a log before taken", 5, 50, Parts(ownership=FetchedOfLogBefore)),
     Bug("an account not forgotten", 1, 10, patches=[(processor, "_obey", _nothing)]),
     Bug("rejected records not published", 1, 10, Parts(publisher=RejectedDropped)),
     Bug("labels booked again", 21, 80, Parts(merchant_client=BookedAgain)),

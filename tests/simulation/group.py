@@ -228,6 +228,9 @@ class Thread:
             position = self.positions[place]
             if position is None:
                 position = self._member.coordinator.committed.get(place, 0)
+            bounds = self._kafka.bounds(place.topic, place.partition)
+            if position > bounds.end:  # of a log before: as auto_offset_reset has it
+                position = bounds.begin
             records = self._kafka.fetch(place.topic, place.partition, position, most)
             if records:
                 most -= len(records)

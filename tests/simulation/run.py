@@ -25,6 +25,7 @@ from pipeline import memory, ownership, poll_transport, processor
 from pipeline.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.errors import RejectedError
 from pipeline.further_fields import FurtherFields
+from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of
 from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
 from pipeline.merchant_profile import transaction_hash
@@ -104,6 +105,7 @@ def _settings(micro_batch_max: int, cached_states_max: int, cached_merchants_max
         cached_states_max=cached_states_max,
         cached_merchants_max=cached_merchants_max,
         state_ttl_days=1.0,
+        on_new_log="begin",
     )
 
 
@@ -117,6 +119,7 @@ def simulating() -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, value in (
             (ownership, "RECOVERY_LOOKAHEAD", 3),
+            (ownership, "LOG_LOOK_SECONDS", 0.0),
             (memory, "FETCH_RECORDS", 2),
             (poll_transport, "monotonic", lambda: _now[-1].time()),
             (poll_transport, "FETCH_TIMEOUT_SECONDS", 20.0),
@@ -185,6 +188,7 @@ class Run:
             store=self.store,
             merchants=self.merchants,
             found=self._found,
+            log_id=self.kafka.topic_id(self._topic),
         )
         self.faults = self._draw_faults()
         self.network = Network(self.loop, rng, self.faults, self._before_effect, self._note)
@@ -222,6 +226,7 @@ class Run:
             name for p in range(partitions) for name in self._names(p, "m", MERCHANTS)
         ]
         self._sent: list[dict[str, Any]] = []
+        self._numbered = 0
 
     def _names(self, partition: int, letter: str, count: int) -> list[str]:
         return list(_names(letter, count, self.settings.partitions)[partition])
@@ -258,6 +263,7 @@ class Run:
             (self._rebalance, 3),
             (self._lose_data, 3),
             (self._look_at_labels, 3),
+            (self._make_topic_again, 2),
         ):
             if rng.random() < 0.5:
                 events += [event] * rng.randint(1, most)
@@ -283,7 +289,8 @@ class Run:
         self._append(partition, rng.choice(self._accounts[partition]), rng.random())
 
     def _append(self, partition: int, account: str, chance: float) -> None:
-        rng, number = self.rng, len(self._sent)
+        rng, number = self.rng, self._numbered
+        self._numbered += 1
         fields: dict[str, Any] = {
             "transaction_id": f"t{number}",
             "account_id": account,
@@ -327,9 +334,9 @@ class Run:
         )
         self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
         entry = self.auditor.partitions[partition].produced(entry, self.now_ms)
-        name = transaction_hash(entry.transaction_id)
-        self.auditor.labels.weights[name] = weight_of(entry.amount)
         if rejected is None and instruction is None:
+            place = merchant_slot(entry.merchant), transaction_hash(entry.transaction_id)
+            self.auditor.labels.weights.setdefault(place, set()).add(weight_of(entry.amount))
             self._sent.append({"partition": partition, "fields": fields})
         self._tell(f"a record of {fields['account_id']} in {partition}: {entry}")
         self._wake()
@@ -446,6 +453,15 @@ class Run:
         if worker is not None:
             self._tell(f"{worker.host.name} looks whether its labels are still booked")
             worker.look_at_labels()
+
+    def _make_topic_again(self) -> None:
+        """The transactions topic is deleted and made again, with what the group committed."""
+        self._tell("the transactions topic is made again")
+        self.kafka.recreate(self._topic)
+        for partition in range(self.settings.partitions):
+            self.coordinator.committed.pop(TP(self._topic, partition), None)
+        self._sent.clear()
+        self.auditor.made_again(self.kafka.topic_id(self._topic))
 
     def _lose_data(self) -> None:
         """The store goes back to an earlier moment, or to none."""

@@ -7,7 +7,7 @@ as many at once as the real client sends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -85,6 +85,16 @@ class StateClient:
             [partial(self.store.write, request) for request in requests],
             StoreUnavailableError,
         )
+
+    async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
+        """One SCAN."""
+        (places,) = await self._network.ask(
+            self._host,
+            f"accounts {partition}",
+            [lambda: self.store.places(partition)],
+            StoreUnavailableError,
+        )
+        yield places
 
     async def ping(self) -> None:
         """Nobody asks here."""
@@ -171,6 +181,25 @@ class MerchantClient:
             StoreUnavailableError,
         )
         return end
+
+    async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
+        """One round trip."""
+        (found,) = await self._network.ask(
+            self._host,
+            f"id of the labels log {partition}",
+            [lambda: self._store.named_labels_log(partition, log_id)],
+            StoreUnavailableError,
+        )
+        return found
+
+    async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
+        """One round trip."""
+        await self._network.ask(
+            self._host,
+            f"begin the labels log {partition}",
+            [lambda: self._store.forget_labels_log(partition, log_id)],
+            StoreUnavailableError,
+        )
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -260,6 +289,13 @@ class ScoreLog:
             LogUnavailableError,
         )
         return bounds
+
+    async def topic_id(self, topic: str) -> bytes | None:
+        """See :class:`pipeline.score_log.ScoreLog`."""
+        (found,) = await self._network.ask(
+            self._host, f"id of {topic}", [lambda: self._kafka.topic_id(topic)], LogUnavailableError
+        )
+        return found
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int

@@ -109,6 +109,7 @@ class Worker(app.Worker):
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
+        consumer.take_at_once = {self._topic}
         patience = Patience(METRICS, self.health)
         score_log = parts.score_log(host, network, services.kafka, settings)
         publisher = parts.publisher(
@@ -125,8 +126,10 @@ class Worker(app.Worker):
             transaction_log=PartitionLog(self._consumer, self._topic),
             patience=patience,
             metrics=METRICS,
+            on_new_log=settings.on_new_log,
         )
         self.ownership._writer = services.rng.getrandbits(64)
+        self.ownership._log._told = services.kafka.topic_id(self._topic)  # as it is at the start
         self.processor = parts.processor(
             settings=settings,
             scorer=services.scorer,
@@ -151,6 +154,10 @@ class Worker(app.Worker):
             clock_ms=services.clock_ms,
         )
         self._watch(self.processor)
+
+    async def _end(self, error: BaseException) -> None:
+        """Without the timer that ends a real process."""
+        await self.app.crash(error)
 
     def start(self) -> None:
         """Run it."""

@@ -1,0 +1,239 @@
+"""A topic that was deleted and made again, on a real broker and Redis: nothing of it is skipped."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from rich.console import Console
+
+from model.transaction import Transaction
+from pipeline.codec import encode_transaction
+from pipeline.errors import StartupError
+from pipeline.feed import Feed
+from pipeline.log_ids import shown
+from pipeline.rebuild import rebuild_lines
+from pipeline.services import Kafka, Redis
+from pipeline.settings import Settings
+from pipeline.startup import check_services
+from pipeline.topics import TopicRole, topic_ids
+from pipeline.worker_processes import WorkerProcess
+from tests import pipeline_under_test
+from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions, until
+
+pytestmark = pytest.mark.timeout(900)
+
+SLOW_SECONDS = 300.0
+"""A worker that starts beside others may take minutes; nothing here measures that."""
+
+
+@pytest.fixture
+def system(
+    kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> PipelineUnderTest:
+    monkeypatch.setattr(pipeline_under_test, "READY_SECONDS", SLOW_SECONDS)
+    return PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=2)
+
+
+async def delete(settings: Settings, role: TopicRole) -> None:
+    """Delete a topic; returns once it is gone."""
+    admin = AIOKafkaAdminClient(**settings.kafka_client_options())
+    await admin.start()
+    try:
+        await admin.delete_topics([settings.topic(role)])
+        await until(lambda: _is_gone(admin, settings.topic(role)), "the topic to go", SLOW_SECONDS)
+    finally:
+        await admin.close()
+
+
+async def _is_gone(admin: AIOKafkaAdminClient, topic: str) -> bool:
+    return topic not in await admin.list_topics()
+
+
+async def make(settings: Settings, role: TopicRole) -> None:
+    """Make a topic as it was before."""
+    admin = AIOKafkaAdminClient(**settings.kafka_client_options())
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(settings.topic(role), settings.partitions, 1)])
+    finally:
+        await admin.close()
+
+
+async def make_again(settings: Settings, role: TopicRole) -> tuple[bytes, bytes]:
+    """Delete a topic and make it again; its ids before and after."""
+    before = (await topic_ids(settings))[settings.topic(role)]
+    await delete(settings, role)
+    await make(settings, role)
+    await until(lambda: _is_there(settings, role), "the topic to be there", SLOW_SECONDS)
+    return before, (await topic_ids(settings))[settings.topic(role)]
+
+
+async def _is_there(settings: Settings, role: TopicRole) -> bool:
+    return settings.topic(role) in await topic_ids(settings)
+
+
+async def end_of(worker: WorkerProcess) -> tuple[int, str]:
+    """Exit status and log of a worker that ends by itself."""
+
+    async def ended() -> bool:
+        return worker.process.poll() is not None
+
+    await until(ended, "the worker to end", SLOW_SECONDS)
+    status = worker.process.poll()
+    assert status is not None
+    return status, worker.log_path.read_text()
+
+
+async def send_anew(settings: Settings, sent: list[Transaction]) -> None:
+    """By a producer that knows nothing of the topic before."""
+    async with Feed(settings) as feed:
+        await feed.send(
+            [t.account_id.encode() for t in sent], [encode_transaction(t) for t in sent]
+        )
+
+
+def assert_told(log: str, topic: str, ids: tuple[bytes, bytes]) -> None:
+    """One line names the topic, both ids and the command."""
+    (line,) = [line for line in log.splitlines() if "--new-log" in line]
+    for words in (f"another {topic} ", *map(shown, ids), "recur state rebuild --new-log"):
+        assert words in line
+    assert "errors.StartupError" not in log  # no trace of it
+
+
+async def begin(system: PipelineUnderTest) -> str:
+    """What `recur state rebuild --new-log` prints."""
+    console = Console(file=StringIO())
+    lines = await rebuild_lines(
+        system.settings, None, dry_run=False, wait=True, console=console, new_log=True
+    )
+    return "\n".join(lines)
+
+
+def test_a_topic_made_again_stops_workers_and_none_of_its_records_is_skipped(
+    system: PipelineUnderTest,
+) -> None:
+    """Once while no worker runs, with more records than before, and once while one does."""
+    settings = system.settings
+    topic = settings.topic("transactions")
+    old, new, newer = (transactions(n, accounts=20, seed=n) for n in (100, 300, 60))
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(old)
+            await system.until_applied(SLOW_SECONDS)
+            await system.workers[0].stop()
+            ids = await make_again(settings, "transactions")
+            await send_anew(settings, new)
+
+            with pytest.raises(StartupError) as refused:
+                await check_services(settings, system.scorer.checkpoint)
+            assert_told(str(refused.value), topic, ids)
+            assert len(await system.scores()) == len(old)
+
+            assert "states of the log before are gone" in await begin(system)
+            assert "nothing to begin" in await begin(system)
+            await system.start_workers(1)
+            await system.until_applied(SLOW_SECONDS)
+            assert_scored_once(await system.scores(), [*old, *new])
+
+            ids = await make_again(settings, "transactions")
+            await send_anew(settings, newer)
+            status, log = await end_of(system.workers[-1])
+            assert status != 0
+            assert_told(log, topic, ids)
+            assert_scored_once(await system.scores(), [*old, *new])
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_may_begins_from_the_new_log_while_it_runs(
+    system: PipelineUnderTest,
+) -> None:
+    """A log that is longer than the one before it, and one that is shorter."""
+    system.use(on_new_log="begin")
+    sent = [transactions(n, accounts=20, seed=n) for n in (200, 500, 50)]
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            await system.send(sent[0])
+            await system.until_applied(SLOW_SECONDS)
+            for more in sent[1:]:
+                await make_again(system.settings, "transactions")
+                await send_anew(system.settings, more)
+                await until(partial(_are_scored, system, more), "all scored", SLOW_SECONDS)
+            assert_scored_once(await system.scores(), [t for some in sent for t in some])
+            assert system.workers[0].process.poll() is None
+
+    asyncio.run(run())
+
+
+async def _are_scored(system: PipelineUnderTest, sent: list[Transaction]) -> bool:
+    scored = {score.transaction_id for score in await system.scores()}
+    return all(t.transaction_id in scored for t in sent)
+
+
+def test_lag_counts_what_an_open_transaction_holds_back_and_a_topic_that_goes_ends_the_worker(
+    system: PipelineUnderTest,
+) -> None:
+    """The log's end is past a marker then, which is no record and no lag."""
+    system.use(topic_missing_seconds=2.0)
+    settings = system.settings
+    topic = settings.topic("transactions")
+    sent = transactions(36, accounts=5)
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            (worker,) = system.workers
+
+            async def shows(lag: float, held: float) -> bool:
+                await worker.refresh()
+                found = [
+                    worker.samples.get(f'recur_{name}{{partition="0"}}')
+                    for name in ("consumer_lag_records", "held_records")
+                ]
+                return found == [lag, held]
+
+            for one in sent[:20]:
+                await system.send_to(0, one)
+            producer = AIOKafkaProducer(
+                **settings.kafka_client_options(), transactional_id=f"{topic}-open"
+            )
+            await producer.start()
+            try:
+                async with producer.transaction():
+                    for one in sent[20:25]:
+                        value, key = encode_transaction(one), one.account_id.encode()
+                        await producer.send_and_wait(topic, value, key, partition=0)
+                    for one in sent[25:35]:
+                        await system.send_to(0, one)
+                    await until(partial(shows, 15.0, 15.0), "the lag to be told", SLOW_SECONDS)
+                    await until(lambda: _tells(worker, "behind_offset=20"), "a line", SLOW_SECONDS)
+                    assert await worker.ready()
+                # Aborted, so that the log ends in records and a marker that nobody is given.
+                await producer.begin_transaction()
+                value, key = encode_transaction(sent[35]), sent[35].account_id.encode()
+                await producer.send_and_wait(topic, value, key, partition=0)
+                await producer.abort_transaction()
+            finally:
+                await producer.stop()
+            await until(partial(shows, 0.0, 0.0), "the lag to go", SLOW_SECONDS)
+            assert_scored_once(await system.scores(), sent[:35])
+
+            await delete(settings, "transactions")
+            status, log = await end_of(worker)
+            assert status != 0
+            told = [line for line in log.splitlines() if f"topic {topic} was deleted" in line]
+            assert "was not made again within 2 s" in told[-1]
+            assert log.count("a topic was deleted; waiting") == 1
+
+    asyncio.run(run())
+
+
+async def _tells(worker: WorkerProcess, words: str) -> bool:
+    return words in worker.log_path.read_text()
