@@ -39,13 +39,16 @@ def checkpoint_with_fields(seed: int = 3, **changes: Any) -> Checkpoint:
         Input("card age", "is_missing"),
         Input("category", "category"),
     )
-    architecture = Architecture(len(inputs) - 1, 8, 8, head_size=8, embeddings=((3, 2),))
+    features = FeatureSpec(inputs, fields=FIELDS)
+    architecture = Architecture(
+        len(inputs) - 1, 8, 8, head_size=8, embeddings=((3, 2),), roles=features.roles
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Network(architecture)
     header: dict[str, Any] = {
         "architecture": architecture,
-        "features": FeatureSpec(inputs, fields=FIELDS),
+        "features": features,
         "thresholds": Thresholds(0.0, 1.0),
     } | changes
     return Checkpoint(network, Header(**header))
@@ -219,8 +222,10 @@ def test_a_topic_without_the_fields_that_the_checkpoint_looks_at_is_refused(
 
 def test_a_field_that_every_transaction_has_is_no_further_one(system: PipelineUnderTest) -> None:
     inputs = (*ACCOUNT_INPUTS, Input("merchant_id", "category"))
-    architecture = Architecture(len(ACCOUNT_INPUTS), 4, 4, head_size=4, embeddings=((2, 2),))
     spec = FeatureSpec(inputs, fields=(Field("merchant_id", "categorical", ("m1",)),))
+    architecture = Architecture(
+        len(ACCOUNT_INPUTS), 4, 4, head_size=4, embeddings=((2, 2),), roles=spec.roles
+    )
     checkpoint = Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
 
     with pytest.raises(StartupError, match="merchant_id as if it were a further one"):
