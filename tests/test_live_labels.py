@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from rich.console import Console
 from model.merchants import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
 from model.transaction import Transaction
 from pipeline import rebuild_merchants
+from pipeline.codec import stored_weight
 from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.label_feed import encode_labels
@@ -325,11 +327,20 @@ async def assert_profiles(
     store = RedisMerchantStore.from_settings(system.settings)
     values = await store.load(names)
     await store.close()
+    weights = {
+        transaction_hash(score.transaction_id): WEIGHT_MAX
+        if score.merchant_weight is None
+        else stored_weight(score.merchant_weight)
+        for score in await system.scores()
+    }
     counted = 0
     for name, value in zip(names, values, strict=True):
         assert value is not None
         profile = Profile.from_bytes(value)
-        wanted = expected.get(name, Profile()).frauds
+        wanted = [
+            replace(fraud, weight=weights[fraud.id_hash])
+            for fraud in expected.get(name, Profile()).frauds
+        ]
         assert sorted(profile.frauds, key=lambda f: f.id_hash) == sorted(
             wanted, key=lambda f: f.id_hash
         ), name

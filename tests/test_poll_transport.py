@@ -94,6 +94,7 @@ def test_what_came_while_faust_sought_is_read_again(monkeypatch: pytest.MonkeyPa
     consumer.assignment = lambda: {PAYMENTS}
     consumer.from_begin, consumer.take_at_once, consumer._to_take = set(), set(), {}
     consumer._begin, consumer._sought, consumer._committed_offset = {}, {}, {}
+    consumer._epochs = {PAYMENTS: 0}
     consumer._resets = resets = 4
     consumer._to_message = lambda place, record: SimpleNamespace(value=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
@@ -26,7 +27,8 @@ from pipeline.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, dec
 from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.decision import Thresholds, thresholds_of
 from pipeline.errors import StartupError
-from pipeline.memory import MemoryPublisher, MemoryRecord
+from pipeline.log_ids import NO_ID
+from pipeline.memory import MemoryPublisher, MemoryRecord, MemoryStateStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
@@ -1181,7 +1183,9 @@ def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
     finish(world.worker().run())
     world.kafka.recreate("transactions")
     world.produce("A", "t-new")
-    with pytest.raises(StartupError, match="recur state rebuild --all"):
+    with pytest.raises(
+        StartupError, match=r"topic id \S+ then, \S+ now.*recur state rebuild --new-log"
+    ):
         finish(world.worker().run())
 
     assert rebuild(world, 0) == TakenBack(0, 0, 1)
@@ -1191,6 +1195,87 @@ def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
     assert decode_score(second).transaction_id == "t-new"
     assert decode_score(second).features["transactions_seen"] == 1
     assert decode_score(first).transaction_id != "t-new"
+
+
+@pytest.mark.parametrize("count", [5, 10, 25], ids=["shorter", "as long", "longer"])
+@pytest.mark.parametrize("runs_on", [True, False])
+@pytest.mark.parametrize("policy", ["stop", "begin"])
+def test_nothing_of_a_log_that_was_made_again_is_skipped(
+    count: int, runs_on: bool, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a worker that starts, and by one that works on the partition as if nothing had been."""
+    monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
+    world = World(partitions=1, on_new_log=policy)
+    for _ in range(10):
+        world.produce("A")
+    worker = world.worker()
+    finish(worker.run())
+    watermark = world.store.watermarks[0]
+    world.kafka.recreate("transactions")
+    for i in range(count):
+        world.produce("A", f"new-{i}")
+
+    async def go_on(worker: MemoryWorker) -> None:
+        await worker.run()
+        await worker.ownership.see_log()  # where no record shows it
+        await worker.run()
+
+    if policy == "stop":
+        with pytest.raises(StartupError, match=r"topic id \S+ then, \S+ now"):
+            finish(go_on(worker if runs_on else world.worker()))
+        assert world.store.watermarks[0] == watermark
+        assert all(len(said) == 1 for said in world.scores(0).values())
+        assert len(world.scores(0)) == 10
+        return
+    finish(go_on(worker if runs_on else world.worker()))
+
+    said = [decode_score(value) for values in world.scores(0).values() for value in values]
+    new = {s.transaction_id: s for s in said if s.transaction_id.startswith("new-")}
+    assert len(said) == 10 + count
+    assert sorted(new) == sorted(f"new-{i}" for i in range(count))
+    assert new["new-0"].features["transactions_seen"] == 1
+    assert new[f"new-{count - 1}"].features["transactions_seen"] == count
+    assert world.watermark(0) == count
+
+
+def test_scores_of_a_log_before_are_not_taken_for_those_of_the_new_one() -> None:
+    """Redis has lost its data, and with them where the new log's scores begin."""
+    world = World(partitions=1, on_new_log="begin")
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    world.kafka.recreate("transactions")
+    for i in range(10):
+        world.produce("A", f"new-{i}")
+    finish(world.worker().run())
+    before = world.scores(0)
+    world.store.restore(MemoryStateStore())
+    world.produce("A", "newest")
+
+    read_on(world)
+
+    assert {k: v for k, v in world.scores(0).items() if k < 10} == before
+    assert [len(values) for _, values in sorted(world.scores(0).items())] == [2] * 10 + [1]
+
+
+def test_a_watermark_without_ids_adopts_those_that_it_finds() -> None:
+    """An older version wrote it."""
+    world = World(partitions=1)
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    mark = Watermark.from_bytes(world.store.watermarks[0])
+    old = struct.pack("<B3xIqqQ", 1, 1, mark.next_offset, mark.scores_offset, 7)
+    world.store.watermarks[0] = old
+    assert Watermark.from_bytes(old).log_id == NO_ID
+    world.produce("A")
+
+    read_on(world)
+
+    found = Watermark.from_bytes(world.store.watermarks[0])
+    assert found.log_id == mark.log_id != NO_ID
+    assert (found.scores_log_id, found.next_offset) == (mark.scores_log_id, 11)
+    world.assert_all_applied()
 
 
 def test_without_a_watermark_there_is_nothing_to_take_back() -> None:
@@ -1356,8 +1441,9 @@ def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_g
             "reason": reason,
             "time": str(world.now_ms),
         }
-        assert record.key == log[offset].key
-        assert record.value == log[offset].value or (record.key, record.value) == (None, b"")
+        coordinates = f"transactions:0:{offset}".encode()
+        assert record.key == (coordinates if log[offset].key is None else log[offset].key)
+        assert record.value == log[offset].value
     for reason in set(reasons):
         assert worker.count("recur_rejected_total", reason=reason) == reasons.count(reason)
 

@@ -24,7 +24,7 @@ from pipeline.rights import NEEDS
 from pipeline.services import HOST, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import check_services, load_checkpoint
-from pipeline.topics import add_partitions, ensure_topics
+from pipeline.topics import LOGS, add_partitions, ensure_topics
 from pipeline.transactional_publisher import transactional_id
 from pipeline.worker_processes import WorkerProcess, start_worker
 from tests.pipeline_under_test import (
@@ -324,6 +324,10 @@ def test_the_file_of_kafka_rights_holds_what_a_worker_asks_for() -> None:
         ("topic", settings.topic(role), operation)
         for role, operations in NEEDS.items()
         for operation in operations
+    } | {
+        # Not needed: with it a worker sees limits, compaction and retention at the start.
+        ("topic", settings.topic(role), "DescribeConfigs")
+        for role in (*LOGS, "dead_letter")
     }
 
 

@@ -234,7 +234,7 @@ def test_a_state_begun_anew_is_told_with_the_offset_where_it_began() -> None:
     world = world_of()
     place = a_state(world)
     world.store.states[place] = b"damaged"
-    _, begun = world.produce(place[1], amount=900.0)
+    _, begun = world.produce(place[1], amount=20.0)
     world.produce(place[1])
     finish(world.worker().run())
 

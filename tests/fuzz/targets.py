@@ -374,10 +374,13 @@ def _checkpoint_bytes(fields: tuple[Field, ...] = ()) -> bytes:
         *(Input(field.name, "category") for field in fields),
     )
     embeddings = tuple((1 + len(field.vocabulary), 2) for field in fields)
-    architecture = Architecture(2, 2, 2, head_size=2, embeddings=embeddings)
+    features = FeatureSpec(inputs, fields=fields)
+    architecture = Architecture(
+        2, 2, 2, head_size=2, embeddings=embeddings, rising_size=2, roles=features.roles
+    )
     header = Header(
         architecture=architecture,
-        features=FeatureSpec(inputs, fields=fields),
+        features=features,
         metrics={"average_precision": 0.3},
         training={"seed": 1, "note": {"a": [1, 2]}},
         operating_points=[[0.5, 0.1]],
