@@ -143,10 +143,11 @@ def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
 def test_the_same_settings_give_the_same_checkpoint_and_another_seed_another(
     tmp_path: Path,
 ) -> None:
-    tiny = {"customers": 120, "terminals": 100, "days": 40, "hidden_size": 4, "epochs": 1}
+    tiny: dict[str, Any] = {"customers": 120, "terminals": 100, "days": 40}
+    tiny |= {"hidden_size": 4, "epochs": 1}
     tiny |= {"world": "handbook"}  # with few customers the wide one has days without fraud
     first, second, other = (
-        train(TrainingSettings(**tiny, seed=seed, device="cpu"), tmp_path / "m")  # type: ignore[arg-type]
+        train(TrainingSettings(**tiny, seed=seed, device="cpu"), tmp_path / "m")
         for seed in (1, 1, 2)
     )
     assert first.digest == second.digest
@@ -426,7 +427,8 @@ def wait_for_epoch(output: Path, epoch: int, process: subprocess.Popen[bytes]) -
 def test_other_settings_begin_anew_and_somebody_elses_folder_is_left_alone(
     tmp_path: Path,
 ) -> None:
-    tiny = {"customers": 120, "terminals": 100, "days": 40, "hidden_size": 4, "epochs": 1}
+    tiny: dict[str, Any] = {"customers": 120, "terminals": 100, "days": 40}
+    tiny |= {"hidden_size": 4, "epochs": 1}
     tiny |= {"world": "handbook"}  # with few customers the wide one has days without fraud
     output = tmp_path / "m"
 
@@ -435,10 +437,10 @@ def test_other_settings_begin_anew_and_somebody_elses_folder_is_left_alone(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(TrainingSettings(**tiny, device="cpu"), output, interrupted)  # type: ignore[arg-type]
+        train(TrainingSettings(**tiny, device="cpu"), output, interrupted)
     assert (resume_folder(output) / "state.safetensors").is_file()
     stages: list[str] = []
-    other = TrainingSettings(**tiny, seed=2, device="cpu")  # type: ignore[arg-type]
+    other = TrainingSettings(**tiny, seed=2, device="cpu")
     assert (
         train(other, output, lambda r: stages.append(r.stage)).digest
         == train(other, tmp_path / "n").digest
