@@ -454,11 +454,13 @@ class Ownership:
         committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
         while watermark is None:
             is_new = committed is None and partition not in self._ever_owned
-            watermark = await self._write_first_watermark(partition, begin if is_new else None)
+            watermark = await self._write_first_watermark(
+                partition, begin if is_new else None, committed
+            )
         mark = read_watermark(self._topic, partition, watermark)
         log_id = await self._log.look(now=True)
         while is_other(mark.log_id, log_id):
-            watermark = await self._begin_new_log(partition, watermark, mark, log_id)
+            watermark = await self._begin_new_log(partition, watermark, mark, log_id, committed)
             mark = read_watermark(self._topic, partition, watermark)
             log_id = await self._log.look(now=True)
         scores_log_id = await self._scores_log.look(now=True)
@@ -508,7 +510,9 @@ class Ownership:
             self._owned[partition] = owned
         return owned
 
-    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
+    async def _write_first_watermark(
+        self, partition: int, begin: int | None, committed: int | None
+    ) -> bytes | None:
         """Write a watermark where there is none, at the log's begin if at no other offset.
 
         Returns:
@@ -523,8 +527,17 @@ class Ownership:
         log_id = await self._log.look(now=True)
         scores_log_id = await self._scores_log.look(now=True)
         scores = await self._bounds(self._scores_topic, partition)
+        stale_to = 0
+        if committed is not None and committed > (await self._bounds(self._topic, partition)).end:
+            stale_to = committed  # of a log before this one, which ends earlier
         mark = Watermark(
-            self._partitions, begin, scores.begin, self._writer, log_id, scores_log_id
+            self._partitions,
+            begin,
+            scores.begin,
+            self._writer,
+            log_id,
+            scores_log_id,
+            stale_to=stale_to,
         ).to_bytes()
         await self._patience.ask_store(
             lambda: self._store.save([Save(partition, None, mark, [], [])])
@@ -557,7 +570,12 @@ class Ownership:
                     await self._transaction_log.seek(partition, begin)
 
     async def _begin_new_log(
-        self, partition: int, watermark: bytes, mark: Watermark, log_id: bytes
+        self,
+        partition: int,
+        watermark: bytes,
+        mark: Watermark,
+        log_id: bytes,
+        committed: int | None,
     ) -> bytes:
         """The topic was deleted and made again: begin its states, or stop.
 
@@ -580,7 +598,8 @@ class Ownership:
             log_id,
             scores_log_id,
             scores.end,
-            max(mark.next_offset, mark.stale_to),
+            # What the group committed may be further than a watermark that Redis took back.
+            max(mark.next_offset, mark.stale_to, committed or 0),
         )
         if await self._patience.ask_store(
             partial(begin_log, self._store, partition, watermark, begin.to_bytes())

@@ -1008,6 +1008,34 @@ def test_a_scores_topic_that_was_recreated_is_no_reason_to_forget_where_ones_sco
     world.assert_all_applied()
 
 
+@pytest.mark.parametrize("is_emptied", [False, True], ids=["went back", "emptied"])
+def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost_data(
+    is_emptied: bool,
+) -> None:
+    """A late commit is further than the watermark tells that the log before was worked on."""
+    world = World(partitions=1, on_new_log="begin", review_threshold=0.0)
+    world.produce("A")
+    finish(world.worker().run())
+    old = world.store.watermarks[0]
+    for topic in ("transactions", "alerts"):
+        world.kafka.recreate(world.settings.topic(topic))
+    world.store.states.clear()
+    if is_emptied:
+        world.store.watermarks.clear()
+    assert is_emptied or Watermark.from_bytes(old).next_offset == 1
+    generation = world.kafka.join("recur", "transactions", 0)
+    world.kafka.commit("recur", "transactions", 0, 4, generation)
+    worker = world.worker()
+    if is_emptied:  # given the partition, a worker looks at its watermark
+        finish(worker.processor.process(Poll({0: Chunk(4, 4, [])})))
+    for _ in range(6):
+        world.produce("A")
+
+    finish(worker.run())
+
+    assert world.alerts() == {f"transactions:0:{offset}": 1 for offset in range(6)}
+
+
 # services away ---------------------------------------------------------------------------
 
 
