@@ -315,8 +315,10 @@ class AlwaysNew(Ownership):
         self._begin = begin
         return await super()._assume(partition, watermark, begin)
 
-    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
-        return await super()._write_first_watermark(partition, self._begin)
+    async def _write_first_watermark(
+        self, partition: int, begin: int | None, committed: int | None
+    ) -> bytes | None:
+        return await super()._write_first_watermark(partition, self._begin, committed)
 
 
 class StatesOfLogBefore(StateClient):
