@@ -22,7 +22,7 @@ from tests.simulation.network import Faults, Network
 from tests.simulation.run import simulate, simulating
 from tests.simulation.soak import soak
 
-RUNS = 10_000
+RUNS = 2_000
 
 ROOT = Path(__file__).resolve().parents[1]
 
