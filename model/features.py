@@ -66,10 +66,10 @@ It counts as so much, or as the account's mean of the last day if that is more: 
 of the same kind is none."""
 
 USUAL_COUNT_MAX = 100
-"""The usual amount is a mean over about so many of an account's last payments."""
+"""About how many of an account's last payments the usual amount is a mean of."""
 
 USUAL_PRIOR_COUNT = 1.0
-"""The usual amount begins at what is usual for all accounts, which counts as so many payments."""
+"""The usual amount starts at the usual of all accounts, which counts as this many payments."""
 
 _DAY_MS = 86_400_000
 _HOUR_MS = 3_600_000
@@ -85,7 +85,7 @@ class AmountScale(msgspec.Struct, frozen=True):
     Attributes:
         floor: no ratio has a denominator under it. A payment under it, such as a card check of
             0.00 or 0.01, does not change what counts as usual.
-        usual: what is usual for an account of which nothing is known.
+        usual: the usual amount of an account without a payment yet.
     """
 
     floor: float = 1.0
@@ -359,6 +359,15 @@ Transform = Literal[
     "log1p", "linear", "as_is", "is_first", "sin", "cos", "step", "is_missing", "category"
 ]
 Role = Literal["own", "amount", "merchant", "frauds", "fraud_ages", "any_fraud", "category"]
+
+
+def own_columns(roles: Sequence[Role]) -> list[int]:
+    """Places of the inputs that tell of the payment and its account, not of the merchant.
+
+    >>> own_columns(("own", "merchant", "amount"))
+    [0, 2]
+    """
+    return [place for place, role in enumerate(roles) if role in ("own", "amount")]
 
 
 class Input(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features import Role
+from model.features import Role, own_columns
 from model.own_risk import OwnRisk
 
 SIZE_MAX = 4096
@@ -192,10 +192,10 @@ class Network(nn.Module):
         self.logit = nn.Linear(a.head_size, 1)
         self.amount_logit = nn.Linear(rising, 1, bias=False)
         self.fraud_logit = nn.Linear(rising, 1, bias=False)
-        self.own = OwnRisk(max(1, sum(role in ("own", "amount") for role in a.roles)))
+        self._own_columns = own_columns(a.roles)
+        self.own = OwnRisk(max(1, len(self._own_columns)))
         self.verdict = nn.Linear(a.hidden_size, 1)
         self._roles = a.roles + ("own",) * embedded
-        self._own_columns = [i for i, r in enumerate(a.roles) if r in ("own", "amount")]
         self._any_fraud = a.roles.index("any_fraud") if "any_fraud" in a.roles else None
         free = _columns(self._roles, "own", "merchant")  # [width], 1 or 0
         amount = _columns(self._roles, "amount")

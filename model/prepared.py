@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import Dataset
-from model.features import AmountScale, Encoder, FeatureSpec, Float32
+from model.features import AmountScale, Encoder, FeatureSpec, Float32, own_columns
 from model.inputs import chosen_fields, fitted_spec
 from model.own_risk import OwnRisk, fit_own_risk
 from model.raw_features import open_raw, write_raw
@@ -131,7 +131,7 @@ class _OwnInputs:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self._encoder = Encoder(spec)
-        self._columns = [i for i, role in enumerate(spec.roles) if role in ("own", "amount")]
+        self._columns = own_columns(spec.roles)
 
     def of(self, raw: Float32, positions: Rows) -> Tensor:
         """[m, own] of positions [m] of raw features [N, R]."""

@@ -81,8 +81,6 @@ GROUP_PATIENCE_SECONDS = 10.0
 JOIN_TELL_SECONDS = 60.0
 """Between two lines of a worker that is in no group yet."""
 
-DAY_MS = 86_400_000
-
 GC_THRESHOLD = 100_000
 """Objects allocated and not freed before the collector looks at the young ones."""
 
@@ -493,7 +491,9 @@ class Worker:
     async def _committed(self, tp: TP) -> int | None:
         try:
             # A consumer whose broker is away waits for it, and the monitor with it.
-            return await asyncio.wait_for(self._consumer().committed(tp), timeout=5.0)
+            return await asyncio.wait_for(
+                self._consumer().committed(tp), timeout=LOOK_LIMIT_SECONDS
+            )
         except (TimeoutError, LogUnavailableError) as error:
             self.metrics.kafka_errors.inc()
             self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
