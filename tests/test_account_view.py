@@ -18,7 +18,7 @@ from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.state_store import redis_client
 from pipeline.topics import ensure_topics
-from tests.memory_pipeline import small_checkpoint
+from tests.fakes.memory_workers import small_checkpoint
 
 CHECKPOINT = small_checkpoint()
 CODEC = StateCodec(1, 8)

@@ -29,7 +29,7 @@ from pipeline.bounded_batches import (
 from pipeline.services import Kafka, Redis
 from pipeline.settings import load_settings
 from pipeline.topics import ensure_topics
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions
+from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 
 MIB = 1 << 20
 

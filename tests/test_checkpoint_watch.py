@@ -10,7 +10,7 @@ import pytest
 
 from model.checkpoint import Checkpoint, Thresholds
 from pipeline.checkpoint_watch import CheckpointWatch
-from tests.memory_pipeline import small_checkpoint
+from tests.fakes.memory_workers import small_checkpoint
 
 
 @pytest.fixture

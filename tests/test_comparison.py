@@ -30,7 +30,7 @@ from model.training_settings import Report, TrainingSettings
 from pipeline import cli
 from pipeline.errors import RecurError
 from pipeline.evaluation import EvaluateOptions, run_evaluate
-from tests.datasets import simulated_dataset
+from tests.fakes.datasets import simulated_dataset
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

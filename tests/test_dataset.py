@@ -35,7 +35,7 @@ from model.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, f
 from model.raw_features import EncodedInputs, open_raw, restarted_inputs, write_raw
 from model.scoring import Sequences
 from model.training import SimulatedData, TrainingSettings, observe_all, simulate
-from tests.datasets import simulated_dataset
+from tests.fakes.datasets import simulated_dataset
 
 
 def rows(n: int, seed: int = 0, **changes: Any) -> Rows:

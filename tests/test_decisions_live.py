@@ -21,7 +21,7 @@ from pipeline.errors import RecurError, StartupError
 from pipeline.services import Kafka, Redis
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.worker_processes import WorkerProcess
-from tests.pipeline_under_test import EVENT_TIME_MS, PipelineUnderTest, until
+from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, until
 
 FIELDS = (
     Field("category", "categorical", ("food", "fuel")),

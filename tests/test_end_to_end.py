@@ -26,8 +26,8 @@ from pipeline.redis_calls import RIGHTS
 from pipeline.services import Kafka, Redis, RedisCluster, free_port
 from pipeline.verify import VerifyOptions, verify
 from pipeline.worker_processes import WorkerProcess
-from tests.memory_verify import NoBar
-from tests.pipeline_under_test import (
+from tests.fakes.memory_verify import NoBar
+from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,
     transactions,

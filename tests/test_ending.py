@@ -25,7 +25,7 @@ from pipeline.services import HOST, Kafka, Redis
 from pipeline.settings import load_settings
 from pipeline.topics import ensure_topics
 from pipeline.worker_processes import WorkerProcess, start_worker
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions, until
+from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 END_SECONDS = 120.0
 """Far more than any end takes, on any machine; those that are not bounded take for ever."""

@@ -19,7 +19,6 @@ from model.transaction import Transaction
 from pipeline.account_state import Watermark
 from pipeline.evictions import EvictedError, Evictions
 from pipeline.health import Health
-from pipeline.memory import MemoryKafka, MemoryScoreLog
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.metrics import Metrics
 from pipeline.redis_calls import StoreUnavailableError
@@ -27,7 +26,8 @@ from pipeline.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.state_store import Load, RedisStateStore, Save
 from pipeline.worker_processes import WorkerProcess
-from tests.pipeline_under_test import (
+from tests.fakes.memory import MemoryKafka, MemoryScoreLog
+from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,
     transactions,

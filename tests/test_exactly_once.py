@@ -10,9 +10,9 @@ import random
 
 import pytest
 
-from pipeline import memory as memory_module
 from pipeline import ownership as ownership_module
-from tests.memory_pipeline import Killed, World, finish
+from tests.fakes import memory as memory_module
+from tests.fakes.memory_workers import Killed, World, finish
 from tests.test_processor import (
     Simulation,
     at,

@@ -30,7 +30,7 @@ from pipeline.keys import Keys
 from pipeline.log_ids import NO_ID
 from pipeline.services import HOST, Kafka, Redis
 from pipeline.state_store import RedisStateStore, Save, redis_client
-from tests.memory_verify import NoBar
+from tests.fakes.memory_verify import NoBar
 
 SHORT_SCALE = 0.04
 SHORT: dict[str, Any] = {"partitions": 4, "kafka_session_timeout_seconds": 3.0}

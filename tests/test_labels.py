@@ -19,12 +19,12 @@ from pipeline.codec import REASONS, Label, decode_label, encode_label
 from pipeline.errors import RejectedError, StartupError
 from pipeline.health import Health
 from pipeline.labels import LabelProcessor
-from pipeline.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
 from pipeline.merchant_profile import Fraud, transaction_hash
 from pipeline.merchant_store import ScoredNote
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from tests.memory_pipeline import DAY_MS, START_MS, Killed, World, finish
+from tests.fakes.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
+from tests.fakes.memory_workers import DAY_MS, START_MS, Killed, World, finish
 
 # as JSON ---------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ LAYERS = {
         pipeline.topic_ids
     """,
     "partitions": """
-        pipeline.patience pipeline.ownership pipeline.dead_letter pipeline.memory
+        pipeline.patience pipeline.ownership pipeline.dead_letter tests.fakes.memory
         pipeline.evictions pipeline.log_watch
     """,
     "processor": """

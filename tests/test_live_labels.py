@@ -26,9 +26,9 @@ from pipeline.redis_calls import redis_client
 from pipeline.services import Kafka, Redis
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.topics import ensure_topics
-from tests.memory_pipeline import checkpoint_of_weights
-from tests.parity import Log, offline_merchant_raw, random_checkpoint
-from tests.pipeline_under_test import (
+from tests.fakes.memory_workers import checkpoint_of_weights
+from tests.fakes.offline import Log, offline_merchant_raw, random_checkpoint
+from tests.fakes.running_pipeline import (
     EVENT_TIME_MS,
     PipelineUnderTest,
     assert_none_conflicts,

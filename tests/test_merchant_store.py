@@ -17,7 +17,6 @@ from redis.cluster import RedisCluster as ClusterClient
 from model.merchants import BUCKETS
 from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
-from pipeline.memory import MemoryMerchantStore
 from pipeline.merchant_profile import FIXED_BYTES, Fraud, Profile
 from pipeline.merchant_store import (
     EXPIRY_MS,
@@ -31,6 +30,7 @@ from pipeline.redis_calls import RIGHTS, StoreForbiddenError, StoreUnavailableEr
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import load_settings
 from pipeline.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN
+from tests.fakes.memory import MemoryMerchantStore
 
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
 

@@ -19,7 +19,7 @@ from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.topics import TopicRole, admin_client, batch_limits, ensure_topics
 from pipeline.transactional_publisher import TransactionalPublisher
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions, until
+from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 KIB = 1024
 

@@ -23,8 +23,8 @@ from pipeline.settings import Settings
 from pipeline.startup import check_services
 from pipeline.topics import TopicRole, topic_ids
 from pipeline.worker_processes import WorkerProcess
-from tests import pipeline_under_test
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions, until
+from tests.fakes import running_pipeline as pipeline_under_test
+from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 pytestmark = pytest.mark.timeout(900)
 

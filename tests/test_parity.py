@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.services import Kafka, Redis
-from tests.parity import TOLERANCE, Log, run
+from tests.fakes.offline import TOLERANCE, Log, run
 
 
 def test_100_000_transactions_with_late_labels_get_the_scores_of_offline_computing(

@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry
 from model.checkpoint import Checkpoint
 from model.features import FEATURES
 from model.reasons import REASONS_MAX
-from pipeline import memory as memory_module
 from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
 from pipeline.account_state import Watermark
@@ -28,14 +27,15 @@ from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.decision import Thresholds, thresholds_of
 from pipeline.errors import StartupError
 from pipeline.log_ids import NO_ID
-from pipeline.memory import MemoryPublisher, MemoryRecord, MemoryStateStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.rebuild import TakenBack
 from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
-from tests.memory_pipeline import (
+from tests.fakes import memory as memory_module
+from tests.fakes.memory import MemoryPublisher, MemoryRecord, MemoryStateStore
+from tests.fakes.memory_workers import (
     DAY_MS,
     START_MS,
     Killed,

@@ -17,8 +17,8 @@ from pipeline.redis_calls import RedisCalls, redis_client
 from pipeline.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.state_store import Load, RedisStateStore, Save, StoreUnavailableError
-from tests.pipeline_under_test import PipelineUnderTest, assert_scored_once, transactions
-from tests.redis_sentinel import Sentinel, under_sentinel, until_failed_over
+from tests.fakes.redis_sentinel import Sentinel, under_sentinel, until_failed_over
+from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 
 MODEL = "0f3a5b7c9d1e"
 NOBODY = "127.0.0.2"

@@ -21,7 +21,7 @@ from model.robustness import (
     score_with_faults,
 )
 from model.scoring import score_unrolled
-from tests.datasets import rows_of
+from tests.fakes.datasets import rows_of
 
 ACCOUNTS, STEPS = 12, 50
 

@@ -16,13 +16,6 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
-from pipeline.memory import (
-    MemoryKafka,
-    MemoryPublisher,
-    MemoryScoreLog,
-    MemoryTransactions,
-    no_interrupt,
-)
 from pipeline.message_limits import PRODUCE_BATCH_BYTES
 from pipeline.ownership import ALL_SOURCES, Record
 from pipeline.publisher import (
@@ -40,7 +33,14 @@ from pipeline.settings import Settings, load_settings
 from pipeline.tally import committed_offsets
 from pipeline.topics import ROLES, TopicRole, ensure_topics
 from pipeline.transactional_publisher import PartitionPublisher, TransactionalPublisher
-from tests.pipeline_under_test import until
+from tests.fakes.memory import (
+    MemoryKafka,
+    MemoryPublisher,
+    MemoryScoreLog,
+    MemoryTransactions,
+    no_interrupt,
+)
+from tests.fakes.running_pipeline import until
 
 PARTITIONS = 3
 

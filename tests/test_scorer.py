@@ -22,7 +22,7 @@ from pipeline.scorer import (
     Scorer,
     ScorerBrokenError,
 )
-from tests.memory_pipeline import DAY_MS, HIDDEN_TOLERANCE, SCORE_TOLERANCE, small_checkpoint
+from tests.fakes.memory_workers import DAY_MS, HIDDEN_TOLERANCE, SCORE_TOLERANCE, small_checkpoint
 
 POISON = 666.0
 """The amount of a transaction that makes the computation fail, where a test says so."""

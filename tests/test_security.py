@@ -27,13 +27,13 @@ from pipeline.startup import check_services, load_checkpoint
 from pipeline.topics import LOGS, add_partitions, ensure_topics
 from pipeline.transactional_publisher import transactional_id
 from pipeline.worker_processes import WorkerProcess, start_worker
-from tests.pipeline_under_test import (
+from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,
     transactions,
     until,
 )
-from tests.secure_services import (
+from tests.fakes.secure_services import (
     KAFKA_PASSWORDS,
     LACKING,
     REDIS_PASSWORD,

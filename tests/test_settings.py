@@ -18,7 +18,7 @@ from pipeline.settings import (
     redis_address,
     sentinel_address,
 )
-from tests.secure_services import Authority
+from tests.fakes.secure_services import Authority
 
 PASSWORD = "hunter2-hunter2"
 

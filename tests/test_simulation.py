@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from pipeline.memory import MemoryKafka
 from pipeline.settings import load_settings
+from tests.fakes.memory import MemoryKafka
 from tests.simulation.bugs import BUGS, Bug
 from tests.simulation.clock import Host, Loop
 from tests.simulation.group import Consumer, Coordinator, Member

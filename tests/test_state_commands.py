@@ -32,7 +32,7 @@ from pipeline.rekey import partition_of, rekey_lines
 from pipeline.services import Kafka, Redis
 from pipeline.state_store import redis_client
 from pipeline.topics import add_partitions
-from tests.pipeline_under_test import (
+from tests.fakes.running_pipeline import (
     EVENT_TIME_MS,
     PipelineUnderTest,
     assert_scored_once,

@@ -14,7 +14,6 @@ import pytest
 from redis.cluster import RedisCluster as ClusterClient
 
 from pipeline.keys import Keys
-from pipeline.memory import MemoryStateStore
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.state_store import (
@@ -24,6 +23,7 @@ from pipeline.state_store import (
     StateStore,
     StoreUnavailableError,
 )
+from tests.fakes.memory import MemoryStateStore
 
 MODEL = "0f3a5b7c9d1e"
 TTL_DAYS = 2.0

@@ -15,12 +15,12 @@ from pipeline import patience as patience_module
 from pipeline.codec import HISTORY_HEADER, WARM_HEADER, decode_label, decode_score, payment_ms
 from pipeline.errors import RejectedError, SettingsError
 from pipeline.labels import label_of
-from pipeline.memory import MemoryRecord
 from pipeline.scorer import id_hashes
 from pipeline.time_option import epoch_ms_of
 from pipeline.timestamps import event_time, other_unit
-from tests.memory_pipeline import DAY_MS, START_MS, MemoryWorker, World, finish
-from tests.memory_verify import verify_world
+from tests.fakes.memory import MemoryRecord
+from tests.fakes.memory_verify import verify_world
+from tests.fakes.memory_workers import DAY_MS, START_MS, MemoryWorker, World, finish
 
 HOUR_MS = 3_600_000
 PAID_MS = 1_534_327_200_000

@@ -21,7 +21,7 @@ from pipeline.services import Kafka, Redis
 from pipeline.tally import committed_offsets
 from pipeline.transactional_publisher import TransactionalPublisher
 from pipeline.worker_processes import WorkerProcess
-from tests.pipeline_under_test import (
+from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,
     transactions,

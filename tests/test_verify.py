@@ -20,8 +20,8 @@ from pipeline.scorer import Scorer
 from pipeline.verification import Difference, Verification
 from pipeline.verify import VerifyOptions
 from pipeline.verify_report import describe, to_json
-from tests.memory_pipeline import DAY_MS, World, finish, small_checkpoint
-from tests.memory_verify import NoBar, StoreOfWorld, verify_world
+from tests.fakes.memory_verify import NoBar, StoreOfWorld, verify_world
+from tests.fakes.memory_workers import DAY_MS, World, finish, small_checkpoint
 
 
 @pytest.fixture(autouse=True)

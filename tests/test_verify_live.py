@@ -29,8 +29,8 @@ from pipeline.state_view import shown_lines, state_at
 from pipeline.topics import ensure_topics
 from pipeline.verify import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
 from pipeline.verify_report import run_verify
-from tests.memory_verify import NoBar
-from tests.pipeline_under_test import PipelineUnderTest, transactions
+from tests.fakes.memory_verify import NoBar
+from tests.fakes.running_pipeline import PipelineUnderTest, transactions
 
 TOGETHER = 2_000
 ACCOUNTS = 120

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.dataset import DAY_MS, Dataset
 from model.windows import WINDOW_DAYS, WINDOW_INPUTS, window_inputs
-from tests.datasets import rows_of
+from tests.fakes.datasets import rows_of
 
 
 def dataset(seed: int, size: int, days: float) -> Dataset:

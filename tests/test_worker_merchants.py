@@ -21,14 +21,14 @@ from pipeline import patience as patience_module
 from pipeline.codec import decode_score, stored_weight
 from pipeline.health import Health
 from pipeline.keys import merchant_slot
-from pipeline.memory import MemoryMerchantStore
 from pipeline.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.merchant_store import Booking
 from pipeline.merchants import Merchants
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from pipeline.transaction_note import TransactionNote
-from tests.memory_pipeline import (
+from tests.fakes.memory import MemoryMerchantStore
+from tests.fakes.memory_workers import (
     DAY_MS,
     START_MS,
     Killed,

@@ -25,7 +25,7 @@ from model.merchants import WEIGHT_MAX
 from model.reasons import Reason
 from pipeline.account_state import AccountStates
 from pipeline.scorer import MicroBatch, Scorer, note_applied
-from tests.memory_pipeline import small_checkpoint
+from tests.fakes.memory_workers import small_checkpoint
 
 POISON = 666.0
 """An amount for which the computation fails."""

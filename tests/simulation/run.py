@@ -21,18 +21,19 @@ from unittest import mock
 from faust.types import TP
 from faust.utils import terminal
 
-from pipeline import memory, ownership, poll_transport, processor
+from pipeline import ownership, poll_transport, processor
 from pipeline.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.errors import RejectedError
 from pipeline.further_fields import FurtherFields
 from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of
-from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
 from pipeline.merchant_profile import transaction_hash
 from pipeline.publisher import PublishError
 from pipeline.settings import Settings, load_settings
 from pipeline.topics import ROLES
-from tests.memory_pipeline import DAY_MS, START_MS
+from tests.fakes import memory
+from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
+from tests.fakes.memory_workers import DAY_MS, START_MS
 from tests.simulation.auditor import Auditor, Entry, Violation
 from tests.simulation.chain import (
     POISON,

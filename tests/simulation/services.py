@@ -1,6 +1,6 @@
 """A worker's clients of the state store, the merchant store and the broker, over the network.
 
-The services themselves are those of :mod:`pipeline.memory`; each method here is one request, or
+The services themselves are those of :mod:`tests.fakes.memory`; each method here is one request, or
 as many at once as the real client sends.
 """
 
@@ -13,7 +13,6 @@ from random import Random
 from typing import Any
 
 from pipeline.keys import MERCHANT_SLOTS
-from pipeline.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
 from pipeline.merchant_store import (
     Booked,
     Booking,
@@ -26,6 +25,7 @@ from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
+from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
 from tests.simulation.auditor import Auditor
 from tests.simulation.clock import Host
 from tests.simulation.network import Network

@@ -16,7 +16,6 @@ from prometheus_client import CollectorRegistry
 from pipeline import app
 from pipeline.health import Health
 from pipeline.labels import LabelProcessor
-from pipeline.memory import MemoryKafka, MemoryMerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience
@@ -25,6 +24,7 @@ from pipeline.processor import Computed, Processor
 from pipeline.publisher import Outgoing
 from pipeline.scorer import Scorer
 from pipeline.settings import Settings
+from tests.fakes.memory import MemoryKafka, MemoryMerchantStore
 from tests.simulation.auditor import Auditor, Conclusion
 from tests.simulation.chain import ChainScorer
 from tests.simulation.clock import Host, Loop

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.log_reader import LogReader
-from pipeline.memory import MemoryKafka, MemoryRecord
 from pipeline.progress_bar import Bar
 from pipeline.redis_calls import StoreForbiddenError
 from pipeline.score_log import Bounds
 from pipeline.state_store import Load, Loaded, Save
 from pipeline.verification import Verification
 from pipeline.verify import Verifier, VerifyOptions
-from tests.memory_pipeline import HIDDEN_TOLERANCE, SCORE_TOLERANCE, World
+from tests.fakes.memory import MemoryKafka, MemoryRecord
+from tests.fakes.memory_workers import HIDDEN_TOLERANCE, SCORE_TOLERANCE, World
 
 OPTIONS = VerifyOptions(tolerance_hidden=HIDDEN_TOLERANCE, tolerance_score=SCORE_TOLERANCE)
 """With the tolerances of these tests' steep network."""

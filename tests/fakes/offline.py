@@ -4,7 +4,7 @@ Transactions and the labels that arrive in the same three hours are sent through
 next bucket follows once the workers have applied all of it, as it does where three hours are three
 hours. What comes out must be what :func:`model.scoring.score_stepwise` computes of the log.
 
-    python -m tests.parity FILE --columns handbook --every 10
+    python -m tests.fakes.offline FILE --columns handbook --every 10
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pipeline.label_feed import encode_labels
 from pipeline.services import Kafka, Redis
 from pipeline.simulated_stream import CURRENCY, SimulatedStream
 from pipeline.transaction_files import TransactionFile
-from tests.pipeline_under_test import PipelineUnderTest, until
+from tests.fakes.running_pipeline import PipelineUnderTest, until
 
 DAY_MS = 86_400_000
 OWN_UPDATES = 400

@@ -42,16 +42,6 @@ from pipeline.codec import (
 )
 from pipeline.errors import RejectedError
 from pipeline.health import Health
-from pipeline.memory import (
-    MemoryConsumer,
-    MemoryKafka,
-    MemoryMerchantStore,
-    MemoryPublisher,
-    MemoryRecord,
-    MemoryScoreLog,
-    MemoryStateStore,
-    MemoryTransactions,
-)
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience
@@ -61,6 +51,16 @@ from pipeline.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
 from pipeline.state_store import Save
 from pipeline.topics import ROLES
+from tests.fakes.memory import (
+    MemoryConsumer,
+    MemoryKafka,
+    MemoryMerchantStore,
+    MemoryPublisher,
+    MemoryRecord,
+    MemoryScoreLog,
+    MemoryStateStore,
+    MemoryTransactions,
+)
 
 DAY_MS = 86_400_000
 START_MS = 1_700_000_000_000

