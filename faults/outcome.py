@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from faults.load import NO_TRANSACTION, Load
 from model.checkpoint import Checkpoint
 from pipeline.account_state import StateCodec
-from pipeline.codec import decode_alert
-from pipeline.decision import DECISIONS
 from pipeline.log_reader import kafka_readers
+from pipeline.messages.codec import decode_alert
+from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
 from pipeline.state_store import Load as StatesWanted
 from pipeline.state_store import RedisStateStore

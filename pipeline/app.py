@@ -28,7 +28,6 @@ from prometheus_client import CollectorRegistry
 from model.checkpoint import Checkpoint
 from pipeline import logs, poll_transport
 from pipeline.checkpoint_watch import CheckpointWatch
-from pipeline.decision import thresholds_of
 from pipeline.ending import Ending, leave_at_signals
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError, StartupError
@@ -39,6 +38,7 @@ from pipeline.labels import STREAM, LabelProcessor
 from pipeline.log_watch import OpenTransactions, TopicWatch
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.message_limits import MessageLimits
+from pipeline.messages.decision import thresholds_of
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
 from pipeline.patience import Patience

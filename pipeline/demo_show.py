@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.codec import decode_alert
 from pipeline.demo_gauges import Latency, Rates
 from pipeline.demo_labels import LateLabels
 from pipeline.demo_view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
 from pipeline.feed import Block, Feed, ahead
+from pipeline.messages.codec import decode_alert
 from pipeline.services import Services
 from pipeline.simulated_stream import SimulatedTransactions
 from pipeline.tally import Tally, TopicReader

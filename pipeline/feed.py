@@ -27,9 +27,9 @@ from aiokafka.partitioner import DefaultPartitioner
 from numpy.typing import NDArray
 
 from model.transaction import Transaction
-from pipeline.codec import HISTORY_HEADER, WARM_HEADER
 from pipeline.errors import RecurError
 from pipeline.message_limits import TOO_LARGE, MessageLimits
+from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER
 from pipeline.settings import Settings
 from pipeline.topics import TopicRole
 

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS
 from pipeline.account_state import StateCodec
-from pipeline.codec import FORGET
 from pipeline.errors import RecurError, SettingsError
 from pipeline.instructions import Place, send_instruction
 from pipeline.key_scan import Copy, KeyScan
+from pipeline.messages.codec import FORGET
 from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
-from pipeline.codec import CONTROL_HEADER
 from pipeline.errors import RecurError
+from pipeline.messages.codec import CONTROL_HEADER
 from pipeline.settings import Settings
 
 

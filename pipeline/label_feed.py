@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
-from pipeline.codec import Label, encode_label
 from pipeline.column_mapping import load_label_mapping, load_mapping
 from pipeline.errors import SettingsError
 from pipeline.feed import Block, Feed, ahead
+from pipeline.messages.codec import Label, encode_label
 from pipeline.progress_bar import bar_for
 from pipeline.settings import Settings
 from pipeline.time_option import epoch_ms_of

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
-from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.merchant_profile import (
     EMPTY_VALUE,
@@ -35,6 +34,7 @@ from pipeline.merchant_profile import (
     Fraud,
     encode_frauds,
 )
+from pipeline.messages.decision import DECISIONS
 from pipeline.redis_calls import Command, RedisCalls, Script, redis_client
 from pipeline.settings import Settings
 from pipeline.state_store import Intactness

@@ -25,8 +25,8 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from pipeline.codec import LABELS, REASONS
-from pipeline.decision import DECISIONS
+from pipeline.messages.codec import LABELS, REASONS
+from pipeline.messages.decision import DECISIONS
 from pipeline.transaction_note import UNKNOWN
 
 LATENCY_BUCKETS_SECONDS = (

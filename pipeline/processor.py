@@ -37,7 +37,13 @@ from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.account_state import AccountStates
 from pipeline.bounded_batches import refuse_batch
-from pipeline.codec import (
+from pipeline.dead_letter import DeadLetters, Notices
+from pipeline.errors import RejectedError
+from pipeline.health import Health
+from pipeline.merchant_profile import transaction_hash
+from pipeline.merchant_store import MerchantStore, ScoredNote
+from pipeline.merchants import Merchants
+from pipeline.messages.codec import (
     CONTROL_HEADER,
     HISTORY_HEADER,
     WARM_HEADER,
@@ -51,14 +57,8 @@ from pipeline.codec import (
     with_refused_state,
     with_thresholds,
 )
-from pipeline.dead_letter import DeadLetters, Notices
-from pipeline.decision import DECISIONS, Thresholds, thresholds_of
-from pipeline.errors import RejectedError
-from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
-from pipeline.health import Health
-from pipeline.merchant_profile import transaction_hash
-from pipeline.merchant_store import MerchantStore, ScoredNote
-from pipeline.merchants import Merchants
+from pipeline.messages.decision import DECISIONS, Thresholds, thresholds_of
+from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from pipeline.account_state import Watermark
-from pipeline.codec import LOOK
 from pipeline.errors import RecurError, SettingsError
 from pipeline.instructions import send_instruction
 from pipeline.key_scan import KeyScan
 from pipeline.log_ids import NO_ID, is_other
 from pipeline.merchant_store import RedisMerchantStore
+from pipeline.messages.codec import LOOK
 from pipeline.ownership import begin_log, read_watermark
 from pipeline.redis_calls import StoreUnavailableError
 from pipeline.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog

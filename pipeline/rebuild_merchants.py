@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.merchants import BUCKET_MS, BUCKETS
-from pipeline.codec import decode_counted, stored_weight
 from pipeline.errors import RecurError, RejectedError
 from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of, label_of
@@ -43,6 +42,7 @@ from pipeline.merchant_profile import (
     transaction_hash,
 )
 from pipeline.merchant_repair import MerchantRepair
+from pipeline.messages.codec import decode_counted, stored_weight
 from pipeline.ownership import Record
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.redis_calls import StoreUnavailableError

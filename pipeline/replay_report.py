@@ -21,8 +21,8 @@ from model.evaluation import (
     average_precision,
     card_precision_at,
 )
-from pipeline.decision import DECISIONS
 from pipeline.errors import RecurError
+from pipeline.messages.decision import DECISIONS
 from pipeline.tally import Tally, TopicReader
 from pipeline.transaction_files import DAY_MS, LABEL_UNKNOWN, Part
 

@@ -16,7 +16,7 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from pipeline.codec import PublishedScore, decode_published
+from pipeline.messages.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 from pipeline.topic_ids import ask_ids
 

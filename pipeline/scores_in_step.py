@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.codec import RecordedScore, decode_recorded
 from pipeline.log_reader import OpenReader
+from pipeline.messages.codec import RecordedScore, decode_recorded
 from pipeline.score_log import source_offset
 from pipeline.settings import Settings
 

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.features import FeatureSpec
-from pipeline.codec import names_in
 from pipeline.errors import StartupError
-from pipeline.further_fields import ALWAYS_THERE
 from pipeline.log_ids import NO_ID, is_other, other_log
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.message_limits import MessageLimits
+from pipeline.messages.codec import names_in
+from pipeline.messages.extra_fields import ALWAYS_THERE
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.redis_calls import IS_A_CLUSTER, StoreAddressError
 from pipeline.redis_servers import unreachable_nodes

@@ -22,8 +22,8 @@ from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient
 from numpy.typing import NDArray
 
-from pipeline.decision import DECISIONS
 from pipeline.errors import RecurError
+from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
 from pipeline.topics import TopicRole
 

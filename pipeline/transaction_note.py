@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from model.merchants import WEIGHT_MAX
-from pipeline.decision import DECISIONS
+from pipeline.messages.decision import DECISIONS
 
 NOTE_EXPIRY_MS = 60 * 86_400_000
 """A note goes so long after the transaction, or after its last label."""

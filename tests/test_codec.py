@@ -16,7 +16,8 @@ from model.features import FEATURES
 from model.merchants import MERCHANT_FEATURES, WEIGHT_MAX, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction, epoch_ms
-from pipeline.codec import (
+from pipeline.errors import RejectedError
+from pipeline.messages.codec import (
     REASONS,
     VALUE_MAX_BYTES,
     ScoreEncoder,
@@ -31,8 +32,7 @@ from pipeline.codec import (
     with_refused_state,
     with_thresholds,
 )
-from pipeline.decision import DECISIONS, Thresholds
-from pipeline.errors import RejectedError
+from pipeline.messages.decision import DECISIONS, Thresholds
 from pipeline.score_log import Kept
 
 SECRET = "4111-1111-1111-1111"

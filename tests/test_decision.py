@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.decision import DECISIONS, Thresholds
+from pipeline.messages.decision import DECISIONS, Thresholds
 
 probabilities = st.floats(0, 1, width=32)
 

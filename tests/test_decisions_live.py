@@ -16,8 +16,8 @@ from model.features import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.gru import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
 from pipeline.account_view import account_lines, describe, look_at
-from pipeline.codec import Score, decode_alert
 from pipeline.errors import RecurError, StartupError
+from pipeline.messages.codec import Score, decode_alert
 from pipeline.services import Kafka, Redis
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.worker_processes import WorkerProcess

@@ -20,8 +20,8 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from model.transaction import Transaction
 from pipeline.account_state import STATE_FORMAT
-from pipeline.codec import WARM_HEADER, decode_alert, encode_transaction
 from pipeline.keys import MerchantKeys
+from pipeline.messages.codec import WARM_HEADER, decode_alert, encode_transaction
 from pipeline.redis_calls import RIGHTS
 from pipeline.services import Kafka, Redis, RedisCluster, free_port
 from pipeline.verify import VerifyOptions, verify

@@ -13,9 +13,9 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from model.transaction import Transaction
-from pipeline.codec import HISTORY_HEADER, WARM_HEADER, decode
 from pipeline.errors import RecurError
 from pipeline.feed import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
+from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER, decode
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
 from pipeline.simulated_stream import SimulatedStream

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from model.features import Field, field_column
-from pipeline.codec import decode
 from pipeline.errors import RejectedError
-from pipeline.further_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, FurtherFields
+from pipeline.messages.codec import decode
+from pipeline.messages.extra_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, FurtherFields
 
 FIELDS = (
     Field("category", "categorical", ("food", "5411")),

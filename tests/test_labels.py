@@ -15,12 +15,12 @@ from prometheus_client import CollectorRegistry
 from model.merchants import BUCKET_MS
 from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
-from pipeline.codec import REASONS, Label, decode_label, encode_label
 from pipeline.errors import RejectedError, StartupError
 from pipeline.health import Health
 from pipeline.labels import LabelProcessor
 from pipeline.merchant_profile import Fraud, transaction_hash
 from pipeline.merchant_store import ScoredNote
+from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from tests.fakes.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog

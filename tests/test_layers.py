@@ -22,10 +22,10 @@ LAYERS = {
     """,
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
-        pipeline.codec
-        pipeline.decision pipeline.transaction_note pipeline.metrics pipeline.health
+        pipeline.messages.codec
+        pipeline.messages.decision pipeline.transaction_note pipeline.metrics pipeline.health
         pipeline.log_ids pipeline.account_state
-        pipeline.merchant_profile pipeline.further_fields pipeline.account_choice
+        pipeline.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
         pipeline.ending pipeline.outages
     """,
     "clients": """
@@ -201,7 +201,11 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
         ("pipeline.processor", "import faust", "pipeline/processor.py:1 imports faust: only"),
         ("pipeline.demo", "def f():\n from mode import Service", "demo.py:2 imports mode: only"),
         ("pipeline.demo", "from pipeline import app", "imports pipeline.app, and with it Faust"),
-        ("pipeline.codec", "from . import state_store", "'vocabulary' comes before 'clients'"),
+        (
+            "pipeline.messages.codec",
+            "from . import state_store",
+            "'vocabulary' comes before 'clients'",
+        ),
         ("pipeline.app", "import model.training", "'worker' comes before 'training'"),
         ("pipeline.services", "import importlib; importlib.import_module('tests.x')", "no tests"),
         ("pipeline.utils", "", "pipeline.utils is in no layer"),

@@ -16,12 +16,12 @@ from rich.console import Console
 from model.merchants import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
 from model.transaction import Transaction
 from pipeline import rebuild_merchants
-from pipeline.codec import stored_weight
 from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.label_feed import encode_labels
 from pipeline.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.merchant_store import Booking, RedisMerchantStore
+from pipeline.messages.codec import stored_weight
 from pipeline.redis_calls import redis_client
 from pipeline.services import Kafka, Redis
 from pipeline.startup import check_services, load_checkpoint

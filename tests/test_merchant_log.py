@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline import merchant_log
-from pipeline.codec import CountedScore
 from pipeline.merchant_log import (
     CountsOfLog,
     FirstScores,
@@ -22,6 +21,7 @@ from pipeline.merchant_log import (
 )
 from pipeline.merchant_profile import Fraud, Profile
 from pipeline.merchant_store import Booking
+from pipeline.messages.codec import CountedScore
 
 NOW = 100_000
 

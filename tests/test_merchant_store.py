@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
 from model.merchants import BUCKETS
-from pipeline.decision import DECISIONS
 from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.merchant_profile import FIXED_BYTES, Fraud, Profile
 from pipeline.merchant_store import (
@@ -26,6 +25,7 @@ from pipeline.merchant_store import (
     RedisMerchantStore,
     ScoredNote,
 )
+from pipeline.messages.decision import DECISIONS
 from pipeline.redis_calls import RIGHTS, StoreForbiddenError, StoreUnavailableError
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import load_settings

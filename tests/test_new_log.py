@@ -13,10 +13,10 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from rich.console import Console
 
 from model.transaction import Transaction
-from pipeline.codec import encode_transaction
 from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.log_ids import shown
+from pipeline.messages.codec import encode_transaction
 from pipeline.rebuild import rebuild_lines
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings

@@ -22,11 +22,11 @@ from model.reasons import REASONS_MAX
 from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
 from pipeline.account_state import Watermark
-from pipeline.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
-from pipeline.decision import Thresholds, thresholds_of
 from pipeline.errors import StartupError
 from pipeline.log_ids import NO_ID
+from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
+from pipeline.messages.decision import Thresholds, thresholds_of
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll
 from pipeline.publisher import Appended, Outgoing, PublishError

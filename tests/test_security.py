@@ -17,8 +17,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import TransactionalIdAuthorizationFailed
 
-from pipeline.codec import decode_score, encode_transaction
 from pipeline.errors import RecurError
+from pipeline.messages.codec import decode_score, encode_transaction
 from pipeline.redis_calls import COMMAND_RIGHTS, RIGHTS
 from pipeline.rights import NEEDS
 from pipeline.services import HOST, Redis

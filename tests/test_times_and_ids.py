@@ -12,9 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import patience as patience_module
-from pipeline.codec import HISTORY_HEADER, WARM_HEADER, decode_label, decode_score, payment_ms
 from pipeline.errors import RejectedError, SettingsError
 from pipeline.labels import label_of
+from pipeline.messages.codec import (
+    HISTORY_HEADER,
+    WARM_HEADER,
+    decode_label,
+    decode_score,
+    payment_ms,
+)
 from pipeline.scorer import id_hashes
 from pipeline.time_option import epoch_ms_of
 from pipeline.timestamps import event_time, other_unit

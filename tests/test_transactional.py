@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from model.transaction import Transaction
-from pipeline.codec import decode_alert, encode_transaction
+from pipeline.messages.codec import decode_alert, encode_transaction
 from pipeline.services import Kafka, Redis
 from pipeline.tally import committed_offsets
 from pipeline.transactional_publisher import TransactionalPublisher

@@ -14,8 +14,8 @@ from pipeline import recompute as recompute_module
 from pipeline import scores_in_step as scores_module
 from pipeline import verify as verify_module
 from pipeline.account_state import Watermark
-from pipeline.codec import decode_score
 from pipeline.errors import RecurError
+from pipeline.messages.codec import decode_score
 from pipeline.scorer import Scorer
 from pipeline.verification import Difference, Verification
 from pipeline.verify import VerifyOptions

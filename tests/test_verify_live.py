@@ -19,9 +19,9 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 from rich.console import Console
 
 from pipeline import cli
-from pipeline.codec import Score
 from pipeline.errors import RecurError, StartupError
 from pipeline.keys import Keys
+from pipeline.messages.codec import Score
 from pipeline.services import Kafka, Redis
 from pipeline.startup import load_checkpoint
 from pipeline.state_store import redis_client

@@ -18,12 +18,12 @@ from model.merchants import (
     present_bucket,
 )
 from pipeline import patience as patience_module
-from pipeline.codec import decode_score, stored_weight
 from pipeline.health import Health
 from pipeline.keys import merchant_slot
 from pipeline.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.merchant_store import Booking
 from pipeline.merchants import Merchants
+from pipeline.messages.codec import decode_score, stored_weight
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
 from pipeline.transaction_note import TransactionNote

@@ -32,7 +32,9 @@ from model.features import (
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import RECENT_IDS, Watermark
-from pipeline.codec import (
+from pipeline.errors import RejectedError
+from pipeline.health import Health
+from pipeline.messages.codec import (
     CONTROL_HEADER,
     FORGET,
     WARM_HEADER,
@@ -40,8 +42,6 @@ from pipeline.codec import (
     decode_alert,
     decode_score,
 )
-from pipeline.errors import RejectedError
-from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience

@@ -18,8 +18,8 @@ from model.features import HISTORY_COLUMNS
 from model.merchants import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.account_state import AccountStates, Watermark
-from pipeline.codec import Score, decode_score, encode_transaction
 from pipeline.keys import Keys
+from pipeline.messages.codec import Score, decode_score, encode_transaction
 from pipeline.ownership import Chunk
 from pipeline.processor import PartDecoder, columns
 from pipeline.score_log import KafkaScoreLog

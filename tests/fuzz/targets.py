@@ -27,19 +27,7 @@ from model.gru import Architecture, Network
 from model.merchants import MERCHANT_FEATURES, observe_merchants
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
 from pipeline.account_state import STATE_FORMAT, Watermark
-from pipeline.codec import (
-    LABELS,
-    REASONS,
-    ScoreEncoder,
-    decode,
-    decode_label,
-    decode_published,
-    decode_score,
-    encode_transaction,
-    names_in,
-)
 from pipeline.errors import RejectedError
-from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.keys import Keys
 from pipeline.labels import booking_of
 from pipeline.merchant_profile import (
@@ -50,6 +38,18 @@ from pipeline.merchant_profile import (
     encode_frauds,
     transaction_hash,
 )
+from pipeline.messages.codec import (
+    LABELS,
+    REASONS,
+    ScoreEncoder,
+    decode,
+    decode_label,
+    decode_published,
+    decode_score,
+    encode_transaction,
+    names_in,
+)
+from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.scorer import MicroBatch, Scorer
 from tests.fuzz.mutation import (
     Mutator,

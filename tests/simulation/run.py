@@ -22,12 +22,12 @@ from faust.types import TP
 from faust.utils import terminal
 
 from pipeline import ownership, poll_transport, processor
-from pipeline.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.errors import RejectedError
-from pipeline.further_fields import FurtherFields
 from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of
 from pipeline.merchant_profile import transaction_hash
+from pipeline.messages.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
+from pipeline.messages.extra_fields import FurtherFields
 from pipeline.publisher import PublishError
 from pipeline.settings import Settings, load_settings
 from pipeline.topics import ROLES

@@ -28,9 +28,9 @@ from model.transaction import (
     Transaction,
     epoch_ms,
 )
-from pipeline.decision import DECISIONS, Thresholds
 from pipeline.errors import RejectedError
-from pipeline.further_fields import NO_FURTHER_FIELDS, FurtherFields
+from pipeline.messages.decision import DECISIONS, Thresholds
+from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.timestamps import DAY_MS, labelled_time, other_unit
 
 T = TypeVar("T")

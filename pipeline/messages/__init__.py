@@ -1,0 +1,1 @@
+"""JSON in and out: transactions, labels, control records, scores and alerts."""
