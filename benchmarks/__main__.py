@@ -33,14 +33,14 @@ from model.features import ACCOUNT_FEATURES, FeatureSpec
 from model.gru import Network
 from model.simulator import Simulator, account_id, merchant_id
 from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
-from pipeline.score_log import KafkaScoreLog
+from pipeline.kafka.score_log import KafkaScoreLog
+from pipeline.kafka.topics import ensure_topics
 from pipeline.scorer import Scorer
 from pipeline.services import Services, embedded
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint
 from pipeline.supervisor import SupervisedProcess
 from pipeline.timestamps import ANY_AGE_SECONDS
-from pipeline.topics import ensure_topics
 from pipeline.worker_processes import (
     LATENCY,
     WorkerProcess,

@@ -13,9 +13,9 @@ from aiokafka.errors import KafkaError
 from faults.fault import Addresses, Fault, Shared
 from faults.rig import Rig, require
 from faults.watch import until_true
+from pipeline.kafka.topics import ROLES, admin_client, topic_ids
 from pipeline.services import Kafka, KafkaCluster
 from pipeline.settings import Settings
-from pipeline.topics import ROLES, admin_client, topic_ids
 
 IN_SYNC_LIMIT_SECONDS = 120.0
 TOPIC_LIMIT_SECONDS = 60.0

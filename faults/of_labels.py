@@ -13,10 +13,10 @@ from faults.of_redis import RedisClusterFailover
 from faults.rig import Rig
 from faults.watch import until_true
 from pipeline.feed import Feed
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.label_feed import encode_labels
 from pipeline.merchant_profile import Profile, transaction_hash
 from pipeline.merchant_store import RedisMerchantStore
-from pipeline.score_log import KafkaScoreLog
 
 LABELS = 200_000
 PIECE_LABELS = 2_000

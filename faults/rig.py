@@ -17,10 +17,10 @@ from faults.load import ChangeColumns, ChangeRecords, Load, as_they_are, nothing
 from faults.watch import Sample, Watch
 from model.checkpoint import Checkpoint
 from pipeline.errors import RecurError
+from pipeline.kafka.topics import ensure_topics
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint
 from pipeline.timestamps import ANY_AGE_SECONDS
-from pipeline.topics import ensure_topics
 from pipeline.worker_processes import WorkerProcess
 
 RECOVERY_LIMIT_SECONDS = 240.0

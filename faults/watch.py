@@ -11,7 +11,7 @@ from types import TracebackType
 from faults.crew import Crew
 from pipeline.account_state import Watermark
 from pipeline.errors import RecurError
-from pipeline.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
 

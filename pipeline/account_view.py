@@ -18,11 +18,11 @@ from model.checkpoint import Checkpoint
 from model.features import WINDOW_DAYS
 from pipeline.account_state import AccountStates, StateCodec
 from pipeline.errors import RecurError
+from pipeline.kafka.topics import partition_count
 from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 from pipeline.state_store import Load, RedisStateStore
-from pipeline.topics import partition_count
 
 VERDICT_METRIC = "verdict_auc"
 """A checkpoint whose training fitted the verdict says how good it is."""

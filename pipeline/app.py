@@ -32,25 +32,25 @@ from pipeline.ending import Ending, leave_at_signals
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError, StartupError
 from pipeline.evictions import Evictions
-from pipeline.group_errors import HOPELESS, group_refusal
 from pipeline.health import Health
+from pipeline.kafka.group_errors import HOPELESS, group_refusal
+from pipeline.kafka.message_limits import MessageLimits
+from pipeline.kafka.producer import KafkaPublisher
+from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.topics import ROLES, partition_count
+from pipeline.kafka.transactional_producer import TransactionalPublisher
 from pipeline.labels import STREAM, LabelProcessor
 from pipeline.log_watch import OpenTransactions, TopicWatch
 from pipeline.merchant_store import RedisMerchantStore
-from pipeline.message_limits import MessageLimits
 from pipeline.messages.decision import thresholds_of
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
 from pipeline.patience import Patience
 from pipeline.processor import Computed, Processor
-from pipeline.publisher import KafkaPublisher
-from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.state_store import RedisStateStore, StoreUnavailableError
-from pipeline.topics import ROLES, partition_count
-from pipeline.transactional_publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
 

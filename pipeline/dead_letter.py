@@ -6,10 +6,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from pipeline.bounded_batches import records_in
+from pipeline.kafka.decompression_limit import records_in
+from pipeline.kafka.producer import Outgoing
 from pipeline.metrics import Metrics
 from pipeline.ownership import Record
-from pipeline.publisher import Outgoing
 
 KEY_MAX_BYTES = 65_536
 """With it the longest rejected value stays under the broker's limit of 1 MiB."""

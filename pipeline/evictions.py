@@ -21,13 +21,13 @@ import msgspec
 
 from pipeline.errors import StartupError
 from pipeline.health import Health
+from pipeline.kafka.score_log import LogUnavailableError, ScoreLog
 from pipeline.keys import Keys
 from pipeline.merchant_store import RedisMerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import read_watermark
 from pipeline.redis_calls import RedisCalls, StoreUnavailableError, redis_client
 from pipeline.redis_servers import NO_EVICTION, Server, evicted_keys, servers
-from pipeline.score_log import LogUnavailableError, ScoreLog
 from pipeline.settings import Settings, redis_address
 from pipeline.state_store import Load, RedisStateStore, Save
 

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from model.transaction import Transaction
 from pipeline.errors import RecurError
-from pipeline.message_limits import TOO_LARGE, MessageLimits
+from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits
+from pipeline.kafka.topics import TopicRole
 from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER
 from pipeline.settings import Settings
-from pipeline.topics import TopicRole
 
 BLOCK_TRANSACTIONS = 8192
 """A good size of a block: large enough for large batches, small enough to stop in."""

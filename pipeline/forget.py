@@ -20,13 +20,13 @@ from model.transaction import ID_MAX_CHARACTERS
 from pipeline.account_state import StateCodec
 from pipeline.errors import RecurError, SettingsError
 from pipeline.instructions import Place, send_instruction
+from pipeline.kafka.topics import Retention, TopicRole, group_members, partition_count, retentions
 from pipeline.key_scan import Copy, KeyScan
 from pipeline.messages.codec import FORGET
 from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 from pipeline.state_store import Load, RedisStateStore
-from pipeline.topics import Retention, TopicRole, group_members, partition_count, retentions
 from pipeline.watermark_wait import until_applied
 
 _LABELS_NOTE = "and what producers send of it from now on"

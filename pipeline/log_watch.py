@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pipeline.errors import StartupError
 from pipeline.health import Health
-from pipeline.log_ids import is_other, other_log, shown
+from pipeline.kafka.log_ids import is_other, other_log, shown
 
 TELL_SECONDS = 60.0
 """Between two lines about the same open transaction."""

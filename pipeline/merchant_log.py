@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
+from pipeline.kafka.score_log import source_offset
 from pipeline.merchant_profile import Fraud, Profile
 from pipeline.merchant_store import Booking
 from pipeline.messages.codec import CountedScore
-from pipeline.score_log import source_offset
 from pipeline.transaction_note import TransactionNote
 
 SOURCES_BEFORE = 100_000

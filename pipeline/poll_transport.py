@@ -28,9 +28,9 @@ from faust.types import TP, ConsumerMessage, Message
 from mode import Service
 from mode.threads import ServiceThread
 
-from pipeline.bounded_batches import one_poll
+from pipeline.kafka.decompression_limit import one_poll
+from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.ownership import Chunk, Poll
-from pipeline.score_log import LogUnavailableError
 
 log = logging.getLogger(__name__)
 

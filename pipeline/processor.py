@@ -36,10 +36,12 @@ from model.merchants import BUCKET_MS, MERCHANT_FEATURES, WEIGHT_MAX
 from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.account_state import AccountStates
-from pipeline.bounded_batches import refuse_batch
 from pipeline.dead_letter import DeadLetters, Notices
 from pipeline.errors import RejectedError
 from pipeline.health import Health
+from pipeline.kafka.decompression_limit import refuse_batch
+from pipeline.kafka.producer import Appended, Outgoing, Publisher, Said, Transactions
+from pipeline.kafka.score_log import Kept
 from pipeline.merchant_profile import transaction_hash
 from pipeline.merchant_store import MerchantStore, ScoredNote
 from pipeline.merchants import Merchants
@@ -62,8 +64,6 @@ from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience
-from pipeline.publisher import Appended, Outgoing, Publisher, Said, Transactions
-from pipeline.score_log import Kept
 from pipeline.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StateStore

@@ -23,9 +23,11 @@ from rich.console import Console
 
 from model.merchants import BUCKET_MS, BUCKETS
 from pipeline.errors import RecurError, RejectedError
+from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of, label_of
-from pipeline.log_reader import KafkaLogReader
 from pipeline.merchant_log import (
     CountsOfLog,
     FirstScores,
@@ -46,9 +48,7 @@ from pipeline.messages.codec import decode_counted, stored_weight
 from pipeline.ownership import Record
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.redis_calls import StoreUnavailableError
-from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
-from pipeline.topics import TopicRole, ensure_topics
 
 READ_MOST = 8_192
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.features import ACCOUNT_FEATURES
 from model.merchants import MERCHANT_FEATURES
 from pipeline.account_choice import Choice, Everyone
-from pipeline.log_reader import OpenReader, kafka_readers
+from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.messages.codec import PAUSE, RecordedScore
 from pipeline.ownership import Chunk
 from pipeline.processor import Part, PartDecoder, columns

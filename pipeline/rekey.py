@@ -23,17 +23,17 @@ from rich.console import Console
 
 from pipeline.account_state import StateCodec, Watermark
 from pipeline.errors import RecurError
+from pipeline.kafka.log_ids import NO_ID, is_other, other_log
+from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
 from pipeline.key_scan import KeyScan
-from pipeline.log_ids import NO_ID, is_other, other_log
-from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.redis_calls import StoreUnavailableError
-from pipeline.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 from pipeline.state_store import Load, RedisStateStore, Save
-from pipeline.topics import add_partitions, group_members, partition_count, topic_ids
 
 READ_MOST = 8_192
 

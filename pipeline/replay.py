@@ -22,11 +22,11 @@ from rich.table import Table
 from pipeline.column_mapping import load_mapping
 from pipeline.errors import SettingsError
 from pipeline.feed import Block, Feed, ahead, encode_block
+from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.progress_bar import bar_for
 from pipeline.replay_report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
 from pipeline.settings import Settings
 from pipeline.tally import TopicReader, committed_offsets
-from pipeline.topics import TopicRole, ensure_topics
 from pipeline.transaction_files import DAY_MS, TransactionFile
 
 OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")

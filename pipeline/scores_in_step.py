@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.log_reader import OpenReader
+from pipeline.kafka.partition_reader import OpenReader
+from pipeline.kafka.score_log import source_offset
 from pipeline.messages.codec import RecordedScore, decode_recorded
-from pipeline.score_log import source_offset
 from pipeline.settings import Settings
 
 LOOKAHEAD = 20_000

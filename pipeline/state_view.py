@@ -27,16 +27,16 @@ from pipeline.account_view import (
     utc,
 )
 from pipeline.errors import RecurError
+from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
+from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.topics import topic_ids
 from pipeline.keys import Keys
-from pipeline.log_ids import NO_ID, is_other, other_log, shown
-from pipeline.log_reader import KafkaLogReader
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.recompute import RecomputedPartition
 from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
-from pipeline.topics import topic_ids
 
 _DAY_MS = 86_400_000
 

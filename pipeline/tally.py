@@ -23,9 +23,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 from numpy.typing import NDArray
 
 from pipeline.errors import RecurError
+from pipeline.kafka.topics import TopicRole
 from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
-from pipeline.topics import TopicRole
 
 READ_MAX_RECORDS = 4096
 """Records that one read returns at most."""
@@ -120,7 +120,7 @@ class TopicReader:
     """Reads what is written to a topic from now on.
 
     Args:
-        partitions: how many the topic has; :func:`pipeline.topics.ensure_topics` tells.
+        partitions: how many the topic has; :func:`pipeline.kafka.topics.ensure_topics` tells.
 
     Raises:
         RecurError: the broker is away.

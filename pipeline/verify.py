@@ -25,8 +25,9 @@ from model.checkpoint import Checkpoint
 from pipeline.account_choice import Choice, Everyone, One, Sample
 from pipeline.account_state import Watermark
 from pipeline.errors import RecurError, StartupError
-from pipeline.log_ids import NO_ID
-from pipeline.log_reader import OpenReader, kafka_readers
+from pipeline.kafka.log_ids import NO_ID
+from pipeline.kafka.partition_reader import OpenReader, kafka_readers
+from pipeline.kafka.topics import partition_count, topic_ids
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.progress_bar import Bar
 from pipeline.recompute import Advanced, RecomputedPartition
@@ -37,7 +38,6 @@ from pipeline.settings import Settings
 from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
 from pipeline.state_store import Load, RedisStateStore, StateStore
-from pipeline.topics import partition_count, topic_ids
 from pipeline.verification import Difference, Verification
 
 HIDDEN_TOLERANCE = 2e-3

@@ -13,11 +13,11 @@ from model.features import AccountHistory
 from pipeline.account_state import AccountStates, StateCodec
 from pipeline.account_view import AccountView, describe, look_at
 from pipeline.errors import RecurError
+from pipeline.kafka.topics import ensure_topics
 from pipeline.keys import Keys
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.state_store import redis_client
-from pipeline.topics import ensure_topics
 from tests.fakes.memory_workers import small_checkpoint
 
 CHECKPOINT = small_checkpoint()

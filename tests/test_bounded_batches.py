@@ -15,8 +15,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.record.util import calc_crc32c
 
-from pipeline import bounded_batches
-from pipeline.bounded_batches import (
+from pipeline.kafka import decompression_limit as bounded_batches
+from pipeline.kafka.decompression_limit import (
     GZIP,
     LZ4,
     SNAPPY,
@@ -26,9 +26,9 @@ from pipeline.bounded_batches import (
     one_poll,
     uncompressed_size,
 )
+from pipeline.kafka.topics import ensure_topics
 from pipeline.services import Kafka, Redis
 from pipeline.settings import load_settings
-from pipeline.topics import ensure_topics
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 
 MIB = 1 << 20

@@ -17,6 +17,7 @@ from model.merchants import MERCHANT_FEATURES, WEIGHT_MAX, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction, epoch_ms
 from pipeline.errors import RejectedError
+from pipeline.kafka.score_log import Kept
 from pipeline.messages.codec import (
     REASONS,
     VALUE_MAX_BYTES,
@@ -33,7 +34,6 @@ from pipeline.messages.codec import (
     with_thresholds,
 )
 from pipeline.messages.decision import DECISIONS, Thresholds
-from pipeline.score_log import Kept
 
 SECRET = "4111-1111-1111-1111"
 """An account number that must not come back in a message."""

@@ -24,17 +24,17 @@ LAYERS = {
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
         pipeline.messages.codec
         pipeline.messages.decision pipeline.transaction_note pipeline.metrics pipeline.health
-        pipeline.log_ids pipeline.account_state
+        pipeline.kafka.log_ids pipeline.account_state
         pipeline.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
         pipeline.ending pipeline.outages
     """,
     "clients": """
-        pipeline.topics pipeline.rights pipeline.redis_calls pipeline.redis_servers
+        pipeline.kafka.topics pipeline.kafka.acl pipeline.redis_calls pipeline.redis_servers
         pipeline.state_store
-        pipeline.merchant_store pipeline.scorer pipeline.publisher pipeline.score_log
-        pipeline.transactional_publisher pipeline.log_reader pipeline.scores_in_step
-        pipeline.group_errors pipeline.message_limits pipeline.bounded_batches
-        pipeline.topic_ids
+        pipeline.merchant_store pipeline.scorer pipeline.kafka.producer pipeline.kafka.score_log
+        pipeline.kafka.transactional_producer pipeline.kafka.partition_reader pipeline.scores_in_step
+        pipeline.kafka.group_errors pipeline.kafka.message_limits pipeline.kafka.decompression_limit
+        pipeline.kafka.topic_ids
     """,
     "partitions": """
         pipeline.patience pipeline.ownership pipeline.dead_letter tests.fakes.memory
@@ -209,13 +209,13 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
         ("pipeline.app", "import model.training", "'worker' comes before 'training'"),
         ("pipeline.services", "import importlib; importlib.import_module('tests.x')", "no tests"),
         ("pipeline.utils", "", "pipeline.utils is in no layer"),
-        ("pipeline.state_store", "import pipeline.topics", "imports go in a circle"),
+        ("pipeline.state_store", "import pipeline.kafka.topics", "imports go in a circle"),
     ],
 )
 def test_a_wrong_import_is_found_and_named(name: str, source: str, problem: str) -> None:
     sources = {module: "" for module in LAYER_OF}
     sources["pipeline.app"] = "import faust\nfrom pipeline import poll_transport"
-    sources["pipeline.topics"] = "import pipeline.state_store"
+    sources["pipeline.kafka.topics"] = "import pipeline.state_store"
     assert violations(sources) == []
 
     problems = violations(sources | {name: source})

@@ -9,10 +9,10 @@ import uuid
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from pipeline.log_reader import KafkaLogReader, LogReaderError
+from pipeline.kafka.partition_reader import KafkaLogReader, LogReaderError
+from pipeline.kafka.topics import ensure_topics
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.topics import ensure_topics
 
 
 def settings_of(kafka: Kafka) -> Settings:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import StartupError
 from pipeline.health import Health
-from pipeline.log_ids import NO_ID, shown
+from pipeline.kafka.log_ids import NO_ID, shown
 from pipeline.log_watch import Held, OpenTransactions, TopicGoneError, TopicWatch
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)

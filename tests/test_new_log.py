@@ -15,13 +15,13 @@ from rich.console import Console
 from model.transaction import Transaction
 from pipeline.errors import StartupError
 from pipeline.feed import Feed
-from pipeline.log_ids import shown
+from pipeline.kafka.log_ids import shown
+from pipeline.kafka.topics import TopicRole, topic_ids
 from pipeline.messages.codec import encode_transaction
 from pipeline.rebuild import rebuild_lines
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings
 from pipeline.startup import check_services
-from pipeline.topics import TopicRole, topic_ids
 from pipeline.worker_processes import WorkerProcess
 from tests.fakes import running_pipeline as pipeline_under_test
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until

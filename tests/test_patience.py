@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry
 
 from pipeline import patience as patience_module
 from pipeline.health import Health
+from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.logs import JsonFormatter
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from pipeline.score_log import LogUnavailableError
 from pipeline.state_store import StoreUnavailableError
 
 FAILURES = 9

@@ -24,12 +24,12 @@ from pipeline import patience as patience_module
 from pipeline.account_state import Watermark
 from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.errors import StartupError
-from pipeline.log_ids import NO_ID
+from pipeline.kafka.log_ids import NO_ID
+from pipeline.kafka.producer import Appended, Outgoing, PublishError
 from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.messages.decision import Thresholds, thresholds_of
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, Poll
-from pipeline.publisher import Appended, Outgoing, PublishError
 from pipeline.rebuild import TakenBack
 from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings

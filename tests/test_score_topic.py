@@ -16,9 +16,8 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
-from pipeline.message_limits import PRODUCE_BATCH_BYTES
-from pipeline.ownership import ALL_SOURCES, Record
-from pipeline.publisher import (
+from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
+from pipeline.kafka.producer import (
     Appended,
     KafkaPublisher,
     Outgoing,
@@ -27,12 +26,13 @@ from pipeline.publisher import (
     Said,
     Transactions,
 )
-from pipeline.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
+from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
+from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
+from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalPublisher
+from pipeline.ownership import ALL_SOURCES, Record
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
 from pipeline.tally import committed_offsets
-from pipeline.topics import ROLES, TopicRole, ensure_topics
-from pipeline.transactional_publisher import PartitionPublisher, TransactionalPublisher
 from tests.fakes.memory import (
     MemoryKafka,
     MemoryPublisher,

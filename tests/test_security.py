@@ -18,14 +18,14 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import TransactionalIdAuthorizationFailed
 
 from pipeline.errors import RecurError
+from pipeline.kafka.acl import NEEDS
+from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
+from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.messages.codec import decode_score, encode_transaction
 from pipeline.redis_calls import COMMAND_RIGHTS, RIGHTS
-from pipeline.rights import NEEDS
 from pipeline.services import HOST, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import check_services, load_checkpoint
-from pipeline.topics import LOGS, add_partitions, ensure_topics
-from pipeline.transactional_publisher import transactional_id
 from pipeline.worker_processes import WorkerProcess, start_worker
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,

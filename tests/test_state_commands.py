@@ -20,6 +20,7 @@ from pipeline.cli import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.feed import Feed
 from pipeline.forget import forget_lines
+from pipeline.kafka.topics import add_partitions
 from pipeline.key_scan import KeyScan
 from pipeline.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.label_feed import encode_labels
@@ -31,7 +32,6 @@ from pipeline.rebuild_merchants import rebuild_merchants_lines
 from pipeline.rekey import partition_of, rekey_lines
 from pipeline.services import Kafka, Redis
 from pipeline.state_store import redis_client
-from pipeline.topics import add_partitions
 from tests.fakes.running_pipeline import (
     EVENT_TIME_MS,
     PipelineUnderTest,

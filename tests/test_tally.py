@@ -14,10 +14,10 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from pipeline.errors import RecurError
+from pipeline.kafka.topics import ensure_topics
 from pipeline.services import Kafka
 from pipeline.settings import load_settings
 from pipeline.tally import Tally, TopicReader, committed_offsets
-from pipeline.topics import ensure_topics
 
 
 @dataclass

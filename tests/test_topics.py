@@ -12,9 +12,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from pipeline.errors import StartupError
+from pipeline.kafka.topics import LOGS, ROLES, TopicRole, check_retention, ensure_topics
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.topics import LOGS, ROLES, TopicRole, check_retention, ensure_topics
 
 
 def settings_for(kafka: Kafka, **changes: Any) -> Settings:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from model.transaction import Transaction
+from pipeline.kafka.transactional_producer import TransactionalPublisher
 from pipeline.messages.codec import decode_alert, encode_transaction
 from pipeline.services import Kafka, Redis
 from pipeline.tally import committed_offsets
-from pipeline.transactional_publisher import TransactionalPublisher
 from pipeline.worker_processes import WorkerProcess
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,

@@ -20,6 +20,10 @@ from itertools import islice
 
 from aiokafka.partitioner import murmur2
 
+from pipeline.kafka.producer import Appended, Outgoing, PublishError, Said
+from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, read_score
+from pipeline.kafka.topics import TopicRole
+from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.merchant_profile import Profile, is_sound
 from pipeline.merchant_store import (
@@ -31,13 +35,9 @@ from pipeline.merchant_store import (
     places_by_slot,
 )
 from pipeline.ownership import Chunk, Poll
-from pipeline.publisher import Appended, Outgoing, PublishError, Said
-from pipeline.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
-from pipeline.topics import TopicRole
 from pipeline.transaction_note import STALE, TransactionNote, decision_of
-from pipeline.transactional_publisher import transactional_id
 
 FETCH_RECORDS = 100
 """Published scores are fetched in pieces of this many, records."""
@@ -476,7 +476,7 @@ def _committed(log: _Log, first: int) -> Iterator[MemoryRecord]:
 
 
 class MemoryPublisher:
-    """A :class:`pipeline.publisher.Publisher` to a broker in memory.
+    """A :class:`pipeline.kafka.producer.Publisher` to a broker in memory.
 
     Each partition's scores, the alerts and the rejected records are appended one after
     another, so that a worker can die between them.
@@ -494,7 +494,7 @@ class MemoryPublisher:
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
     ) -> dict[int, Appended]:
-        """See :class:`pipeline.publisher.Publisher`."""
+        """See :class:`pipeline.kafka.producer.Publisher`."""
         await asyncio.sleep(0)
         appended = {}
         for partition, records in scores.items():
@@ -523,7 +523,7 @@ class MemoryPublisher:
 
 
 class MemoryTransactions:
-    """A :class:`pipeline.publisher.Transactions` to a broker in memory.
+    """A :class:`pipeline.kafka.producer.Transactions` to a broker in memory.
 
     A worker can die between what it writes of a partition and the commit, and another can take
     the partition there.
@@ -534,14 +534,14 @@ class MemoryTransactions:
         self._settings = settings
 
     async def take(self, partition: int) -> int:
-        """See :class:`pipeline.publisher.Transactions`."""
+        """See :class:`pipeline.kafka.producer.Transactions`."""
         await asyncio.sleep(0)
         with _step("take", self._kafka.interrupt):
             self._kafka.require_up()
             return self._kafka.init_producer(transactional_id(self._settings, partition))
 
     async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
-        """See :class:`pipeline.publisher.Transactions`."""
+        """See :class:`pipeline.kafka.producer.Transactions`."""
         committed = {}
         for partition, what in said.items():
             await asyncio.sleep(0)
@@ -579,7 +579,7 @@ class MemoryTransactions:
 
 
 class MemoryScoreLog:
-    """A :class:`pipeline.score_log.ScoreLog` on a broker in memory."""
+    """A :class:`pipeline.kafka.score_log.ScoreLog` on a broker in memory."""
 
     def __init__(self, kafka: MemoryKafka, settings: Settings) -> None:
         self._kafka = kafka
@@ -587,21 +587,21 @@ class MemoryScoreLog:
         self._transactions_topic = settings.topic("transactions")
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
-        """See :class:`pipeline.score_log.ScoreLog`."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         await asyncio.sleep(0)
         with _step("bounds", self._kafka.interrupt):
             self._kafka.require_up()
             return self._kafka.bounds(topic, partition)
 
     async def topic_id(self, topic: str) -> bytes | None:
-        """See :class:`pipeline.score_log.ScoreLog`; no effect that a worker could die at."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`; no effect that a worker could die at."""
         self._kafka.require_up()
         return self._kafka.topic_id(topic)
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
-        """See :class:`pipeline.score_log.ScoreLog`."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         await asyncio.sleep(0)
         with _step("read scores", self._kafka.interrupt):
             self._kafka.require_up()

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.log_reader import LogReader
+from pipeline.kafka.partition_reader import LogReader
+from pipeline.kafka.score_log import Bounds
 from pipeline.progress_bar import Bar
 from pipeline.redis_calls import StoreForbiddenError
-from pipeline.score_log import Bounds
 from pipeline.state_store import Load, Loaded, Save
 from pipeline.verification import Verification
 from pipeline.verify import Verifier, VerifyOptions
@@ -22,7 +22,7 @@ OPTIONS = VerifyOptions(tolerance_hidden=HIDDEN_TOLERANCE, tolerance_score=SCORE
 
 
 class MemoryLogReader:
-    """A :class:`pipeline.log_reader.LogReader` of a broker in memory."""
+    """A :class:`pipeline.kafka.partition_reader.LogReader` of a broker in memory."""
 
     def __init__(self, kafka: MemoryKafka, topic: str, partition: int, start: int = 0) -> None:
         self.position = start

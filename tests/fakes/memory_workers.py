@@ -34,6 +34,7 @@ from model.transaction import Transaction, epoch_ms
 from pipeline.account_state import RECENT_IDS, Watermark
 from pipeline.errors import RejectedError
 from pipeline.health import Health
+from pipeline.kafka.topics import ROLES
 from pipeline.messages.codec import (
     CONTROL_HEADER,
     FORGET,
@@ -50,7 +51,6 @@ from pipeline.rebuild import Rebuild
 from pipeline.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
 from pipeline.state_store import Save
-from pipeline.topics import ROLES
 from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,

@@ -19,12 +19,12 @@ import numpy as np
 
 from pipeline import ownership, processor
 from pipeline.account_state import AccountStates, Watermark
+from pipeline.kafka.producer import Appended, Outgoing
+from pipeline.kafka.score_log import Kept
 from pipeline.keys import merchant_slot
 from pipeline.merchant_store import Booked, Booking
 from pipeline.ownership import Chunk, Owned, Ownership, Record
 from pipeline.processor import Computed, Part, Processor
-from pipeline.publisher import Appended, Outgoing
-from pipeline.score_log import Kept
 from pipeline.scorer import MicroBatch, Scored
 from pipeline.state_store import Save, StoreUnavailableError
 from pipeline.transaction_note import TransactionNote

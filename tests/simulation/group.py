@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from faust.types import TP, ConsumerMessage
 
 from pipeline import poll_transport
-from pipeline.score_log import LogUnavailableError
+from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.settings import Settings
 from tests.fakes.memory import MemoryKafka, MemoryRecord
 from tests.simulation.clock import Host, Loop

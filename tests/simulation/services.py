@@ -12,6 +12,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from pipeline.kafka.producer import Appended, Outgoing, PublishError
+from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.keys import MERCHANT_SLOTS
 from pipeline.merchant_store import (
     Booked,
@@ -21,8 +23,6 @@ from pipeline.merchant_store import (
     booked_of,
     places_by_slot,
 )
-from pipeline.publisher import Appended, Outgoing, PublishError
-from pipeline.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
@@ -210,7 +210,7 @@ Published = Callable[[str, int, int, Sequence[Outgoing]], None]
 
 
 class Publisher:
-    """A :class:`pipeline.publisher.Publisher` over the network: all topics side by side.
+    """A :class:`pipeline.kafka.producer.Publisher` over the network: all topics side by side.
 
     Args:
         published: gives what to call when what is sent now is appended.
@@ -238,7 +238,7 @@ class Publisher:
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
     ) -> dict[int, Appended]:
-        """See :class:`pipeline.publisher.Publisher`."""
+        """See :class:`pipeline.kafka.producer.Publisher`."""
         topic = self._settings.topic
         others = [(topic("alerts"), alerts), (topic("dead_letter"), rejected)]
         sent = [
@@ -270,7 +270,7 @@ class Publisher:
 
 
 class ScoreLog:
-    """A :class:`pipeline.score_log.ScoreLog` over the network."""
+    """A :class:`pipeline.kafka.score_log.ScoreLog` over the network."""
 
     def __init__(
         self, host: Host, network: Network, kafka: MemoryKafka, settings: Settings
@@ -281,7 +281,7 @@ class ScoreLog:
         self._log = MemoryScoreLog(kafka, settings)
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
-        """See :class:`pipeline.score_log.ScoreLog`."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         (bounds,) = await self._network.ask(
             self._host,
             f"bounds {topic} {partition}",
@@ -291,7 +291,7 @@ class ScoreLog:
         return bounds
 
     async def topic_id(self, topic: str) -> bytes | None:
-        """See :class:`pipeline.score_log.ScoreLog`."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         (found,) = await self._network.ask(
             self._host, f"id of {topic}", [lambda: self._kafka.topic_id(topic)], LogUnavailableError
         )
@@ -300,7 +300,7 @@ class ScoreLog:
     async def read(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
-        """See :class:`pipeline.score_log.ScoreLog`."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         (found,) = await self._network.ask(
             self._host,
             f"read scores {partition} [{start}, {end})",

@@ -15,13 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from pipeline import app
 from pipeline.health import Health
+from pipeline.kafka.producer import Outgoing
 from pipeline.labels import LabelProcessor
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership, Poll
 from pipeline.patience import Patience
 from pipeline.poll_transport import PartitionLog
 from pipeline.processor import Computed, Processor
-from pipeline.publisher import Outgoing
 from pipeline.scorer import Scorer
 from pipeline.settings import Settings
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore

@@ -15,8 +15,8 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Array, Boolean, Int16, Int32, Schema, String
 
 from pipeline.errors import StartupError
+from pipeline.kafka.topics import NO_COORDINATOR_YET, TopicRole, admin_client
 from pipeline.settings import Settings
-from pipeline.topics import NO_COORDINATOR_YET, TopicRole, admin_client
 
 READ, WRITE = "Read", "Write"
 

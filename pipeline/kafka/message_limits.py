@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from aiokafka import errors as kafka_errors
 
 from pipeline.errors import RecurError, StartupError
+from pipeline.kafka.topics import TopicRole, batch_limits
 from pipeline.settings import Settings
-from pipeline.topics import TopicRole, batch_limits
 
 PRODUCE_BATCH_BYTES = 512 * 1024
 """Largest batch of several records, whatever a topic takes."""

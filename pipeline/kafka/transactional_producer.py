@@ -29,9 +29,9 @@ from aiokafka.errors import (
 )
 
 from pipeline.errors import RecurError
-from pipeline.message_limits import MessageLimits
-from pipeline.publisher import Appended, KafkaPublisher, PublishError, Said, is_refusal
-from pipeline.score_log import LogUnavailableError
+from pipeline.kafka.message_limits import MessageLimits
+from pipeline.kafka.producer import Appended, KafkaPublisher, PublishError, Said, is_refusal
+from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class TransactionalPublisher:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def take(self, partition: int) -> int:
-        """See :class:`pipeline.publisher.Transactions`."""
+        """See :class:`pipeline.kafka.producer.Transactions`."""
         publisher = PartitionPublisher(
             self._settings, partition, self._limits, self._on_lost_letters
         )
@@ -233,7 +233,7 @@ class TransactionalPublisher:
                 task.cancel()
 
     async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
-        """See :class:`pipeline.publisher.Transactions`."""
+        """See :class:`pipeline.kafka.producer.Transactions`."""
         committed: dict[int, Appended | None] = {}
 
         async def commit_one(partition: int) -> None:

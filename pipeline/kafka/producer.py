@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import BrokerResponseError, KafkaError, OutOfOrderSequenceNumber
 
 from pipeline.errors import RecurError
-from pipeline.message_limits import TOO_LARGE, MessageLimits
+from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings
 
 LETTER_KEY_SHARE = 4

@@ -16,9 +16,9 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from pipeline.kafka.topic_ids import ask_ids
 from pipeline.messages.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
-from pipeline.topic_ids import ask_ids
 
 READ_TIMEOUT_SECONDS = 5.0
 """Reading published scores may come no further for this long."""

@@ -1,0 +1,1 @@
+"""Kafka clients: topics, rights, producers, and readers of partitions and scores."""
