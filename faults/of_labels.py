@@ -15,8 +15,8 @@ from faults.watch import until_true
 from pipeline.feed import Feed
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.label_feed import encode_labels
-from pipeline.merchant_profile import Profile, transaction_hash
-from pipeline.merchant_store import RedisMerchantStore
+from pipeline.storage.merchant_profile import Profile, transaction_hash
+from pipeline.storage.merchant_store import RedisMerchantStore
 
 LABELS = 200_000
 PIECE_LABELS = 2_000

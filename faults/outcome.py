@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from faults.load import NO_TRANSACTION, Load
 from model.checkpoint import Checkpoint
-from pipeline.account_state import StateCodec
 from pipeline.kafka.partition_reader import kafka_readers
 from pipeline.kafka.topics import TopicRole, partition_count
 from pipeline.messages.codec import decode_alert
 from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
-from pipeline.state_store import Load as StatesWanted
-from pipeline.state_store import RedisStateStore
+from pipeline.storage.account_state import StateCodec
+from pipeline.storage.state_store import Load as StatesWanted
+from pipeline.storage.state_store import RedisStateStore
 from pipeline.tally import Tally
 from pipeline.verification import Verification
 from pipeline.verify import VerifyOptions, verify

@@ -16,13 +16,13 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from model.checkpoint import Checkpoint
 from model.features import WINDOW_DAYS
-from pipeline.account_state import AccountStates, StateCodec
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import partition_count
-from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
-from pipeline.state_store import Load, RedisStateStore
+from pipeline.storage.account_state import AccountStates, StateCodec
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.state_store import Load, RedisStateStore
 
 VERDICT_METRIC = "verdict_auc"
 """A checkpoint whose training fitted the verdict says how good it is."""

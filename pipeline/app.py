@@ -41,7 +41,6 @@ from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalPublisher
 from pipeline.labels import STREAM, LabelProcessor
 from pipeline.log_watch import OpenTransactions, TopicWatch
-from pipeline.merchant_store import RedisMerchantStore
 from pipeline.messages.decision import thresholds_of
 from pipeline.metrics import Metrics
 from pipeline.ownership import Ownership
@@ -50,7 +49,8 @@ from pipeline.processor import Computed, Processor
 from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
-from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.storage.merchant_store import RedisMerchantStore
+from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from redis.asyncio import Redis
 from model.world import GENUINE, SCENARIOS
 from pipeline.demo_show import Phase, Show
 from pipeline.demo_view import Caught, Summary, milliseconds
-from pipeline.keys import MerchantKeys
 from pipeline.settings import Settings
+from pipeline.storage.keys import MerchantKeys
 from pipeline.worker_processes import WorkerProcess
 
 _ACCOUNT_STATE = re.compile(rb"^[^:]+:[0-9a-f]{12}:\{[^{}]+\}:")

@@ -22,14 +22,14 @@ import msgspec
 from pipeline.errors import StartupError
 from pipeline.health import Health
 from pipeline.kafka.score_log import LogUnavailableError, ScoreLog
-from pipeline.keys import Keys
-from pipeline.merchant_store import RedisMerchantStore
 from pipeline.metrics import Metrics
 from pipeline.ownership import read_watermark
-from pipeline.redis_calls import RedisCalls, StoreUnavailableError, redis_client
-from pipeline.redis_servers import NO_EVICTION, Server, evicted_keys, servers
 from pipeline.settings import Settings, redis_address
-from pipeline.state_store import Load, RedisStateStore, Save
+from pipeline.storage.client import RedisCalls, StoreUnavailableError, redis_client
+from pipeline.storage.keys import Keys
+from pipeline.storage.merchant_store import RedisMerchantStore
+from pipeline.storage.servers import NO_EVICTION, Server, evicted_keys, servers
+from pipeline.storage.state_store import Load, RedisStateStore, Save
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Evictions:
         self._wrong: dict[str, str] = {}
 
     async def require(self, *, absent: bool) -> None:
-        """See :class:`pipeline.state_store.Intactness`."""
+        """See :class:`pipeline.storage.state_store.Intactness`."""
         if absent and not self._lost:
             evicted = await evicted_keys(self._calls)
             is_known = self._record is not None

@@ -17,16 +17,16 @@ from aiokafka.partitioner import DefaultPartitioner
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS
-from pipeline.account_state import StateCodec
 from pipeline.errors import RecurError, SettingsError
 from pipeline.instructions import Place, send_instruction
 from pipeline.kafka.topics import Retention, TopicRole, group_members, partition_count, retentions
-from pipeline.key_scan import Copy, KeyScan
 from pipeline.messages.codec import FORGET
-from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
-from pipeline.state_store import Load, RedisStateStore
+from pipeline.storage.account_state import StateCodec
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.state_scan import Copy, KeyScan
+from pipeline.storage.state_store import Load, RedisStateStore
 from pipeline.watermark_wait import until_applied
 
 _LABELS_NOTE = "and what producers send of it from now on"

@@ -23,15 +23,15 @@ from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.producer import Outgoing, Publisher
 from pipeline.kafka.score_log import Bounds
-from pipeline.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
-from pipeline.merchant_store import Booked, Booking, MerchantStore
 from pipeline.messages.codec import Label, decode_label, stored_weight
 from pipeline.metrics import Metrics
 from pipeline.ownership import Chunk, LogId, Poll, Record, TransactionLog
 from pipeline.patience import Patience
 from pipeline.settings import Settings
+from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
+from pipeline.storage.merchant_store import Booked, Booking, MerchantStore
+from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE
 from pipeline.timestamps import is_record_time
-from pipeline.transaction_note import NOTE_EXPIRY_MS, STALE
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.kafka.score_log import source_offset
-from pipeline.merchant_profile import Fraud, Profile
-from pipeline.merchant_store import Booking
 from pipeline.messages.codec import CountedScore
-from pipeline.transaction_note import TransactionNote
+from pipeline.storage.merchant_profile import Fraud, Profile
+from pipeline.storage.merchant_store import Booking
+from pipeline.storage.transaction_note import TransactionNote
 
 SOURCES_BEFORE = 100_000
 """A score that is published late may be of a transaction so much before the topic's first."""

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.merchants import MERCHANT_FEATURES, observe_merchants, present_bucket
-from pipeline.merchant_profile import decode_profiles
-from pipeline.merchant_store import MerchantStore
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
+from pipeline.storage.merchant_profile import decode_profiles
+from pipeline.storage.merchant_store import MerchantStore
 
 M = len(MERCHANT_FEATURES)
 NONE_SEEN = -1

@@ -27,7 +27,7 @@ from prometheus_client.utils import floatToGoString
 
 from pipeline.messages.codec import LABELS, REASONS
 from pipeline.messages.decision import DECISIONS
-from pipeline.transaction_note import UNKNOWN
+from pipeline.storage.transaction_note import UNKNOWN
 
 LATENCY_BUCKETS_SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,

@@ -18,14 +18,14 @@ from itertools import islice
 from time import monotonic
 from typing import Literal, Protocol
 
-from pipeline.account_state import Watermark
 from pipeline.errors import StartupError
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.producer import Appended, Transactions
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from pipeline.state_store import Load, Save, StateStore
+from pipeline.storage.account_state import Watermark
+from pipeline.storage.state_store import Load, Save, StateStore
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pipeline.health import Health
 from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.metrics import Metrics
-from pipeline.state_store import StoreUnavailableError
+from pipeline.storage.state_store import StoreUnavailableError
 
 RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Waits between two calls; the last one repeats."""

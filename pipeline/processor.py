@@ -35,15 +35,12 @@ from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES, WEIGHT_MAX
 from model.reasons import Explainer
 from model.transaction import Transaction
-from pipeline.account_state import AccountStates
 from pipeline.dead_letter import DeadLetters, Notices
 from pipeline.errors import RejectedError
 from pipeline.health import Health
 from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.producer import Appended, Outgoing, Publisher, Said, Transactions
 from pipeline.kafka.score_log import Kept
-from pipeline.merchant_profile import transaction_hash
-from pipeline.merchant_store import MerchantStore, ScoredNote
 from pipeline.merchants import Merchants
 from pipeline.messages.codec import (
     CONTROL_HEADER,
@@ -66,14 +63,17 @@ from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
 from pipeline.patience import Patience
 from pipeline.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings
-from pipeline.state_store import Load, Loaded, Save, StateStore
+from pipeline.storage.account_state import AccountStates
+from pipeline.storage.merchant_profile import transaction_hash
+from pipeline.storage.merchant_store import MerchantStore, ScoredNote
+from pipeline.storage.state_store import Load, Loaded, Save, StateStore
+from pipeline.storage.transaction_note import NOTE_EXPIRY_MS
 from pipeline.timestamps import (
     RECORD_TIME_MAX_MS,
     are_record_times,
     event_time,
     is_record_time,
 )
-from pipeline.transaction_note import NOTE_EXPIRY_MS
 
 APPROVE = DECISIONS[0]
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from pipeline.account_state import Watermark
 from pipeline.errors import RecurError, SettingsError
 from pipeline.instructions import send_instruction
 from pipeline.kafka.log_ids import NO_ID, is_other
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
-from pipeline.key_scan import KeyScan
-from pipeline.merchant_store import RedisMerchantStore
 from pipeline.messages.codec import LOOK
 from pipeline.ownership import begin_log, read_watermark
-from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
-from pipeline.state_store import Load, RedisStateStore, Save, StateStore
+from pipeline.storage.account_state import Watermark
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.merchant_store import RedisMerchantStore
+from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.watermark_wait import until_applied
 
 WAIT_SECONDS = 86_400.0

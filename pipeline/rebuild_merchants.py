@@ -26,7 +26,6 @@ from pipeline.errors import RecurError, RejectedError
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import TopicRole, ensure_topics
-from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of, label_of
 from pipeline.merchant_log import (
     CountsOfLog,
@@ -36,19 +35,20 @@ from pipeline.merchant_log import (
     correction,
     frauds_of,
 )
-from pipeline.merchant_profile import (
+from pipeline.messages.codec import decode_counted, stored_weight
+from pipeline.ownership import Record
+from pipeline.progress_bar import Bar, bar_for
+from pipeline.settings import Settings
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.keys import merchant_slot
+from pipeline.storage.merchant_profile import (
     Fraud,
     Profile,
     decode_profiles,
     is_sound,
     transaction_hash,
 )
-from pipeline.merchant_repair import MerchantRepair
-from pipeline.messages.codec import decode_counted, stored_weight
-from pipeline.ownership import Record
-from pipeline.progress_bar import Bar, bar_for
-from pipeline.redis_calls import StoreUnavailableError
-from pipeline.settings import Settings
+from pipeline.storage.merchant_repair import MerchantRepair
 
 READ_MOST = 8_192
 

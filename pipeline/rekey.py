@@ -21,19 +21,19 @@ import numpy as np
 from aiokafka.partitioner import DefaultPartitioner
 from rich.console import Console
 
-from pipeline.account_state import StateCodec, Watermark
 from pipeline.errors import RecurError
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
-from pipeline.key_scan import KeyScan
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
-from pipeline.redis_calls import StoreUnavailableError
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
-from pipeline.state_store import Load, RedisStateStore, Save
+from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_store import Load, RedisStateStore, Save
 
 READ_MOST = 8_192
 

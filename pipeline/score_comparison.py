@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.account_choice import Choice
-from pipeline.account_state import RECENT_IDS
 from pipeline.recompute import Advanced
 from pipeline.scores_in_step import ScoresInStep
+from pipeline.storage.account_state import RECENT_IDS
 from pipeline.verification import Verification
 
 

@@ -19,14 +19,14 @@ from pipeline.kafka.log_ids import NO_ID, is_other, other_log
 from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import check_retention, ensure_topics
-from pipeline.merchant_store import RedisMerchantStore
 from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE
 from pipeline.ownership import check_watermark, read_watermark
-from pipeline.redis_calls import IS_A_CLUSTER, StoreAddressError
-from pipeline.redis_servers import unreachable_nodes
 from pipeline.settings import Settings, redis_address
-from pipeline.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError
+from pipeline.storage.merchant_store import RedisMerchantStore
+from pipeline.storage.servers import unreachable_nodes
+from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
 
 RETRY_SECONDS = 0.2
 

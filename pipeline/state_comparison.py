@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features import HISTORY_COLUMNS
-from pipeline.account_state import AccountStates, StateCodec
+from pipeline.storage.account_state import AccountStates, StateCodec
 
 _BOOKKEEPING = ("last_record_ms", "recent_ids")
 

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from pipeline.account_choice import One
-from pipeline.account_state import AccountStates, Watermark
 from pipeline.account_view import (
     find,
     history_rows,
@@ -30,13 +29,14 @@ from pipeline.errors import RecurError
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.topics import topic_ids
-from pipeline.keys import Keys
 from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.recompute import RecomputedPartition
 from pipeline.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
+from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.keys import Keys
 
 _DAY_MS = 86_400_000
 

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from pipeline.account_choice import Choice, Everyone, One, Sample
-from pipeline.account_state import Watermark
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
@@ -31,13 +30,14 @@ from pipeline.kafka.topics import partition_count, topic_ids
 from pipeline.ownership import check_watermark, read_watermark
 from pipeline.progress_bar import Bar
 from pipeline.recompute import Advanced, RecomputedPartition
-from pipeline.redis_calls import StoreForbiddenError, StoreUnavailableError
 from pipeline.score_comparison import ScoreTally
 from pipeline.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
-from pipeline.state_store import Load, RedisStateStore, StateStore
+from pipeline.storage.account_state import Watermark
+from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError
+from pipeline.storage.state_store import Load, RedisStateStore, StateStore
 from pipeline.verification import Difference, Verification
 
 HIDDEN_TOLERANCE = 2e-3

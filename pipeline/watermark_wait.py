@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from pipeline.account_state import Watermark
 from pipeline.progress_bar import bar_for
-from pipeline.redis_calls import StoreUnavailableError
-from pipeline.state_store import Load, StateStore
+from pipeline.storage.account_state import Watermark
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.state_store import Load, StateStore
 
 LOOK_SECONDS = 0.2
 """Between two looks."""

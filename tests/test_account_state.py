@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from model.features import WINDOW_DAYS, AccountHistory
-from pipeline.account_state import (
+from pipeline.storage.account_state import (
     RECENT_IDS,
     STATE_FORMAT,
     AccountStates,
@@ -153,7 +153,7 @@ def test_a_state_of_another_network_of_the_same_size_is_refused() -> None:
 
 def test_a_state_of_another_format_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = StateCodec(1, 8)
-    monkeypatch.setattr("pipeline.account_state.STATE_FORMAT", STATE_FORMAT + 1)
+    monkeypatch.setattr("pipeline.storage.account_state.STATE_FORMAT", STATE_FORMAT + 1)
     (value,) = values_of(StateCodec(1, 8))
     monkeypatch.undo()
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from model.features import AccountHistory
-from pipeline.account_state import AccountStates, StateCodec
 from pipeline.account_view import AccountView, describe, look_at
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.keys import Keys
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
-from pipeline.state_store import redis_client
+from pipeline.storage.account_state import AccountStates, StateCodec
+from pipeline.storage.keys import Keys
+from pipeline.storage.state_store import redis_client
 from tests.fakes.memory_workers import small_checkpoint
 
 CHECKPOINT = small_checkpoint()

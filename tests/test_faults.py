@@ -25,11 +25,11 @@ from faults.of_workers import Sigkill, Zombie
 from faults.outcome import topic_records
 from faults.proxy import Proxy
 from faults.rig import Mark, NoEffectError, Rig
-from pipeline.account_state import StateCodec, Watermark
 from pipeline.kafka.log_ids import NO_ID
-from pipeline.keys import Keys
 from pipeline.services import HOST, Kafka, Redis
-from pipeline.state_store import RedisStateStore, Save, redis_client
+from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.keys import Keys
+from pipeline.storage.state_store import RedisStateStore, Save, redis_client
 from tests.fakes.memory_verify import NoBar
 
 SHORT_SCALE = 0.04

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from pipeline.account_state import StateCodec, Watermark
-from pipeline.key_scan import KeyScan
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.state_store import Load, RedisStateStore, Save
+from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_store import Load, RedisStateStore, Save
 
 MODEL, OTHER = "0f3a5b7c9d1e", "aaaabbbbcccc"
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
-from pipeline.keys import Keys
+from pipeline.storage.keys import Keys
 
 account_ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=256)
 topics = st.text("abcXYZ019._-", min_size=1, max_size=40)

@@ -18,11 +18,11 @@ from pipeline import patience as patience_module
 from pipeline.errors import RejectedError, StartupError
 from pipeline.health import Health
 from pipeline.labels import LabelProcessor
-from pipeline.merchant_profile import Fraud, transaction_hash
-from pipeline.merchant_store import ScoredNote
 from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
+from pipeline.storage.merchant_profile import Fraud, transaction_hash
+from pipeline.storage.merchant_store import ScoredNote
 from tests.fakes.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
 from tests.fakes.memory_workers import DAY_MS, START_MS, Killed, World, finish
 

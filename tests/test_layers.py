@@ -21,17 +21,17 @@ LAYERS = {
         model.thresholds model.reasons
     """,
     "vocabulary": """
-        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.keys pipeline.timestamps
+        pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.storage.keys pipeline.timestamps
         pipeline.messages.codec
-        pipeline.messages.decision pipeline.transaction_note pipeline.metrics pipeline.health
-        pipeline.kafka.log_ids pipeline.account_state
-        pipeline.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
+        pipeline.messages.decision pipeline.storage.transaction_note pipeline.metrics pipeline.health
+        pipeline.kafka.log_ids pipeline.storage.account_state
+        pipeline.storage.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
         pipeline.ending pipeline.outages
     """,
     "clients": """
-        pipeline.kafka.topics pipeline.kafka.acl pipeline.redis_calls pipeline.redis_servers
-        pipeline.state_store
-        pipeline.merchant_store pipeline.scorer pipeline.kafka.producer pipeline.kafka.score_log
+        pipeline.kafka.topics pipeline.kafka.acl pipeline.storage.client pipeline.storage.servers
+        pipeline.storage.state_store
+        pipeline.storage.merchant_store pipeline.scorer pipeline.kafka.producer pipeline.kafka.score_log
         pipeline.kafka.transactional_producer pipeline.kafka.partition_reader pipeline.scores_in_step
         pipeline.kafka.group_errors pipeline.kafka.message_limits pipeline.kafka.decompression_limit
         pipeline.kafka.topic_ids
@@ -68,9 +68,9 @@ LAYERS = {
         pipeline.evaluation pipeline.probe pipeline.account_view pipeline.time_option
         pipeline.state_comparison pipeline.verification pipeline.score_comparison
         pipeline.verify pipeline.verify_report pipeline.state_view
-        pipeline.key_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
+        pipeline.storage.state_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
         pipeline.rebuild pipeline.rekey
-        pipeline.merchant_log pipeline.merchant_repair pipeline.rebuild_merchants
+        pipeline.merchant_log pipeline.storage.merchant_repair pipeline.rebuild_merchants
     """,
     "command line": """
         pipeline.state_cli pipeline.cli
@@ -209,13 +209,13 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
         ("pipeline.app", "import model.training", "'worker' comes before 'training'"),
         ("pipeline.services", "import importlib; importlib.import_module('tests.x')", "no tests"),
         ("pipeline.utils", "", "pipeline.utils is in no layer"),
-        ("pipeline.state_store", "import pipeline.kafka.topics", "imports go in a circle"),
+        ("pipeline.storage.state_store", "import pipeline.kafka.topics", "imports go in a circle"),
     ],
 )
 def test_a_wrong_import_is_found_and_named(name: str, source: str, problem: str) -> None:
     sources = {module: "" for module in LAYER_OF}
     sources["pipeline.app"] = "import faust\nfrom pipeline import poll_transport"
-    sources["pipeline.kafka.topics"] = "import pipeline.state_store"
+    sources["pipeline.kafka.topics"] = "import pipeline.storage.state_store"
     assert violations(sources) == []
 
     problems = violations(sources | {name: source})

@@ -19,9 +19,9 @@ from pipeline.merchant_log import (
     correction,
     frauds_of,
 )
-from pipeline.merchant_profile import Fraud, Profile
-from pipeline.merchant_store import Booking
 from pipeline.messages.codec import CountedScore
+from pipeline.storage.merchant_profile import Fraud, Profile
+from pipeline.storage.merchant_store import Booking
 
 NOW = 100_000
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.merchants import BUCKETS
-from pipeline.merchant_profile import (
+from pipeline.storage.merchant_profile import (
     FIXED_BYTES,
     FRAUD_BUCKETS_MAX,
     FRAUDS_MAX,

@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
 from model.merchants import BUCKETS
-from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
-from pipeline.merchant_profile import FIXED_BYTES, Fraud, Profile
-from pipeline.merchant_store import (
+from pipeline.messages.decision import DECISIONS
+from pipeline.services import Redis, RedisCluster
+from pipeline.settings import load_settings
+from pipeline.storage.client import RIGHTS, StoreForbiddenError, StoreUnavailableError
+from pipeline.storage.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
+from pipeline.storage.merchant_profile import FIXED_BYTES, Fraud, Profile
+from pipeline.storage.merchant_store import (
     EXPIRY_MS,
     Booked,
     Booking,
@@ -25,11 +29,7 @@ from pipeline.merchant_store import (
     RedisMerchantStore,
     ScoredNote,
 )
-from pipeline.messages.decision import DECISIONS
-from pipeline.redis_calls import RIGHTS, StoreForbiddenError, StoreUnavailableError
-from pipeline.services import Redis, RedisCluster
-from pipeline.settings import load_settings
-from pipeline.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN
+from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN
 from tests.fakes.memory import MemoryMerchantStore
 
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]

@@ -15,7 +15,7 @@ from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.logs import JsonFormatter
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from pipeline.state_store import StoreUnavailableError
+from pipeline.storage.state_store import StoreUnavailableError
 
 FAILURES = 9
 

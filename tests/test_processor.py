@@ -21,7 +21,6 @@ from model.features import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline import ownership as ownership_module
 from pipeline import patience as patience_module
-from pipeline.account_state import Watermark
 from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.errors import StartupError
 from pipeline.kafka.log_ids import NO_ID
@@ -33,6 +32,7 @@ from pipeline.ownership import Chunk, Poll
 from pipeline.rebuild import TakenBack
 from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
+from pipeline.storage.account_state import Watermark
 from tests.fakes import memory as memory_module
 from tests.fakes.memory import MemoryPublisher, MemoryRecord, MemoryStateStore
 from tests.fakes.memory_workers import (

@@ -13,10 +13,10 @@ import redis.exceptions
 
 from pipeline import startup
 from pipeline.errors import RecurError
-from pipeline.redis_calls import RedisCalls, redis_client
 from pipeline.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.state_store import Load, RedisStateStore, Save, StoreUnavailableError
+from pipeline.storage.client import RedisCalls, redis_client
+from pipeline.storage.state_store import Load, RedisStateStore, Save, StoreUnavailableError
 from tests.fakes.redis_sentinel import Sentinel, under_sentinel, until_failed_over
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 

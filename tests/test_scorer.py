@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.merchants import MERCHANT_FEATURES
-from pipeline.account_state import RECENT_IDS
 from pipeline.scorer import (
     FAILURES_IN_A_ROW_MAX,
     MicroBatch,
@@ -22,6 +21,7 @@ from pipeline.scorer import (
     Scorer,
     ScorerBrokenError,
 )
+from pipeline.storage.account_state import RECENT_IDS
 from tests.fakes.memory_workers import DAY_MS, HIDDEN_TOLERANCE, SCORE_TOLERANCE, small_checkpoint
 
 POISON = 666.0

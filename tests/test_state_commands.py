@@ -21,17 +21,17 @@ from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.feed import Feed
 from pipeline.forget import forget_lines
 from pipeline.kafka.topics import add_partitions
-from pipeline.key_scan import KeyScan
-from pipeline.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.label_feed import encode_labels
-from pipeline.merchant_profile import FIXED_BYTES, Profile
-from pipeline.merchant_store import RedisMerchantStore
 from pipeline.ownership import check_watermark
 from pipeline.rebuild import rebuild_lines
 from pipeline.rebuild_merchants import rebuild_merchants_lines
 from pipeline.rekey import partition_of, rekey_lines
 from pipeline.services import Kafka, Redis
-from pipeline.state_store import redis_client
+from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
+from pipeline.storage.merchant_profile import FIXED_BYTES, Profile
+from pipeline.storage.merchant_store import RedisMerchantStore
+from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_store import redis_client
 from tests.fakes.running_pipeline import (
     EVENT_TIME_MS,
     PipelineUnderTest,

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from redis.cluster import RedisCluster as ClusterClient
 
-from pipeline.keys import Keys
 from pipeline.services import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.state_store import (
+from pipeline.storage.keys import Keys
+from pipeline.storage.state_store import (
     Load,
     RedisStateStore,
     Save,

@@ -13,10 +13,10 @@ from model.features import INPUTS
 from pipeline import recompute as recompute_module
 from pipeline import scores_in_step as scores_module
 from pipeline import verify as verify_module
-from pipeline.account_state import Watermark
 from pipeline.errors import RecurError
 from pipeline.messages.codec import decode_score
 from pipeline.scorer import Scorer
+from pipeline.storage.account_state import Watermark
 from pipeline.verification import Difference, Verification
 from pipeline.verify import VerifyOptions
 from pipeline.verify_report import describe, to_json

@@ -21,12 +21,12 @@ from rich.console import Console
 from pipeline import cli
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.keys import Keys
 from pipeline.messages.codec import Score
 from pipeline.services import Kafka, Redis
 from pipeline.startup import load_checkpoint
-from pipeline.state_store import redis_client
 from pipeline.state_view import shown_lines, state_at
+from pipeline.storage.keys import Keys
+from pipeline.storage.state_store import redis_client
 from pipeline.verify import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
 from pipeline.verify_report import run_verify
 from tests.fakes.memory_verify import NoBar

@@ -19,14 +19,14 @@ from model.merchants import (
 )
 from pipeline import patience as patience_module
 from pipeline.health import Health
-from pipeline.keys import merchant_slot
-from pipeline.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
-from pipeline.merchant_store import Booking
 from pipeline.merchants import Merchants
 from pipeline.messages.codec import decode_score, stored_weight
 from pipeline.metrics import Metrics
 from pipeline.patience import Patience
-from pipeline.transaction_note import TransactionNote
+from pipeline.storage.keys import merchant_slot
+from pipeline.storage.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
+from pipeline.storage.merchant_store import Booking
+from pipeline.storage.transaction_note import TransactionNote
 from tests.fakes.memory import MemoryMerchantStore
 from tests.fakes.memory_workers import (
     DAY_MS,

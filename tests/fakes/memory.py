@@ -24,9 +24,11 @@ from pipeline.kafka.producer import Appended, Outgoing, PublishError, Said
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.kafka.topics import TopicRole
 from pipeline.kafka.transactional_producer import transactional_id
-from pipeline.keys import MERCHANT_SLOTS, merchant_slot
-from pipeline.merchant_profile import Profile, is_sound
-from pipeline.merchant_store import (
+from pipeline.ownership import Chunk, Poll
+from pipeline.settings import Settings
+from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
+from pipeline.storage.merchant_profile import Profile, is_sound
+from pipeline.storage.merchant_store import (
     Booked,
     Booking,
     Counts,
@@ -34,10 +36,8 @@ from pipeline.merchant_store import (
     booked_of,
     places_by_slot,
 )
-from pipeline.ownership import Chunk, Poll
-from pipeline.settings import Settings
-from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
-from pipeline.transaction_note import STALE, TransactionNote, decision_of
+from pipeline.storage.state_store import Load, Loaded, Save, StoreUnavailableError
+from pipeline.storage.transaction_note import STALE, TransactionNote, decision_of
 
 FETCH_RECORDS = 100
 """Published scores are fetched in pieces of this many, records."""
@@ -51,7 +51,7 @@ def no_interrupt(step: str) -> None:
 
 
 class MemoryStateStore:
-    """A :class:`pipeline.state_store.StateStore` in memory.
+    """A :class:`pipeline.storage.state_store.StateStore` in memory.
 
     Attributes:
         watermarks: by partition.
@@ -78,14 +78,14 @@ class MemoryStateStore:
         self.states = dict(other.states)
 
     async def load(self, requests: Sequence[Load]) -> list[Loaded]:
-        """See :class:`pipeline.state_store.StateStore`."""
+        """See :class:`pipeline.storage.state_store.StateStore`."""
         await asyncio.sleep(0)
         with _step("load", self.interrupt):
             self._require_up()
             return [self.read(request) for request in requests]
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
-        """See :class:`pipeline.state_store.StateStore`."""
+        """See :class:`pipeline.storage.state_store.StateStore`."""
         await asyncio.sleep(0)
         stands = []
         for request in requests:
@@ -115,7 +115,7 @@ class MemoryStateStore:
         return True
 
     async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
-        """See :class:`pipeline.state_store.StateStore`."""
+        """See :class:`pipeline.storage.state_store.StateStore`."""
         await asyncio.sleep(0)
         self._require_up()
         yield self.places(partition)
@@ -125,11 +125,11 @@ class MemoryStateStore:
         return [place for place in self.states if partition in (None, place[0])]
 
     async def ping(self) -> None:
-        """See :class:`pipeline.state_store.StateStore`."""
+        """See :class:`pipeline.storage.state_store.StateStore`."""
         self._require_up()
 
     async def close(self) -> None:
-        """See :class:`pipeline.state_store.StateStore`."""
+        """See :class:`pipeline.storage.state_store.StateStore`."""
 
     def _require_up(self) -> None:
         if not self.is_up:
@@ -137,7 +137,7 @@ class MemoryStateStore:
 
 
 class MemoryMerchantStore:
-    """A :class:`pipeline.merchant_store.MerchantStore` in memory.
+    """A :class:`pipeline.storage.merchant_store.MerchantStore` in memory.
 
     Attributes:
         profiles: values by merchant.
@@ -163,14 +163,14 @@ class MemoryMerchantStore:
         return Profile.from_bytes(value) if sound and value is not None else Profile()
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("load merchants", self.interrupt):
             self._require_up()
             return [self.profiles.get(merchant) for merchant in merchant_ids]
 
     async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("add to merchants", self.interrupt):
             self._require_up()
@@ -197,7 +197,7 @@ class MemoryMerchantStore:
                 self.profiles[scored.merchant_id] = profile.to_bytes()
 
     async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("book", self.interrupt):
             self._require_up()
@@ -231,7 +231,7 @@ class MemoryMerchantStore:
         return decision_of(note, is_late=label.is_late)
 
     async def booked_to(self, partition: int) -> int:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         self._require_up()
         return self.all_booked_to(partition)
@@ -241,7 +241,7 @@ class MemoryMerchantStore:
         return min(self.booked.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
 
     async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         self._require_up()
         return self.named_labels_log(partition, log_id)
 
@@ -252,7 +252,7 @@ class MemoryMerchantStore:
         return self.labels_ids.get(partition)
 
     async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         self._require_up()
         self.forget_labels_log(partition, log_id)
 
@@ -262,7 +262,7 @@ class MemoryMerchantStore:
         self.labels_ids[partition] = log_id
 
     async def close(self) -> None:
-        """See :class:`pipeline.merchant_store.MerchantStore`."""
+        """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
 
     def _require_up(self) -> None:
         if not self.is_up:

@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.kafka.partition_reader import LogReader
 from pipeline.kafka.score_log import Bounds
 from pipeline.progress_bar import Bar
-from pipeline.redis_calls import StoreForbiddenError
-from pipeline.state_store import Load, Loaded, Save
+from pipeline.storage.client import StoreForbiddenError
+from pipeline.storage.state_store import Load, Loaded, Save
 from pipeline.verification import Verification
 from pipeline.verify import Verifier, VerifyOptions
 from tests.fakes.memory import MemoryKafka, MemoryRecord

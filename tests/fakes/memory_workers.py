@@ -31,7 +31,6 @@ from model.features import (
 )
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
-from pipeline.account_state import RECENT_IDS, Watermark
 from pipeline.errors import RejectedError
 from pipeline.health import Health
 from pipeline.kafka.topics import ROLES
@@ -50,7 +49,8 @@ from pipeline.processor import Computed, Processor
 from pipeline.rebuild import Rebuild
 from pipeline.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
-from pipeline.state_store import Save
+from pipeline.storage.account_state import RECENT_IDS, Watermark
+from pipeline.storage.state_store import Save
 from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,

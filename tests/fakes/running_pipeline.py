@@ -17,17 +17,17 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from model.features import HISTORY_COLUMNS
 from model.merchants import MERCHANT_FEATURES
 from model.transaction import Transaction
-from pipeline.account_state import AccountStates, Watermark
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
-from pipeline.keys import Keys
 from pipeline.messages.codec import Score, decode_score, encode_transaction
 from pipeline.ownership import Chunk
 from pipeline.processor import PartDecoder, columns
 from pipeline.scorer import Scorer
 from pipeline.settings import load_settings
 from pipeline.startup import load_checkpoint
-from pipeline.state_store import redis_client
+from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.keys import Keys
+from pipeline.storage.state_store import redis_client
 from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
 
 READY_SECONDS = 240.0

@@ -26,18 +26,8 @@ from model.features import ACCOUNT_INPUTS, FEATURES, FeatureSpec, Field, Input
 from model.gru import Architecture, Network
 from model.merchants import MERCHANT_FEATURES, observe_merchants
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
-from pipeline.account_state import STATE_FORMAT, Watermark
 from pipeline.errors import RejectedError
-from pipeline.keys import Keys
 from pipeline.labels import booking_of
-from pipeline.merchant_profile import (
-    EMPTY_VALUE,
-    Fraud,
-    Profile,
-    decode_profiles,
-    encode_frauds,
-    transaction_hash,
-)
 from pipeline.messages.codec import (
     LABELS,
     REASONS,
@@ -51,6 +41,16 @@ from pipeline.messages.codec import (
 )
 from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.scorer import MicroBatch, Scorer
+from pipeline.storage.account_state import STATE_FORMAT, Watermark
+from pipeline.storage.keys import Keys
+from pipeline.storage.merchant_profile import (
+    EMPTY_VALUE,
+    Fraud,
+    Profile,
+    decode_profiles,
+    encode_frauds,
+    transaction_hash,
+)
 from tests.fuzz.mutation import (
     Mutator,
     mutate_bytes,

@@ -14,13 +14,13 @@ from functools import partial
 import numpy as np
 
 from model.merchants import WEIGHT_MAX
-from pipeline.account_state import RECENT_IDS, StateCodec, Watermark
 from pipeline.kafka.score_log import Kept, read_score
-from pipeline.keys import MERCHANT_SLOTS, merchant_slot
-from pipeline.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.merchant_store import Booking
 from pipeline.messages.codec import FORGET, decode_alert, decode_published
 from pipeline.messages.decision import DECISIONS
+from pipeline.storage.account_state import RECENT_IDS, StateCodec, Watermark
+from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
+from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
+from pipeline.storage.merchant_store import Booking
 from tests.fakes.memory import MemoryMerchantStore, MemoryStateStore
 from tests.simulation.chain import NO_HIDDEN, chained, score_of
 

@@ -18,16 +18,16 @@ import msgspec
 import numpy as np
 
 from pipeline import ownership, processor
-from pipeline.account_state import AccountStates, Watermark
 from pipeline.kafka.producer import Appended, Outgoing
 from pipeline.kafka.score_log import Kept
-from pipeline.keys import merchant_slot
-from pipeline.merchant_store import Booked, Booking
 from pipeline.ownership import Chunk, Owned, Ownership, Record
 from pipeline.processor import Computed, Part, Processor
 from pipeline.scorer import MicroBatch, Scored
-from pipeline.state_store import Save, StoreUnavailableError
-from pipeline.transaction_note import TransactionNote
+from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.keys import merchant_slot
+from pipeline.storage.merchant_store import Booked, Booking
+from pipeline.storage.state_store import Save, StoreUnavailableError
+from pipeline.storage.transaction_note import TransactionNote
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
 from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient

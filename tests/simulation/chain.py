@@ -23,8 +23,8 @@ from model.checkpoint import Checkpoint, Thresholds
 from model.features import INPUTS
 from model.merchants import WEIGHT_MAX
 from model.reasons import Reason
-from pipeline.account_state import AccountStates
 from pipeline.scorer import MicroBatch, Scorer, note_applied
+from pipeline.storage.account_state import AccountStates
 from tests.fakes.memory_workers import small_checkpoint
 
 POISON = 666.0

@@ -25,12 +25,12 @@ from pipeline import ownership, poll_transport, processor
 from pipeline.errors import RejectedError
 from pipeline.kafka.producer import PublishError
 from pipeline.kafka.topics import ROLES
-from pipeline.keys import merchant_slot
 from pipeline.labels import booking_of
-from pipeline.merchant_profile import transaction_hash
 from pipeline.messages.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.messages.extra_fields import FurtherFields
 from pipeline.settings import Settings, load_settings
+from pipeline.storage.keys import merchant_slot
+from pipeline.storage.merchant_profile import transaction_hash
 from tests.fakes import memory
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
 from tests.fakes.memory_workers import DAY_MS, START_MS

@@ -14,8 +14,9 @@ from typing import Any
 
 from pipeline.kafka.producer import Appended, Outgoing, PublishError
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
-from pipeline.keys import MERCHANT_SLOTS
-from pipeline.merchant_store import (
+from pipeline.settings import Settings
+from pipeline.storage.keys import MERCHANT_SLOTS
+from pipeline.storage.merchant_store import (
     Booked,
     Booking,
     Counts,
@@ -23,8 +24,7 @@ from pipeline.merchant_store import (
     booked_of,
     places_by_slot,
 )
-from pipeline.settings import Settings
-from pipeline.state_store import Load, Loaded, Save, StoreUnavailableError
+from pipeline.storage.state_store import Load, Loaded, Save, StoreUnavailableError
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
 from tests.simulation.auditor import Auditor
 from tests.simulation.clock import Host
@@ -60,7 +60,7 @@ class StateStore(MemoryStateStore):
 
 
 class StateClient:
-    """A :class:`pipeline.state_store.StateStore` over the network."""
+    """A :class:`pipeline.storage.state_store.StateStore` over the network."""
 
     def __init__(self, host: Host, network: Network, store: StateStore) -> None:
         self._host = host
@@ -105,7 +105,7 @@ class StateClient:
 
 
 class MerchantClient:
-    """A :class:`pipeline.merchant_store.MerchantStore` over the network.
+    """A :class:`pipeline.storage.merchant_store.MerchantStore` over the network.
 
     Args:
         auditor: is told of each label that is booked.

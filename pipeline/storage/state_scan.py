@@ -12,10 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 
-from pipeline.account_state import STATE_FORMAT
-from pipeline.keys import Keys
-from pipeline.redis_calls import RedisCalls, Script, redis_client
 from pipeline.settings import Settings
+from pipeline.storage.account_state import STATE_FORMAT
+from pipeline.storage.client import RedisCalls, Script, redis_client
+from pipeline.storage.keys import Keys
 
 STATES_PER_CALL = 500
 

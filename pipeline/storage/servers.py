@@ -9,8 +9,8 @@ from typing import Any
 
 from redis.asyncio.cluster import RedisCluster
 
-from pipeline.redis_calls import RedisCalls, StoreUnavailableError, redis_client
 from pipeline.settings import Settings
+from pipeline.storage.client import RedisCalls, StoreUnavailableError, redis_client
 
 NO_EVICTION = "noeviction"
 """The one ``maxmemory-policy`` with which Redis deletes no states to make room."""

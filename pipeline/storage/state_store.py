@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from pipeline.keys import Keys
-from pipeline.redis_calls import Command, RedisCalls, Script
-from pipeline.redis_calls import StoreUnavailableError as StoreUnavailableError
-from pipeline.redis_calls import redis_client as redis_client
-from pipeline.redis_servers import Server, servers
 from pipeline.settings import Settings
+from pipeline.storage.client import Command, RedisCalls, Script
+from pipeline.storage.client import StoreUnavailableError as StoreUnavailableError
+from pipeline.storage.client import redis_client as redis_client
+from pipeline.storage.keys import Keys
+from pipeline.storage.servers import Server, servers
 
 _DAY_MS = 86_400_000
 

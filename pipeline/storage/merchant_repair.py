@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from model.merchants import BUCKETS
-from pipeline.keys import MerchantKeys
-from pipeline.merchant_profile import (
+from pipeline.settings import Settings
+from pipeline.storage.client import RedisCalls, Script, redis_client
+from pipeline.storage.keys import MerchantKeys
+from pipeline.storage.merchant_profile import (
     EMPTY_VALUE,
     FIXED_BYTES,
     FRAUD_BYTES,
@@ -22,9 +24,7 @@ from pipeline.merchant_profile import (
     Fraud,
     encode_frauds,
 )
-from pipeline.merchant_store import EXPIRY_MS, RedisMerchantStore
-from pipeline.redis_calls import RedisCalls, Script, redis_client
-from pipeline.settings import Settings
+from pipeline.storage.merchant_store import EXPIRY_MS, RedisMerchantStore
 
 # KEYS: the slot's watermarks of the labels partitions, then profiles. ARGV: how many watermarks,
 # the expected ones, time to live in milliseconds, an empty profile, then each profile's known

@@ -6,7 +6,7 @@ changes a slot's profiles together with the offset before which all labels of a 
 booked in them. It skips what is below that, and books nothing where there is a gap.
 
 What a label needs to know of its transaction is remembered in a note
-(:mod:`pipeline.transaction_note`) in the same slot, and with it when the transaction's newest label
+(:mod:`pipeline.storage.transaction_note`) in the same slot, and with it when the transaction's newest label
 became known: an older one changes nothing.
 """
 
@@ -21,8 +21,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
-from pipeline.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
-from pipeline.merchant_profile import (
+from pipeline.messages.decision import DECISIONS
+from pipeline.settings import Settings
+from pipeline.storage.client import Command, RedisCalls, Script, redis_client
+from pipeline.storage.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
+from pipeline.storage.merchant_profile import (
     EMPTY_VALUE,
     FIXED_BYTES,
     FRAUD_BUCKETS_MAX,
@@ -34,11 +37,8 @@ from pipeline.merchant_profile import (
     Fraud,
     encode_frauds,
 )
-from pipeline.messages.decision import DECISIONS
-from pipeline.redis_calls import Command, RedisCalls, Script, redis_client
-from pipeline.settings import Settings
-from pipeline.state_store import Intactness
-from pipeline.transaction_note import (
+from pipeline.storage.state_store import Intactness
+from pipeline.storage.transaction_note import (
     LABELLED_NOTE_BYTES,
     NOTE_BYTES,
     NOTE_EXPIRY_MS,

@@ -1,0 +1,1 @@
+"""Redis clients: account states, merchant profiles, their bytes and their keys."""
