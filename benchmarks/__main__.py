@@ -35,7 +35,7 @@ from model.simulator import Simulator, account_id, merchant_id
 from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
-from pipeline.scorer import Scorer
+from pipeline.scoring.scorer import Scorer
 from pipeline.services import Services, embedded
 from pipeline.settings import Settings, load_settings
 from pipeline.startup import load_checkpoint

@@ -31,22 +31,22 @@ from pipeline.checkpoint_watch import CheckpointWatch
 from pipeline.ending import Ending, leave_at_signals
 from pipeline.endpoints import Endpoints
 from pipeline.errors import RecurError, StartupError
-from pipeline.evictions import Evictions
-from pipeline.health import Health
 from pipeline.kafka.group_errors import HOPELESS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.producer import KafkaPublisher
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalPublisher
-from pipeline.labels import STREAM, LabelProcessor
-from pipeline.log_watch import OpenTransactions, TopicWatch
 from pipeline.messages.decision import thresholds_of
-from pipeline.metrics import Metrics
-from pipeline.ownership import Ownership
-from pipeline.patience import Patience
-from pipeline.processor import Computed, Processor
-from pipeline.scorer import scorer_of
+from pipeline.scoring.evictions import Evictions
+from pipeline.scoring.health import Health
+from pipeline.scoring.labels import STREAM, LabelProcessor
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import Ownership
+from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.retry import Patience
+from pipeline.scoring.scorer import scorer_of
+from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatch
 from pipeline.settings import Settings
 from pipeline.startup import check_services, load_checkpoint
 from pipeline.storage.merchant_store import RedisMerchantStore

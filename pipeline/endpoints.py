@@ -17,8 +17,8 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pipeline.errors import StartupError
-from pipeline.health import Health
-from pipeline.metrics import Metrics
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

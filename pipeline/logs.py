@@ -42,7 +42,7 @@ class LibraryLines(logging.Filter):
 
     While a service is away they say the same some hundred times a second. An error of a new kind
     is let through once, but for one that only says that a service does not answer: that is told
-    by :mod:`pipeline.outages`, with their number. Whatever is told by nothing else is told once a
+    by :mod:`pipeline.scoring.outages`, with their number. Whatever is told by nothing else is told once a
     minute, with the line that came most often.
     """
 
@@ -165,7 +165,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``12:00:00.123 warning  pipeline.patience  message  field=value``."""
+    """``12:00:00.123 warning  pipeline.scoring.retry  message  field=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line of text; a traceback follows on lines of its own."""

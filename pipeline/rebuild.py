@@ -21,7 +21,7 @@ from pipeline.kafka.log_ids import NO_ID, is_other
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
 from pipeline.messages.codec import LOOK
-from pipeline.ownership import begin_log, read_watermark
+from pipeline.scoring.partitions import begin_log, read_watermark
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import Watermark

@@ -26,7 +26,6 @@ from pipeline.errors import RecurError, RejectedError
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import TopicRole, ensure_topics
-from pipeline.labels import booking_of, label_of
 from pipeline.merchant_log import (
     CountsOfLog,
     FirstScores,
@@ -36,8 +35,9 @@ from pipeline.merchant_log import (
     frauds_of,
 )
 from pipeline.messages.codec import decode_counted, stored_weight
-from pipeline.ownership import Record
 from pipeline.progress_bar import Bar, bar_for
+from pipeline.scoring.labels import booking_of, label_of
+from pipeline.scoring.partitions import Record
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot

@@ -21,10 +21,10 @@ from model.merchants import MERCHANT_FEATURES
 from pipeline.account_choice import Choice, Everyone
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.messages.codec import PAUSE, RecordedScore
-from pipeline.ownership import Chunk
-from pipeline.processor import Part, PartDecoder, columns
-from pipeline.scorer import Scored, Scorer
 from pipeline.scores_in_step import ScoresInStep
+from pipeline.scoring.partitions import Chunk
+from pipeline.scoring.processor import Part, PartDecoder, columns
+from pipeline.scoring.scorer import Scored, Scorer
 from pipeline.settings import Settings
 
 MICRO_BATCH = 8_192

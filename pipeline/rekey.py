@@ -26,8 +26,8 @@ from pipeline.kafka.log_ids import NO_ID, is_other, other_log
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
-from pipeline.ownership import read_watermark
 from pipeline.progress_bar import Bar, bar_for
+from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings
 from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import StateCodec, Watermark

@@ -21,7 +21,7 @@ from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import check_retention, ensure_topics
 from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE
-from pipeline.ownership import check_watermark, read_watermark
+from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError
 from pipeline.storage.merchant_store import RedisMerchantStore

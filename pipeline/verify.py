@@ -27,11 +27,11 @@ from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
-from pipeline.ownership import check_watermark, read_watermark
 from pipeline.progress_bar import Bar
 from pipeline.recompute import Advanced, RecomputedPartition
 from pipeline.score_comparison import ScoreTally
-from pipeline.scorer import ScorerBrokenError, scorer_of
+from pipeline.scoring.partitions import check_watermark, read_watermark
+from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings
 from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states

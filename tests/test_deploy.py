@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli import recur
 from pipeline.kafka_jars import KAFKA_VERSION
-from pipeline.metrics import Metrics
+from pipeline.scoring.metrics import Metrics
 from pipeline.services import Kafka, Redis
 from pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
 from pipeline.worker_processes import start_worker, until_ready

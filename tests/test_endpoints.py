@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline import endpoints as endpoints_module
 from pipeline.endpoints import STALLED_EXIT_CODE, Endpoints
 from pipeline.errors import StartupError
-from pipeline.health import Health
-from pipeline.metrics import Metrics
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
 
 WATCHDOG_SECONDS = 10.0
 

@@ -16,9 +16,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from model.transaction import Transaction
-from pipeline.evictions import EvictedError, Evictions
-from pipeline.health import Health
-from pipeline.metrics import Metrics
+from pipeline.scoring.evictions import EvictedError, Evictions
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
 from pipeline.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import Watermark

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from pipeline import ownership as ownership_module
+from pipeline.scoring import partitions as ownership_module
 from tests.fakes import memory as memory_module
 from tests.fakes.memory_workers import Killed, World, finish
 from tests.test_processor import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.health import Health
+from pipeline.scoring.health import Health
 
 
 class Clock:

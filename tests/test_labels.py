@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from model.merchants import BUCKET_MS
-from pipeline import ownership as ownership_module
-from pipeline import patience as patience_module
 from pipeline.errors import RejectedError, StartupError
-from pipeline.health import Health
-from pipeline.labels import LabelProcessor
 from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
-from pipeline.metrics import Metrics
-from pipeline.patience import Patience
+from pipeline.scoring import partitions as ownership_module
+from pipeline.scoring import retry as patience_module
+from pipeline.scoring.health import Health
+from pipeline.scoring.labels import LabelProcessor
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.retry import Patience
 from pipeline.storage.merchant_profile import Fraud, transaction_hash
 from pipeline.storage.merchant_store import ScoredNote
 from tests.fakes.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog

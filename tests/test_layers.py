@@ -23,25 +23,25 @@ LAYERS = {
     "vocabulary": """
         pipeline pipeline.errors pipeline.settings pipeline.logs pipeline.storage.keys pipeline.timestamps
         pipeline.messages.codec
-        pipeline.messages.decision pipeline.storage.transaction_note pipeline.metrics pipeline.health
+        pipeline.messages.decision pipeline.storage.transaction_note pipeline.scoring.metrics pipeline.scoring.health
         pipeline.kafka.log_ids pipeline.storage.account_state
         pipeline.storage.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
-        pipeline.ending pipeline.outages
+        pipeline.ending pipeline.scoring.outages
     """,
     "clients": """
         pipeline.kafka.topics pipeline.kafka.acl pipeline.storage.client pipeline.storage.servers
         pipeline.storage.state_store
-        pipeline.storage.merchant_store pipeline.scorer pipeline.kafka.producer pipeline.kafka.score_log
+        pipeline.storage.merchant_store pipeline.scoring.scorer pipeline.kafka.producer pipeline.kafka.score_log
         pipeline.kafka.transactional_producer pipeline.kafka.partition_reader pipeline.scores_in_step
         pipeline.kafka.group_errors pipeline.kafka.message_limits pipeline.kafka.decompression_limit
         pipeline.kafka.topic_ids
     """,
     "partitions": """
-        pipeline.patience pipeline.ownership pipeline.dead_letter tests.fakes.memory
-        pipeline.evictions pipeline.log_watch
+        pipeline.scoring.retry pipeline.scoring.partitions pipeline.scoring.dead_letter tests.fakes.memory
+        pipeline.scoring.evictions pipeline.scoring.topic_watcher
     """,
     "processor": """
-        pipeline.merchants pipeline.processor pipeline.labels pipeline.recompute
+        pipeline.scoring.merchant_features pipeline.scoring.processor pipeline.scoring.labels pipeline.recompute
     """,
     "worker": """
         pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
@@ -198,7 +198,11 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
     [
         ("model.gru", "import pipeline.errors", "model/gru.py:1 imports pipeline.errors: model"),
         ("model.gru", "from redis.asyncio import Redis", "imports redis.asyncio: model"),
-        ("pipeline.processor", "import faust", "pipeline/processor.py:1 imports faust: only"),
+        (
+            "pipeline.scoring.processor",
+            "import faust",
+            "pipeline/scoring/processor.py:1 imports faust: only",
+        ),
         ("pipeline.demo", "def f():\n from mode import Service", "demo.py:2 imports mode: only"),
         ("pipeline.demo", "from pipeline import app", "imports pipeline.app, and with it Faust"),
         (

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.errors import StartupError
-from pipeline.health import Health
 from pipeline.kafka.log_ids import NO_ID, shown
-from pipeline.log_watch import Held, OpenTransactions, TopicGoneError, TopicWatch
+from pipeline.scoring.health import Health
+from pipeline.scoring.topic_watcher import Held, OpenTransactions, TopicGoneError, TopicWatch
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)
 

@@ -36,7 +36,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_a_line_is_one_json_object_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "json")
 
-    logging.getLogger("pipeline.ownership").warning(
+    logging.getLogger("pipeline.scoring.partitions").warning(
         "partitions %s", "assigned", extra={"partitions": [1, 2], "why": 'a "reason"\nand more'}
     )
 
@@ -46,7 +46,7 @@ def test_a_line_is_one_json_object_with_its_fields(capsys: pytest.CaptureFixture
     assert time.endswith("Z")
     assert line == {
         "level": "warning",
-        "logger": "pipeline.ownership",
+        "logger": "pipeline.scoring.partitions",
         "message": "partitions assigned",
         "partitions": [1, 2],
         "why": 'a "reason"\nand more',
@@ -175,10 +175,12 @@ def test_what_is_told_with_a_services_outage_is_not_told_twice(
 def test_text_is_readable_and_holds_the_same_fields(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
 
-    logging.getLogger("pipeline.patience").warning("it does not answer", extra={"service": "redis"})
+    logging.getLogger("pipeline.scoring.retry").warning(
+        "it does not answer", extra={"service": "redis"}
+    )
 
     text = capsys.readouterr().err
-    assert text.endswith("warning  pipeline.patience  it does not answer  service=redis\n")
+    assert text.endswith("warning  pipeline.scoring.retry  it does not answer  service=redis\n")
 
 
 @pytest.mark.parametrize("form", ["json", "text"])

@@ -624,7 +624,7 @@ def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Back
 
 def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backend) -> None:
     async def until_back(store: MerchantStore) -> None:
-        """Asks as :class:`pipeline.patience.Patience` does."""
+        """Asks as :class:`pipeline.scoring.retry.Patience` does."""
         for _ in range(100):
             try:
                 await store.load(["M1"])

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.messages.codec import REASONS
-from pipeline.metrics import (
+from pipeline.scoring.metrics import (
     BATCH_BUCKETS,
     DELAY_BUCKETS_SECONDS,
     LATENCY_BUCKETS_SECONDS,

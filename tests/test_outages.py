@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.outages import TELL_SECONDS, TOLD_AT_ONCE_MAX, Outages
+from pipeline.scoring.outages import TELL_SECONDS, TOLD_AT_ONCE_MAX, Outages
 
 
 class Clock:

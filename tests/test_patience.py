@@ -9,12 +9,12 @@ import logging
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline import patience as patience_module
-from pipeline.health import Health
 from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.logs import JsonFormatter
-from pipeline.metrics import Metrics
-from pipeline.patience import Patience
+from pipeline.scoring import retry as patience_module
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.retry import Patience
 from pipeline.storage.state_store import StoreUnavailableError
 
 FAILURES = 9

@@ -19,18 +19,18 @@ from prometheus_client import CollectorRegistry
 from model.checkpoint import Checkpoint
 from model.features import FEATURES
 from model.reasons import REASONS_MAX
-from pipeline import ownership as ownership_module
-from pipeline import patience as patience_module
-from pipeline.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.errors import StartupError
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.producer import Appended, Outgoing, PublishError
 from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.messages.decision import Thresholds, thresholds_of
-from pipeline.metrics import Metrics
-from pipeline.ownership import Chunk, Poll
 from pipeline.rebuild import TakenBack
-from pipeline.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
+from pipeline.scoring import partitions as ownership_module
+from pipeline.scoring import retry as patience_module
+from pipeline.scoring.dead_letter import TELL_EVERY_MS, DeadLetters
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import Chunk, Poll
+from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import Watermark
 from tests.fakes import memory as memory_module

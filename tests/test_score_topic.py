@@ -29,7 +29,7 @@ from pipeline.kafka.producer import (
 from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalPublisher
-from pipeline.ownership import ALL_SOURCES, Record
+from pipeline.scoring.partitions import ALL_SOURCES, Record
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
 from pipeline.tally import committed_offsets

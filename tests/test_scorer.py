@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.merchants import MERCHANT_FEATURES
-from pipeline.scorer import (
+from pipeline.scoring.scorer import (
     FAILURES_IN_A_ROW_MAX,
     MicroBatch,
     Scored,

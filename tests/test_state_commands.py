@@ -22,10 +22,10 @@ from pipeline.feed import Feed
 from pipeline.forget import forget_lines
 from pipeline.kafka.topics import add_partitions
 from pipeline.label_feed import encode_labels
-from pipeline.ownership import check_watermark
 from pipeline.rebuild import rebuild_lines
 from pipeline.rebuild_merchants import rebuild_merchants_lines
 from pipeline.rekey import partition_of, rekey_lines
+from pipeline.scoring.partitions import check_watermark
 from pipeline.services import Kafka, Redis
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.storage.merchant_profile import FIXED_BYTES, Profile

@@ -499,7 +499,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
     save = save_of(0, b"w1", b"w2", {account: value})
 
     async def answers(store: StateStore) -> None:
-        """Asks as :class:`pipeline.patience.Patience` does."""
+        """Asks as :class:`pipeline.scoring.retry.Patience` does."""
         for _ in range(100):
             try:
                 await store.ping()

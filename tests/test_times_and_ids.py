@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import patience as patience_module
 from pipeline.errors import RejectedError, SettingsError
-from pipeline.labels import label_of
 from pipeline.messages.codec import (
     HISTORY_HEADER,
     WARM_HEADER,
@@ -21,7 +19,9 @@ from pipeline.messages.codec import (
     decode_score,
     payment_ms,
 )
-from pipeline.scorer import id_hashes
+from pipeline.scoring import retry as patience_module
+from pipeline.scoring.labels import label_of
+from pipeline.scoring.scorer import id_hashes
 from pipeline.time_option import epoch_ms_of
 from pipeline.timestamps import event_time, other_unit
 from tests.fakes.memory import MemoryRecord

@@ -15,7 +15,7 @@ from pipeline import scores_in_step as scores_module
 from pipeline import verify as verify_module
 from pipeline.errors import RecurError
 from pipeline.messages.codec import decode_score
-from pipeline.scorer import Scorer
+from pipeline.scoring.scorer import Scorer
 from pipeline.storage.account_state import Watermark
 from pipeline.verification import Difference, Verification
 from pipeline.verify import VerifyOptions

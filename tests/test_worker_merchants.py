@@ -17,12 +17,12 @@ from model.merchants import (
     observe_merchants,
     present_bucket,
 )
-from pipeline import patience as patience_module
-from pipeline.health import Health
-from pipeline.merchants import Merchants
 from pipeline.messages.codec import decode_score, stored_weight
-from pipeline.metrics import Metrics
-from pipeline.patience import Patience
+from pipeline.scoring import retry as patience_module
+from pipeline.scoring.health import Health
+from pipeline.scoring.merchant_features import Merchants
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.retry import Patience
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.storage.merchant_store import Booking

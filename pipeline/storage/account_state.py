@@ -98,7 +98,7 @@ class AccountStates:
         last_record_ms: int64[n], CreateTime of the last record, epoch milliseconds.
         history: what the features remember (its ``count`` is 0 for an account without state).
         recent_ids: uint64[n, RECENT_IDS], hashes of the last transactions, half of an id's and half
-            of a content's (:func:`pipeline.scorer.id_hashes`); 0 is empty.
+            of a content's (:func:`pipeline.scoring.scorer.id_hashes`); 0 is empty.
         hidden: float16[n, layers, hidden_size].
     """
 

@@ -24,7 +24,7 @@ from pipeline.kafka.producer import Appended, Outgoing, PublishError, Said
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.kafka.topics import TopicRole
 from pipeline.kafka.transactional_producer import transactional_id
-from pipeline.ownership import Chunk, Poll
+from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Profile, is_sound
@@ -631,7 +631,7 @@ class MemoryScoreLog:
 class MemoryConsumer:
     """One member of the group: draws polls, seeks and commits as the real transport does.
 
-    A :class:`pipeline.ownership.TransactionLog`, too.
+    A :class:`pipeline.scoring.partitions.TransactionLog`, too.
 
     Args:
         kafka: the broker.
@@ -718,14 +718,14 @@ class MemoryConsumer:
                 self._kafka.commit(self._group, self._topic, partition, offset, generation)
 
     async def committed(self, partition: int) -> int | None:
-        """See :class:`pipeline.ownership.TransactionLog`."""
+        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
         await asyncio.sleep(0)
         with _step("committed", self._kafka.interrupt):
             self._kafka.require_up()
             return self._kafka.committed(self._group, self._topic, partition)
 
     async def seek(self, partition: int, offset: int) -> int:
-        """See :class:`pipeline.ownership.TransactionLog`."""
+        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
         await asyncio.sleep(0)
         with _step("seek", self._kafka.interrupt):
             self._epochs[partition] += 1

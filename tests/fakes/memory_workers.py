@@ -32,7 +32,6 @@ from model.features import (
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.errors import RejectedError
-from pipeline.health import Health
 from pipeline.kafka.topics import ROLES
 from pipeline.messages.codec import (
     CONTROL_HEADER,
@@ -42,12 +41,13 @@ from pipeline.messages.codec import (
     decode_alert,
     decode_score,
 )
-from pipeline.metrics import Metrics
-from pipeline.ownership import Ownership, Poll
-from pipeline.patience import Patience
-from pipeline.processor import Computed, Processor
 from pipeline.rebuild import Rebuild
-from pipeline.scorer import Scorer, scorer_of
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import Ownership, Poll
+from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.retry import Patience
+from pipeline.scoring.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, Watermark
 from pipeline.storage.state_store import Save

@@ -20,9 +20,9 @@ from model.transaction import Transaction
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.codec import Score, decode_score, encode_transaction
-from pipeline.ownership import Chunk
-from pipeline.processor import PartDecoder, columns
-from pipeline.scorer import Scorer
+from pipeline.scoring.partitions import Chunk
+from pipeline.scoring.processor import PartDecoder, columns
+from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
 from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import AccountStates, Watermark

@@ -27,7 +27,6 @@ from model.gru import Architecture, Network
 from model.merchants import MERCHANT_FEATURES, observe_merchants
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
 from pipeline.errors import RejectedError
-from pipeline.labels import booking_of
 from pipeline.messages.codec import (
     LABELS,
     REASONS,
@@ -40,7 +39,8 @@ from pipeline.messages.codec import (
     names_in,
 )
 from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
-from pipeline.scorer import MicroBatch, Scorer
+from pipeline.scoring.labels import booking_of
+from pipeline.scoring.scorer import MicroBatch, Scorer
 from pipeline.storage.account_state import STATE_FORMAT, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.merchant_profile import (

@@ -17,12 +17,13 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from pipeline import ownership, processor
 from pipeline.kafka.producer import Appended, Outgoing
 from pipeline.kafka.score_log import Kept
-from pipeline.ownership import Chunk, Owned, Ownership, Record
-from pipeline.processor import Computed, Part, Processor
-from pipeline.scorer import MicroBatch, Scored
+from pipeline.scoring import partitions as ownership
+from pipeline.scoring import processor
+from pipeline.scoring.partitions import Chunk, Owned, Ownership, Record
+from pipeline.scoring.processor import Computed, Part, Processor
+from pipeline.scoring.scorer import MicroBatch, Scored
 from pipeline.storage.account_state import AccountStates, Watermark
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_store import Booked, Booking

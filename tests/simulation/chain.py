@@ -23,7 +23,7 @@ from model.checkpoint import Checkpoint, Thresholds
 from model.features import INPUTS
 from model.merchants import WEIGHT_MAX
 from model.reasons import Reason
-from pipeline.scorer import MicroBatch, Scorer, note_applied
+from pipeline.scoring.scorer import MicroBatch, Scorer, note_applied
 from pipeline.storage.account_state import AccountStates
 from tests.fakes.memory_workers import small_checkpoint
 

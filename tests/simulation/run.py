@@ -21,13 +21,15 @@ from unittest import mock
 from faust.types import TP
 from faust.utils import terminal
 
-from pipeline import ownership, poll_transport, processor
+from pipeline import poll_transport
 from pipeline.errors import RejectedError
 from pipeline.kafka.producer import PublishError
 from pipeline.kafka.topics import ROLES
-from pipeline.labels import booking_of
 from pipeline.messages.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
 from pipeline.messages.extra_fields import FurtherFields
+from pipeline.scoring import partitions as ownership
+from pipeline.scoring import processor
+from pipeline.scoring.labels import booking_of
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import transaction_hash

@@ -14,15 +14,15 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from pipeline import app
-from pipeline.health import Health
 from pipeline.kafka.producer import Outgoing
-from pipeline.labels import LabelProcessor
-from pipeline.metrics import Metrics
-from pipeline.ownership import Ownership, Poll
-from pipeline.patience import Patience
 from pipeline.poll_transport import PartitionLog
-from pipeline.processor import Computed, Processor
-from pipeline.scorer import Scorer
+from pipeline.scoring.health import Health
+from pipeline.scoring.labels import LabelProcessor
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import Ownership, Poll
+from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.retry import Patience
+from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore
 from tests.simulation.auditor import Auditor, Conclusion

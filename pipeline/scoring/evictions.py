@@ -20,10 +20,10 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from pipeline.errors import StartupError
-from pipeline.health import Health
 from pipeline.kafka.score_log import LogUnavailableError, ScoreLog
-from pipeline.metrics import Metrics
-from pipeline.ownership import read_watermark
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import RedisCalls, StoreUnavailableError, redis_client
 from pipeline.storage.keys import Keys

@@ -16,17 +16,17 @@ from typing import Protocol
 import numpy as np
 
 from model.merchants import BUCKET_MS, WEIGHT_MAX
-from pipeline.dead_letter import DeadLetters
 from pipeline.errors import RejectedError
-from pipeline.health import Health
 from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.producer import Outgoing, Publisher
 from pipeline.kafka.score_log import Bounds
 from pipeline.messages.codec import Label, decode_label, stored_weight
-from pipeline.metrics import Metrics
-from pipeline.ownership import Chunk, LogId, Poll, Record, TransactionLog
-from pipeline.patience import Patience
+from pipeline.scoring.dead_letter import DeadLetters
+from pipeline.scoring.health import Health
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import Chunk, LogId, Poll, Record, TransactionLog
+from pipeline.scoring.retry import Patience
 from pipeline.settings import Settings
 from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
 from pipeline.storage.merchant_store import Booked, Booking, MerchantStore

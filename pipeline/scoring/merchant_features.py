@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.merchants import MERCHANT_FEATURES, observe_merchants, present_bucket
-from pipeline.metrics import Metrics
-from pipeline.patience import Patience
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.retry import Patience
 from pipeline.storage.merchant_profile import decode_profiles
 from pipeline.storage.merchant_store import MerchantStore
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-from pipeline.outages import Outages
+from pipeline.scoring.outages import Outages
 
 SERVICES = frozenset({"redis", "kafka"})
 """The log tells of their outages."""

@@ -22,8 +22,8 @@ from pipeline.errors import StartupError
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.producer import Appended, Transactions
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
-from pipeline.metrics import Metrics
-from pipeline.patience import Patience
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.retry import Patience
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import Load, Save, StateStore
 

@@ -14,7 +14,7 @@ back to it, and what was published past it is kept as ever.
 
 The steps are two halves: :meth:`Processor.compute` up to decide, :meth:`Processor.conclude`
 from publish on. A worker computes a poll while it concludes the one before; what is computed
-and not yet saved is held in memory (:class:`pipeline.ownership.Owned`) and is dropped with the
+and not yet saved is held in memory (:class:`pipeline.scoring.partitions.Owned`) and is dropped with the
 partition where a save finds another watermark.
 """
 
@@ -35,13 +35,10 @@ from model.checkpoint import Checkpoint
 from model.merchants import BUCKET_MS, MERCHANT_FEATURES, WEIGHT_MAX
 from model.reasons import Explainer
 from model.transaction import Transaction
-from pipeline.dead_letter import DeadLetters, Notices
 from pipeline.errors import RejectedError
-from pipeline.health import Health
 from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.producer import Appended, Outgoing, Publisher, Said, Transactions
 from pipeline.kafka.score_log import Kept
-from pipeline.merchants import Merchants
 from pipeline.messages.codec import (
     CONTROL_HEADER,
     HISTORY_HEADER,
@@ -58,10 +55,13 @@ from pipeline.messages.codec import (
 )
 from pipeline.messages.decision import DECISIONS, Thresholds, thresholds_of
 from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
-from pipeline.metrics import Metrics
-from pipeline.ownership import Chunk, Owned, Ownership, Poll, Record
-from pipeline.patience import Patience
-from pipeline.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
+from pipeline.scoring.dead_letter import DeadLetters, Notices
+from pipeline.scoring.health import Health
+from pipeline.scoring.merchant_features import Merchants
+from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.partitions import Chunk, Owned, Ownership, Poll, Record
+from pipeline.scoring.retry import Patience
+from pipeline.scoring.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.merchant_profile import transaction_hash

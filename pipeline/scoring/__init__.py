@@ -1,0 +1,1 @@
+"""Scoring without Faust: partitions, recovery, micro-batches, labels, metrics."""
