@@ -38,9 +38,9 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.scoring.scorer import Scorer
 from pipeline.services import Services, embedded
 from pipeline.settings import Settings, load_settings
-from pipeline.startup import load_checkpoint
 from pipeline.supervisor import SupervisedProcess
 from pipeline.timestamps import ANY_AGE_SECONDS
+from pipeline.worker.preflight import load_checkpoint
 from pipeline.worker_processes import (
     LATENCY,
     WorkerProcess,

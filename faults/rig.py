@@ -19,8 +19,8 @@ from model.checkpoint import Checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.settings import Settings, load_settings
-from pipeline.startup import load_checkpoint
 from pipeline.timestamps import ANY_AGE_SECONDS
+from pipeline.worker.preflight import load_checkpoint
 from pipeline.worker_processes import WorkerProcess
 
 RECOVERY_LIMIT_SECONDS = 240.0

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from pipeline import logs
-from pipeline.ending import leave_at_signals
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.state_cli import state
+from pipeline.worker.shutdown import leave_at_signals
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +33,7 @@ def recur(config: Path | None) -> None:
 def worker() -> None:
     """Run a worker of the consumer group until SIGTERM or Ctrl-C."""
     leave_at_signals()  # the imports below take a while
-    from pipeline.app import run_worker
+    from pipeline.worker.app import run_worker
 
     sys.exit(run_worker(load_settings()))
 

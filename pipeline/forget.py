@@ -22,12 +22,12 @@ from pipeline.instructions import Place, send_instruction
 from pipeline.kafka.topics import Retention, TopicRole, group_members, partition_count, retentions
 from pipeline.messages.codec import FORGET
 from pipeline.settings import Settings
-from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_scan import Copy, KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore
 from pipeline.watermark_wait import until_applied
+from pipeline.worker.preflight import load_checkpoint
 
 _LABELS_NOTE = "and what producers send of it from now on"
 

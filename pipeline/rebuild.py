@@ -23,13 +23,13 @@ from pipeline.kafka.topics import ensure_topics, group_members
 from pipeline.messages.codec import LOOK
 from pipeline.scoring.partitions import begin_log, read_watermark
 from pipeline.settings import Settings
-from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.watermark_wait import until_applied
+from pipeline.worker.preflight import load_checkpoint
 
 WAIT_SECONDS = 86_400.0
 """A rebuild is waited for as long as a person does."""

@@ -29,11 +29,11 @@ from pipeline.kafka.topics import add_partitions, group_members, partition_count
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings
-from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_scan import KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.worker.preflight import load_checkpoint
 
 READ_MOST = 8_192
 

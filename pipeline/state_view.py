@@ -34,9 +34,9 @@ from pipeline.recompute import RecomputedPartition
 from pipeline.scoring.partitions import read_watermark
 from pipeline.scoring.scorer import scorer_of
 from pipeline.settings import Settings
-from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import AccountStates, Watermark
 from pipeline.storage.keys import Keys
+from pipeline.worker.preflight import load_checkpoint
 
 _DAY_MS = 86_400_000
 

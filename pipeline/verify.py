@@ -33,12 +33,12 @@ from pipeline.score_comparison import ScoreTally
 from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings
-from pipeline.startup import answered_within
 from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
 from pipeline.verification import Difference, Verification
+from pipeline.worker.preflight import answered_within
 
 HIDDEN_TOLERANCE = 2e-3
 """Default of the largest difference of a hidden that is none; docs/verify.md has what was

@@ -13,9 +13,9 @@ from rich.console import Console
 from pipeline.errors import SettingsError
 from pipeline.progress_bar import bar_for
 from pipeline.settings import Settings
-from pipeline.startup import load_checkpoint
 from pipeline.verification import Difference, Verification
 from pipeline.verify import VerifyOptions, verify
+from pipeline.worker.preflight import load_checkpoint
 
 NAMED_MAX = 20
 """Accounts of each kind that are printed; --json has more."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import Checkpoint, Thresholds
-from pipeline.checkpoint_watch import CheckpointWatch
+from pipeline.worker.checkpoint_watcher import CheckpointWatch
 from tests.fakes.memory_workers import small_checkpoint
 
 

@@ -19,7 +19,7 @@ from pipeline.account_view import account_lines, describe, look_at
 from pipeline.errors import RecurError, StartupError
 from pipeline.messages.codec import Score, decode_alert
 from pipeline.services import Kafka, Redis
-from pipeline.startup import check_services, load_checkpoint
+from pipeline.worker.preflight import check_services, load_checkpoint
 from pipeline.worker_processes import WorkerProcess
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, until
 

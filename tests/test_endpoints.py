@@ -15,11 +15,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import endpoints as endpoints_module
-from pipeline.endpoints import STALLED_EXIT_CODE, Endpoints
 from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
+from pipeline.worker import http_server as endpoints_module
+from pipeline.worker.http_server import STALLED_EXIT_CODE, Endpoints
 
 WATCHDOG_SECONDS = 10.0
 

@@ -26,7 +26,7 @@ LAYERS = {
         pipeline.messages.decision pipeline.storage.transaction_note pipeline.scoring.metrics pipeline.scoring.health
         pipeline.kafka.log_ids pipeline.storage.account_state
         pipeline.storage.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
-        pipeline.ending pipeline.scoring.outages
+        pipeline.worker.shutdown pipeline.scoring.outages
     """,
     "clients": """
         pipeline.kafka.topics pipeline.kafka.acl pipeline.storage.client pipeline.storage.servers
@@ -44,8 +44,8 @@ LAYERS = {
         pipeline.scoring.merchant_features pipeline.scoring.processor pipeline.scoring.labels pipeline.recompute
     """,
     "worker": """
-        pipeline.startup pipeline.endpoints pipeline.checkpoint_watch pipeline.poll_transport
-        pipeline.app
+        pipeline.worker.preflight pipeline.worker.http_server pipeline.worker.checkpoint_watcher pipeline.worker.faust_transport
+        pipeline.worker.app
     """,
     "training": """
         model.world model.payments model.reach model.wide_accounts model.thieves
@@ -80,7 +80,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 ORDER = list(LAYERS)
 
 FAUST = {"faust", "mode"}
-IMPORT_FAUST = {"pipeline.app", "pipeline.poll_transport"}
+IMPORT_FAUST = {"pipeline.worker.app", "pipeline.worker.faust_transport"}
 REACH_FAUST = IMPORT_FAUST | {"pipeline.cli"}
 """Everything else, the demo and its services above all, works without the framework."""
 
@@ -204,13 +204,17 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
             "pipeline/scoring/processor.py:1 imports faust: only",
         ),
         ("pipeline.demo", "def f():\n from mode import Service", "demo.py:2 imports mode: only"),
-        ("pipeline.demo", "from pipeline import app", "imports pipeline.app, and with it Faust"),
+        (
+            "pipeline.demo",
+            "from pipeline import app",
+            "imports pipeline.worker.app, and with it Faust",
+        ),
         (
             "pipeline.messages.codec",
             "from . import state_store",
             "'vocabulary' comes before 'clients'",
         ),
-        ("pipeline.app", "import model.training", "'worker' comes before 'training'"),
+        ("pipeline.worker.app", "import model.training", "'worker' comes before 'training'"),
         ("pipeline.services", "import importlib; importlib.import_module('tests.x')", "no tests"),
         ("pipeline.utils", "", "pipeline.utils is in no layer"),
         ("pipeline.storage.state_store", "import pipeline.kafka.topics", "imports go in a circle"),
@@ -218,7 +222,7 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
 )
 def test_a_wrong_import_is_found_and_named(name: str, source: str, problem: str) -> None:
     sources = {module: "" for module in LAYER_OF}
-    sources["pipeline.app"] = "import faust\nfrom pipeline import poll_transport"
+    sources["pipeline.worker.app"] = "import faust\nfrom pipeline import poll_transport"
     sources["pipeline.kafka.topics"] = "import pipeline.storage.state_store"
     assert violations(sources) == []
 

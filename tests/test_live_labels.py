@@ -22,10 +22,10 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.label_feed import encode_labels
 from pipeline.messages.codec import stored_weight
 from pipeline.services import Kafka, Redis
-from pipeline.startup import check_services, load_checkpoint
 from pipeline.storage.client import redis_client
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.storage.merchant_store import Booking, RedisMerchantStore
+from pipeline.worker.preflight import check_services, load_checkpoint
 from tests.fakes.memory_workers import checkpoint_of_weights
 from tests.fakes.offline import Log, offline_merchant_raw, random_checkpoint
 from tests.fakes.running_pipeline import (

@@ -21,7 +21,7 @@ from pipeline.messages.codec import encode_transaction
 from pipeline.rebuild import rebuild_lines
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings
-from pipeline.startup import check_services
+from pipeline.worker.preflight import check_services
 from pipeline.worker_processes import WorkerProcess
 from tests.fakes import running_pipeline as pipeline_under_test
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until

@@ -10,7 +10,7 @@ import pytest
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-from pipeline.poll_transport import (
+from pipeline.worker.faust_transport import (
     PREFETCH_BACKOFF_SECONDS,
     PREFETCH_BACKOFF_SEEKING_SECONDS,
     Consumer,

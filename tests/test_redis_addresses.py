@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import redis.exceptions
 
-from pipeline import startup
 from pipeline.errors import RecurError
 from pipeline.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import RedisCalls, redis_client
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StoreUnavailableError
+from pipeline.worker import preflight as startup
 from tests.fakes.redis_sentinel import Sentinel, under_sentinel, until_failed_over
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 

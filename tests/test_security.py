@@ -24,8 +24,8 @@ from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.messages.codec import decode_score, encode_transaction
 from pipeline.services import HOST, Redis
 from pipeline.settings import Settings, load_settings
-from pipeline.startup import check_services, load_checkpoint
 from pipeline.storage.client import COMMAND_RIGHTS, RIGHTS
+from pipeline.worker.preflight import check_services, load_checkpoint
 from pipeline.worker_processes import WorkerProcess, start_worker
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,

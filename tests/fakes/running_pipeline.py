@@ -24,10 +24,10 @@ from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.processor import PartDecoder, columns
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
-from pipeline.startup import load_checkpoint
 from pipeline.storage.account_state import AccountStates, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
+from pipeline.worker.preflight import load_checkpoint
 from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
 
 READY_SECONDS = 240.0

@@ -3,7 +3,7 @@
 The coordinator rebalances eagerly, as Faust's groups do: all members give their partitions up,
 join again and are given new ones; one that does not join in time is left out and hears of it
 later. What each member does then is Faust's sequence, with the consumer of
-:mod:`pipeline.poll_transport` in it.
+:mod:`pipeline.worker.faust_transport` in it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from faust.types import TP, ConsumerMessage
 
-from pipeline import poll_transport
 from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.settings import Settings
+from pipeline.worker import faust_transport as poll_transport
 from tests.fakes.memory import MemoryKafka, MemoryRecord
 from tests.simulation.clock import Host, Loop
 from tests.simulation.network import USUAL_SECONDS, Network

@@ -21,7 +21,6 @@ from unittest import mock
 from faust.types import TP
 from faust.utils import terminal
 
-from pipeline import poll_transport
 from pipeline.errors import RejectedError
 from pipeline.kafka.producer import PublishError
 from pipeline.kafka.topics import ROLES
@@ -33,6 +32,7 @@ from pipeline.scoring.labels import booking_of
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import transaction_hash
+from pipeline.worker import faust_transport as poll_transport
 from tests.fakes import memory
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
 from tests.fakes.memory_workers import DAY_MS, START_MS

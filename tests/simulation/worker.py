@@ -1,6 +1,6 @@
 """A worker's process: the real agents, processors, ownership and consumer on simulated services.
 
-:class:`pipeline.app.Worker` itself, but for its construction: its agents compute each poll while
+:class:`pipeline.worker.app.Worker` itself, but for its construction: its agents compute each poll while
 the one before is concluded, and its callbacks take partitions and give them up.
 """
 
@@ -13,9 +13,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from pipeline import app
 from pipeline.kafka.producer import Outgoing
-from pipeline.poll_transport import PartitionLog
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
@@ -24,6 +22,8 @@ from pipeline.scoring.processor import Computed, Processor
 from pipeline.scoring.retry import Patience
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings
+from pipeline.worker import app
+from pipeline.worker.faust_transport import PartitionLog
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore
 from tests.simulation.auditor import Auditor, Conclusion
 from tests.simulation.chain import ChainScorer

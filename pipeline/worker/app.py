@@ -1,6 +1,6 @@
 """The Faust app: consumer group, agent and lifecycle around the processor.
 
-The only importer of faust, with :mod:`pipeline.poll_transport`.
+The only importer of faust, with :mod:`pipeline.worker.faust_transport`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ from mode import CrashingSupervisor
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
-from pipeline import logs, poll_transport
-from pipeline.checkpoint_watch import CheckpointWatch
-from pipeline.ending import Ending, leave_at_signals
-from pipeline.endpoints import Endpoints
+from pipeline import logs
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.group_errors import HOPELESS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
@@ -48,9 +45,13 @@ from pipeline.scoring.retry import Patience
 from pipeline.scoring.scorer import scorer_of
 from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatch
 from pipeline.settings import Settings
-from pipeline.startup import check_services, load_checkpoint
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.worker import faust_transport as poll_transport
+from pipeline.worker.checkpoint_watcher import CheckpointWatch
+from pipeline.worker.http_server import Endpoints
+from pipeline.worker.preflight import check_services, load_checkpoint
+from pipeline.worker.shutdown import Ending, leave_at_signals
 
 log = logging.getLogger(__name__)
 
