@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from faults.load import NO_TRANSACTION, Load
 from model.checkpoint import Checkpoint
+from pipeline.audit.result import Verification
+from pipeline.audit.verifier import VerifyOptions, verify
 from pipeline.kafka.partition_reader import kafka_readers
 from pipeline.kafka.topics import TopicRole, partition_count
 from pipeline.messages.codec import decode_alert
@@ -21,8 +23,6 @@ from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_store import Load as StatesWanted
 from pipeline.storage.state_store import RedisStateStore
 from pipeline.tally import Tally
-from pipeline.verification import Verification
-from pipeline.verify import VerifyOptions, verify
 
 READ_RECORDS = 4096
 APPROVE = DECISIONS[0]

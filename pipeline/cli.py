@@ -197,9 +197,9 @@ def verify(
     no log. Accounts whose history began before the log does are listed as unverifiable. A TIME is
     2024-05-31T18:00:00Z or milliseconds since 1970. Settings are the workers'.
     """
+    from pipeline.audit.report import run_verify
+    from pipeline.audit.verifier import VerifyOptions
     from pipeline.time_option import epoch_ms_of
-    from pipeline.verify import VerifyOptions
-    from pipeline.verify_report import run_verify
 
     if account is not None and sample is not None:
         raise SettingsError("recur verify takes --account or --sample, not both")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from pipeline.account_choice import One
 from pipeline.account_view import (
     find,
     history_rows,
@@ -25,12 +24,13 @@ from pipeline.account_view import (
     table,
     utc,
 )
+from pipeline.audit.account_filter import One
+from pipeline.audit.recompute import RecomputedPartition
 from pipeline.errors import RecurError
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.topics import topic_ids
 from pipeline.progress_bar import Bar, bar_for
-from pipeline.recompute import RecomputedPartition
 from pipeline.scoring.partitions import read_watermark
 from pipeline.scoring.scorer import scorer_of
 from pipeline.settings import Settings

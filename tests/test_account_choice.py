@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.account_choice import Everyone, One, Sample
+from pipeline.audit.account_filter import Everyone, One, Sample
 
 
 @given(

@@ -25,14 +25,14 @@ LAYERS = {
         pipeline.messages.codec
         pipeline.messages.decision pipeline.storage.transaction_note pipeline.scoring.metrics pipeline.scoring.health
         pipeline.kafka.log_ids pipeline.storage.account_state
-        pipeline.storage.merchant_profile pipeline.messages.extra_fields pipeline.account_choice
+        pipeline.storage.merchant_profile pipeline.messages.extra_fields pipeline.audit.account_filter
         pipeline.worker.shutdown pipeline.scoring.outages
     """,
     "clients": """
         pipeline.kafka.topics pipeline.kafka.acl pipeline.storage.client pipeline.storage.servers
         pipeline.storage.state_store
         pipeline.storage.merchant_store pipeline.scoring.scorer pipeline.kafka.producer pipeline.kafka.score_log
-        pipeline.kafka.transactional_producer pipeline.kafka.partition_reader pipeline.scores_in_step
+        pipeline.kafka.transactional_producer pipeline.kafka.partition_reader pipeline.audit.score_reader
         pipeline.kafka.group_errors pipeline.kafka.message_limits pipeline.kafka.decompression_limit
         pipeline.kafka.topic_ids
     """,
@@ -41,7 +41,7 @@ LAYERS = {
         pipeline.scoring.evictions pipeline.scoring.topic_watcher
     """,
     "processor": """
-        pipeline.scoring.merchant_features pipeline.scoring.processor pipeline.scoring.labels pipeline.recompute
+        pipeline.scoring.merchant_features pipeline.scoring.processor pipeline.scoring.labels pipeline.audit.recompute
     """,
     "worker": """
         pipeline.worker.preflight pipeline.worker.http_server pipeline.worker.checkpoint_watcher pipeline.worker.faust_transport
@@ -66,8 +66,8 @@ LAYERS = {
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation pipeline.probe pipeline.account_view pipeline.time_option
-        pipeline.state_comparison pipeline.verification pipeline.score_comparison
-        pipeline.verify pipeline.verify_report pipeline.state_view
+        pipeline.audit.state_comparison pipeline.audit.result pipeline.audit.score_comparison
+        pipeline.audit.verifier pipeline.audit.report pipeline.state_view
         pipeline.storage.state_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
         pipeline.rebuild pipeline.rekey
         pipeline.merchant_log pipeline.storage.merchant_repair pipeline.rebuild_merchants

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from model.features import INPUTS
-from pipeline import recompute as recompute_module
-from pipeline import scores_in_step as scores_module
-from pipeline import verify as verify_module
+from pipeline.audit import recompute as recompute_module
+from pipeline.audit import score_reader as scores_module
+from pipeline.audit import verifier as verify_module
+from pipeline.audit.report import describe, to_json
+from pipeline.audit.result import Difference, Verification
+from pipeline.audit.verifier import VerifyOptions
 from pipeline.errors import RecurError
 from pipeline.messages.codec import decode_score
 from pipeline.scoring.scorer import Scorer
 from pipeline.storage.account_state import Watermark
-from pipeline.verification import Difference, Verification
-from pipeline.verify import VerifyOptions
-from pipeline.verify_report import describe, to_json
 from tests.fakes.memory_verify import NoBar, StoreOfWorld, verify_world
 from tests.fakes.memory_workers import DAY_MS, World, finish, small_checkpoint
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pipeline.audit.result import Verification
+from pipeline.audit.verifier import Verifier, VerifyOptions
 from pipeline.kafka.partition_reader import LogReader
 from pipeline.kafka.score_log import Bounds
 from pipeline.progress_bar import Bar
 from pipeline.storage.client import StoreForbiddenError
 from pipeline.storage.state_store import Load, Loaded, Save
-from pipeline.verification import Verification
-from pipeline.verify import Verifier, VerifyOptions
 from tests.fakes.memory import MemoryKafka, MemoryRecord
 from tests.fakes.memory_workers import HIDDEN_TOLERANCE, SCORE_TOLERANCE, World
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from pipeline.audit.result import Difference, Verification
+from pipeline.audit.verifier import VerifyOptions, verify
 from pipeline.errors import SettingsError
 from pipeline.progress_bar import bar_for
 from pipeline.settings import Settings
-from pipeline.verification import Difference, Verification
-from pipeline.verify import VerifyOptions, verify
 from pipeline.worker.preflight import load_checkpoint
 
 NAMED_MAX = 20

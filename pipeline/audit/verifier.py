@@ -22,22 +22,22 @@ import xxhash
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from pipeline.account_choice import Choice, Everyone, One, Sample
+from pipeline.audit.account_filter import Choice, Everyone, One, Sample
+from pipeline.audit.recompute import Advanced, RecomputedPartition
+from pipeline.audit.result import Difference, Verification
+from pipeline.audit.score_comparison import ScoreTally
+from pipeline.audit.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
 from pipeline.progress_bar import Bar
-from pipeline.recompute import Advanced, RecomputedPartition
-from pipeline.score_comparison import ScoreTally
 from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings
-from pipeline.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
-from pipeline.verification import Difference, Verification
 from pipeline.worker.preflight import answered_within
 
 HIDDEN_TOLERANCE = 2e-3

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.account_choice import Choice
-from pipeline.recompute import Advanced
-from pipeline.scores_in_step import ScoresInStep
+from pipeline.audit.account_filter import Choice
+from pipeline.audit.recompute import Advanced
+from pipeline.audit.result import Verification
+from pipeline.audit.score_reader import ScoresInStep
 from pipeline.storage.account_state import RECENT_IDS
-from pipeline.verification import Verification
 
 
 class ScoreTally:

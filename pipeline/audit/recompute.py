@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from model.features import ACCOUNT_FEATURES
 from model.merchants import MERCHANT_FEATURES
-from pipeline.account_choice import Choice, Everyone
+from pipeline.audit.account_filter import Choice, Everyone
+from pipeline.audit.score_reader import ScoresInStep
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.messages.codec import PAUSE, RecordedScore
-from pipeline.scores_in_step import ScoresInStep
 from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.processor import Part, PartDecoder, columns
 from pipeline.scoring.scorer import Scored, Scorer
