@@ -145,7 +145,7 @@ def account(account_id: str) -> None:
     """
     import asyncio
 
-    from pipeline.account_view import account_lines
+    from pipeline.admin.inspect_account import account_lines
 
     for line in asyncio.run(account_lines(load_settings(), account_id)):
         click.echo(line)

@@ -22,7 +22,7 @@ def show(account_id: str) -> None:
     """Print the state of ACCOUNT that is in Redis, and where it lies."""
     import asyncio
 
-    from pipeline.state_view import shown_lines
+    from pipeline.admin.inspect_state import shown_lines
 
     for line in asyncio.run(shown_lines(load_settings(), account_id)):
         click.echo(line)
@@ -43,7 +43,7 @@ def at(account_id: str, at_time: str) -> None:
     The state is the one after the last record before the first that came after TIME. It is
     computed up to the watermark at most: what is not applied yet has no score to compute from.
     """
-    from pipeline.state_view import lines_at
+    from pipeline.admin.inspect_state import lines_at
     from pipeline.time_option import epoch_ms_of
 
     for line in lines_at(load_settings(), account_id, epoch_ms_of(at_time, "--time")):
@@ -67,7 +67,7 @@ def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> Non
     """
     import asyncio
 
-    from pipeline.forget import forget_lines
+    from pipeline.admin.forget import forget_lines
 
     if account_id == "-":
         account_id = sys.stdin.readline().rstrip("\r\n")
@@ -111,8 +111,8 @@ def rebuild(
     """
     import asyncio
 
-    from pipeline.rebuild import rebuild_lines
-    from pipeline.rebuild_merchants import rebuild_merchants_lines
+    from pipeline.admin.rebuild_merchants import rebuild_merchants_lines
+    from pipeline.admin.rebuild_states import rebuild_lines
 
     if bool(partitions) + everything + merchants + new_log != 1:
         raise SettingsError(
@@ -153,7 +153,7 @@ def rekey(dry_run: bool, accept_stranded: bool) -> None:
     """
     import asyncio
 
-    from pipeline.rekey import rekey_lines
+    from pipeline.admin.repartition import rekey_lines
 
     lines = asyncio.run(
         rekey_lines(

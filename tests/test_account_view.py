@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.features import AccountHistory
-from pipeline.account_view import AccountView, describe, look_at
+from pipeline.admin.inspect_account import AccountView, describe, look_at
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.services import Kafka, Redis

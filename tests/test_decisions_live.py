@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.gru import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
-from pipeline.account_view import account_lines, describe, look_at
+from pipeline.admin.inspect_account import account_lines, describe, look_at
 from pipeline.errors import RecurError, StartupError
 from pipeline.messages.codec import Score, decode_alert
 from pipeline.services import Kafka, Redis

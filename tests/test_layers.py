@@ -65,12 +65,12 @@ LAYERS = {
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
-        pipeline.evaluation pipeline.probe pipeline.account_view pipeline.time_option
+        pipeline.evaluation pipeline.probe pipeline.admin.inspect_account pipeline.time_option
         pipeline.audit.state_comparison pipeline.audit.result pipeline.audit.score_comparison
-        pipeline.audit.verifier pipeline.audit.report pipeline.state_view
-        pipeline.storage.state_scan pipeline.instructions pipeline.watermark_wait pipeline.forget
-        pipeline.rebuild pipeline.rekey
-        pipeline.merchant_log pipeline.storage.merchant_repair pipeline.rebuild_merchants
+        pipeline.audit.verifier pipeline.audit.report pipeline.admin.inspect_state
+        pipeline.storage.state_scan pipeline.admin.control pipeline.admin.wait pipeline.admin.forget
+        pipeline.admin.rebuild_states pipeline.admin.repartition
+        pipeline.admin.merchant_counts pipeline.storage.merchant_repair pipeline.admin.rebuild_merchants
     """,
     "command line": """
         pipeline.state_cli pipeline.cli

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from model.merchants import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
 from model.transaction import Transaction
-from pipeline import rebuild_merchants
+from pipeline.admin import rebuild_merchants
 from pipeline.errors import StartupError
 from pipeline.feed import Feed
 from pipeline.kafka.topics import ensure_topics

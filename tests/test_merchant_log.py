@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
-from pipeline import merchant_log
-from pipeline.merchant_log import (
+from pipeline.admin import merchant_counts as merchant_log
+from pipeline.admin.merchant_counts import (
     CountsOfLog,
     FirstScores,
     LoggedLabel,

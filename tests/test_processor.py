@@ -19,12 +19,12 @@ from prometheus_client import CollectorRegistry
 from model.checkpoint import Checkpoint
 from model.features import FEATURES
 from model.reasons import REASONS_MAX
+from pipeline.admin.rebuild_states import TakenBack
 from pipeline.errors import StartupError
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.producer import Appended, Outgoing, PublishError
 from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.messages.decision import Thresholds, thresholds_of
-from pipeline.rebuild import TakenBack
 from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.dead_letter import TELL_EVERY_MS, DeadLetters

@@ -15,16 +15,16 @@ from rich.console import Console
 
 from model.merchants import BUCKET_MS
 from model.transaction import Transaction
-from pipeline import rebuild_merchants as rebuild_merchants_module
+from pipeline.admin import rebuild_merchants as rebuild_merchants_module
+from pipeline.admin.forget import forget_lines
+from pipeline.admin.rebuild_merchants import rebuild_merchants_lines
+from pipeline.admin.rebuild_states import rebuild_lines
+from pipeline.admin.repartition import partition_of, rekey_lines
 from pipeline.cli import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.feed import Feed
-from pipeline.forget import forget_lines
 from pipeline.kafka.topics import add_partitions
 from pipeline.label_feed import encode_labels
-from pipeline.rebuild import rebuild_lines
-from pipeline.rebuild_merchants import rebuild_merchants_lines
-from pipeline.rekey import partition_of, rekey_lines
 from pipeline.scoring.partitions import check_watermark
 from pipeline.services import Kafka, Redis
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys

@@ -19,13 +19,13 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 from rich.console import Console
 
 from pipeline import cli
+from pipeline.admin.inspect_state import shown_lines, state_at
 from pipeline.audit.report import run_verify
 from pipeline.audit.verifier import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.codec import Score
 from pipeline.services import Kafka, Redis
-from pipeline.state_view import shown_lines, state_at
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
 from pipeline.worker.preflight import load_checkpoint

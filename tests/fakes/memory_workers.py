@@ -31,6 +31,7 @@ from model.features import (
 )
 from model.gru import Architecture, Network
 from model.transaction import Transaction, epoch_ms
+from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError
 from pipeline.kafka.topics import ROLES
 from pipeline.messages.codec import (
@@ -41,7 +42,6 @@ from pipeline.messages.codec import (
     decode_alert,
     decode_score,
 )
-from pipeline.rebuild import Rebuild
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import Ownership, Poll

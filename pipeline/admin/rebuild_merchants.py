@@ -22,11 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.merchants import BUCKET_MS, BUCKETS
-from pipeline.errors import RecurError, RejectedError
-from pipeline.kafka.partition_reader import KafkaLogReader
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
-from pipeline.kafka.topics import TopicRole, ensure_topics
-from pipeline.merchant_log import (
+from pipeline.admin.merchant_counts import (
     CountsOfLog,
     FirstScores,
     LoggedLabel,
@@ -34,6 +30,10 @@ from pipeline.merchant_log import (
     correction,
     frauds_of,
 )
+from pipeline.errors import RecurError, RejectedError
+from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.codec import decode_counted, stored_weight
 from pipeline.progress_bar import Bar, bar_for
 from pipeline.scoring.labels import booking_of, label_of

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from pipeline.admin.control import send_instruction
+from pipeline.admin.wait import until_applied
 from pipeline.errors import RecurError, SettingsError
-from pipeline.instructions import send_instruction
 from pipeline.kafka.log_ids import NO_ID, is_other
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
@@ -28,7 +29,6 @@ from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
-from pipeline.watermark_wait import until_applied
 from pipeline.worker.preflight import load_checkpoint
 
 WAIT_SECONDS = 86_400.0

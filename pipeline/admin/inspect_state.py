@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from pipeline.account_view import (
+from pipeline.admin.inspect_account import (
     find,
     history_rows,
     look_at,

@@ -1,0 +1,1 @@
+"""Manual commands on states and profiles, one file per command."""
