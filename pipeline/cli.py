@@ -104,8 +104,8 @@ def train(
     from model.simulator import SimulatorError
     from model.training import TrainingError, TrainingSettings
     from model.training import train as train_network
-    from pipeline.column_mapping import load_mapping
-    from pipeline.training_data import FileData
+    from pipeline.files.column_mapping import load_mapping
+    from pipeline.files.training_data import FileData
 
     if (data is None) != (columns is None):
         raise SettingsError(
@@ -419,7 +419,7 @@ def demo(**options: Any) -> None:
 )
 def replay(file: Path | None, columns: str | None, example_columns: bool, **options: Any) -> None:
     """Feed the transactions in FILE (parquet or CSV) to the workers."""
-    from pipeline.column_mapping import example_mapping
+    from pipeline.files.column_mapping import example_mapping
     from pipeline.replay import ReplayOptions, run_replay
 
     if example_columns:

@@ -37,9 +37,9 @@ from model.robustness import Robustness, measure_robustness
 from model.simulator import SimulatorError
 from model.training import DataSource, SimulatedData
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
-from pipeline.column_mapping import load_mapping
 from pipeline.errors import RecurError, SettingsError
-from pipeline.training_data import FileData
+from pipeline.files.column_mapping import load_mapping
+from pipeline.files.training_data import FileData
 
 SIMULATED_SEED = 1
 """Of simulated transactions: the networks' seeds count from 1, the data stay the same."""

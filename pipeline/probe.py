@@ -19,9 +19,9 @@ from model.probe_plots import plot_probe
 from model.progress import TrainingProgress
 from model.reference import MissingRequirementError
 from model.training_settings import Report, Reporter
-from pipeline.column_mapping import load_mapping
 from pipeline.errors import RecurError, SettingsError
-from pipeline.training_data import FileData
+from pipeline.files.column_mapping import load_mapping
+from pipeline.files.training_data import FileData
 
 FALLS_SHOWN = 20
 ROWS_SHOWN = 40

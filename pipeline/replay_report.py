@@ -22,9 +22,9 @@ from model.evaluation import (
     card_precision_at,
 )
 from pipeline.errors import RecurError
+from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, Part
 from pipeline.messages.decision import DECISIONS
 from pipeline.tally import Tally, TopicReader
-from pipeline.transaction_files import DAY_MS, LABEL_UNKNOWN, Part
 
 ROWS_MAX = 50_000_000
 """A report of more rows would take gigabytes."""

@@ -12,14 +12,14 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from click.testing import CliRunner
 
 from pipeline.cli import recur
-from pipeline.column_mapping import LabelColumns, LabelMapping, TimeForm, load_label_mapping
 from pipeline.errors import RecurError, SettingsError
+from pipeline.files.column_mapping import LabelColumns, LabelMapping, TimeForm, load_label_mapping
+from pipeline.files.reader import LabelFile, LabelPart
 from pipeline.kafka.topics import ensure_topics
 from pipeline.label_feed import LabelOptions, run_label, single_label
 from pipeline.messages.codec import Label, decode_label
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.transaction_files import LabelFile, LabelPart
 
 DAY_MS = 86_400_000
 

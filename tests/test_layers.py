@@ -60,7 +60,7 @@ LAYERS = {
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
-        pipeline.column_mapping pipeline.transaction_files pipeline.training_data pipeline.feed
+        pipeline.files.column_mapping pipeline.files.reader pipeline.files.training_data pipeline.feed
         pipeline.simulated_stream
         pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
         pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges

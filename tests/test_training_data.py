@@ -23,9 +23,9 @@ from model.features import ACCOUNT_FEATURES, FEATURES
 from model.prepared import write_raw_for
 from model.scoring import Sequences, score_stepwise
 from pipeline.cli import recur
-from pipeline.column_mapping import load_mapping
 from pipeline.errors import RecurError
-from pipeline.training_data import FileData
+from pipeline.files.column_mapping import load_mapping
+from pipeline.files.training_data import FileData
 
 MAPPING = """
 [columns]

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.column_mapping import ColumnMapping, example_mapping, load_mapping
 from pipeline.errors import RecurError
-from pipeline.transaction_files import REPEAT_WINDOW_IDS, Part, TransactionFile
+from pipeline.files.column_mapping import ColumnMapping, example_mapping, load_mapping
+from pipeline.files.reader import REPEAT_WINDOW_IDS, Part, TransactionFile
 
 MAPPING = """
 [columns]

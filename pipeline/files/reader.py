@@ -27,8 +27,8 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from model.transaction import AMOUNT_MAX, ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
-from pipeline.column_mapping import OPTIONAL_FIELDS, ColumnMapping, LabelMapping, TimeForm
 from pipeline.errors import RecurError
+from pipeline.files.column_mapping import OPTIONAL_FIELDS, ColumnMapping, LabelMapping, TimeForm
 from pipeline.timestamps import labelled_time, look_like_seconds
 
 PART_ROWS = 8192

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from model.dataset import FRAUD, Dataset, DatasetWriter, Rows, text_keys
 from model.training_settings import TrainingSettings
 from model.transaction import TIMESTAMP_MAX_MS
-from pipeline.column_mapping import OPTIONAL_FIELDS, ColumnMapping
 from pipeline.errors import RecurError
-from pipeline.transaction_files import Part, TransactionFile
+from pipeline.files.column_mapping import OPTIONAL_FIELDS, ColumnMapping
+from pipeline.files.reader import Part, TransactionFile
 
 SCENARIOS_MAX = 100
 """Kinds of fraud that are told apart."""

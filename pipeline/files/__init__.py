@@ -1,0 +1,1 @@
+"""CSV and Parquet files in: column mappings, transactions, training data."""
