@@ -32,9 +32,9 @@ from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features import ACCOUNT_FEATURES, FeatureSpec
 from model.gru import Network
 from model.simulator import Simulator, account_id, merchant_id
-from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
+from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.scoring.scorer import Scorer
 from pipeline.services import Services, embedded
 from pipeline.settings import Settings, load_settings

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator import account_id
-from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, ahead
+from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead
+from pipeline.replay.simulated import Columns, SimulatedStream, SimulatedTransactions
 from pipeline.settings import Settings
-from pipeline.simulated_stream import Columns, SimulatedStream, SimulatedTransactions
 
 CUSTOMERS = 5_000
 TERMINALS = 2_000

@@ -12,9 +12,9 @@ from faults.load import PATIENCE_SECONDS, START_DATE
 from faults.of_redis import RedisClusterFailover
 from faults.rig import Rig
 from faults.watch import until_true
-from pipeline.feed import Feed
 from pipeline.kafka.score_log import KafkaScoreLog
-from pipeline.label_feed import encode_labels
+from pipeline.replay.labels import encode_labels
+from pipeline.replay.producer import Feed
 from pipeline.storage.merchant_profile import Profile, transaction_hash
 from pipeline.storage.merchant_store import RedisMerchantStore
 

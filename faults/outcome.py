@@ -18,11 +18,11 @@ from pipeline.kafka.partition_reader import kafka_readers
 from pipeline.kafka.topics import TopicRole, partition_count
 from pipeline.messages.codec import decode_alert
 from pipeline.messages.decision import DECISIONS
+from pipeline.replay.score_counter import Tally
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_store import Load as StatesWanted
 from pipeline.storage.state_store import RedisStateStore
-from pipeline.tally import Tally
 
 READ_RECORDS = 4096
 APPROVE = DECISIONS[0]

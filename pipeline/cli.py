@@ -420,7 +420,7 @@ def demo(**options: Any) -> None:
 def replay(file: Path | None, columns: str | None, example_columns: bool, **options: Any) -> None:
     """Feed the transactions in FILE (parquet or CSV) to the workers."""
     from pipeline.files.column_mapping import example_mapping
-    from pipeline.replay import ReplayOptions, run_replay
+    from pipeline.replay.replay import ReplayOptions, run_replay
 
     if example_columns:
         click.echo(example_mapping())
@@ -469,7 +469,7 @@ def label(file: Path | None, **options: Any) -> None:
     FILE has columns transaction_id, account_id, merchant_id, label (fraud or genuine), timestamp
     (of the transaction) and labelled_at.
     """
-    from pipeline.label_feed import LabelOptions, run_label
+    from pipeline.replay.labels import LabelOptions, run_label
 
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 

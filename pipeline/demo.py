@@ -35,14 +35,14 @@ from pipeline.demo_show import Show
 from pipeline.demo_summary import Played, summarize
 from pipeline.demo_view import Display, display_for
 from pipeline.errors import SettingsError
-from pipeline.feed import Block, Feed
 from pipeline.files.reader import DAY_MS
 from pipeline.kafka.topics import ensure_topics
 from pipeline.kafka_jars import jar_directory
+from pipeline.replay.producer import Block, Feed
+from pipeline.replay.score_counter import TopicReader
+from pipeline.replay.simulated import SimulatedStream, SimulatedTransactions
 from pipeline.services import Services, embedded
 from pipeline.settings import load_settings
-from pipeline.simulated_stream import SimulatedStream, SimulatedTransactions
-from pipeline.tally import TopicReader
 from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
 
 CUSTOMERS = 5_000

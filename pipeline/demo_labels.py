@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator import account_id, merchant_id, transaction_id
-from pipeline.feed import Feed
-from pipeline.label_feed import encode_labels
-from pipeline.simulated_stream import SimulatedTransactions
+from pipeline.replay.labels import encode_labels
+from pipeline.replay.producer import Feed
+from pipeline.replay.simulated import SimulatedTransactions
 
 SOURCE = "simulator"
 

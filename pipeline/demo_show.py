@@ -16,11 +16,11 @@ from pipeline.demo_gauges import Latency, Rates
 from pipeline.demo_labels import LateLabels
 from pipeline.demo_view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
-from pipeline.feed import Block, Feed, ahead
 from pipeline.messages.codec import decode_alert
+from pipeline.replay.producer import Block, Feed, ahead
+from pipeline.replay.score_counter import Tally, TopicReader
+from pipeline.replay.simulated import SimulatedTransactions
 from pipeline.services import Services
-from pipeline.simulated_stream import SimulatedTransactions
-from pipeline.tally import Tally, TopicReader
 from pipeline.worker_processes import WorkerProcess
 
 STALL_SECONDS = 60.0

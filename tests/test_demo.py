@@ -16,8 +16,8 @@ import pytest
 from pipeline.demo import INTERRUPTED, DemoOptions
 from pipeline.demo_show import Phase
 from pipeline.errors import SettingsError
-from pipeline.simulated_stream import SimulatedStream
-from pipeline.tally import Tally
+from pipeline.replay.score_counter import Tally
+from pipeline.replay.simulated import SimulatedStream
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 180

@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.demo_labels import LateLabels
-from pipeline.feed import Feed
-from pipeline.simulated_stream import SimulatedStream
+from pipeline.replay.producer import Feed
+from pipeline.replay.simulated import SimulatedStream
 
 DAY_MS = 86_400_000
 

@@ -14,12 +14,12 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from model.transaction import Transaction
 from pipeline.errors import RecurError
-from pipeline.feed import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
 from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER, decode
+from pipeline.replay.producer import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
+from pipeline.replay.simulated import SimulatedStream
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.simulated_stream import SimulatedStream
 
 TIMEOUT_SECONDS = 30.0
 

@@ -60,10 +60,10 @@ LAYERS = {
     """,
     "tools": """
         pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
-        pipeline.files.column_mapping pipeline.files.reader pipeline.files.training_data pipeline.feed
-        pipeline.simulated_stream
-        pipeline.tally pipeline.progress_bar pipeline.replay_report pipeline.replay
-        pipeline.label_feed pipeline.demo_labels pipeline.demo_gauges
+        pipeline.files.column_mapping pipeline.files.reader pipeline.files.training_data pipeline.replay.producer
+        pipeline.replay.simulated
+        pipeline.replay.score_counter pipeline.progress_bar pipeline.replay.report pipeline.replay.replay
+        pipeline.replay.labels pipeline.demo_labels pipeline.demo_gauges
         pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
         pipeline.evaluation pipeline.probe pipeline.admin.inspect_account pipeline.time_option
         pipeline.audit.state_comparison pipeline.audit.result pipeline.audit.score_comparison

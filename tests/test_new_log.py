@@ -15,10 +15,10 @@ from rich.console import Console
 from model.transaction import Transaction
 from pipeline.admin.rebuild_states import rebuild_lines
 from pipeline.errors import StartupError
-from pipeline.feed import Feed
 from pipeline.kafka.log_ids import shown
 from pipeline.kafka.topics import TopicRole, topic_ids
 from pipeline.messages.codec import encode_transaction
+from pipeline.replay.producer import Feed
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings
 from pipeline.worker.preflight import check_services

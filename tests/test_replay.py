@@ -23,7 +23,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.errors import RecurError, SettingsError
-from pipeline.replay import INTERRUPTED, ReplayOptions, run_replay
+from pipeline.replay.replay import INTERRUPTED, ReplayOptions, run_replay
 from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.worker_processes import start_worker, stop_all, until_ready
@@ -157,7 +157,7 @@ def test_a_limit_a_speed_and_a_rate_are_kept(
 def test_without_workers_the_report_says_that_nothing_was_scored(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.replay_report.STALL_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.replay.report.STALL_SECONDS", 3.0)
     path = handbook_file(tmp_path, 10)
     options = ReplayOptions(path, "handbook", report=True)
     code, text = replayed(options, settings_for(environment_for(kafka, redis_server)))
@@ -189,7 +189,7 @@ def test_ctrl_c_stops_the_feed_and_tells_how_many_were_sent(
     path = handbook_file(tmp_path, 10_000)
     replay = (
         "import sys; from pathlib import Path; from pipeline.settings import load_settings;"
-        "from pipeline.replay import ReplayOptions, run_replay;"
+        "from pipeline.replay.replay import ReplayOptions, run_replay;"
         f"options = ReplayOptions(Path({str(path)!r}), 'handbook', rate=100);"
         "sys.exit(run_replay(options, load_settings()))"
     )

@@ -29,10 +29,10 @@ from pipeline.kafka.producer import (
 from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalPublisher
+from pipeline.replay.score_counter import committed_offsets
 from pipeline.scoring.partitions import ALL_SOURCES, Record
 from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
-from pipeline.tally import committed_offsets
 from tests.fakes.memory import (
     MemoryKafka,
     MemoryPublisher,

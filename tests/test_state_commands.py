@@ -22,9 +22,9 @@ from pipeline.admin.rebuild_states import rebuild_lines
 from pipeline.admin.repartition import partition_of, rekey_lines
 from pipeline.cli import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
-from pipeline.feed import Feed
 from pipeline.kafka.topics import add_partitions
-from pipeline.label_feed import encode_labels
+from pipeline.replay.labels import encode_labels
+from pipeline.replay.producer import Feed
 from pipeline.scoring.partitions import check_watermark
 from pipeline.services import Kafka, Redis
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys

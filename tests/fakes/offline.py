@@ -37,12 +37,12 @@ from model.merchants import (
     observe_merchant_log,
 )
 from model.scoring import score_stepwise
-from pipeline.feed import BLOCK_TRANSACTIONS, Block, Feed, encode_block
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
-from pipeline.label_feed import encode_labels
+from pipeline.replay.labels import encode_labels
+from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, encode_block
+from pipeline.replay.simulated import CURRENCY, SimulatedStream
 from pipeline.services import Kafka, Redis
-from pipeline.simulated_stream import CURRENCY, SimulatedStream
 from tests.fakes.running_pipeline import PipelineUnderTest, until
 
 DAY_MS = 86_400_000

@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import SettingsError
-from pipeline.feed import Block, Feed, ahead, encode_block
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import DAY_MS, TransactionFile
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.progress_bar import bar_for
-from pipeline.replay_report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
+from pipeline.replay.producer import Block, Feed, ahead, encode_block
+from pipeline.replay.report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
+from pipeline.replay.score_counter import TopicReader, committed_offsets
 from pipeline.settings import Settings
-from pipeline.tally import TopicReader, committed_offsets
 
 OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
 """Topics that a report reads, in the order of :class:`Readers`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from model.simulator import Simulator, account_id, merchant_id, transaction_id
 from model.world import HANDBOOK, World
-from pipeline.feed import BLOCK_TRANSACTIONS, Block, encode_block
+from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, encode_block
 
 CURRENCY = "EUR"
 """Of the simulator's amounts."""

@@ -24,7 +24,7 @@ from model.evaluation import (
 from pipeline.errors import RecurError
 from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, Part
 from pipeline.messages.decision import DECISIONS
-from pipeline.tally import Tally, TopicReader
+from pipeline.replay.score_counter import Tally, TopicReader
 
 ROWS_MAX = 50_000_000
 """A report of more rows would take gigabytes."""

@@ -1,0 +1,1 @@
+"""Feed transactions and labels to Kafka, and count the scores that come back."""
