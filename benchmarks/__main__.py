@@ -34,14 +34,9 @@ from model.gru import Network
 from model.simulator import Simulator, account_id, merchant_id
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
-from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
-from pipeline.scoring.scorer import Scorer
-from pipeline.services import Services, embedded
-from pipeline.settings import Settings, load_settings
-from pipeline.supervisor import SupervisedProcess
-from pipeline.timestamps import ANY_AGE_SECONDS
-from pipeline.worker.preflight import load_checkpoint
-from pipeline.worker_processes import (
+from pipeline.local.services import Services, embedded
+from pipeline.local.supervisor import SupervisedProcess
+from pipeline.local.workers import (
     LATENCY,
     WorkerProcess,
     buckets,
@@ -49,6 +44,11 @@ from pipeline.worker_processes import (
     start_worker,
     until_ready,
 )
+from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
+from pipeline.scoring.scorer import Scorer
+from pipeline.settings import Settings, load_settings
+from pipeline.timestamps import ANY_AGE_SECONDS
+from pipeline.worker.preflight import load_checkpoint
 
 ACCOUNTS = 20_000
 READY_SECONDS = 60.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 
-from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
+from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 
 READY_SECONDS = 120.0
 LOOK_SECONDS = 0.1

@@ -16,8 +16,8 @@ from faults.load import ChangeColumns, ChangeRecords, as_they_are, nothing_else
 from faults.outcome import Outcome, find_outcome
 from faults.rig import Recovery, Rig, rigged
 from pipeline.errors import RecurError
+from pipeline.local.services import Kafka, Redis
 from pipeline.progress_bar import Bar
-from pipeline.services import Kafka, Redis
 
 FRAME_SECONDS = 0.5
 WORKER_DEATH_SECONDS = 15.0

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from faults.fault import Addresses, Fault, Shared
 from faults.rig import Rig
-from pipeline.services import Kafka, Redis
+from pipeline.local.services import Kafka, Redis
 
 
 class SigtermOfAll(Fault):

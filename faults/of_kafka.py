@@ -14,7 +14,7 @@ from faults.fault import Addresses, Fault, Shared
 from faults.rig import Rig, require
 from faults.watch import until_true
 from pipeline.kafka.topics import ROLES, admin_client, topic_ids
-from pipeline.services import Kafka, KafkaCluster
+from pipeline.local.services import Kafka, KafkaCluster
 from pipeline.settings import Settings
 
 IN_SYNC_LIMIT_SECONDS = 120.0

@@ -13,7 +13,7 @@ from faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
 from faults.proxy import Proxy
 from faults.rig import Mark, Rig, require
 from faults.watch import until_true
-from pipeline.services import HOST, Redis, RedisCluster
+from pipeline.local.services import HOST, Redis, RedisCluster
 
 ELECTION_LIMIT_SECONDS = 60.0
 

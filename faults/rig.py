@@ -18,10 +18,10 @@ from faults.watch import Sample, Watch
 from model.checkpoint import Checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings, load_settings
 from pipeline.timestamps import ANY_AGE_SECONDS
 from pipeline.worker.preflight import load_checkpoint
-from pipeline.worker_processes import WorkerProcess
 
 RECOVERY_LIMIT_SECONDS = 240.0
 """A system that has not recovered by then never will."""

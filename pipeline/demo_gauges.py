@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from pipeline.worker_processes import LATENCY, WorkerProcess, buckets, quantile
+from pipeline.local.workers import LATENCY, WorkerProcess, buckets, quantile
 
 RATE_WINDOW_SECONDS = 2.0
 LATENCY_WINDOW_SECONDS = 10.0

@@ -16,12 +16,12 @@ from pipeline.demo_gauges import Latency, Rates
 from pipeline.demo_labels import LateLabels
 from pipeline.demo_view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
+from pipeline.local.services import Services
+from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.replay.score_counter import Tally, TopicReader
 from pipeline.replay.simulated import SimulatedTransactions
-from pipeline.services import Services
-from pipeline.worker_processes import WorkerProcess
 
 STALL_SECONDS = 60.0
 """Nothing was scored for so long: the rest counts as lost."""

@@ -15,9 +15,9 @@ from redis.asyncio import Redis
 from model.world import GENUINE, SCENARIOS
 from pipeline.demo_show import Phase, Show
 from pipeline.demo_view import Caught, Summary, milliseconds
+from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings
 from pipeline.storage.keys import MerchantKeys
-from pipeline.worker_processes import WorkerProcess
 
 _ACCOUNT_STATE = re.compile(rb"^[^:]+:[0-9a-f]{12}:\{[^{}]+\}:")
 SAMPLED = 100

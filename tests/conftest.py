@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from pipeline.services import Kafka, Redis, RedisCluster
+from pipeline.local.services import Kafka, Redis, RedisCluster
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("recur", deadline=None)

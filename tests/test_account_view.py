@@ -13,7 +13,7 @@ from model.features import AccountHistory
 from pipeline.admin.inspect_account import AccountView, describe, look_at
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.services import Kafka, Redis
+from pipeline.local.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.keys import Keys

@@ -27,7 +27,7 @@ from pipeline.kafka.decompression_limit import (
     uncompressed_size,
 )
 from pipeline.kafka.topics import ensure_topics
-from pipeline.services import Kafka, Redis
+from pipeline.local.services import Kafka, Redis
 from pipeline.settings import load_settings
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 

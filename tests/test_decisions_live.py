@@ -17,10 +17,10 @@ from model.gru import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
 from pipeline.admin.inspect_account import account_lines, describe, look_at
 from pipeline.errors import RecurError, StartupError
+from pipeline.local.services import Kafka, Redis
+from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import Score, decode_alert
-from pipeline.services import Kafka, Redis
 from pipeline.worker.preflight import check_services, load_checkpoint
-from pipeline.worker_processes import WorkerProcess
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, until
 
 FIELDS = (

@@ -22,11 +22,11 @@ import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli import recur
-from pipeline.kafka_jars import KAFKA_VERSION
+from pipeline.local.kafka_jars import KAFKA_VERSION
+from pipeline.local.services import Kafka, Redis
+from pipeline.local.workers import start_worker, until_ready
 from pipeline.scoring.metrics import Metrics
-from pipeline.services import Kafka, Redis
 from pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
-from pipeline.worker_processes import start_worker, until_ready
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

@@ -20,12 +20,12 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from model.transaction import Transaction
 from pipeline.audit.verifier import VerifyOptions, verify
+from pipeline.local.services import Kafka, Redis, RedisCluster, free_port
+from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import WARM_HEADER, decode_alert, encode_transaction
-from pipeline.services import Kafka, Redis, RedisCluster, free_port
 from pipeline.storage.account_state import STATE_FORMAT
 from pipeline.storage.client import RIGHTS
 from pipeline.storage.keys import MerchantKeys
-from pipeline.worker_processes import WorkerProcess
 from tests.fakes.memory_verify import NoBar
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,

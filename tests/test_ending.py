@@ -21,10 +21,10 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
 from pipeline.kafka.group_errors import group_refusal
 from pipeline.kafka.topics import ensure_topics
-from pipeline.services import HOST, Kafka, Redis
+from pipeline.local.services import HOST, Kafka, Redis
+from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.settings import load_settings
 from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE, Ending
-from pipeline.worker_processes import WorkerProcess, start_worker
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 END_SECONDS = 120.0

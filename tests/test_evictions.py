@@ -16,16 +16,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from model.transaction import Transaction
+from pipeline.local.services import HOST, Kafka, Redis, RedisCluster
+from pipeline.local.workers import WorkerProcess
 from pipeline.scoring.evictions import EvictedError, Evictions
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import Load, RedisStateStore, Save
-from pipeline.worker_processes import WorkerProcess
 from tests.fakes.memory import MemoryKafka, MemoryScoreLog
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,

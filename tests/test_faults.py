@@ -26,7 +26,7 @@ from faults.outcome import topic_records
 from faults.proxy import Proxy
 from faults.rig import Mark, NoEffectError, Rig
 from pipeline.kafka.log_ids import NO_ID
-from pipeline.services import HOST, Kafka, Redis
+from pipeline.local.services import HOST, Kafka, Redis
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import RedisStateStore, Save, redis_client

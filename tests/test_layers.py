@@ -59,7 +59,7 @@ LAYERS = {
         model.results model.plots model.card
     """,
     "tools": """
-        pipeline.supervisor pipeline.kafka_jars pipeline.services pipeline.worker_processes
+        pipeline.local.supervisor pipeline.local.kafka_jars pipeline.local.services pipeline.local.workers
         pipeline.files.column_mapping pipeline.files.reader pipeline.files.training_data pipeline.replay.producer
         pipeline.replay.simulated
         pipeline.replay.score_counter pipeline.progress_bar pipeline.replay.report pipeline.replay.replay
@@ -215,7 +215,11 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
             "'vocabulary' comes before 'clients'",
         ),
         ("pipeline.worker.app", "import model.training", "'worker' comes before 'training'"),
-        ("pipeline.services", "import importlib; importlib.import_module('tests.x')", "no tests"),
+        (
+            "pipeline.local.services",
+            "import importlib; importlib.import_module('tests.x')",
+            "no tests",
+        ),
         ("pipeline.utils", "", "pipeline.utils is in no layer"),
         ("pipeline.storage.state_store", "import pipeline.kafka.topics", "imports go in a circle"),
     ],

@@ -18,10 +18,10 @@ from model.transaction import Transaction
 from pipeline.admin import rebuild_merchants
 from pipeline.errors import StartupError
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.services import Kafka, Redis
 from pipeline.messages.codec import stored_weight
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
-from pipeline.services import Kafka, Redis
 from pipeline.storage.client import redis_client
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.storage.merchant_store import Booking, RedisMerchantStore

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
 from model.merchants import BUCKETS
+from pipeline.local.services import Redis, RedisCluster
 from pipeline.messages.decision import DECISIONS
-from pipeline.services import Redis, RedisCluster
 from pipeline.settings import load_settings
 from pipeline.storage.client import RIGHTS, StoreForbiddenError, StoreUnavailableError
 from pipeline.storage.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot

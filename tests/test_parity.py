@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.services import Kafka, Redis
+from pipeline.local.services import Kafka, Redis
 from tests.fakes.offline import TOLERANCE, Log, run
 
 

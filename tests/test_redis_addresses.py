@@ -12,7 +12,7 @@ import pytest
 import redis.exceptions
 
 from pipeline.errors import RecurError
-from pipeline.services import HOST, Kafka, Redis, RedisCluster
+from pipeline.local.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import RedisCalls, redis_client
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StoreUnavailableError

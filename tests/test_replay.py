@@ -23,10 +23,10 @@ import pytest
 from rich.console import Console
 
 from pipeline.errors import RecurError, SettingsError
+from pipeline.local.services import Kafka, Redis
+from pipeline.local.workers import start_worker, stop_all, until_ready
 from pipeline.replay.replay import INTERRUPTED, ReplayOptions, run_replay
-from pipeline.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
-from pipeline.worker_processes import start_worker, stop_all, until_ready
 
 ROOT = Path(__file__).resolve().parents[1]
 START_MS = round(datetime(2018, 8, 1, tzinfo=UTC).timestamp() * 1000)

@@ -29,9 +29,9 @@ from pipeline.kafka.producer import (
 from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalPublisher
+from pipeline.local.services import Kafka
 from pipeline.replay.score_counter import committed_offsets
 from pipeline.scoring.partitions import ALL_SOURCES, Record
-from pipeline.services import Kafka
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (
     MemoryKafka,

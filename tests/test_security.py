@@ -21,12 +21,12 @@ from pipeline.errors import RecurError
 from pipeline.kafka.acl import NEEDS
 from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
+from pipeline.local.services import HOST, Redis
+from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.messages.codec import decode_score, encode_transaction
-from pipeline.services import HOST, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import COMMAND_RIGHTS, RIGHTS
 from pipeline.worker.preflight import check_services, load_checkpoint
-from pipeline.worker_processes import WorkerProcess, start_worker
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,

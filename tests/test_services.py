@@ -22,10 +22,18 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis import RedisError
 from redis.cluster import RedisCluster as ClusterClient
 
-from pipeline import services
 from pipeline.errors import ServiceError
-from pipeline.kafka_jars import JARS, jar_directory
-from pipeline.services import Kafka, KafkaCluster, Redis, RedisCluster, Service, embedded, free_port
+from pipeline.local import services
+from pipeline.local.kafka_jars import JARS, jar_directory
+from pipeline.local.services import (
+    Kafka,
+    KafkaCluster,
+    Redis,
+    RedisCluster,
+    Service,
+    embedded,
+    free_port,
+)
 from pipeline.settings import load_settings
 
 REPOSITORY = Path(__file__).parent.parent
@@ -217,7 +225,7 @@ def test_the_end_of_the_context_leaves_no_process_and_no_directory() -> None:
 
 PARENT = """
 import os, pathlib, sys, time
-from pipeline.services import Redis, embedded
+from pipeline.local.services import Redis, embedded
 with embedded() as started, Redis(directory=pathlib.Path(sys.argv[1])) as keeper:
     heir = os.fork()  # has our end of every pipe, and keeps it
     if heir:

@@ -23,10 +23,10 @@ from pipeline.admin.repartition import partition_of, rekey_lines
 from pipeline.cli import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.kafka.topics import add_partitions
+from pipeline.local.services import Kafka, Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.scoring.partitions import check_watermark
-from pipeline.services import Kafka, Redis
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.storage.merchant_profile import FIXED_BYTES, Profile
 from pipeline.storage.merchant_store import RedisMerchantStore

@@ -15,8 +15,8 @@ from aiokafka import AIOKafkaProducer
 
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.services import Kafka
 from pipeline.replay.score_counter import Tally, TopicReader, committed_offsets
-from pipeline.services import Kafka
 from pipeline.settings import load_settings
 
 

@@ -17,10 +17,10 @@ import pytest
 
 from model.transaction import Transaction
 from pipeline.kafka.transactional_producer import TransactionalPublisher
+from pipeline.local.services import Kafka, Redis
+from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import decode_alert, encode_transaction
 from pipeline.replay.score_counter import committed_offsets
-from pipeline.services import Kafka, Redis
-from pipeline.worker_processes import WorkerProcess
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,

@@ -24,8 +24,8 @@ from pipeline.audit.report import run_verify
 from pipeline.audit.verifier import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.services import Kafka, Redis
 from pipeline.messages.codec import Score
-from pipeline.services import Kafka, Redis
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
 from pipeline.worker.preflight import load_checkpoint

@@ -39,10 +39,10 @@ from model.merchants import (
 from model.scoring import score_stepwise
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
+from pipeline.local.services import Kafka, Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, encode_block
 from pipeline.replay.simulated import CURRENCY, SimulatedStream
-from pipeline.services import Kafka, Redis
 from tests.fakes.running_pipeline import PipelineUnderTest, until
 
 DAY_MS = 86_400_000

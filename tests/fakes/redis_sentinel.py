@@ -9,7 +9,7 @@ from pathlib import Path
 
 import redis as redis_client
 
-from pipeline.services import HOST, REDIS_MB, Redis, Service, _redis_server, free_port
+from pipeline.local.services import HOST, REDIS_MB, Redis, Service, _redis_server, free_port
 
 MASTER = "mymaster"
 FAILOVER_LIMIT_SECONDS = 60.0

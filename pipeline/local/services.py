@@ -1,7 +1,7 @@
 """Apache Kafka and Redis on this machine, for the demo and the tests: the real ones, no Docker.
 
 Each service listens on free ports of 127.0.0.1, keeps its files in a directory of its own, and
-ends with this process however that ends (see :mod:`pipeline.supervisor`). ``stop``, ``kill`` and a
+ends with this process however that ends (see :mod:`pipeline.local.supervisor`). ``stop``, ``kill`` and a
 later ``start`` keep port and data; leaving the context removes the directory unless it was given.
 
     with embedded() as services:
@@ -38,8 +38,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from pipeline.errors import ServiceError
-from pipeline.kafka_jars import KAFKA_VERSION, jar_directory
-from pipeline.supervisor import SupervisedProcess
+from pipeline.local.kafka_jars import KAFKA_VERSION, jar_directory
+from pipeline.local.supervisor import SupervisedProcess
 
 HOST = "127.0.0.1"
 PORTS = range(15_000, 22_000)

@@ -1,6 +1,6 @@
 """Workers as processes of this one: start, wait until ready, read their metrics, stop.
 
-They are supervised (:mod:`pipeline.supervisor`): none outlives this process.
+They are supervised (:mod:`pipeline.local.supervisor`): none outlives this process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pipeline
 from pipeline.errors import ServiceError
-from pipeline.services import HOST, free_port
-from pipeline.supervisor import SupervisedProcess
+from pipeline.local.services import HOST, free_port
+from pipeline.local.supervisor import SupervisedProcess
 
 STOP_SECONDS = 20.0
 """A worker may take so long to finish its micro-batch and leave the group: its own bound

@@ -1,0 +1,1 @@
+"""Local processes: embedded Kafka and Redis, and workers, for demo and tests."""
