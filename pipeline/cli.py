@@ -395,7 +395,7 @@ def probe_command(**options: Any) -> None:
 @click.option("--keep-running", is_flag=True, help="Go on with the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""
-    from pipeline.demo import DemoOptions, run_demo
+    from pipeline.demo.run import DemoOptions, run_demo
 
     sys.exit(run_demo(DemoOptions(**options)))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.demo import INTERRUPTED, DemoOptions
-from pipeline.demo_show import Phase
+from pipeline.demo.run import INTERRUPTED, DemoOptions
+from pipeline.demo.stage import Phase
 from pipeline.errors import SettingsError
 from pipeline.replay.score_counter import Tally
 from pipeline.replay.simulated import SimulatedStream
@@ -34,7 +34,7 @@ class Run:
             [
                 sys.executable,
                 "-c",
-                "import sys; from pipeline.demo import DemoOptions, run_demo;"
+                "import sys; from pipeline.demo.run import DemoOptions, run_demo;"
                 f"sys.exit(run_demo(DemoOptions({call})))",
             ],
             cwd=ROOT,

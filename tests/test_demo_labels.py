@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.demo_labels import LateLabels
+from pipeline.demo.labels import LateLabels
 from pipeline.replay.producer import Feed
 from pipeline.replay.simulated import SimulatedStream
 

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.demo_gauges import Latency, Rates
-from pipeline.demo_view import (
+from pipeline.demo.gauges import Latency, Rates
+from pipeline.demo.view import (
     AlertLine,
     Caught,
     LiveDisplay,
@@ -166,7 +166,7 @@ def test_latency_counts_from_its_beginning_and_keeps_what_a_dead_worker_told() -
 
 def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("pipeline.demo_gauges.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.demo.gauges.time.monotonic", lambda: now[0])
     rates = Rates(0, 0)
     seen = []
     for second in range(1, 11):

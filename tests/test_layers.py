@@ -63,8 +63,8 @@ LAYERS = {
         pipeline.files.column_mapping pipeline.files.reader pipeline.files.training_data pipeline.replay.producer
         pipeline.replay.simulated
         pipeline.replay.score_counter pipeline.progress_bar pipeline.replay.report pipeline.replay.replay
-        pipeline.replay.labels pipeline.demo_labels pipeline.demo_gauges
-        pipeline.demo_summary pipeline.demo_view pipeline.demo_show pipeline.demo
+        pipeline.replay.labels pipeline.demo.labels pipeline.demo.gauges
+        pipeline.demo.summary pipeline.demo.view pipeline.demo.stage pipeline.demo.run
         pipeline.evaluation pipeline.probe pipeline.admin.inspect_account pipeline.time_option
         pipeline.audit.state_comparison pipeline.audit.result pipeline.audit.score_comparison
         pipeline.audit.verifier pipeline.audit.report pipeline.admin.inspect_state
@@ -203,9 +203,13 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
             "import faust",
             "pipeline/scoring/processor.py:1 imports faust: only",
         ),
-        ("pipeline.demo", "def f():\n from mode import Service", "demo.py:2 imports mode: only"),
         (
-            "pipeline.demo",
+            "pipeline.demo.run",
+            "def f():\n from mode import Service",
+            "demo.py:2 imports mode: only",
+        ),
+        (
+            "pipeline.demo.run",
             "from pipeline import app",
             "imports pipeline.worker.app, and with it Faust",
         ),

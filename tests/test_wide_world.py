@@ -33,7 +33,7 @@ from model.world import (
     WIDE,
 )
 from pipeline.cli import recur
-from pipeline.demo import DemoOptions
+from pipeline.demo.run import DemoOptions
 
 CUSTOMERS, TERMINALS, DAYS = 3_000, 6_000, 150
 DAY_MS, HOUR_MS = 86_400_000, 3_600_000

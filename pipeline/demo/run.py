@@ -30,10 +30,10 @@ from types import FrameType
 from rich.console import Console
 
 from model.world import WORLDS, WorldName
-from pipeline.demo_labels import LateLabels
-from pipeline.demo_show import Show
-from pipeline.demo_summary import Played, summarize
-from pipeline.demo_view import Display, display_for
+from pipeline.demo.labels import LateLabels
+from pipeline.demo.stage import Show
+from pipeline.demo.summary import Played, summarize
+from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
 from pipeline.files.reader import DAY_MS
 from pipeline.kafka.topics import ensure_topics

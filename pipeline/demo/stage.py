@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.demo_gauges import Latency, Rates
-from pipeline.demo_labels import LateLabels
-from pipeline.demo_view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
+from pipeline.demo.gauges import Latency, Rates
+from pipeline.demo.labels import LateLabels
+from pipeline.demo.view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
 from pipeline.local.services import Services
 from pipeline.local.workers import WorkerProcess

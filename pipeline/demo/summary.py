@@ -13,8 +13,8 @@ import numpy as np
 from redis.asyncio import Redis
 
 from model.world import GENUINE, SCENARIOS
-from pipeline.demo_show import Phase, Show
-from pipeline.demo_view import Caught, Summary, milliseconds
+from pipeline.demo.stage import Phase, Show
+from pipeline.demo.view import Caught, Summary, milliseconds
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings
 from pipeline.storage.keys import MerchantKeys

@@ -1,0 +1,1 @@
+"""`recur demo`: services, workers, a stream of payments, and a live view."""
