@@ -23,7 +23,7 @@ from rich.table import Table
 
 from faults.catalogue import FAULTS
 from faults.fault import FRAME_SECONDS, Fault, Row, Shared, run_fault
-from pipeline.progress_bar import bar_for
+from pipeline.progress import bar_for
 from pipeline.settings import Settings
 
 PLAIN_WIDTH = 130

@@ -17,7 +17,7 @@ from faults.outcome import Outcome, find_outcome
 from faults.rig import Recovery, Rig, rigged
 from pipeline.errors import RecurError
 from pipeline.local.services import Kafka, Redis
-from pipeline.progress_bar import Bar
+from pipeline.progress import Bar
 
 FRAME_SECONDS = 0.5
 WORKER_DEATH_SECONDS = 15.0

@@ -27,9 +27,9 @@ from model.reference import MissingRequirementError
 from model.results import MEASURES, in_figures, summarise
 from model.run_cache import Run, RunCache
 from model.training_settings import Report, TrainingSettings
-from pipeline import cli
+from pipeline.cli import main as cli
+from pipeline.cli.evaluate import EvaluateOptions, run_evaluate
 from pipeline.errors import RecurError
-from pipeline.evaluation import EvaluateOptions, run_evaluate
 from tests.fakes.datasets import simulated_dataset
 
 SMALL: dict[str, Any] = {

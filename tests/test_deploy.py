@@ -21,7 +21,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Metric
 
-from pipeline.cli import recur
+from pipeline.cli.main import recur
 from pipeline.local.kafka_jars import KAFKA_VERSION
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import start_worker, until_ready

@@ -11,7 +11,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from click.testing import CliRunner
 
-from pipeline.cli import recur
+from pipeline.cli.main import recur
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import LabelColumns, LabelMapping, TimeForm, load_label_mapping
 from pipeline.files.reader import LabelFile, LabelPart

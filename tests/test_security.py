@@ -149,7 +149,7 @@ COMMANDS = (
 def recur(settings: dict[str, Any], *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of ``recur`` as a process."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *command],
+        [sys.executable, "-m", "pipeline.cli.main", *command],
         env=os.environ | environment(settings),
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from pipeline.admin.forget import forget_lines
 from pipeline.admin.rebuild_merchants import rebuild_merchants_lines
 from pipeline.admin.rebuild_states import rebuild_lines
 from pipeline.admin.repartition import partition_of, rekey_lines
-from pipeline.cli import recur
+from pipeline.cli.main import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.kafka.topics import add_partitions
 from pipeline.local.services import Kafka, Redis

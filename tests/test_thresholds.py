@@ -16,7 +16,7 @@ from model.evaluation import operating_points
 from model.features import INPUTS, FeatureSpec
 from model.gru import Architecture, Network
 from model.thresholds import OperatingPoints, Wishes
-from pipeline.cli import main, recur
+from pipeline.cli.main import main, recur
 from pipeline.errors import RecurError
 
 DAYS = 7.0

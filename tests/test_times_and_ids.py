@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cli.time_option import epoch_ms_of
 from pipeline.errors import RejectedError, SettingsError
 from pipeline.messages.codec import (
     HISTORY_HEADER,
@@ -22,7 +23,6 @@ from pipeline.messages.codec import (
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.labels import label_of
 from pipeline.scoring.scorer import id_hashes
-from pipeline.time_option import epoch_ms_of
 from pipeline.timestamps import event_time, other_unit
 from tests.fakes.memory import MemoryRecord
 from tests.fakes.memory_verify import verify_world

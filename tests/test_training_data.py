@@ -22,7 +22,7 @@ from model.evaluation import average_precision
 from model.features import ACCOUNT_FEATURES, FEATURES
 from model.prepared import write_raw_for
 from model.scoring import Sequences, score_stepwise
-from pipeline.cli import recur
+from pipeline.cli.main import recur
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData

@@ -18,10 +18,10 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.records_to_delete import RecordsToDelete
 from rich.console import Console
 
-from pipeline import cli
 from pipeline.admin.inspect_state import shown_lines, state_at
 from pipeline.audit.report import run_verify
 from pipeline.audit.verifier import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
+from pipeline.cli import main as cli
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka, Redis

@@ -32,7 +32,7 @@ from model.world import (
     TAKEOVER,
     WIDE,
 )
-from pipeline.cli import recur
+from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
 
 CUSTOMERS, TERMINALS, DAYS = 3_000, 6_000, 150

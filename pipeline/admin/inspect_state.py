@@ -30,7 +30,7 @@ from pipeline.errors import RecurError
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.topics import topic_ids
-from pipeline.progress_bar import Bar, bar_for
+from pipeline.progress import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark
 from pipeline.scoring.scorer import scorer_of
 from pipeline.settings import Settings

@@ -35,7 +35,7 @@ from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.codec import decode_counted, stored_weight
-from pipeline.progress_bar import Bar, bar_for
+from pipeline.progress import Bar, bar_for
 from pipeline.scoring.labels import booking_of, label_of
 from pipeline.scoring.partitions import Record
 from pipeline.settings import Settings

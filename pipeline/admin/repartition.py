@@ -26,7 +26,7 @@ from pipeline.kafka.log_ids import NO_ID, is_other, other_log
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
-from pipeline.progress_bar import Bar, bar_for
+from pipeline.progress import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec, Watermark

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from pipeline.progress_bar import bar_for
+from pipeline.progress import bar_for
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, StateStore

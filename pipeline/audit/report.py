@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.audit.result import Difference, Verification
 from pipeline.audit.verifier import VerifyOptions, verify
 from pipeline.errors import SettingsError
-from pipeline.progress_bar import bar_for
+from pipeline.progress import bar_for
 from pipeline.settings import Settings
 from pipeline.worker.preflight import load_checkpoint
 

@@ -31,7 +31,7 @@ from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
-from pipeline.progress_bar import Bar
+from pipeline.progress import Bar
 from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings

@@ -117,7 +117,7 @@ def start_worker(number: int, directory: Path, environment: Mapping[str, str]) -
     }
     try:
         process = SupervisedProcess(
-            [sys.executable, "-m", "pipeline.cli", "worker"],
+            [sys.executable, "-m", "pipeline.cli.main", "worker"],
             log_path=log_path,
             directory=directory,
             environment=variables,

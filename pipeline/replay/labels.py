@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
+from pipeline.cli.time_option import epoch_ms_of
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
 from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
 from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.codec import Label, encode_label
-from pipeline.progress_bar import bar_for
+from pipeline.progress import bar_for
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.settings import Settings
-from pipeline.time_option import epoch_ms_of
 from pipeline.timestamps import labelled_time
 
 SOURCE_FILE = "file"

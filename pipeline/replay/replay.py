@@ -23,7 +23,7 @@ from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import DAY_MS, TransactionFile
 from pipeline.kafka.topics import TopicRole, ensure_topics
-from pipeline.progress_bar import bar_for
+from pipeline.progress import bar_for
 from pipeline.replay.producer import Block, Feed, ahead, encode_block
 from pipeline.replay.report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
 from pipeline.replay.score_counter import TopicReader, committed_offsets

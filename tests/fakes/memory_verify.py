@@ -11,7 +11,7 @@ from pipeline.audit.result import Verification
 from pipeline.audit.verifier import Verifier, VerifyOptions
 from pipeline.kafka.partition_reader import LogReader
 from pipeline.kafka.score_log import Bounds
-from pipeline.progress_bar import Bar
+from pipeline.progress import Bar
 from pipeline.storage.client import StoreForbiddenError
 from pipeline.storage.state_store import Load, Loaded, Save
 from tests.fakes.memory import MemoryKafka, MemoryRecord

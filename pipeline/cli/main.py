@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.state import state
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
-from pipeline.state_cli import state
 from pipeline.worker.shutdown import leave_at_signals
 
 
@@ -199,7 +199,7 @@ def verify(
     """
     from pipeline.audit.report import run_verify
     from pipeline.audit.verifier import VerifyOptions
-    from pipeline.time_option import epoch_ms_of
+    from pipeline.cli.time_option import epoch_ms_of
 
     if account is not None and sample is not None:
         raise SettingsError("recur verify takes --account or --sample, not both")
@@ -338,7 +338,7 @@ def evaluate(**options: Any) -> None:
 
     Prints a table and writes results.json, model_card.md, pr.png and calibration.png.
     """
-    from pipeline.evaluation import evaluate_options, run_evaluate
+    from pipeline.cli.evaluate import evaluate_options, run_evaluate
 
     run_evaluate(evaluate_options(**options))
 
@@ -371,7 +371,7 @@ def probe_command(**options: Any) -> None:
     the most that a thief who knows the model takes under the review threshold. Ends with code 1
     on a violation.
     """
-    from pipeline.probe import ProbeOptions, run_probe
+    from pipeline.cli.probe import ProbeOptions, run_probe
 
     sys.exit(run_probe(ProbeOptions(**options)))
 
