@@ -30,7 +30,7 @@ from rich.table import Table
 
 from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features import ACCOUNT_FEATURES, FeatureSpec
-from model.gru import Network
+from model.network import Network
 from model.simulator import Simulator, account_id, merchant_id
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics

@@ -25,12 +25,12 @@ from model.calibration import fold as fold_calibration
 from model.calibration import platt
 from model.checkpoint import Amounts, Checkpoint, Header
 from model.dataset import Dataset
-from model.evaluation import average_precision
 from model.features import FeatureSpec, Field, Float32
 from model.fitting import device_of, fit
-from model.gru import Cell, Network
 from model.inputs import chosen_fields
-from model.own_risk import OwnRisk
+from model.merchant_weight import OwnRisk
+from model.metrics import average_precision
+from model.network import Cell, Network
 from model.prepared import Prepared, prepare, write_raw_for
 from model.protocol import Fold, iso_date
 from model.raw_features import EncodedInputs, field_values, restarted_inputs
@@ -65,7 +65,7 @@ class NetworkKind:
 
     Attributes:
         title: in tables and plots.
-        cell, layers: see :class:`model.gru.Architecture`.
+        cell, layers: see :class:`model.network.Architecture`.
         alone: sees the transaction alone, neither account nor merchant.
         cost: time of its training to that of a GRU, about.
     """

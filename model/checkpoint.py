@@ -26,7 +26,7 @@ from model.features import (
     Float32,
     Float64,
 )
-from model.gru import Architecture, Network
+from model.network import Architecture, Network
 
 FORMAT_VERSION = 3
 """Version of the header and of the tensors' names."""
@@ -120,7 +120,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         training: the settings of the training, with its seed, and ``model.fitting.RECIPE``.
         operating_points: what each of up to 200 thresholds is worth on the validation days, by
             falling threshold; the columns are those of
-            :func:`model.evaluation.operating_points`.
+            :func:`model.metrics.operating_points`.
         validation: what those are measured on: ``days``, ``transactions``, ``frauds``,
             ``fraud_amount_per_day`` and ``genuine_amount_per_day``.
         amounts: for the reasons of alerts.

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model import evaluation
+from model import metrics as evaluation
 from model.candidates import (
     Material,
     NetworkKind,
@@ -146,7 +146,7 @@ def measure(
         truth: [n] what the scores are about, if not whether the transaction is fraud.
 
     Raises:
-        model.evaluation.EvaluationError: one class only.
+        model.metrics.EvaluationError: one class only.
     """
     is_fraud = log.is_fraud[rows] if truth is None else truth
     day = days_of(log)[rows]

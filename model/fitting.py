@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.adamw import AdamW
-from model.gru import Network
+from model.network import Network
 from model.scoring import Inputs, Sequences, TensorInputs, one_core_each
 from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from model.comparison import REFERENCE, TITLES, Comparison
 from model.dataset import Dataset
-from model.evaluation import Scores, average_precision, reliability
 from model.features import Float32
+from model.metrics import Scores, average_precision, reliability
 from model.reference import MissingRequirementError
 
 if TYPE_CHECKING:

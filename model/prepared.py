@@ -19,7 +19,7 @@ from torch import Tensor
 from model.dataset import Dataset
 from model.features import AmountScale, Encoder, FeatureSpec, Float32, own_columns
 from model.inputs import chosen_fields, fitted_spec
-from model.own_risk import OwnRisk, fit_own_risk
+from model.merchant_weight import OwnRisk, fit_own_risk
 from model.raw_features import open_raw, write_raw
 from model.scoring import Sequences
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from model.dataset import DAY_MS, Dataset
-from model.evaluation import average_precision
 from model.features import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
+from model.metrics import average_precision
 from model.protocol import Fold, days_of, iso_date
 from model.scoring import one_core_each
 

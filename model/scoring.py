@@ -26,7 +26,7 @@ from model.features import (
     observe,
     rounds_of,
 )
-from model.gru import Network
+from model.network import Network
 
 UNROLL_STEPS = 256
 UNROLL_ACCOUNTS = 256

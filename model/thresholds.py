@@ -1,7 +1,7 @@
 """Thresholds from what a person can state: a budget of alerts, a precision, or costs.
 
 A checkpoint carries its operating points: what each of some 200 thresholds was worth on the
-validation days (:func:`model.evaluation.operating_points`). A :class:`Goal` or :class:`Costs`
+validation days (:func:`model.metrics.operating_points`). A :class:`Goal` or :class:`Costs`
 picks among them; what is then expected is what was seen on those days.
 """
 

@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import evaluation
+from model import metrics as evaluation
 from model.calibration import fold, platt
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
 from model.features import DEFINITION, FeatureSpec, Float32, observe_log
 from model.fitting import RECIPE, Truth, device_of, fit
-from model.gru import Network
 from model.merchants import Labels, observe_merchant_log
+from model.network import Network
 from model.prepared import Prepared, prepare
 from model.raw_features import EncodedInputs, restarted_inputs
 from model.scoring import Sequences, unrolled_logits

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from model.features import LABEL_DELAY_MAX_DAYS, FeatureSpec
-from model.gru import Architecture
 from model.inputs import embedding_sizes
+from model.network import Architecture
 from model.world import WORLDS, WorldName
 
 TRANSACTIONS_MAX = 100_000_000

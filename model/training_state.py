@@ -14,7 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from model.adamw import AdamW
-from model.gru import Network
+from model.network import Network
 
 _NETWORK, _BEST, _MEAN, _SQUARE = "network.", "best.", "mean.", "square."
 

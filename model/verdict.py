@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import DAY_MS, Dataset
-from model.gru import Network
 from model.logistic import fit_logistic
+from model.network import Network
 from model.scoring import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
 
 COMPROMISED_DAYS = 7

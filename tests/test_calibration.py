@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.calibration import SCALE_RANGE, fold, platt
-from model.gru import Architecture, Network
+from model.network import Architecture, Network
 
 
 @settings(max_examples=25, deadline=None)

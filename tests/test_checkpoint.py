@@ -29,7 +29,7 @@ from model.checkpoint import (
     Thresholds,
 )
 from model.features import FEATURES, FeatureSpec, Input
-from model.gru import Architecture, Network
+from model.network import Architecture, Network
 
 
 def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:

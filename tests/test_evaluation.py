@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.evaluation import (
+from model.metrics import (
     EvaluationError,
     auc_roc,
     average_precision,

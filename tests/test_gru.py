@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.features import Role
-from model.gru import Architecture, Cell, Network
+from model.network import Architecture, Cell, Network
 
 INPUTS = 17
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.merchants model.features model.adamw model.own_risk
-        model.gru model.checkpoint
+        model model.transaction model.merchants model.features model.adamw model.merchant_weight
+        model.network model.checkpoint
         model.thresholds model.reasons
     """,
     "vocabulary": """
@@ -50,7 +50,7 @@ LAYERS = {
     "training": """
         model.world model.payments model.reach model.wide_accounts model.thieves
         model.wide_world model.simulator
-        model.dataset model.scoring model.evaluation model.steps model.inputs
+        model.dataset model.scoring model.metrics model.steps model.inputs
         model.raw_features model.prepared model.training_settings model.split model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
@@ -196,8 +196,12 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "problem"),
     [
-        ("model.gru", "import pipeline.errors", "model/gru.py:1 imports pipeline.errors: model"),
-        ("model.gru", "from redis.asyncio import Redis", "imports redis.asyncio: model"),
+        (
+            "model.network",
+            "import pipeline.errors",
+            "model/network.py:1 imports pipeline.errors: model",
+        ),
+        ("model.network", "from redis.asyncio import Redis", "imports redis.asyncio: model"),
         (
             "pipeline.scoring.processor",
             "import faust",

@@ -14,7 +14,6 @@ import torch
 import pipeline
 import pipeline.cli.probe
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
-from model.evaluation import OPERATING_POINT
 from model.exposure import (
     AMOUNT_MOST,
     ExposureSettings,
@@ -26,8 +25,9 @@ from model.exposure import (
     variants,
 )
 from model.features import AmountScale, FeatureSpec, Input, Role
-from model.gru import Architecture, Network
 from model.merchants import BUCKET_MS, Labels, observe_merchant_log
+from model.metrics import OPERATING_POINT
+from model.network import Architecture, Network
 from model.probe import (
     AMOUNT_SWEEP,
     FRAUDS_SWEEP,

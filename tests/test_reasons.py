@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Amounts, Checkpoint, Header
 from model.features import FEATURES, INPUTS, FeatureSpec, Field, Input
-from model.gru import Architecture, Network
+from model.network import Architecture, Network
 from model.reasons import (
     EXPLAINED_AT_ONCE,
     REASONS,

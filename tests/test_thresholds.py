@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.evaluation import operating_points
 from model.features import INPUTS, FeatureSpec
-from model.gru import Architecture, Network
+from model.metrics import operating_points
+from model.network import Architecture, Network
 from model.thresholds import OperatingPoints, Wishes
 from pipeline.cli.main import main, recur
 from pipeline.errors import RecurError

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from model.dataset import DAY_MS, Dataset
-from model.evaluation import average_precision
 from model.features import (
     ACCOUNT_FEATURES,
     FRAUD_AGES,
@@ -33,8 +32,9 @@ from model.features import (
     observe,
 )
 from model.fitting import RECIPE
-from model.gru import Network
 from model.merchants import MERCHANT_FEATURES, Labels, observe_merchant_log
+from model.metrics import average_precision
+from model.network import Network
 from model.progress import TrainingProgress
 from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.simulator import SimulatorError

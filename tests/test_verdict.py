@@ -10,8 +10,8 @@ import torch
 
 from model.calibration import fold, platt
 from model.dataset import DAY_MS, Dataset
-from model.evaluation import auc_roc, expected_calibration_error
-from model.gru import Architecture, Network
+from model.metrics import auc_roc, expected_calibration_error
+from model.network import Architecture, Network
 from model.scoring import Sequences, TensorInputs
 from model.verdict import EVERY, States, fit_verdict, is_compromised, states_of, verdict_scores
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.evaluation import (
+from model.metrics import (
     EvaluationError,
     auc_roc,
     average_precision,

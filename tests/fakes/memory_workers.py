@@ -29,7 +29,7 @@ from model.features import (
     Input,
     observe,
 )
-from model.gru import Architecture, Network
+from model.network import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError

@@ -26,16 +26,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import own_risk
+from model import merchant_weight as own_risk
 from model.checkpoint import Checkpoint, Header
 from model.features import AmountScale, Encoder, FeatureSpec, observe_log, ranges_of
-from model.gru import Architecture, Network
 from model.merchants import (
     MERCHANT_FEATURES,
     Labels,
     bucket_of,
     observe_merchant_log,
 )
+from model.network import Architecture, Network
 from model.scoring import score_stepwise
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile

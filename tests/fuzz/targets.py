@@ -23,8 +23,8 @@ import torch
 
 from model.checkpoint import Checkpoint, CheckpointError, Header
 from model.features import ACCOUNT_INPUTS, FEATURES, FeatureSpec, Field, Input
-from model.gru import Architecture, Network
 from model.merchants import MERCHANT_FEATURES, observe_merchants
+from model.network import Architecture, Network
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
 from pipeline.errors import RejectedError
 from pipeline.messages.codec import (

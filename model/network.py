@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.features import Role, own_columns
-from model.own_risk import OwnRisk
+from model.merchant_weight import OwnRisk
 
 SIZE_MAX = 4096
 """Largest size of any layer."""
