@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features import ACCOUNT_FEATURES, FeatureSpec
+from model.features.account import ACCOUNT_FEATURES, FeatureSpec
 from model.network import Network
 from model.simulator import Simulator, account_id, merchant_id
 from pipeline.kafka.score_log import KafkaScoreLog

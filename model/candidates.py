@@ -25,7 +25,7 @@ from model.calibration import fold as fold_calibration
 from model.calibration import platt
 from model.checkpoint import Amounts, Checkpoint, Header
 from model.dataset import Dataset
-from model.features import FeatureSpec, Field, Float32
+from model.features.account import FeatureSpec, Field, Float32
 from model.fitting import device_of, fit
 from model.inputs import chosen_fields
 from model.merchant_weight import OwnRisk

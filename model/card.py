@@ -7,7 +7,7 @@ from itertools import groupby
 
 from model.checkpoint import Checkpoint
 from model.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
-from model.features import FeatureSpec
+from model.features.account import FeatureSpec
 from model.protocol import HANDBOOK_FOLDS
 from model.reasons import SCENARIO_REASONS
 from model.results import Results, Summary, table
@@ -115,7 +115,7 @@ def _inputs(spec: FeatureSpec) -> str:
         rows.append([f"`{feature}`", ", ".join(seen)])
     return f"""## Inputs
 
-Computed the same way in training and in the worker (`model/features.py`, `model/merchants.py`).
+Computed the same way in training and in the worker (`model/features/account.py`, `model/features/merchant.py`).
 Of a merchant only time buckets that are closed, and labels that arrived in them, are seen:
 nothing looks ahead.
 

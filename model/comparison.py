@@ -30,7 +30,7 @@ from model.candidates import (
 )
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
-from model.features import DEFINITION, INPUTS, Float32
+from model.features.account import DEFINITION, INPUTS, Float32
 from model.fitting import RECIPE, device_of
 from model.prepared import Prepared
 from model.protocol import Fold, ProtocolName, days_of

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.dataset import Dataset
-from model.features import Float64, Int64
+from model.features.account import Float64, Int64
 from model.probe_histories import (
     DAY_MS,
     HOUR_MS,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.dataset import Dataset
-from model.features import (
+from model.features.account import (
     AMOUNTS,
     INPUTS,
     AmountScale,

@@ -8,7 +8,7 @@ alone. It is the sum of what these explain and of a constant rest r, which they 
     p(x) = r + (1 - r) sigmoid(f(x))
 
 By Bayes' rule r / p(x) of the frauds like x belong to the rest. That is the *merchant weight* of
-the transaction: with it a known fraud counts at its merchant (:mod:`model.merchants`).
+the transaction: with it a known fraud counts at its merchant (:mod:`model.features.merchant`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.adamw import AdamW
-from model.merchants import WEIGHT_MAX
+from model.features.merchant import WEIGHT_MAX
 
 OWN_SIZE = 32
 """Hidden units of the network."""
@@ -62,7 +62,7 @@ class OwnRisk(nn.Module):
         return torch.log(-torch.expm1(neither))
 
     def merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
-        """[n, I] -> uint8[n]: r / p, in parts of :data:`model.merchants.WEIGHT_MAX`."""
+        """[n, I] -> uint8[n]: r / p, in parts of :data:`model.features.merchant.WEIGHT_MAX`."""
         with torch.inference_mode():
             share = torch.exp(F.logsigmoid(self.rest) - self.log_risk(own))
         whole = share.clamp(0.0, 1.0).mul(WEIGHT_MAX).round().numpy().astype(np.uint8)

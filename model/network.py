@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features import Role, own_columns
+from model.features.account import Role, own_columns
 from model.merchant_weight import OwnRisk
 
 SIZE_MAX = 4096

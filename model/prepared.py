@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import Dataset
-from model.features import AmountScale, Encoder, FeatureSpec, Float32, own_columns
+from model.features.account import AmountScale, Encoder, FeatureSpec, Float32, own_columns
 from model.inputs import chosen_fields, fitted_spec
 from model.merchant_weight import OwnRisk, fit_own_risk
 from model.raw_features import open_raw, write_raw

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from model.checkpoint import Checkpoint
 from model.dataset import Dataset
 from model.exposure import Exposure, ExposureSettings, measure_exposure
-from model.features import Float32, Float64, Int64
+from model.features.account import Float32, Float64, Int64
 from model.probe_histories import (
     DAY_MS,
     HOUR_MS,

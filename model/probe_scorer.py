@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.features import AccountHistory, Float32, Float64, Int64, observe
-from model.merchants import (
+from model.features.account import AccountHistory, Float32, Float64, Int64, observe
+from model.features.merchant import (
     BUCKET_MS,
     BUCKETS,
     COUNT_MAX,

@@ -1,6 +1,6 @@
 """Raw features of a whole dataset, on disk, account by account; and the inputs read from them.
 
-The columns are those of :mod:`model.features`, computed by the same functions as in the worker,
+The columns are those of :mod:`model.features.account`, computed by the same functions as in the worker,
 for some accounts (or merchants) at a time. A training reads a stretch of each of some dozen
 accounts at once, so that account by account is the order in which they lie.
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import Dataset, DatasetError
-from model.features import (
+from model.features.account import (
     ACCOUNT_FEATURES,
     FEATURES,
     AmountScale,
@@ -32,7 +32,7 @@ from model.features import (
     field_column,
     observe_log,
 )
-from model.merchants import WEIGHT_MAX, Labels, observe_merchant_log
+from model.features.merchant import WEIGHT_MAX, Labels, observe_merchant_log
 from model.scoring import Sequences
 
 GROUP_TRANSACTIONS = 2_000_000
@@ -191,7 +191,7 @@ def _fields(dataset: Dataset, sequences: Sequences, spec: FeatureSpec, raw: Floa
 
 
 def field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
-    """As :func:`model.features.field_column` gives them, of some rows."""
+    """As :func:`model.features.account.field_column` gives them, of some rows."""
     if field.kind == "numeric":
         numbers = dataset.numeric[field.name]
         return lambda rows: np.asarray(numbers[rows])

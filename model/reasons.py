@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import TAIL_MAX, Amounts, Checkpoint
-from model.features import FeatureSpec, Float32, Float64, Int64, rounds_of
+from model.features.account import FeatureSpec, Float32, Float64, Int64, rounds_of
 
 REASONS: Mapping[str, str] = {
     "amount_unusual": "the amount is far over what this account usually spends",

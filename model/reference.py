@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import Float32
+from model.features.account import Float32
 
 TREES = 300
 PARAMETERS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from model.dataset import DAY_MS, Dataset
-from model.features import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
+from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.metrics import average_precision
 from model.protocol import Fold, days_of, iso_date
 from model.scoring import one_core_each

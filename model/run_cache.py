@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from model.checkpoint import Checkpoint, CheckpointError
-from model.features import Float32
+from model.features.account import Float32
 from model.training_state import TrainingState
 
 CACHE_FORMAT = 3

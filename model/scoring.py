@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.features import (
+from model.features.account import (
     ACCOUNT_FEATURES,
     AccountHistory,
     Float32,

@@ -33,9 +33,9 @@ from model import metrics as evaluation
 from model.calibration import fold, platt
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
-from model.features import DEFINITION, FeatureSpec, Float32, observe_log
+from model.features.account import DEFINITION, FeatureSpec, Float32, observe_log
+from model.features.merchant import Labels, observe_merchant_log
 from model.fitting import RECIPE, Truth, device_of, fit
-from model.merchants import Labels, observe_merchant_log
 from model.network import Network
 from model.prepared import Prepared, prepare
 from model.raw_features import EncodedInputs, restarted_inputs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from model.features import LABEL_DELAY_MAX_DAYS, FeatureSpec
+from model.features.account import LABEL_DELAY_MAX_DAYS, FeatureSpec
 from model.inputs import embedding_sizes
 from model.network import Architecture
 from model.world import WORLDS, WorldName

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.dataset import DAY_MS, Dataset
-from model.features import Float32
+from model.features.account import Float32
 
 WINDOW_DAYS = (1, 7, 30)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from model.features import WINDOW_DAYS, AccountHistory
+from model.features.account import WINDOW_DAYS, AccountHistory
 from pipeline.storage.account_state import (
     RECENT_IDS,
     STATE_FORMAT,

@@ -9,7 +9,7 @@ import uuid
 import numpy as np
 import pytest
 
-from model.features import AccountHistory
+from model.features.account import AccountHistory
 from pipeline.admin.inspect_account import AccountView, describe, look_at
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics

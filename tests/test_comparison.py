@@ -19,7 +19,7 @@ from model import plots, reference
 from model.checkpoint import Checkpoint
 from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
 from model.dataset import Dataset
-from model.features import Field
+from model.features.account import Field
 from model.fitting import RECIPE
 from model.plots import precision_recall_curve
 from model.protocol import split_fold

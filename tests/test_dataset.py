@@ -22,7 +22,7 @@ from model.dataset import (
     Rows,
     text_keys,
 )
-from model.features import (
+from model.features.account import (
     ACCOUNT_FEATURES,
     FEATURES,
     Encoder,

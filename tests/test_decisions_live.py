@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features import ACCOUNT_INPUTS, FeatureSpec, Field, Input
+from model.features.account import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
 from pipeline.admin.inspect_account import account_lines, describe, look_at

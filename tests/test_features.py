@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.features import (
+from model.features.account import (
     ACCOUNT_FEATURES,
     ACCOUNT_INPUTS,
     AMOUNT_FEATURES,
@@ -41,8 +41,8 @@ from model.features import (
     ranges_of,
     rounds_of,
 )
+from model.features.merchant import Labels, observe_merchant_log
 from model.inputs import fitted_spec
-from model.merchants import Labels, observe_merchant_log
 
 DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000  # 2018-04-01, a Sunday

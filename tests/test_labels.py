@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from model.merchants import BUCKET_MS
+from model.features.merchant import BUCKET_MS
 from pipeline.errors import RejectedError, StartupError
 from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
 from pipeline.scoring import partitions as ownership_module

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.merchants model.features model.adamw model.merchant_weight
+        model model.transaction model.features.merchant model.features.account model.adamw model.merchant_weight
         model.network model.checkpoint
         model.thresholds model.reasons
     """,

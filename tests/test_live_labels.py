@@ -13,7 +13,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from rich.console import Console
 
-from model.merchants import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
+from model.features.merchant import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
 from model.transaction import Transaction
 from pipeline.admin import rebuild_merchants
 from pipeline.errors import StartupError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX
+from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline.admin import merchant_counts as merchant_log
 from pipeline.admin.merchant_counts import (
     CountsOfLog,

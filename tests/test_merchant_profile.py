@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.merchants import BUCKETS
+from model.features.merchant import BUCKETS
 from pipeline.storage.merchant_profile import (
     FIXED_BYTES,
     FRAUD_BUCKETS_MAX,

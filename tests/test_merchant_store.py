@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
-from model.merchants import BUCKETS
+from model.features.merchant import BUCKETS
 from pipeline.local.services import Redis, RedisCluster
 from pipeline.messages.decision import DECISIONS
 from pipeline.settings import load_settings

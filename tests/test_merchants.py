@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.features import FRAUD_FEATURES, Float32, Int64
-from model.merchants import (
+from model.features.account import FRAUD_FEATURES, Float32, Int64
+from model.features.merchant import (
     BUCKET_MS,
     BUCKETS,
     DEPTH,

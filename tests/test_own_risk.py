@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import merchant_weight as own_risk
+from model.features.merchant import WEIGHT_MAX
 from model.merchant_weight import OwnRisk, fit_own_risk
-from model.merchants import WEIGHT_MAX
 
 N = 40_000
 Fraud = NDArray[np.bool_]

@@ -24,8 +24,8 @@ from model.exposure import (
     random_plans,
     variants,
 )
-from model.features import AmountScale, FeatureSpec, Input, Role
-from model.merchants import BUCKET_MS, Labels, observe_merchant_log
+from model.features.account import AmountScale, FeatureSpec, Input, Role
+from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
 from model.metrics import OPERATING_POINT
 from model.network import Architecture, Network
 from model.probe import (

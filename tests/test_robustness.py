@@ -10,7 +10,7 @@ import torch
 
 from model.checkpoint import Checkpoint, Header
 from model.dataset import DAY_MS, Dataset
-from model.features import FEATURES, Encoder, FeatureSpec, Float32, observe_log
+from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
 from model.network import Architecture, Network
 from model.protocol import Fold
 from model.robustness import (

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
-from model.merchants import MERCHANT_FEATURES
+from model.features.merchant import MERCHANT_FEATURES
 from pipeline.scoring.scorer import (
     FAILURES_IN_A_ROW_MAX,
     MicroBatch,

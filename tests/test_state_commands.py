@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from model.merchants import BUCKET_MS
+from model.features.merchant import BUCKET_MS
 from model.transaction import Transaction
 from pipeline.admin import rebuild_merchants as rebuild_merchants_module
 from pipeline.admin.forget import forget_lines

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from model.dataset import DAY_MS, Dataset
-from model.features import (
+from model.features.account import (
     ACCOUNT_FEATURES,
     FRAUD_AGES,
     AccountHistory,
@@ -31,8 +31,8 @@ from model.features import (
     Role,
     observe,
 )
+from model.features.merchant import MERCHANT_FEATURES, Labels, observe_merchant_log
 from model.fitting import RECIPE
-from model.merchants import MERCHANT_FEATURES, Labels, observe_merchant_log
 from model.metrics import average_precision
 from model.network import Network
 from model.progress import TrainingProgress

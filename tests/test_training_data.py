@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from benchmarks.bursts import MAPPING as BURSTS_MAPPING
 from benchmarks.bursts import transactions
 from model.checkpoint import Checkpoint
-from model.features import ACCOUNT_FEATURES, FEATURES
+from model.features.account import ACCOUNT_FEATURES, FEATURES
 from model.metrics import average_precision
 from model.prepared import write_raw_for
 from model.scoring import Sequences, score_stepwise

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from model.features import FEATURES, INPUTS
-from model.merchants import (
+from model.features.account import FEATURES, INPUTS
+from model.features.merchant import (
     BUCKET_MS,
     MERCHANT_FEATURES,
     SETTLE_MS,

@@ -15,7 +15,7 @@ import torch
 from aiokafka.partitioner import DefaultPartitioner
 
 from model.checkpoint import Checkpoint
-from model.features import WINDOW_DAYS
+from model.features.account import WINDOW_DAYS
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import partition_count
 from pipeline.settings import Settings

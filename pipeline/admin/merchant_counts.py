@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
+from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.kafka.score_log import source_offset
 from pipeline.messages.codec import CountedScore
 from pipeline.storage.merchant_profile import Fraud, Profile

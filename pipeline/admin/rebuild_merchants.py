@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from model.merchants import BUCKET_MS, BUCKETS
+from model.features.merchant import BUCKET_MS, BUCKETS
 from pipeline.admin.merchant_counts import (
     CountsOfLog,
     FirstScores,

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.features import ACCOUNT_FEATURES
-from model.merchants import MERCHANT_FEATURES
+from model.features.account import ACCOUNT_FEATURES
+from model.features.merchant import MERCHANT_FEATURES
 from pipeline.audit.account_filter import Choice, Everyone
 from pipeline.audit.score_reader import ScoresInStep
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers

@@ -9,7 +9,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import HISTORY_COLUMNS
+from model.features.account import HISTORY_COLUMNS
 from pipeline.storage.account_state import AccountStates, StateCodec
 
 _BOOKKEEPING = ("last_record_ms", "recent_ids")

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from model.merchants import BUCKET_MS, WEIGHT_MAX
+from model.features.merchant import BUCKET_MS, WEIGHT_MAX
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown

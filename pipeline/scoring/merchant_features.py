@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.merchants import MERCHANT_FEATURES, observe_merchants, present_bucket
+from model.features.merchant import MERCHANT_FEATURES, observe_merchants, present_bucket
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Patience
 from pipeline.storage.merchant_profile import decode_profiles

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.merchants import BUCKET_MS, MERCHANT_FEATURES, WEIGHT_MAX
+from model.features.merchant import BUCKET_MS, MERCHANT_FEATURES, WEIGHT_MAX
 from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.errors import RejectedError

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.features import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
-from model.merchants import WEIGHT_MAX
+from model.features.account import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
+from model.features.merchant import WEIGHT_MAX
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
 from pipeline.timestamps import DAY_MS

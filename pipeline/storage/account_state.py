@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
+from model.features.account import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
 from pipeline.kafka.log_ids import NO_ID
 
 STATE_FORMAT = 3

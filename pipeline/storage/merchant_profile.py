@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from model.merchants import BUCKETS, WEIGHT_MAX, MerchantProfiles
+from model.features.merchant import BUCKETS, WEIGHT_MAX, MerchantProfiles
 
 PROFILE_FORMAT = 3
 """Version of the layout; raise it with every change of the layout."""
@@ -60,7 +60,7 @@ class Fraud:
         id_hash: of the transaction's id.
         bucket: in which the transaction counts.
         known: the bucket in which the label arrived that first said so.
-        weight: how far its merchant explains it, up to :data:`model.merchants.WEIGHT_MAX`.
+        weight: how far its merchant explains it, up to :data:`model.features.merchant.WEIGHT_MAX`.
     """
 
     id_hash: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-from model.merchants import BUCKETS
+from model.features.merchant import BUCKETS
 from pipeline.settings import Settings
 from pipeline.storage.client import RedisCalls, Script, redis_client
 from pipeline.storage.keys import MerchantKeys

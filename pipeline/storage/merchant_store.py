@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.merchants import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
+from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
 from pipeline.storage.client import Command, RedisCalls, Script, redis_client

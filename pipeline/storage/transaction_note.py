@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from model.merchants import WEIGHT_MAX
+from model.features.merchant import WEIGHT_MAX
 from pipeline.messages.decision import DECISIONS
 
 NOTE_EXPIRY_MS = 60 * 86_400_000
@@ -38,7 +38,7 @@ class TransactionNote:
     Attributes:
         decision: on it; None where no alert was raised and its weight is full, as far as is known.
         weight: how far a fraud of it counts at its merchant, up to
-            :data:`model.merchants.WEIGHT_MAX`.
+            :data:`model.features.merchant.WEIGHT_MAX`.
         is_weight_told: a label told the weight, so a worker's does not count.
         labelled_ms: when its newest label became known, epoch milliseconds; -1 without labels.
     """

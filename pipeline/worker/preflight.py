@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from model.checkpoint import Checkpoint, CheckpointError
-from model.features import FeatureSpec
+from model.features.account import FeatureSpec
 from pipeline.errors import StartupError
 from pipeline.kafka.acl import check_rights
 from pipeline.kafka.log_ids import NO_ID, is_other, other_log

@@ -20,7 +20,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features import (
+from model.features.account import (
     ACCOUNT_INPUTS,
     FEATURES,
     INPUTS,

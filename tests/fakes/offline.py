@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from model import merchant_weight as own_risk
 from model.checkpoint import Checkpoint, Header
-from model.features import AmountScale, Encoder, FeatureSpec, observe_log, ranges_of
-from model.merchants import (
+from model.features.account import AmountScale, Encoder, FeatureSpec, observe_log, ranges_of
+from model.features.merchant import (
     MERCHANT_FEATURES,
     Labels,
     bucket_of,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-from model.features import HISTORY_COLUMNS
-from model.merchants import MERCHANT_FEATURES
+from model.features.account import HISTORY_COLUMNS
+from model.features.merchant import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics

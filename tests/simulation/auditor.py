@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from model.merchants import WEIGHT_MAX
+from model.features.merchant import WEIGHT_MAX
 from pipeline.kafka.score_log import Kept, read_score
 from pipeline.messages.codec import FORGET, decode_alert, decode_published
 from pipeline.messages.decision import DECISIONS

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.merchants import MERCHANT_FEATURES
+from model.features.merchant import MERCHANT_FEATURES
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

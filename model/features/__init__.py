@@ -1,0 +1,1 @@
+"""Features of accounts and of merchants."""
