@@ -31,7 +31,7 @@ from rich.table import Table
 from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features.account import ACCOUNT_FEATURES, FeatureSpec
 from model.network import Network
-from model.simulator import Simulator, account_id, merchant_id
+from model.simulator.handbook import Simulator, account_id, merchant_id
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Services, embedded

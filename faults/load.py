@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator import account_id
+from model.simulator.handbook import account_id
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead
 from pipeline.replay.simulated import Columns, SimulatedStream, SimulatedTransactions
 from pipeline.settings import Settings

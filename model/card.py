@@ -11,8 +11,8 @@ from model.features.account import FeatureSpec
 from model.protocol import HANDBOOK_FOLDS
 from model.reasons import SCENARIO_REASONS
 from model.results import Results, Summary, table
+from model.simulator.world import scenario_name
 from model.verdict import COMPROMISED_DAYS, EVERY
-from model.world import scenario_name
 
 MEANINGS = {
     "AUC": "probability that a fraud scores higher than a genuine transaction",

@@ -16,7 +16,7 @@ from model.dataset import FRAUD, GENUINE, Dataset
 from model.features.account import FeatureSpec, Float32, Float64, Int64, field_column
 from model.features.merchant import Labels, observe_merchant_log
 from model.probe_scorer import USUAL_MERCHANT, ProbeScorer, States
-from model.simulator import Simulator
+from model.simulator.handbook import Simulator
 
 NOW_MS = 1_715_774_400_000
 """A Wednesday, 2024-05-15 12:00 UTC: when the catalogue's next payments are made."""

@@ -40,12 +40,12 @@ from model.network import Network
 from model.prepared import Prepared, prepare
 from model.raw_features import EncodedInputs, restarted_inputs
 from model.scoring import Sequences, unrolled_logits
-from model.simulator import DayOfTransactions, Simulator
+from model.simulator.handbook import DayOfTransactions, Simulator
+from model.simulator.world import WORLDS
 from model.split import Split
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training_state import TrainingState
 from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
-from model.world import WORLDS
 
 __all__ = [
     "DataSource",
@@ -191,7 +191,7 @@ def train(
 
     Raises:
         TrainingError: a setting or the output path is wrong, or the data cannot be trained on.
-        model.simulator.SimulatorError: customers, terminals or start date are wrong.
+        model.simulator.handbook.SimulatorError: customers, terminals or start date are wrong.
         model.checkpoint.CheckpointError: the file cannot be written.
     """
     if output.is_dir():

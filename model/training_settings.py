@@ -10,7 +10,7 @@ from typing import Literal
 from model.features.account import LABEL_DELAY_MAX_DAYS, FeatureSpec
 from model.inputs import embedding_sizes
 from model.network import Architecture
-from model.world import WORLDS, WorldName
+from model.simulator.world import WORLDS, WorldName
 
 TRANSACTIONS_MAX = 100_000_000
 """Most transactions to simulate; on disk they take about 260 bytes each."""
@@ -33,7 +33,7 @@ class TrainingSettings:
     days: int = 183
     start_date: str = "2018-04-01"
     world: WorldName = "wide"
-    """Which accounts, merchants and frauds are simulated: see :mod:`model.world`."""
+    """Which accounts, merchants and frauds are simulated: see :mod:`model.simulator.world`."""
     seed: int = 1
     """Of data, weights and dropout. Not the simulator's default: that stays data never seen."""
 

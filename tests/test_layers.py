@@ -48,8 +48,8 @@ LAYERS = {
         pipeline.worker.app
     """,
     "training": """
-        model.world model.payments model.reach model.wide_accounts model.thieves
-        model.wide_world model.simulator
+        model.simulator.world model.simulator.payments model.simulator.reach model.simulator.accounts model.simulator.thieves
+        model.simulator.wide_world model.simulator.handbook
         model.dataset model.scoring model.metrics model.steps model.inputs
         model.raw_features model.prepared model.training_settings model.split model.training_state
         model.fitting model.logistic model.calibration model.verdict model.training model.progress

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.simulator import (
+from model.simulator.handbook import (
     DayOfTransactions,
     Simulator,
     SimulatorError,
@@ -19,8 +19,8 @@ from model.simulator import (
     merchant_id,
     transaction_id,
 )
+from model.simulator.world import CUSTOMER_FRAUD_FACTOR
 from model.transaction import Transaction
-from model.world import CUSTOMER_FRAUD_FACTOR
 
 PUBLISHED_TRANSACTIONS_PER_DAY = 1_754_155 / 183
 PUBLISHED_FRAUDS_BY_SCENARIO = {1: 973, 2: 9077, 3: 4631}

@@ -37,7 +37,7 @@ from model.metrics import average_precision
 from model.network import Network
 from model.progress import TrainingProgress
 from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
-from model.simulator import SimulatorError
+from model.simulator.handbook import SimulatorError
 from model.training import (
     Log,
     Report,

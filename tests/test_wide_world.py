@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.simulator import DayOfTransactions, Simulator, SimulatorError
-from model.thieves import AMOUNT_MAX, BURST_PAYMENTS, SILENT_DAYS
-from model.training import TrainingSettings, simulate
-from model.wide_accounts import HANDBOOK_KIND, HONEST_MAX
-from model.world import (
+from model.simulator.accounts import HANDBOOK_KIND, HONEST_MAX
+from model.simulator.handbook import DayOfTransactions, Simulator, SimulatorError
+from model.simulator.thieves import AMOUNT_MAX, BURST_PAYMENTS, SILENT_DAYS
+from model.simulator.world import (
     BURST,
     CARD_TEST,
     GENUINE,
@@ -32,6 +31,7 @@ from model.world import (
     TAKEOVER,
     WIDE,
 )
+from model.training import TrainingSettings, simulate
 from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
 

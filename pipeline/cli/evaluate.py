@@ -34,7 +34,7 @@ from model.reason_check import first_reasons_agree
 from model.reference import TREES, MissingRequirementError, lightgbm
 from model.results import Results, results_of, table
 from model.robustness import Robustness, measure_robustness
-from model.simulator import SimulatorError
+from model.simulator.handbook import SimulatorError
 from model.training import DataSource, SimulatedData
 from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
 from pipeline.errors import RecurError, SettingsError

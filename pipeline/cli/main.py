@@ -101,7 +101,7 @@ def train(
     from model.checkpoint import CheckpointError
     from model.probe import short_probe
     from model.progress import TrainingProgress
-    from model.simulator import SimulatorError
+    from model.simulator.handbook import SimulatorError
     from model.training import TrainingError, TrainingSettings
     from model.training import train as train_network
     from pipeline.files.column_mapping import load_mapping

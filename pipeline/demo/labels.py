@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator import account_id, merchant_id, transaction_id
+from model.simulator.handbook import account_id, merchant_id, transaction_id
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.replay.simulated import SimulatedTransactions

@@ -29,7 +29,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from model.world import WORLDS, WorldName
+from model.simulator.world import WORLDS, WorldName
 from pipeline.demo.labels import LateLabels
 from pipeline.demo.stage import Show
 from pipeline.demo.summary import Played, summarize

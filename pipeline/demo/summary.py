@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from redis.asyncio import Redis
 
-from model.world import GENUINE, SCENARIOS
+from model.simulator.world import GENUINE, SCENARIOS
 from pipeline.demo.stage import Phase, Show
 from pipeline.demo.view import Caught, Summary, milliseconds
 from pipeline.local.workers import WorkerProcess

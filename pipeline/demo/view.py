@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from model.world import GENUINE, scenario_name
+from model.simulator.world import GENUINE, scenario_name
 
 ALERT_LINES_MAX = 14
 PLAIN_LINE_SECONDS = 2.0

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator import Simulator, account_id, merchant_id, transaction_id
-from model.world import HANDBOOK, World
+from model.simulator.handbook import Simulator, account_id, merchant_id, transaction_id
+from model.simulator.world import HANDBOOK, World
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, encode_block
 
 CURRENCY = "EUR"
@@ -28,7 +28,7 @@ class Columns:
     merchant: NDArray[np.int64]
     amount: NDArray[np.float64]
     scenario: NDArray[np.int8]
-    """A place in :data:`model.world.SCENARIOS`; 0 genuine."""
+    """A place in :data:`model.simulator.world.SCENARIOS`; 0 genuine."""
 
     def __len__(self) -> int:
         return len(self.account)

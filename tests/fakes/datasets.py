@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.dataset import Dataset
-from model.simulator import Simulator
+from model.simulator.handbook import Simulator
 
 
 def rows_of(log: Dataset, rows: NDArray[Any] | slice) -> Dataset:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.payments import (
+from model.simulator.accounts import Accounts
+from model.simulator.payments import (
     HOUR_MS,
     MINUTE_MS,
     Floats,
@@ -22,8 +23,7 @@ from model.payments import (
     whole,
     within,
 )
-from model.wide_accounts import Accounts
-from model.world import (
+from model.simulator.world import (
     BURST,
     CARD_TEST,
     HUGE_PAYMENT,

@@ -1,6 +1,6 @@
 """The wide world: the Handbook's customers, other accounts, shops of all sizes, and thieves.
 
-Its options, and what each means, are in :mod:`model.world`. There are no refunds: an amount is
+Its options, and what each means, are in :mod:`model.simulator.world`. There are no refunds: an amount is
 0 or more in Recur's transactions. What is carried from day to day is bounded by accounts and
 merchants, and a day is drawn from that, the seed and its number.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.payments import TO_DRAW, Floats, Ints, Payments, chosen, log_uniform, whole
-from model.reach import Reach
-from model.thieves import PatientThieves, thefts
-from model.wide_accounts import HANDBOOK_KIND, Accounts
-from model.world import (
+from model.simulator.accounts import HANDBOOK_KIND, Accounts
+from model.simulator.payments import TO_DRAW, Floats, Ints, Payments, chosen, log_uniform, whole
+from model.simulator.reach import Reach
+from model.simulator.thieves import PatientThieves, thefts
+from model.simulator.world import (
     CUSTOMER_COMPROMISED_DAYS,
     CUSTOMER_FRAUD_FACTOR,
     CUSTOMER_FRAUD_PROBABILITY,

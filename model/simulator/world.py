@@ -61,7 +61,7 @@ CUSTOMERS_COMPROMISED_PER_DAY = 3
 CUSTOMER_COMPROMISED_DAYS = 14
 CUSTOMER_FRAUD_PROBABILITY = 1 / 3
 CUSTOMER_FRAUD_FACTOR = 5.0
-"""The Handbook's rules of fraud; see :mod:`model.simulator`."""
+"""The Handbook's rules of fraud; see :mod:`model.simulator.handbook`."""
 
 Range = tuple[float, float]
 """From, to."""

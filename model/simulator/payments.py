@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.world import GENUINE, Range
+from model.simulator.world import GENUINE, Range
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.payments import (
+from model.simulator.payments import (
     DAY_MS,
     HOUR_MS,
     MINUTE_MS,
@@ -19,7 +19,7 @@ from model.payments import (
     whole,
     within,
 )
-from model.world import FLEET, HOUSEHOLD, World
+from model.simulator.world import FLEET, HOUSEHOLD, World
 
 HANDBOOK_KIND = -1
 """The kind of accounts that pay as the Handbook's customers do."""

@@ -18,8 +18,8 @@ Card Fraud Detection - Practical Handbook", chapter 3, "Transaction data simulat
 Where rules overlap the one with the higher number names the scenario, and the amount of
 fraud 1 is the one before it is multiplied.
 
-That is the world :data:`model.world.HANDBOOK`. :data:`model.world.WIDE` has further accounts,
-shops and kinds of fraud beside it: see :mod:`model.world`.
+That is the world :data:`model.simulator.world.HANDBOOK`. :data:`model.simulator.world.WIDE` has further accounts,
+shops and kinds of fraud beside it: see :mod:`model.simulator.world`.
 
 It streams: a day at a time, in memory bounded by customers and terminals. A day is drawn from
 the seed, its number and what came before, so a stream's beginning does not depend on its end.
@@ -35,10 +35,10 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from model.payments import DAY_MS, Payments
-from model.reach import MAP_SIZE, Reach
-from model.wide_world import WideWorld
-from model.world import (
+from model.simulator.payments import DAY_MS, Payments
+from model.simulator.reach import MAP_SIZE, Reach
+from model.simulator.wide_world import WideWorld
+from model.simulator.world import (
     CUSTOMER_COMPROMISED_DAYS,
     CUSTOMER_FRAUD_FACTOR,
     CUSTOMER_FRAUD_PROBABILITY,
@@ -80,7 +80,7 @@ class DayOfTransactions:
         merchant: 0 up to terminals; see :func:`merchant_id`.
         amount: EUR, rounded to cents.
         is_fraud: the truth.
-        scenario: the kind of fraud, a place in :data:`model.world.SCENARIOS`; 0 genuine.
+        scenario: the kind of fraud, a place in :data:`model.simulator.world.SCENARIOS`; 0 genuine.
     """
 
     day: int

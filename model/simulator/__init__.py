@@ -1,0 +1,1 @@
+"""Simulated transactions: the Handbook's world, and a wider one."""
