@@ -2,7 +2,7 @@
 
     material (dataset, raw features on disk) + fold -> Trained: scores of the log, seconds, speed
 
-A network is trained as :mod:`model.training` does it: inputs chosen and fitted on the training
+A network is trained as :mod:`model.training.train` does it: inputs chosen and fitted on the training
 days, the best of its last epochs and its calibration from the validation days.
 """
 
@@ -21,25 +21,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.calibration import fold as fold_calibration
-from model.calibration import platt
 from model.checkpoint import Amounts, Checkpoint, Header
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import FeatureSpec, Field, Float32
-from model.fitting import device_of, fit
-from model.inputs import chosen_fields
 from model.merchant_weight import OwnRisk
 from model.metrics import average_precision
 from model.network import Cell, Network
-from model.prepared import Prepared, prepare, write_raw_for
 from model.protocol import Fold, iso_date
-from model.raw_features import EncodedInputs, field_values, restarted_inputs
 from model.reference import TREES, fit_boosted
-from model.scoring import Sequences, unrolled_logits
-from model.training import choose_thresholds
-from model.training_settings import TrainingSettings
-from model.training_state import TrainingState
-from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
+from model.training.account_head import fit_verdict, is_compromised, states_of, verdict_scores
+from model.training.calibration import fold as fold_calibration
+from model.training.calibration import platt
+from model.training.feature_table import EncodedInputs, field_values, restarted_inputs
+from model.training.inputs import chosen_fields
+from model.training.loop import device_of, fit
+from model.training.preparation import Prepared, prepare, write_raw_for
+from model.training.resume import TrainingState
+from model.training.sequences import Sequences, unrolled_logits
+from model.training.settings import TrainingSettings
+from model.training.train import choose_thresholds
 from model.windows import WINDOW_INPUTS, window_inputs
 
 TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
@@ -133,7 +133,7 @@ class Material:
     def restarted(
         self, inputs: EncodedInputs, fold: Fold, seed: int, show: Show
     ) -> tuple[EncodedInputs, Sequences]:
-        """See :func:`model.raw_features.restarted_inputs`; the ones before are gone."""
+        """See :func:`model.training.feature_table.restarted_inputs`; the ones before are gone."""
         validated = int(fold.validated_rows(self.dataset)[0])
         path = self._folder / "raw-restarted"
         return restarted_inputs(

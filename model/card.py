@@ -12,7 +12,7 @@ from model.protocol import HANDBOOK_FOLDS
 from model.reasons import SCENARIO_REASONS
 from model.results import Results, Summary, table
 from model.simulator.world import scenario_name
-from model.verdict import COMPROMISED_DAYS, EVERY
+from model.training.account_head import COMPROMISED_DAYS, EVERY
 
 MEANINGS = {
     "AUC": "probability that a fraud scores higher than a genuine transaction",

@@ -117,7 +117,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         currency: ISO 4217 code of the amounts that it was trained on.
         thresholds: chosen on the validation period.
         metrics: name to value, measured on the held-out period.
-        training: the settings of the training, with its seed, and ``model.fitting.RECIPE``.
+        training: the settings of the training, with its seed, and ``model.training.loop.RECIPE``.
         operating_points: what each of up to 200 thresholds is worth on the validation days, by
             falling threshold; the columns are those of
             :func:`model.metrics.operating_points`.

@@ -29,14 +29,14 @@ from model.candidates import (
     train_reference,
 )
 from model.checkpoint import Checkpoint
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import DEFINITION, INPUTS, Float32
-from model.fitting import RECIPE, device_of
-from model.prepared import Prepared
 from model.protocol import Fold, ProtocolName, days_of
 from model.reference import PARAMETERS, TREES, lightgbm
 from model.run_cache import CACHE_FORMAT, Run, RunCache
-from model.training_settings import Report, Reporter, TrainingSettings
+from model.training.loop import RECIPE, device_of
+from model.training.preparation import Prepared
+from model.training.settings import Report, Reporter, TrainingSettings
 
 RECALL_FALSE_POSITIVE_RATE = 0.001
 """At the threshold with so many false positives recall by scenario is measured."""
@@ -219,12 +219,12 @@ class Comparer:
         """Every network on every fold with every seed.
 
         Args:
-            report: called often, from this thread; see :mod:`model.progress`.
+            report: called often, from this thread; see :mod:`model.training.progress`.
 
         Raises:
             model.reference.MissingRequirementError: LightGBM is asked for and not there.
-            model.training_settings.TrainingError: a training cannot go on.
-            model.dataset.DatasetError: the disk is full.
+            model.training.settings.TrainingError: a training cannot go on.
+            model.data.dataset.DatasetError: the disk is full.
         """
         jobs = list(self._jobs(folds))
         if any(job.network == REFERENCE for job in jobs):

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import Float64, Int64
 from model.probe_histories import (
     DAY_MS,

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.adamw import AdamW
 from model.features.merchant import WEIGHT_MAX
+from model.training.adamw import AdamW
 
 OWN_SIZE = 32
 """Hidden units of the network."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.comparison import REFERENCE, TITLES, Comparison
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import Float32
 from model.metrics import Scores, average_precision, reliability
 from model.reference import MissingRequirementError

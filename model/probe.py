@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.exposure import Exposure, ExposureSettings, measure_exposure
 from model.features.account import Float32, Float64, Int64
 from model.probe_histories import (

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from model.dataset import FRAUD, GENUINE, Dataset
+from model.data.dataset import FRAUD, GENUINE, Dataset
 from model.features.account import FeatureSpec, Float32, Float64, Int64, field_column
 from model.features.merchant import Labels, observe_merchant_log
 from model.probe_scorer import USUAL_MERCHANT, ProbeScorer, States

@@ -29,13 +29,13 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
-from model.scoring import one_core_each
+from model.training.sequences import one_core_each
 
 CHUNK = 1024
 """Variants that are scored at once: larger products do not fit the cache."""
 
 THREADS = 2
-"""Chunks that are scored at once, each on one core; see :func:`model.scoring.one_core_each`."""
+"""Chunks that are scored at once, each on one core; see :func:`model.training.sequences.one_core_each`."""
 
 BUCKETS_PER_DAY = 86_400_000 // BUCKET_MS
 

@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import DAY_MS, Dataset
-from model.split import Split
-from model.training_settings import TrainingError
+from model.data.dataset import DAY_MS, Dataset
+from model.training.settings import TrainingError
+from model.training.split import Split
 
 ProtocolName = Literal["handbook", "split"]
 Rows = NDArray[np.intp]
@@ -64,7 +64,7 @@ class Fold:
         """The same as a training has it: days from the log's first on.
 
         Raises:
-            model.training_settings.TrainingError: there are too few days for all periods.
+            model.training.settings.TrainingError: there are too few days for all periods.
         """
         return Split.of(
             self.test_until - self.log_from,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import Float32
 from model.metrics import threshold_at_false_positive_rate
 from model.protocol import Fold

@@ -16,7 +16,7 @@ from model.comparison import (
     Comparison,
     ComparisonSettings,
 )
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.protocol import ProtocolName, days_of, iso_date
 from model.robustness import Robustness
 from model.run_cache import Run

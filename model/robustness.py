@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.metrics import average_precision
 from model.protocol import Fold, days_of, iso_date
-from model.scoring import one_core_each
+from model.training.sequences import one_core_each
 
 WEEK_DAYS = 7
 THREADS = 2

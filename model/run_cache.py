@@ -11,7 +11,7 @@ import numpy as np
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.features.account import Float32
-from model.training_state import TrainingState
+from model.training.resume import TrainingState
 
 CACHE_FORMAT = 3
 """Version of the files; another one counts as not there."""

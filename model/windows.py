@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.features.account import Float32
 
 WINDOW_DAYS = (1, 7, 30)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.calibration import SCALE_RANGE, fold, platt
 from model.network import Architecture, Network
+from model.training.calibration import SCALE_RANGE, fold, platt
 
 
 @settings(max_examples=25, deadline=None)

@@ -18,15 +18,15 @@ import torch
 from model import plots, reference
 from model.checkpoint import Checkpoint
 from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import Field
-from model.fitting import RECIPE
 from model.plots import precision_recall_curve
 from model.protocol import split_fold
 from model.reference import MissingRequirementError
 from model.results import MEASURES, in_figures, summarise
 from model.run_cache import Run, RunCache
-from model.training_settings import Report, TrainingSettings
+from model.training.loop import RECIPE
+from model.training.settings import Report, TrainingSettings
 from pipeline.cli import main as cli
 from pipeline.cli.evaluate import EvaluateOptions, run_evaluate
 from pipeline.errors import RecurError

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import raw_features
-from model.dataset import (
+from model.data.dataset import (
     MISSING,
     TEXTS_MAX,
     Dataset,
@@ -31,10 +30,11 @@ from model.features.account import (
     field_column,
     observe_log,
 )
-from model.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
-from model.raw_features import EncodedInputs, open_raw, restarted_inputs, write_raw
-from model.scoring import Sequences
-from model.training import SimulatedData, TrainingSettings, observe_all, simulate
+from model.training import feature_table as raw_features
+from model.training.feature_table import EncodedInputs, open_raw, restarted_inputs, write_raw
+from model.training.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
+from model.training.sequences import Sequences
+from model.training.train import SimulatedData, TrainingSettings, observe_all, simulate
 from tests.fakes.datasets import simulated_dataset
 
 

@@ -42,7 +42,7 @@ from model.features.account import (
     rounds_of,
 )
 from model.features.merchant import Labels, observe_merchant_log
-from model.inputs import fitted_spec
+from model.training.inputs import fitted_spec
 
 DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000  # 2018-04-01, a Sunday

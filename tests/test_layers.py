@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
     "model": """
-        model model.transaction model.features.merchant model.features.account model.adamw model.merchant_weight
+        model model.transaction model.features.merchant model.features.account model.training.adamw model.merchant_weight
         model.network model.checkpoint
         model.thresholds model.reasons
     """,
@@ -50,9 +50,9 @@ LAYERS = {
     "training": """
         model.simulator.world model.simulator.payments model.simulator.reach model.simulator.accounts model.simulator.thieves
         model.simulator.wide_world model.simulator.handbook
-        model.dataset model.scoring model.metrics model.steps model.inputs
-        model.raw_features model.prepared model.training_settings model.split model.training_state
-        model.fitting model.logistic model.calibration model.verdict model.training model.progress
+        model.data.dataset model.training.sequences model.metrics model.training.binning model.training.inputs
+        model.training.feature_table model.training.preparation model.training.settings model.training.split model.training.resume
+        model.training.loop model.training.logistic model.training.calibration model.training.account_head model.training.train model.training.progress
         model.protocol model.windows model.reference model.run_cache model.candidates
         model.comparison model.robustness model.reason_check
         model.probe_scorer model.probe_histories model.exposure model.probe model.probe_plots
@@ -222,7 +222,7 @@ def test_every_module_imports_only_its_own_layer_and_those_before() -> None:
             "from . import state_store",
             "'vocabulary' comes before 'clients'",
         ),
-        ("pipeline.worker.app", "import model.training", "'worker' comes before 'training'"),
+        ("pipeline.worker.app", "import model.training.train", "'worker' comes before 'training'"),
         (
             "pipeline.local.services",
             "import importlib; importlib.import_module('tests.x')",

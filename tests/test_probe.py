@@ -52,7 +52,7 @@ from model.probe_histories import (
 )
 from model.probe_scorer import Frauds, Merchant, ProbeScorer, merchant_raw
 from model.reference import MissingRequirementError
-from model.scoring import score_stepwise
+from model.training.sequences import score_stepwise
 from pipeline.cli.main import main
 
 SHIPPED = Path(pipeline.__file__).parent / "checkpoints" / "default.safetensors"

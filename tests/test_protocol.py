@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.protocol import (
     Fold,
     ProtocolError,

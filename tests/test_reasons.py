@@ -27,7 +27,7 @@ from model.reasons import (
     surprise_for_account,
     surprise_for_anyone,
 )
-from model.scoring import score_stepwise
+from model.training.sequences import score_stepwise
 
 CODES = tuple(REASONS)
 COLUMN = {name: place for place, name in enumerate(FEATURES)}

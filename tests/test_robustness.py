@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint, Header
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
 from model.network import Architecture, Network
 from model.protocol import Fold
@@ -20,7 +20,7 @@ from model.robustness import (
     measure_robustness,
     score_with_faults,
 )
-from model.scoring import score_unrolled
+from model.training.sequences import score_unrolled
 from tests.fakes.datasets import rows_of
 
 ACCOUNTS, STEPS = 12, 50

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.steps import STEPS_MAX, learned_steps
+from model.training.binning import STEPS_MAX, learned_steps
 
 
 def test_a_step_in_noise_is_found_where_it_is() -> None:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.features.account import (
     ACCOUNT_FEATURES,
     FRAUD_AGES,
@@ -32,13 +32,14 @@ from model.features.account import (
     observe,
 )
 from model.features.merchant import MERCHANT_FEATURES, Labels, observe_merchant_log
-from model.fitting import RECIPE
 from model.metrics import average_precision
 from model.network import Network
-from model.progress import TrainingProgress
-from model.scoring import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.simulator.handbook import SimulatorError
-from model.training import (
+from model.training.loop import RECIPE
+from model.training.progress import TrainingProgress
+from model.training.resume import Position
+from model.training.sequences import Sequences, TensorInputs, score_stepwise, score_unrolled
+from model.training.train import (
     Log,
     Report,
     Split,
@@ -50,7 +51,6 @@ from model.training import (
     simulate,
     train,
 )
-from model.training_state import Position
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.safetensors"
@@ -362,9 +362,9 @@ def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) ->
 RESUMED = """
 import sys
 from pathlib import Path
-import model.fitting
-from model.training import TrainingSettings, train
-model.fitting.SAVE_EVERY_SECONDS = 0.0
+import model.training.loop
+from model.training.train import TrainingSettings, train
+model.training.loop.SAVE_EVERY_SECONDS = 0.0
 settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
     layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))

@@ -20,8 +20,8 @@ from benchmarks.bursts import transactions
 from model.checkpoint import Checkpoint
 from model.features.account import ACCOUNT_FEATURES, FEATURES
 from model.metrics import average_precision
-from model.prepared import write_raw_for
-from model.scoring import Sequences, score_stepwise
+from model.training.preparation import write_raw_for
+from model.training.sequences import Sequences, score_stepwise
 from pipeline.cli.main import recur
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import load_mapping

@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from model.calibration import fold, platt
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.metrics import auc_roc, expected_calibration_error
 from model.network import Architecture, Network
-from model.scoring import Sequences, TensorInputs
-from model.verdict import EVERY, States, fit_verdict, is_compromised, states_of, verdict_scores
+from model.training.account_head import (
+    EVERY,
+    States,
+    fit_verdict,
+    is_compromised,
+    states_of,
+    verdict_scores,
+)
+from model.training.calibration import fold, platt
+from model.training.sequences import Sequences, TensorInputs
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,7 +31,7 @@ from model.simulator.world import (
     TAKEOVER,
     WIDE,
 )
-from model.training import TrainingSettings, simulate
+from model.training.train import TrainingSettings, simulate
 from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
 

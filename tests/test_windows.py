@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.dataset import DAY_MS, Dataset
+from model.data.dataset import DAY_MS, Dataset
 from model.windows import WINDOW_DAYS, WINDOW_INPUTS, window_inputs
 from tests.fakes.datasets import rows_of
 

@@ -25,18 +25,18 @@ from model.comparison import (
     ComparisonError,
     ComparisonSettings,
 )
-from model.dataset import Dataset, DatasetError
+from model.data.dataset import Dataset, DatasetError
 from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
 from model.probe import short_probe
-from model.progress import TrainingProgress
 from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
 from model.reason_check import first_reasons_agree
 from model.reference import TREES, MissingRequirementError, lightgbm
 from model.results import Results, results_of, table
 from model.robustness import Robustness, measure_robustness
 from model.simulator.handbook import SimulatorError
-from model.training import DataSource, SimulatedData
-from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
+from model.training.progress import TrainingProgress
+from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
+from model.training.train import DataSource, SimulatedData
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData
@@ -71,7 +71,7 @@ class EvaluateOptions:
     plots: bool = True
     robustness: bool = True
     training: dict[str, Any] = field(default_factory=dict)
-    """Of :class:`model.training.TrainingSettings`, where other than its defaults; what is
+    """Of :class:`model.training.train.TrainingSettings`, where other than its defaults; what is
     simulated, where no file is given, among them."""
     trees: int = TREES
 

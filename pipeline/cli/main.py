@@ -100,10 +100,10 @@ def train(
     """
     from model.checkpoint import CheckpointError
     from model.probe import short_probe
-    from model.progress import TrainingProgress
     from model.simulator.handbook import SimulatorError
-    from model.training import TrainingError, TrainingSettings
-    from model.training import train as train_network
+    from model.training.progress import TrainingProgress
+    from model.training.train import TrainingError, TrainingSettings
+    from model.training.train import train as train_network
     from pipeline.files.column_mapping import load_mapping
     from pipeline.files.training_data import FileData
 

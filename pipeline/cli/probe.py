@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from model.checkpoint import Checkpoint, CheckpointError
-from model.dataset import Dataset, DatasetError
+from model.data.dataset import Dataset, DatasetError
 from model.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Point, Taken
 from model.plots import require_matplotlib
 from model.probe import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
 from model.probe_plots import plot_probe
-from model.progress import TrainingProgress
 from model.reference import MissingRequirementError
-from model.training_settings import Report, Reporter
+from model.training.progress import TrainingProgress
+from model.training.settings import Report, Reporter
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData

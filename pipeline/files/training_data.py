@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import FRAUD, Dataset, DatasetWriter, Rows, text_keys
-from model.training_settings import TrainingSettings
+from model.data.dataset import FRAUD, Dataset, DatasetWriter, Rows, text_keys
+from model.training.settings import TrainingSettings
 from model.transaction import TIMESTAMP_MAX_MS
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import OPTIONAL_FIELDS, ColumnMapping
@@ -27,7 +27,7 @@ _SIMULATOR_SETTINGS = ("customers", "terminals", "days", "start_date", "world")
 
 
 class FileData:
-    """Labelled transactions of a parquet or CSV file (:class:`model.training.DataSource`).
+    """Labelled transactions of a parquet or CSV file (:class:`model.training.train.DataSource`).
 
     Args:
         skip_unusable: leave out rows that cannot be transactions instead of refusing the file.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.simulator.handbook import Simulator
 
 

@@ -2,7 +2,7 @@
 
 Transactions and the labels that arrive in the same three hours are sent through Kafka, and the
 next bucket follows once the workers have applied all of it, as it does where three hours are three
-hours. What comes out must be what :func:`model.scoring.score_stepwise` computes of the log.
+hours. What comes out must be what :func:`model.training.sequences.score_stepwise` computes of the log.
 
     python -m tests.fakes.offline FILE --columns handbook --every 10
 """
@@ -36,7 +36,7 @@ from model.features.merchant import (
     observe_merchant_log,
 )
 from model.network import Architecture, Network
-from model.scoring import score_stepwise
+from model.training.sequences import score_stepwise
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
 from pipeline.local.services import Kafka, Redis

@@ -13,8 +13,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from model.adamw import AdamW
 from model.network import Network
+from model.training.adamw import AdamW
 
 _NETWORK, _BEST, _MEAN, _SQUARE = "network.", "best.", "mean.", "square."
 

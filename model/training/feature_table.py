@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.dataset import Dataset, DatasetError
+from model.data.dataset import Dataset, DatasetError
 from model.features.account import (
     ACCOUNT_FEATURES,
     FEATURES,
@@ -33,7 +33,7 @@ from model.features.account import (
     observe_log,
 )
 from model.features.merchant import WEIGHT_MAX, Labels, observe_merchant_log
-from model.scoring import Sequences
+from model.training.sequences import Sequences
 
 GROUP_TRANSACTIONS = 2_000_000
 """Whole accounts, or merchants, are worked on together up to so many transactions."""
@@ -218,7 +218,7 @@ def _groups(lengths: NDArray[np.intp] | NDArray[np.int64]) -> Iterator[tuple[int
 
 
 class EncodedInputs:
-    """Inputs that are encoded when they are asked for (:class:`model.scoring.Inputs`)."""
+    """Inputs that are encoded when they are asked for (:class:`model.training.sequences.Inputs`)."""
 
     def __init__(self, raw: Float32, spec: FeatureSpec, device: torch.device) -> None:
         self._raw = raw

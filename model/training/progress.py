@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from model.training import Report
+from model.training.train import Report
 
 LINE_EVERY_SECONDS = 10.0
 """Where stderr is not a terminal a line is written no more often, but for a new stage."""
@@ -52,7 +52,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def report(self, report: Report) -> None:
-        """Shows a report of :func:`model.training.train`."""
+        """Shows a report of :func:`model.training.train.train`."""
         elapsed = time.monotonic() - self._began
         left = time_left(elapsed, report.done)
         if report.lasting:

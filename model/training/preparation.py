@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import AmountScale, Encoder, FeatureSpec, Float32, own_columns
-from model.inputs import chosen_fields, fitted_spec
 from model.merchant_weight import OwnRisk, fit_own_risk
-from model.raw_features import open_raw, write_raw
-from model.scoring import Sequences
+from model.training.feature_table import open_raw, write_raw
+from model.training.inputs import chosen_fields, fitted_spec
+from model.training.sequences import Sequences
 
 FIT_ROWS_MAX = 2_000_000
 """Transactions that statistics of the inputs are taken from; of more, a random sample."""
@@ -68,7 +68,7 @@ def prepare(
         show: called with the share that is done and what is being done.
 
     Raises:
-        model.dataset.DatasetError: the file cannot be written, or the disk is full.
+        model.data.dataset.DatasetError: the file cannot be written, or the disk is full.
     """
     fields, left_out = chosen_fields(dataset, learned)
     scale = AmountScale.of(dataset.account[learned], np.asarray(dataset.amount[learned]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.training_settings import TrainingError, TrainingSettings
+from model.training.settings import TrainingError, TrainingSettings
 
 DAYS_MIN = 8
 """Of data: each period needs a day or two."""

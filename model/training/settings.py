@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from model.features.account import LABEL_DELAY_MAX_DAYS, FeatureSpec
-from model.inputs import embedding_sizes
 from model.network import Architecture
 from model.simulator.world import WORLDS, WorldName
+from model.training.inputs import embedding_sizes
 
 TRANSACTIONS_MAX = 100_000_000
 """Most transactions to simulate; on disk they take about 260 bytes each."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.logistic import fit_logistic
 from model.network import Network
+from model.training.logistic import fit_logistic
 
 BISECTIONS = 60
 SCALE_RANGE = (0.1, 10.0)

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.adamw import AdamW
 from model.network import Network
-from model.scoring import Inputs, Sequences, TensorInputs, one_core_each
-from model.split import Split
-from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
-from model.training_state import Position, TrainingState
+from model.training.adamw import AdamW
+from model.training.resume import Position, TrainingState
+from model.training.sequences import Inputs, Sequences, TensorInputs, one_core_each
+from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
+from model.training.split import Split
 
 RECIPE = 4
 """Version of what is made of the same data and settings, such as how many epochs are the default:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 from model.features.account import (
     AMOUNTS,
     INPUTS,
@@ -22,7 +22,7 @@ from model.features.account import (
     Input,
     ranges_of,
 )
-from model.steps import learned_steps
+from model.training.binning import learned_steps
 
 STEP_FEATURES = (
     "amount",

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.dataset import DAY_MS, Dataset
-from model.logistic import fit_logistic
+from model.data.dataset import DAY_MS, Dataset
 from model.network import Network
-from model.scoring import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
+from model.training.logistic import fit_logistic
+from model.training.sequences import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
 
 COMPROMISED_DAYS = 7
 """So long after a fraud an account counts as compromised."""

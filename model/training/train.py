@@ -30,22 +30,22 @@ import torch
 from numpy.typing import NDArray
 
 from model import metrics as evaluation
-from model.calibration import fold, platt
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
-from model.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
+from model.data.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
 from model.features.account import DEFINITION, FeatureSpec, Float32, observe_log
 from model.features.merchant import Labels, observe_merchant_log
-from model.fitting import RECIPE, Truth, device_of, fit
 from model.network import Network
-from model.prepared import Prepared, prepare
-from model.raw_features import EncodedInputs, restarted_inputs
-from model.scoring import Sequences, unrolled_logits
 from model.simulator.handbook import DayOfTransactions, Simulator
 from model.simulator.world import WORLDS
-from model.split import Split
-from model.training_settings import Report, Reporter, TrainingError, TrainingSettings
-from model.training_state import TrainingState
-from model.verdict import fit_verdict, is_compromised, states_of, verdict_scores
+from model.training.account_head import fit_verdict, is_compromised, states_of, verdict_scores
+from model.training.calibration import fold, platt
+from model.training.feature_table import EncodedInputs, restarted_inputs
+from model.training.loop import RECIPE, Truth, device_of, fit
+from model.training.preparation import Prepared, prepare
+from model.training.resume import TrainingState
+from model.training.sequences import Sequences, unrolled_logits
+from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
+from model.training.split import Split
 
 __all__ = [
     "DataSource",
@@ -130,7 +130,7 @@ def _rows(day: DayOfTransactions) -> Rows:
 
 @dataclass(frozen=True)
 class Log:
-    """Transactions in order of time, in memory: columns as in :class:`model.dataset.Dataset`."""
+    """Transactions in order of time, in memory: columns as in :class:`model.data.dataset.Dataset`."""
 
     day: NDArray[np.int64]
     timestamp_ms: NDArray[np.int64]
@@ -186,7 +186,7 @@ def train(
         settings: what to train.
         output: file to write; its folder is made if it does not exist. Beside it
             ``OUTPUT.resume/`` is written and removed.
-        report: called often, from this thread; see :mod:`model.progress`.
+        report: called often, from this thread; see :mod:`model.training.progress`.
         source: the transactions; the simulator's, if there is none.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Transactions on disk, as training reads them."""

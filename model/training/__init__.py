@@ -1,0 +1,1 @@
+"""Training: from transactions to a checkpoint."""
