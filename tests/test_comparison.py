@@ -15,16 +15,23 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from model import plots, reference
 from model.checkpoint import Checkpoint
-from model.comparison import KINDS, NETWORKS, Comparer, ComparisonError, ComparisonSettings
 from model.data.dataset import Dataset
+from model.evaluation import lightgbm_reference as reference
+from model.evaluation import plots
+from model.evaluation.comparison import (
+    KINDS,
+    NETWORKS,
+    Comparer,
+    ComparisonError,
+    ComparisonSettings,
+)
+from model.evaluation.lightgbm_reference import MissingRequirementError
+from model.evaluation.plots import precision_recall_curve
+from model.evaluation.protocol import split_fold
+from model.evaluation.results import MEASURES, in_figures, summarise
+from model.evaluation.run_cache import Run, RunCache
 from model.features.account import Field
-from model.plots import precision_recall_curve
-from model.protocol import split_fold
-from model.reference import MissingRequirementError
-from model.results import MEASURES, in_figures, summarise
-from model.run_cache import Run, RunCache
 from model.training.loop import RECIPE
 from model.training.settings import Report, TrainingSettings
 from pipeline.cli import main as cli
@@ -224,7 +231,7 @@ def test_what_another_version_of_training_has_kept_is_trained_anew(
     compare()
     compare()
     assert len(list((tmp_path / "runs").glob("*.npz"))) == 1
-    monkeypatch.setattr("model.comparison.RECIPE", RECIPE + 1)
+    monkeypatch.setattr("model.evaluation.comparison.RECIPE", RECIPE + 1)
     compare()
     assert len(list((tmp_path / "runs").glob("*.npz"))) == 2
 

@@ -53,10 +53,10 @@ LAYERS = {
         model.data.dataset model.training.sequences model.metrics model.training.binning model.training.inputs
         model.training.feature_table model.training.preparation model.training.settings model.training.split model.training.resume
         model.training.loop model.training.logistic model.training.calibration model.training.account_head model.training.train model.training.progress
-        model.protocol model.windows model.reference model.run_cache model.candidates
-        model.comparison model.robustness model.reason_check
+        model.evaluation.protocol model.evaluation.windows model.evaluation.lightgbm_reference model.evaluation.run_cache model.evaluation.candidates
+        model.evaluation.comparison model.evaluation.robustness model.evaluation.reason_check
         model.probe_scorer model.probe_histories model.exposure model.probe model.probe_plots
-        model.results model.plots model.card
+        model.evaluation.results model.evaluation.plots model.evaluation.card
     """,
     "tools": """
         pipeline.local.supervisor pipeline.local.kafka_jars pipeline.local.services pipeline.local.workers

@@ -14,6 +14,7 @@ import torch
 import pipeline
 import pipeline.cli.probe
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
+from model.evaluation.lightgbm_reference import MissingRequirementError
 from model.exposure import (
     AMOUNT_MOST,
     ExposureSettings,
@@ -51,7 +52,6 @@ from model.probe_histories import (
     simulated_log,
 )
 from model.probe_scorer import Frauds, Merchant, ProbeScorer, merchant_raw
-from model.reference import MissingRequirementError
 from model.training.sequences import score_stepwise
 from pipeline.cli.main import main
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.data.dataset import DAY_MS, Dataset
-from model.protocol import (
+from model.evaluation.protocol import (
     Fold,
     ProtocolError,
     day_of,

@@ -10,16 +10,16 @@ import torch
 
 from model.checkpoint import Checkpoint, Header
 from model.data.dataset import DAY_MS, Dataset
-from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
-from model.network import Architecture, Network
-from model.protocol import Fold
-from model.robustness import (
+from model.evaluation.protocol import Fold
+from model.evaluation.robustness import (
     FAULTS,
     NO_FAULTS,
     Faults,
     measure_robustness,
     score_with_faults,
 )
+from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
+from model.network import Architecture, Network
 from model.training.sequences import score_unrolled
 from tests.fakes.datasets import rows_of
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.data.dataset import DAY_MS, Dataset
-from model.windows import WINDOW_DAYS, WINDOW_INPUTS, window_inputs
+from model.evaluation.windows import WINDOW_DAYS, WINDOW_INPUTS, window_inputs
 from tests.fakes.datasets import rows_of
 
 

@@ -12,9 +12,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from model.card import model_card
 from model.checkpoint import Checkpoint, CheckpointError
-from model.comparison import (
+from model.data.dataset import Dataset, DatasetError
+from model.evaluation.card import model_card
+from model.evaluation.comparison import (
     DESCRIBED,
     GIVEN,
     NETWORKS,
@@ -25,14 +26,19 @@ from model.comparison import (
     ComparisonError,
     ComparisonSettings,
 )
-from model.data.dataset import Dataset, DatasetError
-from model.plots import plot_calibration, plot_precision_recall, require_matplotlib
+from model.evaluation.lightgbm_reference import TREES, MissingRequirementError, lightgbm
+from model.evaluation.plots import plot_calibration, plot_precision_recall, require_matplotlib
+from model.evaluation.protocol import (
+    HANDBOOK_START,
+    ProtocolError,
+    ProtocolName,
+    handbook_folds,
+    split_fold,
+)
+from model.evaluation.reason_check import first_reasons_agree
+from model.evaluation.results import Results, results_of, table
+from model.evaluation.robustness import Robustness, measure_robustness
 from model.probe import short_probe
-from model.protocol import HANDBOOK_START, ProtocolError, ProtocolName, handbook_folds, split_fold
-from model.reason_check import first_reasons_agree
-from model.reference import TREES, MissingRequirementError, lightgbm
-from model.results import Results, results_of, table
-from model.robustness import Robustness, measure_robustness
 from model.simulator.handbook import SimulatorError
 from model.training.progress import TrainingProgress
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings

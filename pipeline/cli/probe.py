@@ -12,11 +12,11 @@ from rich.table import Table
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.data.dataset import Dataset, DatasetError
+from model.evaluation.lightgbm_reference import MissingRequirementError
+from model.evaluation.plots import require_matplotlib
 from model.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Point, Taken
-from model.plots import require_matplotlib
 from model.probe import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
 from model.probe_plots import plot_probe
-from model.reference import MissingRequirementError
 from model.training.progress import TrainingProgress
 from model.training.settings import Report, Reporter
 from pipeline.errors import RecurError, SettingsError

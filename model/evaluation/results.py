@@ -8,18 +8,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from model.candidates import BATCH_TRANSACTIONS
-from model.comparison import (
+from model.data.dataset import Dataset
+from model.evaluation.candidates import BATCH_TRANSACTIONS
+from model.evaluation.comparison import (
     DESCRIBED,
     GIVEN,
     TITLES,
     Comparison,
     ComparisonSettings,
 )
-from model.data.dataset import Dataset
-from model.protocol import ProtocolName, days_of, iso_date
-from model.robustness import Robustness
-from model.run_cache import Run
+from model.evaluation.protocol import ProtocolName, days_of, iso_date
+from model.evaluation.robustness import Robustness
+from model.evaluation.run_cache import Run
 
 RESULTS_FORMAT = 1
 
@@ -61,7 +61,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         mean: of each measure.
         deviation: of each measure over seeds, of the mean over folds; none of one seed.
         seconds: of training, mean of a run.
-        microseconds: see :class:`model.run_cache.Run`.
+        microseconds: see :class:`model.evaluation.run_cache.Run`.
         recall_by_scenario: mean over folds and seeds.
         verdict: of a GRU, the measures of the verdict on accounts, mean of the runs.
     """

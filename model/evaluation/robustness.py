@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from model.data.dataset import DAY_MS, Dataset
+from model.evaluation.protocol import Fold, days_of, iso_date
 from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.metrics import average_precision
-from model.protocol import Fold, days_of, iso_date
 from model.training.sequences import one_core_each
 
 WEEK_DAYS = 7

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from model.checkpoint import Checkpoint
-from model.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
+from model.evaluation.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
+from model.evaluation.protocol import HANDBOOK_FOLDS
+from model.evaluation.results import Results, Summary, table
 from model.features.account import FeatureSpec
-from model.protocol import HANDBOOK_FOLDS
 from model.reasons import SCENARIO_REASONS
-from model.results import Results, Summary, table
 from model.simulator.world import scenario_name
 from model.training.account_head import COMPROMISED_DAYS, EVERY
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from model.comparison import REFERENCE, TITLES, Comparison
 from model.data.dataset import Dataset
+from model.evaluation.comparison import REFERENCE, TITLES, Comparison
+from model.evaluation.lightgbm_reference import MissingRequirementError
 from model.features.account import Float32
 from model.metrics import Scores, average_precision, reliability
-from model.reference import MissingRequirementError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,13 +26,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One network trained once on one fold, and what its scores are worth.
 
     Attributes:
-        network: a name of :data:`model.comparison.TITLES`.
+        network: a name of :data:`model.evaluation.comparison.TITLES`.
         fold: of the protocol.
         seconds: of training; 0 where nothing was trained.
         parameters: trained numbers; of trees their splits and leaves.
         microseconds: for a transaction in a batch on one core, of the network alone; 0 where
             it was not timed.
-        metrics: see :func:`model.comparison.measure`.
+        metrics: see :func:`model.evaluation.comparison.measure`.
         recall_by_scenario: at a threshold of few false positives, by the scenario's number.
         verdict: the same measures of the verdict on accounts from their last state; of a GRU.
     """

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Amounts, Checkpoint, Header
 from model.data.dataset import Dataset
+from model.evaluation.lightgbm_reference import TREES, fit_boosted
+from model.evaluation.protocol import Fold, iso_date
+from model.evaluation.windows import WINDOW_INPUTS, window_inputs
 from model.features.account import FeatureSpec, Field, Float32
 from model.merchant_weight import OwnRisk
 from model.metrics import average_precision
 from model.network import Cell, Network
-from model.protocol import Fold, iso_date
-from model.reference import TREES, fit_boosted
 from model.training.account_head import fit_verdict, is_compromised, states_of, verdict_scores
 from model.training.calibration import fold as fold_calibration
 from model.training.calibration import platt
@@ -40,7 +41,6 @@ from model.training.resume import TrainingState
 from model.training.sequences import Sequences, unrolled_logits
 from model.training.settings import TrainingSettings
 from model.training.train import choose_thresholds
-from model.windows import WINDOW_INPUTS, window_inputs
 
 TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
 """What a transaction shows by itself, besides its further fields."""
@@ -162,7 +162,7 @@ class Material:
         return prepared
 
     def windows(self, fields: tuple[Field, ...], label_delay_days: float) -> Float32:
-        """[N, 15 + fields] see :func:`model.windows.window_inputs`; then the further fields."""
+        """[N, 15 + fields] see :func:`model.evaluation.windows.window_inputs`; then the further fields."""
         key = fields, label_delay_days
         if key not in self._windows:
             everywhere = np.arange(len(self.dataset))
@@ -292,7 +292,7 @@ def train_reference(
     It learns from the days that networks validate on, too.
 
     Raises:
-        model.reference.MissingRequirementError: LightGBM is not installed.
+        model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is not installed.
     """
     dataset = material.dataset
     fields, _ = chosen_fields(dataset, fold.learned_rows(dataset))

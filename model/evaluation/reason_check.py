@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
+from model.evaluation.protocol import Fold
 from model.features.account import Float32
 from model.metrics import threshold_at_false_positive_rate
-from model.protocol import Fold
 from model.reasons import SCENARIO_REASONS, explain_log, reason_agreement
 
 

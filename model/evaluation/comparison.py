@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import metrics as evaluation
-from model.candidates import (
+from model.checkpoint import Checkpoint
+from model.data.dataset import Dataset
+from model.evaluation.candidates import (
     Material,
     NetworkKind,
     Show,
@@ -28,12 +30,10 @@ from model.candidates import (
     train_network,
     train_reference,
 )
-from model.checkpoint import Checkpoint
-from model.data.dataset import Dataset
+from model.evaluation.lightgbm_reference import PARAMETERS, TREES, lightgbm
+from model.evaluation.protocol import Fold, ProtocolName, days_of
+from model.evaluation.run_cache import CACHE_FORMAT, Run, RunCache
 from model.features.account import DEFINITION, INPUTS, Float32
-from model.protocol import Fold, ProtocolName, days_of
-from model.reference import PARAMETERS, TREES, lightgbm
-from model.run_cache import CACHE_FORMAT, Run, RunCache
 from model.training.loop import RECIPE, device_of
 from model.training.preparation import Prepared
 from model.training.settings import Report, Reporter, TrainingSettings
@@ -222,7 +222,7 @@ class Comparer:
             report: called often, from this thread; see :mod:`model.training.progress`.
 
         Raises:
-            model.reference.MissingRequirementError: LightGBM is asked for and not there.
+            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is asked for and not there.
             model.training.settings.TrainingError: a training cannot go on.
             model.data.dataset.DatasetError: the disk is full.
         """

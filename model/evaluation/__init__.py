@@ -1,0 +1,1 @@
+"""Evaluation: networks compared on test days, with plots and a model card."""
