@@ -55,7 +55,7 @@ LAYERS = {
         model.training.loop model.training.logistic model.training.calibration model.training.account_head model.training.train model.training.progress
         model.evaluation.protocol model.evaluation.windows model.evaluation.lightgbm_reference model.evaluation.run_cache model.evaluation.candidates
         model.evaluation.comparison model.evaluation.robustness model.evaluation.reason_check
-        model.probe_scorer model.probe_histories model.exposure model.probe model.probe_plots
+        model.probe.scorer model.probe.histories model.probe.exposure model.probe.sweeps model.probe.plots
         model.evaluation.results model.evaluation.plots model.evaluation.card
     """,
     "tools": """

@@ -15,7 +15,11 @@ import pipeline
 import pipeline.cli.probe
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.evaluation.lightgbm_reference import MissingRequirementError
-from model.exposure import (
+from model.features.account import AmountScale, FeatureSpec, Input, Role
+from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
+from model.metrics import OPERATING_POINT
+from model.network import Architecture, Network
+from model.probe.exposure import (
     AMOUNT_MOST,
     ExposureSettings,
     Plan,
@@ -25,11 +29,18 @@ from model.exposure import (
     random_plans,
     variants,
 )
-from model.features.account import AmountScale, FeatureSpec, Input, Role
-from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
-from model.metrics import OPERATING_POINT
-from model.network import Architecture, Network
-from model.probe import (
+from model.probe.histories import (
+    DAY_MS,
+    NOW_MS,
+    History,
+    catalogue,
+    found_histories,
+    paying,
+    replay,
+    simulated_log,
+)
+from model.probe.scorer import Frauds, Merchant, ProbeScorer, merchant_raw
+from model.probe.sweeps import (
     AMOUNT_SWEEP,
     FRAUDS_SWEEP,
     LARGE_AMOUNTS,
@@ -41,17 +52,6 @@ from model.probe import (
     probe,
     short_probe,
 )
-from model.probe_histories import (
-    DAY_MS,
-    NOW_MS,
-    History,
-    catalogue,
-    found_histories,
-    paying,
-    replay,
-    simulated_log,
-)
-from model.probe_scorer import Frauds, Merchant, ProbeScorer, merchant_raw
 from model.training.sequences import score_stepwise
 from pipeline.cli.main import main
 
@@ -612,7 +612,7 @@ def test_the_shipped_checkpoint_can_be_probed(
 def test_the_short_form_can_stand_in_a_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: ProbeResult
 ) -> None:
-    monkeypatch.setattr("model.probe.SHORT", TINY)
+    monkeypatch.setattr("model.probe.sweeps.SHORT", TINY)
     result = short_probe(monotone())
     assert result.metrics() == passed.metrics()  # the same each time
     path = tmp_path / "m.safetensors"

@@ -38,7 +38,7 @@ from model.evaluation.protocol import (
 from model.evaluation.reason_check import first_reasons_agree
 from model.evaluation.results import Results, results_of, table
 from model.evaluation.robustness import Robustness, measure_robustness
-from model.probe import short_probe
+from model.probe.sweeps import short_probe
 from model.simulator.handbook import SimulatorError
 from model.training.progress import TrainingProgress
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings

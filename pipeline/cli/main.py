@@ -99,7 +99,7 @@ def train(
     it probes the checkpoint (see `recur probe`) and ends with code 1 on a violation.
     """
     from model.checkpoint import CheckpointError
-    from model.probe import short_probe
+    from model.probe.sweeps import short_probe
     from model.simulator.handbook import SimulatorError
     from model.training.progress import TrainingProgress
     from model.training.train import TrainingError, TrainingSettings

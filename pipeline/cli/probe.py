@@ -14,9 +14,9 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.data.dataset import Dataset, DatasetError
 from model.evaluation.lightgbm_reference import MissingRequirementError
 from model.evaluation.plots import require_matplotlib
-from model.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Point, Taken
-from model.probe import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
-from model.probe_plots import plot_probe
+from model.probe.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Point, Taken
+from model.probe.plots import plot_probe
+from model.probe.sweeps import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
 from model.training.progress import TrainingProgress
 from model.training.settings import Report, Reporter
 from pipeline.errors import RecurError, SettingsError

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
-from model.exposure import Exposure, ExposureSettings, measure_exposure
 from model.features.account import Float32, Float64, Int64
-from model.probe_histories import (
+from model.probe.exposure import Exposure, ExposureSettings, measure_exposure
+from model.probe.histories import (
     DAY_MS,
     HOUR_MS,
     LONGEST,
@@ -29,7 +29,7 @@ from model.probe_histories import (
     replay,
     simulated_log,
 )
-from model.probe_scorer import (
+from model.probe.scorer import (
     LARGE_MERCHANT,
     SMALL_MERCHANT,
     UNKNOWN_MERCHANT,

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from model.data.dataset import FRAUD, GENUINE, Dataset
 from model.features.account import FeatureSpec, Float32, Float64, Int64, field_column
 from model.features.merchant import Labels, observe_merchant_log
-from model.probe_scorer import USUAL_MERCHANT, ProbeScorer, States
+from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, States
 from model.simulator.handbook import Simulator
 
 NOW_MS = 1_715_774_400_000

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.exposure import TARGET_TIMES_USUAL
-from model.probe import AMOUNT_SWEEP, Curve, ProbeResult
+from model.probe.exposure import TARGET_TIMES_USUAL
+from model.probe.sweeps import AMOUNT_SWEEP, Curve, ProbeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

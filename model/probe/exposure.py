@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
 from model.features.account import Float64, Int64
-from model.probe_histories import (
+from model.probe.histories import (
     DAY_MS,
     HOUR_MS,
     NOW_MS,
@@ -28,7 +28,7 @@ from model.probe_histories import (
     found_histories,
     replay,
 )
-from model.probe_scorer import (
+from model.probe.scorer import (
     LARGE_MERCHANT,
     SMALL_MERCHANT,
     UNKNOWN_MERCHANT,

@@ -1,0 +1,1 @@
+"""`recur probe`: sweeps of inputs, and what a thief can take."""
