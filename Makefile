@@ -60,7 +60,7 @@ bench: $(ENVIRONMENT) ## measure throughput, latency and memory, and print a tab
 	$(BIN)/python -m benchmarks $(ARGS)
 
 faults: $(ENVIRONMENT) ## kill and starve a running system, and print what became of it
-	$(BIN)/python -m faults $(ARGS)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 requirements: $(ENVIRONMENT) ## pin pyproject.toml's requirements again (UPGRADE=1: newer ones)
 	$(BIN)/python requirements/compile.py $(if $(UPGRADE),--upgrade)

@@ -14,23 +14,23 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from click.testing import CliRunner
 
-from faults.__main__ import main
-from faults.catalogue import FAULTS
-from faults.fault import Fault, Row, Shared, run_fault
-from faults.load import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
-from faults.of_input import Undecodable
-from faults.of_kafka import BrokerKilled, TopicMadeAgain
-from faults.of_redis import Eviction, RedisClusterFailover, RedisEmpty, require_loss
-from faults.of_workers import Sigkill, Zombie
-from faults.outcome import topic_records
-from faults.proxy import Proxy
-from faults.rig import Mark, NoEffectError, Rig
 from pipeline.kafka.log_ids import NO_ID
 from pipeline.local.services import HOST, Kafka, Redis
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import RedisStateStore, Save, redis_client
 from tests.fakes.memory_verify import NoBar
+from tests.faults.__main__ import main
+from tests.faults.fault import Fault, Row, Shared, run_fault
+from tests.faults.harness import Mark, NoEffectError, Rig
+from tests.faults.input import Undecodable
+from tests.faults.invariants import topic_records
+from tests.faults.kafka import BrokerKilled, TopicMadeAgain
+from tests.faults.proxy import Proxy
+from tests.faults.redis import Eviction, RedisClusterFailover, RedisEmpty, require_loss
+from tests.faults.registry import FAULTS
+from tests.faults.workers import Sigkill, Zombie
+from tests.faults.workload import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
 
 SHORT_SCALE = 0.04
 SHORT: dict[str, Any] = {"partitions": 4, "kafka_session_timeout_seconds": 3.0}

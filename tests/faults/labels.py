@@ -7,16 +7,16 @@ import asyncio
 
 import numpy as np
 
-from faults.fault import Fault
-from faults.load import PATIENCE_SECONDS, START_DATE
-from faults.of_redis import RedisClusterFailover
-from faults.rig import Rig
-from faults.watch import until_true
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.storage.merchant_profile import Profile, transaction_hash
 from pipeline.storage.merchant_store import RedisMerchantStore
+from tests.faults.fault import Fault
+from tests.faults.harness import Rig
+from tests.faults.monitor import until_true
+from tests.faults.redis import RedisClusterFailover
+from tests.faults.workload import PATIENCE_SECONDS, START_DATE
 
 LABELS = 200_000
 PIECE_LABELS = 2_000

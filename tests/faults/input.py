@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 
-from faults.fault import Fault
-from faults.load import (
+from tests.faults.fault import Fault
+from tests.faults.harness import Rig
+from tests.faults.invariants import topic_records
+from tests.faults.workload import (
     NO_TRANSACTION,
     ChangeColumns,
     ChangeRecords,
@@ -17,8 +19,6 @@ from faults.load import (
     of_one_account,
     sent_twice,
 )
-from faults.outcome import topic_records
-from faults.rig import Rig
 
 RUN_SECONDS = 30.0
 LARGE_RECORD_BYTES = 1_000_000

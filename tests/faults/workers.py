@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from faults.fault import WORKER_DEATH_SECONDS, Fault
-from faults.rig import Rig
-from faults.watch import Sample
+from tests.faults.fault import WORKER_DEATH_SECONDS, Fault
+from tests.faults.harness import Rig
+from tests.faults.monitor import Sample
 
 MEMBERS_MIN, MEMBERS_MAX = 1, 4
 WAKE_LIMIT_SECONDS = 120.0

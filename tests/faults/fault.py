@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from faults.load import ChangeColumns, ChangeRecords, as_they_are, nothing_else
-from faults.outcome import Outcome, find_outcome
-from faults.rig import Recovery, Rig, rigged
 from pipeline.errors import RecurError
 from pipeline.local.services import Kafka, Redis
 from pipeline.progress import Bar
+from tests.faults.harness import Recovery, Rig, rigged
+from tests.faults.invariants import Outcome, find_outcome
+from tests.faults.workload import ChangeColumns, ChangeRecords, as_they_are, nothing_else
 
 FRAME_SECONDS = 0.5
 WORKER_DEATH_SECONDS = 15.0

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from faults.fault import Addresses, Fault, Shared
-from faults.rig import Rig
 from pipeline.local.services import Kafka, Redis
+from tests.faults.fault import Addresses, Fault, Shared
+from tests.faults.harness import Rig
 
 
 class SigtermOfAll(Fault):

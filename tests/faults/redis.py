@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-from faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
-from faults.proxy import Proxy
-from faults.rig import Mark, Rig, require
-from faults.watch import until_true
 from pipeline.local.services import HOST, Redis, RedisCluster
+from tests.faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
+from tests.faults.harness import Mark, Rig, require
+from tests.faults.monitor import until_true
+from tests.faults.proxy import Proxy
 
 ELECTION_LIMIT_SECONDS = 60.0
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 
-from faults.crew import Crew
 from pipeline.errors import RecurError
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
+from tests.faults.worker_pool import Crew
 
 LOOK_SECONDS = 0.2
 ANSWER_SECONDS = 3.0

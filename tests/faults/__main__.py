@@ -3,7 +3,7 @@
 Each fault is done to a system of its own under load; then every score is counted, every state
 is computed again from the log, and both are compared with what was sent.
 
-    python -m faults [--list] [--only NAME ...] [--scale X] [--seed N] [--transactional]
+    python -m tests.faults [--list] [--only NAME ...] [--scale X] [--seed N] [--transactional]
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from faults.catalogue import FAULTS
-from faults.fault import FRAME_SECONDS, Fault, Row, Shared, run_fault
 from pipeline.progress import bar_for
 from pipeline.settings import Settings
+from tests.faults.fault import FRAME_SECONDS, Fault, Row, Shared, run_fault
+from tests.faults.registry import FAULTS
 
 PLAIN_WIDTH = 130
 """Characters of a line where the output goes to no terminal."""

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
-from faults.fault import Addresses, Fault, Shared
-from faults.rig import Rig, require
-from faults.watch import until_true
 from pipeline.kafka.topics import ROLES, admin_client, topic_ids
 from pipeline.local.services import Kafka, KafkaCluster
 from pipeline.settings import Settings
+from tests.faults.fault import Addresses, Fault, Shared
+from tests.faults.harness import Rig, require
+from tests.faults.monitor import until_true
 
 IN_SYNC_LIMIT_SECONDS = 120.0
 TOPIC_LIMIT_SECONDS = 60.0

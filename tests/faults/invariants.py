@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from faults.load import NO_TRANSACTION, Load
 from model.checkpoint import Checkpoint
 from pipeline.audit.result import Verification
 from pipeline.audit.verifier import VerifyOptions, verify
@@ -23,6 +22,7 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_store import Load as StatesWanted
 from pipeline.storage.state_store import RedisStateStore
+from tests.faults.workload import NO_TRANSACTION, Load
 
 READ_RECORDS = 4096
 APPROVE = DECISIONS[0]

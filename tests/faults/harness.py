@@ -12,9 +12,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from faults.crew import Crew
-from faults.load import ChangeColumns, ChangeRecords, Load, as_they_are, nothing_else
-from faults.watch import Sample, Watch
 from model.checkpoint import Checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
@@ -22,6 +19,9 @@ from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings, load_settings
 from pipeline.timestamps import ANY_AGE_SECONDS
 from pipeline.worker.preflight import load_checkpoint
+from tests.faults.monitor import Sample, Watch
+from tests.faults.worker_pool import Crew
+from tests.faults.workload import ChangeColumns, ChangeRecords, Load, as_they_are, nothing_else
 
 RECOVERY_LIMIT_SECONDS = 240.0
 """A system that has not recovered by then never will."""

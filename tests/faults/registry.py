@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from faults.fault import Fault
-from faults.of_everything import SigtermOfAll
-from faults.of_input import Backwards, Flood, HotAccount, SentTwice, Undecodable
-from faults.of_kafka import BrokerKilled, OneOfThreeBrokers, TopicMadeAgain
-from faults.of_labels import LabelsLost, LabelStorm
-from faults.of_redis import (
+from tests.faults.fault import Fault
+from tests.faults.input import Backwards, Flood, HotAccount, SentTwice, Undecodable
+from tests.faults.kafka import BrokerKilled, OneOfThreeBrokers, TopicMadeAgain
+from tests.faults.labels import LabelsLost, LabelStorm
+from tests.faults.redis import (
     Eviction,
     RedisClusterFailover,
     RedisEmpty,
@@ -18,7 +17,8 @@ from faults.of_redis import (
     RedisSlow,
     RedisSnapshot,
 )
-from faults.of_workers import JoinAndLeave, Sigkill, Zombie
+from tests.faults.shutdown import SigtermOfAll
+from tests.faults.workers import JoinAndLeave, Sigkill, Zombie
 
 FAULTS: tuple[Fault, ...] = (
     Sigkill(),
