@@ -52,8 +52,8 @@ from model.training.train import (
     train,
 )
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = Path(__file__).parent.parent / "pipeline" / "checkpoints" / "default.safetensors"
+ROOT = Path(__file__).parents[3]
+SHIPPED = Path(__file__).parents[3] / "pipeline" / "checkpoints" / "default.safetensors"
 
 ACCOUNT = len(ACCOUNT_FEATURES)
 SMALL = TrainingSettings(

@@ -381,7 +381,7 @@ def test_without_the_spread_of_amounts_the_inputs_scale_tells_what_is_high() -> 
 
 
 def test_every_code_is_explained_to_people_with_the_same_words() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
 
     for code, text in REASONS.items():
         assert f"| `{code}` | {text} |" in readme
