@@ -28,7 +28,7 @@ from pipeline.local.workers import start_worker, stop_all, until_ready
 from pipeline.replay.replay import INTERRUPTED, ReplayOptions, run_replay
 from pipeline.settings import Settings, load_settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 START_MS = round(datetime(2018, 8, 1, tzinfo=UTC).timestamp() * 1000)
 
 

@@ -13,7 +13,7 @@ import pytest
 from pipeline.scoring import partitions as ownership_module
 from tests.fakes import memory as memory_module
 from tests.fakes.memory_workers import Killed, World, finish
-from tests.test_processor import (
+from tests.pipeline.scoring.test_processor import (
     Simulation,
     at,
     count_steps,

@@ -19,7 +19,7 @@ from pipeline.errors import SettingsError
 from pipeline.replay.score_counter import Tally
 from pipeline.replay.simulated import SimulatedStream
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_SECONDS = 180
 
 

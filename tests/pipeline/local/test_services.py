@@ -36,7 +36,7 @@ from pipeline.local.services import (
 )
 from pipeline.settings import load_settings
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[3]
 
 
 def exists(pid: int) -> bool:
