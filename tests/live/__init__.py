@@ -1,0 +1,1 @@
+"""Tests of the running system, on a real broker and Redis."""
