@@ -32,6 +32,7 @@ from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features.account import ACCOUNT_FEATURES, FeatureSpec
 from model.network import Network
 from model.simulator.handbook import Simulator, account_id, merchant_id
+from pipeline.checkpoint import load_checkpoint
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Services, embedded
@@ -48,7 +49,6 @@ from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, enc
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings, load_settings
 from pipeline.timestamps import ANY_AGE_SECONDS
-from pipeline.worker.preflight import load_checkpoint
 
 ACCOUNTS = 20_000
 READY_SECONDS = 60.0

@@ -171,7 +171,7 @@ class Checkpoint:
         self.digest = _digest(network, header)
 
     def encode(self, raw: Float32) -> Float32:
-        """The network's inputs [n, I] of raw features [n, F] (:func:`model.features.account.observe`)."""
+        """The network's inputs [n, I] of raw features [n, F] (`observe`)."""
         return self._encoder.encode(raw)
 
     def outside(self, raw: Float32) -> NDArray[np.bool_] | None:

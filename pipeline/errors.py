@@ -34,7 +34,8 @@ class RejectedError(RecurError):
     """A record cannot be scored.
 
     Attributes:
-        reason: one of :data:`pipeline.messages.codec.REASONS`, a closed set, fit for a metric label.
+        reason: one of :data:`pipeline.messages.codec.REASONS`, a closed set, fit for a metric
+            label.
     """
 
     def __init__(self, reason: str, message: str) -> None:

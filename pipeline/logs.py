@@ -42,8 +42,8 @@ class LibraryLines(logging.Filter):
 
     While a service is away they say the same some hundred times a second. An error of a new kind
     is let through once, but for one that only says that a service does not answer: that is told
-    by :mod:`pipeline.scoring.outages`, with their number. Whatever is told by nothing else is told once a
-    minute, with the line that came most often.
+    by :mod:`pipeline.scoring.outages`, with their number. Whatever is told by nothing else is told
+    once a minute, with the line that came most often.
     """
 
     def __init__(self) -> None:

@@ -6,8 +6,13 @@ the same one.
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import numpy as np
 from numpy.typing import NDArray
+
+from model.transaction import TIMESTAMP_MAX_MS
+from pipeline.errors import SettingsError
 
 DAY_MS = 86_400_000
 
@@ -91,3 +96,29 @@ def labelled_time(timestamp_ms: int, labelled_ms: int, day_ms: int = DAY_MS) -> 
         the payment's time where the label is of the same day without a time; else ``labelled_ms``.
     """
     return timestamp_ms if labelled_ms < timestamp_ms < labelled_ms + day_ms else labelled_ms
+
+
+def epoch_ms_of(text: str, option: str) -> int:
+    """Epoch milliseconds of ISO 8601 with a zone, or of milliseconds.
+
+    Args:
+        option: which one it is of, for the message.
+
+    Raises:
+        SettingsError: it is no time.
+    """
+    if text.isascii() and text.isdigit():
+        unit = other_unit(int(text))
+        if unit is not None:
+            raise SettingsError(f"{option} looks like {unit}; write milliseconds")
+        if int(text) <= TIMESTAMP_MAX_MS:
+            return int(text)
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        when = None
+    if when is None or when.tzinfo is None or when.timestamp() < 0:
+        raise SettingsError(
+            f"{option} is no time: write it as 2024-05-31T18:00:00Z or in milliseconds since 1970"
+        )
+    return round(when.timestamp() * 1000)

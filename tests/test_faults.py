@@ -14,11 +14,11 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from click.testing import CliRunner
 
-from pipeline.kafka.log_ids import NO_ID
 from pipeline.local.services import HOST, Kafka, Redis
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import RedisStateStore, Save, redis_client
+from pipeline.topic_id import NO_ID
 from tests.fakes.memory_verify import NoBar
 from tests.faults.__main__ import main
 from tests.faults.fault import Fault, Row, Shared, run_fault

@@ -2,8 +2,8 @@
 
     material (dataset, raw features on disk) + fold -> Trained: scores of the log, seconds, speed
 
-A network is trained as :mod:`model.training.train` does it: inputs chosen and fitted on the training
-days, the best of its last epochs and its calibration from the validation days.
+A network is trained as :mod:`model.training.train` does it: inputs chosen and fitted on the
+training days, the best of its last epochs and its calibration from the validation days.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Material:
         return prepared
 
     def windows(self, fields: tuple[Field, ...], label_delay_days: float) -> Float32:
-        """[N, 15 + fields] see :func:`model.evaluation.windows.window_inputs`; then the further fields."""
+        """[N, 15 + fields] see :func:`window_inputs`; then the further fields."""
         key = fields, label_delay_days
         if key not in self._windows:
             everywhere = np.arange(len(self.dataset))

@@ -115,9 +115,9 @@ def _inputs(spec: FeatureSpec) -> str:
         rows.append([f"`{feature}`", ", ".join(seen)])
     return f"""## Inputs
 
-Computed the same way in training and in the worker (`model/features/account.py`, `model/features/merchant.py`).
-Of a merchant only time buckets that are closed, and labels that arrived in them, are seen:
-nothing looks ahead.
+Computed the same way in training and in the worker (`model/features/account.py`,
+`model/features/merchant.py`). Of a merchant only time buckets that are closed, and labels that
+arrived in them, are seen: nothing looks ahead.
 
 {_markdown_table(["feature", "as"], rows)}"""
 

@@ -219,10 +219,11 @@ class Comparer:
         """Every network on every fold with every seed.
 
         Args:
-            report: called often, from this thread; see :mod:`model.training.progress`.
+            report: called often, from this thread; see :mod:`pipeline.progress`.
 
         Raises:
-            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is asked for and not there.
+            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is asked for and
+                not there.
             model.training.settings.TrainingError: a training cannot go on.
             model.data.dataset.DatasetError: the disk is full.
         """

@@ -10,8 +10,9 @@ live stream give the same features.
 Labels come late. Up to ``label_delay`` ago a transaction that is not known as fraud counts as
 genuine; of later ones nothing is known, so risk is measured over windows that end there.
 
-A known fraud has a *weight* from 0 to 1: how far the merchant explains it (:mod:`model.merchant_weight`).
-Sums of frauds are sums of weights. Ages look only at frauds of at least :data:`STRONG_WEIGHT`.
+A known fraud has a *weight* from 0 to 1: how far the merchant explains it
+(:mod:`model.merchant_weight`). Sums of frauds are sums of weights. Ages look only at frauds of at
+least :data:`STRONG_WEIGHT`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ CHUNK = 1024
 """Variants that are scored at once: larger products do not fit the cache."""
 
 THREADS = 2
-"""Chunks that are scored at once, each on one core; see :func:`model.training.sequences.one_core_each`."""
+"""Chunks that are scored at once, each on one core; see :func:`one_core_each`."""
 
 BUCKETS_PER_DAY = 86_400_000 // BUCKET_MS
 

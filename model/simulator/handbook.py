@@ -18,7 +18,8 @@ Card Fraud Detection - Practical Handbook", chapter 3, "Transaction data simulat
 Where rules overlap the one with the higher number names the scenario, and the amount of
 fraud 1 is the one before it is multiplied.
 
-That is the world :data:`model.simulator.world.HANDBOOK`. :data:`model.simulator.world.WIDE` has further accounts,
+That is the world :data:`model.simulator.world.HANDBOOK`. :data:`model.simulator.world.WIDE` has
+further accounts,
 shops and kinds of fraud beside it: see :mod:`model.simulator.world`.
 
 It streams: a day at a time, in memory bounded by customers and terminals. A day is drawn from

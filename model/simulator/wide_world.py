@@ -1,8 +1,8 @@
 """The wide world: the Handbook's customers, other accounts, shops of all sizes, and thieves.
 
-Its options, and what each means, are in :mod:`model.simulator.world`. There are no refunds: an amount is
-0 or more in Recur's transactions. What is carried from day to day is bounded by accounts and
-merchants, and a day is drawn from that, the seed and its number.
+Its options, and what each means, are in :mod:`model.simulator.world`. There are no refunds: an
+amount is 0 or more in Recur's transactions. What is carried from day to day is bounded by accounts
+and merchants, and a day is drawn from that, the seed and its number.
 """
 
 from __future__ import annotations

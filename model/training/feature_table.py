@@ -1,7 +1,7 @@
 """Raw features of a whole dataset, on disk, account by account; and the inputs read from them.
 
-The columns are those of :mod:`model.features.account`, computed by the same functions as in the worker,
-for some accounts (or merchants) at a time. A training reads a stretch of each of some dozen
+The columns are those of :mod:`model.features.account`, computed by the same functions as in the
+worker, for some accounts (or merchants) at a time. A training reads a stretch of each of some dozen
 accounts at once, so that account by account is the order in which they lie.
 
 Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and for each transaction 32 bytes
@@ -218,7 +218,7 @@ def _groups(lengths: NDArray[np.intp] | NDArray[np.int64]) -> Iterator[tuple[int
 
 
 class EncodedInputs:
-    """Inputs that are encoded when they are asked for (:class:`model.training.sequences.Inputs`)."""
+    """Inputs that are encoded when they are asked for (a :class:`Inputs`)."""
 
     def __init__(self, raw: Float32, spec: FeatureSpec, device: torch.device) -> None:
         self._raw = raw

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from model.data.dataset import Dataset
 from model.features.account import AmountScale, Encoder, FeatureSpec, Float32, own_columns
-from model.merchant_weight import OwnRisk, fit_own_risk
+from model.merchant_weight import OwnRisk
 from model.training.feature_table import open_raw, write_raw
 from model.training.inputs import chosen_fields, fitted_spec
+from model.training.merchant_weight_fit import fit_own_risk
 from model.training.sequences import Sequences
 
 FIT_ROWS_MAX = 2_000_000

@@ -130,7 +130,7 @@ def _rows(day: DayOfTransactions) -> Rows:
 
 @dataclass(frozen=True)
 class Log:
-    """Transactions in order of time, in memory: columns as in :class:`model.data.dataset.Dataset`."""
+    """Transactions in order of time, in memory: columns as in :class:`Dataset`."""
 
     day: NDArray[np.int64]
     timestamp_ms: NDArray[np.int64]
@@ -186,7 +186,7 @@ def train(
         settings: what to train.
         output: file to write; its folder is made if it does not exist. Beside it
             ``OUTPUT.resume/`` is written and removed.
-        report: called often, from this thread; see :mod:`model.training.progress`.
+        report: called often, from this thread; see :mod:`pipeline.progress`.
         source: the transactions; the simulator's, if there is none.
 
     Raises:

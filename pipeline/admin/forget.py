@@ -19,6 +19,7 @@ from rich.console import Console
 from model.transaction import ID_MAX_CHARACTERS
 from pipeline.admin.control import Place, send_instruction
 from pipeline.admin.wait import until_applied
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
 from pipeline.kafka.topics import Retention, TopicRole, group_members, partition_count, retentions
 from pipeline.messages.codec import FORGET
@@ -27,7 +28,6 @@ from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_scan import Copy, KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore
-from pipeline.worker.preflight import load_checkpoint
 
 _LABELS_NOTE = "and what producers send of it from now on"
 

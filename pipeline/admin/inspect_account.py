@@ -16,13 +16,13 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from model.checkpoint import Checkpoint
 from model.features.account import WINDOW_DAYS
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import partition_count
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, RedisStateStore
-from pipeline.worker.preflight import load_checkpoint
 
 VERDICT_METRIC = "verdict_auc"
 """A checkpoint whose training fitted the verdict says how good it is."""

@@ -26,8 +26,8 @@ from pipeline.admin.inspect_account import (
 )
 from pipeline.audit.account_filter import One
 from pipeline.audit.recompute import RecomputedPartition
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.topics import topic_ids
 from pipeline.progress import Bar, bar_for
@@ -36,7 +36,7 @@ from pipeline.scoring.scorer import scorer_of
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates, Watermark
 from pipeline.storage.keys import Keys
-from pipeline.worker.preflight import load_checkpoint
+from pipeline.topic_id import NO_ID, is_other, other_log, shown
 
 _DAY_MS = 86_400_000
 

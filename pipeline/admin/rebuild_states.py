@@ -17,8 +17,8 @@ from rich.console import Console
 
 from pipeline.admin.control import send_instruction
 from pipeline.admin.wait import until_applied
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
-from pipeline.kafka.log_ids import NO_ID, is_other
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
 from pipeline.messages.codec import LOOK
@@ -29,7 +29,7 @@ from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
-from pipeline.worker.preflight import load_checkpoint
+from pipeline.topic_id import NO_ID, is_other
 
 WAIT_SECONDS = 86_400.0
 """A rebuild is waited for as long as a person does."""

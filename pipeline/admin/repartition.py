@@ -21,8 +21,8 @@ import numpy as np
 from aiokafka.partitioner import DefaultPartitioner
 from rich.console import Console
 
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.log_ids import NO_ID, is_other, other_log
 from pipeline.kafka.partition_reader import KafkaLogReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
@@ -33,7 +33,7 @@ from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_scan import KeyScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
-from pipeline.worker.preflight import load_checkpoint
+from pipeline.topic_id import NO_ID, is_other, other_log
 
 READ_MOST = 8_192
 

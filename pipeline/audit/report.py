@@ -12,10 +12,10 @@ from rich.console import Console
 
 from pipeline.audit.result import Difference, Verification
 from pipeline.audit.verifier import VerifyOptions, verify
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import SettingsError
 from pipeline.progress import bar_for
 from pipeline.settings import Settings
-from pipeline.worker.preflight import load_checkpoint
 
 NAMED_MAX = 20
 """Accounts of each kind that are printed; --json has more."""

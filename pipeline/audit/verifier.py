@@ -28,7 +28,6 @@ from pipeline.audit.result import Difference, Verification
 from pipeline.audit.score_comparison import ScoreTally
 from pipeline.audit.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
 from pipeline.errors import RecurError, StartupError
-from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
 from pipeline.progress import Bar
@@ -36,9 +35,9 @@ from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
 from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark
-from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError
+from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError, answered_within
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
-from pipeline.worker.preflight import answered_within
+from pipeline.topic_id import NO_ID
 
 HIDDEN_TOLERANCE = 2e-3
 """Default of the largest difference of a hidden that is none; docs/verify.md has what was

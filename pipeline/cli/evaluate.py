@@ -40,12 +40,12 @@ from model.evaluation.results import Results, results_of, table
 from model.evaluation.robustness import Robustness, measure_robustness
 from model.probe.sweeps import short_probe
 from model.simulator.handbook import SimulatorError
-from model.training.progress import TrainingProgress
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training.train import DataSource, SimulatedData
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData
+from pipeline.progress import TrainingProgress
 
 SIMULATED_SEED = 1
 """Of simulated transactions: the networks' seeds count from 1, the data stay the same."""

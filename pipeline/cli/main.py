@@ -101,11 +101,11 @@ def train(
     from model.checkpoint import CheckpointError
     from model.probe.sweeps import short_probe
     from model.simulator.handbook import SimulatorError
-    from model.training.progress import TrainingProgress
     from model.training.train import TrainingError, TrainingSettings
     from model.training.train import train as train_network
     from pipeline.files.column_mapping import load_mapping
     from pipeline.files.training_data import FileData
+    from pipeline.progress import TrainingProgress
 
     if (data is None) != (columns is None):
         raise SettingsError(
@@ -199,7 +199,7 @@ def verify(
     """
     from pipeline.audit.report import run_verify
     from pipeline.audit.verifier import VerifyOptions
-    from pipeline.cli.time_option import epoch_ms_of
+    from pipeline.timestamps import epoch_ms_of
 
     if account is not None and sample is not None:
         raise SettingsError("recur verify takes --account or --sample, not both")

@@ -17,11 +17,11 @@ from model.evaluation.plots import require_matplotlib
 from model.probe.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Point, Taken
 from model.probe.plots import plot_probe
 from model.probe.sweeps import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
-from model.training.progress import TrainingProgress
 from model.training.settings import Report, Reporter
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData
+from pipeline.progress import TrainingProgress
 
 FALLS_SHOWN = 20
 ROWS_SHOWN = 40

@@ -44,7 +44,7 @@ def at(account_id: str, at_time: str) -> None:
     computed up to the watermark at most: what is not applied yet has no score to compute from.
     """
     from pipeline.admin.inspect_state import lines_at
-    from pipeline.cli.time_option import epoch_ms_of
+    from pipeline.timestamps import epoch_ms_of
 
     for line in lines_at(load_settings(), account_id, epoch_ms_of(at_time, "--time")):
         click.echo(line)

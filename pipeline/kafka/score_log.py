@@ -16,7 +16,7 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from pipeline.kafka.topic_ids import ask_ids
+from pipeline.kafka.metadata_request import ask_ids
 from pipeline.messages.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 

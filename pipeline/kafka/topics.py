@@ -20,7 +20,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.conn import collect_hosts, create_conn
 
 from pipeline.errors import StartupError
-from pipeline.kafka.topic_ids import ask_ids
+from pipeline.kafka.metadata_request import ask_ids
 from pipeline.logs import quiet
 from pipeline.settings import Settings
 

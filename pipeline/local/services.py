@@ -1,8 +1,9 @@
 """Apache Kafka and Redis on this machine, for the demo and the tests: the real ones, no Docker.
 
 Each service listens on free ports of 127.0.0.1, keeps its files in a directory of its own, and
-ends with this process however that ends (see :mod:`pipeline.local.supervisor`). ``stop``, ``kill`` and a
-later ``start`` keep port and data; leaving the context removes the directory unless it was given.
+ends with this process however that ends (see :mod:`pipeline.local.supervisor`). ``stop``, ``kill``
+and a later ``start`` keep port and data; leaving the context removes the directory unless it was
+given.
 
     with embedded() as services:
         worker_environment = os.environ | services.environment()

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
-from pipeline.cli.time_option import epoch_ms_of
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
 from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
@@ -28,7 +27,7 @@ from pipeline.messages.codec import Label, encode_label
 from pipeline.progress import bar_for
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.settings import Settings
-from pipeline.timestamps import labelled_time
+from pipeline.timestamps import epoch_ms_of, labelled_time
 
 SOURCE_FILE = "file"
 SOURCE_HAND = "hand"

@@ -18,7 +18,6 @@ import numpy as np
 from model.features.merchant import BUCKET_MS, WEIGHT_MAX
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
-from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.producer import Outgoing, Publisher
 from pipeline.kafka.score_log import Bounds
 from pipeline.messages.codec import Label, decode_label, stored_weight
@@ -32,6 +31,7 @@ from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
 from pipeline.storage.merchant_store import Booked, Booking, MerchantStore
 from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE
 from pipeline.timestamps import is_record_time
+from pipeline.topic_id import NO_ID, is_other, other_log, shown
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from time import monotonic
 from typing import Literal, Protocol
 
 from pipeline.errors import StartupError
-from pipeline.kafka.log_ids import NO_ID, is_other, other_log, shown
 from pipeline.kafka.producer import Appended, Transactions
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Patience
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import Load, Save, StateStore
+from pipeline.topic_id import NO_ID, is_other, other_log, shown
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ back to it, and what was published past it is kept as ever.
 
 The steps are two halves: :meth:`Processor.compute` up to decide, :meth:`Processor.conclude`
 from publish on. A worker computes a poll while it concludes the one before; what is computed
-and not yet saved is held in memory (:class:`pipeline.scoring.partitions.Owned`) and is dropped with the
-partition where a save finds another watermark.
+and not yet saved is held in memory (:class:`pipeline.scoring.partitions.Owned`) and is dropped with
+the partition where a save finds another watermark.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from time import monotonic
 from typing import Protocol
 
 from pipeline.errors import StartupError
-from pipeline.kafka.log_ids import is_other, other_log, shown
 from pipeline.scoring.health import Health
+from pipeline.topic_id import is_other, other_log, shown
 
 TELL_SECONDS = 60.0
 """Between two lines about the same open transaction."""

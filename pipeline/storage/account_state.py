@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features.account import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
-from pipeline.kafka.log_ids import NO_ID
+from pipeline.topic_id import NO_ID
 
 STATE_FORMAT = 3
 """Version of the state's layout; raise it with every change of the layout."""

@@ -3,10 +3,12 @@ errors that quote neither keys nor values."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import redis.asyncio as redis_asyncio
 from redis.asyncio.cluster import RedisCluster
@@ -41,6 +43,12 @@ COMMAND_RIGHTS = "+scan +strlen +pttl +getrange"
 """What the user of a person who runs ``recur state`` needs besides."""
 
 _FORBIDDEN = ("no permissions", "can't run this command", "ACL failure")
+
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 0.2
+"""Between two calls of :func:`answered_within`."""
 
 
 class StoreUnavailableError(Exception):
@@ -253,3 +261,19 @@ def _complaint(error: BaseException) -> str:
     if isinstance(error, RedisClusterException):
         return type(error).__name__
     return f"{type(error).__name__}: {error}".partition(", with args")[0][:300]
+
+
+async def answered_within(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+    """Ask the store until it answers.
+
+    Raises:
+        StoreUnavailableError: the time is over.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return await call()
+        except StoreUnavailableError:
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)

@@ -6,7 +6,8 @@ changes a slot's profiles together with the offset before which all labels of a 
 booked in them. It skips what is below that, and books nothing where there is a gap.
 
 What a label needs to know of its transaction is remembered in a note
-(:mod:`pipeline.storage.transaction_note`) in the same slot, and with it when the transaction's newest label
+(:mod:`pipeline.storage.transaction_note`) in the same slot, and with it when the transaction's
+newest label
 became known: an older one changes nothing.
 """
 

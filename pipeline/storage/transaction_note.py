@@ -4,7 +4,8 @@
     once labels came, when the newest one became known, epoch milliseconds      6 bytes more
 
 All big-endian. A decision is its first letter; 0 where nothing is remembered of the transaction
-but its labels. The scripts of :mod:`pipeline.storage.merchant_store` do the same as the methods here.
+but its labels. The scripts of :mod:`pipeline.storage.merchant_store` do the same as the methods
+here.
 """
 
 from __future__ import annotations

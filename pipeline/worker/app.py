@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
 from pipeline import logs
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.group_errors import HOPELESS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
@@ -50,7 +51,7 @@ from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
 from pipeline.worker import faust_transport as poll_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatch
 from pipeline.worker.http_server import Endpoints
-from pipeline.worker.preflight import check_services, load_checkpoint
+from pipeline.worker.preflight import check_services
 from pipeline.worker.shutdown import Ending, leave_at_signals
 
 log = logging.getLogger(__name__)

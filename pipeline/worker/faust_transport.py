@@ -2,10 +2,10 @@
 
 Faust's own driver makes an event of each record, which costs more than scoring it. This one
 is the aiokafka driver with another way from fetch to agent: everything that one fetch
-returned of a topic travels as one message whose value is a :class:`pipeline.scoring.partitions.Poll`.
-At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are between fetch and ack; the next fetch
-waits for room, so that nothing is ever paused, and aiokafka fetches while the agent waits for
-broker and Redis.
+returned of a topic travels as one message whose value is a
+:class:`pipeline.scoring.partitions.Poll`. At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are
+between fetch and ack; the next fetch waits for room, so that nothing is ever paused, and aiokafka
+fetches while the agent waits for broker and Redis.
 
 Records of a fetch are given up only together with a seek to where they began. Registered
 with Faust for URLs that begin with ``poll://``.

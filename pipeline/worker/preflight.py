@@ -5,17 +5,12 @@ Each check that fails ends the start with one line that says what to do.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
-from model.checkpoint import Checkpoint, CheckpointError
+from model.checkpoint import Checkpoint
 from model.features.account import FeatureSpec
 from pipeline.errors import StartupError
 from pipeline.kafka.acl import check_rights
-from pipeline.kafka.log_ids import NO_ID, is_other, other_log
 from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import check_retention, ensure_topics
@@ -23,12 +18,11 @@ from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE
 from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.settings import Settings, redis_address
-from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError
+from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError, answered_within
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.servers import unreachable_nodes
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
-
-RETRY_SECONDS = 0.2
+from pipeline.topic_id import NO_ID, is_other, other_log
 
 RECORDS_LOOKED_AT = 400
 """So many of the last transactions tell which fields there are; from one partition or more."""
@@ -36,22 +30,6 @@ RECORDS_LOOKED_AT = 400
 _LOGIN_SIGNS = ("WRONGPASS", "NOAUTH", "AuthenticationError", "invalid username-password")
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-def load_checkpoint(settings: Settings) -> Checkpoint:
-    """The checkpoint that the settings name.
-
-    Raises:
-        StartupError: it is missing or not one; the message says what is wrong.
-    """
-    try:
-        return Checkpoint.load(settings.checkpoint)
-    except CheckpointError as error:
-        raise StartupError(
-            f"{error}. Set RECUR_CHECKPOINT to a file that `recur train` wrote"
-        ) from error
 
 
 async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
@@ -240,19 +218,3 @@ async def _check_fields(
             f"last {seen} transactions in {topic} carries it: have the producers send what the "
             "checkpoint was trained with, or set RECUR_CHECKPOINT to one trained without it"
         )
-
-
-async def answered_within(timeout_seconds: float, call: Callable[[], Awaitable[T]]) -> T:
-    """Ask the store until it answers.
-
-    Raises:
-        StoreUnavailableError: the time is over.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        try:
-            return await call()
-        except StoreUnavailableError:
-            if time.monotonic() + RETRY_SECONDS > deadline:
-                raise
-            await asyncio.sleep(RETRY_SECONDS)

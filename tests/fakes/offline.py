@@ -2,7 +2,8 @@
 
 Transactions and the labels that arrive in the same three hours are sent through Kafka, and the
 next bucket follows once the workers have applied all of it, as it does where three hours are three
-hours. What comes out must be what :func:`model.training.sequences.score_stepwise` computes of the log.
+hours. What comes out must be what :func:`model.training.sequences.score_stepwise` computes of the
+log.
 
     python -m tests.fakes.offline FILE --columns handbook --every 10
 """
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import merchant_weight as own_risk
 from model.checkpoint import Checkpoint, Header
 from model.features.account import AmountScale, Encoder, FeatureSpec, observe_log, ranges_of
 from model.features.merchant import (
@@ -36,6 +36,7 @@ from model.features.merchant import (
     observe_merchant_log,
 )
 from model.network import Architecture, Network
+from model.training import merchant_weight_fit
 from model.training.sequences import score_stepwise
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
@@ -151,8 +152,8 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
     with torch.no_grad():
         network.logit.weight *= 4
     own = network.own_inputs(torch.from_numpy(Encoder(features).encode(raw)))
-    with mock.patch.object(own_risk, "UPDATES", OWN_UPDATES):
-        network.own = own_risk.fit_own_risk(
+    with mock.patch.object(merchant_weight_fit, "UPDATES", OWN_UPDATES):
+        network.own = merchant_weight_fit.fit_own_risk(
             lambda rows: own[torch.from_numpy(rows)], log.is_fraud, own.shape[1], seed
         )
     return Checkpoint(network, Header(architecture=architecture, features=features))

@@ -17,6 +17,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from model.features.account import HISTORY_COLUMNS
 from model.features.merchant import MERCHANT_FEATURES
 from model.transaction import Transaction
+from pipeline.checkpoint import load_checkpoint
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
@@ -28,7 +29,6 @@ from pipeline.settings import load_settings
 from pipeline.storage.account_state import AccountStates, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
-from pipeline.worker.preflight import load_checkpoint
 
 READY_SECONDS = 240.0
 DAY_MS = 86_400_000

@@ -13,12 +13,12 @@ from time import monotonic
 from typing import Any
 
 from model.checkpoint import Checkpoint
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings, load_settings
 from pipeline.timestamps import ANY_AGE_SECONDS
-from pipeline.worker.preflight import load_checkpoint
 from tests.faults.monitor import Sample, Watch
 from tests.faults.worker_pool import Crew
 from tests.faults.workload import ChangeColumns, ChangeRecords, Load, as_they_are, nothing_else

@@ -16,11 +16,12 @@ from model.features.account import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
 from pipeline.admin.inspect_account import account_lines, describe, look_at
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import Score, decode_alert
-from pipeline.worker.preflight import check_services, load_checkpoint
+from pipeline.worker.preflight import check_services
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, until
 
 FIELDS = (

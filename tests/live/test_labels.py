@@ -16,6 +16,7 @@ from rich.console import Console
 from model.features.merchant import BUCKET_MS, SETTLE_MS, WEIGHT_MAX
 from model.transaction import Transaction
 from pipeline.admin import rebuild_merchants
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import StartupError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka, Redis
@@ -25,7 +26,7 @@ from pipeline.replay.producer import Feed
 from pipeline.storage.client import redis_client
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
 from pipeline.storage.merchant_store import Booking, RedisMerchantStore
-from pipeline.worker.preflight import check_services, load_checkpoint
+from pipeline.worker.preflight import check_services
 from tests.fakes.memory_workers import checkpoint_of_weights
 from tests.fakes.offline import Log, offline_merchant_raw, random_checkpoint
 from tests.fakes.running_pipeline import (

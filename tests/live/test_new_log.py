@@ -15,13 +15,13 @@ from rich.console import Console
 from model.transaction import Transaction
 from pipeline.admin.rebuild_states import rebuild_lines
 from pipeline.errors import StartupError
-from pipeline.kafka.log_ids import shown
 from pipeline.kafka.topics import TopicRole, topic_ids
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import encode_transaction
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings
+from pipeline.topic_id import shown
 from pipeline.worker.preflight import check_services
 from tests.fakes import running_pipeline as pipeline_under_test
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until

@@ -17,6 +17,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import TransactionalIdAuthorizationFailed
 
+from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.acl import NEEDS
 from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
@@ -26,7 +27,7 @@ from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.messages.codec import decode_score, encode_transaction
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import COMMAND_RIGHTS, RIGHTS
-from pipeline.worker.preflight import check_services, load_checkpoint
+from pipeline.worker.preflight import check_services
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli.time_option import epoch_ms_of
 from pipeline.errors import RejectedError, SettingsError
 from pipeline.messages.codec import (
     HISTORY_HEADER,
@@ -23,7 +22,7 @@ from pipeline.messages.codec import (
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.labels import label_of
 from pipeline.scoring.scorer import id_hashes
-from pipeline.timestamps import event_time, other_unit
+from pipeline.timestamps import epoch_ms_of, event_time, other_unit
 from tests.fakes.memory import MemoryRecord
 from tests.fakes.memory_verify import verify_world
 from tests.fakes.memory_workers import DAY_MS, START_MS, MemoryWorker, World, finish

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.errors import StartupError
-from pipeline.kafka.log_ids import NO_ID, shown
 from pipeline.scoring.health import Health
 from pipeline.scoring.topic_watcher import Held, OpenTransactions, TopicGoneError, TopicWatch
+from pipeline.topic_id import NO_ID, shown
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)
 

@@ -1,6 +1,7 @@
 """Exactly-once output on a real broker and Redis, for whoever reads what is committed.
 
-The tests of the same promises on a broker in memory, at every step: tests/pipeline/scoring/test_exactly_once.py.
+The tests of the same promises on a broker in memory, at every step:
+tests/pipeline/scoring/test_exactly_once.py.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from rich.console import Console
 from pipeline.admin.inspect_state import shown_lines, state_at
 from pipeline.audit.report import run_verify
 from pipeline.audit.verifier import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
+from pipeline.checkpoint import load_checkpoint
 from pipeline.cli import main as cli
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
@@ -28,7 +29,6 @@ from pipeline.local.services import Kafka, Redis
 from pipeline.messages.codec import Score
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
-from pipeline.worker.preflight import load_checkpoint
 from tests.fakes.memory_verify import NoBar
 from tests.fakes.running_pipeline import PipelineUnderTest, transactions
 

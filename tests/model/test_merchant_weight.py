@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import merchant_weight as own_risk
+from model import merchant_weight
 from model.features.merchant import WEIGHT_MAX
-from model.merchant_weight import OwnRisk, fit_own_risk
+from model.merchant_weight import OwnRisk
+from model.training import merchant_weight_fit
+from model.training.merchant_weight_fit import fit_own_risk
 
 N = 40_000
 Fraud = NDArray[np.bool_]
@@ -19,7 +21,7 @@ Fraud = NDArray[np.bool_]
 @pytest.fixture(autouse=True)
 def _fewer_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of a training's: these data are easy."""
-    monkeypatch.setattr(own_risk, "UPDATES", 800)
+    monkeypatch.setattr(merchant_weight_fit, "UPDATES", 800)
 
 
 def fitted(inputs: Tensor, is_fraud: Fraud, seed: int = 1) -> OwnRisk:
@@ -61,7 +63,7 @@ def test_frauds_that_no_payment_explains_all_count_in_full(rate: float) -> None:
 def test_the_same_data_and_seed_give_the_same_network_and_leave_random_numbers_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(own_risk, "UPDATES", 20)
+    monkeypatch.setattr(merchant_weight_fit, "UPDATES", 20)
     inputs, is_fraud = noise(2), np.arange(N) % 50 == 0
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -77,7 +79,7 @@ def test_the_same_data_and_seed_give_the_same_network_and_leave_random_numbers_a
 def test_data_of_one_class_give_finite_weights(
     truth: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own_risk, "UPDATES", 50)
+    monkeypatch.setattr(merchant_weight_fit, "UPDATES", 50)
     inputs = noise(4)
     network = fitted(inputs, np.full(N, truth))
     for parameter in network.parameters():
@@ -91,14 +93,14 @@ def test_a_weight_is_the_share_of_the_rest_and_small_ones_are_kept() -> None:
     with torch.no_grad():
         network.hidden.weight.fill_(1.0)
         network.hidden.bias.fill_(0.0)
-        network.explained.weight.fill_(1 / own_risk.OWN_SIZE)  # f(x) = x of x over 0, less 8
+        network.explained.weight.fill_(1 / merchant_weight.OWN_SIZE)  # f(x) = x of x over 0, less 8
         network.explained.bias.fill_(-8.0)
         network.rest.fill_(-5.0)
     x = np.array([0.0, 3.0, 5.0, 8.0, 20.0])
     r, s = 1 / (1 + np.exp(5.0)), 1 / (1 + np.exp(8.0 - x))
     exact = r / (1 - (1 - r) * (1 - s)) * WEIGHT_MAX
     found = network.merchant_weight(torch.from_numpy(x.astype(np.float32))[:, None])
-    kept = np.round(exact) <= own_risk.REMEMBERED_WEIGHT
+    kept = np.round(exact) <= merchant_weight.REMEMBERED_WEIGHT
     assert kept.tolist() == [False, False, True, True, True]
     np.testing.assert_array_equal(found, np.where(kept, np.round(exact), WEIGHT_MAX))
 

@@ -1,7 +1,7 @@
 """A worker's process: the real agents, processors, ownership and consumer on simulated services.
 
-:class:`pipeline.worker.app.Worker` itself, but for its construction: its agents compute each poll while
-the one before is concluded, and its callbacks take partitions and give them up.
+:class:`pipeline.worker.app.Worker` itself, but for its construction: its agents compute each poll
+while the one before is concluded, and its callbacks take partitions and give them up.
 """
 
 from __future__ import annotations

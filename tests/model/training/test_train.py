@@ -36,7 +36,6 @@ from model.metrics import average_precision
 from model.network import Network
 from model.simulator.handbook import SimulatorError
 from model.training.loop import RECIPE
-from model.training.progress import TrainingProgress
 from model.training.resume import Position
 from model.training.sequences import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.training.train import (
@@ -51,6 +50,7 @@ from model.training.train import (
     simulate,
     train,
 )
+from pipeline.progress import TrainingProgress
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = Path(__file__).parents[3] / "pipeline" / "checkpoints" / "default.safetensors"

@@ -1,7 +1,7 @@
 """Scores, alerts, rejected records and offsets in transactions of Kafka: each is said once.
 
-On a broker in memory that fences and takes back as Kafka does; tests/live/test_transactional.py does
-it on a real one.
+On a broker in memory that fences and takes back as Kafka does; tests/live/test_transactional.py
+does it on a real one.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from model.features.account import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline.admin.rebuild_states import TakenBack
 from pipeline.errors import StartupError
-from pipeline.kafka.log_ids import NO_ID
 from pipeline.kafka.producer import Appended, Outgoing, PublishError
 from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.messages.decision import Thresholds, thresholds_of
@@ -33,6 +32,7 @@ from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import Watermark
+from pipeline.topic_id import NO_ID
 from tests.fakes import memory as memory_module
 from tests.fakes.memory import MemoryPublisher, MemoryRecord, MemoryStateStore
 from tests.fakes.memory_workers import (

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from faust.types import TP
 
+from pipeline.checkpoint import load_checkpoint
 from pipeline.settings import load_settings
 from pipeline.worker.app import Worker
-from pipeline.worker.preflight import load_checkpoint
 
 
 def test_a_worker_that_has_partitions_and_does_not_begin_is_stalled(

@@ -22,7 +22,7 @@ from aiokafka.protocol.types import (
     TaggedFields,
 )
 
-from pipeline.kafka.log_ids import NO_ID
+from pipeline.topic_id import NO_ID
 
 _TEXT = CompactString("utf-8")
 
