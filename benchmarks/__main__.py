@@ -106,12 +106,12 @@ class Bench:
         """Topics, group and keys of its own for each measurement."""
         name = uuid.uuid4().hex[:6]
         return load_settings(
-            kafka_bootstrap=self._services.kafka_bootstrap,
+            kafka_bootstrap_servers=self._services.kafka_bootstrap_servers,
             redis_url=self._services.redis_url,
             topic_prefix=f"{name}-",
-            key_prefix=f"bench-{name}",
-            kafka_group=f"bench-{name}",
-            transactional=transactional,
+            redis_key_prefix=f"bench-{name}",
+            kafka_group_id=f"bench-{name}",
+            processing_guarantee="exactly_once" if transactional else "at_least_once",
             max_timestamp_age_seconds=ANY_AGE_SECONDS,
         )
 
@@ -119,11 +119,11 @@ class Bench:
     async def worker(self, settings: Settings) -> AsyncIterator[WorkerProcess]:
         """A worker process of these settings."""
         names = (
-            "kafka_bootstrap",
+            "kafka_bootstrap_servers",
             "redis_url",
             "topic_prefix",
-            "key_prefix",
-            "kafka_group",
+            "redis_key_prefix",
+            "kafka_group_id",
             "checkpoint",
             "transactional",
             "max_timestamp_age_seconds",
@@ -238,7 +238,7 @@ class Bench:
     # transactions of Kafka ----------------------------------------------------------------
 
     async def transactional(self, transactions: int, seconds: float) -> None:
-        """What RECUR_TRANSACTIONAL costs: with and without in turn, on the same services."""
+        """What RECUR_PROCESSING_GUARANTEE costs: with and without in turn, on the same services."""
         rates: dict[bool, list[float]] = {False: [], True: []}
         latencies: dict[bool, list[dict[tuple[int, float], float]]] = {False: [], True: []}
         for mode in (False, True, True, False):  # so that a drift of the machine cancels out
@@ -279,9 +279,9 @@ class Bench:
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[1]),
             "STOCK_MODE": mode,
-            "STOCK_BROKER": settings.kafka_bootstrap,
+            "STOCK_BROKER": settings.kafka_bootstrap_servers,
             "STOCK_REDIS": settings.redis_url,
-            "STOCK_GROUP": settings.kafka_group,
+            "STOCK_GROUP": settings.kafka_group_id,
             "STOCK_TRANSACTIONS": settings.topic("transactions"),
             "STOCK_SCORES": settings.topic("scores"),
         }
@@ -355,7 +355,9 @@ async def published(
             await asyncio.sleep(SAMPLE_SECONDS)
             if process.poll() is not None:
                 raise SystemExit(f"the stock worker ended; its log is {log}")
-            ends = await score_log.ends(settings.topic("scores"), list(range(settings.partitions)))
+            ends = await score_log.ends(
+                settings.topic("scores"), list(range(settings.topic_partitions))
+            )
             done = float(sum(ends.values()))
             if done > (points[-1][0] if points else 0.0):
                 points.append((done, time.monotonic(), 0.0))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-# name, share of genuine payments, median and log-deviation of genuine amounts,
+# name, share of legitimate payments, median and log-deviation of legitimate amounts,
 # share of frauds, mean and deviation of fraudulent amounts
 CATEGORIES = (
     ("gas_transport", 0.13, 62, 0.25, 0.08, 12, 4),
@@ -125,7 +125,7 @@ def transactions(
 
 
 def _seconds_of_day(rng: np.random.Generator, count: int) -> Int64:
-    """Of genuine payments: by day and evening, some at any hour."""
+    """Of legitimate payments: by day and evening, some at any hour."""
     at = rng.normal(15.5, 4.0, count) * 3600
     anywhen = rng.random(count) < 0.25
     at[anywhen] = rng.uniform(0, 86_400, int(anywhen.sum()))

@@ -122,7 +122,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             falling threshold; the columns are those of
             :func:`model.metrics.operating_points`.
         validation: what those are measured on: ``days``, ``transactions``, ``frauds``,
-            ``fraud_amount_per_day`` and ``genuine_amount_per_day``.
+            ``fraud_amount_per_day`` and ``legitimate_amount_per_day``.
         amounts: for the reasons of alerts.
         data_digest: of the transactions that it was trained on (12 hex digits).
     """

@@ -28,7 +28,7 @@ REMEMBERED_WEIGHT = 63
 """A stored weight over it counts in full. So only few transactions have one to be remembered."""
 
 
-class OwnRisk(nn.Module):
+class MerchantWeightNetwork(nn.Module):
     """Probability of fraud as far as the payment and its account explain it, and the rest.
 
     Args:

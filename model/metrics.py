@@ -21,7 +21,7 @@ class EvaluationError(ValueError):
 
 
 def auc_roc(scores: Scores, is_fraud: Truth) -> float:
-    """Probability that a fraud scores higher than a genuine transaction, ties counting half.
+    """Probability that a fraud scores higher than a legitimate transaction, ties counting half.
 
     Raises:
         EvaluationError: one class only.
@@ -30,9 +30,9 @@ def auc_roc(scores: Scores, is_fraud: Truth) -> float:
     0.75
     """
     false, true = _cumulated(scores, is_fraud)
-    frauds, genuine = _both_classes(true, false)
+    frauds, legitimate = _both_classes(true, false)
     area = (np.diff(false) * (true[1:] + true[:-1]) / 2).sum()  # trapezoids: ties count half
-    return float(area / (frauds * genuine))
+    return float(area / (frauds * legitimate))
 
 
 def average_precision(scores: Scores, is_fraud: Truth) -> float:
@@ -52,7 +52,7 @@ def average_precision(scores: Scores, is_fraud: Truth) -> float:
 
 
 def threshold_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) -> float:
-    """Lowest score at or over which at most ``rate`` of the genuine transactions lie.
+    """Lowest score at or over which at most ``rate`` of the legitimate transactions lie.
 
     It is a score that occurs; infinity if even the highest holds too many.
 
@@ -61,8 +61,8 @@ def threshold_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: floa
     """
     thresholds = _distinct_descending(scores)
     false, true = _cumulated(scores, is_fraud)
-    _, genuine = _both_classes(true, false)
-    allowed = np.flatnonzero(false[1:] <= rate * genuine)
+    _, legitimate = _both_classes(true, false)
+    allowed = np.flatnonzero(false[1:] <= rate * legitimate)
     return float(thresholds[allowed[-1]]) if len(allowed) else float("inf")
 
 
@@ -85,7 +85,7 @@ def threshold_at_precision(
 
 
 def recall_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) -> float:
-    """Share of fraud caught where at most ``rate`` of the genuine transactions raise an alert.
+    """Share of fraud caught where at most ``rate`` of the legitimate transactions raise an alert.
 
     Raises:
         EvaluationError: one class only.
@@ -222,7 +222,7 @@ OPERATING_POINT = (
     "false_positive_rate",
     "precision",
     "fraud_amount_caught_per_day",
-    "genuine_amount_flagged_per_day",
+    "legitimate_amount_flagged_per_day",
 )
 """What the numbers of a row of :func:`operating_points` are."""
 
@@ -257,7 +257,7 @@ def operating_points(
     thresholds, place = np.unique(-scores.astype(np.float64), return_inverse=True)
     steps = len(thresholds)
     true, false = (np.bincount(place, of, steps).cumsum() for of in (is_fraud, ~is_fraud))
-    frauds, genuine = _both_classes(true, false)
+    frauds, legitimate = _both_classes(true, false)
     caught, flagged = (
         np.bincount(place, amount * of, steps).cumsum() for of in (is_fraud, ~is_fraud)
     )
@@ -274,7 +274,7 @@ def operating_points(
                 for value in (
                     alerts[at] / days,
                     true[at] / frauds,
-                    false[at] / genuine,
+                    false[at] / legitimate,
                     true[at] / alerts[at],
                     caught[at] / days,
                     flagged[at] / days,
@@ -316,7 +316,7 @@ def _distinct_descending(scores: Scores) -> NDArray[np.float64]:
 
 
 def _cumulated(scores: Scores, is_fraud: Truth) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Genuine and fraudulent transactions at or over each distinct score, highest first.
+    """Legitimate and fraudulent transactions at or over each distinct score, highest first.
 
     Both begin with a 0 for a threshold over all scores.
     """
@@ -332,12 +332,12 @@ def _cumulated(scores: Scores, is_fraud: Truth) -> tuple[NDArray[np.float64], ND
 
 
 def _both_classes(true: NDArray[np.float64], false: NDArray[np.float64]) -> tuple[float, float]:
-    frauds, genuine = float(true[-1]), float(false[-1])
-    if not frauds or not genuine:
+    frauds, legitimate = float(true[-1]), float(false[-1])
+    if not frauds or not legitimate:
         raise EvaluationError(
-            f"{frauds:.0f} frauds and {genuine:.0f} genuine transactions; both must be there"
+            f"{frauds:.0f} frauds and {legitimate:.0f} legitimate transactions; both must be there"
         )
-    return frauds, genuine
+    return frauds, legitimate
 
 
 def _top_share(scores: Scores, is_fraud: Truth, k: int) -> float:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.features.account import Role, own_columns
-from model.merchant_weight import OwnRisk
+from model.merchant_weight import MerchantWeightNetwork
 
 SIZE_MAX = 4096
 """Largest size of any layer."""
@@ -137,7 +137,8 @@ class _Cell:
 
 def _embedding(codes: int, size: int) -> nn.Embedding:
     """As nn.Embedding makes it; on the meta device without values, for torch imports compiler
-    and symbolic algebra to draw none there: that takes seconds."""
+    and symbolic algebra to draw none there: that takes seconds.
+    """
     weight = torch.empty(codes, size)
     if not weight.is_meta:
         nn.init.normal_(weight)
@@ -193,7 +194,7 @@ class Network(nn.Module):
         self.amount_logit = nn.Linear(rising, 1, bias=False)
         self.fraud_logit = nn.Linear(rising, 1, bias=False)
         self._own_columns = own_columns(a.roles)
-        self.own = OwnRisk(max(1, len(self._own_columns)))
+        self.own = MerchantWeightNetwork(max(1, len(self._own_columns)))
         self.verdict = nn.Linear(a.hidden_size, 1)
         self._roles = a.roles + ("own",) * embedded
         self._any_fraud = a.roles.index("any_fraud") if "any_fraud" in a.roles else None

@@ -142,13 +142,13 @@ class Explainer:
         risky[:, [at["merchant_known_frauds"], at["merchant_streak_frauds"]]] = 0.0
         for name in ("oldest_fraud", "newest_fraud", "streak"):
             risky[:, at[f"merchant_{name}_days"]] = -1.0
-        risky[known, at["merchant_genuine_days"]] = typical["merchant_genuine_days"]
+        risky[known, at["merchant_legitimate_days"]] = typical["merchant_legitimate_days"]
 
         for window in ("1d", "7d", "30d"):
             name = f"merchant_count_{window}"
             new[:, at[name]] = np.maximum(raw[:, at[name]], typical[name])
-        never = raw[:, at["merchant_genuine_days"]] < 0
-        new[never, at["merchant_genuine_days"]] = typical["merchant_genuine_days"]
+        never = raw[:, at["merchant_legitimate_days"]] < 0
+        new[never, at["merchant_legitimate_days"]] = typical["merchant_legitimate_days"]
 
         for name in ("seconds_since_last", "count_1d", "count_7d", "count_30d"):
             velocity[:, at[name]] = typical[name]

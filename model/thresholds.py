@@ -33,7 +33,7 @@ class Goal:
     """What one threshold shall do; the lowest threshold that does it catches the most.
 
     Attributes:
-        kind: at most so many alerts a day, at most such a share of the genuine transactions
+        kind: at most so many alerts a day, at most such a share of the legitimate transactions
             flagged, at least such a share of the alerts fraud, or the threshold itself.
         value: alerts a day, or a share from 0 to 1.
     """
@@ -122,9 +122,9 @@ class OperatingPoint:
 
     Attributes:
         alerts_per_day: transactions at or over it.
-        recall: share of the frauds among them; ``false_positive_rate`` of the genuine.
+        recall: share of the frauds among them; ``false_positive_rate`` of the legitimate.
         precision: share of the alerts that are fraud.
-        fraud_amount_per_day, genuine_amount_per_day: of the alerts, in the currency.
+        fraud_amount_per_day, legitimate_amount_per_day: of the alerts, in the currency.
     """
 
     threshold: float
@@ -133,7 +133,7 @@ class OperatingPoint:
     false_positive_rate: float
     precision: float
     fraud_amount_per_day: float
-    genuine_amount_per_day: float
+    legitimate_amount_per_day: float
 
 
 class OperatingPoints:
@@ -161,7 +161,7 @@ class OperatingPoints:
             "transactions",
             "frauds",
             "fraud_amount_per_day",
-            "genuine_amount_per_day",
+            "legitimate_amount_per_day",
         }
         if missing := sorted(needed - header.validation.keys()):
             raise ThresholdsError(
@@ -248,7 +248,7 @@ class OperatingPoints:
         good = point.false_positive_rate * (self.transactions - self.frauds) / self.days
         return (
             costs.decline.amount * good
-            + costs.decline.share * point.genuine_amount_per_day
+            + costs.decline.share * point.legitimate_amount_per_day
             - costs.review.amount * point.alerts_per_day
         )
 
@@ -360,7 +360,7 @@ def _cells(points: OperatingPoints, thresholds: Thresholds, name: str) -> Sequen
         f"{point.false_positive_rate:.3%}",
         f"{point.precision:.1%}" if point.alerts_per_day else "-",
         f"{point.fraud_amount_per_day:,.0f}",
-        f"{point.genuine_amount_per_day:,.0f}",
+        f"{point.legitimate_amount_per_day:,.0f}",
     )
 
 

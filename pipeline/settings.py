@@ -31,6 +31,21 @@ from pipeline.errors import SettingsError
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.safetensors"
 CONFIG_VARIABLE = "RECUR_CONFIG"
 
+RENAMED = {
+    "cached_merchants_max": "merchant_cache_size",
+    "cached_states_max": "state_cache_size",
+    "checkpoint_look_seconds": "checkpoint_poll_interval_seconds",
+    "future_limit_seconds": "max_timestamp_ahead_seconds",
+    "kafka_bootstrap": "kafka_bootstrap_servers",
+    "kafka_group": "kafka_group_id",
+    "kafka_offset_reset": "kafka_auto_offset_reset",
+    "key_prefix": "redis_key_prefix",
+    "merchant_counts": "update_merchant_profiles",
+    "partitions": "topic_partitions",
+    "transactional": "processing_guarantee",
+}
+"""Settings by their names before version 0.2.0."""
+
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 SENTINEL_PORT = 26379
 
@@ -105,7 +120,7 @@ class Settings(BaseSettings):
     )
 
     # Kafka
-    kafka_bootstrap: str = Field(
+    kafka_bootstrap_servers: str = Field(
         "127.0.0.1:9092", description="broker addresses, host:port, comma-separated"
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
@@ -122,23 +137,23 @@ class Settings(BaseSettings):
     kafka_ssl_certfile: Path | None = Field(None, description="PEM file of the client certificate")
     kafka_ssl_keyfile: Path | None = Field(None, description="PEM file of the client's key")
     kafka_ssl_key_password: SecretStr | None = Field(None, description="password of that key")
-    kafka_group: str = Field("recur", min_length=1, description="consumer group of the workers")
+    kafka_group_id: str = Field("recur", min_length=1, description="consumer group of the workers")
     kafka_session_timeout_seconds: float = Field(
         10.0, ge=1, le=300, description="a silent worker loses its partitions after this, seconds"
     )
     kafka_commit_interval_seconds: float = Field(
         1.0, ge=0.05, le=60, description="between two commits of acked offsets, seconds"
     )
-    kafka_offset_reset: Literal["earliest", "latest"] = Field(
+    kafka_auto_offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="where a group without committed offsets begins"
     )
     kafka_replication_factor: int = Field(
         1, ge=1, le=9, description="replicas of a topic that Recur creates"
     )
-    transactional: bool = Field(
-        False,
-        description="whether scores, alerts and offsets are committed together, in Kafka"
-        " transactions; who reads with read_committed then sees each score once",
+    processing_guarantee: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once",
+        description="exactly_once commits scores, alerts and offsets together, in Kafka"
+        " transactions: a reader with read_committed then sees each score once",
     )
     kafka_compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = Field(
         "none", description="compression of published records"
@@ -153,7 +168,7 @@ class Settings(BaseSettings):
     alerts_topic: TopicName = Field("alerts", description="scores at or over the threshold out")
     labels_topic: TopicName = Field("labels", description="truths that arrive later, in")
     dead_letter_topic: TopicName = Field("dead-letter", description="rejected records out")
-    partitions: int = Field(
+    topic_partitions: int = Field(
         8, ge=1, le=10_000, description="partitions of each topic that Recur creates"
     )
     log_retention_days: float = Field(
@@ -193,7 +208,9 @@ class Settings(BaseSettings):
     redis_timeout_seconds: float = Field(
         5.0, gt=0, le=60, description="one Redis call may take this long, seconds"
     )
-    key_prefix: str = Field("recur", pattern=r"^[A-Za-z0-9_.-]+$", description="begins every key")
+    redis_key_prefix: str = Field(
+        "recur", pattern=r"^[A-Za-z0-9_.-]+$", description="begins every key"
+    )
 
     # Scoring
     checkpoint: Path = Field(SHIPPED_CHECKPOINT, description="model file (safetensors)")
@@ -203,7 +220,7 @@ class Settings(BaseSettings):
         le=36_500,
         description="an account silent for longer starts anew, days of record time",
     )
-    future_limit_seconds: float = Field(
+    max_timestamp_ahead_seconds: float = Field(
         86_400.0, gt=0, description="a timestamp further past its record's is rejected, seconds"
     )
     timestamp_tolerance_seconds: float = Field(
@@ -229,7 +246,7 @@ class Settings(BaseSettings):
     decline_threshold: float | None = Field(
         None, ge=0, le=1, description="score from which on to decline; else the checkpoint's"
     )
-    checkpoint_look_seconds: float = Field(
+    checkpoint_poll_interval_seconds: float = Field(
         5.0,
         ge=0.1,
         le=3600,
@@ -238,16 +255,16 @@ class Settings(BaseSettings):
     micro_batch_max: int = Field(
         2048, ge=1, le=65_536, description="most records in one poll, records"
     )
-    cached_states_max: int = Field(
+    state_cache_size: int = Field(
         50_000, ge=0, description="states that a worker holds in memory (0.6 kB each), states"
     )
-    cached_merchants_max: int = Field(
+    merchant_cache_size: int = Field(
         50_000,
         ge=0,
         le=10_000_000,
         description="merchants whose features a worker holds in memory (0.3 kB each), merchants",
     )
-    merchant_counts: bool = Field(
+    update_merchant_profiles: bool = Field(
         True,
         description="whether to count transactions and labels in merchants' profiles; off for a"
         " second model on the same Redis",
@@ -285,11 +302,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "kafka_security_protocol needs kafka_sasl_username and kafka_sasl_password"
             )
-        if "@" in self.kafka_bootstrap:
+        if "@" in self.kafka_bootstrap_servers:
             raise ValueError(
-                "kafka_bootstrap has host:port alone; who logs in is kafka_sasl_username"
+                "kafka_bootstrap_servers has host:port alone; who logs in is kafka_sasl_username"
             )
-        _check_bootstrap(self.kafka_bootstrap)
+        _check_bootstrap(self.kafka_bootstrap_servers)
         self._check_redis_url()
         self._use_what_is_set()
         if (
@@ -337,6 +354,11 @@ class Settings(BaseSettings):
                 " set it to redis://host:6379/0 of any node, or set redis_cluster"
                 " (RECUR_REDIS_CLUSTER) to false"
             )
+
+    @property
+    def exactly_once(self) -> bool:
+        """Whether scores, alerts and offsets are committed together."""
+        return self.processing_guarantee == "exactly_once"
 
     @property
     def redis_is_tls(self) -> bool:
@@ -388,7 +410,7 @@ class Settings(BaseSettings):
             SettingsError: as :meth:`kafka_ssl_context`.
         """
         options: dict[str, Any] = {
-            "bootstrap_servers": self.kafka_bootstrap,
+            "bootstrap_servers": self.kafka_bootstrap_servers,
             "security_protocol": self.kafka_security_protocol,
         }
         if self.kafka_security_protocol.startswith("SASL"):
@@ -473,7 +495,7 @@ def load_settings(**overrides: Any) -> Settings:
     if len(ours) < len(unknown):
         log.debug("variables that Kubernetes sets for services are ignored")
     if ours:
-        raise SettingsError(f"{', '.join(ours)}: no such setting; `recur settings` lists them all")
+        raise SettingsError("\n".join(f"{name}: {_no_such_setting(name)}" for name in ours))
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -490,6 +512,18 @@ def _is_of_kubernetes(name: str, value: str) -> bool:
 def _is_kubernetes_port(name: str, value: str) -> bool:
     """Whether Kubernetes set a variable that may have a setting's name, such as http_port."""
     return name.endswith("_PORT") and bool(_KUBERNETES_PORT.match(value))
+
+
+def _no_such_setting(name: str) -> str:
+    """Say that there is no such setting, and its new name where it was renamed."""
+    old = name.removeprefix("RECUR_").lower()
+    new = RENAMED.get(old)
+    if new is None:
+        return "no such setting; `recur settings` lists them all"
+    shown = f"RECUR_{new.upper()}" if name.startswith("RECUR_") else new
+    if old == "transactional":
+        return f"renamed; set {shown} to exactly_once (true) or at_least_once (false)"
+    return f"renamed; set {shown}"
 
 
 def _named(name: str) -> str:
@@ -514,7 +548,7 @@ def _check_bootstrap(bootstrap: str) -> None:
     Raises:
         ValueError: it names the setting.
     """
-    name = _named("kafka_bootstrap")
+    name = _named("kafka_bootstrap_servers")
     for address in bootstrap.split(","):
         scheme, separator, _ = address.strip().partition("://")
         if separator:
@@ -585,7 +619,7 @@ def _complaints(error: ValidationError) -> Iterator[str]:
         name = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = "no such setting; `recur settings` lists them all"
+            message = _no_such_setting(name)
         yield f"{_named(name)}: {message}" if name else message
 
 

@@ -76,7 +76,7 @@ def test_a_worker_starts_with_the_settings_that_compose_gives_it(
 
     settings = load_settings()
 
-    assert settings.kafka_bootstrap == "kafka:9092"
+    assert settings.kafka_bootstrap_servers == "kafka:9092"
     assert settings.redis_url == "redis://redis:6379/0"
 
 
@@ -90,10 +90,10 @@ def test_compose_commands_and_variables_run_as_processes(
     redis_options = {name.removeprefix("--"): value for name, value in options.items()}
     with Redis(directory=tmp_path, options=redis_options) as redis_server:
         environment = dict(service["environment"]) | {
-            "RECUR_KAFKA_BOOTSTRAP": kafka.bootstrap,
+            "RECUR_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap,
             "RECUR_REDIS_URL": redis_server.url,
             "RECUR_TOPIC_PREFIX": "compose-",
-            "RECUR_KAFKA_GROUP": "compose",
+            "RECUR_KAFKA_GROUP_ID": "compose",
         }
         assert service["command"] == ["worker"], "start_worker runs `recur worker`"
         worker = start_worker(1, tmp_path, environment)

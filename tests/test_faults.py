@@ -33,7 +33,7 @@ from tests.faults.workers import Sigkill, Zombie
 from tests.faults.workload import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
 
 SHORT_SCALE = 0.04
-SHORT: dict[str, Any] = {"partitions": 4, "kafka_session_timeout_seconds": 3.0}
+SHORT: dict[str, Any] = {"topic_partitions": 4, "kafka_session_timeout_seconds": 3.0}
 """Settings under which a worker's death is noticed soon."""
 
 
@@ -83,7 +83,7 @@ class MadeAgainUnnoticed(TopicMadeAgain):
         await rig.crew.stop()
         store = RedisStateStore.from_settings(rig.settings, rig.checkpoint.digest)
         try:
-            for partition, value in (await store.watermarks(rig.settings.partitions)).items():
+            for partition, value in (await store.watermarks(rig.settings.topic_partitions)).items():
                 mark = replace(Watermark.from_bytes(value), log_id=NO_ID, next_offset=20)
                 (stands,) = await store.save([Save(partition, value, mark.to_bytes(), [], [])])
                 assert stands
@@ -142,7 +142,7 @@ class Tampered(Fault):
     async def _count_once_more(self, rig: Rig, score: dict[str, Any]) -> None:
         settings, checkpoint = rig.settings, rig.checkpoint
         partition = int(score["source"].split(":")[1])
-        keys = Keys(settings.key_prefix, checkpoint.digest, settings.topic("transactions"))
+        keys = Keys(settings.redis_key_prefix, checkpoint.digest, settings.topic("transactions"))
         (key,) = keys.accounts(partition, [score["account_id"]])
         architecture = checkpoint.network.architecture
         codec = StateCodec(architecture.layers, architecture.hidden_size)

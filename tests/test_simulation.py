@@ -131,7 +131,7 @@ class Alone:
             network,
             self.coordinator,
             self.kafka,
-            load_settings(partitions=1),
+            load_settings(topic_partitions=1),
             Consumer,
             lambda error: None,
         )

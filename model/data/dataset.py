@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-UNKNOWN, GENUINE, FRAUD = -1, 0, 1
+UNKNOWN, LEGITIMATE, FRAUD = -1, 0, 1
 """Labels."""
 
 MISSING = -1
@@ -72,7 +72,7 @@ class Dataset:
         account, merchant: [N] codes of 0, 1, 2 ...
         amount: [N] in ``currency``.
         timestamp_ms: [N] ascending.
-        label: [N] :data:`FRAUD`, :data:`GENUINE` or :data:`UNKNOWN`.
+        label: [N] :data:`FRAUD`, :data:`LEGITIMATE` or :data:`UNKNOWN`.
         scenario: [N] kind of fraud, 0 where there is none or it is not known.
         numeric: further fields by name, [N]; NaN: missing.
         categorical: further fields by name, [N] places in ``texts``; :data:`MISSING`.
@@ -100,7 +100,7 @@ class Dataset:
 
     @property
     def is_fraud(self) -> NDArray[np.bool_]:
-        """[N]; what is not known counts as genuine."""
+        """[N]; what is not known counts as legitimate."""
         return np.asarray(self.label == FRAUD)
 
     @property

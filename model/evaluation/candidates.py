@@ -27,7 +27,7 @@ from model.evaluation.lightgbm_reference import TREES, fit_boosted
 from model.evaluation.protocol import Fold, iso_date
 from model.evaluation.windows import WINDOW_INPUTS, window_inputs
 from model.features.account import FeatureSpec, Field, Float32
-from model.merchant_weight import OwnRisk
+from model.merchant_weight import MerchantWeightNetwork
 from model.metrics import average_precision
 from model.network import Cell, Network
 from model.training.account_head import fit_verdict, is_compromised, states_of, verdict_scores
@@ -126,7 +126,9 @@ class Material:
         self._raw: dict[str, Float32] = {}
         self._windows: dict[tuple[tuple[Field, ...], float], Float32] = {}
 
-    def inputs(self, spec: FeatureSpec, own: OwnRisk, device: torch.device = CPU) -> EncodedInputs:
+    def inputs(
+        self, spec: FeatureSpec, own: MerchantWeightNetwork, device: torch.device = CPU
+    ) -> EncodedInputs:
         """The inputs by a specification, with frauds weighed by an own risk."""
         return EncodedInputs(self._raw_by_position(spec, own), spec, device)
 
@@ -141,7 +143,7 @@ class Material:
             lambda done: show(0.0, f"features of new accounts, {done:.0%} done"),
         )
 
-    def raw_of(self, spec: FeatureSpec, own: OwnRisk) -> Callable[[Rows], Float32]:
+    def raw_of(self, spec: FeatureSpec, own: MerchantWeightNetwork) -> Callable[[Rows], Float32]:
         """Gives the raw features [m, R] of rows [m] of the log."""
         raw = self._raw_by_position(spec, own)
         return lambda rows: raw[self._place[rows]]
@@ -171,7 +173,7 @@ class Material:
             self._windows[key] = np.hstack((windows, *further))
         return self._windows[key]
 
-    def _raw_by_position(self, spec: FeatureSpec, own: OwnRisk) -> Float32:
+    def _raw_by_position(self, spec: FeatureSpec, own: MerchantWeightNetwork) -> Float32:
         key = _raw_key(spec, own)
         if key not in self._raw:
             path = self._folder / f"raw-{len(self._raw)}"
@@ -179,7 +181,7 @@ class Material:
         return self._raw[key]
 
 
-def _raw_key(spec: FeatureSpec, own: OwnRisk) -> str:
+def _raw_key(spec: FeatureSpec, own: MerchantWeightNetwork) -> str:
     """Says what raw features depend on."""
     weights = [parameter.numpy().tobytes() for parameter in own.state_dict().values()]
     decides = [spec.fields, spec.label_delay_days, spec.scale, spec.inputs, *weights]

@@ -15,14 +15,14 @@ from model.simulator.world import scenario_name
 from model.training.account_head import COMPROMISED_DAYS, EVERY
 
 MEANINGS = {
-    "AUC": "probability that a fraud scores higher than a genuine transaction",
+    "AUC": "probability that a fraud scores higher than a legitimate transaction",
     "AP": "average precision, the area under the precision-recall curve",
     "card P@100": (
         "each day the 100 cards of highest score: share that has a fraud that day; a card found "
         "leaves the days after (the Handbook's definition)"
     ),
     "P@100": "each day the 100 transactions of highest score: share of fraud",
-    "R@0.1 %": "share of fraud found where 0.1 % of genuine transactions raise an alert",
+    "R@0.1 %": "share of fraud found where 0.1 % of legitimate transactions raise an alert",
     "R@1 %": "the same at 1 %",
     "ECE": "expected calibration error, 15 bins of equal width",
     "Brier": "mean squared difference of score and truth",
@@ -206,7 +206,7 @@ def _scenarios(results: Results) -> str:
     ]
     return f"""## By kind of fraud
 
-Share of each kind's transactions found where {RECALL_FALSE_POSITIVE_RATE:.1%} of the genuine
+Share of each kind's transactions found where {RECALL_FALSE_POSITIVE_RATE:.1%} of the legitimate
 ones raise an alert:
 
 {_markdown_table(headings, rows)}"""

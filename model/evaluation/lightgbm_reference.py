@@ -52,7 +52,7 @@ def lightgbm() -> ModuleType:
     return found
 
 
-class Boosted:
+class BoostedTrees:
     """Trees that score transactions one by one."""
 
     def __init__(self, booster: Any) -> None:
@@ -78,7 +78,7 @@ def fit_boosted(
     report: Callable[[float, str], None] = lambda done, note: None,
     trees: int = TREES,
     categories: Sequence[int] = (),
-) -> tuple[Boosted, float]:
+) -> tuple[BoostedTrees, float]:
     """Trees trained on inputs [n, I], and the seconds that it took.
 
     Args:
@@ -96,4 +96,4 @@ def fit_boosted(
         trees,
         callbacks=[lambda state: report((state.iteration + 1) / trees, "")],
     )
-    return Boosted(booster), time.perf_counter() - began
+    return BoostedTrees(booster), time.perf_counter() - began

@@ -34,9 +34,8 @@ _COLOURS = (
 
 
 def require_matplotlib() -> None:
-    """
-    Raises:
-        MissingRequirementError: it is not installed.
+    """Raises:
+    MissingRequirementError: it is not installed.
     """
     try:
         import matplotlib  # noqa: F401 - only whether it is there

@@ -74,8 +74,7 @@ class Fold:
         )
 
     def describe(self) -> str:
-        """
-        >>> Fold("split", 17622, 17713, 17720, 17805).describe()
+        """>>> Fold("split", 17622, 17713, 17720, 17805).describe()
         'trained to 2018-06-30, tested 2018-07-08 to 2018-09-30'
         """
         last_trained, first, last = (
@@ -181,8 +180,7 @@ def days_of(log: Dataset) -> NDArray[np.int64]:
 
 
 def day_of(text: str) -> int:
-    """
-    >>> day_of("2018-08-15")
+    """>>> day_of("2018-08-15")
     17758
     """
     try:
@@ -193,8 +191,7 @@ def day_of(text: str) -> int:
 
 
 def iso_date(day: int) -> str:
-    """
-    >>> iso_date(17758)
+    """>>> iso_date(17758)
     '2018-08-15'
     """
     return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()

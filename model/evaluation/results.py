@@ -226,8 +226,7 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def in_figures(measure: str, value: float, deviation: float | None = None) -> str:
-    """
-    >>> in_figures("average_precision", 0.78642), in_figures("brier_score", 0.003141)
+    """>>> in_figures("average_precision", 0.78642), in_figures("brier_score", 0.003141)
     ('.786', '.00314')
     >>> in_figures("average_precision", 0.78642, 0.0021), in_figures("auc_roc", 1.0)
     ('.786 ±.002', '1.000')

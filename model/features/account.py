@@ -433,7 +433,7 @@ FRAUD_FEATURES = (
 FRAUD_AGES = (
     "merchant_oldest_fraud_days",
     "merchant_newest_fraud_days",
-    "merchant_genuine_days",
+    "merchant_legitimate_days",
     "merchant_streak_days",
 )
 """Features that depend on when the merchant's known frauds were."""
@@ -480,7 +480,7 @@ MERCHANT_INPUTS: tuple[Input, ...] = (
     Input("merchant_known_frauds", "log1p"),
     Input("merchant_oldest_fraud_days", "log1p"),
     Input("merchant_newest_fraud_days", "log1p"),
-    Input("merchant_genuine_days", "log1p"),
+    Input("merchant_legitimate_days", "log1p"),
     Input("merchant_streak_frauds", "log1p"),
     Input("merchant_streak_days", "log1p"),
     Input("merchant_risk_1d", "linear"),

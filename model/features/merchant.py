@@ -8,7 +8,7 @@ live stream give the same features.
     profiles, transactions' rows and times  --observe_merchants-->  raw [m, M]
 
 Labels come late. Up to ``label_delay`` ago a transaction that is not known as fraud counts as
-genuine; of later ones nothing is known, so risk is measured over windows that end there.
+legitimate; of later ones nothing is known, so risk is measured over windows that end there.
 
 A known fraud has a *weight* from 0 to 1: how far the merchant explains it
 (:mod:`model.merchant_weight`). Sums of frauds are sums of weights. Ages look only at frauds of at
@@ -59,7 +59,7 @@ MERCHANT_FEATURES: tuple[str, ...] = (
     "merchant_known_frauds",  # weights of the known frauds in all closed buckets
     "merchant_oldest_fraud_days",  # since the oldest strong fraud's bucket; -1: none
     "merchant_newest_fraud_days",
-    "merchant_genuine_days",  # since the newest labelled bucket with a genuine one; -1: none
+    "merchant_legitimate_days",  # since the newest labelled bucket with a legitimate one; -1: none
     "merchant_streak_frauds",  # weights of strong frauds in buckets after that one
     "merchant_streak_days",  # since the oldest of them; -1: none
 )
@@ -174,7 +174,7 @@ def observe_merchants(
         profiles: as they are in, or after, the transactions' present buckets; not changed.
         row: [m] the transaction's merchant in ``profiles``.
         timestamp_ms: [m] event time, epoch milliseconds.
-        label_delay_ms: after so long a transaction without a label is taken for genuine.
+        label_delay_ms: after so long a transaction without a label is taken for legitimate.
 
     Returns:
         raw: [m, M] the columns of :data:`MERCHANT_FEATURES`.
@@ -294,10 +294,11 @@ def _look_at_frauds(counts: NDArray[np.uint16], frauds: _KnownFrauds, labelled: 
     oldest = (DEPTH - there.argmax(axis=1)) * _BUCKET_DAYS
     raw[4] = np.where(there.any(axis=1), oldest, _NONE)
     raw[5] = _days_since_last(there)
-    genuine = counts[:, :labelled] > frauds.number[:, :labelled]
-    raw[6] = _days_since_last(genuine)
-    last_genuine = np.where(genuine.any(axis=1), labelled - 1 - genuine[:, ::-1].argmax(axis=1), -1)
-    streak = there & (np.arange(DEPTH) > last_genuine[:, None])
+    legitimate = counts[:, :labelled] > frauds.number[:, :labelled]
+    raw[6] = _days_since_last(legitimate)
+    last = labelled - 1 - legitimate[:, ::-1].argmax(axis=1)
+    last_legitimate = np.where(legitimate.any(axis=1), last, -1)
+    streak = there & (np.arange(DEPTH) > last_legitimate[:, None])
     raw[7] = np.where(streak, frauds.strong, 0.0).sum(axis=1)
     raw[8] = np.where(streak.any(axis=1), (DEPTH - streak.argmax(axis=1)) * _BUCKET_DAYS, _NONE)
     return raw

@@ -91,7 +91,7 @@ class Point(msgspec.Struct, frozen=True):
     """Exposure at a threshold.
 
     Attributes:
-        false_positive_rate: of genuine payments, on the checkpoint's validation days.
+        false_positive_rate: of legitimate payments, on the checkpoint's validation days.
         day, week: what can be taken.
     """
 
@@ -106,7 +106,7 @@ class Exposure(msgspec.Struct, frozen=True):
 
     Attributes:
         accounts: how many were attacked.
-        payments: genuine ones of these accounts, ``flagged`` the share at or over review.
+        payments: legitimate ones of these accounts, ``flagged`` the share at or over review.
         plans: tried.
         review: at the review threshold.
         curve: at thresholds of other shares of false positives.
@@ -256,10 +256,10 @@ def measure_exposure(
     if not accounts:
         return Exposure(0, 0, 0.0, 0.0, 0, None, [], None)
     states, scores = replay(scorer, accounts)
-    genuine = np.concatenate(scores)
+    legitimate = np.concatenate(scores)
     thief = Thief(scorer, states, accounts, monotone)
     review = header.thresholds.review
-    points, now_rate = _thresholds(scorer, settings, genuine)
+    points, now_rate = _thresholds(scorer, settings, legitimate)
     search = _Search(thief, settings)
     total = 1 + len(points)
 
@@ -276,8 +276,8 @@ def measure_exposure(
     target = next((p for (_, r), p in zip(points, curve, strict=True) if r == TARGET_RATE), None)
     return Exposure(
         accounts=len(accounts),
-        payments=len(genuine),
-        flagged=float((genuine >= review).mean()),
+        payments=len(legitimate),
+        flagged=float((legitimate >= review).mean()),
         spent_per_day=float(np.median(thief.spent_per_day)),
         plans=search.tried,
         review=at_review,
@@ -287,7 +287,7 @@ def measure_exposure(
 
 
 def _thresholds(
-    scorer: ProbeScorer, settings: ExposureSettings, genuine: NDArray[np.float32]
+    scorer: ProbeScorer, settings: ExposureSettings, legitimate: NDArray[np.float32]
 ) -> tuple[list[tuple[float, float]], float]:
     """Thresholds with their false positive rates, and the rate of the review threshold.
 
@@ -298,8 +298,8 @@ def _thresholds(
     try:
         points = OperatingPoints(header)
     except ThresholdsError:
-        found = [(float(np.quantile(genuine, 1 - rate)), rate) for rate in settings.rates]
-        return found, float((genuine >= review).mean())
+        found = [(float(np.quantile(legitimate, 1 - rate)), rate) for rate in settings.rates]
+        return found, float((legitimate >= review).mean())
     found = []
     for rate in settings.rates:
         try:

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from model.data.dataset import FRAUD, GENUINE, Dataset
+from model.data.dataset import FRAUD, LEGITIMATE, Dataset
 from model.features.account import FeatureSpec, Float32, Float64, Int64, field_column
 from model.features.merchant import Labels, observe_merchant_log
 from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, States
@@ -230,7 +230,7 @@ def simulated_log(customers: int, days: int, scale: float, seed: int = 0) -> Dat
         merchant=np.concatenate([d.merchant for d in drawn]).astype(np.int32),
         amount=np.concatenate([d.amount for d in drawn]) * scale,
         timestamp_ms=np.concatenate([d.timestamp_ms for d in drawn]),
-        label=np.where(is_fraud, FRAUD, GENUINE).astype(np.int8),
+        label=np.where(is_fraud, FRAUD, LEGITIMATE).astype(np.int8),
         scenario=np.concatenate([d.scenario for d in drawn]),
     )
 

@@ -78,6 +78,6 @@ def _exposure(axes: Axes, result: ProbeResult) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.legend(fontsize=8)
-    axes.set_xlabel("false positives, % of genuine payments")
+    axes.set_xlabel("false positives, % of legitimate payments")
     axes.set_ylabel("exposure / usual spending")
     axes.grid(alpha=0.3)

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from model.simulator.payments import DAY_MS, Payments
 from model.simulator.reach import MAP_SIZE, Reach
-from model.simulator.wide_world import WideWorld
+from model.simulator.wide_world import WideSimulation
 from model.simulator.world import (
     CUSTOMER_COMPROMISED_DAYS,
     CUSTOMER_FRAUD_FACTOR,
@@ -81,7 +81,7 @@ class DayOfTransactions:
         merchant: 0 up to terminals; see :func:`merchant_id`.
         amount: EUR, rounded to cents.
         is_fraud: the truth.
-        scenario: the kind of fraud, a place in :data:`model.simulator.world.SCENARIOS`; 0 genuine.
+        scenario: the kind of fraud, a place in :data:`SCENARIOS` of the world; 0 legitimate.
     """
 
     day: int
@@ -98,24 +98,21 @@ class DayOfTransactions:
 
 
 def account_id(account: int) -> str:
-    """
-    >>> account_id(1234)
+    """>>> account_id(1234)
     'A0001234'
     """
     return f"A{account:07d}"
 
 
 def merchant_id(merchant: int) -> str:
-    """
-    >>> merchant_id(123)
+    """>>> merchant_id(123)
     'M0000123'
     """
     return f"M{merchant:07d}"
 
 
 def transaction_id(number: int) -> str:
-    """
-    >>> transaction_id(5)
+    """>>> transaction_id(5)
     'T000000005'
     """
     return f"T{number:09d}"
@@ -175,12 +172,12 @@ class Simulator:
         """The days from the first on, without end. Each call starts at the first."""
         return self._wide_days() if self.world.is_wide else self._handbook_days()
 
-    def wide_world(self) -> WideWorld:
+    def wide_world(self) -> WideSimulation:
         """The wide world as it is before its first day."""
         rng = np.random.default_rng([self.seed, _WIDE_POPULATION_STREAM])
         shops = self.terminals - self._on_map
         mean, reach, reaches = self._mean_amount, self._reach, self._reaches
-        return WideWorld(rng, mean, reach, reaches, self._on_map, shops, self.world)
+        return WideSimulation(rng, mean, reach, reaches, self._on_map, shops, self.world)
 
     def _wide_days(self) -> Iterator[DayOfTransactions]:
         wide = self.wide_world()

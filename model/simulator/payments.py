@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator.world import GENUINE, Range
+from model.simulator.world import LEGITIMATE, Range
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
@@ -43,7 +43,9 @@ class Payments:
         return len(self.account)
 
     @classmethod
-    def of(cls, account: Ints, time_ms: Ints, amount: Floats, scenario: int = GENUINE) -> Payments:
+    def of(
+        cls, account: Ints, time_ms: Ints, amount: Floats, scenario: int = LEGITIMATE
+    ) -> Payments:
         """All of one scenario, at merchants that are to be drawn."""
         n = len(account)
         return cls(account, time_ms, amount, np.full(n, TO_DRAW), np.full(n, scenario, np.int8))

@@ -38,7 +38,7 @@ IN_PART_FRAUDS = 10.0
 """A day, about the most of one shop, as long as its share is in bounds."""
 
 
-class WideWorld:
+class WideSimulation:
     """The stream of the wide world, a day at a time.
 
     Args:

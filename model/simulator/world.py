@@ -14,7 +14,7 @@ from typing import Literal
 WorldName = Literal["handbook", "wide"]
 
 SCENARIOS = (
-    "genuine",
+    "legitimate",
     "amount over 220",
     "skimmed terminal",
     "stolen card",
@@ -27,10 +27,10 @@ SCENARIOS = (
     "merchant in part",
     "patient thief",
 )
-"""What the numbers of scenarios mean: 0 is genuine, 1 to 3 are the Handbook's kinds of fraud."""
+"""What the numbers of scenarios mean: 0 is legitimate, 1 to 3 are the Handbook's kinds of fraud."""
 
 (
-    GENUINE,
+    LEGITIMATE,
     OVER_220,
     SKIMMED_TERMINAL,
     STOLEN_CARD,

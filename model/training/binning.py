@@ -77,8 +77,8 @@ def _runs(
     cumulated = np.concatenate(([0], np.cumsum(is_fraud)))
     end = np.append(begin[1:], len(values))
     frauds = cumulated[end] - cumulated[begin]
-    genuine = (end - begin) - frauds
-    pure = (frauds[1:] + frauds[:-1] == 0) | (genuine[1:] + genuine[:-1] == 0)
+    legitimate = (end - begin) - frauds
+    pure = (frauds[1:] + frauds[:-1] == 0) | (legitimate[1:] + legitimate[:-1] == 0)
     start = begin[np.concatenate(([True], ~pure))]
     stop = np.append(start[1:], len(values))
     count = np.append(start, len(values)).astype(np.float64)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.merchant_weight import OwnRisk
+from model.merchant_weight import MerchantWeightNetwork
 from model.training.adamw import AdamW
 
 BATCH = 1024
@@ -23,13 +23,13 @@ GRADIENT_NORM_MAX = 1.0
 REPORT_EVERY = 100
 
 
-def fit_own_risk(
+def fit_merchant_weight(
     own_at: Callable[[NDArray[np.intp]], Tensor],
     is_fraud: NDArray[np.bool_],
     inputs: int,
     seed: int,
     show: Callable[[float], None] = lambda _: None,
-) -> OwnRisk:
+) -> MerchantWeightNetwork:
     """Fit the network to n labelled transactions of the training period, in seconds.
 
     Args:
@@ -39,7 +39,7 @@ def fit_own_risk(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = OwnRisk(inputs)
+        network = MerchantWeightNetwork(inputs)
     rate = float(np.clip(is_fraud.mean(), 1 / (1 + len(is_fraud)), 0.5))
     with torch.no_grad():
         network.rest.fill_(float(np.log(rate / (1 - rate))))

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from model.data.dataset import Dataset
 from model.features.account import AmountScale, Encoder, FeatureSpec, Float32, own_columns
-from model.merchant_weight import OwnRisk
+from model.merchant_weight import MerchantWeightNetwork
 from model.training.feature_table import open_raw, write_raw
 from model.training.inputs import chosen_fields, fitted_spec
-from model.training.merchant_weight_fit import fit_own_risk
+from model.training.merchant_weight_fit import fit_merchant_weight
 from model.training.sequences import Sequences
 
 FIT_ROWS_MAX = 2_000_000
@@ -46,7 +46,7 @@ class Prepared:
 
     raw: Float32
     spec: FeatureSpec
-    own: OwnRisk
+    own: MerchantWeightNetwork
     left_out: dict[str, str]
     sample: Rows
 
@@ -82,17 +82,17 @@ def prepare(
     place[sequences.row] = np.arange(len(dataset))
     is_fraud = dataset.is_fraud[sample]
 
-    def own_of(raw: Float32) -> tuple[OwnRisk, _OwnInputs]:
+    def own_of(raw: Float32) -> tuple[MerchantWeightNetwork, _OwnInputs]:
         spec = fitted_spec(raw[place[sample]], is_fraud, fields, label_delay_days, scale)
         inputs = _OwnInputs(spec)
         encoded = inputs.of(raw, place[sample])
         show(0.4, "what payments explain by themselves")
-        own = fit_own_risk(
+        own = fit_merchant_weight(
             lambda rows: encoded[torch.from_numpy(rows)], is_fraud, encoded.shape[1], seed
         )
         return own, inputs
 
-    own: list[OwnRisk] = []
+    own: list[MerchantWeightNetwork] = []
 
     def weigh(raw: Float32, fraud: Rows) -> NDArray[np.uint8]:
         found, inputs = own_of(raw)
@@ -114,7 +114,7 @@ def write_raw_for(
     dataset: Dataset,
     sequences: Sequences,
     spec: FeatureSpec,
-    own: OwnRisk,
+    own: MerchantWeightNetwork,
     path: Path,
     show: Callable[[float], None] = lambda _: None,
 ) -> Float32:

@@ -60,7 +60,7 @@ class TrainingSettings:
     """None: 32, fewer where that would make few updates."""
 
     review_false_positive_rate: float = 0.002
-    """Of the genuine transactions at most this share is reviewed or declined."""
+    """Of the legitimate transactions at most this share is reviewed or declined."""
     decline_precision: float = 0.9
     """Of the declined transactions at least this share is fraud."""
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from model import metrics as evaluation
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
-from model.data.dataset import FRAUD, GENUINE, Dataset, DatasetError, DatasetWriter, Rows
+from model.data.dataset import FRAUD, LEGITIMATE, Dataset, DatasetError, DatasetWriter, Rows
 from model.features.account import DEFINITION, FeatureSpec, Float32, observe_log
 from model.features.merchant import Labels, observe_merchant_log
 from model.network import Network
@@ -122,7 +122,7 @@ def _rows(day: DayOfTransactions) -> Rows:
         merchant=day.merchant.astype(np.uint64),
         amount=day.amount,
         timestamp_ms=day.timestamp_ms,
-        label=np.where(day.is_fraud, FRAUD, GENUINE).astype(np.int8),
+        label=np.where(day.is_fraud, FRAUD, LEGITIMATE).astype(np.int8),
         scenario=day.scenario,
         key=day.transaction_id.astype(np.uint64),
     )
@@ -413,7 +413,7 @@ def _operating_points(dataset: Dataset, scores: Float32, split: Split) -> dict[s
             "transactions": float(len(rows)),
             "frauds": float(is_fraud.sum()),
             "fraud_amount_per_day": float(amount[is_fraud].sum() / days),
-            "genuine_amount_per_day": float(amount[~is_fraud].sum() / days),
+            "legitimate_amount_per_day": float(amount[~is_fraud].sum() / days),
         },
     }
 
@@ -423,7 +423,7 @@ def choose_thresholds(
 ) -> Thresholds:
     """Thresholds on the validation days.
 
-    Review: the lowest score at which at most ``review_false_positive_rate`` of the genuine
+    Review: the lowest score at which at most ``review_false_positive_rate`` of the legitimate
     transactions are reviewed or declined. Decline: the lowest score, no lower than review,
     from which on at least ``decline_precision`` is fraud; 1 where there is none.
     """
@@ -494,12 +494,12 @@ def _sigmoid(logits: Float32) -> Float32:
 
 
 def _check_fraud(dataset: Dataset, split: Split) -> None:
-    """Fraud and genuine transactions must be there in each period that is learned or measured."""
+    """Refuse a period, learned or measured, without fraud or without legitimate transactions."""
     if not dataset.is_labelled.any():
         raise TrainingError("no transaction has a label: nothing can be learned from them")
-    labels = set(np.unique(dataset.label).tolist()) & {FRAUD, GENUINE}
+    labels = set(np.unique(dataset.label).tolist()) & {FRAUD, LEGITIMATE}
     if len(labels) == 1:
-        which = "fraud" if FRAUD in labels else "genuine"
+        which = "fraud" if FRAUD in labels else "legitimate"
         raise TrainingError(
             f"all labels say {which}: both classes are needed; look at the label's column"
         )

@@ -45,8 +45,9 @@ async def send_instruction(
         return places
     except (KafkaError, OSError) as error:
         raise RecurError(
-            f"the broker at {settings.kafka_bootstrap} does not take an instruction for {topic}"
-            f" ({type(error).__name__}): see that it is up, and that this user may write to it"
+            f"the broker at {settings.kafka_bootstrap_servers} does not take an instruction for"
+            f" {topic} ({type(error).__name__}): see that it is up and that this user"
+            " may write to it"
         ) from error
     finally:
         await producer.stop()

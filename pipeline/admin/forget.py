@@ -26,7 +26,7 @@ from pipeline.messages.codec import FORGET
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
-from pipeline.storage.state_scan import Copy, KeyScan
+from pipeline.storage.state_scan import Copy, StateScan
 from pipeline.storage.state_store import Load, RedisStateStore
 
 _LABELS_NOTE = "and what producers send of it from now on"
@@ -93,11 +93,11 @@ class Forgetting:
         count = await partition_count(settings, topic)
         if count is None:
             raise RecurError(
-                f"there is no topic {topic} at {settings.kafka_bootstrap}: correct "
+                f"there is no topic {topic} at {settings.kafka_bootstrap_servers}: correct "
                 "RECUR_TRANSACTIONS_TOPIC or RECUR_TOPIC_PREFIX"
             )
         try:
-            async with KeyScan(settings) as scan:
+            async with StateScan(settings) as scan:
                 copies = await scan.copies(self._account_id)
         except StoreUnavailableError as error:
             raise RecurError(

@@ -65,7 +65,7 @@ async def look_at(settings: Settings, checkpoint: Checkpoint, account_id: str) -
             f"{place.partitions} partitions of {settings.topic('transactions')}: it made no "
             "transaction since the workers began with this model, or none for "
             f"{settings.state_ttl_days:g} days and longer. See that "
-            "RECUR_CHECKPOINT, RECUR_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
+            "RECUR_CHECKPOINT, RECUR_REDIS_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
         )
     architecture = checkpoint.network.architecture
     codec = StateCodec(architecture.layers, architecture.hidden_size)
@@ -115,8 +115,8 @@ async def find(settings: Settings, checkpoint: Checkpoint, account_id: str) -> P
     partitions = await partition_count(settings, topic)
     if partitions is None:
         raise RecurError(
-            f"there is no topic {topic} at {settings.kafka_bootstrap}, and so no state: correct "
-            "RECUR_TRANSACTIONS_TOPIC or RECUR_TOPIC_PREFIX"
+            f"there is no topic {topic} at {settings.kafka_bootstrap_servers}, and so no state:"
+            " correct RECUR_TRANSACTIONS_TOPIC or RECUR_TOPIC_PREFIX"
         )
     places = list(range(partitions))
     expected = int(DefaultPartitioner()(account_id.encode(), places, places))

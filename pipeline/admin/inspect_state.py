@@ -28,7 +28,7 @@ from pipeline.audit.account_filter import One
 from pipeline.audit.recompute import RecomputedPartition
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.partition_reader import KafkaPartitionReader
 from pipeline.kafka.topics import topic_ids
 from pipeline.progress import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark
@@ -50,8 +50,8 @@ async def shown_lines(settings: Settings, account_id: str) -> list[str]:
     checkpoint = load_checkpoint(settings)
     view = await look_at(settings, checkpoint, account_id)
     topic = settings.topic("transactions")
-    keys = Keys(settings.key_prefix, checkpoint.digest, topic)
-    async with KafkaLogReader(settings, topic, view.partition) as reader:
+    keys = Keys(settings.redis_key_prefix, checkpoint.digest, topic)
+    async with KafkaPartitionReader(settings, topic, view.partition) as reader:
         log_end = (await reader.bounds()).end
     log_id = (await topic_ids(settings)).get(topic, NO_ID)
     (key,) = keys.accounts(view.partition, [account_id])
@@ -126,7 +126,7 @@ async def state_at(
     if mark is None:
         raise RecurError(
             f"no worker has applied anything of {topic}-{place.partition} with model "
-            f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_KEY_PREFIX and "
+            f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_REDIS_KEY_PREFIX and "
             "RECUR_REDIS_URL are the workers'"
         )
     log_id = (await topic_ids(settings)).get(topic, NO_ID)

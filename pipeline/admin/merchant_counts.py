@@ -28,7 +28,7 @@ _BUCKET_BITS = 32
 _BUCKET = (1 << _BUCKET_BITS) - 1
 
 
-class CountsOfLog:
+class MerchantCounts:
     """How many transactions each merchant had in each time bucket.
 
     Memory: 16 bytes for each merchant and bucket, and one byte for each transaction.
@@ -53,7 +53,7 @@ class CountsOfLog:
         if self._waiting > _COMPACT:
             self._compact()
 
-    def absorb(self, other: CountsOfLog) -> None:
+    def absorb(self, other: MerchantCounts) -> None:
         """Count what another has counted."""
         other._compact()
         rows = [self.row_of.setdefault(m, len(self.row_of)) for m in other.row_of]
@@ -145,7 +145,7 @@ class LoggedLabel:
 
 
 @dataclass(frozen=True)
-class WeightsOfLog:
+class MerchantWeights:
     """How far transactions explain a fraud, by their scores.
 
     Attributes:
@@ -173,7 +173,7 @@ class WeightsOfLog:
 def frauds_of(
     labels: Iterable[LoggedLabel],
     booked_to: Sequence[int],
-    weights: WeightsOfLog,
+    weights: MerchantWeights,
     standing: Sequence[Fraud] = (),
     kept: Sequence[Fraud] = (),
 ) -> list[Fraud]:

@@ -23,15 +23,15 @@ from rich.console import Console
 
 from model.features.merchant import BUCKET_MS, BUCKETS
 from pipeline.admin.merchant_counts import (
-    CountsOfLog,
     FirstScores,
     LoggedLabel,
-    WeightsOfLog,
+    MerchantCounts,
+    MerchantWeights,
     correction,
     frauds_of,
 )
 from pipeline.errors import RecurError, RejectedError
-from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.partition_reader import KafkaPartitionReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.codec import decode_counted, stored_weight
@@ -65,7 +65,7 @@ ATTEMPTS = 50
 
 
 @dataclass
-class Corrected:
+class ProfileCorrections:
     """What was found, and corrected.
 
     Attributes:
@@ -110,31 +110,31 @@ class MerchantRebuild:
         self._repair = repair
         self._bar = bar
         self._dry_run = dry_run
-        self._counts = CountsOfLog()
+        self._counts = MerchantCounts()
         topic = settings.topic("transactions")
         self._firsts = [FirstScores(f"{topic}:{partition}:") for partition in range(partitions)]
         self._labels_to = [0] * labels_partitions
         self._labels: dict[int, dict[str, list[LoggedLabel]]] = {}  # by slot and merchant
         self._known_from = -1
         self._weights: dict[int, int] = {}
-        self._found = Corrected()
+        self._found = ProfileCorrections()
         self._logs = KafkaScoreLog(settings)
         self._stack = AsyncExitStack()
-        self._readers: dict[tuple[TopicRole, int], KafkaLogReader] = {}
+        self._readers: dict[tuple[TopicRole, int], KafkaPartitionReader] = {}
 
-    async def run(self) -> Corrected:
+    async def run(self) -> ProfileCorrections:
         """Look at everything, and correct it.
 
         Raises:
-            LogReaderError, LogUnavailableError, StoreUnavailableError: Kafka or Redis does not
-                answer.
+            PartitionReaderError, LogUnavailableError: Kafka does not answer.
+            StoreUnavailableError: Redis does not answer.
         """
         async with self._stack:
             await self._logs.start()
             self._stack.push_async_callback(self._logs.stop)
             return await self._run()
 
-    async def _run(self) -> Corrected:
+    async def _run(self) -> ProfileCorrections:
         await self._read_log()
         await self._correct_frauds()
         await self._read_scores(self._counts)
@@ -156,12 +156,12 @@ class MerchantRebuild:
         await self._read_labels()
         await self._read_scores(self._counts)
 
-    async def _read_scores(self, into: CountsOfLog) -> None:
+    async def _read_scores(self, into: MerchantCounts) -> None:
         """Count the scores up to where the topic ends now."""
         for partition, end in (await self._ends("scores", len(self._firsts))).items():
             await self._read_partition(partition, end, into)
 
-    async def _read_partition(self, partition: int, end: int, into: CountsOfLog) -> None:
+    async def _read_partition(self, partition: int, end: int, into: MerchantCounts) -> None:
         firsts = self._firsts[partition]
         is_first = True
         async for records, begin in self._read("scores", partition, end):
@@ -184,7 +184,7 @@ class MerchantRebuild:
 
     async def _read_labels(self) -> None:
         """Take in the labels up to where the topic ends now."""
-        limit_ms = int(self._settings.future_limit_seconds * 1000)
+        limit_ms = int(self._settings.max_timestamp_ahead_seconds * 1000)
         for partition, end in (await self._ends("labels", len(self._labels_to))).items():
             is_first = True
             async for records, begin in self._read("labels", partition, end):
@@ -211,11 +211,12 @@ class MerchantRebuild:
         self, role: TopicRole, partition: int, end: int
     ) -> AsyncIterator[tuple[list[Record], int]]:
         """Records up to an offset; with the one where they begin if it is the first time that the
-        partition is read, else 0."""
+        partition is read, else 0.
+        """
         first_begin = 0
         reader = self._readers.get((role, partition))
         if reader is None:
-            reader = KafkaLogReader(self._settings, self._settings.topic(role), partition)
+            reader = KafkaPartitionReader(self._settings, self._settings.topic(role), partition)
             await self._stack.enter_async_context(reader)
             self._readers[role, partition] = reader
             first_begin = (await reader.bounds()).begin
@@ -252,7 +253,7 @@ class MerchantRebuild:
             await self._read_log()
         labels = self._labels.get(slot, {})
         values = await self._repair.profiles.load(merchants)
-        weights = WeightsOfLog(self._weights, self._found.from_bucket)
+        weights = MerchantWeights(self._weights, self._found.from_bucket)
         frauds: dict[str, Sequence[Fraud]] = {}
         for merchant, value in zip(merchants, values, strict=True):
             standing = Profile.from_bytes(value).frauds if value and is_sound(value) else []
@@ -278,7 +279,7 @@ class MerchantRebuild:
 
     async def _correct_counts(self, merchants: Sequence[str]) -> list[str]:
         """Correct what differs; the merchants whose profiles did."""
-        settling, reading = CountsOfLog(), CountsOfLog()
+        settling, reading = MerchantCounts(), MerchantCounts()
         await asyncio.sleep(SETTLE_SECONDS)
         await self._read_scores(settling)
         standing = await self._profiles(merchants)
@@ -353,7 +354,7 @@ async def rebuild_merchants_lines(
     return list(_describe(found, dry_run))
 
 
-def _describe(found: Corrected, dry_run: bool) -> Iterator[str]:
+def _describe(found: ProfileCorrections, dry_run: bool) -> Iterator[str]:
     verb = "would be corrected" if dry_run else "corrected"
     yield f"{found.merchants:,} merchants in the log"
     yield (

@@ -27,7 +27,7 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
-from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.topic_id import NO_ID, is_other
 
@@ -36,7 +36,7 @@ WAIT_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
-class TakenBack:
+class WatermarksSetBack:
     """A partition whose states are to be computed again.
 
     Attributes:
@@ -69,7 +69,7 @@ class Rebuild:
         self._store = store
         self._logs = logs
 
-    async def look(self, partition: int) -> TakenBack | None:
+    async def look(self, partition: int) -> WatermarksSetBack | None:
         """What would be computed again; None for a partition without a watermark.
 
         Raises:
@@ -79,7 +79,7 @@ class Rebuild:
         found = await self._plan(partition)
         return None if found is None else found[0]
 
-    async def take_back(self, partition: int) -> TakenBack | None:
+    async def take_back(self, partition: int) -> WatermarksSetBack | None:
         """Set a partition's watermark back to the begin of its log.
 
         Without a watermark there is nothing to do: a worker begins at the log's begin by itself.
@@ -101,7 +101,7 @@ class Rebuild:
             # A worker has saved in between: from where it is now.
         return None
 
-    async def _plan(self, partition: int) -> tuple[TakenBack, bytes, Watermark] | None:
+    async def _plan(self, partition: int) -> tuple[WatermarksSetBack, bytes, Watermark] | None:
         log_id = await self._logs.topic_id(self._topic) or NO_ID
         scores_log_id = await self._logs.topic_id(self._scores_topic) or NO_ID
         bounds = await self._logs.bounds(self._topic, partition)
@@ -129,7 +129,9 @@ class Rebuild:
             scores_begin,
             max(standing.stale_to, standing.next_offset) if is_new_log else standing.stale_to,
         )
-        plan = TakenBack(partition, bounds.begin, bounds_end if is_new_log else end, is_new_log)
+        plan = WatermarksSetBack(
+            partition, bounds.begin, bounds_end if is_new_log else end, is_new_log
+        )
         return plan, loaded.watermark, mark
 
 
@@ -245,7 +247,7 @@ async def _states(
     if not found:
         return found
     only = next(iter(found)) if len(found) == 1 else None
-    async with KeyScan(settings) as scan:
+    async with StateScan(settings) as scan:
         async for partition, accounts in scan.accounts(model, only):
             if partition in found:
                 n = len(accounts)
@@ -255,7 +257,7 @@ async def _states(
 
 def _describe_new_log(
     settings: Settings,
-    taken: Sequence[TakenBack],
+    taken: Sequence[WatermarksSetBack],
     stood: dict[int, int],
     labels: Sequence[int],
     dry_run: bool,
@@ -282,7 +284,7 @@ def _describe_new_log(
 
 def _describe(
     topic: str,
-    taken: Sequence[TakenBack],
+    taken: Sequence[WatermarksSetBack],
     stood: dict[int, int],
     dry_run: bool,
     workers: int,

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.partition_reader import KafkaLogReader
+from pipeline.kafka.partition_reader import KafkaPartitionReader
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
 from pipeline.progress import Bar, bar_for
@@ -31,7 +31,7 @@ from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.client import StoreUnavailableError
-from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
 from pipeline.topic_id import NO_ID, is_other, other_log
 
@@ -42,7 +42,7 @@ ELSEWHERE = -1
 
 
 @dataclass(frozen=True)
-class Rekeyed:
+class RepartitionResult:
     """What was done, or would be.
 
     Attributes:
@@ -74,7 +74,7 @@ def _everywhere(partitions: int) -> list[int]:
     return list(range(partitions))
 
 
-class Rekey:
+class Repartition:
     """Moves one model's states.
 
     Args:
@@ -93,7 +93,7 @@ class Rekey:
         self._codec = StateCodec(architecture.layers, architecture.hidden_size)
         self._store = RedisStateStore.from_settings(settings, self._model)
 
-    async def run(self, *, dry_run: bool, accept_stranded: bool) -> Rekeyed | None:
+    async def run(self, *, dry_run: bool, accept_stranded: bool) -> RepartitionResult | None:
         """Move the states, and write the watermarks; None where there is nothing to do.
 
         Args:
@@ -113,13 +113,13 @@ class Rekey:
         finally:
             await self._store.close()
 
-    async def _run(self, dry_run: bool, accept_stranded: bool) -> Rekeyed | None:
+    async def _run(self, dry_run: bool, accept_stranded: bool) -> RepartitionResult | None:
         after = await partition_count(self._settings, self._topic)
         scores = await partition_count(self._settings, self._scores_topic)
         if after is None or scores is None:
             raise RecurError(
                 f"there is no topic {self._topic} or {self._scores_topic} at"
-                f" {self._settings.kafka_bootstrap}: there is nothing to move"
+                f" {self._settings.kafka_bootstrap_servers}: there is nothing to move"
             )
         marks = {
             partition: read_watermark(self._topic, partition, value)
@@ -137,7 +137,7 @@ class Rekey:
         members = await group_members(self._settings)
         if members and not dry_run:
             raise RecurError(
-                f"{members} workers of group {self._settings.kafka_group} are running: stop all"
+                f"{members} workers of group {self._settings.kafka_group_id} are running: stop all"
                 " of them, and run the command again"
             )
         with bar_for(self._console) as bar:
@@ -147,10 +147,10 @@ class Rekey:
                     f"{stranded} records of accounts that move are not applied in their old"
                     " partitions, and come there when the accounts are elsewhere. Give"
                     " --accept-stranded: each is scored as if its account were new. Or set"
-                    " RECUR_KEY_PREFIX to a new prefix, and all accounts begin anew"
+                    " RECUR_REDIS_KEY_PREFIX to a new prefix, and all accounts begin anew"
                 )
             found = await self._look(before, after, bar)
-            result = Rekeyed(before, after, *found, stranded, scores)
+            result = RepartitionResult(before, after, *found, stranded, scores)
             if dry_run:
                 return result
             if scores < after:
@@ -164,7 +164,7 @@ class Rekey:
             raise RecurError(
                 f"the watermarks in Redis are of {sorted(counts)} partitions, and {self._topic}"
                 f" has {after}: partitions were taken away, or added twice between two runs."
-                " Set RECUR_KEY_PREFIX to a new prefix, and all accounts begin anew"
+                " Set RECUR_REDIS_KEY_PREFIX to a new prefix, and all accounts begin anew"
             )
         if scores > after:
             raise RecurError(
@@ -179,7 +179,9 @@ class Rekey:
         stranded = 0
         for partition in range(before):
             start = marks[partition].next_offset if partition in marks else 0
-            async with KafkaLogReader(self._settings, self._topic, partition, start) as reader:
+            async with KafkaPartitionReader(
+                self._settings, self._topic, partition, start
+            ) as reader:
                 end = (await reader.bounds()).end
                 while records := await reader.read(end, READ_MOST):
                     stranded += sum(
@@ -198,7 +200,7 @@ class Rekey:
             RecurError: states lie where Kafka's default partitioner does not put them.
         """
         stays = moves = unreadable = seen = 0
-        async with KeyScan(self._settings) as scan:
+        async with StateScan(self._settings) as scan:
             async for partition, accounts in scan.accounts(self._model):
                 keys = [account.encode() for account in accounts]
                 for key in keys:
@@ -207,7 +209,7 @@ class Rekey:
                             f"{self._topic}-{partition} has states of accounts that Kafka's default"
                             f" partitioner puts elsewhere, with {before} partitions as with"
                             f" {after}: the producers use another one, which this command does not"
-                            " know. Set RECUR_KEY_PREFIX to a new prefix, and all begin anew"
+                            " know. Set RECUR_REDIS_KEY_PREFIX to a new prefix, and all begin anew"
                         )
                 moving = [
                     account
@@ -229,7 +231,7 @@ class Rekey:
     async def _move(self, after: int, states: int, bar: Bar) -> None:
         """Move states, a few at a time: each is written where it goes, and then deleted."""
         seen = 0
-        async with KeyScan(self._settings) as scan:
+        async with StateScan(self._settings) as scan:
             async for partition, accounts in scan.accounts(self._model):
                 by_place: dict[int, list[str]] = {}
                 for account in accounts:
@@ -242,7 +244,7 @@ class Rekey:
                 bar.show("moving states", seen, min(1.0, seen / max(1, states)))
 
     async def _move_some(
-        self, scan: KeyScan, source: int, target: int, accounts: list[str]
+        self, scan: StateScan, source: int, target: int, accounts: list[str]
     ) -> None:
         (here,) = await self._store.load([Load(source, accounts)])
         (there,) = await self._store.load([Load(target, accounts)])
@@ -285,7 +287,9 @@ class Rekey:
             await logs.stop()
 
 
-def describe(result: Rekeyed | None, topic: str, scores_topic: str, dry_run: bool) -> Iterator[str]:
+def describe(
+    result: RepartitionResult | None, topic: str, scores_topic: str, dry_run: bool
+) -> Iterator[str]:
     """Lines for a person to read."""
     if result is None:
         yield f"the states are of the partitions that {topic} has: there is nothing to move"
@@ -315,6 +319,8 @@ async def rekey_lines(
     Raises:
         RecurError: it must not be done; the message says why.
     """
-    result = await Rekey(settings, console).run(dry_run=dry_run, accept_stranded=accept_stranded)
+    result = await Repartition(settings, console).run(
+        dry_run=dry_run, accept_stranded=accept_stranded
+    )
     topic, scores_topic = settings.topic("transactions"), settings.topic("scores")
     return list(describe(result, topic, scores_topic, dry_run))

@@ -8,7 +8,7 @@ from typing import Protocol
 import xxhash
 
 
-class Choice(Protocol):
+class AccountFilter(Protocol):
     """Chooses accounts by the keys of their records, which are their ids in UTF-8."""
 
     def takes(self, key: bytes) -> bool:
@@ -21,19 +21,19 @@ class Choice(Protocol):
         """Take no further accounts."""
 
 
-class Everyone:
+class AllAccounts:
     """All accounts."""
 
     def takes(self, key: bytes) -> bool:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         return True
 
     def wants(self, key: bytes) -> bool:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         return True
 
     def settle(self) -> None:
-        """See :class:`Choice`: an account that begins later is taken, too."""
+        """See :class:`AccountFilter`: an account that begins later is taken, too."""
 
 
 class One:
@@ -43,15 +43,15 @@ class One:
         self._key = account_id.encode()
 
     def takes(self, key: bytes) -> bool:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         return key == self._key
 
     def wants(self, key: bytes) -> bool:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         return key == self._key
 
     def settle(self) -> None:
-        """See :class:`Choice`: there is no further one."""
+        """See :class:`AccountFilter`: there is no further one."""
 
 
 class Sample:
@@ -77,7 +77,7 @@ class Sample:
         self._is_settled = False
 
     def takes(self, key: bytes) -> bool:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         number = xxhash.xxh3_64_intdigest(key)
         if number in self._chosen:
             return True
@@ -93,11 +93,11 @@ class Sample:
         return True
 
     def wants(self, key: bytes) -> bool:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         if len(self._chosen) < self._accounts:
             return True
         return bool(self._largest) and xxhash.xxh3_64_intdigest(key) <= -self._largest[0]
 
     def settle(self) -> None:
-        """See :class:`Choice`."""
+        """See :class:`AccountFilter`."""
         self._is_settled = True

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model.features.account import ACCOUNT_FEATURES
 from model.features.merchant import MERCHANT_FEATURES
-from pipeline.audit.account_filter import Choice, Everyone
+from pipeline.audit.account_filter import AccountFilter, AllAccounts
 from pipeline.audit.score_reader import ScoresInStep
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.messages.codec import PAUSE, RecordedScore
@@ -234,14 +234,14 @@ class RecomputedPartition:
         settings: Settings,
         scorer: Scorer,
         partition: int,
-        choice: Choice | None = None,
+        choice: AccountFilter | None = None,
         open_reader: OpenReader | None = None,
         scores_begin: int = 0,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
         self.partition = partition
-        self._takes = None if choice is None or isinstance(choice, Everyone) else choice.takes
+        self._takes = None if choice is None or isinstance(choice, AllAccounts) else choice.takes
         wants = None if self._takes is None or choice is None else choice.wants
         open_reader = open_reader or kafka_readers(settings)
         self._records = open_reader(settings.topic("transactions"), partition, 0)
@@ -269,7 +269,7 @@ class RecomputedPartition:
         scores_begin = await self._scores.see_end()
         bounds = await self._records.bounds()
         self.begin = bounds.begin
-        if scores_begin > 0 or self._settings.kafka_offset_reset == "latest":
+        if scores_begin > 0 or self._settings.kafka_auto_offset_reset == "latest":
             # Scores that retention deleted, or transactions that no worker was given.
             first = await self._scores.first_source()
             self.begin = max(self.begin, bounds.end if first is None else first)
@@ -293,7 +293,7 @@ class RecomputedPartition:
         """Compute the states up to the offset ``until``, a micro-batch at a time.
 
         Raises:
-            LogReaderError: the broker does not answer.
+            PartitionReaderError: the broker does not answer.
             ScorerBrokenError: the computation fails for everything.
         """
         while self.next_offset < until:

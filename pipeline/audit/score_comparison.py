@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.audit.account_filter import Choice
+from pipeline.audit.account_filter import AccountFilter
 from pipeline.audit.recompute import Advanced
 from pipeline.audit.result import Verification
 from pipeline.audit.score_reader import ScoresInStep
@@ -82,7 +82,7 @@ class ScoreTally:
         partition: int,
         chosen: Sequence[tuple[str, int]],
         scores: ScoresInStep,
-        choice: Choice,
+        choice: AccountFilter,
     ) -> None:
         """Add up what was found of the chosen accounts."""
         rows = np.array([row for _, row in chosen], np.intp)

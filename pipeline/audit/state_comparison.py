@@ -38,7 +38,7 @@ FINE = frozenset({Verdict.RIGHT, Verdict.NONE, Verdict.EXPIRED})
 
 
 @dataclass(frozen=True)
-class Compared:
+class StateComparison:
     """The comparison of n accounts.
 
     Attributes:
@@ -62,7 +62,7 @@ def compare_states(
     lacks_features: NDArray[np.bool_],
     expired_before_ms: int,
     tolerance: float,
-) -> Compared:
+) -> StateComparison:
     """Compare n accounts' states at one watermark.
 
     Args:
@@ -105,7 +105,7 @@ def compare_states(
     names = [*(verdict for verdict, _ in rules), Verdict.RIGHT]
     verdicts = [names[i] for i in chosen.tolist()]
     comparable = due & sound & ~began_early & ~lacks_features
-    return Compared(
+    return StateComparison(
         verdicts,
         np.where(comparable, hidden, np.nan).astype(np.float32),
         np.where(sound, theirs.first_offset, -1),

@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from pipeline.audit.account_filter import Choice, Everyone, One, Sample
+from pipeline.audit.account_filter import AccountFilter, AllAccounts, One, Sample
 from pipeline.audit.recompute import Advanced, RecomputedPartition
 from pipeline.audit.result import Difference, Verification
 from pipeline.audit.score_comparison import ScoreTally
@@ -76,13 +76,13 @@ class VerifyOptions:
     tolerance_hidden: float = HIDDEN_TOLERANCE
     tolerance_score: float = SCORE_TOLERANCE
 
-    def choice(self, partition: int, partitions: int) -> Choice:
+    def choice(self, partition: int, partitions: int) -> AccountFilter:
         """The accounts of a partition."""
         if self.account is not None:
             return One(self.account)
         if self.sample is not None:
             return Sample(self.sample // partitions + (partition < self.sample % partitions))
-        return Everyone()
+        return AllAccounts()
 
 
 class _WentBackError(Exception):
@@ -102,7 +102,7 @@ class _Partition:
     accounts: NDArray[np.uint64]
     begin: int
     next_offset: int
-    choice: Choice
+    choice: AccountFilter
 
 
 async def verify(
@@ -144,7 +144,7 @@ async def same_partition_counts(settings: Settings) -> int:
         count = await partition_count(settings, topic)
         if count is None:
             raise StartupError(
-                f"there is no topic {topic} at {settings.kafka_bootstrap}: correct "
+                f"there is no topic {topic} at {settings.kafka_bootstrap_servers}: correct "
                 f"RECUR_{role.upper()}_TOPIC or RECUR_TOPIC_PREFIX, or start a worker"
             )
         counts[topic] = count
@@ -309,7 +309,7 @@ class Verifier:
     async def _compare(
         self,
         log: RecomputedPartition,
-        choice: Choice,
+        choice: AccountFilter,
         chosen: Sequence[tuple[str, int]],
         until: int,
         tally: ScoreTally,

@@ -236,7 +236,7 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
     """Choose CHECKPOINT's review and decline thresholds by what they shall do.
 
     A GOAL is one of alerts-per-day=N (at most; declined ones count), false-positive-rate=X
-    (at most, of the genuine transactions), precision=P (at least, of the alerts) or
+    (at most, of the legitimate transactions), precision=P (at least, of the alerts) or
     threshold=T; shares as 0.9 or 90%. With costs instead, both thresholds are those whose
     expected cost a day is the lowest. A threshold of which nothing is said stays, but for one
     thing: decline is never under review. Without any wish, what is expected now is printed.
@@ -311,7 +311,7 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Compared too, and the one that the model card is about.",
+    help="StateComparison too, and the one that the model card is about.",
 )
 @click.option(
     "--output",
@@ -455,18 +455,18 @@ def replay(file: Path | None, columns: str | None, example_columns: bool, **opti
     show_default=True,
     help="With --from-transactions: labels come so long after.",
 )
-@click.option("--genuine", is_flag=True, help="With --from-transactions: not frauds alone.")
+@click.option("--legitimate", is_flag=True, help="With --from-transactions: not frauds alone.")
 @click.option("--offset-days", type=float, default=0.0, help="Added to every time, days.")
 @click.option("--transaction-id", help="A single label: of this transaction,")
 @click.option("--account-id", help="of this account")
 @click.option("--merchant-id", help="at this merchant")
-@click.option("--label", type=click.Choice(["fraud", "genuine"]), help="is this")
+@click.option("--label", type=click.Choice(["fraud", "legitimate"]), help="is this")
 @click.option("--timestamp", help="and was made then (ISO 8601 with zone, or milliseconds).")
 @click.option("--labelled-at", help="When that became known; default: now.")
 def label(file: Path | None, **options: Any) -> None:
     """Send labels, the truth about transactions: those in FILE (parquet or CSV), or a single one.
 
-    FILE has columns transaction_id, account_id, merchant_id, label (fraud or genuine), timestamp
+    FILE has columns transaction_id, account_id, merchant_id, label (fraud or legitimate), timestamp
     (of the transaction) and labelled_at.
     """
     from pipeline.replay.labels import LabelOptions, run_label

@@ -219,7 +219,7 @@ def _print_exposure(exposure: Exposure, console: Console) -> None:
         console.print("not measured: no account has enough payments without a fraud")
         return
     console.print(
-        f"over {exposure.accounts:,} accounts ({exposure.payments:,} genuine payments, "
+        f"over {exposure.accounts:,} accounts ({exposure.payments:,} legitimate payments, "
         f"{exposure.flagged:.2%} at or over review), {exposure.plans:,} plans tried; as multiples "
         "of what the account usually spends in that time",
         highlight=False,

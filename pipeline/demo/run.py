@@ -32,7 +32,7 @@ from rich.console import Console
 from model.simulator.world import WORLDS, WorldName
 from pipeline.demo.labels import LateLabels
 from pipeline.demo.stage import Show
-from pipeline.demo.summary import Played, summarize
+from pipeline.demo.summary import DemoResult, summarize
 from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
 from pipeline.files.reader import DAY_MS
@@ -203,7 +203,7 @@ class _Demo:
         self._directory = directory
         self._display = display
         self._settings = load_settings(
-            kafka_bootstrap=services.kafka_bootstrap, redis_url=services.redis_url
+            kafka_bootstrap_servers=services.kafka_bootstrap_servers, redis_url=services.redis_url
         )
         self._workers: list[WorkerProcess] = []
         self._show: Show | None = None
@@ -289,14 +289,14 @@ class _Demo:
         self._display.done("metrics", "  ".join(worker.address for worker in self._workers))
         return script
 
-    async def _play(self, show: Show, script: _Script) -> Played:
+    async def _play(self, show: Show, script: _Script) -> DemoResult:
         histories = burst = None
         if len(script.history):
             histories = await show.histories(script.history, self._options.history_days)
         live = await show.live(script.live, self._options.rate)
         if len(script.burst):
             burst = await show.burst(script.burst, script.burst_blocks)
-        return Played(histories, live, burst)
+        return DemoResult(histories, live, burst)
 
     async def _keep_running(self, show: Show, stream: SimulatedStream) -> None:
         chapter = max(1, round(self._options.rate * CHAPTER_SECONDS))

@@ -20,7 +20,7 @@ from pipeline.local.services import Services
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead
-from pipeline.replay.score_counter import Tally, TopicReader
+from pipeline.replay.score_counter import ScoreCounter, TopicReader
 from pipeline.replay.simulated import SimulatedTransactions
 
 STALL_SECONDS = 60.0
@@ -36,7 +36,7 @@ class Phase:
 
     name: str
     transactions: SimulatedTransactions
-    tally: Tally
+    tally: ScoreCounter
     sent_before: int
     scored_before: int
     rejected_before: int
@@ -197,7 +197,7 @@ class Show:
         return Phase(
             name,
             transactions,
-            Tally(len(transactions), transactions.index_of),
+            ScoreCounter(len(transactions), transactions.index_of),
             self._feed.count.sent,
             self._published,
             self._rejected,

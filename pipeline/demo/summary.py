@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from redis.asyncio import Redis
 
-from model.simulator.world import GENUINE, SCENARIOS
+from model.simulator.world import LEGITIMATE, SCENARIOS
 from pipeline.demo.stage import Phase, Show
 from pipeline.demo.view import Caught, Summary, milliseconds
 from pipeline.local.workers import WorkerProcess
@@ -25,7 +25,7 @@ SAMPLED = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class DemoResult:
     """The phases that were played; None where one was left out."""
 
     histories: Phase | None
@@ -38,7 +38,7 @@ class Played:
 
 
 async def summarize(
-    played: Played, show: Show, workers: Sequence[WorkerProcess], settings: Settings
+    played: DemoResult, show: Show, workers: Sequence[WorkerProcess], settings: Settings
 ) -> Summary:
     """The summary; asks Redis and the workers once more."""
     await asyncio.gather(*(worker.refresh() for worker in workers if worker.death is None))
@@ -55,7 +55,7 @@ async def summarize(
     )
 
 
-def _transactions(played: Played) -> str:
+def _transactions(played: DemoResult) -> str:
     phases = played.all()
     total = sum(len(phase.transactions) for phase in phases)
     lost = sum(max(0, phase.tally.missing - phase.rejected) for phase in phases)
@@ -79,7 +79,7 @@ def _burst(phase: Phase, workers: int) -> str:
     )
 
 
-def _alerts(played: Played, show: Show) -> str:
+def _alerts(played: DemoResult, show: Show) -> str:
     flagged = false = 0
     for phase in (played.live, played.burst):
         if phase is not None:
@@ -96,20 +96,20 @@ def _labels(show: Show) -> str:
     return f"{labels.sent:,} frauds became known, each {days:.0f} simulated days late"
 
 
-def _caught(played: Played) -> list[Caught]:
+def _caught(played: DemoResult) -> list[Caught]:
     phases = [phase for phase in (played.live, played.burst) if phase is not None]
     scenario = np.concatenate([phase.transactions.columns.scenario for phase in phases])
     flagged = np.concatenate([phase.tally.flagged for phase in phases])
     return [
         Caught(name, int((flagged & (scenario == kind)).sum()), int((scenario == kind).sum()))
         for kind, name in enumerate(SCENARIOS)
-        if kind != GENUINE and (scenario == kind).any()
+        if kind != LEGITIMATE and (scenario == kind).any()
     ]
 
 
 async def _states(settings: Settings) -> str:
     """How many account states and merchant profiles Redis holds, and how large they are."""
-    merchant = MerchantKeys(settings.key_prefix).profiles_begin()
+    merchant = MerchantKeys(settings.redis_key_prefix).profiles_begin()
     client = Redis.from_url(settings.redis_url, **settings.redis_client_options())
     async with client:
         keys = [bytes(key) async for key in client.scan_iter(count=10_000)]

@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from model.simulator.world import GENUINE, scenario_name
+from model.simulator.world import LEGITIMATE, scenario_name
 
 ALERT_LINES_MAX = 14
 PLAIN_LINE_SECONDS = 2.0
@@ -34,7 +34,7 @@ _DASH = "–"
 
 @dataclass(frozen=True, slots=True)
 class AlertLine:
-    """One alert; ``scenario`` is the truth, 0 genuine."""
+    """One alert; ``scenario`` is the truth, 0 legitimate."""
 
     event_ms: int
     account_id: str
@@ -354,7 +354,7 @@ def _alerts(scene: Scene, narrow: bool, lines: int) -> RenderableType:
 
 def truth(scenario: int) -> Text:
     """What the simulator knows about an alert."""
-    return Text(scenario_name(scenario), "yellow" if scenario == GENUINE else "green")
+    return Text(scenario_name(scenario), "yellow" if scenario == LEGITIMATE else "green")
 
 
 def _footer(scene: Scene, width: int) -> list[RenderableType]:

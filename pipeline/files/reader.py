@@ -48,7 +48,7 @@ _WRONG_WIDTH = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 _SHORT_TEXT_MAX = 64
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _FRAUD_WORDS = {"1", "1.0", "true", "t", "yes", "y", "fraud"}
-_GENUINE_WORDS = {"0", "0.0", "false", "f", "no", "n", "genuine", "legit"}
+_LEGITIMATE_WORDS = {"0", "0.0", "false", "f", "no", "n", "legitimate", "legit", "genuine"}
 
 Bools = NDArray[np.bool_]
 
@@ -69,7 +69,7 @@ class Part:
     optional: list[list[str | None]]
     """Category, channel and country."""
     labels: NDArray[np.int8] | None
-    """1 fraud, 0 genuine, -1 unknown."""
+    """1 fraud, 0 legitimate, -1 unknown."""
     scenarios: list[str | None] | None
     numeric: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Further numeric fields by name; NaN: missing."""
@@ -108,7 +108,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class LeftOut:
+class SkippedRows:
     """Rows that could not be transactions."""
 
     rows: int = 0
@@ -155,7 +155,7 @@ class TransactionFile:
         latest_ms: int | None = None,
         for_training: bool = False,
     ) -> None:
-        self.left_out = LeftOut()
+        self.left_out = SkippedRows()
         self.unsorted_rows = 0
         self._path = path
         self._mapping = mapping
@@ -541,18 +541,18 @@ def _weights(column: pa.Array, faults: _Faults) -> list[float | None]:
 
 
 def _labels(column: pa.Array, faults: _Faults) -> NDArray[np.int8]:
-    """int8: 1 fraud, 0 genuine, -1 unknown (null or empty)."""
+    """int8: 1 fraud, 0 legitimate, -1 unknown (null or empty)."""
     labels = np.full(len(column), LABEL_UNKNOWN, np.int8)
     wrong = np.zeros(len(column), np.bool_)
     for index, text in enumerate(_texts(column)):
         word = (text or "").strip().lower()
         if word in _FRAUD_WORDS:
             labels[index] = 1
-        elif word in _GENUINE_WORDS:
+        elif word in _LEGITIMATE_WORDS:
             labels[index] = 0
         elif word:
             wrong[index] = True
-    faults.add(wrong, "label is none of 1, 0, true, false, fraud, genuine or empty")
+    faults.add(wrong, "label is none of 1, 0, true, false, fraud, legitimate or empty")
     return labels
 
 

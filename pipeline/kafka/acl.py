@@ -116,16 +116,16 @@ async def check_rights(settings: Settings) -> None:
     """
     async with admin_client(settings) as admin:
         allowed = await _topic_operations(admin, [settings.topic(role) for role in NEEDS])
-        of_group = await _group_operations(admin, settings.kafka_group)
+        of_group = await _group_operations(admin, settings.kafka_group_id)
     for role, operations in NEEDS.items():
-        if role == "labels" and not settings.merchant_counts:
+        if role == "labels" and not settings.update_merchant_profiles:
             continue
         topic = settings.topic(role)
         for operation in operations:
             if not _holds(allowed.get(topic), operation):
                 raise _missing(settings, operation, f"topic {topic}")
     if not _holds(of_group, READ):
-        raise _missing(settings, READ, f"group {settings.kafka_group}")
+        raise _missing(settings, READ, f"group {settings.kafka_group_id}")
 
 
 def _missing(settings: Settings, operation: str, resource: str) -> StartupError:

@@ -13,7 +13,7 @@ HOPELESS = (kafka_errors.InvalidSessionTimeoutError, kafka_errors.InvalidGroupId
 
 def group_refusal(settings: Settings, error: BaseException) -> StartupError:
     """An error of the group that stays, as one line that says what to do."""
-    group = settings.kafka_group
+    group = settings.kafka_group_id
     return StartupError(
         f"the group {group} refuses this worker ({_said(error)}): {_hint(settings, error)}"
     )
@@ -29,14 +29,14 @@ def _hint(settings: Settings, error: BaseException) -> str:
     if isinstance(error, kafka_errors.InconsistentGroupProtocolError):
         return (
             "its members are of another program, or share out partitions in another way; end"
-            " them, or set RECUR_KAFKA_GROUP to a group of Recur's own"
+            " them, or set RECUR_KAFKA_GROUP_ID to a group of Recur's own"
         )
     if isinstance(error, kafka_errors.InvalidGroupIdError):
-        return "the broker does not take that name; set RECUR_KAFKA_GROUP to another one"
+        return "the broker does not take that name; set RECUR_KAFKA_GROUP_ID to another one"
     if isinstance(error, kafka_errors.GroupAuthorizationFailedError):
         return (
             "allow this user (RECUR_KAFKA_SASL_USERNAME) to Read the group with kafka-acls.sh, or"
-            " correct RECUR_KAFKA_GROUP; docs/security.md lists all that a worker needs"
+            " correct RECUR_KAFKA_GROUP_ID; docs/security.md lists all that a worker needs"
         )
     if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
         return (
@@ -44,7 +44,7 @@ def _hint(settings: Settings, error: BaseException) -> str:
             " docs/security.md lists all that a worker needs"
         )
     return (
-        "see the broker's log; such as a group of group.max.size members; RECUR_KAFKA_GROUP"
+        "see the broker's log; such as a group of group.max.size members; RECUR_KAFKA_GROUP_ID"
         " names another group"
     )
 

@@ -28,11 +28,11 @@ FETCH_BYTES = 4 * 1024 * 1024
 FETCH_WAIT_MS = 200
 
 
-class LogReaderError(RecurError):
+class PartitionReaderError(RecurError):
     """The broker did not answer; the message says what to do."""
 
 
-class LogReader(Protocol):
+class PartitionReader(Protocol):
     """Reads a partition in order; an async context manager.
 
     Attributes:
@@ -41,7 +41,7 @@ class LogReader(Protocol):
 
     position: int
 
-    async def __aenter__(self) -> LogReader: ...
+    async def __aenter__(self) -> PartitionReader: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
@@ -49,7 +49,7 @@ class LogReader(Protocol):
         """Where the partition begins and ends now.
 
         Raises:
-            LogReaderError: the broker does not answer.
+            PartitionReaderError: the broker does not answer.
         """
 
     async def first_at(self, time_ms: int) -> int | None:
@@ -59,7 +59,7 @@ class LogReader(Protocol):
             time_ms: CreateTime, epoch milliseconds.
 
         Raises:
-            LogReaderError: the broker does not answer.
+            PartitionReaderError: the broker does not answer.
         """
 
     def skip_to(self, offset: int) -> None:
@@ -72,16 +72,16 @@ class LogReader(Protocol):
             most: of them, at most.
 
         Raises:
-            LogReaderError: the broker does not answer.
+            PartitionReaderError: the broker does not answer.
         """
 
 
-OpenReader = Callable[[str, int, int], LogReader]
+OpenReader = Callable[[str, int, int], PartitionReader]
 """A reader of a topic (its full name) and partition, from an offset on."""
 
 
-class KafkaLogReader:
-    """A :class:`LogReader` with a consumer of its own.
+class KafkaPartitionReader:
+    """A :class:`PartitionReader` with a consumer of its own.
 
     Args:
         settings: names the broker.
@@ -96,7 +96,7 @@ class KafkaLogReader:
         self._ahead: deque[Any] = deque()
         self._consumer: AIOKafkaConsumer | None = None
 
-    async def __aenter__(self) -> KafkaLogReader:
+    async def __aenter__(self) -> KafkaPartitionReader:
         self._consumer = AIOKafkaConsumer(
             **self._settings.kafka_client_options(),
             enable_auto_commit=False,
@@ -118,7 +118,7 @@ class KafkaLogReader:
         await self._consumer.stop()
 
     async def bounds(self) -> Bounds:
-        """See :class:`LogReader`."""
+        """See :class:`PartitionReader`."""
         assert self._consumer is not None
         try:
             begin = await self._consumer.beginning_offsets([self._place])
@@ -128,7 +128,7 @@ class KafkaLogReader:
         return Bounds(begin[self._place], end[self._place])
 
     async def first_at(self, time_ms: int) -> int | None:
-        """See :class:`LogReader`."""
+        """See :class:`PartitionReader`."""
         assert self._consumer is not None
         try:
             found = await self._consumer.offsets_for_times({self._place: time_ms})
@@ -138,13 +138,13 @@ class KafkaLogReader:
         return None if at is None else int(at.offset)
 
     def skip_to(self, offset: int) -> None:
-        """See :class:`LogReader`."""
+        """See :class:`PartitionReader`."""
         assert self._consumer is not None
         self.position = self._reached = offset
         self._consumer.seek(self._place, offset)
 
     async def read(self, end: int, most: int) -> list[Any]:
-        """See :class:`LogReader`."""
+        """See :class:`PartitionReader`."""
         until = monotonic() + STALL_SECONDS
         while not self._ahead and self.position < end:
             assert self._consumer is not None
@@ -172,14 +172,14 @@ class KafkaLogReader:
             self.position = self._ahead[0].offset if self._ahead else self._reached
         return records
 
-    def _away(self, error: BaseException) -> LogReaderError:
+    def _away(self, error: BaseException) -> PartitionReaderError:
         topic, partition = self._place
-        return LogReaderError(
-            f"cannot read {topic}-{partition} at {self._settings.kafka_bootstrap}"
+        return PartitionReaderError(
+            f"cannot read {topic}-{partition} at {self._settings.kafka_bootstrap_servers}"
             f" ({type(error).__name__}: {error}): see that the broker is up"
         )
 
 
 def kafka_readers(settings: Settings) -> OpenReader:
     """Readers of the log on the broker that the settings name."""
-    return partial(KafkaLogReader, settings)
+    return partial(KafkaPartitionReader, settings)

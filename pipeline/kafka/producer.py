@@ -48,7 +48,7 @@ class Outgoing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Appended:
+class AppendResult:
     """Where a partition's scores went, without gaps; both are None where that is not known."""
 
     first: int | None
@@ -79,7 +79,7 @@ class Publisher(Protocol):
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         """Publish all and return once all replicas have them (acks=all).
 
         Args:
@@ -108,7 +108,7 @@ class Transactions(Protocol):
             PublishError: it refuses.
         """
 
-    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, AppendResult | None]:
         """Commit all of each partition, offset included, or nothing of it.
 
         Returns:
@@ -120,7 +120,7 @@ class Transactions(Protocol):
         """
 
 
-class KafkaPublisher:
+class KafkaProducer:
     """Publishes with one idempotent producer.
 
     Args:
@@ -204,7 +204,7 @@ class KafkaPublisher:
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         """See :class:`Publisher`."""
         try:
             if not (alerts or rejected):  # almost always: no tasks are made
@@ -221,7 +221,7 @@ class KafkaPublisher:
                 "on message size and rights of its topics"
             ) from error
 
-    async def _append(self, scores: dict[int, Sequence[Outgoing]]) -> dict[int, Appended]:
+    async def _append(self, scores: dict[int, Sequence[Outgoing]]) -> dict[int, AppendResult]:
         """Append to scores partitions, in order in each of them, side by side."""
         places: dict[int, list[tuple[int | None, int]]] = {partition: [] for partition in scores}
         rest = scores
@@ -418,15 +418,15 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, BrokerResponseError) and not error.retriable
 
 
-def _appended(places: Sequence[tuple[int | None, int]]) -> Appended:
+def _appended(places: Sequence[tuple[int | None, int]]) -> AppendResult:
     """Where batches went, given base offset and size of each."""
     (first, _), *_ = places
     expected = first
     for offset, size in places:
         if offset is None or offset != expected:  # another wrote between them
-            return Appended(None, None)
+            return AppendResult(None, None)
         expected = offset + size
-    return Appended(first, expected)
+    return AppendResult(first, expected)
 
 
 def _known(offset: int) -> int | None:

@@ -64,14 +64,14 @@ _HINTS = {
     "TopicAuthorizationFailedError": _NOT_ALLOWED,
     "ClusterAuthorizationFailedError": _NOT_ALLOWED,
     "PolicyViolationError": "create it by hand as the brokers' policy demands",
-    "InvalidPartitionsError": "change RECUR_PARTITIONS",
+    "InvalidPartitionsError": "change RECUR_TOPIC_PARTITIONS",
 }
 
 
 async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
     """Create the missing topics; partitions of each topic as it now is.
 
-    An existing topic stays as it is, whatever ``settings.partitions`` says. A missing scores
+    An existing topic stays as it is, whatever ``settings.topic_partitions`` says. A missing scores
     topic is created with as many partitions as the transactions topic has. Waits up to
     ``settings.startup_timeout_seconds`` for the broker.
 
@@ -235,7 +235,7 @@ def _compacted(settings: Settings, role: TopicRole, policy: str) -> str:
     return (
         f"topic {topic} has cleanup.policy {policy}: compaction deletes all but the last record of"
         f" a key, and with it the log that {LOGS[role]} are computed from. Run kafka-configs.sh"
-        f" --bootstrap-server {settings.kafka_bootstrap} --alter --entity-type topics"
+        f" --bootstrap-server {settings.kafka_bootstrap_servers} --alter --entity-type topics"
         f" --entity-name {topic} --add-config cleanup.policy=delete, and start again"
     )
 
@@ -268,7 +268,7 @@ async def group_members(settings: Settings) -> int:
     async with admin_client(settings, deadline) as admin:
         while True:
             try:
-                (reply,) = await admin.describe_consumer_groups([settings.kafka_group])
+                (reply,) = await admin.describe_consumer_groups([settings.kafka_group_id])
             except NO_COORDINATOR_YET:
                 if time.monotonic() > deadline:
                     raise
@@ -294,7 +294,7 @@ async def admin_client(settings: Settings, deadline: float | None = None) -> Asy
         yield admin
     except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
         raise StartupError(
-            f"the broker at {settings.kafka_bootstrap} gave no answer about topics"
+            f"the broker at {settings.kafka_bootstrap_servers} gave no answer about topics"
             f" ({_said(error)}): see that it is up, and start again"
         ) from error
     finally:
@@ -318,9 +318,9 @@ async def _connect(settings: Settings, deadline: float) -> Any:
                 if refusal is not None:
                     raise StartupError(refusal) from error
                 raise StartupError(
-                    f"no Kafka broker answers at {settings.kafka_bootstrap} ({_said(error)}):"
-                    " start one, or correct RECUR_KAFKA_BOOTSTRAP or the RECUR_KAFKA_SASL_ and"
-                    " RECUR_KAFKA_SSL_ settings"
+                    f"no Kafka broker answers at {settings.kafka_bootstrap_servers}"
+                    f" ({_said(error)}): start one, or correct RECUR_KAFKA_BOOTSTRAP_SERVERS or the"
+                    " RECUR_KAFKA_SASL_ and RECUR_KAFKA_SSL_ settings"
                 ) from error
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -358,14 +358,14 @@ def _hint(error: BaseException) -> str | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"shows a certificate that is not trusted ({error.verify_message}): set"
-            " RECUR_KAFKA_SSL_CAFILE to the authorities that signed it, and RECUR_KAFKA_BOOTSTRAP"
-            " to a host that is named in it"
+            " RECUR_KAFKA_SSL_CAFILE to the authorities that signed it, and"
+            " RECUR_KAFKA_BOOTSTRAP_SERVERS to a host that is named in it"
         )
     if isinstance(error, ssl.SSLError):
         return (
             f"and we do not agree on TLS ({error.reason}): correct RECUR_KAFKA_SECURITY_PROTOCOL,"
-            " the port in RECUR_KAFKA_BOOTSTRAP, or RECUR_KAFKA_SSL_CERTFILE where it asks for a"
-            " client's certificate"
+            " the port in RECUR_KAFKA_BOOTSTRAP_SERVERS, or RECUR_KAFKA_SSL_CERTFILE where it"
+            " asks for a client's certificate"
         )
     if isinstance(error, kafka_errors.UnsupportedSaslMechanismError):
         return f"does not take RECUR_KAFKA_SASL_MECHANISM ({_said(error)})"
@@ -382,9 +382,9 @@ async def _create_missing(admin: Any, settings: Settings, deadline: float) -> di
     counts = await _partition_counts(admin)
     transactions = settings.topic("transactions")
     if transactions not in counts:
-        await _create(admin, settings, {transactions: settings.partitions})
+        await _create(admin, settings, {transactions: settings.topic_partitions})
         counts |= await _visible(admin, {transactions}, deadline)
-    missing = {name: settings.partitions for name in names if name not in counts}
+    missing = {name: settings.topic_partitions for name in names if name not in counts}
     if settings.topic("scores") in missing:
         missing[settings.topic("scores")] = counts[transactions]
     if missing:

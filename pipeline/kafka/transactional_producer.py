@@ -30,7 +30,7 @@ from aiokafka.errors import (
 
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import MessageLimits
-from pipeline.kafka.producer import Appended, KafkaPublisher, PublishError, Said, is_refusal
+from pipeline.kafka.producer import AppendResult, KafkaProducer, PublishError, Said, is_refusal
 from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.settings import Settings
 
@@ -68,7 +68,7 @@ class LetterRefusedError(Exception):
     """The broker refuses a dead letter for what it is; the transaction is aborted."""
 
 
-class PartitionPublisher(KafkaPublisher):
+class PartitionPublisher(KafkaProducer):
     """The one producer of an input partition.
 
     Args:
@@ -95,10 +95,10 @@ class PartitionPublisher(KafkaPublisher):
         )
         self._partition = partition
         self._source = TopicPartition(settings.topic("transactions"), partition)
-        self._group = settings.kafka_group
+        self._group = settings.kafka_group_id
         self._at_work = asyncio.Lock()
 
-    async def commit(self, said: Said, *, letters_apart: bool = False) -> Appended | None:
+    async def commit(self, said: Said, *, letters_apart: bool = False) -> AppendResult | None:
         """One transaction: publish all, commit the offset; where the scores went.
 
         Args:
@@ -125,7 +125,7 @@ class PartitionPublisher(KafkaPublisher):
                     "and the rights on transactional ids and the group"
                 ) from error
 
-    async def _commit_or_abort(self, said: Said) -> Appended | None:
+    async def _commit_or_abort(self, said: Said) -> AppendResult | None:
         try:
             return await self._commit(said)
         except (BatchTooLargeError, LetterRefusedError):
@@ -133,7 +133,7 @@ class PartitionPublisher(KafkaPublisher):
             await self._producer.abort_transaction()
             raise
 
-    async def _commit(self, said: Said) -> Appended | None:
+    async def _commit(self, said: Said) -> AppendResult | None:
         producer = self._producer
         assert producer is not None
         await producer.begin_transaction()
@@ -152,10 +152,10 @@ class PartitionPublisher(KafkaPublisher):
                     raise LetterRefusedError from results[2]
             raise next(filter(_is_fenced, errors), errors[0])
         await producer.commit_transaction()
-        where: Appended | None = results[0].get(self._partition)
+        where: AppendResult | None = results[0].get(self._partition)
         if where is None or where.next is None:
             return where
-        return Appended(where.first, where.next + 1)  # the marker takes an offset
+        return AppendResult(where.first, where.next + 1)  # the marker takes an offset
 
     async def _too_large(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
         """What was sent before in the transaction goes with it."""
@@ -171,7 +171,7 @@ class PartitionPublisher(KafkaPublisher):
                 future.exception()  # seen: it was told to whoever awaited the commit
 
 
-class TransactionalPublisher:
+class TransactionalProducer:
     """One producer for each input partition that was taken.
 
     Args:
@@ -232,9 +232,9 @@ class TransactionalPublisher:
             for task in late:
                 task.cancel()
 
-    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, AppendResult | None]:
         """See :class:`pipeline.kafka.producer.Transactions`."""
-        committed: dict[int, Appended | None] = {}
+        committed: dict[int, AppendResult | None] = {}
 
         async def commit_one(partition: int) -> None:
             tenure, publisher = self._publishers.get(partition, (0, None))
@@ -281,7 +281,7 @@ class TransactionalPublisher:
 
 def transactional_id(settings: Settings, partition: int) -> str:
     """The id that whoever owns an input partition produces with."""
-    return f"{settings.kafka_group}-{settings.topic('transactions')}-{partition}"
+    return f"{settings.kafka_group_id}-{settings.topic('transactions')}-{partition}"
 
 
 def _left_by(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]]:

@@ -725,7 +725,7 @@ class Services:
     An address is empty when the service was neither started nor given.
     """
 
-    kafka_bootstrap: str
+    kafka_bootstrap_servers: str
     redis_url: str
     kafka: Kafka | None = None
     redis: Redis | None = None
@@ -733,7 +733,7 @@ class Services:
     def environment(self) -> dict[str, str]:
         """The settings by which a worker process finds both."""
         addresses = {
-            "RECUR_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
+            "RECUR_KAFKA_BOOTSTRAP_SERVERS": self.kafka_bootstrap_servers,
             "RECUR_REDIS_URL": self.redis_url,
         }
         return {name: address for name, address in addresses.items() if address}
@@ -745,7 +745,7 @@ def embedded(
     redis: bool = True,
     directory: Path | None = None,
     *,
-    kafka_bootstrap: str | None = None,
+    kafka_bootstrap_servers: str | None = None,
     redis_url: str | None = None,
     heap_mb: int = KAFKA_HEAP_MB,
     appendonly: bool = True,
@@ -756,7 +756,7 @@ def embedded(
         kafka: whether Kafka is wanted.
         redis: whether Redis is wanted.
         directory: holds the directory of each; temporary ones when None.
-        kafka_bootstrap: address of brokers that run already.
+        kafka_bootstrap_servers: address of brokers that run already.
         redis_url: address of a Redis that runs already.
         heap_mb: as for :class:`Kafka`.
         appendonly: as for :class:`Redis`.
@@ -767,7 +767,7 @@ def embedded(
     broker: Kafka | None = None
     store: Redis | None = None
     with ExitStack() as stack:
-        if kafka and not kafka_bootstrap:
+        if kafka and not kafka_bootstrap_servers:
             broker = Kafka(directory=directory / "kafka" if directory else None, heap_mb=heap_mb)
             stack.callback(broker.close)
             broker.launch()
@@ -781,7 +781,7 @@ def embedded(
             if service is not None:
                 service.wait_until_ready()
         yield Services(
-            kafka_bootstrap or (broker.bootstrap if broker else ""),
+            kafka_bootstrap_servers or (broker.bootstrap if broker else ""),
             redis_url or (store.url if store else ""),
             broker,
             store,
@@ -813,7 +813,8 @@ def free_port(also_offset: int = 0) -> int:
 
 def _reserve(port: int) -> socket.socket | None:
     """What keeps the port from being given by other processes until this one ends: its number
-    with UDP, which none of the services uses. None: another process has it."""
+    with UDP, which none of the services uses. None: another process has it.
+    """
     reservation = socket.socket(type=socket.SOCK_DGRAM)
     try:
         reservation.bind((HOST, port))

@@ -124,14 +124,19 @@ class Label(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     transaction_id: Id
     account_id: Id
     merchant_id: Id
-    label: Literal["fraud", "genuine"]
+    label: Literal["fraud", "legitimate", "genuine"]
     timestamp: Timestamp
     labelled_at: Timestamp
     source: ShortText | None = None
     merchant_weight: Share | None = None
 
+    def __post_init__(self) -> None:
+        """Read ``genuine`` as ``legitimate``: logs hold the word from before version 0.2.0."""
+        if self.label == "genuine":
+            msgspec.structs.force_setattr(self, "label", "legitimate")
 
-LABELS = ("fraud", "genuine")
+
+LABELS = ("fraud", "legitimate")
 
 _decode_label = msgspec.json.Decoder(Label).decode
 
@@ -298,7 +303,7 @@ def _decoded(value: bytes | None, decoder: Callable[[bytes], T]) -> T:
     except msgspec.ValidationError as error:
         _refuse_other_units(value, str(error))
         reason = _reason(str(error))
-        said = "the label is neither fraud nor genuine" if reason == "label" else str(error)
+        said = "the label is neither fraud nor legitimate" if reason == "label" else str(error)
         raise RejectedError(reason, said) from None
     except _NOT_JSON as error:
         raise RejectedError("not_json", str(error)[:200]) from None

@@ -37,7 +37,7 @@ FRAME_SECONDS = 0.2
 DELAY_DAYS_MAX = 365.0
 OFFSET_DAYS_MAX = 100_000
 FRAUD: Literal["fraud"] = "fraud"
-GENUINE: Literal["genuine"] = "genuine"
+LEGITIMATE: Literal["legitimate"] = "legitimate"
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _SINGLE = ("transaction_id", "account_id", "merchant_id", "label", "timestamp")
@@ -58,8 +58,8 @@ class LabelOptions:
     """The file holds transactions with their truth; their column mapping."""
     delay_days: float = 7.0
     """Labels made of transactions come so long after them."""
-    genuine: bool = False
-    """Make labels of genuine transactions, too."""
+    legitimate: bool = False
+    """Make labels of legitimate transactions, too."""
     offset_days: float = 0.0
     """Added to every time."""
     transaction_id: str | None = None
@@ -145,7 +145,7 @@ def single_label(options: LabelOptions) -> Label:
         transaction_id=options.transaction_id or "",
         account_id=options.account_id or "",
         merchant_id=options.merchant_id or "",
-        label=FRAUD if options.label == FRAUD else GENUINE,
+        label=FRAUD if options.label == FRAUD else LEGITIMATE,
         timestamp=timestamp_ms,
         labelled_at=labelled_ms,
         source=SOURCE_HAND,
@@ -181,7 +181,7 @@ def encode_labels(
                 transaction,
                 account,
                 merchant,
-                FRAUD if fraud else GENUINE,
+                FRAUD if fraud else LEGITIMATE,
                 time_ms,
                 known,
                 source,
@@ -209,7 +209,7 @@ class _FileLabels:
         self.frauds = 0
         self._delay_ms = round(options.delay_days * DAY_MS)
         self._offset_ms = round(options.offset_days * DAY_MS)
-        self._genuine = options.genuine
+        self._legitimate = options.legitimate
         self._labels: LabelFile | None = None
         self._transactions: TransactionFile | None = None
         if options.from_transactions is None:
@@ -253,7 +253,7 @@ class _FileLabels:
             for part in self._transactions.parts():
                 assert part.labels is not None
                 chosen = part.labels == 1
-                if self._genuine:
+                if self._legitimate:
                     chosen = part.labels != LABEL_UNKNOWN
                 at = np.flatnonzero(chosen)
                 if len(at):

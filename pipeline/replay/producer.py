@@ -181,7 +181,7 @@ class Feed:
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
             await self._producer.stop()
             raise RecurError(
-                f"cannot publish to topic {self._topic} at {self._settings.kafka_bootstrap}"
+                f"cannot publish to topic {self._topic} at {self._settings.kafka_bootstrap_servers}"
                 f" ({type(error).__name__}): see that the broker is up and the topic exists"
             ) from error
         return self
@@ -352,8 +352,8 @@ class Feed:
         if isinstance(error, TOO_LARGE):
             said += ": the topic's max.message.bytes was lowered meanwhile; start again"
         return RecurError(
-            f"the broker at {self._settings.kafka_bootstrap} does not take {self._role} ({said});"
-            f" {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"
+            f"the broker at {self._settings.kafka_bootstrap_servers} does not take {self._role}"
+            f" ({said}); {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"
         )
 
 

@@ -99,7 +99,7 @@ def run_replay(options: ReplayOptions, settings: Settings, console: Console | No
         offset_ms=round(options.offset_days * DAY_MS),
         skip_unusable=options.skip_unusable,
         allow_unsorted=options.allow_unsorted,
-        latest_ms=round((time.time() + settings.future_limit_seconds) * 1000),
+        latest_ms=round((time.time() + settings.max_timestamp_ahead_seconds) * 1000),
     )
     return asyncio.run(_Replay(options, settings, file, console).run())
 

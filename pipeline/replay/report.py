@@ -24,7 +24,7 @@ from model.metrics import (
 from pipeline.errors import RecurError
 from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, Part
 from pipeline.messages.decision import DECISIONS
-from pipeline.replay.score_counter import Tally, TopicReader
+from pipeline.replay.score_counter import ScoreCounter, TopicReader
 
 ROWS_MAX = 50_000_000
 """A report of more rows would take gigabytes."""
@@ -142,7 +142,7 @@ def _hashes(names: Sequence[str]) -> NDArray[np.int64]:
 class Outcome:
     """Everything that came out until nothing more came."""
 
-    tally: Tally
+    tally: ScoreCounter
     alerts: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     """By reason."""
@@ -171,7 +171,7 @@ async def gather_outcome(
         all_applied: whether the workers have committed every row.
         show: called with what is going on, how many rows are done, and of how many.
     """
-    outcome = Outcome(Tally(len(truth), truth.index_of))
+    outcome = Outcome(ScoreCounter(len(truth), truth.index_of))
     expected = len(truth) - truth.repeated_ids
     moved_at, before = time.monotonic(), -1
     while True:
@@ -237,7 +237,7 @@ def _not_scored(truth: Truth, outcome: Outcome) -> str:
     return "; ".join(parts) or "0"
 
 
-def _measures(truth: Truth, tally: Tally, skip_days: int) -> list[tuple[str, str]]:
+def _measures(truth: Truth, tally: ScoreCounter, skip_days: int) -> list[tuple[str, str]]:
     """How good the scores are, over the rows with a label and a score."""
     if not len(truth):
         return []

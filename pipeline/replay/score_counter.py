@@ -52,7 +52,7 @@ _decode = msgspec.json.Decoder(Outcome).decode
 _DECISION_INDEX = {name: index for index, name in enumerate(DECISIONS)}
 
 
-class Tally:
+class ScoreCounter:
     """The scores of n transactions that were sent.
 
     Attributes:
@@ -212,7 +212,7 @@ class TopicReader:
 
     def _away(self, error: BaseException) -> RecurError:
         return RecurError(
-            f"cannot read topic {self.topic} at {self._settings.kafka_bootstrap}"
+            f"cannot read topic {self.topic} at {self._settings.kafka_bootstrap_servers}"
             f" ({type(error).__name__}): see that the broker is up"
         )
 
@@ -229,13 +229,13 @@ async def committed_offsets(settings: Settings) -> dict[int, int]:
     topic = settings.topic("transactions")
     try:
         await admin.start()
-        found = await admin.list_consumer_group_offsets(settings.kafka_group)
+        found = await admin.list_consumer_group_offsets(settings.kafka_group_id)
     except kafka_errors.GroupCoordinatorNotAvailableError:  # so is a broker's before any group
         return {}
     except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
         raise RecurError(
-            f"cannot ask the broker at {settings.kafka_bootstrap} for the offsets of group"
-            f" {settings.kafka_group} ({type(error).__name__}): see that it is up"
+            f"cannot ask the broker at {settings.kafka_bootstrap_servers} for the offsets of group"
+            f" {settings.kafka_group_id} ({type(error).__name__}): see that it is up"
         ) from error
     finally:
         await admin.close()

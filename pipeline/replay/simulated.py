@@ -28,7 +28,7 @@ class Columns:
     merchant: NDArray[np.int64]
     amount: NDArray[np.float64]
     scenario: NDArray[np.int8]
-    """A place in :data:`model.simulator.world.SCENARIOS`; 0 genuine."""
+    """A place in :data:`model.simulator.world.SCENARIOS`; 0 legitimate."""
 
     def __len__(self) -> int:
         return len(self.account)

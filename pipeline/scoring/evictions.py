@@ -25,7 +25,7 @@ from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings, redis_address
-from pipeline.storage.client import RedisCalls, StoreUnavailableError, redis_client
+from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.servers import NO_EVICTION, Server, evicted_keys, servers
@@ -100,8 +100,8 @@ class Evictions:
         self._metrics = metrics
         self._health = health
         self._on_repaired = on_repaired
-        self._calls = RedisCalls(redis_client(settings))
-        self._keys = Keys(settings.key_prefix, model, settings.topic("transactions"))
+        self._calls = RedisClient(redis_client(settings))
+        self._keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
         self._one_at_a_time = asyncio.Lock()
         self._record: Record | None = None
         self._is_written = True  # that something is lost
@@ -251,7 +251,7 @@ class Evictions:
         if record is None or not lost or any(server.may_evict for server in found):
             return
         records = sum([await self._take_back(p) for p in range(self._partitions)])
-        if self._settings.merchant_counts:
+        if self._settings.update_merchant_profiles:
             await self._merchant_store.forget_booked(await self._labels_partitions() or 0)
         # What is evicted from here on is more than what is written here.
         record = Record(record.repaired | _evicted(found), 0, record.repairs + 1)

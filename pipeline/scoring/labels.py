@@ -25,7 +25,7 @@ from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import Chunk, LogId, Poll, Record, TransactionLog
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.settings import Settings
 from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
 from pipeline.storage.merchant_store import Booked, Booking, MerchantStore
@@ -70,7 +70,7 @@ class LabelProcessor:
         publisher: Publisher,
         logs: Logs,
         labels_log: TransactionLog,
-        patience: Patience,
+        patience: Retrier,
         metrics: Metrics,
         health: Health,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -83,7 +83,7 @@ class LabelProcessor:
         self._metrics = metrics
         self._health = health
         self._topic = settings.topic("labels")
-        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+        self._future_limit_ms = int(settings.max_timestamp_ahead_seconds * 1000)
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
         )
@@ -147,7 +147,7 @@ class LabelProcessor:
             if booked is None:  # none came yet; what is committed was booked
                 committed = partial(self._labels_log.committed, partition)
                 booked = await self._patience.ask_log(committed)
-            standing = await self._patience.ask_store(partial(self._store.booked_to, partition))
+            standing = await self._patience.retry_redis(partial(self._store.booked_to, partition))
             if booked is not None and standing < booked:
                 standing = max(standing, await self._begin(partition))
                 if standing < booked and self._next_offsets is tenure:
@@ -172,7 +172,7 @@ class LabelProcessor:
             if self._on_new_log == "stop":
                 raise other_log(self._topic, named, found, "booked labels")
             begin = partial(self._store.begin_labels_log, partition, found)
-            await self._patience.ask_store(begin)
+            await self._patience.retry_redis(begin)
             log.warning(
                 "the topic was deleted and made again: its labels are booked from its begin",
                 extra={
@@ -193,7 +193,7 @@ class LabelProcessor:
         """The id that the store names; it names what is found where it named none."""
         if found == NO_ID:
             return NO_ID
-        named = await self._patience.ask_store(partial(self._store.labels_log, partition, found))
+        named = await self._patience.retry_redis(partial(self._store.labels_log, partition, found))
         return found if named is None else named
 
     async def _begin(self, partition: int) -> int:
@@ -239,7 +239,7 @@ class LabelProcessor:
         return behind
 
     async def _ask(self, partition: int, bookings: list[Booking], begin: int, end: int) -> Booked:
-        return await self._patience.ask_store(
+        return await self._patience.retry_redis(
             lambda: self._store.book(partition, bookings, begin, end)
         )
 
@@ -252,7 +252,7 @@ class LabelProcessor:
             self._metrics.labels.labels(names[i], booked.decisions[i]).inc()
         self._metrics.label_delay.observe(np.array([delays_ms[i] for i in new]) / 1000.0)
         if booked.behind is None:
-            self._metrics.labels_repeated.inc(len(names) - len(done))
+            self._metrics.duplicate_labels.inc(len(names) - len(done))
 
 
 def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from model.features.merchant import MERCHANT_FEATURES, observe_merchants, present_bucket
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.storage.merchant_profile import decode_profiles
 from pipeline.storage.merchant_store import MerchantStore
 
@@ -25,7 +25,7 @@ NONE_SEEN = -1
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MissingProfiles:
     """Features of a micro-batch's merchants, as far as they are held in memory.
 
     Attributes:
@@ -54,7 +54,7 @@ class Merchants:
         self,
         *,
         store: MerchantStore,
-        patience: Patience,
+        patience: Retrier,
         metrics: Metrics,
         label_delay_ms: int,
         cached_max: int,
@@ -69,21 +69,21 @@ class Merchants:
         self._present = np.full(cached_max + 1, NONE_SEEN, np.int64)
         self._raw = np.zeros((cached_max + 1, M), np.float32)
 
-    def look(self, merchant_ids: Sequence[str], timestamp_ms: NDArray[np.int64]) -> Wanted:
+    def look(self, merchant_ids: Sequence[str], timestamp_ms: NDArray[np.int64]) -> MissingProfiles:
         """What is held in memory of the merchants of n transactions."""
         unknown = self._cached_max
         get = self._row_of.get
         row = np.array([get(merchant, unknown) for merchant in merchant_ids], np.intp)
         missing = np.flatnonzero(self._present[row] != present_bucket(timestamp_ms))
         self._metrics.profiles.labels("cached").inc(len(row) - len(missing))
-        return Wanted(self._raw[row], missing, merchant_ids, timestamp_ms)
+        return MissingProfiles(self._raw[row], missing, merchant_ids, timestamp_ms)
 
-    async def fill(self, wanted: Wanted) -> None:
+    async def fill(self, wanted: MissingProfiles) -> None:
         """Load what is missing, and hold the newest of it."""
         names = [wanted.merchant_ids[i] for i in wanted.missing.tolist()]
         place_of: dict[str, int] = {}
         place = np.array([place_of.setdefault(name, len(place_of)) for name in names], np.intp)
-        values = await self._patience.ask_store(lambda: self._store.load(list(place_of)))
+        values = await self._patience.retry_redis(lambda: self._store.load(list(place_of)))
         profiles, refused = decode_profiles(values)
         times = wanted.timestamp_ms[wanted.missing]
         raw = observe_merchants(profiles, place, times, self._label_delay_ms)

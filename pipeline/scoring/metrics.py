@@ -123,8 +123,8 @@ class Metrics:
             "recur_letters_lost", "Rejected records that the broker refused as dead letters, too",
             registry=registry,
         )  # fmt: skip
-        self.duplicates = Counter(
-            "recur_duplicates", "Transactions dropped because their id was seen before",
+        self.duplicate_transactions = Counter(
+            "recur_duplicate_transactions", "Transactions dropped because their id was seen before",
             registry=registry,
         )  # fmt: skip
         self.id_conflicts = Counter(
@@ -146,9 +146,8 @@ class Metrics:
             "recur_accounts_forgotten", "Instructions to forget an account that were applied",
             registry=registry,
         )  # fmt: skip
-        self.replayed = Counter(
-            "recur_replayed", "Records dropped because they were applied before",
-            registry=registry,
+        self.records_skipped = Counter(
+            "recur_records_skipped", "Records not scored, and why", ["reason"], registry=registry,
         )  # fmt: skip
         self.scores_recovered = Counter(
             "recur_scores_recovered", "Scores found in the scores topic and kept",
@@ -167,8 +166,8 @@ class Metrics:
             "recur_labels", "Labels booked, by truth and by what was decided of the transaction",
             ["label", "decision"], registry=registry,
         )  # fmt: skip
-        self.labels_repeated = Counter(
-            "recur_labels_repeated", "Labels dropped because they were booked before",
+        self.duplicate_labels = Counter(
+            "recur_duplicate_labels", "Labels dropped because they were booked before",
             registry=registry,
         )  # fmt: skip
         self.labels_stale = Counter(
@@ -188,7 +187,7 @@ class Metrics:
             registry,
         )  # fmt: skip
         self.stage = Histogram(
-            "recur_stage_seconds", "Time of a micro-batch in a stage", ["stage"],
+            "recur_stage_duration_seconds", "Time of a micro-batch in a stage", ["stage"],
             buckets=STAGE_BUCKETS_SECONDS, registry=registry,
         )  # fmt: skip
         self.latency = BatchHistogram(
@@ -198,7 +197,7 @@ class Metrics:
             registry,
         )
         self.score = BatchHistogram(
-            "recur_score", "Scores, as probability of fraud", SCORE_BUCKETS, registry
+            "recur_fraud_score", "Scores, as probability of fraud", SCORE_BUCKETS, registry
         )
         self.out_of_range = Counter(
             "recur_inputs_out_of_range",
@@ -232,13 +231,13 @@ class Metrics:
         self.kafka_errors = Counter(
             "recur_kafka_errors", "Failed calls to Kafka", registry=registry
         )
-        self.guard_mismatches = Counter(
-            "recur_guard_mismatches",
+        self.watermark_conflicts = Counter(
+            "recur_watermark_conflicts",
             "Saves and loads that met another watermark than expected; nothing was written",
             registry=registry,
         )
-        self.foreign_scores = Counter(
-            "recur_foreign_scores",
+        self.zombie_scores = Counter(
+            "recur_zombie_scores",
             "Records in a scores partition that this worker, its owner, did not write",
             registry=registry,
         )

@@ -19,10 +19,10 @@ from time import monotonic
 from typing import Literal, Protocol
 
 from pipeline.errors import StartupError
-from pipeline.kafka.producer import Appended, Transactions
+from pipeline.kafka.producer import AppendResult, Transactions
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import Load, Save, StateStore
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
@@ -109,7 +109,7 @@ class Recovery:
 
 
 @dataclass
-class Owned:
+class OwnedPartition:
     """What the worker knows of a partition that it works on.
 
     Attributes:
@@ -185,7 +185,7 @@ class LogId:
         patience: waits for a broker that is away, and for a topic that is not there.
     """
 
-    def __init__(self, topic: str, logs: AsksIds, patience: Patience) -> None:
+    def __init__(self, topic: str, logs: AsksIds, patience: Retrier) -> None:
         self._topic = topic
         self._logs = logs
         self._patience = patience
@@ -212,7 +212,7 @@ class LogId:
         return found
 
 
-class Ownership:
+class PartitionManager:
     """The partitions that the group gave this worker.
 
     Args:
@@ -233,7 +233,7 @@ class Ownership:
         store: StateStore,
         score_log: ScoreLog,
         transaction_log: TransactionLog,
-        patience: Patience,
+        patience: Retrier,
         metrics: Metrics,
         transactions: Transactions | None = None,
         on_fenced: Callable[[int], None] = lambda partition: None,
@@ -254,7 +254,7 @@ class Ownership:
         self._scores_log = LogId(scores_topic, score_log, patience)
         self._writer = secrets.randbits(64)
         self._assigned: set[int] = set()
-        self._owned: dict[int, Owned] = {}
+        self._owned: dict[int, OwnedPartition] = {}
         # How often scores of each partition were published: what was known before is not all.
         self._publications: Counter[int] = Counter()
         # A poll may outlive its assignment: what it finds gone was there all the same.
@@ -284,18 +284,18 @@ class Ownership:
         for partition in partitions:
             self._owned.pop(partition, None)
 
-    def fenced(self, partition: int, owned: Owned) -> None:
+    def fenced(self, partition: int, owned: OwnedPartition) -> None:
         """Another has taken the partition: it is not ours until the group gives it again."""
         if self.owns(partition, owned):
             self._metrics.fenced.inc()
             self.revoke([partition])
             self._on_fenced(partition)
 
-    def owned(self, partition: int) -> Owned | None:
+    def owned(self, partition: int) -> OwnedPartition | None:
         """What is known of a partition that is worked on."""
         return self._owned.get(partition)
 
-    def owns(self, partition: int, owned: Owned | None) -> bool:
+    def owns(self, partition: int, owned: OwnedPartition | None) -> bool:
         """Whether the partition is still owned as it was then."""
         return owned is not None and self._owned.get(partition) is owned
 
@@ -311,7 +311,9 @@ class Ownership:
         """The first offset that is not applied, of each partition worked on."""
         return {partition: owned.next_offset for partition, owned in self._owned.items()}
 
-    async def accept(self, partition: int, chunk: Chunk, watermark: bytes | None) -> Owned | None:
+    async def accept(
+        self, partition: int, chunk: Chunk, watermark: bytes | None
+    ) -> OwnedPartition | None:
         """Take the partition for a chunk, given the watermark loaded with its states.
 
         Returns:
@@ -324,7 +326,7 @@ class Ownership:
         owned = self._owned.get(partition)
         if owned is None or not owned.knows(watermark):
             if owned is not None:
-                self._metrics.guard_mismatches.inc()
+                self._metrics.watermark_conflicts.inc()
             owned = await self._assume(partition, watermark, chunk.begin)
         # Offsets that go back are a log that begins again, or a redelivery: not to be dropped
         # as applied before it is known which.
@@ -340,9 +342,10 @@ class Ownership:
             await self._notice_lost_records(partition, owned)
         return owned
 
-    async def _is_of_log(self, partition: int, owned: Owned, chunk: Chunk) -> bool:
+    async def _is_of_log(self, partition: int, owned: OwnedPartition, chunk: Chunk) -> bool:
         """Whether a chunk is surely of the log that its partition is owned of, else it is fetched
-        again: one that was fetched before the log was made again may have any of its offsets."""
+        again: one that was fetched before the log was made again may have any of its offsets.
+        """
         if self._fetched_of.get(partition, NO_ID) not in (NO_ID, owned.log_id):
             self._fetched_of[partition] = owned.log_id
             owned.seeking = True
@@ -351,7 +354,7 @@ class Ownership:
         return chunk.epoch >= self._epochs.get(partition, 0)
 
     async def published(
-        self, partition: int, owned: Owned, records: Sequence[Record]
+        self, partition: int, owned: OwnedPartition, records: Sequence[Record]
     ) -> dict[int, Kept]:
         """Scores that were published of these records before, by offset."""
         recovery = owned.recovery
@@ -373,7 +376,7 @@ class Ownership:
         return {r.offset: found[r.offset][1] for r in records if r.offset in found}
 
     async def notice_foreign_scores(
-        self, partition: int, owned: Owned, appended: Appended, next_offset: int
+        self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
     ) -> None:
         """Read what stands between our scores: its writer thinks it owns the partition.
 
@@ -392,7 +395,7 @@ class Ownership:
             lambda: self._score_log.read(partition, expected, end, ALL_SOURCES)
         )
         if scores and appended.first is not None:
-            self._metrics.foreign_scores.inc(len(scores))
+            self._metrics.zombie_scores.inc(len(scores))
             log.warning(
                 "another worker published scores of this partition",
                 extra={"partition": partition, "scores": len(scores)},
@@ -407,7 +410,9 @@ class Ownership:
             for source, score in later.items():
                 owned.recovery.kept.setdefault(source, (expected, score))
 
-    def watermark_at(self, owned: Owned, next_offset: int, appended: Appended | None) -> Watermark:
+    def watermark_at(
+        self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
+    ) -> Watermark:
         """The watermark to save once everything before ``next_offset`` is applied."""
         if owned.recovery is not None:
             owned.scores_from = _recovered_to(owned, owned.recovery, next_offset)
@@ -424,12 +429,12 @@ class Ownership:
             owned.stale_to,
         )
 
-    async def follow(self, partition: int, owned: Owned, chunk: Chunk) -> None:
+    async def follow(self, partition: int, owned: OwnedPartition, chunk: Chunk) -> None:
         """The watermark was another at the save, and nothing was written: go on from it."""
         if partition not in self._owned:
             return  # revoked
         # Even if the next poll has seen it already: that does not know what was published since.
-        self._metrics.guard_mismatches.inc()
+        self._metrics.watermark_conflicts.inc()
         log.warning(
             "the watermark is not the expected one; going on from the one that stands",
             extra={"partition": partition},
@@ -438,13 +443,13 @@ class Ownership:
         owned = await self._assume(partition, standing, chunk.begin)
         await self.seek_back(partition, owned)
 
-    async def seek_back(self, partition: int, owned: Owned) -> None:
+    async def seek_back(self, partition: int, owned: OwnedPartition) -> None:
         """Have the partition read again from where its states are."""
         if not owned.seeking:
             owned.seeking = True
             await self._transaction_log.seek(partition, owned.computed_to)
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
         """Take a partition as its watermark tells, whoever wrote that."""
         tenure = 0
         if self._transactions is not None and partition in self._assigned:
@@ -489,7 +494,7 @@ class Ownership:
         recovery = Recovery(mark.scores_offset if in_log else scores.begin, scores.end)
         if committed is not None and committed <= mark.stale_to:
             committed = None  # of a log before this one, perhaps
-        owned = Owned(
+        owned = OwnedPartition(
             watermark=watermark,
             next_offset=mark.next_offset,
             computed_to=mark.next_offset,
@@ -539,7 +544,7 @@ class Ownership:
             scores_log_id,
             stale_to=stale_to,
         ).to_bytes()
-        await self._patience.ask_store(
+        await self._patience.retry_redis(
             lambda: self._store.save([Save(partition, None, mark, [], [])])
         )
         return await self._standing(partition)
@@ -601,7 +606,7 @@ class Ownership:
             # What the group committed may be further than a watermark that Redis took back.
             max(mark.next_offset, mark.stale_to, committed or 0),
         )
-        if await self._patience.ask_store(
+        if await self._patience.retry_redis(
             partial(begin_log, self._store, partition, watermark, begin.to_bytes())
         ):
             log.warning(
@@ -617,18 +622,20 @@ class Ownership:
         return begin.to_bytes() if standing is None else standing
 
     async def _standing(self, partition: int) -> bytes | None:
-        (loaded,) = await self._patience.ask_store(lambda: self._store.load([Load(partition, [])]))
+        (loaded,) = await self._patience.retry_redis(
+            lambda: self._store.load([Load(partition, [])])
+        )
         return loaded.watermark
 
     async def _bounds(self, topic: str, partition: int) -> Bounds:
         return await self._patience.ask_log(lambda: self._score_log.bounds(topic, partition))
 
-    async def _notice_lost_records(self, partition: int, owned: Owned) -> None:
+    async def _notice_lost_records(self, partition: int, owned: OwnedPartition) -> None:
         bounds = await self._bounds(self._topic, partition)
         if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
 
-    def _lose_records(self, partition: int, owned: Owned, log_begin: int) -> None:
+    def _lose_records(self, partition: int, owned: OwnedPartition, log_begin: int) -> None:
         lost = log_begin - owned.computed_to
         self._metrics.records_lost.inc(lost)
         log.error(
@@ -661,7 +668,7 @@ async def begin_log(store: StateStore, partition: int, standing: bytes, mark: by
     return stands
 
 
-def _recovered_to(owned: Owned, recovery: Recovery, next_offset: int) -> int:
+def _recovered_to(owned: OwnedPartition, recovery: Recovery, next_offset: int) -> int:
     """Where the published scores of transactions from ``next_offset`` on begin."""
     for source in [source for source in recovery.kept if source < next_offset]:
         del recovery.kept[source]
@@ -682,7 +689,7 @@ def read_watermark(topic: str, partition: int, value: bytes) -> Watermark:
     except ValueError as error:
         raise StartupError(
             f"the watermark of {topic}-{partition} is {error}, perhaps of a newer version: set "
-            "RECUR_KEY_PREFIX to a new prefix"
+            "RECUR_REDIS_KEY_PREFIX to a new prefix"
         ) from error
 
 
@@ -708,12 +715,12 @@ def check_watermark(
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
             f"has {partitions}, so accounts lie elsewhere: run `recur state rekey`, which moves "
-            "their states. Or set RECUR_KEY_PREFIX to a new prefix, and all begin anew"
+            "their states. Or set RECUR_REDIS_KEY_PREFIX to a new prefix, and all begin anew"
         )
     if mark.next_offset > log_end:
         raise StartupError(
             f"the states in Redis are past the end of {topic}-{partition} (offset "
             f"{mark.next_offset}, the log ends at {log_end}): the topic was recreated or "
             "truncated. Run `recur state rebuild --all` to compute the states from the log as it "
-            "is, or set RECUR_KEY_PREFIX to a new prefix to begin anew"
+            "is, or set RECUR_REDIS_KEY_PREFIX to a new prefix to begin anew"
         )

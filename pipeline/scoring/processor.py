@@ -37,7 +37,7 @@ from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
-from pipeline.kafka.producer import Appended, Outgoing, Publisher, Said, Transactions
+from pipeline.kafka.producer import AppendResult, Outgoing, Publisher, Said, Transactions
 from pipeline.kafka.score_log import Kept
 from pipeline.messages.codec import (
     CONTROL_HEADER,
@@ -59,14 +59,14 @@ from pipeline.scoring.dead_letter import DeadLetters, Notices
 from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import Merchants
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, Owned, Ownership, Poll, Record
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Poll, Record
+from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.merchant_profile import transaction_hash
 from pipeline.storage.merchant_store import MerchantStore, ScoredNote
-from pipeline.storage.state_store import Load, Loaded, Save, StateStore
+from pipeline.storage.state_store import Load, LoadResult, Save, StateStore
 from pipeline.storage.transaction_note import NOTE_EXPIRY_MS
 from pipeline.timestamps import (
     RECORD_TIME_MAX_MS,
@@ -143,7 +143,7 @@ class Part:
     forgets: list[Forget] = field(default_factory=list)
     merchant_raw: NDArray[np.float32] | None = None
     rejected: list[tuple[Record, str, str]] = field(default_factory=list)
-    owned: Owned | None = None
+    owned: OwnedPartition | None = None
     values: list[bytes | None] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
     kept: dict[int, Kept] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class Part:
         return [i - where.start for i in failed if where.start <= i < where.stop]
 
     @property
-    def partition_owned(self) -> Owned:
+    def partition_owned(self) -> OwnedPartition:
         """The partition, known from the load on."""
         assert self.owned is not None
         return self.owned
@@ -204,7 +204,7 @@ class PartDecoder:
     ) -> None:
         self.further_fields = FurtherFields(checkpoint.header.features.fields)
         self._currency = checkpoint.header.currency
-        self._future_limit_ms = int(settings.future_limit_seconds * 1000)
+        self._future_limit_ms = int(settings.max_timestamp_ahead_seconds * 1000)
         self._tolerance_ms = int(settings.timestamp_tolerance_seconds * 1000)
         self._age_max_ms = int(settings.max_timestamp_age_seconds * 1000)
         self._clock_ms = clock_ms
@@ -318,8 +318,8 @@ class Processor:
         merchant_store: MerchantStore,
         publisher: Publisher,
         transactions: Transactions | None = None,
-        ownership: Ownership,
-        patience: Patience,
+        ownership: PartitionManager,
+        patience: Retrier,
         metrics: Metrics,
         health: Health,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -337,7 +337,7 @@ class Processor:
         self._together = together
         self._merchant_store = merchant_store
         features = scorer.checkpoint.header.features
-        self._is_serving = settings.merchant_counts
+        self._is_serving = settings.update_merchant_profiles
         self._merchant_counts = self._is_serving and features.uses_merchants
         self._merchants: Merchants | None = None
         if features.uses_merchants:
@@ -346,12 +346,12 @@ class Processor:
                 patience=patience,
                 metrics=metrics,
                 label_delay_ms=features.label_delay_ms,
-                cached_max=settings.cached_merchants_max,
+                cached_max=settings.merchant_cache_size,
             )
         self._topic = settings.topic("transactions")
         self._tolerance_ms = int(settings.timestamp_tolerance_seconds * 1000)
         self._conflicts = Notices("a transaction id came again with another content")
-        self._cached_states_max = settings.cached_states_max
+        self._cached_states_max = settings.state_cache_size
         self._micro_batch_max = settings.micro_batch_max
         self._dead_letters = DeadLetters(
             self._topic, settings.dead_letter_value_max_bytes, metrics, clock_ms
@@ -495,7 +495,7 @@ class Processor:
                 await self._ownership.seek_back(part.partition, part.owned)
                 part.owned = None
 
-    async def _ask(self, parts: list[Part]) -> list[Loaded]:
+    async def _ask(self, parts: list[Part]) -> list[LoadResult]:
         """Fill ``values`` from memory and store; the store's replies, for their watermarks."""
         if not parts:
             return []
@@ -507,7 +507,7 @@ class Processor:
             absent = [i for i, value in enumerate(values) if value is None]
             part.asked = [i for i in absent if accounts[i] not in held]
             requests.append(Load(part.partition, [accounts[i] for i in part.asked]))
-        replies = await self._patience.ask_store(lambda: self._store.load(requests))
+        replies = await self._patience.retry_redis(lambda: self._store.load(requests))
         for part, reply in zip(parts, replies, strict=True):
             for i, value in zip(part.asked, reply.states, strict=True):
                 part.values[i] = value
@@ -530,7 +530,9 @@ class Processor:
             part.merchant_raw = part.merchant_raw[applied:]
         part.rejected = [item for item in part.rejected if item[0].offset >= next_offset]
         part.forgets = [forget for forget in part.forgets if forget.offset >= next_offset]
-        self._metrics.replayed.inc(before - len(part.records) - len(part.rejected))
+        self._metrics.records_skipped.labels("applied").inc(
+            before - len(part.records) - len(part.rejected)
+        )
 
     # rounds, features, GRU ---------------------------------------------------------------
 
@@ -722,7 +724,7 @@ class Processor:
 
     # publish -----------------------------------------------------------------------------
 
-    async def _publish(self, parts: list[Part]) -> tuple[list[Part], dict[int, Appended]]:
+    async def _publish(self, parts: list[Part]) -> tuple[list[Part], dict[int, AppendResult]]:
         """All that the parts say; the parts that are still ours, and where their scores went."""
         if self._transactions is not None:
             return await self._commit(parts, self._transactions)
@@ -734,7 +736,7 @@ class Processor:
 
     async def _commit(
         self, parts: list[Part], transactions: Transactions
-    ) -> tuple[list[Part], dict[int, Appended]]:
+    ) -> tuple[list[Part], dict[int, AppendResult]]:
         """A transaction of Kafka for each part that says anything or moves the group's offset."""
         said = {}
         for part in parts:
@@ -771,7 +773,7 @@ class Processor:
         metrics.micro_batch.observe([len(batch)])
         metrics.score.observe(scored.score[applied])
         metrics.event_age.set((now_ms - int(batch.timestamp_ms.max())) / 1000.0)
-        metrics.duplicates.inc(int(scored.repeated.sum()))
+        metrics.duplicate_transactions.inc(int(scored.repeated.sum()))
         metrics.id_conflicts.inc(int(scored.conflicting.sum()))
         for part in computed.parts:
             found = np.flatnonzero(scored.conflicting[part.scored])
@@ -797,7 +799,7 @@ class Processor:
 
     # save --------------------------------------------------------------------------------
 
-    async def _save(self, parts: list[Part], appended: dict[int, Appended]) -> None:
+    async def _save(self, parts: list[Part], appended: dict[int, AppendResult]) -> None:
         """States and watermarks: each part whole, or nothing of it."""
         saves = []
         for part in parts:
@@ -828,17 +830,17 @@ class Processor:
         """
         notes = [note for part in parts for note in part.notes] if self._is_serving else []
         if notes:
-            await self._patience.ask_store(lambda: self._merchant_store.add({}, notes))
+            await self._patience.retry_redis(lambda: self._merchant_store.add({}, notes))
 
     async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
         """Save states, and add to merchants' profiles meanwhile; which states stand."""
         counts = self._count(parts)
-        saving = self._patience.ask_store(lambda: self._store.save(saves))
+        saving = self._patience.retry_redis(lambda: self._store.save(saves))
         if not counts:
             return await saving
         stands, _ = await self._together(
             saving,
-            self._patience.ask_store(lambda: self._merchant_store.add(counts, [])),
+            self._patience.retry_redis(lambda: self._merchant_store.add(counts, [])),
         )
         return list(stands)
 
@@ -856,7 +858,7 @@ class Processor:
                 counts.setdefault(bucket, Counter()).update(found)
         return counts
 
-    def _save_of(self, part: Part, where: Appended | None) -> Save:
+    def _save_of(self, part: Part, where: AppendResult | None) -> Save:
         owned = part.partition_owned
         watermark = self._ownership.watermark_at(owned, part.end, where).to_bytes()
         owned.neighbour = watermark

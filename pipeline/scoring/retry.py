@@ -18,7 +18,7 @@ RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 T = TypeVar("T")
 
 
-class Patience:
+class Retrier:
     """Repeats calls until they are answered; counts failures and tells the health.
 
     The watchdog bounds it: while records wait and nothing moves it ends the process.
@@ -28,7 +28,7 @@ class Patience:
         self._health = health
         self._errors = {"redis": metrics.redis_errors, "kafka": metrics.kafka_errors}
 
-    async def ask_store(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def retry_redis(self, call: Callable[[], Awaitable[T]]) -> T:
         """The store's answer, however long it is away."""
         return await self._ask("redis", call)
 

@@ -36,7 +36,7 @@ class AsksIds(Protocol):
         """
 
 
-class TopicWatch:
+class TopicWatcher:
     """Sees topics go, and has the worker end where they do not come back.
 
     Args:

@@ -1,5 +1,6 @@
 """Calls to Redis or Redis Cluster as the stores make them: pipelined, with scripts, and with
-errors that quote neither keys nor values."""
+errors that quote neither keys nor values.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ RIGHTS = (
     "+get +mget +set +del +bitfield +setrange +pexpire +evalsha +script|load +ping +info"
     " +client|setinfo"
 )
-"""What an ACL user of Redis must be allowed, on keys that begin with ``RECUR_KEY_PREFIX``."""
+"""What an ACL user of Redis must be allowed, on keys that begin with ``RECUR_REDIS_KEY_PREFIX``."""
 
 COMMAND_RIGHTS = "+scan +strlen +pttl +getrange"
 """What the user of a person who runs ``recur state`` needs besides."""
@@ -62,7 +63,7 @@ class StoreForbiddenError(RecurError):
         super().__init__(
             f"Redis does not allow its user all that Recur does: grant {RIGHTS}, and for the"
             f" commands `recur state` {COMMAND_RIGHTS}, on the keys that begin with"
-            " RECUR_KEY_PREFIX (ACL SETUSER), and start again"
+            " RECUR_REDIS_KEY_PREFIX (ACL SETUSER), and start again"
         )
 
 
@@ -100,7 +101,7 @@ class Script:
         return "EVALSHA", self.sha, b"%d" % len(keys), *keys, *arguments
 
 
-class RedisCalls:
+class RedisClient:
     """Runs commands.
 
     Args:

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from model.features.merchant import BUCKETS
 from pipeline.settings import Settings
-from pipeline.storage.client import RedisCalls, Script, redis_client
+from pipeline.storage.client import RedisClient, Script, redis_client
 from pipeline.storage.keys import MerchantKeys
 from pipeline.storage.merchant_profile import (
     EMPTY_VALUE,
@@ -80,8 +80,8 @@ class MerchantRepair:
 
     def __init__(self, settings: Settings, labels_partitions: int) -> None:
         self.profiles = RedisMerchantStore.from_settings(settings)
-        self._calls = RedisCalls(redis_client(settings), REPLACE_SCRIPT, TAKE_OFF_SCRIPT)
-        self._keys = MerchantKeys(settings.key_prefix)
+        self._calls = RedisClient(redis_client(settings), REPLACE_SCRIPT, TAKE_OFF_SCRIPT)
+        self._keys = MerchantKeys(settings.redis_key_prefix)
         self._topic = settings.topic("labels")
         self._partitions = labels_partitions
 

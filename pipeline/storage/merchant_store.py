@@ -24,7 +24,7 @@ import numpy as np
 from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
-from pipeline.storage.client import Command, RedisCalls, Script, redis_client
+from pipeline.storage.client import Command, RedisClient, Script, redis_client
 from pipeline.storage.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.storage.merchant_profile import (
     EMPTY_VALUE,
@@ -383,7 +383,7 @@ class RedisMerchantStore:
 
     def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
         self.intactness: Intactness | None = None
-        self._calls = RedisCalls(client, COUNT_SCRIPT, REMEMBER_SCRIPT, BOOK_SCRIPT)
+        self._calls = RedisClient(client, COUNT_SCRIPT, REMEMBER_SCRIPT, BOOK_SCRIPT)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
         self._labels_topic = labels_topic
@@ -393,7 +393,7 @@ class RedisMerchantStore:
     @classmethod
     def from_settings(cls, settings: Settings) -> RedisMerchantStore:
         """A store on the settings' Redis; connects at the first call."""
-        keys = MerchantKeys(settings.key_prefix)
+        keys = MerchantKeys(settings.redis_key_prefix)
         return cls(redis_client(settings), keys, settings.topic("labels"))
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from redis.asyncio.cluster import RedisCluster
 
 from pipeline.settings import Settings
-from pipeline.storage.client import RedisCalls, StoreUnavailableError, redis_client
+from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 
 NO_EVICTION = "noeviction"
 """The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
@@ -48,7 +48,7 @@ class Server:
         return self.policy not in (None, NO_EVICTION)
 
 
-async def servers(calls: RedisCalls) -> list[Server]:
+async def servers(calls: RedisClient) -> list[Server]:
     """Describe the Redis, or each primary of the cluster, now.
 
     Raises:
@@ -58,7 +58,7 @@ async def servers(calls: RedisCalls) -> list[Server]:
     return [server_of(name, info) for name, info in (await _infos(calls)).items()]
 
 
-async def evicted_keys(calls: RedisCalls) -> dict[str, int]:
+async def evicted_keys(calls: RedisClient) -> dict[str, int]:
     """Count the keys that each server evicted since its start, by the server's name.
 
     Raises:
@@ -69,7 +69,7 @@ async def evicted_keys(calls: RedisCalls) -> dict[str, int]:
             if "evicted_keys" in info}  # fmt: skip
 
 
-async def _infos(calls: RedisCalls, *sections: str) -> dict[str, Mapping[str, Any]]:
+async def _infos(calls: RedisClient, *sections: str) -> dict[str, Mapping[str, Any]]:
     if not calls.is_cluster:
         return {"": await calls.ask("INFO", *sections)}
     reply = await calls.ask("INFO", *sections, target_nodes=RedisCluster.PRIMARIES)
@@ -107,7 +107,7 @@ async def unreachable_nodes(settings: Settings) -> list[str]:
     """
     if not settings.redis_cluster:
         return []
-    calls = RedisCalls(redis_client(settings.model_copy(update={"redis_cluster": False})))
+    calls = RedisClient(redis_client(settings.model_copy(update={"redis_cluster": False})))
     try:
         slots = await calls.ask("CLUSTER SLOTS")
     except StoreUnavailableError:

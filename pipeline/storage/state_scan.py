@@ -14,7 +14,7 @@ from types import TracebackType
 
 from pipeline.settings import Settings
 from pipeline.storage.account_state import STATE_FORMAT
-from pipeline.storage.client import RedisCalls, Script, redis_client
+from pipeline.storage.client import RedisClient, Script, redis_client
 from pipeline.storage.keys import Keys
 
 STATES_PER_CALL = 500
@@ -49,7 +49,7 @@ class Copy:
     expires_ms: int | None
 
 
-class KeyScan:
+class StateScan:
     """Looks at the keys of one Redis or Redis Cluster; use as an async context manager.
 
     Args:
@@ -60,13 +60,13 @@ class KeyScan:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._prefix = settings.key_prefix
+        self._prefix = settings.redis_key_prefix
         self._topic = settings.topic("transactions")
-        self._calls = RedisCalls(redis_client(settings), SWEEP_SCRIPT)
+        self._calls = RedisClient(redis_client(settings), SWEEP_SCRIPT)
         head, topic = re.escape(self._prefix), re.escape(self._topic)
         self._state = re.compile(rf"{head}:([0-9a-f]+):\{{{topic}-(\d+)\}}:(.*)", re.DOTALL)
 
-    async def __aenter__(self) -> KeyScan:
+    async def __aenter__(self) -> StateScan:
         return self
 
     async def __aexit__(

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 from pipeline.settings import Settings
-from pipeline.storage.client import Command, RedisCalls, Script
+from pipeline.storage.client import Command, RedisClient, Script
 from pipeline.storage.client import StoreUnavailableError as StoreUnavailableError
 from pipeline.storage.client import redis_client as redis_client
 from pipeline.storage.keys import Keys
@@ -45,7 +45,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadResult:
     """What was there; None where nothing was."""
 
     watermark: bytes | None
@@ -83,7 +83,7 @@ class Intactness(Protocol):
 class StateStore(Protocol):
     """What the processor needs of a store."""
 
-    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+    async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """Read each request's watermark and states, together.
 
         Raises:
@@ -134,7 +134,7 @@ class RedisStateStore:
 
     def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
         self.intactness: Intactness | None = None
-        self._calls = RedisCalls(client, SAVE_SCRIPT)
+        self._calls = RedisClient(client, SAVE_SCRIPT)
         self._keys = keys
         self._expiry = str(expiry_ms).encode()
 
@@ -142,10 +142,10 @@ class RedisStateStore:
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
         """A store for the model with this digest; connects at the first call."""
         expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
-        keys = Keys(settings.key_prefix, model, settings.topic("transactions"))
+        keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
         return cls(redis_client(settings), keys, expiry_ms)
 
-    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+    async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """See :class:`StateStore`: one MGET, on a cluster one for each partition.
 
         Where something is absent, :attr:`intactness` is asked whether it was evicted.
@@ -156,7 +156,7 @@ class RedisStateStore:
             await self.intactness.require(absent=absent)
         return found
 
-    async def load_as_it_is(self, requests: Sequence[Load]) -> list[Loaded]:
+    async def load_as_it_is(self, requests: Sequence[Load]) -> list[LoadResult]:
         """Load without asking whether anything is lost: for the repair itself."""
         keys = self._keys
         wanted = [
@@ -174,7 +174,7 @@ class RedisStateStore:
             replies = [list(islice(flat, len(part))) for part in wanted]
         else:
             replies = []
-        return [Loaded(reply[0], reply[1:]) for reply in replies]
+        return [LoadResult(reply[0], reply[1:]) for reply in replies]
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         """See :class:`StateStore`: one script call for each partition."""

@@ -31,28 +31,28 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.group_errors import HOPELESS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
-from pipeline.kafka.producer import KafkaPublisher
+from pipeline.kafka.producer import KafkaProducer
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import ROLES, partition_count
-from pipeline.kafka.transactional_producer import TransactionalPublisher
+from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
 from pipeline.scoring.evictions import Evictions
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import STREAM, LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Ownership
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Computed, Processor
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import scorer_of
-from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatch
+from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatcher
 from pipeline.settings import Settings
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
 from pipeline.worker import faust_transport as poll_transport
-from pipeline.worker.checkpoint_watcher import CheckpointWatch
-from pipeline.worker.http_server import Endpoints
+from pipeline.worker.checkpoint_watcher import CheckpointWatcher
+from pipeline.worker.http_server import HttpServer
 from pipeline.worker.preflight import check_services
-from pipeline.worker.shutdown import Ending, leave_at_signals
+from pipeline.worker.shutdown import ShutdownGuard, leave_at_signals
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Worker:
         self._labels_topic = settings.topic("labels")
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(settings.watchdog_seconds)
-        self.endpoints = Endpoints(
+        self.endpoints = HttpServer(
             settings.http_host, settings.http_port, self.metrics, self.health
         )
         architecture = checkpoint.network.architecture
@@ -123,7 +123,7 @@ class Worker:
                 "architecture": f"GRU {architecture.layers}x{architecture.hidden_size}",
             }
         )
-        self._checkpoint_watch = CheckpointWatch(
+        self._checkpoint_watch = CheckpointWatcher(
             settings.checkpoint, checkpoint.digest, checkpoint.header.thresholds
         )
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
@@ -131,10 +131,10 @@ class Worker:
         self._score_log = KafkaScoreLog(settings)
         self._limits = MessageLimits(settings)
         lost_letters = self.metrics.letters_lost.inc
-        self._publisher = KafkaPublisher(settings, self._limits, on_lost_letters=lost_letters)
-        self._transactions: TransactionalPublisher | None = None
-        if settings.transactional:
-            self._transactions = TransactionalPublisher(settings, self._limits, lost_letters)
+        self._publisher = KafkaProducer(settings, self._limits, on_lost_letters=lost_letters)
+        self._transactions: TransactionalProducer | None = None
+        if settings.exactly_once:
+            self._transactions = TransactionalProducer(settings, self._limits, lost_letters)
         self._group_watch: asyncio.Task[None] | None = None
         self._refused_since: float | None = None
         self._watch_topics()
@@ -152,8 +152,8 @@ class Worker:
             on_repaired=lambda: self._consumer().look_again(self._topic),
         )
         self._store.intactness = self._merchant_store.intactness = self._evictions
-        patience = Patience(self.metrics, self.health)
-        self.ownership = Ownership(
+        patience = Retrier(self.metrics, self.health)
+        self.ownership = PartitionManager(
             topic=self._topic,
             scores_topic=settings.topic("scores"),
             partitions=partitions,
@@ -193,8 +193,8 @@ class Worker:
     def _watch_topics(self) -> None:
         """What the monitors hold of the topics."""
         settings = self._settings
-        roles = [role for role in ROLES if role != "labels" or settings.merchant_counts]
-        self._topic_watch = TopicWatch(
+        roles = [role for role in ROLES if role != "labels" or settings.update_merchant_profiles]
+        self._topic_watch = TopicWatcher(
             [settings.topic(role) for role in roles],
             {self._topic: "states", self._labels_topic: "booked labels"},
             settings.topic("scores"),
@@ -213,14 +213,14 @@ class Worker:
         """Register agents, monitors and lifecycle with the app."""
         app = self.app
         agents = {self._topic: ("score", self._score)}
-        if self._settings.merchant_counts:
+        if self._settings.update_merchant_profiles:
             agents[self._labels_topic] = "book", self._book
         for topic, (name, agent) in agents.items():
             polls = app.topic(topic, schema=poll_transport.PollSchema())
             app.agent(polls, name=name, supervisor_strategy=CrashingSupervisor)(agent)
         app.task(self._monitor_redis)
         app.task(self._monitor_lag)
-        if self._settings.merchant_counts:
+        if self._settings.update_merchant_profiles:
             app.task(self._monitor_labels)
         app.task(self._monitor_checkpoint)
         app.on_before_shutdown.connect(self._on_before_shutdown)
@@ -350,7 +350,7 @@ class Worker:
                     "still in no group; where the broker answers, see that its topic of groups "
                     "is there (offsets.topic.replication.factor) and what the other members do",
                     extra={
-                        "group": self._settings.kafka_group,
+                        "group": self._settings.kafka_group_id,
                         "seconds": round(now - waiting_since),
                     },
                 )
@@ -402,7 +402,7 @@ class Worker:
                 if thresholds != self.processor.thresholds:
                     self.processor.use(thresholds)
                     log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
-            await asyncio.sleep(self._settings.checkpoint_look_seconds)
+            await asyncio.sleep(self._settings.checkpoint_poll_interval_seconds)
 
     async def _look_at_redis(self) -> None:
         try:
@@ -514,9 +514,9 @@ def faust_app(settings: Settings, directory: Path) -> faust.App:
     Faust makes a folder of its own in ``directory``.
     """
     poll_transport.register()
-    hosts = [host.strip() for host in settings.kafka_bootstrap.split(",")]
+    hosts = [host.strip() for host in settings.kafka_bootstrap_servers.split(",")]
     app = faust.App(
-        settings.kafka_group,
+        settings.kafka_group_id,
         broker=[f"{poll_transport.URL_SCHEME}://{host}" for host in hosts],
         broker_credentials=_credentials(settings),
         autodiscover=False,
@@ -526,7 +526,7 @@ def faust_app(settings: Settings, directory: Path) -> faust.App:
         topic_allow_declare=False,
         topic_disable_leader=True,
         stream_wait_empty=True,
-        consumer_auto_offset_reset=settings.kafka_offset_reset,
+        consumer_auto_offset_reset=settings.kafka_auto_offset_reset,
         broker_commit_interval=settings.kafka_commit_interval_seconds,
         broker_session_timeout=settings.kafka_session_timeout_seconds,
         broker_heartbeat_interval=min(3.0, settings.kafka_session_timeout_seconds / 3),
@@ -556,7 +556,7 @@ def _credentials(settings: Settings) -> Any:
 class _Process(faust.Worker):  # type: ignore[misc]
     """Faust's worker process with our clients started before the app, and a bound on its stop."""
 
-    def __init__(self, worker: Worker, ending: Ending, **options: Any) -> None:
+    def __init__(self, worker: Worker, ending: ShutdownGuard, **options: Any) -> None:
         super().__init__(worker.app, **options)
         self.spinner = None  # Faust's progress on the terminal
         self._recur = worker
@@ -630,10 +630,10 @@ def run_worker(settings: Settings) -> int:
         )
         _spare_the_collector()
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        return _run(worker, loop, Ending(settings.shutdown_seconds, Path(directory)))
+        return _run(worker, loop, ShutdownGuard(settings.shutdown_seconds, Path(directory)))
 
 
-def _run(worker: Worker, loop: asyncio.AbstractEventLoop, ending: Ending) -> int:
+def _run(worker: Worker, loop: asyncio.AbstractEventLoop, ending: ShutdownGuard) -> int:
     process = _Process(
         worker, ending, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False
     )

@@ -14,7 +14,7 @@ from model.checkpoint import Checkpoint, CheckpointError, Thresholds
 log = logging.getLogger(__name__)
 
 
-class CheckpointWatch:
+class CheckpointWatcher:
     """Looks whether the file of the checkpoint in use has become another.
 
     Args:

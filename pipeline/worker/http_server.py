@@ -39,7 +39,7 @@ class _Server(ThreadingHTTPServer):
             log.error("a request for health or metrics failed", exc_info=error)
 
 
-class Endpoints:
+class HttpServer:
     """Serves a worker's health and metrics over HTTP.
 
     Args:

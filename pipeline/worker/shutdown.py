@@ -53,7 +53,7 @@ def leave_at_signals(directory: Path | None = None) -> None:
         signal.signal(number, leave)
 
 
-class Ending:
+class ShutdownGuard:
     """Ends the process where its stop takes too long, or where it is told a second time.
 
     Args:

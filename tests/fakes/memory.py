@@ -20,7 +20,7 @@ from itertools import islice
 
 from aiokafka.partitioner import murmur2
 
-from pipeline.kafka.producer import Appended, Outgoing, PublishError, Said
+from pipeline.kafka.producer import AppendResult, Outgoing, PublishError, Said
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, read_score
 from pipeline.kafka.topics import TopicRole
 from pipeline.kafka.transactional_producer import transactional_id
@@ -36,7 +36,7 @@ from pipeline.storage.merchant_store import (
     booked_of,
     places_by_slot,
 )
-from pipeline.storage.state_store import Load, Loaded, Save, StoreUnavailableError
+from pipeline.storage.state_store import Load, LoadResult, Save, StoreUnavailableError
 from pipeline.storage.transaction_note import STALE, TransactionNote, decision_of
 
 FETCH_RECORDS = 100
@@ -77,7 +77,7 @@ class MemoryStateStore:
         self.watermarks = dict(other.watermarks)
         self.states = dict(other.states)
 
-    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+    async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """See :class:`pipeline.storage.state_store.StateStore`."""
         await asyncio.sleep(0)
         with _step("load", self.interrupt):
@@ -94,9 +94,9 @@ class MemoryStateStore:
                 stands.append(self.write(request))
         return stands
 
-    def read(self, request: Load) -> Loaded:
+    def read(self, request: Load) -> LoadResult:
         """What is there of a partition, at once."""
-        return Loaded(
+        return LoadResult(
             self.watermarks.get(request.partition),
             [self.states.get((request.partition, a)) for a in request.account_ids],
         )
@@ -475,7 +475,7 @@ def _committed(log: _Log, first: int) -> Iterator[MemoryRecord]:
     return (r for r in islice(log.records, first, None) if r.offset not in log.hidden)
 
 
-class MemoryPublisher:
+class MemoryProducer:
     """A :class:`pipeline.kafka.producer.Publisher` to a broker in memory.
 
     Each partition's scores, the alerts and the rejected records are appended one after
@@ -493,14 +493,14 @@ class MemoryPublisher:
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         """See :class:`pipeline.kafka.producer.Publisher`."""
         await asyncio.sleep(0)
         appended = {}
         for partition, records in scores.items():
             with _step("publish scores", self._kafka.interrupt):
                 first = self._append(self._scores_topic, records, partition)
-                appended[partition] = Appended(first, first + len(records))
+                appended[partition] = AppendResult(first, first + len(records))
         if alerts:
             with _step("publish alerts", self._kafka.interrupt):
                 self._append(self._alerts_topic, alerts)
@@ -540,7 +540,7 @@ class MemoryTransactions:
             self._kafka.require_up()
             return self._kafka.init_producer(transactional_id(self._settings, partition))
 
-    async def commit(self, said: Mapping[int, Said]) -> dict[int, Appended | None]:
+    async def commit(self, said: Mapping[int, Said]) -> dict[int, AppendResult | None]:
         """See :class:`pipeline.kafka.producer.Transactions`."""
         committed = {}
         for partition, what in said.items():
@@ -555,7 +555,7 @@ class MemoryTransactions:
                     continue
                 self._kafka.commit_transaction(
                     transactional_id(self._settings, partition),
-                    self._settings.kafka_group,
+                    self._settings.kafka_group_id,
                     self._settings.topic("transactions"),
                     partition,
                     what.next_offset,
@@ -563,14 +563,14 @@ class MemoryTransactions:
             committed[partition] = where
         return committed
 
-    def _write(self, partition: int, said: Said) -> Appended | None:
+    def _write(self, partition: int, said: Said) -> AppendResult | None:
         """Append what is not committed yet; where the scores stand."""
         name = transactional_id(self._settings, partition)
         settings, kafka = self._settings, self._kafka
         offsets = kafka.write(name, settings.topic("scores"), said.scores, partition)
         kafka.write(name, settings.topic("alerts"), said.alerts, None)
         kafka.write(name, settings.topic("dead_letter"), said.rejected, None)
-        return Appended(offsets[0], offsets[-1] + 2) if offsets else None  # with the marker
+        return AppendResult(offsets[0], offsets[-1] + 2) if offsets else None  # with the marker
 
     def _is_fenced(self, partition: int, said: Said) -> bool:
         if not self._kafka.is_up:
@@ -649,10 +649,10 @@ class MemoryConsumer:
     ) -> None:
         self._kafka = kafka
         self._topic = settings.topic(role)
-        self._group = settings.kafka_group
-        self._reset = settings.kafka_offset_reset
+        self._group = settings.kafka_group_id
+        self._reset = settings.kafka_auto_offset_reset
         self._records_max = settings.micro_batch_max
-        self._takes_at_once = settings.transactional and role == "transactions"
+        self._takes_at_once = settings.exactly_once and role == "transactions"
         self._positions: dict[int, int] = {}
         self._to_take: set[int] = set()
         self._generations: dict[int, int] = {}

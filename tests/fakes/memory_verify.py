@@ -9,11 +9,11 @@ from typing import Any
 
 from pipeline.audit.result import Verification
 from pipeline.audit.verifier import Verifier, VerifyOptions
-from pipeline.kafka.partition_reader import LogReader
+from pipeline.kafka.partition_reader import PartitionReader
 from pipeline.kafka.score_log import Bounds
 from pipeline.progress import Bar
 from pipeline.storage.client import StoreForbiddenError
-from pipeline.storage.state_store import Load, Loaded, Save
+from pipeline.storage.state_store import Load, LoadResult, Save
 from tests.fakes.memory import MemoryKafka, MemoryRecord
 from tests.fakes.memory_workers import HIDDEN_TOLERANCE, SCORE_TOLERANCE, World
 
@@ -28,7 +28,7 @@ class MemoryLogReader:
         self.position = start
         self._kafka, self._topic, self._partition = kafka, topic, partition
 
-    async def __aenter__(self) -> LogReader:
+    async def __aenter__(self) -> PartitionReader:
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -67,7 +67,7 @@ class StoreOfWorld:
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
         return dict(self._world.store.watermarks)
 
-    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+    async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         if self._before_load is not None and any(request.account_ids for request in requests):
             self._before_load()
         return await self._world.store.load(requests)
@@ -113,7 +113,7 @@ def verify_world(
         replace(OPTIONS, **options),
         bar or NoBar(),
         store or StoreOfWorld(world),
-        world.settings.partitions,
+        world.settings.topic_partitions,
         lambda topic, partition, start: MemoryLogReader(world.kafka, topic, partition, start),
     )
     return asyncio.run(verifier.run())

@@ -44,9 +44,9 @@ from pipeline.messages.codec import (
 )
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Ownership, Poll
+from pipeline.scoring.partitions import PartitionManager, Poll
 from pipeline.scoring.processor import Computed, Processor
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, Watermark
@@ -55,7 +55,7 @@ from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,
     MemoryMerchantStore,
-    MemoryPublisher,
+    MemoryProducer,
     MemoryRecord,
     MemoryScoreLog,
     MemoryStateStore,
@@ -274,16 +274,16 @@ class World:
 
     def __init__(self, checkpoint: Checkpoint | None = None, **settings: Any) -> None:
         self.checkpoint = checkpoint or small_checkpoint()
-        self.settings = Settings(**{"partitions": 2, "micro_batch_max": 8, **settings})
+        self.settings = Settings(**{"topic_partitions": 2, "micro_batch_max": 8, **settings})
         self.now_ms = START_MS
         self.kafka = MemoryKafka(
-            {self.settings.topic(role): self.settings.partitions for role in ROLES},
+            {self.settings.topic(role): self.settings.topic_partitions for role in ROLES},
             clock_ms=lambda: self.now_ms,
         )
         self.store = AuditedStateStore()
         self.merchants = MemoryMerchantStore()
         self.topic = self.settings.topic("transactions")
-        self.partitions = range(self.settings.partitions)
+        self.partitions = range(self.settings.topic_partitions)
 
     # in ----------------------------------------------------------------------------------
 
@@ -326,7 +326,8 @@ class World:
 
     def produce_many(self, count: int, accounts: int = 6, seed: int = 0) -> None:
         """Append transactions of a few accounts, with repeats, rejects, warm ones and
-        instructions to forget mixed in."""
+        instructions to forget mixed in.
+        """
         rng = np.random.default_rng(seed)
         for i in range(count):
             account = f"A{rng.integers(accounts)}"
@@ -364,7 +365,7 @@ class World:
         return Rebuild(
             self.topic,
             self.settings.topic("scores"),
-            self.settings.partitions,
+            self.settings.topic_partitions,
             self.store,
             MemoryScoreLog(self.kafka, self.settings),
         )
@@ -564,14 +565,14 @@ class MemoryWorker:
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(10.0, clock=lambda: 0.0)
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
-        patience = Patience(self.metrics, self.health)
+        patience = Retrier(self.metrics, self.health)
         self.scorer = scorer_of(settings, checkpoint)
-        transactions = MemoryTransactions(world.kafka, settings) if settings.transactional else None
+        transactions = MemoryTransactions(world.kafka, settings) if settings.exactly_once else None
         self.fenced: list[int] = []
-        self.ownership = Ownership(
+        self.ownership = PartitionManager(
             topic=world.topic,
             scores_topic=settings.topic("scores"),
-            partitions=settings.partitions,
+            partitions=settings.topic_partitions,
             store=world.store,
             score_log=MemoryScoreLog(world.kafka, settings),
             transaction_log=self.consumer,
@@ -587,7 +588,7 @@ class MemoryWorker:
             scorer=self.scorer,
             store=world.store,
             merchant_store=world.merchants,
-            publisher=MemoryPublisher(world.kafka, settings),
+            publisher=MemoryProducer(world.kafka, settings),
             transactions=transactions,
             ownership=self.ownership,
             patience=patience,

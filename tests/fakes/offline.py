@@ -153,7 +153,7 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
         network.logit.weight *= 4
     own = network.own_inputs(torch.from_numpy(Encoder(features).encode(raw)))
     with mock.patch.object(merchant_weight_fit, "UPDATES", OWN_UPDATES):
-        network.own = merchant_weight_fit.fit_own_risk(
+        network.own = merchant_weight_fit.fit_merchant_weight(
             lambda rows: own[torch.from_numpy(rows)], log.is_fraud, own.shape[1], seed
         )
     return Checkpoint(network, Header(architecture=architecture, features=features))

@@ -64,12 +64,12 @@ class PipelineUnderTest:
     def __init__(self, bootstrap: str, redis_url: str, directory: Path, **settings: Any) -> None:
         name = uuid.uuid4().hex[:8]
         self.overrides: dict[str, Any] = {
-            "kafka_bootstrap": bootstrap,
+            "kafka_bootstrap_servers": bootstrap,
             "redis_url": redis_url,
             "topic_prefix": f"{name}-",
-            "key_prefix": f"recur-{name}",
-            "kafka_group": f"group-{name}",
-            "partitions": 4,
+            "redis_key_prefix": f"recur-{name}",
+            "kafka_group_id": f"group-{name}",
+            "topic_partitions": 4,
             **settings,
         }
         self.settings = load_settings(**self.overrides)
@@ -197,7 +197,7 @@ class PipelineUnderTest:
         score_log = KafkaScoreLog(self.settings)
         await score_log.start()
         try:
-            ends = await score_log.ends(topic, list(range(self.settings.partitions)))
+            ends = await score_log.ends(topic, list(range(self.settings.topic_partitions)))
         finally:
             await score_log.stop()
         marks = await self.watermarks()
@@ -212,7 +212,7 @@ class PipelineUnderTest:
         client = redis_client(self.settings)
         try:
             found = {}
-            for partition in range(self.settings.partitions):
+            for partition in range(self.settings.topic_partitions):
                 value = await client.get(keys.watermark(partition))
                 if value is not None:
                     found[partition] = Watermark.from_bytes(value)
@@ -222,7 +222,7 @@ class PipelineUnderTest:
 
     def _keys(self) -> Keys:
         return Keys(
-            self.settings.key_prefix,
+            self.settings.redis_key_prefix,
             self.scorer.checkpoint.digest,
             self.settings.topic("transactions"),
         )

@@ -135,7 +135,9 @@ async def run_all(
     "--timed", is_flag=True, help="a recovery that takes longer than promised is a violation, too"
 )
 @click.option(
-    "--transactional", is_flag=True, help="workers publish in transactions (RECUR_TRANSACTIONAL)"
+    "--transactional",
+    is_flag=True,
+    help="workers publish in transactions (RECUR_PROCESSING_GUARANTEE)",
 )
 def main(
     list_them: bool,

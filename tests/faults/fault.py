@@ -98,7 +98,7 @@ class Fault(ABC):
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
         """The broker and the Redis to do it to, running."""
-        yield {"kafka_bootstrap": shared.kafka.bootstrap, "redis_url": shared.redis.url}
+        yield {"kafka_bootstrap_servers": shared.kafka.bootstrap, "redis_url": shared.redis.url}
 
     def change_columns(self) -> ChangeColumns:
         """What becomes of the transactions before they are encoded."""

@@ -216,8 +216,8 @@ async def rigged(
     name = uuid.uuid4().hex[:8]
     overrides = {
         "topic_prefix": f"{name}-",
-        "key_prefix": f"recur-{name}",
-        "kafka_group": f"group-{name}",
+        "redis_key_prefix": f"recur-{name}",
+        "kafka_group_id": f"group-{name}",
         "max_timestamp_age_seconds": ANY_AGE_SECONDS,
         **overrides,
     }

@@ -108,7 +108,7 @@ class SentTwice(_Input):
         """See :class:`Fault`."""
         numbers = rig.load.numbers_sent()
         repeats = len(numbers) - len(np.unique(numbers))
-        dropped = await rig.crew.samples("recur_duplicates_total")
+        dropped = await rig.crew.samples("recur_duplicate_transactions_total")
         return [] if dropped == repeats else [f"{dropped:,.0f} of {repeats:,} repeats counted"]
 
 

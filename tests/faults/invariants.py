@@ -17,7 +17,7 @@ from pipeline.kafka.partition_reader import kafka_readers
 from pipeline.kafka.topics import TopicRole, partition_count
 from pipeline.messages.codec import decode_alert
 from pipeline.messages.decision import DECISIONS
-from pipeline.replay.score_counter import Tally
+from pipeline.replay.score_counter import ScoreCounter
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_store import Load as StatesWanted
@@ -110,7 +110,7 @@ async def find_outcome(settings: Settings, checkpoint: Checkpoint, load: Load) -
     """
     numbers = load.numbers_sent()
     expected = np.unique(numbers[numbers != NO_TRANSACTION])
-    tally = Tally(load.transactions_made(), _numbers_of)
+    tally = ScoreCounter(load.transactions_made(), _numbers_of)
     demanding: set[str] = set()
     async for records in topic_records(settings, "scores"):
         tally.add(records)

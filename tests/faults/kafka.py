@@ -31,7 +31,7 @@ class BrokerKilled(Fault):
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
         """A broker of its own."""
         with Kafka() as self._broker:
-            yield {"kafka_bootstrap": self._broker.bootstrap, "redis_url": shared.redis.url}
+            yield {"kafka_bootstrap_servers": self._broker.bootstrap, "redis_url": shared.redis.url}
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
@@ -56,7 +56,10 @@ class OneOfThreeBrokers(Fault):
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
         """A cluster of its own."""
         with KafkaCluster() as self._cluster:
-            yield {"kafka_bootstrap": self._cluster.bootstrap, "redis_url": shared.redis.url}
+            yield {
+                "kafka_bootstrap_servers": self._cluster.bootstrap,
+                "redis_url": shared.redis.url,
+            }
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
@@ -111,7 +114,7 @@ async def make_again(settings: Settings) -> None:
             lambda: _is_there(settings, topic, False), "the topic to go", TOPIC_LIMIT_SECONDS
         )
         await admin.create_topics(
-            [NewTopic(topic, settings.partitions, settings.kafka_replication_factor)]
+            [NewTopic(topic, settings.topic_partitions, settings.kafka_replication_factor)]
         )
     await until_true(
         lambda: _is_there(settings, topic, True), "the topic to be there", TOPIC_LIMIT_SECONDS

@@ -1,5 +1,6 @@
 """Labels of unknown merchants, again and again, contradicting each other, and none: many of them,
-or while Redis loses some."""
+or while Redis loses some.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ MERCHANTS = 400
 """Unknown ones: no transaction names them."""
 
 TRANSACTIONS_OF_MERCHANT = 5
-"""That are labelled again and again, as fraud or as genuine."""
+"""That are labelled again and again, as fraud or as legitimate."""
 
 TRANSACTIONS_LABELLED_ONCE = 100_000
 """Of a merchant: so many that hardly any is labelled again, which would make up for a loss."""
@@ -81,7 +82,7 @@ class Storm:
     async def until_booked(self) -> None:
         """Return once the store says of all labels that they are booked."""
         settings = self._rig.settings
-        topic, partitions = settings.topic("labels"), list(range(settings.partitions))
+        topic, partitions = settings.topic("labels"), list(range(settings.topic_partitions))
         store = RedisMerchantStore.from_settings(settings)
         log = KafkaScoreLog(settings)
         await log.start()

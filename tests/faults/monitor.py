@@ -72,7 +72,7 @@ class Watch:
     ) -> None:
         self.latest = Sample(0.0, monotonic(), frozenset(), None, None)
         self._topic = settings.topic("transactions")
-        self._partitions = list(range(settings.partitions))
+        self._partitions = list(range(settings.topic_partitions))
         self._crew = crew
         self._alarm = alarm
         self._score_log = KafkaScoreLog(settings)

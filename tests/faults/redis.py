@@ -29,7 +29,7 @@ class OwnRedis(Fault):
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
         """The shared broker and a Redis of its own."""
         with Redis(appendonly=self.appendonly) as self.redis:
-            yield {"kafka_bootstrap": shared.kafka.bootstrap, "redis_url": self.redis.url}
+            yield {"kafka_bootstrap_servers": shared.kafka.bootstrap, "redis_url": self.redis.url}
 
     async def restart(self, rig: Rig, *, loses_data: bool = False) -> None:
         """SIGKILL, and a new start after some seconds; wait until the system has recovered."""
@@ -145,7 +145,7 @@ class RedisFailover(Fault):
         with Redis() as self._master:
             async with Proxy(self._master.port) as self._address:
                 yield {
-                    "kafka_bootstrap": shared.kafka.bootstrap,
+                    "kafka_bootstrap_servers": shared.kafka.bootstrap,
                     "redis_url": f"redis://{HOST}:{self._address.port}/0",
                 }
                 self._master.close()
@@ -191,7 +191,10 @@ class RedisClusterFailover(Fault):
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
         """The shared broker, and a cluster of its own with a replica for each primary."""
         with RedisCluster(replicated=True) as self._cluster:
-            yield {"kafka_bootstrap": shared.kafka.bootstrap, "redis_url": self._cluster.url}
+            yield {
+                "kafka_bootstrap_servers": shared.kafka.bootstrap,
+                "redis_url": self._cluster.url,
+            }
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
@@ -244,7 +247,7 @@ class Eviction(OwnRedis):
     history = 50_000
     policies: ClassVar[tuple[str, ...]] = ("volatile-lru", "allkeys-random")
     # Or workers would have in memory what Redis has lost.
-    settings: ClassVar[Mapping[str, Any]] = {"cached_states_max": 0, "micro_batch_max": 300}
+    settings: ClassVar[Mapping[str, Any]] = {"state_cache_size": 0, "micro_batch_max": 300}
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""
@@ -309,7 +312,7 @@ class RedisSlow(Fault):
         """The shared broker and Redis, this one by a proxy."""
         async with Proxy(shared.redis.port) as self._way:
             yield {
-                "kafka_bootstrap": shared.kafka.bootstrap,
+                "kafka_bootstrap_servers": shared.kafka.bootstrap,
                 "redis_url": f"redis://{HOST}:{self._way.port}/0",
             }
 

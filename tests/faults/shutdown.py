@@ -21,7 +21,7 @@ class SigtermOfAll(Fault):
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
         """A broker and a Redis of its own."""
         with Kafka() as self._broker, Redis() as self._redis:
-            yield {"kafka_bootstrap": self._broker.bootstrap, "redis_url": self._redis.url}
+            yield {"kafka_bootstrap_servers": self._broker.bootstrap, "redis_url": self._redis.url}
 
     async def disturb(self, rig: Rig) -> None:
         """See :class:`Fault`."""

@@ -61,7 +61,7 @@ class Zombie(Fault):
 
     async def check(self, rig: Rig) -> list[str]:
         """See :class:`Fault`."""
-        foreign = await rig.crew.samples("recur_foreign_scores_total")
+        foreign = await rig.crew.samples("recur_zombie_scores_total")
         rig.notes.append(f"{foreign:,.0f} scores of another worker between a worker's own, noticed")
         return []
 

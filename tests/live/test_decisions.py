@@ -64,7 +64,7 @@ def system(kafka: Kafka, redis_server: Redis, tmp_path: Path) -> PipelineUnderTe
         redis_server.url,
         tmp_path,
         checkpoint=path,
-        checkpoint_look_seconds=0.2,
+        checkpoint_poll_interval_seconds=0.2,
         startup_timeout_seconds=30,
     )
 

@@ -229,7 +229,9 @@ def test_a_repeated_transaction_id_is_dropped_and_counted(system: PipelineUnderT
             await system.send(t for transaction in sent for t in (transaction, transaction))
             await system.until_applied()
             assert_scored_once(await system.scores(), sent)
-            assert await metric(system.workers[0], "recur_duplicates_total") == len(sent)
+            assert await metric(system.workers[0], "recur_duplicate_transactions_total") == len(
+                sent
+            )
 
     asyncio.run(run())
 
@@ -275,7 +277,7 @@ def test_a_damaged_state_counts_as_absent_is_counted_and_marks_its_scores(
             await system.workers[0].stop()
             with redis_server.client() as client:
                 for account, damage in damaged.items():
-                    pattern = f"{system.settings.key_prefix}:*:{account}"
+                    pattern = f"{system.settings.redis_key_prefix}:*:{account}"
                     (key,) = client.keys(pattern)
                     client.set(key, damage(client.get(key)), keepttl=True)
             (worker,) = await system.start_workers(1)
@@ -361,7 +363,7 @@ def test_the_users_of_kafka_and_redis_reach_every_client(tmp_path: Path) -> None
             assert found.accounts == len({t.account_id for t in sent})
             assert found.without_log is None, "a worker's rights do not list keys"
             with server.client() as admin:
-                keys = MerchantKeys(system.settings.key_prefix)
+                keys = MerchantKeys(system.settings.redis_key_prefix)
                 assert admin.exists(keys.profile(sent[0].merchant_id))
                 assert "recur" in {client["user"] for client in admin.client_list()}
 
@@ -477,7 +479,7 @@ def test_what_cannot_be_so_is_told_on_a_real_broker(system: PipelineUnderTest) -
             assert {pauses[f"A{number}", "last"] for number in (0, 1, 3, 4)} == {600.0}
             (worker,) = system.workers
             assert await metric(worker, "recur_id_conflicts_total") == len(cases)
-            assert await metric(worker, "recur_duplicates_total") == len(cases)
+            assert await metric(worker, "recur_duplicate_transactions_total") == len(cases)
             assert await metric(worker, "recur_record_clock_skew_total") == len(cases)
             assert await metric(worker, "recur_score_latency_seconds_sum") >= 0
             ahead = 'recur_event_time_skew_total{direction="ahead"}'

@@ -96,7 +96,7 @@ def test_what_is_evicted_is_computed_again_and_no_account_is_new_for_it(
     sent = transactions(6_000, ACCOUNTS)
 
     async def run(server: Redis) -> None:
-        settings: dict[str, Any] = {"cached_states_max": 0, "micro_batch_max": 100}
+        settings: dict[str, Any] = {"state_cache_size": 0, "micro_batch_max": 100}
         system = PipelineUnderTest(kafka.bootstrap, server.url, tmp_path, **settings)
         async with system.running(workers=1):
             (worker,) = system.workers
@@ -213,7 +213,9 @@ def watched(url: str, **settings: Any) -> Callable[[], Watcher]:
     kafka = MemoryKafka(dict.fromkeys(("transactions", "scores"), PARTITIONS), lambda: 0)
     for number in range(PARTITIONS * RECORDS):
         kafka.produce("transactions", b"", b"", partition=number % PARTITIONS)
-    loaded = load_settings(redis_url=url, key_prefix=f"test-{uuid.uuid4().hex[:12]}", **settings)
+    loaded = load_settings(
+        redis_url=url, redis_key_prefix=f"test-{uuid.uuid4().hex[:12]}", **settings
+    )
     return lambda: Watcher(loaded, kafka)
 
 

@@ -119,7 +119,7 @@ def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
             assert before == alike, "the label came in this bucket, which is not closed"
             after, other = await scores_at(30)
             assert abs(after - other) > 1e-3
-            # The last word is genuine: all is as if there had been no label.
+            # The last word is legitimate: all is as if there had been no label.
             await send_labels(labels, skimmed, 30 * BUCKET_MS, is_fraud=False)
             await until_booked(system, labels)
             after, other = await scores_at(31)
@@ -180,7 +180,7 @@ def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
 
             right = await weights(store)
             assert right[0] == WEIGHT_MAX
-            keys = [key async for key in client.scan_iter(f"{system.settings.key_prefix}:*")]
+            keys = [key async for key in client.scan_iter(f"{system.settings.redis_key_prefix}:*")]
             kinds = (b":merchant:", b":note:", b":labels:")
             await client.delete(*(key for key in keys if any(kind in key for kind in kinds)))
 
@@ -255,7 +255,7 @@ def test_the_labels_topic_may_have_another_number_of_partitions(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     """Partition 2 of the one topic is not partition 2 of the other, nor of the same worker."""
-    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=2)
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=2)
     sent = transactions(2_000, accounts=100)
 
     async def run() -> None:
@@ -289,7 +289,7 @@ def test_a_new_group_reads_labels_from_their_begin_whatever_its_policy(
 ) -> None:
     """Transactions may begin at the end of their topic; a merchant's frauds are its past."""
     system = PipelineUnderTest(
-        kafka.bootstrap, redis_server.url, tmp_path, kafka_offset_reset="latest"
+        kafka.bootstrap, redis_server.url, tmp_path, kafka_auto_offset_reset="latest"
     )
     sent = transactions(100, accounts=20)
 

@@ -37,7 +37,7 @@ def system(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> PipelineUnderTest:
     monkeypatch.setattr(pipeline_under_test, "READY_SECONDS", SLOW_SECONDS)
-    return PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=2)
+    return PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=2)
 
 
 async def delete(settings: Settings, role: TopicRole) -> None:
@@ -60,7 +60,7 @@ async def make(settings: Settings, role: TopicRole) -> None:
     admin = AIOKafkaAdminClient(**settings.kafka_client_options())
     await admin.start()
     try:
-        await admin.create_topics([NewTopic(settings.topic(role), settings.partitions, 1)])
+        await admin.create_topics([NewTopic(settings.topic(role), settings.topic_partitions, 1)])
     finally:
         await admin.close()
 

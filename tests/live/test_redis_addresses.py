@@ -14,7 +14,7 @@ import redis.exceptions
 from pipeline.errors import RecurError
 from pipeline.local.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.client import RedisCalls, redis_client
+from pipeline.storage.client import RedisClient, redis_client
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StoreUnavailableError
 from pipeline.worker import preflight as startup
 from tests.fakes.redis_sentinel import Sentinel, under_sentinel, until_failed_over
@@ -30,7 +30,7 @@ PASSWORD = "of-the-sentinels"
 def settings_of(url: str, **others: Any) -> Settings:
     prefix = f"test-{uuid.uuid4().hex[:12]}"
     limits: dict[str, Any] = {"redis_timeout_seconds": 1.0, "startup_timeout_seconds": 1.0}
-    return load_settings(**(limits | {"redis_url": url, "key_prefix": prefix} | others))
+    return load_settings(**(limits | {"redis_url": url, "redis_key_prefix": prefix} | others))
 
 
 def refusal(settings: Settings) -> str:
@@ -53,7 +53,7 @@ def said_by(settings: Settings, *commands: tuple[str, ...]) -> str:
     """What other commands of recur say, which do not check Redis first."""
 
     async def ask() -> None:
-        calls = RedisCalls(redis_client(settings))
+        calls = RedisClient(redis_client(settings))
         try:
             await calls.execute(commands)
         finally:

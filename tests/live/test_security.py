@@ -101,7 +101,7 @@ class Site:
     def settings(self, **changes: Any) -> dict[str, Any]:
         """Of a worker with the rights of the files."""
         settings: dict[str, Any] = {
-            "kafka_bootstrap": self.broker.secure_bootstrap,
+            "kafka_bootstrap_servers": self.broker.secure_bootstrap,
             "kafka_security_protocol": "SASL_SSL",
             "kafka_sasl_mechanism": "SCRAM-SHA-512",
             "kafka_sasl_username": WORKER,
@@ -111,14 +111,14 @@ class Site:
             "redis_username": "recur",
             "redis_password": REDIS_PASSWORD,
             "redis_ssl_cafile": self.authority.cafile,
-            "partitions": 2,
+            "topic_partitions": 2,
         }
         return {name: v for name, v in (settings | changes).items() if v is not None}
 
     def kafka_and_redis(self) -> dict[str, Any]:
         """The same, with the addresses by the names of :class:`PipelineUnderTest`."""
         settings = self.settings()
-        return {"bootstrap": settings.pop("kafka_bootstrap"), **settings}
+        return {"bootstrap": settings.pop("kafka_bootstrap_servers"), **settings}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         redis_with_users() as redis,
         TlsProxy(*certificate, redis.port) as proxy,
     ):
-        asyncio.run(ensure_topics(load_settings(kafka_bootstrap=broker.bootstrap, partitions=2)))
+        asyncio.run(
+            ensure_topics(
+                load_settings(kafka_bootstrap_servers=broker.bootstrap, topic_partitions=2)
+            )
+        )
         asyncio.run(allow(broker, kafka_rules() + rules_of_the_lacking()))
         yield Site(authority, other, broker, redis, proxy, folder)
 
@@ -164,7 +168,7 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
     Sent and read by the producer's and the reader's users, who may do nothing else either.
     """
     sent = transactions(300, accounts=20)
-    names = {"topic_prefix": "", "key_prefix": "recur", "kafka_group": "recur"}
+    names = {"topic_prefix": "", "redis_key_prefix": "recur", "kafka_group_id": "recur"}
     system = PipelineUnderTest(
         directory=tmp_path, log_level="debug", **names, **site.kafka_and_redis()
     )
@@ -232,8 +236,8 @@ def test_the_file_of_redis_rights_holds_what_recur_says_it_needs(user: str, righ
 def test_a_worker_may_use_the_transactional_ids_of_its_partitions_and_no_others(
     site: Site,
 ) -> None:
-    """RECUR_TRANSACTIONAL's rights; the rest of a worker's life is the same with them."""
-    settings = load_settings(**site.settings(), transactional=True)
+    """RECUR_PROCESSING_GUARANTEE's rights; the rest of a worker's life is the same with them."""
+    settings = load_settings(**site.settings(), processing_guarantee="exactly_once")
 
     async def commit(name: str) -> None:
         producer = AIOKafkaProducer(transactional_id=name, **settings.kafka_client_options())
@@ -321,7 +325,7 @@ def test_the_file_of_kafka_rights_holds_what_a_worker_asks_for() -> None:
         if rule.principal == f"User:{WORKER}" and rule.resource != "transactional-id"
     }
 
-    assert rules == {("group", settings.kafka_group, "Read")} | {
+    assert rules == {("group", settings.kafka_group_id, "Read")} | {
         ("topic", settings.topic(role), operation)
         for role, operations in NEEDS.items()
         for operation in operations
@@ -343,7 +347,7 @@ def test_workers_that_do_not_start_say_why_in_one_line_without_a_secret(
     """At the level debug, as whole processes: nothing else comes out of them, no traceback."""
     inside = f"redis://recur:wrong-secret@{HOST}:{site.redis.port}/0"
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"kafka_bootstrap": f"{HOST}:1"}, "RECUR_KAFKA_BOOTSTRAP"),
+        ({"kafka_bootstrap_servers": f"{HOST}:1"}, "RECUR_KAFKA_BOOTSTRAP_SERVERS"),
         ({"kafka_sasl_password": "wrong-secret"}, "RECUR_KAFKA_SASL_PASSWORD"),
         ({"redis_password": "wrong-secret"}, "RECUR_REDIS_PASSWORD"),
         ({"redis_url": inside, "redis_ssl_cafile": None}, "RECUR_REDIS_PASSWORD"),

@@ -24,7 +24,7 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import HOST, Kafka, Redis
 from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.settings import load_settings
-from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE, Ending
+from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE, ShutdownGuard
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 END_SECONDS = 120.0
@@ -45,7 +45,7 @@ def broker() -> Iterator[Kafka]:
 
 def system(broker: Kafka, server: Redis, directory: Path, **settings: Any) -> PipelineUnderTest:
     return PipelineUnderTest(
-        broker.bootstrap, server.url, directory, partitions=2, shutdown_seconds=3, **settings
+        broker.bootstrap, server.url, directory, topic_partitions=2, shutdown_seconds=3, **settings
     )
 
 
@@ -98,7 +98,7 @@ def test_a_group_that_shares_out_in_another_way_ends_the_worker_with_the_setting
         other = AIOKafkaConsumer(
             pipeline.settings.topic("transactions"),
             bootstrap_servers=broker.bootstrap,
-            group_id=pipeline.settings.kafka_group,
+            group_id=pipeline.settings.kafka_group_id,
             partition_assignment_strategy=[RangePartitionAssignor],
         )
         await other.start()
@@ -107,7 +107,7 @@ def test_a_group_that_shares_out_in_another_way_ends_the_worker_with_the_setting
             with worker.process:
                 assert await ended(worker) == 1
                 assert last_line(worker).startswith("recur: the group")
-                assert "RECUR_KAFKA_GROUP" in last_line(worker)
+                assert "RECUR_KAFKA_GROUP_ID" in last_line(worker)
         finally:
             await other.stop()
 
@@ -118,8 +118,8 @@ def test_a_group_that_shares_out_in_another_way_ends_the_worker_with_the_setting
     ("error", "names"),
     [
         (kafka_errors.InvalidSessionTimeoutError(), "RECUR_KAFKA_SESSION_TIMEOUT_SECONDS is 10"),
-        (kafka_errors.InconsistentGroupProtocolError(), "RECUR_KAFKA_GROUP"),
-        (kafka_errors.InvalidGroupIdError(), "RECUR_KAFKA_GROUP"),
+        (kafka_errors.InconsistentGroupProtocolError(), "RECUR_KAFKA_GROUP_ID"),
+        (kafka_errors.InvalidGroupIdError(), "RECUR_KAFKA_GROUP_ID"),
         (kafka_errors.GroupAuthorizationFailedError("recur"), "kafka-acls.sh"),
         (kafka_errors.TopicAuthorizationFailedError({"transactions"}), "kafka-acls.sh"),
         (kafka_errors.KafkaError("UnknownError()"), "group.max.size"),
@@ -213,7 +213,7 @@ def test_told_to_stop_while_it_waits_for_a_broker_at_its_start_it_ends(
 
 def test_an_end_that_takes_too_long_is_made_whatever_holds_up_the_loop(tmp_path: Path) -> None:
     codes: list[int] = []
-    ending = Ending(0.05, tmp_path / "own", end_process=codes.append)
+    ending = ShutdownGuard(0.05, tmp_path / "own", end_process=codes.append)
     (tmp_path / "own").mkdir()
 
     ending.begin()
@@ -228,7 +228,7 @@ def test_an_end_that_takes_too_long_is_made_whatever_holds_up_the_loop(tmp_path:
 def test_a_signal_sent_twice_by_a_shell_is_one(tmp_path: Path) -> None:
     codes: list[int] = []
     now = 100.0
-    ending = Ending(600, tmp_path, end_process=codes.append, clock=lambda: now)
+    ending = ShutdownGuard(600, tmp_path, end_process=codes.append, clock=lambda: now)
     try:
         ending.told(signal.SIGINT)
         now += SECOND_SIGNAL_SECONDS / 2

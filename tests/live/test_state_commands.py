@@ -30,7 +30,7 @@ from pipeline.scoring.partitions import check_watermark
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.storage.merchant_profile import FIXED_BYTES, Profile
 from pipeline.storage.merchant_store import RedisMerchantStore
-from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import redis_client
 from tests.fakes.running_pipeline import (
     EVENT_TIME_MS,
@@ -74,14 +74,14 @@ async def rebuild(
 def keys_of(system: PipelineUnderTest) -> Keys:
     settings = system.settings
     return Keys(
-        settings.key_prefix, system.scorer.checkpoint.digest, settings.topic("transactions")
+        settings.redis_key_prefix, system.scorer.checkpoint.digest, settings.topic("transactions")
     )
 
 
 async def all_states(system: PipelineUnderTest) -> dict[str, int]:
     """Partition by account."""
     found: dict[str, int] = {}
-    async with KeyScan(system.settings) as scan:
+    async with StateScan(system.settings) as scan:
         async for partition, accounts in scan.accounts(keys_of(system).model):
             found |= dict.fromkeys(accounts, partition)
     return found
@@ -180,7 +180,8 @@ def test_damaged_states_are_rebuilt_while_workers_run_and_no_score_changes(
     system: PipelineUnderTest,
 ) -> None:
     """Nothing comes meanwhile, so that only the command can have woken the workers; where none
-    runs, the one that starts does it."""
+    runs, the one that starts does it.
+    """
     sent = transactions(4_000, accounts=60)
     names = sorted({t.account_id for t in sent})
 
@@ -275,7 +276,7 @@ def test_states_move_with_their_accounts_when_the_topic_gets_more_partitions(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     """Each account goes on where it was, in the partition that its records now go to."""
-    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=2)
+    system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=2)
     sent = transactions(1_500, accounts=40)
     more = transactions(600, accounts=40, seed=1)
 
@@ -290,7 +291,7 @@ def test_states_move_with_their_accounts_when_the_topic_gets_more_partitions(
             with pytest.raises(RecurError, match=r"1 workers of group .* are running"):
                 await rekey(system)
             await system.workers[0].stop()
-            system.use(partitions=5)
+            system.use(topic_partitions=5)
             marks = await system.watermarks()
             with pytest.raises(StartupError, match="recur state rekey"):
                 check_watermark("transactions", 0, marks[0], 5, 10_000)
@@ -348,7 +349,7 @@ def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
             async with Feed(system.settings, "labels") as feed:
                 await feed.send(*labels_of(sent[:200]))
             await system.until_applied()
-            keys = MerchantKeys(system.settings.key_prefix)
+            keys = MerchantKeys(system.settings.redis_key_prefix)
             client = redis_client(system.settings)
             store = RedisMerchantStore.from_settings(system.settings)
             names = sorted({t.merchant_id for t in sent})

@@ -37,7 +37,7 @@ NO_TIME_MS = -1
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience asks again at once: no test here has an event loop that could wait."""
+    """Retrier asks again at once: no test here has an event loop that could wait."""
     monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
 
 
@@ -95,7 +95,7 @@ def test_transactions_in_another_unit_go_to_dead_letter_and_change_no_state(
     number: int, unit: str
 ) -> None:
     """By no setting of how old a transaction may be."""
-    world = World(partitions=1, max_timestamp_age_seconds=1e11)
+    world = World(topic_partitions=1, max_timestamp_age_seconds=1e11)
     world.produce("A")
     world.produce("A", timestamp=number)
     world.produce("A")
@@ -128,7 +128,7 @@ def test_a_time_on_the_command_line_in_another_unit_is_refused(option: str) -> N
 
 
 def test_a_live_transaction_may_be_as_old_as_the_setting_says() -> None:
-    world = World(partitions=1, max_timestamp_age_seconds=3600)
+    world = World(topic_partitions=1, max_timestamp_age_seconds=3600)
     now_ms = world.now_ms + 60_000
     world.produce("A", timestamp=now_ms - HOUR_MS)
     world.produce("A", timestamp=now_ms - HOUR_MS - 1)
@@ -141,7 +141,7 @@ def test_a_live_transaction_may_be_as_old_as_the_setting_says() -> None:
 
 @pytest.mark.parametrize("header", [HISTORY_HEADER, WARM_HEADER])
 def test_history_says_that_it_is_history_and_may_be_of_any_age(header: str) -> None:
-    world = World(partitions=1, max_timestamp_age_seconds=3600)
+    world = World(topic_partitions=1, max_timestamp_age_seconds=3600)
     world.produce("A", timestamp=PAID_MS, headers=[(header, b"1")])
     world.produce("A", timestamp=PAID_MS + 1000, headers=[("other", b""), (header, b"1")])
 
@@ -154,7 +154,7 @@ def test_history_says_that_it_is_history_and_may_be_of_any_age(header: str) -> N
 
 
 def test_a_time_that_nobody_set_is_rejected_by_default_and_a_log_of_ten_years_is_not() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for text in ("1970-01-01T00:00:00Z", "1900-01-01T00:00:00Z", "0001-01-01T00:00:00Z"):
         world.produce("A", timestamp=text)
     world.produce("A", timestamp=0)
@@ -171,7 +171,7 @@ def test_a_time_that_nobody_set_is_rejected_by_default_and_a_log_of_ten_years_is
 
 
 def test_a_clock_ahead_moves_its_account_by_the_tolerance_alone_and_is_counted() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.produce("A", timestamp=world.now_ms + 60_000 + 20 * HOUR_MS)
     sent_ms = world.now_ms + 20 * HOUR_MS
@@ -189,7 +189,7 @@ def test_a_clock_ahead_moves_its_account_by_the_tolerance_alone_and_is_counted()
 
 
 def test_a_late_transaction_is_scored_and_counted() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.produce("A", timestamp=world.now_ms - 5 * HOUR_MS)
     world.produce("A")
@@ -207,7 +207,7 @@ def test_a_replay_faster_than_its_times_is_what_it_was() -> None:
 
 @pytest.mark.parametrize("record_ms", [NO_TIME_MS, 0, START_MS // 1000, START_MS * 1000])
 def test_a_record_whose_time_is_none_counts_as_of_its_event(record_ms: int) -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.produce("A", record_ms=record_ms)
     world.produce("A")
@@ -222,7 +222,7 @@ def test_a_record_whose_time_is_none_counts_as_of_its_event(record_ms: int) -> N
 
 
 def test_a_record_without_time_cannot_set_its_account_s_clock_far_ahead() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A", record_ms=NO_TIME_MS, timestamp="9999-12-31T00:00:00Z")
     world.produce("A")
 
@@ -248,7 +248,7 @@ def test_a_label_in_a_record_without_time_is_taken() -> None:
 
 
 def test_latency_is_never_negative_and_records_stamped_ahead_are_counted() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A", record_ms=world.now_ms + 10 * HOUR_MS)
     world.produce("A")
     world.now_ms += 2_000
@@ -261,7 +261,7 @@ def test_latency_is_never_negative_and_records_stamped_ahead_are_counted() -> No
 
 
 def test_records_of_a_copied_log_are_no_latency() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for age_ms in (400 * DAY_MS, DAY_MS + 1, DAY_MS):
         then = world.now_ms + 60_000 - age_ms
         world.produce("A", timestamp=then, record_ms=then)
@@ -288,7 +288,7 @@ ANOTHER: list[dict[str, Any]] = [
 def test_an_id_with_another_content_is_another_payment(
     changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A", "1", timestamp=START_MS)
     world.produce("A", "1", **{"timestamp": START_MS} | changes)
     world.produce("A", "1", timestamp=START_MS)  # the first one again
@@ -297,14 +297,14 @@ def test_an_id_with_another_content_is_another_payment(
 
     assert sorted(world.scores(0)) == [0, 1]
     assert worker.count("recur_id_conflicts_total") == 1
-    assert worker.count("recur_duplicates_total") == 1
+    assert worker.count("recur_duplicate_transactions_total") == 1
     (line,) = [r for r in caplog.records if "another content" in r.getMessage()]
     assert line.levelno == logging.WARNING
     assert vars(line) | {"topic": "transactions", "partition": 0, "offset": 1} == vars(line)
 
 
 def test_what_is_written_another_way_is_the_same_content() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A", "1", timestamp=PAID_MS, amount=20)
     world.produce("A", "1", timestamp="2018-08-15T12:00:00+02:00", amount=20.0, category="5411")
 
@@ -312,25 +312,25 @@ def test_what_is_written_another_way_is_the_same_content() -> None:
     finish(worker.run())
 
     assert sorted(world.scores(0)) == [0]
-    assert worker.count("recur_duplicates_total") == 1
+    assert worker.count("recur_duplicate_transactions_total") == 1
     assert worker.count("recur_id_conflicts_total") == 0
 
 
 def test_a_repeat_is_one_though_its_clock_was_ahead_and_it_came_later() -> None:
     """Its event time in the features depends on the record's, its content does not."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     ahead_ms = world.now_ms + 20 * HOUR_MS
     for _ in range(2):
         world.produce("A", "1", timestamp=ahead_ms)
 
     worker = applied(world)
 
-    assert worker.count("recur_duplicates_total") == 1
+    assert worker.count("recur_duplicate_transactions_total") == 1
     assert worker.count("recur_id_conflicts_total") == 0
 
 
 def test_ids_that_restart_each_day_lose_nothing() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(10):
         for number in range(3):
             world.produce("A", f"{number}", amount=10.0 + number)
@@ -345,7 +345,7 @@ def test_ids_that_restart_each_day_lose_nothing() -> None:
 def test_a_conflict_is_rejected_where_the_setting_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    world = World(partitions=1, id_conflicts="reject")
+    world = World(topic_partitions=1, id_conflicts="reject")
     world.produce("A", "1", amount=20.0)
     world.produce("A", "1", amount=21.0)
     world.produce("A", "2")
@@ -362,7 +362,7 @@ def test_a_conflict_is_rejected_where_the_setting_says_so(
 def test_conflicts_are_told_once_a_minute_with_their_number(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    world = World(partitions=1, micro_batch_max=1)
+    world = World(topic_partitions=1, micro_batch_max=1)
     for number in range(50):
         world.produce("A", "1", amount=number)
         world.now_ms -= 59_900

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
-from pipeline.scoring.topic_watcher import Held, OpenTransactions, TopicGoneError, TopicWatch
+from pipeline.scoring.topic_watcher import Held, OpenTransactions, TopicGoneError, TopicWatcher
 from pipeline.topic_id import NO_ID, shown
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)
@@ -43,7 +43,7 @@ class Watched:
         self.health = Health(60.0, self.clock)
         for part in ("redis", "kafka", "partitions"):
             self.health.up(part)
-        self.watch = TopicWatch(
+        self.watch = TopicWatcher(
             list(self.ids.there),
             {"transactions": "states"},
             "scores",

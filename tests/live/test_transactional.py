@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from model.transaction import Transaction
-from pipeline.kafka.transactional_producer import TransactionalPublisher
+from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import decode_alert, encode_transaction
@@ -30,7 +30,7 @@ from tests.fakes.running_pipeline import (
 )
 
 SETTINGS: dict[str, Any] = {
-    "transactional": True,
+    "processing_guarantee": "exactly_once",
     "kafka_session_timeout_seconds": 6.0,
     # So that there are alerts.
     "review_threshold": 0.02,
@@ -57,7 +57,8 @@ def records_of(sent: Sequence[Transaction]) -> list[tuple[bytes | None, bytes | 
 async def assert_exactly_once(system: PipelineUnderTest, sent: Sequence[Transaction]) -> None:
     """A score for each transaction, an alert for each that is flagged, and a dead letter for
     each rejected record, for who reads with read_committed; states are the log, and the group's
-    offsets are at its end."""
+    offsets are at its end.
+    """
     await system.until_applied()
     scores = await system.scores()
     assert_scored_once(scores, sent)
@@ -82,7 +83,8 @@ async def total(workers: Sequence[WorkerProcess], name: str) -> float:
 
 def test_workers_that_are_killed_or_leave_say_nothing_twice(system: PipelineUnderTest) -> None:
     """Killed at a moment by chance, which may fall between the commit and the save; and without a
-    zombie nobody is fenced."""
+    zombie nobody is fenced.
+    """
     sent = transactions(12_000, accounts=200)
 
     async def run() -> None:
@@ -94,7 +96,7 @@ def test_workers_that_are_killed_or_leave_say_nothing_twice(system: PipelineUnde
             assert await system.workers[1].stop() == 0
             await feeding
             await assert_exactly_once(system, sent)
-            for name in ("recur_fenced_total", "recur_foreign_scores_total"):
+            for name in ("recur_fenced_total", "recur_zombie_scores_total"):
                 assert await total(system.workers, name) == 0
 
     asyncio.run(run())
@@ -104,7 +106,8 @@ def test_what_was_committed_when_a_worker_died_is_applied_though_no_record_comes
     kafka: Kafka, tmp_path: Path
 ) -> None:
     """Redis takes no writes, so the death falls between commit and save for certain; the group's
-    offset is at the log's end, and no record would show that states are behind."""
+    offset is at the log's end, and no record would show that states are behind.
+    """
     sent = transactions(3_000, accounts=100)
 
     async def run(server: Redis) -> None:
@@ -142,8 +145,8 @@ def test_an_owner_that_is_fenced_asks_the_group_and_goes_on(system: PipelineUnde
         async with system.running(workers=1):
             feeding = asyncio.create_task(system.send_records(records_of(sent), rate=2_000))
             await asyncio.sleep(1)
-            zombie = TransactionalPublisher(system.settings)
-            for partition in range(system.settings.partitions):
+            zombie = TransactionalProducer(system.settings)
+            for partition in range(system.settings.topic_partitions):
                 await zombie.take(partition)
             await zombie.stop()
             await feeding
@@ -167,6 +170,6 @@ def test_a_zombie_that_wakes_up_is_fenced_and_says_nothing(system: PipelineUnder
             zombie.process.send_signal(signal.SIGCONT)
             await feeding
             await assert_exactly_once(system, sent)
-            assert await total(system.workers, "recur_foreign_scores_total") == 0
+            assert await total(system.workers, "recur_zombie_scores_total") == 0
 
     asyncio.run(run())

@@ -48,7 +48,9 @@ class Faults:
         settings = system.settings
         self._system = system
         self._keys = Keys(
-            settings.key_prefix, system.scorer.checkpoint.digest, settings.topic("transactions")
+            settings.redis_key_prefix,
+            system.scorer.checkpoint.digest,
+            settings.topic("transactions"),
         )
         self.client = redis_client(settings)
 
@@ -213,14 +215,14 @@ def test_what_is_not_there_is_said_in_one_line(kafka: Kafka, system: PipelineUnd
     with pytest.raises(StartupError, match=r"there is no topic .*-transactions at"):
         asyncio.run(run())
     asyncio.run(ensure_topics(system.settings))
-    other = system.settings.model_copy(update={"scores_topic": "few", "partitions": 1})
+    other = system.settings.model_copy(update={"scores_topic": "few", "topic_partitions": 1})
     asyncio.run(ensure_topics(other.model_copy(update={"transactions_topic": "few-in"})))
     with pytest.raises(StartupError, match=r"has 4 partitions and .*-few has 1"):
         asyncio.run(run(scores_topic="few"))
     with pytest.raises(RecurError, match="Redis does not answer"):
         asyncio.run(run(redis_url="redis://127.0.0.1:1/0"))
     with pytest.raises(StartupError, match="no Kafka broker answers"):
-        asyncio.run(run(kafka_bootstrap="127.0.0.1:1"))
+        asyncio.run(run(kafka_bootstrap_servers="127.0.0.1:1"))
 
 
 def test_the_command_s_defaults_are_the_measured_tolerances() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from model import merchant_weight
 from model.features.merchant import WEIGHT_MAX
-from model.merchant_weight import OwnRisk
+from model.merchant_weight import MerchantWeightNetwork
 from model.training import merchant_weight_fit
-from model.training.merchant_weight_fit import fit_own_risk
+from model.training.merchant_weight_fit import fit_merchant_weight
 
 N = 40_000
 Fraud = NDArray[np.bool_]
@@ -24,8 +24,8 @@ def _fewer_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merchant_weight_fit, "UPDATES", 800)
 
 
-def fitted(inputs: Tensor, is_fraud: Fraud, seed: int = 1) -> OwnRisk:
-    return fit_own_risk(
+def fitted(inputs: Tensor, is_fraud: Fraud, seed: int = 1) -> MerchantWeightNetwork:
+    return fit_merchant_weight(
         lambda rows: inputs[torch.from_numpy(rows)], is_fraud, inputs.shape[1], seed
     )
 
@@ -89,7 +89,7 @@ def test_data_of_one_class_give_finite_weights(
 
 def test_a_weight_is_the_share_of_the_rest_and_small_ones_are_kept() -> None:
     """With logits f and r: r / p, p = 1 - (1 - r)(1 - s)."""
-    network = OwnRisk(1)
+    network = MerchantWeightNetwork(1)
     with torch.no_grad():
         network.hidden.weight.fill_(1.0)
         network.hidden.bias.fill_(0.0)

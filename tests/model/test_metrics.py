@@ -61,7 +61,7 @@ def test_average_precision_is_the_sum_over_thresholds(case: Case) -> None:
 
 
 def test_measures_of_a_worked_case() -> None:
-    # Pairs fraud/genuine in order: 3 + 2.5 + 1 of 9.
+    # Pairs fraud/legitimate in order: 3 + 2.5 + 1 of 9.
     assert auc_roc(SCORES, FRAUD) == pytest.approx(6.5 / 9)
     # Thresholds .9 (1/1), .8 (2/3), .4 (3/5), a third of the recall each.
     assert average_precision(SCORES, FRAUD) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)

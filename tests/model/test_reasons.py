@@ -53,7 +53,7 @@ TYPICAL = {
     "merchant_count_30d": 30.0,
     "merchant_oldest_fraud_days": -1.0,
     "merchant_newest_fraud_days": -1.0,
-    "merchant_genuine_days": 8.0,
+    "merchant_legitimate_days": 8.0,
     "merchant_streak_days": -1.0,
 }
 
@@ -116,7 +116,7 @@ def additive(weights: dict[tuple[str, str], float], hidden_weight: float = 0.0) 
 
 
 def keep_hidden(network: Network) -> None:
-    """z = 1: the hidden of size 4 after a transaction is the one before it."""
+    """Z = 1: the hidden of size 4 after a transaction is the one before it."""
     bias = network.get_parameter("recurrent.bias_ih_l0")
     bias[4:8] = 20.0
 

@@ -55,7 +55,7 @@ def checkpoint(**changes: object) -> Checkpoint:
             "transactions": float(len(DATA.score)),
             "frauds": float(DATA.is_fraud.sum()),
             "fraud_amount_per_day": fraud / DAYS,
-            "genuine_amount_per_day": (float(DATA.amount.sum()) - fraud) / DAYS,
+            "legitimate_amount_per_day": (float(DATA.amount.sum()) - fraud) / DAYS,
         },
     } | changes
     return Checkpoint(
@@ -95,7 +95,7 @@ def test_at_most_so_many_alerts_a_day_are_raised_and_not_far_fewer(
 
 
 @pytest.mark.parametrize("text", ["0.002", "0.2%", "0.2 %"])
-def test_at_most_such_a_share_of_genuine_transactions_is_flagged(file: Path, text: str) -> None:
+def test_at_most_such_a_share_of_legitimate_transactions_is_flagged(file: Path, text: str) -> None:
     run(file, "--review", f"false-positive-rate={text}")
 
     rate = (DATA.score[~DATA.is_fraud] >= np.float32(written(file).review)).mean()

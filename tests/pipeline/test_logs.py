@@ -37,7 +37,9 @@ def test_a_line_is_one_json_object_with_its_fields(capsys: pytest.CaptureFixture
     logs.configure("info", "json")
 
     logging.getLogger("pipeline.scoring.partitions").warning(
-        "partitions %s", "assigned", extra={"partitions": [1, 2], "why": 'a "reason"\nand more'}
+        "partitions %s",
+        "assigned",
+        extra={"topic_partitions": [1, 2], "why": 'a "reason"\nand more'},
     )
 
     (line,) = lines(capsys)
@@ -48,7 +50,7 @@ def test_a_line_is_one_json_object_with_its_fields(capsys: pytest.CaptureFixture
         "level": "warning",
         "logger": "pipeline.scoring.partitions",
         "message": "partitions assigned",
-        "partitions": [1, 2],
+        "topic_partitions": [1, 2],
         "why": 'a "reason"\nand more',
     }
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import SettingsError
 from pipeline.settings import (
     CONFIG_VARIABLE,
+    RENAMED,
     Settings,
     describe,
     load_settings,
@@ -46,11 +47,11 @@ def use_file(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
     [
         ("kafka_security_protocol", "TLS"),
         ("kafka_sasl_mechanism", "KERBEROS"),
-        ("kafka_group", ""),
+        ("kafka_group_id", ""),
         ("kafka_session_timeout_seconds", "0"),
         ("kafka_session_timeout_seconds", "ten"),
         ("kafka_commit_interval_seconds", "0"),
-        ("kafka_offset_reset", "middle"),
+        ("kafka_auto_offset_reset", "middle"),
         ("kafka_replication_factor", "0"),
         ("kafka_replication_factor", "1.5"),
         ("kafka_compression", "rar"),
@@ -63,19 +64,19 @@ def use_file(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
         ("alerts_topic", "{alerts}"),
         ("labels_topic", "lábels"),
         ("dead_letter_topic", "dead:letter"),
-        ("partitions", "0"),
-        ("partitions", "many"),
+        ("topic_partitions", "0"),
+        ("topic_partitions", "many"),
         ("log_retention_days", "0"),
         ("log_retention_days", "-1"),
         ("log_retention_days", "inf"),
         ("redis_cluster", "perhaps"),
         ("redis_timeout_seconds", "0"),
         ("redis_timeout_seconds", "nan"),
-        ("key_prefix", ""),
-        ("key_prefix", "a:{b}"),
+        ("redis_key_prefix", ""),
+        ("redis_key_prefix", "a:{b}"),
         ("state_ttl_days", "0"),
         ("state_ttl_days", "1e9"),
-        ("future_limit_seconds", "-1"),
+        ("max_timestamp_ahead_seconds", "-1"),
         ("review_threshold", "1.01"),
         ("decline_threshold", "-0.01"),
         ("micro_batch_max", "0"),
@@ -103,9 +104,9 @@ def test_a_wrong_value_ends_the_start_with_a_line_that_names_the_setting(
 
 
 def test_several_wrong_values_are_named_together_a_line_for_each() -> None:
-    message = complaint(partitions=0, http_port=-1)
+    message = complaint(topic_partitions=0, http_port=-1)
 
-    assert [line.split()[0] for line in message.splitlines()] == ["partitions", "http_port"]
+    assert [line.split()[0] for line in message.splitlines()] == ["topic_partitions", "http_port"]
 
 
 @pytest.mark.parametrize(
@@ -150,17 +151,17 @@ def test_environment_goes_over_file_and_file_over_default(
     use_file(
         monkeypatch,
         tmp_path / "recur.toml",
-        'kafka_group = "of-file"\npartitions = 4\nredis_cluster = true\n',
+        'kafka_group_id = "of-file"\ntopic_partitions = 4\nredis_cluster = true\n',
     )
-    monkeypatch.setenv("RECUR_PARTITIONS", "5")
+    monkeypatch.setenv("RECUR_TOPIC_PARTITIONS", "5")
 
     settings = load_settings()
 
-    assert settings.kafka_group == "of-file"
+    assert settings.kafka_group_id == "of-file"
     assert settings.redis_cluster is True
-    assert settings.partitions == 5
+    assert settings.topic_partitions == 5
     assert settings.http_port == Settings.model_fields["http_port"].default
-    assert load_settings(partitions=6).partitions == 6
+    assert load_settings(topic_partitions=6).topic_partitions == 6
 
 
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_file_that_is_not_toml_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    use_file(monkeypatch, tmp_path / "recur.toml", "partitions: 4")
+    use_file(monkeypatch, tmp_path / "recur.toml", "topic_partitions: 4")
 
     assert str(tmp_path / "recur.toml") in complaint()
 
@@ -247,7 +248,7 @@ def test_of_an_address_is_shown_what_is_no_secret(url: str, shown: str) -> None:
 
 
 def test_a_password_in_the_brokers_address_is_refused() -> None:
-    assert PASSWORD not in complaint(kafka_bootstrap=f"recur:{PASSWORD}@broker:9092")
+    assert PASSWORD not in complaint(kafka_bootstrap_servers=f"recur:{PASSWORD}@broker:9092")
 
 
 def test_secrets_reach_the_clients(secretive: Settings) -> None:
@@ -314,9 +315,19 @@ def test_tls_files_without_tls_are_a_mistake() -> None:
         assert "rediss://" in complaint(**{f"redis_ssl_{name}": "a.pem"})
 
 
+def test_a_start_with_an_old_name_says_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for old, new in RENAMED.items():
+        assert new in Settings.model_fields, new
+        assert old not in Settings.model_fields, old
+        assert f"renamed; set {new}" in complaint(**{old: "x"})
+        with monkeypatch.context() as context:
+            context.setenv(f"RECUR_{old.upper()}", "x")
+            assert f"RECUR_{old.upper()}: renamed; set RECUR_{new.upper()}" in complaint()
+
+
 def test_settings_cannot_be_changed_once_loaded() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_settings().partitions = 3
+        load_settings().topic_partitions = 3
 
 
 def test_every_topic_takes_the_prefix() -> None:
@@ -378,16 +389,16 @@ def test_variables_that_kubernetes_sets_for_services_are_no_settings(
     ],
 )
 def test_brokers_that_are_no_host_and_port_are_told(bootstrap: str) -> None:
-    message = complaint(kafka_bootstrap=bootstrap)
+    message = complaint(kafka_bootstrap_servers=bootstrap)
 
-    assert message.startswith("kafka_bootstrap (RECUR_KAFKA_BOOTSTRAP) has ")
+    assert message.startswith("kafka_bootstrap_servers (RECUR_KAFKA_BOOTSTRAP_SERVERS) has ")
     assert "broker-1:9092" in message
     assert ("RECUR_KAFKA_SECURITY_PROTOCOL" in message) is ("://" in bootstrap)
 
 
 @pytest.mark.parametrize("bootstrap", ["a", "a:9092", "a:9092, b:9093", "[::1]:9092"])
 def test_brokers_that_are_host_and_port_are_taken(bootstrap: str) -> None:
-    assert load_settings(kafka_bootstrap=bootstrap).kafka_bootstrap == bootstrap
+    assert load_settings(kafka_bootstrap_servers=bootstrap).kafka_bootstrap_servers == bootstrap
 
 
 @pytest.mark.parametrize(

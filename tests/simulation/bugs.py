@@ -17,11 +17,11 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from pipeline.kafka.producer import Appended, Outgoing
+from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import Kept
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring import processor
-from pipeline.scoring.partitions import Chunk, Owned, Ownership, Record
+from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Record
 from pipeline.scoring.processor import Computed, Part, Processor
 from pipeline.scoring.scorer import MicroBatch, Scored
 from pipeline.storage.account_state import AccountStates, Watermark
@@ -83,9 +83,9 @@ class PublishLater(Publisher):
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         self._later = asyncio.ensure_future(super().publish(scores, alerts, rejected))
-        return dict.fromkeys(scores, Appended(None, None))
+        return dict.fromkeys(scores, AppendResult(None, None))
 
 
 class AlertsLater(Publisher):
@@ -96,7 +96,7 @@ class AlertsLater(Publisher):
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         self._later = asyncio.ensure_future(super().publish({}, alerts, []))
         return await super().publish(scores, [], rejected)
 
@@ -216,11 +216,11 @@ class FeaturesNotReused(ScoreLog):
         return found, position
 
 
-class NothingKept(Ownership):
+class NothingKept(PartitionManager):
     """Says again what was published and not saved."""
 
     async def published(
-        self, partition: int, owned: Owned, records: Sequence[Record]
+        self, partition: int, owned: OwnedPartition, records: Sequence[Record]
     ) -> dict[int, Kept]:
         return {}
 
@@ -232,19 +232,21 @@ class AlertsOnce(Processor):
         return iter(())
 
 
-class GapNotRead(Ownership):
+class GapNotRead(PartitionManager):
     """Does not look at what stands between its own scores."""
 
     async def notice_foreign_scores(
-        self, partition: int, owned: Owned, appended: Appended, next_offset: int
+        self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
     ) -> None:
         owned.scores_next = appended.next or owned.scores_next
 
 
-class ScoresOffsetTooFar(Ownership):
+class ScoresOffsetTooFar(PartitionManager):
     """Its watermark passes over scores that are not applied."""
 
-    def watermark_at(self, owned: Owned, next_offset: int, appended: Appended | None) -> Watermark:
+    def watermark_at(
+        self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
+    ) -> Watermark:
         mark = super().watermark_at(owned, next_offset, appended)
         return dataclasses.replace(mark, scores_offset=max(mark.scores_offset, owned.scores_next))
 
@@ -252,33 +254,35 @@ class ScoresOffsetTooFar(Ownership):
 # states ------------------------------------------------------------------------------------
 
 
-class OldStates(Ownership):
+class OldStates(PartitionManager):
     """Goes on with states that it held before it lost a partition, or its watermark."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._states: dict[int, dict[str, bytes | None]] = {}
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
         owned = await super()._assume(partition, watermark, begin)
         owned.states = self._states.setdefault(partition, {})
         return owned
 
 
-class AnyWatermark(Ownership):
+class AnyWatermark(PartitionManager):
     """Takes whatever watermark stands for the expected one."""
 
-    async def accept(self, partition: int, chunk: Chunk, watermark: bytes | None) -> Owned | None:
+    async def accept(
+        self, partition: int, chunk: Chunk, watermark: bytes | None
+    ) -> OwnedPartition | None:
         owned = self.owned(partition)
         if owned is not None and watermark is not None:
             owned.watermark = watermark
         return await super().accept(partition, chunk, watermark)
 
 
-class GapInLog(Ownership):
+class GapInLog(PartitionManager):
     """Applies a poll although the one before it was not."""
 
-    async def seek_back(self, partition: int, owned: Owned) -> None:
+    async def seek_back(self, partition: int, owned: OwnedPartition) -> None:
         """The log is not read back."""
 
 
@@ -309,10 +313,10 @@ class ConflictsDropped(ChainScorer):
         return super().score(values, dataclasses.replace(batch, id_hash=alike))
 
 
-class AlwaysNew(Ownership):
+class AlwaysNew(PartitionManager):
     """Takes a store that lost everything for a new group's."""
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> Owned:
+    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
         self._begin = begin
         return await super()._assume(partition, watermark, begin)
 
@@ -330,10 +334,10 @@ class StatesOfLogBefore(StateClient):
         yield
 
 
-class FetchedOfLogBefore(Ownership):
+class FetchedOfLogBefore(PartitionManager):
     """Takes what was fetched before the log was made again for its own."""
 
-    async def _is_of_log(self, partition: int, owned: Owned, chunk: Chunk) -> bool:
+    async def _is_of_log(self, partition: int, owned: OwnedPartition, chunk: Chunk) -> bool:
         return True
 
 
@@ -353,7 +357,7 @@ class RejectedDropped(Publisher):
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         return await super().publish(scores, alerts, [])
 
 
@@ -416,7 +420,12 @@ BUGS = [
     Bug("the gap before a zombie's publish not read", 1022, 2104, Parts(ownership=GapNotRead)),
     Bug("the watermark's scores offset too far", 1273, 2606, Parts(ownership=ScoresOffsetTooFar)),
     Bug("held states not dropped with the partition", 86, 250, Parts(ownership=OldStates)),
-    Bug("computed states not held", 1, 10, patches=[(ownership.Owned, "remember", _nothing)]),
+    Bug(
+        "computed states not held",
+        1,
+        10,
+        patches=[(ownership.OwnedPartition, "remember", _nothing)],
+    ),
     Bug("any watermark taken for the expected one", 34, 90, Parts(ownership=AnyWatermark)),
     Bug("no seek back to the states", 37, 120, Parts(ownership=GapInLog)),
     Bug("what is applied not dropped", 1, 40, Parts(processor=ApplyAgain)),

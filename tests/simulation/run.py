@@ -101,12 +101,12 @@ def _scorer(kind: type[ChainScorer], ttl_ms: int) -> ChainScorer:
 
 
 @cache
-def _settings(micro_batch_max: int, cached_states_max: int, cached_merchants_max: int) -> Settings:
+def _settings(micro_batch_max: int, state_cache_size: int, merchant_cache_size: int) -> Settings:
     return load_settings(
-        partitions=2,
+        topic_partitions=2,
         micro_batch_max=micro_batch_max,
-        cached_states_max=cached_states_max,
-        cached_merchants_max=cached_merchants_max,
+        state_cache_size=state_cache_size,
+        merchant_cache_size=merchant_cache_size,
         state_ttl_days=1.0,
         on_new_log="begin",
     )
@@ -175,7 +175,7 @@ class Run:
         self._note: Callable[[str], None] | None = self._write if trace else None
         self._violation: Violation | None = None
         self._lost_data = self._made_again = False
-        partitions = self.settings.partitions
+        partitions = self.settings.topic_partitions
         self._topic = self.settings.topic("transactions")
         self._labels_topic = self.settings.topic("labels")
         self.kafka = MemoryKafka(
@@ -233,7 +233,7 @@ class Run:
         self._numbered = 0
 
     def _names(self, partition: int, letter: str, count: int) -> list[str]:
-        return list(_names(letter, count, self.settings.partitions)[partition])
+        return list(_names(letter, count, self.settings.topic_partitions)[partition])
 
     # what is drawn -----------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Run:
         """A record of the transactions topic."""
         rng = self.rng
         self.now_ms += int(rng.random() ** 2 * 6 * HOUR_MS)
-        partition = rng.randrange(self.settings.partitions)
+        partition = rng.randrange(self.settings.topic_partitions)
         self._append(partition, rng.choice(self._accounts[partition]), rng.random())
 
     def _append(self, partition: int, account: str, chance: float) -> None:
@@ -352,7 +352,7 @@ class Run:
             return
         self.now_ms += int(rng.random() * HOUR_MS)
         fields = rng.choice(self._sent)["fields"]
-        text: dict[str, Any] = {"label": rng.choice(["fraud", "fraud", "genuine"])}
+        text: dict[str, Any] = {"label": rng.choice(["fraud", "fraud", "legitimate"])}
         text["labelled_at"] = self.now_ms
         if rng.random() < 0.4:  # known for a while
             known_ms = self.now_ms - int(rng.random() * 12 * HOUR_MS)
@@ -469,7 +469,7 @@ class Run:
         self._made_again = True
         self._tell("the transactions topic is made again")
         self.kafka.recreate(self._topic)
-        for partition in range(self.settings.partitions):
+        for partition in range(self.settings.topic_partitions):
             self.coordinator.committed.pop(TP(self._topic, partition), None)
         self._sent.clear()
         self.auditor.made_again(self.kafka.topic_id(self._topic))

@@ -12,7 +12,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from pipeline.kafka.producer import Appended, Outgoing, PublishError
+from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS
@@ -24,7 +24,7 @@ from pipeline.storage.merchant_store import (
     booked_of,
     places_by_slot,
 )
-from pipeline.storage.state_store import Load, Loaded, Save, StoreUnavailableError
+from pipeline.storage.state_store import Load, LoadResult, Save, StoreUnavailableError
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
 from tests.simulation.auditor import Auditor
 from tests.simulation.clock import Host
@@ -67,7 +67,7 @@ class StateClient:
         self._network = network
         self.store = store
 
-    async def load(self, requests: Sequence[Load]) -> list[Loaded]:
+    async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """One MGET."""
         (loaded,) = await self._network.ask(
             self._host,
@@ -237,7 +237,7 @@ class Publisher:
         scores: dict[int, Sequence[Outgoing]],
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
-    ) -> dict[int, Appended]:
+    ) -> dict[int, AppendResult]:
         """See :class:`pipeline.kafka.producer.Publisher`."""
         topic = self._settings.topic
         others = [(topic("alerts"), alerts), (topic("dead_letter"), rejected)]
@@ -248,7 +248,9 @@ class Publisher:
         appended = await asyncio.gather(*sent)
         return dict(zip(scores, appended, strict=False))
 
-    async def _append(self, topic: str, partition: int, records: Sequence[Outgoing]) -> Appended:
+    async def _append(
+        self, topic: str, partition: int, records: Sequence[Outgoing]
+    ) -> AppendResult:
         published = self._published()
 
         def append() -> int:
@@ -265,8 +267,8 @@ class Publisher:
             self._host, f"append to {topic} {partition}", [append], PublishError
         )
         if self._rng.random() < UNKNOWN_OFFSET:
-            return Appended(None, None)
-        return Appended(first, first + len(records))
+            return AppendResult(None, None)
+        return AppendResult(first, first + len(records))
 
 
 class ScoreLog:

@@ -17,9 +17,9 @@ from pipeline.kafka.producer import Outgoing
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Ownership, Poll
+from pipeline.scoring.partitions import PartitionManager, Poll
 from pipeline.scoring.processor import Computed, Processor
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings
 from pipeline.worker import app
@@ -45,7 +45,7 @@ class Parts:
     merchant_client: type[MerchantClient] = MerchantClient
     publisher: type[Publisher] = Publisher
     score_log: type[ScoreLog] = ScoreLog
-    ownership: type[Ownership] = Ownership
+    ownership: type[PartitionManager] = PartitionManager
     processor: type[Processor] = Processor
     labels: type[LabelProcessor] = LabelProcessor
     scorer: type[ChainScorer] = ChainScorer
@@ -110,7 +110,7 @@ class Worker(app.Worker):
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
         consumer.take_at_once = {self._topic}
-        patience = Patience(METRICS, self.health)
+        patience = Retrier(METRICS, self.health)
         score_log = parts.score_log(host, network, services.kafka, settings)
         publisher = parts.publisher(
             host, network, services.kafka, settings, services.rng, self._published
@@ -120,7 +120,7 @@ class Worker(app.Worker):
         self.ownership = parts.ownership(
             topic=self._topic,
             scores_topic=settings.topic("scores"),
-            partitions=settings.partitions,
+            partitions=settings.topic_partitions,
             store=store,
             score_log=score_log,
             transaction_log=PartitionLog(self._consumer, self._topic),

@@ -39,7 +39,7 @@ from tests.fakes.datasets import simulated_dataset
 
 
 def rows(n: int, seed: int = 0, **changes: Any) -> Rows:
-    """n transactions in order of time, of 7 accounts and 5 merchants."""
+    """N transactions in order of time, of 7 accounts and 5 merchants."""
     rng = np.random.default_rng(seed)
     accounts, merchants = (text_keys([f"{of}{i}" for i in range(9)]) for of in "am")
     columns: dict[str, Any] = {

@@ -176,7 +176,8 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
 @dataclass(frozen=True)
 class Seen:
     """A payment as it counts later: at most 2.5 times the usual amount, or the last day's mean;
-    one under the floor counts as what was the mean, and the usual amount stays."""
+    one under the floor counts as what was the mean, and the usual amount stays.
+    """
 
     time_ms: int
     entered: dict[int, float]
@@ -251,7 +252,8 @@ def test_one_odd_payment_moves_what_is_usual_by_a_bounded_factor(
     payments: int, usual: float, odd: float
 ) -> None:
     """As the n-th payment of an account that pays evenly: at most by 1.5 / (n + 1) up, and by
-    1 / (n + 1) down, and never by more than it moves it after a hundred payments."""
+    1 / (n + 1) down, and never by more than it moves it after a hundred payments.
+    """
     history = AccountHistory.empty(1)
     for number in range(payments):
         _, history = one(history, usual, START_MS + number * DAY_MS)
@@ -569,7 +571,8 @@ def floor_of(account: Int64, amount: Float64) -> float:
 
 def test_no_input_can_tell_amounts_that_are_divisible_by_5_cents() -> None:
     """As those of stolen cards are in the Handbook's data: every input rises with the amount, by
-    a smooth function or by one of a few steps, and none goes up and down."""
+    a smooth function or by one of a few steps, and none goes up and down.
+    """
     rng = np.random.default_rng(8)
     n = 20_000
     account = rng.integers(0, 200, n)
@@ -611,7 +614,7 @@ def test_no_input_can_tell_amounts_that_are_divisible_by_5_cents() -> None:
         ("merchant_known_frauds", 1.0, "any_fraud"),
         ("merchant_streak_frauds", None, "frauds"),
         ("merchant_risk_1d", None, "frauds"),
-        ("merchant_genuine_days", None, "fraud_ages"),
+        ("merchant_legitimate_days", None, "fraud_ages"),
         ("merchant_oldest_fraud_days", None, "fraud_ages"),
         ("merchant_count_7d", None, "merchant"),
         ("age", None, "own"),

@@ -86,14 +86,14 @@ def slowly(log: Log, row: int, delay_ms: int = DELAY_MS) -> dict[str, float]:
         seen = sum(counts[b] for b in rated)
         said[f"merchant_risk_{window}d"] = sum(weights[b] for b in rated) / max(seen, 1)
     known = [b for b in strong if strong[b]]
-    genuine = [b for b in counts if b < horizon and counts[b] > frauds[b]]
-    newest_genuine = max(genuine, default=None)
-    streak = [b for b in known if newest_genuine is None or b > newest_genuine]
+    legitimate = [b for b in counts if b < horizon and counts[b] > frauds[b]]
+    newest_legitimate = max(legitimate, default=None)
+    streak = [b for b in known if newest_legitimate is None or b > newest_legitimate]
     return said | {
         "merchant_known_frauds": sum(weights.values()),
         "merchant_oldest_fraud_days": days(min(known, default=None)),
         "merchant_newest_fraud_days": days(max(known, default=None)),
-        "merchant_genuine_days": days(newest_genuine),
+        "merchant_legitimate_days": days(newest_legitimate),
         "merchant_streak_frauds": sum(strong[b] for b in streak),
         "merchant_streak_days": days(min(streak, default=None)),
     }
@@ -191,16 +191,16 @@ def test_weights_of_frauds_add_up() -> None:
     assert (seen["merchant_oldest_fraud_days"], seen["merchant_newest_fraud_days"]) == (5.0, 3.0)
 
 
-def test_a_fraud_that_its_payment_explains_has_no_age_and_no_streak_but_is_not_genuine() -> None:
+def test_a_fraud_that_its_payment_explains_has_no_age_and_no_streak_but_is_not_legitimate() -> None:
     weak = seen_today(profile_of({9: 4, 3: 2}, [(3, 127), (3, 127)]))
     assert weak["merchant_known_frauds"] == pytest.approx(2 * 127 / 255)
     assert weak["merchant_oldest_fraud_days"] == weak["merchant_newest_fraud_days"] == -1.0
     assert (weak["merchant_streak_frauds"], weak["merchant_streak_days"]) == (0.0, -1.0)
-    assert weak["merchant_genuine_days"] == 9.0, "both of the third day's payments are frauds"
+    assert weak["merchant_legitimate_days"] == 9.0, "both of the third day's payments are frauds"
 
-    # A strong one with weak ones after it is a streak: nothing genuine came between.
+    # A strong one with weak ones after it is a streak: nothing legitimate came between.
     both = seen_today(profile_of({9: 4, 5: 1, 3: 2}, [(5, 128), (3, 127), (3, 127)]))
-    assert both["merchant_genuine_days"] == 9.0
+    assert both["merchant_legitimate_days"] == 9.0
     assert both["merchant_streak_frauds"] == pytest.approx(128 / 255)
     assert both["merchant_streak_days"] == both["merchant_oldest_fraud_days"] == 5.0
 

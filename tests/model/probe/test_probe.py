@@ -481,7 +481,7 @@ def test_the_curve_goes_by_the_operating_points() -> None:
             "transactions": 100.0,
             "frauds": 1.0,
             "fraud_amount_per_day": 1.0,
-            "genuine_amount_per_day": 1.0,
+            "legitimate_amount_per_day": 1.0,
         },
     )
     settings = ExposureSettings(

@@ -74,7 +74,7 @@ def test_each_scenario_follows_its_rule(half_a_year: list[DayOfTransactions]) ->
     scenario, amount = joined(half_a_year, "scenario"), joined(half_a_year, "amount")
     account, merchant = joined(half_a_year, "account"), joined(half_a_year, "merchant")
     day = np.repeat(np.arange(183), [len(d) for d in half_a_year])
-    # 1: over 220, and nothing genuine is.
+    # 1: over 220, and nothing legitimate is.
     assert amount[scenario == 1].min() > 220
     assert amount[scenario == 0].max() <= 220
     assert (joined(half_a_year, "is_fraud") == (scenario > 0)).all()

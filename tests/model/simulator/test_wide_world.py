@@ -17,10 +17,10 @@ from model.simulator.thieves import AMOUNT_MAX, BURST_PAYMENTS, SILENT_DAYS
 from model.simulator.world import (
     BURST,
     CARD_TEST,
-    GENUINE,
     HANDBOOK,
     HUGE_PAYMENT,
     KINDS,
+    LEGITIMATE,
     MERCHANT_IN_PART,
     NEW_ACCOUNT,
     OVER_220,
@@ -159,10 +159,10 @@ def test_memory_does_not_grow_with_the_days() -> None:
 
 def test_all_kinds_of_fraud_occur_and_fraud_is_about_one_per_cent(stream: Stream) -> None:
     share = np.bincount(stream.scenario, minlength=len(SCENARIOS)) / len(stream.scenario)
-    assert 0.005 < 1 - share[GENUINE] < 0.018
+    assert 0.005 < 1 - share[LEGITIMATE] < 0.018
     assert (share[1:] > 5e-5).all(), dict(zip(SCENARIOS, share, strict=True))
     handbooks = share[[OVER_220, SKIMMED_TERMINAL, STOLEN_CARD]].sum()
-    assert 0.3 < handbooks / (1 - share[GENUINE]) < 0.8
+    assert 0.3 < handbooks / (1 - share[LEGITIMATE]) < 0.8
     follows = stream.kind == HANDBOOK_KIND
     assert follows.mean() == pytest.approx(WIDE.handbook_accounts, abs=0.001)
     assert 0.35 < follows[stream.account].mean() < 0.65
@@ -210,7 +210,7 @@ def test_accounts_begin_fall_silent_and_come_back_during_the_log(stream: Stream)
     daily = np.bincount(stream.account, minlength=CUSTOMERS)[stream.account] > DAYS
     back = daily & (stream.pause_ms > SILENT_DAYS * DAY_MS)
     assert back.sum() > 50
-    assert (stream.scenario[back] == GENUINE).mean() > 0.8
+    assert (stream.scenario[back] == LEGITIMATE).mean() > 0.8
 
 
 def test_card_checks_are_mostly_honest_and_often_an_accounts_first_payment(
@@ -228,11 +228,11 @@ def test_card_checks_are_mostly_honest_and_often_an_accounts_first_payment(
 
 def test_honest_purchases_far_over_the_usual_are_rare(stream: Stream) -> None:
     bounded = np.isin(stream.kind[stream.account], [i for i, k in enumerate(KINDS) if k.bounds])
-    honest = bounded & (stream.scenario == GENUINE)
+    honest = bounded & (stream.scenario == LEGITIMATE)
     ratio = stream.amount[honest] / stream.usual[stream.account[honest]]
     assert 1e-4 < (ratio > 6).mean() < 3e-3
     assert ratio.max() < 21
-    assert stream.amount[stream.scenario == GENUINE].max() < HONEST_MAX * 1.01
+    assert stream.amount[stream.scenario == LEGITIMATE].max() < HONEST_MAX * 1.01
 
 
 def test_a_card_is_tested_and_then_drained_within_the_day(stream: Stream) -> None:
@@ -315,7 +315,7 @@ def test_shops_are_of_all_sizes_and_some_are_compromised_in_part(stream: Stream)
     large = payments[hit] > 20 * DAYS
     assert large.any()
     assert share[large].max() < 0.15
-    # A small one takes all: from its first fraud to the last nothing there is genuine.
+    # A small one takes all: from its first fraud to the last nothing there is legitimate.
     small = hit[payments[hit] < DAYS]
     assert len(small) > 3
     for shop in small:

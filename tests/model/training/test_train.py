@@ -315,8 +315,8 @@ def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
     changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
     assert len(log) > n
     chosen = choose_thresholds(changed, scores, split, SMALL)
-    genuine = scores[validation][~is_fraud[validation]]
-    assert (genuine >= chosen.review).mean() <= SMALL.review_false_positive_rate
+    legitimate = scores[validation][~is_fraud[validation]]
+    assert (legitimate >= chosen.review).mean() <= SMALL.review_false_positive_rate
     declined = scores[validation] >= chosen.decline
     assert is_fraud[validation][declined].mean() >= SMALL.decline_precision
     assert chosen.review <= chosen.decline

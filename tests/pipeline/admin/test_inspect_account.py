@@ -76,18 +76,18 @@ def test_a_state_elsewhere_or_too_old_is_told_as_such() -> None:
 def settings_of(kafka: Kafka, redis_server: Redis) -> Settings:
     name = uuid.uuid4().hex[:8]
     return load_settings(
-        kafka_bootstrap=kafka.bootstrap,
+        kafka_bootstrap_servers=kafka.bootstrap,
         redis_url=redis_server.url,
         topic_prefix=f"{name}-",
-        key_prefix=name,
-        partitions=3,
+        redis_key_prefix=name,
+        topic_partitions=3,
         startup_timeout_seconds=30,
     )
 
 
 def test_an_account_is_found_wherever_it_lies(kafka: Kafka, redis_server: Redis) -> None:
     settings = settings_of(kafka, redis_server)
-    keys = Keys(settings.key_prefix, CHECKPOINT.digest, settings.topic("transactions"))
+    keys = Keys(settings.redis_key_prefix, CHECKPOINT.digest, settings.topic("transactions"))
     value = CODEC.encode(state(1_700_000_000_000), np.arange(1))[0]
 
     async def run() -> None:

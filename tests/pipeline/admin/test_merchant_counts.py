@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX
 from pipeline.admin import merchant_counts as merchant_log
 from pipeline.admin.merchant_counts import (
-    CountsOfLog,
     FirstScores,
     LoggedLabel,
-    WeightsOfLog,
+    MerchantCounts,
+    MerchantWeights,
     correction,
     frauds_of,
 )
@@ -36,10 +36,10 @@ def test_counts_of_the_log_are_those_of_profiles_that_counted_it(
     """Whatever the order of the log, also where what is old falls out of the ring."""
     merchant_log._COMPACT, before = compact, merchant_log._COMPACT
     try:
-        counts = CountsOfLog()
+        counts = MerchantCounts()
         for start in range(0, len(drawn), 5):
             part = drawn[start : start + 5]
-            piece = CountsOfLog() if start % 2 else counts
+            piece = MerchantCounts() if start % 2 else counts
             piece.add([f"M{m}" for m, _ in part], [b * BUCKET_MS + 7 for _, b in part])
             if piece is not counts:
                 counts.absorb(piece)
@@ -58,7 +58,7 @@ def test_counts_of_the_log_are_those_of_profiles_that_counted_it(
 
 
 def test_counts_are_bounded_as_a_profiles_are() -> None:
-    counts = CountsOfLog()
+    counts = MerchantCounts()
     counts.add(["M"] * (COUNT_MAX + 5), [NOW * BUCKET_MS] * (COUNT_MAX + 5))
 
     assert counts.tables(["M"], np.array([NOW])).max() == COUNT_MAX
@@ -103,7 +103,7 @@ def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
         label(9, 3, True, 15),
     ]
 
-    weights = WeightsOfLog({})
+    weights = MerchantWeights({})
     assert frauds_of(labels, [9], weights) == [Fraud(2, 10, 12)]
     assert frauds_of(labels, [10], weights, kept=[Fraud(7, 9, 9)]) == [
         Fraud(7, 9, 9),
@@ -132,7 +132,7 @@ def test_known_frauds_weigh_what_labels_tell_else_scores_else_what_stands() -> N
         label(6, 5, at=7, is_fraud=False),
         label(7, 5, at=6),
     ]
-    weights = WeightsOfLog({1: 40, 2: 50}, from_bucket=9)
+    weights = MerchantWeights({1: 40, 2: 50}, from_bucket=9)
     standing = [Fraud(3, 10, 20, 70), Fraud(4, 8, 20, 80)]
 
     found = frauds_of(labels, [9], weights, standing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.audit.account_filter import Everyone, One, Sample
+from pipeline.audit.account_filter import AllAccounts, One, Sample
 
 
 @given(
@@ -45,8 +45,8 @@ def test_a_settled_sample_takes_no_account_that_begins_later() -> None:
 
 def test_everyone_and_one() -> None:
     """Keys are account ids in UTF-8."""
-    assert Everyone().takes(b"x")
-    assert Everyone().wants(b"x")
+    assert AllAccounts().takes(b"x")
+    assert AllAccounts().wants(b"x")
     one = One("Kö")
     assert one.takes("Kö".encode())
     assert not one.wants(b"K")

@@ -375,7 +375,7 @@ def scored_from(world: World, partition: int) -> int:
 def test_a_group_that_began_at_the_log_s_end_owes_no_scores_of_what_came_before() -> None:
     """With `latest` the workers were never given what was there before them."""
     world = World(
-        small_checkpoint(inputs=INPUTS), kafka_offset_reset="latest", log_retention_days=36_000
+        small_checkpoint(inputs=INPUTS), kafka_auto_offset_reset="latest", log_retention_days=36_000
     )
     world.produce_many(30)
     worker = world.worker()

@@ -16,7 +16,7 @@ import pytest
 from pipeline.demo.run import INTERRUPTED, DemoOptions
 from pipeline.demo.stage import Phase
 from pipeline.errors import SettingsError
-from pipeline.replay.score_counter import Tally
+from pipeline.replay.score_counter import ScoreCounter
 from pipeline.replay.simulated import SimulatedStream
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -144,7 +144,7 @@ def test_a_worker_that_cannot_start_shows_the_end_of_its_log(
 
 def test_whatever_is_lost_double_or_without_its_alert_is_a_fault() -> None:
     transactions = SimulatedStream(50, 1000, "2020-01-01", seed=1).take(6)
-    tally = Tally(6, transactions.index_of)
+    tally = ScoreCounter(6, transactions.index_of)
     phase = Phase("live", transactions, tally, 0, 0, 0)
     tally.times[:] = 1
     tally.decisions[:] = [2, 1, 0, 0, 0, 0]

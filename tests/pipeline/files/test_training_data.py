@@ -156,7 +156,7 @@ def test_labels_that_are_unknown_are_left_out_of_every_count(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fraud": [0] * 2000}, "all labels say genuine: both classes are needed"),
+        ({"fraud": [0] * 2000}, "all labels say legitimate: both classes are needed"),
         ({"fraud": [1] * 2000}, "all labels say fraud: both classes are needed"),
         ({"fraud": [None] * 2000}, "no transaction has a label"),
         ({"fraud": [1] * 5 + [0] * 1995}, "the training days 3 to 27 have 0 frauds"),

@@ -139,7 +139,9 @@ def test_a_batch_over_the_bound_is_one_record_and_those_around_it_are_read(
     kafka: Kafka, limit: int
 ) -> None:
     settings = load_settings(
-        kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{uuid.uuid4().hex[:12]}-", partitions=1
+        kafka_bootstrap_servers=kafka.bootstrap,
+        topic_prefix=f"{uuid.uuid4().hex[:12]}-",
+        topic_partitions=1,
     )
     topic = settings.topic("transactions")
     place = TopicPartition(topic, 0)
@@ -177,7 +179,9 @@ def test_a_poll_decompresses_no_more_than_its_bound_and_leaves_the_rest_for_the_
     kafka: Kafka, limit: int
 ) -> None:
     settings = load_settings(
-        kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{uuid.uuid4().hex[:12]}-", partitions=1
+        kafka_bootstrap_servers=kafka.bootstrap,
+        topic_prefix=f"{uuid.uuid4().hex[:12]}-",
+        topic_partitions=1,
     )
     topic = settings.topic("transactions")
     place = TopicPartition(topic, 0)
@@ -217,7 +221,7 @@ def peak_mb(pid: int) -> float:
 def test_300_mb_in_a_batch_are_dead_lettered_as_one_and_the_worker_goes_on(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    pipeline = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, partitions=1)
+    pipeline = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=1)
     sent = transactions(400, accounts=40)
 
     async def run() -> None:

@@ -13,9 +13,9 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka import message_limits
 from pipeline.kafka.message_limits import LARGEST_OUTPUT_BYTES, MessageLimits
-from pipeline.kafka.producer import Appended, KafkaPublisher, Outgoing, Said
+from pipeline.kafka.producer import AppendResult, KafkaProducer, Outgoing, Said
 from pipeline.kafka.topics import TopicRole, admin_client, batch_limits, ensure_topics
-from pipeline.kafka.transactional_producer import TransactionalPublisher
+from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.local.services import Kafka, Redis
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings, load_settings
@@ -28,10 +28,10 @@ KIB = 1024
 def settings(kafka: Kafka) -> Settings:
     name = uuid.uuid4().hex[:12]
     return load_settings(
-        kafka_bootstrap=kafka.bootstrap,
-        partitions=2,
+        kafka_bootstrap_servers=kafka.bootstrap,
+        topic_partitions=2,
         topic_prefix=f"{name}-",
-        kafka_group=f"group-{name}",
+        kafka_group_id=f"group-{name}",
     )
 
 
@@ -56,12 +56,12 @@ def outgoing(count: int, bytes_: int = KIB) -> list[Outgoing]:
 
 async def values(settings: Settings, directory: Path, role: TopicRole) -> list[bytes]:
     pipeline = PipelineUnderTest(
-        settings.kafka_bootstrap,
+        settings.kafka_bootstrap_servers,
         settings.redis_url,
         directory,
         topic_prefix=settings.topic_prefix,
-        kafka_group=settings.kafka_group,
-        partitions=settings.partitions,
+        kafka_group_id=settings.kafka_group_id,
+        partitions=settings.topic_partitions,
     )
     return [record.value for record in await pipeline.records(role)]
 
@@ -72,20 +72,20 @@ def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_come
     async def run() -> None:
         await ensure_topics(settings)
         await limit(settings, 256 * KIB, "scores", "alerts", "dead_letter")
-        publisher = KafkaPublisher(settings)
+        publisher = KafkaProducer(settings)
         await publisher.start()
         try:
             scores, more = outgoing(900), outgoing(1_000)
             alerts, letters = outgoing(1_800), outgoing(300)
             appended = await publisher.publish({0: scores, 1: scores}, alerts, letters)
-            assert appended == {0: Appended(0, 900), 1: Appended(0, 900)}
+            assert appended == {0: AppendResult(0, 900), 1: AppendResult(0, 900)}
 
             await limit(settings, 64 * KIB, "scores", "alerts", "dead_letter")
             appended = await publisher.publish({0: more, 1: more[:5]}, alerts, letters)
-            assert appended == {0: Appended(900, 1_900), 1: Appended(900, 905)}
+            assert appended == {0: AppendResult(900, 1_900), 1: AppendResult(900, 905)}
 
             appended = await publisher.publish({0: more, 1: more}, [], letters)
-            assert appended == {0: Appended(1_900, 2_900), 1: Appended(905, 1_905)}
+            assert appended == {0: AppendResult(1_900, 2_900), 1: AppendResult(905, 1_905)}
         finally:
             await publisher.stop()
         said = [r.value for r in scores + more + more + scores + more[:5] + more]
@@ -112,12 +112,12 @@ def test_a_limit_that_the_broker_does_not_tell_is_found_out(
         await ensure_topics(settings)
         await limit(settings, 50 * KIB, "scores", "dead_letter")
         monkeypatch.setattr(message_limits, "batch_limits", untold)
-        publisher = KafkaPublisher(settings)
+        publisher = KafkaProducer(settings)
         await publisher.start()
         try:
             scores, letters = outgoing(400), [Outgoing(b"A", b"v" * 900_000)]
             appended = await publisher.publish({0: scores}, [], letters)
-            assert appended == {0: Appended(0, 400)}
+            assert appended == {0: AppendResult(0, 400)}
         finally:
             await publisher.stop()
         assert await values(settings, tmp_path, "scores") == [r.value for r in scores]
@@ -131,7 +131,7 @@ def test_a_score_that_no_topic_takes_ends_the_publishing(settings: Settings) -> 
     async def run() -> None:
         await ensure_topics(settings)
         await limit(settings, LARGEST_OUTPUT_BYTES, "scores")
-        publisher = KafkaPublisher(settings)
+        publisher = KafkaProducer(settings)
         await publisher.start()
         try:
             with pytest.raises(RecurError, match=r"max\.message\.bytes"):
@@ -150,7 +150,7 @@ def test_a_dead_letter_larger_than_its_topic_takes_is_cut_to_fit(
     async def run() -> None:
         await ensure_topics(settings)
         await limit(settings, LARGEST_OUTPUT_BYTES, "dead_letter")
-        publisher = KafkaPublisher(settings)
+        publisher = KafkaProducer(settings)
         await publisher.start()
         try:
             await publisher.publish(
@@ -165,7 +165,7 @@ def test_a_dead_letter_larger_than_its_topic_takes_is_cut_to_fit(
         finally:
             await publisher.stop()
         pipeline = PipelineUnderTest(
-            settings.kafka_bootstrap, "redis://127.0.0.1:1", tmp_path, partitions=2
+            settings.kafka_bootstrap_servers, "redis://127.0.0.1:1", tmp_path, topic_partitions=2
         )
         pipeline.settings = settings
         found = {r.key[:4]: r for r in await pipeline.records("dead_letter")}
@@ -182,7 +182,7 @@ def test_a_transaction_that_is_too_large_is_aborted_and_goes_through_once_taken_
 ) -> None:
     async def run() -> None:
         await ensure_topics(settings)
-        publisher = TransactionalPublisher(settings)
+        publisher = TransactionalProducer(settings)
         try:
             tenure = await publisher.take(0)
             scores = outgoing(400)
@@ -238,7 +238,10 @@ def test_a_topic_that_takes_less_than_a_score_may_need_is_refused_at_the_start(
 def test_a_limit_lowered_while_a_worker_runs_ends_nothing_and_loses_nothing(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, transactional: bool
 ) -> None:
-    options: dict[str, Any] = {"transactional": transactional, "partitions": 1}
+    options: dict[str, Any] = {
+        "processing_guarantee": "exactly_once" if transactional else "at_least_once",
+        "topic_partitions": 1,
+    }
     pipeline = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, **options)
     sent = transactions(3_000, accounts=100)
 

@@ -9,7 +9,7 @@ import uuid
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from pipeline.kafka.partition_reader import KafkaLogReader, LogReaderError
+from pipeline.kafka.partition_reader import KafkaPartitionReader, PartitionReaderError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka
 from pipeline.settings import Settings, load_settings
@@ -17,7 +17,9 @@ from pipeline.settings import Settings, load_settings
 
 def settings_of(kafka: Kafka) -> Settings:
     name = uuid.uuid4().hex[:8]
-    return load_settings(kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{name}-", partitions=1)
+    return load_settings(
+        kafka_bootstrap_servers=kafka.bootstrap, topic_prefix=f"{name}-", topic_partitions=1
+    )
 
 
 def test_a_partition_is_read_in_steps_to_an_end_that_moves(kafka: Kafka) -> None:
@@ -41,7 +43,7 @@ def test_a_partition_is_read_in_steps_to_an_end_that_moves(kafka: Kafka) -> None
                     await producer.abort_transaction()
                 else:
                     await producer.commit_transaction()
-        async with KafkaLogReader(settings, topic, 0) as reader:
+        async with KafkaPartitionReader(settings, topic, 0) as reader:
             assert (await reader.bounds()).end == 16
             assert await reader.first_at(later_ms + 2) == 8
             assert await reader.first_at(later_ms + 4) is None
@@ -62,11 +64,11 @@ def test_a_partition_is_read_in_steps_to_an_end_that_moves(kafka: Kafka) -> None
 
 def test_a_broker_that_is_away_is_named() -> None:
     """Commands that read the log end with one line."""
-    settings = load_settings(kafka_bootstrap="127.0.0.1:1")
+    settings = load_settings(kafka_bootstrap_servers="127.0.0.1:1")
 
     async def run() -> None:
-        async with KafkaLogReader(settings, "scores", 0):
+        async with KafkaPartitionReader(settings, "scores", 0):
             raise AssertionError("there is no broker")
 
-    with pytest.raises(LogReaderError, match="cannot read scores-0 at 127"):
+    with pytest.raises(PartitionReaderError, match="cannot read scores-0 at 127"):
         asyncio.run(run())

@@ -18,8 +18,8 @@ from aiokafka.partitioner import murmur2
 
 from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
 from pipeline.kafka.producer import (
-    Appended,
-    KafkaPublisher,
+    AppendResult,
+    KafkaProducer,
     Outgoing,
     Publisher,
     PublishError,
@@ -28,14 +28,14 @@ from pipeline.kafka.producer import (
 )
 from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
-from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalPublisher
+from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalProducer
 from pipeline.local.services import Kafka
 from pipeline.replay.score_counter import committed_offsets
 from pipeline.scoring.partitions import ALL_SOURCES, Record
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (
     MemoryKafka,
-    MemoryPublisher,
+    MemoryProducer,
     MemoryScoreLog,
     MemoryTransactions,
     no_interrupt,
@@ -83,10 +83,10 @@ class MemoryBroker:
     """The fakes."""
 
     def __init__(self) -> None:
-        self.settings = load_settings(partitions=PARTITIONS)
+        self.settings = load_settings(topic_partitions=PARTITIONS)
         topics = {self.settings.topic(role): PARTITIONS for role in ROLES}
         self._kafka = MemoryKafka(topics, clock_ms=lambda: 0)
-        self.publisher: Publisher = MemoryPublisher(self._kafka, self.settings)
+        self.publisher: Publisher = MemoryProducer(self._kafka, self.settings)
         self.score_log: ScoreLog = MemoryScoreLog(self._kafka, self.settings)
 
     async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
@@ -125,15 +125,15 @@ class RealBroker:
 
     def __init__(self, bootstrap: str) -> None:
         self.settings = load_settings(
-            kafka_bootstrap=bootstrap,
-            partitions=PARTITIONS,
+            kafka_bootstrap_servers=bootstrap,
+            topic_partitions=PARTITIONS,
             topic_prefix=f"{uuid.uuid4().hex[:12]}-",
             # So that dead-letter values of the largest size are tested.
             dead_letter_value_max_bytes=900_000,
-            kafka_group=f"group-{uuid.uuid4().hex[:12]}",
+            kafka_group_id=f"group-{uuid.uuid4().hex[:12]}",
         )
-        self._transactional: list[TransactionalPublisher] = []
-        self._publisher = KafkaPublisher(self.settings)
+        self._transactional: list[TransactionalProducer] = []
+        self._publisher = KafkaProducer(self.settings)
         self._score_log = KafkaScoreLog(self.settings)
         self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all")
         self.publisher: Publisher = self._publisher
@@ -149,7 +149,7 @@ class RealBroker:
             await client.stop()
 
     async def transactions(self) -> Transactions:
-        self._transactional.append(TransactionalPublisher(self.settings))
+        self._transactional.append(TransactionalProducer(self.settings))
         return self._transactional[-1]
 
     async def committed(self) -> dict[int, int]:
@@ -173,7 +173,7 @@ class RealBroker:
     async def records(self, topic: str, partition: int) -> Sequence[Record]:
         place = TopicPartition(topic, partition)
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self.settings.kafka_bootstrap,
+            bootstrap_servers=self.settings.kafka_bootstrap_servers,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
         )
@@ -186,7 +186,7 @@ class RealBroker:
             return found
 
     async def delete_records(self, topic: str, partition: int, before: int) -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.settings.kafka_bootstrap)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.settings.kafka_bootstrap_servers)
         await admin.start()
         try:
             place = TopicPartition(topic, partition)
@@ -264,10 +264,10 @@ def test_scores_go_to_their_partition_in_order_and_the_answer_says_where(opened:
         appended = await broker.publisher.publish(
             {2: scores(broker, 2, [7, 8, 9]), 0: scores(broker, 0, [1, 2])}, [], []
         )
-        assert appended == {2: Appended(0, 3), 0: Appended(0, 2)}
+        assert appended == {2: AppendResult(0, 3), 0: AppendResult(0, 2)}
 
         appended = await broker.publisher.publish({2: scores(broker, 2, [10])}, [], [])
-        assert appended == {2: Appended(3, 4)}
+        assert appended == {2: AppendResult(3, 4)}
 
         topic = broker.settings.topic("scores")
         found = await broker.records(topic, 2)
@@ -287,7 +287,7 @@ def test_the_base_offset_tells_that_another_wrote_between(opened: Opened) -> Non
 
         appended = await broker.publisher.publish({1: scores(broker, 1, [2])}, [], [])
 
-        assert appended == {1: Appended(3, 4)}
+        assert appended == {1: AppendResult(3, 4)}
 
     run(opened, test)
 
@@ -301,7 +301,7 @@ def test_more_than_one_batch_of_scores_stays_in_order_and_together(opened: Opene
             {0: scores(broker, 0, range(count), padding)}, [], []
         )
 
-        assert appended == {0: Appended(0, count)}
+        assert appended == {0: AppendResult(0, count)}
         kept, position = await read(broker, 0, 0, count)
         assert list(kept) == list(range(count))
         assert position == count
@@ -317,7 +317,7 @@ def test_a_score_larger_than_a_batch_is_published_alone(opened: Opened) -> None:
             {0: [*scores(broker, 0, [0]), *long, *scores(broker, 0, [2])]}, [], []
         )
 
-        assert appended == {0: Appended(0, 3)}
+        assert appended == {0: AppendResult(0, 3)}
         assert list((await read(broker, 0, 0, 3))[0]) == [0, 1, 2]
 
     run(opened, test)
@@ -410,8 +410,8 @@ def test_what_is_said_of_partitions_is_committed_with_their_offsets(opened: Open
         )
         second = await transactions.commit({1: said(broker, 1, range(5, 9), tenures[1])})
 
-        assert first == {0: Appended(0, 6), 1: Appended(0, 6)}
-        assert second == {1: Appended(6, 11)}
+        assert first == {0: AppendResult(0, 6), 1: AppendResult(0, 6)}
+        assert second == {1: AppendResult(6, 11)}
         assert await broker.committed() == {0: 5, 1: 9}
         bounds = await broker.score_log.bounds(broker.settings.topic("scores"), 1)
         assert bounds == Bounds(0, 11)
@@ -438,7 +438,8 @@ def test_an_offset_alone_is_committed_too(opened: Opened) -> None:
 
 def test_whoever_takes_a_partition_keeps_the_one_before_out(opened: Opened) -> None:
     """Of the zombie's transaction nothing is there, not the offset either; of its other
-    partitions, which are its own, all is."""
+    partitions, which are its own, all is.
+    """
 
     async def test(broker: Broker) -> None:
         zombie, owner = await broker.transactions(), await broker.transactions()
@@ -495,7 +496,7 @@ def test_what_a_dead_worker_left_open_is_taken_back_by_the_next(opened: Opened) 
         assert bounds == Bounds(0, 2)
         assert await asyncio.wait_for(read(broker, 0, 0, 2), 3) == ({}, 2)
         committed = await transactions.commit({0: said(broker, 0, [0], tenure, alerts=1)})
-        assert committed == {0: Appended(2, 4)}
+        assert committed == {0: AppendResult(2, 4)}
         kept, position = await read(broker, 0, 0, 4)
         assert (kept[0].score.score, position) == (0.5, 4)
         assert len(await everything(broker, "scores", 1)) == 1
@@ -549,7 +550,7 @@ async def all_records(broker: Broker, role: TopicRole) -> list[Record]:
 
 async def limit_letters(broker: Broker) -> None:
     """The dead-letter topic takes small records only."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=broker.settings.kafka_bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.settings.kafka_bootstrap_servers)
     await admin.start()
     try:
         configs = {"max.message.bytes": "1000"}
@@ -558,7 +559,7 @@ async def limit_letters(broker: Broker) -> None:
     finally:
         await admin.close()
     # The broker acts on it a moment later, in each partition.
-    producer = AIOKafkaProducer(bootstrap_servers=broker.settings.kafka_bootstrap)
+    producer = AIOKafkaProducer(bootstrap_servers=broker.settings.kafka_bootstrap_servers)
     await producer.start()
     try:
         for partition in range(PARTITIONS):
@@ -586,7 +587,7 @@ def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
     async def test(broker: Broker) -> None:
         lost: list[int] = []
         if transactional:
-            transactions = TransactionalPublisher(broker.settings, on_lost_letters=lost.append)
+            transactions = TransactionalProducer(broker.settings, on_lost_letters=lost.append)
             try:
                 await limit_letters(broker)
                 tenure = await transactions.take(0)
@@ -600,7 +601,7 @@ def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
                 await transactions.stop()
             assert await broker.committed() == {0: 2}
         else:
-            publisher = KafkaPublisher(broker.settings, on_lost_letters=lost.append)
+            publisher = KafkaProducer(broker.settings, on_lost_letters=lost.append)
             await publisher.start()
             try:
                 await limit_letters(broker)
@@ -648,7 +649,9 @@ def test_batches_that_another_wrote_between_are_told_as_unknown_places(kafka: Ka
             if r.value != b"of a zombie"
         ]
         together = found == list(range(found[0], found[0] + count))
-        assert appended == (Appended(found[0], found[-1] + 1) if together else Appended(None, None))
+        assert appended == (
+            AppendResult(found[0], found[-1] + 1) if together else AppendResult(None, None)
+        )
 
     run(open_real(kafka), test)
 

@@ -19,11 +19,11 @@ from pipeline.settings import Settings, load_settings
 
 def settings_for(kafka: Kafka, **changes: Any) -> Settings:
     prefix = f"{uuid.uuid4().hex[:8]}-"
-    return load_settings(kafka_bootstrap=kafka.bootstrap, topic_prefix=prefix, **changes)
+    return load_settings(kafka_bootstrap_servers=kafka.bootstrap, topic_prefix=prefix, **changes)
 
 
 async def create(settings: Settings, name: str, partitions: int, **configs: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers)
     await admin.start()
     named = {key.replace("_", "."): value for key, value in configs.items()}
     try:
@@ -33,7 +33,7 @@ async def create(settings: Settings, name: str, partitions: int, **configs: str)
 
 
 async def topic_settings(settings: Settings, name: str) -> dict[str, str]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers)
     await admin.start()
     try:
         resource = ConfigResource(ConfigResourceType.TOPIC, name)
@@ -45,7 +45,7 @@ async def topic_settings(settings: Settings, name: str) -> dict[str, str]:
 
 
 def test_missing_topics_are_created_once_by_workers_that_start_together(kafka: Kafka) -> None:
-    settings = settings_for(kafka, partitions=3, log_retention_days=2)
+    settings = settings_for(kafka, topic_partitions=3, log_retention_days=2)
 
     async def run() -> tuple[list[dict[Any, int]], dict[str, str]]:
         counts = await asyncio.gather(*(ensure_topics(settings) for _ in range(4)))
@@ -60,7 +60,7 @@ def test_missing_topics_are_created_once_by_workers_that_start_together(kafka: K
 
 
 def test_new_scores_get_as_many_partitions_as_the_transactions_have(kafka: Kafka) -> None:
-    settings = settings_for(kafka, partitions=2)
+    settings = settings_for(kafka, topic_partitions=2)
 
     async def run() -> dict[Any, int]:
         await create(settings, settings.topic("transactions"), 5)
@@ -73,7 +73,7 @@ def test_new_scores_get_as_many_partitions_as_the_transactions_have(kafka: Kafka
 
 
 def test_scores_with_another_partition_count_stop_the_start(kafka: Kafka) -> None:
-    settings = settings_for(kafka, partitions=4)
+    settings = settings_for(kafka, topic_partitions=4)
 
     async def run() -> None:
         await create(settings, settings.topic("scores"), 2)
@@ -90,7 +90,7 @@ def test_a_replication_factor_that_the_brokers_cannot_give_is_named(kafka: Kafka
 
 
 def test_no_broker_is_one_line_after_the_configured_time() -> None:
-    settings = load_settings(kafka_bootstrap="127.0.0.1:9", startup_timeout_seconds=1)
+    settings = load_settings(kafka_bootstrap_servers="127.0.0.1:9", startup_timeout_seconds=1)
     started = time.monotonic()
 
     with pytest.raises(StartupError, match=r"no Kafka broker answers at 127\.0\.0\.1:9") as error:
@@ -110,7 +110,7 @@ def test_a_log_that_is_compacted_is_refused_and_named(
     topic = settings.topic(role)
 
     async def run() -> None:
-        await create(settings, topic, settings.partitions, cleanup_policy=policy)
+        await create(settings, topic, settings.topic_partitions, cleanup_policy=policy)
         await ensure_topics(settings)
         await check_retention(settings)
 

@@ -344,13 +344,13 @@ def test_a_start_takes_no_longer_than_its_limit() -> None:
 
 def test_what_has_an_address_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     broker, store = "broker.example:9092", "redis://redis.example/0"
-    with embedded(kafka_bootstrap=broker, redis_url=store) as given:
+    with embedded(kafka_bootstrap_servers=broker, redis_url=store) as given:
         assert given.kafka is None
         assert given.redis is None
         for name, address in given.environment().items():
             monkeypatch.setenv(name, address)
         settings = load_settings()
-    assert settings.kafka_bootstrap == broker
+    assert settings.kafka_bootstrap_servers == broker
     assert settings.redis_url == store
 
 

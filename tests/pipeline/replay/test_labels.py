@@ -25,7 +25,7 @@ DAY_MS = 86_400_000
 
 LABELS_CSV = """transaction_id,account_id,merchant_id,label,timestamp,labelled_at
 t1,A1,M1,fraud,2024-05-01T10:00:00Z,2024-05-08T10:00:00Z
-t2,A2,M2,genuine,2024-05-01T11:00:00Z,2024-05-02T11:00:00Z
+t2,A2,M2,legitimate,2024-05-01T11:00:00Z,2024-05-02T11:00:00Z
 t3,A1,M1,1,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z
 """
 
@@ -33,7 +33,9 @@ t3,A1,M1,1,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z
 @pytest.fixture
 def settings(kafka: Kafka) -> Settings:
     return load_settings(
-        kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{uuid.uuid4().hex[:8]}-", partitions=2
+        kafka_bootstrap_servers=kafka.bootstrap,
+        topic_prefix=f"{uuid.uuid4().hex[:8]}-",
+        topic_partitions=2,
     )
 
 
@@ -69,7 +71,7 @@ def test_a_file_of_labels_is_sent_as_it_stands(
     found = sent(settings)
     assert [(x.transaction_id, x.account_id, x.merchant_id, x.label) for x, _, _ in found] == [
         ("t1", "A1", "M1", "fraud"),
-        ("t2", "A2", "M2", "genuine"),
+        ("t2", "A2", "M2", "legitimate"),
         ("t3", "A1", "M1", "fraud"),
     ]
     assert [(late - then) // DAY_MS for _, then, late in found] == [7, 1, 7]
@@ -148,22 +150,22 @@ HANDBOOK_CSV = f"""{HANDBOOK_COLUMNS}
 """
 
 
-@pytest.mark.parametrize(("genuine", "expected"), [(False, ["2", "3"]), (True, ["1", "2", "3"])])
+@pytest.mark.parametrize(("legitimate", "expected"), [(False, ["2", "3"]), (True, ["1", "2", "3"])])
 def test_labels_are_made_of_a_file_of_transactions(
-    settings: Settings, tmp_path: Path, genuine: bool, expected: list[str]
+    settings: Settings, tmp_path: Path, legitimate: bool, expected: list[str]
 ) -> None:
     file = tmp_path / "transactions.csv"
     file.write_text(HANDBOOK_CSV)
 
     run_label(
-        LabelOptions(file=file, from_transactions="handbook", delay_days=7, genuine=genuine),
+        LabelOptions(file=file, from_transactions="handbook", delay_days=7, legitimate=legitimate),
         settings,
     )
 
     found = sent(settings)
     assert [label.transaction_id for label, _, _ in found] == expected
     for label, then, late in found:
-        assert label.label == ("genuine" if label.transaction_id == "1" else "fraud")
+        assert label.label == ("legitimate" if label.transaction_id == "1" else "fraud")
         assert label.merchant_id in ("T3", "T4")
         assert label.account_id in ("C7", "C8")
         assert late - then == 7 * DAY_MS
@@ -172,7 +174,7 @@ def test_labels_are_made_of_a_file_of_transactions(
 def test_a_single_label_is_spelled_out_on_the_command_line(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RECUR_KAFKA_BOOTSTRAP", settings.kafka_bootstrap)
+    monkeypatch.setenv("RECUR_KAFKA_BOOTSTRAP_SERVERS", settings.kafka_bootstrap_servers)
     monkeypatch.setenv("RECUR_TOPIC_PREFIX", settings.topic_prefix)
     result = CliRunner().invoke(
         recur,

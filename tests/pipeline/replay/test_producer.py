@@ -32,7 +32,9 @@ def settings(kafka: Kafka) -> Settings:
 
 def settings_for(kafka: Kafka) -> Settings:
     return load_settings(
-        kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{uuid.uuid4().hex[:8]}-", partitions=4
+        kafka_bootstrap_servers=kafka.bootstrap,
+        topic_prefix=f"{uuid.uuid4().hex[:8]}-",
+        topic_partitions=4,
     )
 
 
@@ -56,10 +58,10 @@ async def blocks(*given: Block) -> AsyncIterator[Block]:
 async def read_all(settings: Settings, count: int) -> list[Any]:
     """So many records of the transactions topic, and whatever more there is."""
     topic = settings.topic("transactions")
-    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap)
+    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap_servers)
     await consumer.start()
     try:
-        places = [TopicPartition(topic, number) for number in range(settings.partitions)]
+        places = [TopicPartition(topic, number) for number in range(settings.topic_partitions)]
         ends = await consumer.end_offsets(places)
         assert sum(ends.values()) == count
         consumer.assign(places)
@@ -104,7 +106,7 @@ def test_a_key_lies_where_any_kafka_producer_would_put_it(settings: Settings) ->
         mine = block(100, accounts=100)
         async with Feed(settings) as feed:
             await feed.send(mine.keys, mine.values)
-        producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap)
+        producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap_servers)
         async with producer:
             for key, value in zip(mine.keys, mine.values, strict=True):
                 await producer.send(settings.topic("transactions"), value, key)
@@ -215,7 +217,7 @@ def test_a_broker_that_stands_still_holds_the_feed_and_loses_nothing() -> None:
 
 def test_no_broker_is_one_line_that_names_the_address() -> None:
     async def run() -> None:
-        async with Feed(load_settings(kafka_bootstrap="127.0.0.1:9")):
+        async with Feed(load_settings(kafka_bootstrap_servers="127.0.0.1:9")):
             raise AssertionError("there is no broker")
 
     with pytest.raises(

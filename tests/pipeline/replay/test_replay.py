@@ -35,12 +35,12 @@ START_MS = round(datetime(2018, 8, 1, tzinfo=UTC).timestamp() * 1000)
 def environment_for(kafka: Kafka, redis_server: Redis) -> dict[str, str]:
     name = uuid.uuid4().hex[:8]
     return {
-        "RECUR_KAFKA_BOOTSTRAP": kafka.bootstrap,
+        "RECUR_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap,
         "RECUR_REDIS_URL": redis_server.url,
         "RECUR_TOPIC_PREFIX": f"{name}-",
-        "RECUR_KAFKA_GROUP": f"group-{name}",
-        "RECUR_KEY_PREFIX": f"recur-{name}",
-        "RECUR_PARTITIONS": "4",
+        "RECUR_KAFKA_GROUP_ID": f"group-{name}",
+        "RECUR_REDIS_KEY_PREFIX": f"recur-{name}",
+        "RECUR_TOPIC_PARTITIONS": "4",
     }
 
 

@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaProducer
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka
-from pipeline.replay.score_counter import Tally, TopicReader, committed_offsets
+from pipeline.replay.score_counter import ScoreCounter, TopicReader, committed_offsets
 from pipeline.settings import load_settings
 
 
@@ -36,7 +36,7 @@ def index_of(names: Sequence[str]) -> Any:
 
 
 def test_lost_double_changed_and_strange_scores_are_all_counted() -> None:
-    tally = Tally(4, index_of)
+    tally = ScoreCounter(4, index_of)
     first = tally.add([score("0", 0.5, "decline"), score("2", 0.25), score("0", 0.5, "decline")])
     second = tally.add([score("2", 0.75), score("3", 0.125, "review"), score("9", 1.0)])
 
@@ -52,7 +52,7 @@ def test_lost_double_changed_and_strange_scores_are_all_counted() -> None:
 
 
 def test_a_count_of_scores_does_not_wrap_round() -> None:
-    tally = Tally(4, index_of)
+    tally = ScoreCounter(4, index_of)
     for _ in range(3):
         tally.add([score("1", 0.5)] * 100)
 
@@ -62,7 +62,9 @@ def test_a_count_of_scores_does_not_wrap_round() -> None:
 
 def test_a_reader_sees_what_is_written_after_its_start_and_nothing_else(kafka: Kafka) -> None:
     settings = load_settings(
-        kafka_bootstrap=kafka.bootstrap, topic_prefix=f"{uuid.uuid4().hex[:8]}-", partitions=3
+        kafka_bootstrap_servers=kafka.bootstrap,
+        topic_prefix=f"{uuid.uuid4().hex[:8]}-",
+        topic_partitions=3,
     )
     topic = settings.topic("scores")
 
@@ -91,7 +93,7 @@ def test_a_reader_sees_what_is_written_after_its_start_and_nothing_else(kafka: K
 
 def test_no_broker_is_one_line_that_names_the_topic() -> None:
     async def run() -> None:
-        async with TopicReader(load_settings(kafka_bootstrap="127.0.0.1:9"), "scores", 1):
+        async with TopicReader(load_settings(kafka_bootstrap_servers="127.0.0.1:9"), "scores", 1):
             raise AssertionError("there is no broker")
 
     with pytest.raises(RecurError, match=r"cannot read topic scores at 127\.0\.0\.1:9") as error:

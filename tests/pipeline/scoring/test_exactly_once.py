@@ -48,7 +48,7 @@ def test_a_clean_run_says_everything_once_and_commits_what_it_said(
     polls_waiting: int, records_max: int
 ) -> None:
     """The markers between its scores are nobody's scores."""
-    world = World(transactional=True)
+    world = World(processing_guarantee="exactly_once")
     world.produce_many(120)
     worker = world.worker()
 
@@ -62,9 +62,9 @@ def test_a_clean_run_says_everything_once_and_commits_what_it_said(
     assert not any(worker.acked), "nothing is left for the consumer to commit"
 
 
-@pytest.mark.parametrize("number", range(count_steps(transactional=True)))
+@pytest.mark.parametrize("number", range(count_steps(processing_guarantee="exactly_once")))
 def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> None:
-    world = small_world(transactional=True)
+    world = small_world(processing_guarantee="exactly_once")
     world.interrupt(at(number, die))
     run_until_killed(world.worker())
     world.assert_published_before_saved()
@@ -72,7 +72,7 @@ def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> N
     worker = read_on(world)
 
     assert_exactly_once(world)
-    assert worker.count("recur_guard_mismatches_total") == 0
+    assert worker.count("recur_watermark_conflicts_total") == 0
     assert worker.count("recur_records_lost_total") == 0
 
 
@@ -84,7 +84,7 @@ def test_workers_killed_again_and_again_say_nothing_twice(
     monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     rng = random.Random(seed)
-    world = World(micro_batch_max=rng.choice([3, 8, 30]), transactional=True)
+    world = World(micro_batch_max=rng.choice([3, 8, 30]), processing_guarantee="exactly_once")
     world.produce_many(60, seed=seed)
     for _ in range(100):
         world.interrupt(at(rng.randrange(30), die))
@@ -105,10 +105,11 @@ def test_whoever_overtakes_whom_nothing_is_said_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zombies, deaths at any step and a store that goes back: where it is at least once without
-    transactions, it is exactly once with them."""
+    transactions, it is exactly once with them.
+    """
     monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
-    world = Simulation(seed, workers_max=3, transactional=True).run()
+    world = Simulation(seed, workers_max=3, processing_guarantee="exactly_once").run()
     produce_everywhere(world)
 
     read_on(world)
@@ -118,7 +119,7 @@ def test_whoever_overtakes_whom_nothing_is_said_twice(
 
 def test_what_was_committed_and_not_saved_is_applied_though_no_record_comes() -> None:
     """The group begins past the watermark, and nothing that arrives would show it."""
-    world = World(partitions=1, transactional=True)
+    world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(20)
     world.interrupt(when_nth("before save", 3, die))  # the first is the watermark's
     run_until_killed(world.worker())
@@ -136,7 +137,7 @@ def test_what_was_committed_and_not_saved_is_applied_though_no_record_comes() ->
 
 
 def test_a_fenced_worker_publishes_saves_and_forgets_until_the_group_gives_the_partition() -> None:
-    world = World(partitions=1, transactional=True)
+    world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(40)
     one_poll(world.worker(), 5)
     zombie, owner = world.worker(), world.worker()
@@ -162,7 +163,7 @@ def test_a_fenced_worker_publishes_saves_and_forgets_until_the_group_gives_the_p
 
 def test_a_fenced_owner_that_gets_the_partition_again_goes_on() -> None:
     """A zombie that was given it before and takes it late is the newer one for a moment."""
-    world = World(partitions=1, transactional=True)
+    world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(40)
     owner, late = world.worker(), world.worker()
     one_poll(owner, 10)
@@ -185,7 +186,7 @@ def test_a_fenced_owner_that_gets_the_partition_again_goes_on() -> None:
 
 def test_offsets_never_go_back_while_a_store_that_lost_its_data_is_filled_again() -> None:
     """Also where the scores are gone, too, and are published again on the way."""
-    world = World(partitions=1, transactional=True)
+    world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(40)
     finish(world.worker().run())
     lose_everything(world)

@@ -20,10 +20,10 @@ from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.storage.merchant_profile import Fraud, transaction_hash
 from pipeline.storage.merchant_store import ScoredNote
-from tests.fakes.memory import MemoryConsumer, MemoryPublisher, MemoryScoreLog
+from tests.fakes.memory import MemoryConsumer, MemoryProducer, MemoryScoreLog
 from tests.fakes.memory_workers import DAY_MS, START_MS, Killed, World, finish
 
 # as JSON ---------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_random_json_in_a_field_never_raises_anything_but_rejected(field: str, v
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience asks again at once: no test here has an event loop that could wait."""
+    """Retrier asks again at once: no test here has an event loop that could wait."""
     monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
 
 
@@ -131,10 +131,10 @@ class LabelWorker:
         self.labels = LabelProcessor(
             settings=world.settings,
             store=world.merchants,
-            publisher=MemoryPublisher(world.kafka, world.settings),
+            publisher=MemoryProducer(world.kafka, world.settings),
             logs=MemoryScoreLog(world.kafka, world.settings),
             labels_log=self.consumer,
-            patience=Patience(self.metrics, self.health),
+            patience=Retrier(self.metrics, self.health),
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
@@ -177,7 +177,7 @@ def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_
     finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
     produce_label(world, "t1")
     produce_label(world, "t2", "M2", days=3.0)
-    produce_label(world, "t3", "M2", "genuine")
+    produce_label(world, "t3", "M2", "legitimate")
     world.kafka.produce(world.settings.topic("labels"), b"M1", b"not a label")
     produce_label(world, "t4", days=30.0)  # known in twenty days
     worker = LabelWorker(world)
@@ -194,7 +194,7 @@ def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_
     ]
     assert worker.count("recur_labels_total", label="fraud", decision="decline") == 1
     assert worker.count("recur_labels_total", label="fraud", decision="approve") == 1
-    assert worker.count("recur_labels_total", label="genuine", decision="approve") == 1
+    assert worker.count("recur_labels_total", label="legitimate", decision="approve") == 1
     assert worker.count("recur_label_delay_seconds_sum") == pytest.approx((7 + 3 + 7) * 86_400)
     ends = {
         p: world.kafka.bounds(world.settings.topic("labels"), p).end
@@ -206,22 +206,22 @@ def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_
 
 def test_an_older_label_that_comes_later_changes_nothing_and_is_counted_apart() -> None:
     """A file of last month's is sent after this week's; or two senders, one of them slow."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     produce_label(world, "t1", days=8.0)
-    produce_label(world, "t1", label="genuine", days=7.0)
-    produce_label(world, "t2", label="genuine", days=8.0)
+    produce_label(world, "t1", label="legitimate", days=7.0)
+    produce_label(world, "t2", label="legitimate", days=8.0)
     produce_label(world, "t2", days=7.0)
     produce_label(world, "t3", days=7.0)
-    produce_label(world, "t3", label="genuine", days=7.0)  # the last one of the same time
+    produce_label(world, "t3", label="legitimate", days=7.0)  # the last one of the same time
     worker = LabelWorker(world)
 
     worker.run()
 
     assert known(world) == ["t1"]
     assert worker.count("recur_labels_stale_total") == 2
-    assert worker.count("recur_labels_repeated_total") == 0
+    assert worker.count("recur_duplicate_labels_total") == 0
     assert worker.count("recur_labels_total", label="fraud", decision="approve") == 2
-    assert worker.count("recur_labels_total", label="genuine", decision="approve") == 2
+    assert worker.count("recur_labels_total", label="legitimate", decision="approve") == 2
     lost(world)
     finish(worker.labels.look())
     worker.run()
@@ -230,7 +230,7 @@ def test_an_older_label_that_comes_later_changes_nothing_and_is_counted_apart() 
 
 def test_a_label_after_60_days_does_not_count_its_transaction_as_approved() -> None:
     """Nobody knows any more whether it was; what is still remembered is told."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
     world.now_ms += 100 * DAY_MS
     for transaction, days in (("t1", 61.0), ("t2", 61.0), ("t3", 59.0)):
@@ -247,7 +247,7 @@ def test_a_label_after_60_days_does_not_count_its_transaction_as_approved() -> N
 
 
 def test_a_label_may_tell_how_far_its_merchant_explains_the_fraud() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for number, weight in enumerate((0, 0.25, 1, None)):
         fields = GOOD | {"transaction_id": f"t{number}", "labelled_at": START_MS}
         value = fields if weight is None else fields | {"merchant_weight": weight}
@@ -282,9 +282,9 @@ def test_a_date_without_a_time_is_not_before_the_payment_of_that_day(
 
 def test_labels_that_come_again_are_booked_and_counted_once() -> None:
     """A worker that dies before its commit, a rebalance, a zombie."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for i in range(20):
-        produce_label(world, f"t{i % 16}", f"M{i % 2}", "genuine" if i >= 16 else "fraud")
+        produce_label(world, f"t{i % 16}", f"M{i % 2}", "legitimate" if i >= 16 else "fraud")
     LabelWorker(world).run(commit=False)
     profiles = dict(world.merchants.profiles)
 
@@ -292,7 +292,7 @@ def test_labels_that_come_again_are_booked_and_counted_once() -> None:
     again.run()
 
     assert world.merchants.profiles == profiles
-    assert again.count("recur_labels_repeated_total") == 20
+    assert again.count("recur_duplicate_labels_total") == 20
     assert again.count("recur_labels_total", label="fraud", decision="approve") == 0
     assert len(known(world, "M0") + known(world, "M1")) == 12
 
@@ -303,12 +303,12 @@ def die() -> None:
 
 @pytest.mark.parametrize("number", range(10))
 def test_a_worker_may_die_at_any_step(number: int) -> None:
-    world = World(partitions=2, micro_batch_max=4)
+    world = World(topic_partitions=2, micro_batch_max=4)
     topic = world.settings.topic("labels")
     for i in range(10):
         produce_label(world, f"t{i}", f"M{i % 3}")
         if i % 4 == 1:
-            produce_label(world, f"t{i}", f"M{i % 3}", "genuine")
+            produce_label(world, f"t{i}", f"M{i % 3}", "legitimate")
     world.kafka.produce(topic, b"M1", b"not a label")
     steps = iter(range(number + 1))
 
@@ -330,7 +330,7 @@ def test_a_worker_may_die_at_any_step(number: int) -> None:
 
 
 def test_a_store_that_is_away_is_waited_for() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     produce_label(world, "t1")
     worker = LabelWorker(world)
     world.merchants.is_up = False
@@ -354,7 +354,7 @@ def lost(world: World) -> None:
 
 
 def test_labels_that_a_redis_lost_are_booked_again_from_the_logs_begin() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     produce_label(world, "t1")
     produce_label(world, "t2")
     LabelWorker(world).run()
@@ -368,7 +368,7 @@ def test_labels_that_a_redis_lost_are_booked_again_from_the_logs_begin() -> None
 
 def test_labels_that_a_redis_lost_meanwhile_are_booked_again_by_the_same_worker() -> None:
     """Those since the snapshot that Redis went back to, whether others come or not."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     worker = LabelWorker(world)
     produce_label(world, "t1")
     worker.run()
@@ -399,7 +399,7 @@ def test_labels_that_a_redis_lost_meanwhile_are_booked_again_by_the_same_worker(
 
 def test_what_was_fetched_before_the_log_is_read_back_is_not_booked() -> None:
     """Booked, it would count what lies before it as booked, too, and that would stay lost."""
-    world = World(partitions=1, micro_batch_max=1)
+    world = World(topic_partitions=1, micro_batch_max=1)
     produce_label(world, "t1")
     produce_label(world, "t2")
     LabelWorker(world).run()
@@ -419,7 +419,7 @@ def test_what_was_fetched_before_the_log_is_read_back_is_not_booked() -> None:
 
 
 def test_a_log_whose_begin_is_deleted_is_read_from_where_it_begins() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for i in range(4):
         produce_label(world, f"t{i}")
     world.kafka.delete_records(world.settings.topic("labels"), 0, 2)
@@ -431,7 +431,7 @@ def test_a_log_whose_begin_is_deleted_is_read_from_where_it_begins() -> None:
 
 def test_a_poll_that_outlives_its_assignment_says_nothing_of_the_next_one() -> None:
     """Or what that begins with would be left for ever, as if the log was to be read back."""
-    world = World(partitions=1, micro_batch_max=1)
+    world = World(topic_partitions=1, micro_batch_max=1)
     for i in range(3):
         produce_label(world, f"t{i}")
     worker = LabelWorker(world)
@@ -453,7 +453,7 @@ def test_a_poll_that_outlives_its_assignment_says_nothing_of_the_next_one() -> N
 
 
 def test_a_partition_taken_away_meanwhile_is_not_acked() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     produce_label(world, "t1")
     worker = LabelWorker(world)
 
@@ -478,7 +478,7 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
     """Never are they taken for those that were booked at their offsets."""
     monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
     for policy in ("stop", "begin"):
-        world = World(partitions=1, on_new_log=policy)
+        world = World(topic_partitions=1, on_new_log=policy)
         for i in range(10):
             produce_label(world, f"t{i}")
         before = LabelWorker(world)

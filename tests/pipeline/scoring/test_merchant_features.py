@@ -22,7 +22,7 @@ from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import Merchants
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.storage.merchant_store import Booking
@@ -48,7 +48,7 @@ def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def world_with_merchants(**settings: Any) -> World:
     """Whose checkpoint looks at merchants."""
-    return World(small_checkpoint(inputs=INPUTS), partitions=1, **settings)
+    return World(small_checkpoint(inputs=INPUTS), topic_partitions=1, **settings)
 
 
 def total(world: World, merchant: str = "m1") -> int:
@@ -119,7 +119,7 @@ def test_a_crash_changes_counts_by_no_more_than_its_micro_batch(when: str) -> No
 
 
 def test_a_shadow_model_counts_nothing() -> None:
-    world = world_with_merchants(merchant_counts=False, review_threshold=0.0)
+    world = world_with_merchants(update_merchant_profiles=False, review_threshold=0.0)
     world.produce("A1")
     finish(world.worker().run())
 
@@ -128,7 +128,7 @@ def test_a_shadow_model_counts_nothing() -> None:
 
 
 def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
-    world = World(partitions=1, review_threshold=0.0, decline_threshold=1.0)
+    world = World(topic_partitions=1, review_threshold=0.0, decline_threshold=1.0)
     world.produce("A1", "t1")
     finish(world.worker().run())
 
@@ -138,7 +138,7 @@ def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
 
 def world_of_weights(**settings: Any) -> World:
     """Whose network takes payments of an unusual amount for frauds that explain themselves."""
-    return World(checkpoint_of_weights(), partitions=1, **settings)
+    return World(checkpoint_of_weights(), topic_partitions=1, **settings)
 
 
 def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_remembered() -> None:
@@ -240,7 +240,7 @@ def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_clos
 
 
 def test_a_checkpoint_that_looks_at_no_merchant_loads_and_counts_none() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     steps: list[str] = []
     world.interrupt(steps.append)
     world.produce("A1")
@@ -329,7 +329,7 @@ def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> 
     metrics = Metrics(CollectorRegistry())
     merchants = Merchants(
         store=store,
-        patience=Patience(metrics, Health(1.0)),
+        patience=Retrier(metrics, Health(1.0)),
         metrics=metrics,
         label_delay_ms=7 * DAY_MS,
         cached_max=cached_max,

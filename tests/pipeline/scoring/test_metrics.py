@@ -115,30 +115,30 @@ def test_every_metric_that_dashboards_read_is_there_under_its_name(metrics: Metr
         "recur_transactions",
         "recur_alerts",
         "recur_rejected",
-        "recur_duplicates",
-        "recur_replayed",
+        "recur_duplicate_transactions",
+        "recur_records_skipped",
         "recur_id_conflicts",
         "recur_event_time_skew",
         "recur_record_clock_skew",
         "recur_scores_recovered",
         "recur_states",
         "recur_micro_batch_transactions",
-        "recur_stage_seconds",
+        "recur_stage_duration_seconds",
         "recur_score_latency_seconds",
         "recur_event_age_seconds",
         "recur_consumer_lag_records",
         "recur_redis_errors",
         "recur_kafka_errors",
-        "recur_guard_mismatches",
-        "recur_foreign_scores",
+        "recur_watermark_conflicts",
+        "recur_zombie_scores",
         "recur_fenced",
         "recur_records_lost",
-        "recur_score",
+        "recur_fraud_score",
         "recur_partitions_assigned",
         "recur_ready",
         "recur_polls_in_flight",
         "recur_labels",
-        "recur_labels_repeated",
+        "recur_duplicate_labels",
         "recur_labels_stale",
         "recur_label_delay_seconds",
         "recur_labels_lag_records",
@@ -152,7 +152,7 @@ def test_every_label_has_a_closed_set_of_values_and_none_names_an_account(
     closed = {
         "decision": {"approve", "review", "decline", "unknown"},
         "direction": set(SKEWS),
-        "label": {"fraud", "genuine"},
+        "label": {"fraud", "legitimate"},
         "reason": set(REASONS),
         "result": set(STATE_RESULTS),
         "stage": set(STAGES),
@@ -194,5 +194,5 @@ def test_a_stage_is_timed_even_when_it_fails(metrics: Metrics) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
 
-    count = samples(metrics.registry)["recur_stage_seconds_count", (("stage", "publish"),)]
+    count = samples(metrics.registry)["recur_stage_duration_seconds_count", (("stage", "publish"),)]
     assert count == 1

@@ -19,9 +19,9 @@ from prometheus_client import CollectorRegistry
 from model.checkpoint import Checkpoint
 from model.features.account import FEATURES
 from model.reasons import REASONS_MAX
-from pipeline.admin.rebuild_states import TakenBack
+from pipeline.admin.rebuild_states import WatermarksSetBack
 from pipeline.errors import StartupError
-from pipeline.kafka.producer import Appended, Outgoing, PublishError
+from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
 from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.messages.decision import Thresholds, thresholds_of
 from pipeline.scoring import partitions as ownership_module
@@ -34,7 +34,7 @@ from pipeline.settings import load_settings
 from pipeline.storage.account_state import Watermark
 from pipeline.topic_id import NO_ID
 from tests.fakes import memory as memory_module
-from tests.fakes.memory import MemoryPublisher, MemoryRecord, MemoryStateStore
+from tests.fakes.memory import MemoryProducer, MemoryRecord, MemoryStateStore
 from tests.fakes.memory_workers import (
     DAY_MS,
     START_MS,
@@ -54,7 +54,7 @@ REASON_TOLERANCE = 0.02
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience asks again at once: no test here has an event loop that could wait."""
+    """Retrier asks again at once: no test here has an event loop that could wait."""
     monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
 
 
@@ -130,7 +130,7 @@ def read_on(world: World, **settings: Any) -> MemoryWorker:
 
 
 def test_the_steps_of_a_poll_come_in_their_order() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     worker = world.worker()
     world.produce("A", amount=1.0)
     one_poll(worker)
@@ -167,10 +167,10 @@ def test_a_clean_run_scores_and_applies_every_transaction_once(
     expected = world.references()
     scored = sum(len(part.scores) for part in expected)
     assert worker.count("recur_transactions_total") == scored
-    assert worker.count("recur_score_count") == scored
+    assert worker.count("recur_fraud_score_count") == scored
     assert worker.count("recur_score_latency_seconds_count") == scored
     repeats = sum(len(part.repeated) for part in expected)
-    assert worker.count("recur_duplicates_total") == repeats > 0
+    assert worker.count("recur_duplicate_transactions_total") == repeats > 0
     rejected = sum(len(part.rejected) for part in expected)
     assert worker.count("recur_rejected_total", reason="not_json") == rejected > 0
     alerts = [
@@ -186,7 +186,7 @@ def test_a_clean_run_scores_and_applies_every_transaction_once(
 
 
 def test_two_workers_share_the_partitions() -> None:
-    world = World(partitions=3)
+    world = World(topic_partitions=3)
     world.produce_many(90)
     first, second = world.worker([0, 2]), world.worker([1])
 
@@ -197,7 +197,7 @@ def test_two_workers_share_the_partitions() -> None:
 
 
 def test_a_score_holds_what_the_topic_promises() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce('A "1"%é', "t-1", amount=300.5, merchant_id="m-9", category="5411")
 
     read_on(world)
@@ -218,7 +218,7 @@ def test_a_score_holds_what_the_topic_promises() -> None:
 
 
 def test_an_alert_holds_its_score_thresholds_and_time() -> None:
-    world = World(partitions=1, review_threshold=0.0, decline_threshold=1.0)
+    world = World(topic_partitions=1, review_threshold=0.0, decline_threshold=1.0)
     world.produce("A")
 
     read_on(world)
@@ -237,7 +237,7 @@ def test_an_alert_holds_its_score_thresholds_and_time() -> None:
 
 def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
     """Each alert says which thresholds decided, and none comes that they did not ask for."""
-    world = World(partitions=1, review_threshold=1.0, decline_threshold=1.0)
+    world = World(topic_partitions=1, review_threshold=1.0, decline_threshold=1.0)
     worker = world.worker()
     world.produce("A")
     finish(worker.run())
@@ -256,7 +256,7 @@ def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
 
 
 def test_a_kept_score_keeps_its_decision_and_its_alert_the_thresholds_that_decided() -> None:
-    world = World(partitions=1, review_threshold=0.0, decline_threshold=1.0)
+    world = World(topic_partitions=1, review_threshold=0.0, decline_threshold=1.0)
     world.produce("A")
     world.interrupt(when_nth("before save", 1, die))  # the first save is of the first watermark
     run_until_killed(world.worker())
@@ -302,7 +302,7 @@ def test_a_worker_killed_at_any_step_loses_nothing_and_says_nothing_twice(number
     worker = read_on(world)
 
     world.assert_all_applied()
-    assert worker.count("recur_guard_mismatches_total") == 0
+    assert worker.count("recur_watermark_conflicts_total") == 0
     assert worker.count("recur_records_lost_total") == 0
 
 
@@ -359,7 +359,7 @@ def when_nth(name: str, number: int, act: Callable[[], object]) -> Callable[[str
 
 
 def test_alerts_of_scores_whose_worker_died_between_the_two_are_published() -> None:
-    world = World(partitions=1, review_threshold=0.0)
+    world = World(topic_partitions=1, review_threshold=0.0)
     for _ in range(5):
         world.produce("A")
     world.interrupt(when("before publish alerts", die))
@@ -376,7 +376,7 @@ def test_alerts_raised_again_have_the_reasons_that_they_would_have_had() -> None
     """Of the hidden before each one, as the log makes it, and of nothing that came later."""
     reasons = []
     for interrupt in (nothing, when("before publish alerts", die)):
-        world = World(partitions=1, review_threshold=0.0)
+        world = World(topic_partitions=1, review_threshold=0.0)
         for amount in (20.0, 500.0, 20.0, 30.0, 900.0):
             world.produce("A", amount=amount)
         world.interrupt(interrupt)
@@ -394,7 +394,7 @@ def test_reasons_are_of_the_state_before_the_transaction_whatever_the_micro_batc
     """A micro-batch of many gives the reasons that as many of one give."""
     found = []
     for size in (1, 100):
-        world = World(partitions=2, review_threshold=0.0, micro_batch_max=size)
+        world = World(topic_partitions=2, review_threshold=0.0, micro_batch_max=size)
         world.produce_many(60)
         read_on(world)
         found.append(
@@ -419,7 +419,7 @@ def save_elsewhere(world: World, partition: int, watermark: Watermark) -> None:
 
 
 def test_a_save_that_meets_another_watermark_writes_nothing_and_goes_on_from_it() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(40)
     slow = world.worker()
 
@@ -432,11 +432,11 @@ def test_a_save_that_meets_another_watermark_writes_nothing_and_goes_on_from_it(
     finish(slow.run())
 
     world.assert_all_applied(scores_once=False)
-    assert slow.count("recur_guard_mismatches_total") >= 1
+    assert slow.count("recur_watermark_conflicts_total") >= 1
 
 
 def test_what_another_worker_has_applied_is_dropped_and_acked() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(20)
     slow = world.worker()
     poll = slow.consumer.poll(8)
@@ -446,13 +446,13 @@ def test_what_another_worker_has_applied_is_dropped_and_acked() -> None:
     finish(slow.process(poll))
 
     assert slow.acked == [{0: world.kafka.bounds("transactions", 0).end}]
-    assert slow.count("recur_replayed_total") == 8
+    assert slow.count("recur_records_skipped_total", reason="applied") == 8
     world.assert_all_applied(alerts_once=True)
 
 
 def test_a_revoked_partition_is_neither_published_nor_saved_nor_acked() -> None:
     for name in ("before load", "after load", "after committed", "after bounds", "before save"):
-        world = World(partitions=2, micro_batch_max=100)
+        world = World(topic_partitions=2, micro_batch_max=100)
         world.produce_many(30)
         worker = world.worker()
         poll = next_poll(worker)
@@ -468,7 +468,7 @@ def test_a_revoked_partition_is_neither_published_nor_saved_nor_acked() -> None:
 
 
 def test_a_partition_revoked_while_its_scores_are_published_is_not_acked() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(8)
     worker = world.worker()
     poll = next_poll(worker)
@@ -483,7 +483,7 @@ def test_a_partition_revoked_while_its_scores_are_published_is_not_acked() -> No
 
 
 def test_a_partition_given_back_while_it_is_worked_on_is_not_acked_by_the_old_poll() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(30)
     worker = world.worker()
     poll = next_poll(worker)
@@ -498,7 +498,7 @@ def test_a_partition_given_back_while_it_is_worked_on_is_not_acked_by_the_old_po
 
 def test_another_worker_that_writes_the_first_watermark_meanwhile_is_followed() -> None:
     """Its states are not those that were loaded before it began: they were none."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(20):
         world.produce("A")
     zombie = world.worker()
@@ -518,7 +518,7 @@ def test_another_worker_that_writes_the_first_watermark_meanwhile_is_followed() 
 
 
 def test_scores_of_another_worker_between_ones_own_are_counted_and_stay_the_first() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(40):
         world.produce("A")
     worker = world.worker()
@@ -527,7 +527,7 @@ def test_scores_of_another_worker_between_ones_own_are_counted_and_stay_the_firs
 
     finish(worker.run())
 
-    assert worker.count("recur_foreign_scores_total") == 4
+    assert worker.count("recur_zombie_scores_total") == 4
     scores = world.scores(0)
     assert sorted(scores) == list(range(40))
     for offset in range(10, 14):
@@ -555,7 +555,7 @@ def publish_as_zombie(world: World, start: int, stop: int, number: float = 0.125
 
 
 def test_foreign_scores_of_transactions_to_come_are_kept_and_not_said_again() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(30):
         world.produce("A")
     worker = world.worker()
@@ -575,7 +575,7 @@ def test_foreign_scores_of_transactions_to_come_are_kept_and_not_said_again() ->
 
 def test_a_zombies_save_that_wins_does_not_hide_what_the_owner_published() -> None:
     """The owner has said more than the zombie, and the zombie's save comes first."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for i in range(40):
         world.produce("A", amount=10.0 + i)
     one_poll(world.worker(), 5)
@@ -622,9 +622,9 @@ class Simulation:
         self._workers_max = workers_max
         rng = self.rng = random.Random(seed)
         self.world = World(
-            partitions=rng.choice([1, 2]),
+            topic_partitions=rng.choice([1, 2]),
             micro_batch_max=rng.choice([3, 8, 20]),
-            cached_states_max=rng.choice([0, 1000]),
+            state_cache_size=rng.choice([0, 1000]),
             **settings,
         )
         self.world.produce_many(50, seed=seed)
@@ -734,7 +734,7 @@ def test_a_store_that_went_back_is_rebuilt_and_no_score_that_exists_is_published
 
 
 def test_a_store_that_lost_a_partition_between_load_and_save_is_rebuilt() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(50)
     worker = world.worker()
     one_poll(worker)
@@ -743,14 +743,14 @@ def test_a_store_that_lost_a_partition_between_load_and_save_is_rebuilt() -> Non
     finish(worker.run())
 
     world.assert_all_applied()
-    assert worker.count("recur_guard_mismatches_total") >= 1
+    assert worker.count("recur_watermark_conflicts_total") >= 1
 
 
 def test_a_store_that_loses_all_before_the_groups_first_commit_is_no_new_beginning() -> None:
     """Neither for the save that meets it, nor for the poll that is computed meanwhile."""
     for number in range(1, 4):
         for late in range(3):
-            world = World(partitions=1)
+            world = World(topic_partitions=1)
             world.produce_many(40)
             world.interrupt(when_nth("before save", number, partial(lose_everything, world)))
             worker = world.worker()
@@ -768,8 +768,9 @@ def test_a_store_that_loses_all_before_the_groups_first_commit_is_no_new_beginni
 @pytest.mark.parametrize("kept", [[], [0]])
 def test_a_poll_that_outlives_its_assignment_is_no_new_beginning(kept: list[int]) -> None:
     """The group has committed nothing, and the store has lost where this worker began: its
-    states would begin where the poll does, and what is before it would never be applied."""
-    world = World(partitions=1)
+    states would begin where the poll does, and what is before it would never be applied.
+    """
+    world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()
     worker.consumer.commit = lambda poll: None  # type: ignore[method-assign]
@@ -811,7 +812,7 @@ def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
 def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
     # No alerts and rejections: of what is committed, as here by hand, they were published.
     never = Thresholds(review=1.0, decline=1.0)
-    world = World(small_checkpoint().with_header(thresholds=never), partitions=1)
+    world = World(small_checkpoint().with_header(thresholds=never), topic_partitions=1)
     for i in range(30):
         world.produce(f"A{i % 6}")
     one_poll(world.worker(), 10)
@@ -833,7 +834,7 @@ def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> No
 
 
 def test_a_poll_in_flight_behind_a_seek_is_dropped_without_another_seek() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(40)
     worker = world.worker()
     one_poll(worker)
@@ -878,7 +879,7 @@ def test_another_model_begins_anew_and_keeps_the_scores_that_were_said() -> None
 
 @pytest.mark.parametrize(("reset", "scored"), [("earliest", 20), ("latest", 10)])
 def test_a_new_group_begins_by_its_reset_policy(reset: str, scored: int) -> None:
-    world = World(partitions=1, kafka_offset_reset=reset)
+    world = World(topic_partitions=1, kafka_auto_offset_reset=reset)
     for _ in range(10):
         world.produce("A")
     worker = world.worker()
@@ -892,7 +893,7 @@ def test_a_new_group_begins_by_its_reset_policy(reset: str, scored: int) -> None
 
 
 def test_a_group_that_begins_late_and_dies_before_its_first_commit_goes_on_where_it_was() -> None:
-    world = World(partitions=1, kafka_offset_reset="latest")
+    world = World(topic_partitions=1, kafka_auto_offset_reset="latest")
     worker = world.worker()
     for _ in range(20):
         world.produce("A")
@@ -911,7 +912,7 @@ def test_a_group_that_begins_late_and_dies_before_its_first_commit_goes_on_where
 
 
 def test_records_that_retention_deleted_before_they_were_applied_are_counted() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(40):
         world.produce("A")
     worker = world.worker()
@@ -927,7 +928,7 @@ def test_records_that_retention_deleted_before_they_were_applied_are_counted() -
 
 
 def test_records_lost_while_no_worker_ran_are_counted() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(40):
         world.produce("A")
     one_poll(world.worker())
@@ -940,7 +941,7 @@ def test_records_lost_while_no_worker_ran_are_counted() -> None:
 
 
 def test_a_log_deleted_up_to_the_watermark_has_lost_nothing() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(40):
         world.produce("A")
     one_poll(world.worker())
@@ -953,7 +954,7 @@ def test_a_log_deleted_up_to_the_watermark_has_lost_nothing() -> None:
 
 
 def test_scores_that_retention_deleted_are_no_obstacle_to_a_replay() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(40)
     read_on(world)
     world.kafka.delete_records("scores", 0, 10)
@@ -973,16 +974,19 @@ def test_scores_that_retention_deleted_are_no_obstacle_to_a_replay() -> None:
 @pytest.mark.parametrize(
     ("watermark", "message"),
     [
-        (Watermark(8, 0, 0, 1).to_bytes(), "had 8 partitions; it has 1.*RECUR_KEY_PREFIX"),
-        (Watermark(1, 9, 0, 1).to_bytes(), "past the end of transactions-0.*RECUR_KEY_PREFIX"),
-        (b"of a version to come", "watermark of transactions-0.*RECUR_KEY_PREFIX"),
+        (Watermark(8, 0, 0, 1).to_bytes(), "had 8 partitions; it has 1.*RECUR_REDIS_KEY_PREFIX"),
+        (
+            Watermark(1, 9, 0, 1).to_bytes(),
+            "past the end of transactions-0.*RECUR_REDIS_KEY_PREFIX",
+        ),
+        (b"of a version to come", "watermark of transactions-0.*RECUR_REDIS_KEY_PREFIX"),
     ],
     ids=["partition count", "log recreated", "format"],
 )
 def test_states_that_do_not_belong_to_the_log_end_the_worker_with_what_to_do(
     watermark: bytes, message: str
 ) -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(5):
         world.produce("A")
     world.store.watermarks[0] = watermark
@@ -995,7 +999,7 @@ def test_states_that_do_not_belong_to_the_log_end_the_worker_with_what_to_do(
 
 
 def test_a_scores_topic_that_was_recreated_is_no_reason_to_forget_where_ones_scores_are() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(20):
         world.produce("A")
     save_elsewhere(world, 0, Watermark(1, 0, scores_offset=10**6, writer=1))
@@ -1013,7 +1017,7 @@ def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost
     is_emptied: bool,
 ) -> None:
     """A late commit is further than the watermark tells that the log before was worked on."""
-    world = World(partitions=1, on_new_log="begin", review_threshold=0.0)
+    world = World(topic_partitions=1, on_new_log="begin", review_threshold=0.0)
     world.produce("A")
     finish(world.worker().run())
     old = world.store.watermarks[0]
@@ -1040,7 +1044,7 @@ def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost
 
 
 def test_a_store_that_is_away_is_waited_for_and_nothing_is_lost() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(40)
     worker = world.worker()
     seen: list[bool] = []
@@ -1062,7 +1066,7 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_is_lost() -> None:
 
 
 def test_a_broker_that_does_not_answer_is_waited_for() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()
 
@@ -1078,7 +1082,7 @@ def test_a_broker_that_does_not_answer_is_waited_for() -> None:
 
 
 def test_when_nothing_can_be_published_the_worker_ends_with_nothing_saved() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()
     one_poll(worker)
@@ -1096,18 +1100,18 @@ def test_when_nothing_can_be_published_the_worker_ends_with_nothing_saved() -> N
 
 def test_an_unknown_base_offset_is_looked_up() -> None:
     """A batch that was repeated because its first answer was lost tells no offset."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(40)
 
-    class Forgetful(MemoryPublisher):
+    class Forgetful(MemoryProducer):
         async def publish(
             self,
             scores: dict[int, Sequence[Outgoing]],
             alerts: Sequence[Outgoing],
             rejected: Sequence[Outgoing],
-        ) -> dict[int, Appended]:
+        ) -> dict[int, AppendResult]:
             appended = await super().publish(scores, alerts, rejected)
-            return dict.fromkeys(appended, Appended(None, None))
+            return dict.fromkeys(appended, AppendResult(None, None))
 
     worker = world.worker()
     worker.processor._publisher = Forgetful(world.kafka, world.settings)
@@ -1122,20 +1126,21 @@ def test_an_unknown_base_offset_is_looked_up() -> None:
 # a watermark that is taken back ------------------------------------------------------------
 
 
-def rebuild(world: World, partition: int) -> TakenBack | None:
+def rebuild(world: World, partition: int) -> WatermarksSetBack | None:
     """What `recur state rebuild` does to a partition, at one moment."""
-    plan: TakenBack | None = finish(world.rebuild().take_back(partition))
+    plan: WatermarksSetBack | None = finish(world.rebuild().take_back(partition))
     return plan
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
     """The watermark is taken back again and again, between any two steps of the workers; what
-    stands past it never gets into a state again, although nothing deletes it."""
+    stands past it never gets into a state again, although nothing deletes it.
+    """
     rng = random.Random(seed)
     simulation = Simulation(seed, workers_max=rng.choice([1, 3]))
     world = simulation.world
-    taken: list[TakenBack | None] = []
+    taken: list[WatermarksSetBack | None] = []
 
     def act() -> None:
         taken.append(rebuild(world, rng.choice(world.partitions)))
@@ -1153,7 +1158,7 @@ def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
 
 def test_a_rebuild_mends_states_and_says_nothing_again() -> None:
     """Of whatever kind the damage is; accounts that the log does not have stay as they are."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(60)
     world.produce("gone")
     worker = world.worker()
@@ -1179,7 +1184,7 @@ def test_a_rebuild_mends_states_and_says_nothing_again() -> None:
 
 
 def test_what_the_log_has_no_more_keeps_its_state_in_a_rebuild() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for account in ("old", "both", "both", "new"):
         world.produce(account)
     worker = world.worker()
@@ -1205,7 +1210,7 @@ def test_what_the_log_has_no_more_keeps_its_state_in_a_rebuild() -> None:
 
 def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
     """The topic was recreated: the offsets of scores that are out mean other transactions."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(10):
         world.produce("A")
     finish(world.worker().run())
@@ -1216,7 +1221,7 @@ def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
     ):
         finish(world.worker().run())
 
-    assert rebuild(world, 0) == TakenBack(0, 0, 1)
+    assert rebuild(world, 0) == WatermarksSetBack(0, 0, 1)
     read_on(world)
 
     first, second = world.scores(0)[0]
@@ -1233,7 +1238,7 @@ def test_nothing_of_a_log_that_was_made_again_is_skipped(
 ) -> None:
     """By a worker that starts, and by one that works on the partition as if nothing had been."""
     monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
-    world = World(partitions=1, on_new_log=policy)
+    world = World(topic_partitions=1, on_new_log=policy)
     for _ in range(10):
         world.produce("A")
     worker = world.worker()
@@ -1268,7 +1273,7 @@ def test_nothing_of_a_log_that_was_made_again_is_skipped(
 
 def test_scores_of_a_log_before_are_not_taken_for_those_of_the_new_one() -> None:
     """Redis has lost its data, and with them where the new log's scores begin."""
-    world = World(partitions=1, on_new_log="begin")
+    world = World(topic_partitions=1, on_new_log="begin")
     for _ in range(10):
         world.produce("A")
     finish(world.worker().run())
@@ -1288,7 +1293,7 @@ def test_scores_of_a_log_before_are_not_taken_for_those_of_the_new_one() -> None
 
 def test_a_watermark_without_ids_adopts_those_that_it_finds() -> None:
     """An older version wrote it."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(10):
         world.produce("A")
     finish(world.worker().run())
@@ -1307,7 +1312,7 @@ def test_a_watermark_without_ids_adopts_those_that_it_finds() -> None:
 
 
 def test_without_a_watermark_there_is_nothing_to_take_back() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
 
     assert rebuild(world, 0) is None
@@ -1325,7 +1330,7 @@ def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
     records_max: int,
 ) -> None:
     """Where the instruction stands in the account's order counts, wherever a poll is cut."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for amount in (20.0, 500.0):
         world.produce("A", amount=amount)
     world.produce("B")
@@ -1354,7 +1359,7 @@ def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
 
 def test_forgetting_is_not_undone_by_what_is_held_in_memory() -> None:
     """The next poll is computed before the state is deleted in the store."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A", "t-1", amount=900.0)
     worker = world.worker()
     finish(worker.run())
@@ -1374,7 +1379,7 @@ def test_forgetting_is_not_undone_by_what_is_held_in_memory() -> None:
 
 def test_an_instruction_that_was_applied_is_dropped_when_it_comes_again() -> None:
     """What the account did since stays, in the store and in the poll that comes again."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.forget("A")
     world.produce("A", amount=70.0)
@@ -1396,7 +1401,7 @@ def test_an_instruction_that_was_applied_is_dropped_when_it_comes_again() -> Non
 
 
 def test_of_an_account_whose_transactions_after_it_fail_nothing_is_left() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.forget("A")
     world.produce("A", amount=POISON)
@@ -1409,7 +1414,7 @@ def test_of_an_account_whose_transactions_after_it_fail_nothing_is_left() -> Non
 
 
 def test_an_instruction_to_look_changes_nothing() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.produce_raw(None, b"", [(CONTROL_HEADER, b"look")])
     world.produce("A")
@@ -1426,7 +1431,7 @@ def test_an_instruction_to_look_changes_nothing() -> None:
 
 
 def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_goes_on() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce("A")
     world.produce_raw(b"A", b"\xff junk")
     world.produce_raw(None, None)
@@ -1509,7 +1514,7 @@ def test_the_log_tells_of_rejected_records_by_reason_once_a_minute(
 def test_what_is_too_long_for_dead_letter_is_truncated_and_marked(
     key_bytes: int, value_bytes: int, truncated: bool
 ) -> None:
-    world = World(partitions=1, dead_letter_value_max_bytes=100)
+    world = World(topic_partitions=1, dead_letter_value_max_bytes=100)
     world.produce_raw(b"k" * key_bytes, b"v" * value_bytes)
 
     read_on(world)
@@ -1523,7 +1528,7 @@ def test_what_is_too_long_for_dead_letter_is_truncated_and_marked(
 
 
 def test_the_longest_dead_letter_fits_the_brokers_default_limit() -> None:
-    world = World(partitions=1, dead_letter_value_max_bytes=900_000)
+    world = World(topic_partitions=1, dead_letter_value_max_bytes=900_000)
     world.produce_raw(b"k" * 500_000, b"v" * 1_000_000)
 
     read_on(world)
@@ -1534,7 +1539,7 @@ def test_the_longest_dead_letter_fits_the_brokers_default_limit() -> None:
 
 
 def test_rejected_records_alone_advance_the_watermark() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(5):
         world.produce_raw(b"A", b"junk")
     worker = world.worker()
@@ -1547,7 +1552,7 @@ def test_rejected_records_alone_advance_the_watermark() -> None:
 
 
 def test_rejected_records_of_what_was_applied_are_not_sent_again() -> None:
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     for _ in range(5):
         world.produce_raw(b"A", b"junk")
     read_on(world)
@@ -1557,7 +1562,7 @@ def test_rejected_records_of_what_was_applied_are_not_sent_again() -> None:
     worker = read_on(world)
 
     assert len(world.kafka.records("dead-letter")) == 5
-    assert worker.count("recur_replayed_total") == 5
+    assert worker.count("recur_records_skipped_total", reason="applied") == 5
 
 
 class Brittle(Checkpoint):
@@ -1591,11 +1596,11 @@ def test_a_transaction_that_makes_the_computation_fail_is_rejected_alone() -> No
         end = world.kafka.bounds("transactions", p).end
         assert set(world.scores(p)) == set(range(end)) - {o for q, o in poisoned if q == p}
     assert worker.count("recur_transactions_total") == 27
-    assert worker.count("recur_score_count") == 27
+    assert worker.count("recur_fraud_score_count") == 27
 
 
 def test_when_everything_fails_the_worker_ends_with_nothing_published() -> None:
-    world = World(partitions=1, micro_batch_max=100)
+    world = World(topic_partitions=1, micro_batch_max=100)
     for _ in range(FAILURES_IN_A_ROW_MAX + 1):
         world.produce("A", amount=POISON)
 
@@ -1611,7 +1616,7 @@ def test_when_everything_fails_the_worker_ends_with_nothing_published() -> None:
 
 
 def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> None:
-    world = World(partitions=1, review_threshold=0.0)
+    world = World(topic_partitions=1, review_threshold=0.0)
     for _ in range(3):
         world.produce("A", "same", amount=300.0, timestamp=START_MS)
     world.produce("A", "other", amount=300.0)
@@ -1620,7 +1625,7 @@ def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> 
 
     assert sorted(world.scores(0)) == [0, 3]
     assert world.alerts().keys() == {"transactions:0:0", "transactions:0:3"}
-    assert worker.count("recur_duplicates_total") == 2
+    assert worker.count("recur_duplicate_transactions_total") == 2
     assert worker.count("recur_transactions_total") == 2
     assert world.watermark(0) == 4
     world_states = world.references()[0].accounts["A"]
@@ -1628,7 +1633,7 @@ def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> 
 
 
 def test_a_warm_transaction_is_scored_and_raises_no_alert() -> None:
-    world = World(partitions=1, review_threshold=0.0)
+    world = World(topic_partitions=1, review_threshold=0.0)
     world.produce("A", headers=[(WARM_HEADER, b"")])
     world.produce("A", headers=[("other", b"1"), (WARM_HEADER, b"1")])
     world.produce("A", headers=[("other", b"1")])
@@ -1640,7 +1645,7 @@ def test_a_warm_transaction_is_scored_and_raises_no_alert() -> None:
 
 
 def test_states_are_counted_by_what_came_back() -> None:
-    world = World(partitions=1, state_ttl_days=1.0)
+    world = World(topic_partitions=1, state_ttl_days=1.0)
     counts: Counter[str] = Counter()
 
     def applied_by(worker: MemoryWorker, accounts: str) -> None:
@@ -1663,7 +1668,7 @@ def test_states_are_counted_by_what_came_back() -> None:
 
 def test_scores_of_an_account_whose_state_was_refused_say_so_and_no_others() -> None:
     """Also beside repeats, rejects, kept scores and another partition, and in the alerts."""
-    world = World(partitions=2, review_threshold=0.0, decline_threshold=1.0)
+    world = World(topic_partitions=2, review_threshold=0.0, decline_threshold=1.0)
     a, b, c = world.account_in(0), world.account_in(0, 1), world.account_in(1)
 
     def produce(*names: str) -> list[str]:
@@ -1698,7 +1703,7 @@ def test_scores_of_an_account_whose_state_was_refused_say_so_and_no_others() -> 
 
 
 def test_states_held_in_memory_are_bounded_and_none_that_is_unsaved_is_dropped() -> None:
-    world = World(partitions=1, cached_states_max=0, micro_batch_max=5)
+    world = World(topic_partitions=1, state_cache_size=0, micro_batch_max=5)
     for i in range(200):
         world.produce(f"A{i * i % 37}")
     worker = world.worker()
@@ -1716,7 +1721,7 @@ def test_states_held_in_memory_are_bounded_and_none_that_is_unsaved_is_dropped()
 
 
 def test_an_account_silent_too_long_starts_anew_also_in_a_replay() -> None:
-    world = World(partitions=1, state_ttl_days=1.0)
+    world = World(topic_partitions=1, state_ttl_days=1.0)
     for _ in range(5):
         world.produce("A")
     world.now_ms += 2 * DAY_MS
@@ -1738,7 +1743,7 @@ def test_an_account_silent_too_long_starts_anew_also_in_a_replay() -> None:
 
 def test_only_a_poll_that_was_applied_counts_as_movement() -> None:
     """A worker that drops poll after poll is stalled, and its watchdog must see that."""
-    world = World(partitions=1)
+    world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()
     moves: list[bool] = []

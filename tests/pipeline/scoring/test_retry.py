@@ -1,4 +1,4 @@
-"""Patience: a service that is away is waited for, counted and told of, and nothing else is."""
+"""Retrier: a service that is away is waited for, counted and told of, and nothing else is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.logs import JsonFormatter
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Patience
+from pipeline.scoring.retry import Retrier
 from pipeline.storage.state_store import StoreUnavailableError
 
 FAILURES = 9
@@ -77,8 +77,8 @@ def failures_counted(metrics: Metrics) -> dict[str, float | None]:
 def test_a_service_that_is_away_is_asked_until_it_answers(
     waits: list[float], metrics: Metrics, health: Health, service: str, other: str, error: Exception
 ) -> None:
-    patience = Patience(metrics, health)
-    ask = patience.ask_store if service == "redis" else patience.ask_log
+    patience = Retrier(metrics, health)
+    ask = patience.retry_redis if service == "redis" else patience.ask_log
     call = Flaky(error, FAILURES)
 
     assert asyncio.run(ask(call)) == "answer"
@@ -91,7 +91,7 @@ def test_a_service_that_is_away_is_asked_until_it_answers(
 def test_waits_grow_and_stay_bounded(waits: list[float], metrics: Metrics, health: Health) -> None:
     call = Flaky(StoreUnavailableError("away"), FAILURES)
 
-    asyncio.run(Patience(metrics, health).ask_store(call))
+    asyncio.run(Retrier(metrics, health).retry_redis(call))
 
     steps = patience_module.RETRY_SECONDS
     assert waits == [*steps, *([steps[-1]] * (FAILURES - len(steps)))]
@@ -108,7 +108,7 @@ def test_the_worker_is_not_ready_while_it_waits(
         seen.append(health.missing())
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    asyncio.run(Patience(metrics, health).ask_log(Flaky(LogUnavailableError("away"), 2)))
+    asyncio.run(Retrier(metrics, health).ask_log(Flaky(LogUnavailableError("away"), 2)))
 
     assert seen == [{"kafka": "it does not answer"}] * 2
 
@@ -119,7 +119,7 @@ def test_an_answer_at_once_changes_nothing(
     """A part that is away for another reason is not called ready by an answer."""
     health.down("redis", "not reached yet")
 
-    asyncio.run(Patience(metrics, health).ask_store(Flaky(StoreUnavailableError(""), 0)))
+    asyncio.run(Retrier(metrics, health).retry_redis(Flaky(StoreUnavailableError(""), 0)))
 
     assert waits == []
     assert health.missing() == {"redis": "not reached yet"}
@@ -132,7 +132,7 @@ def test_a_defect_is_not_waited_for(
     call = Flaky(error, 1)
 
     with pytest.raises(type(error)):
-        asyncio.run(Patience(metrics, health).ask_store(call))
+        asyncio.run(Retrier(metrics, health).retry_redis(call))
 
     assert call.calls == 1
     assert failures_counted(metrics) == {"redis": 0, "kafka": 0}
@@ -144,7 +144,7 @@ def test_an_outage_is_logged_twice_and_not_at_every_try(
     caplog.set_level(logging.INFO)
 
     asyncio.run(
-        Patience(metrics, health).ask_store(Flaky(StoreUnavailableError("refused"), FAILURES))
+        Retrier(metrics, health).retry_redis(Flaky(StoreUnavailableError("refused"), FAILURES))
     )
 
     lines = [json.loads(JsonFormatter().format(r)) for r in caplog.records if "service" in vars(r)]
@@ -158,7 +158,7 @@ def test_an_outage_is_logged_twice_and_not_at_every_try(
 def test_waiting_can_be_cancelled(metrics: Metrics, health: Health) -> None:
     async def go() -> None:
         waiting = asyncio.create_task(
-            Patience(metrics, health).ask_store(Flaky(StoreUnavailableError("away"), 10**9))
+            Retrier(metrics, health).retry_redis(Flaky(StoreUnavailableError("away"), 10**9))
         )
         await asyncio.sleep(0.05)
         waiting.cancel()

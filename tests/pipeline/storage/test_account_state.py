@@ -58,7 +58,7 @@ def columns_of(states: AccountStates) -> dict[str, NDArray[Any]]:
 
 
 def values_of(codec: StateCodec, n: int = 1) -> list[bytes]:
-    """n sound values of different accounts."""
+    """N sound values of different accounts."""
     states, _, _ = codec.decode([None] * n)
     states.history.count[:] = np.arange(1, n + 1)
     states.last_offset[:] = 41

@@ -73,7 +73,7 @@ def server_backend(server: Redis | RedisCluster) -> Backend:
         redis_url=server.url,
         redis_cluster=cluster,
         redis_timeout_seconds=1.0,
-        key_prefix=f"test-{uuid.uuid4().hex[:12]}",
+        redis_key_prefix=f"test-{uuid.uuid4().hex[:12]}",
     )
     host, port = server.url.removeprefix("redis://").removesuffix("/0").split(":")
     return Backend(
@@ -81,7 +81,7 @@ def server_backend(server: Redis | RedisCluster) -> Backend:
         (lambda: ClusterClient(host=host, port=int(port)))
         if isinstance(server, RedisCluster)
         else server.client,
-        MerchantKeys(configured.key_prefix),
+        MerchantKeys(configured.redis_key_prefix),
         server.stop,
         server.start,
     )
@@ -341,7 +341,7 @@ def test_partitions_of_labels_are_apart(backend: Backend) -> None:
     backend.run(go)
 
 
-def test_a_genuine_label_makes_no_profile(backend: Backend) -> None:
+def test_a_legitimate_label_makes_no_profile(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
         assert await book(store, 0, [fraud(0, "M1", 1, is_fraud=False)]) == ["approve"]
         assert await store.load(["M1"]) == [None]
@@ -385,7 +385,7 @@ def test_a_label_that_comes_too_late_for_a_note_tells_that_the_decision_is_unkno
 
 
 def test_an_older_label_that_comes_later_changes_nothing(backend: Backend) -> None:
-    """Whether it says genuine or fraud, of an alert or not; of the same time the last one wins."""
+    """Legitimate or fraud, of an alert or not; of the same time the last one wins."""
     labels = [
         fraud(0, "M1", 1, at=500),
         fraud(1, "M1", 1, at=499, is_fraud=False),
@@ -453,7 +453,7 @@ steps_of_one_partition = st.lists(
         st.integers(0, 4),
         st.integers(1000, 1500),
         st.integers(0, 60),
-        st.sampled_from(["fraud", "genuine", "note"]),
+        st.sampled_from(["fraud", "legitimate", "note"]),
         st.integers(0, 5),
         st.one_of(st.none(), st.integers(0, 255)),
     ),

@@ -13,7 +13,7 @@ import pytest
 from pipeline.local.services import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import StateCodec, Watermark
-from pipeline.storage.state_scan import KeyScan
+from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
 
 MODEL, OTHER = "0f3a5b7c9d1e", "aaaabbbbcccc"
@@ -32,7 +32,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return load_settings(
         redis_url=server.url,
         redis_cluster=is_cluster,
-        key_prefix=f"test-{uuid.uuid4().hex[:12]}",
+        redis_key_prefix=f"test-{uuid.uuid4().hex[:12]}",
     )
 
 
@@ -62,7 +62,9 @@ async def save(settings: Settings, model: str, partition: int, states: dict[str,
         assert await store.save([request]) == [True]
 
 
-async def found_in(scan: KeyScan, model: str, partition: int | None = None) -> set[tuple[int, str]]:
+async def found_in(
+    scan: StateScan, model: str, partition: int | None = None
+) -> set[tuple[int, str]]:
     return {
         (place, account)
         async for place, accounts in scan.accounts(model, partition)
@@ -70,9 +72,9 @@ async def found_in(scan: KeyScan, model: str, partition: int | None = None) -> s
     }
 
 
-def run(settings: Settings, test: Callable[[KeyScan], Awaitable[None]]) -> None:
+def run(settings: Settings, test: Callable[[StateScan], Awaitable[None]]) -> None:
     async def go() -> None:
-        async with KeyScan(settings) as scan:
+        async with StateScan(settings) as scan:
             await test(scan)
 
     asyncio.run(go())
@@ -82,7 +84,7 @@ def test_every_state_of_a_model_is_found_and_nothing_else(settings: Settings) ->
     """Topics and models whose names begin alike are apart."""
     alike = settings.model_copy(update={"transactions_topic": "transactions-1"})
 
-    async def go(scan: KeyScan) -> None:
+    async def go(scan: StateScan) -> None:
         names = [*ODD_IDS, *(f"A{i}" for i in range(1_500))]
         for partition in (1, 11):
             await save(settings, MODEL, partition, dict.fromkeys(names, b"s"))
@@ -99,7 +101,7 @@ def test_every_state_of_a_model_is_found_and_nothing_else(settings: Settings) ->
 def test_an_accounts_copies_are_found_whatever_its_name(settings: Settings) -> None:
     """Of all models and partitions; a name that is a pattern stands for itself alone."""
 
-    async def go(scan: KeyScan) -> None:
+    async def go(scan: StateScan) -> None:
         await save(settings, MODEL, 2, dict.fromkeys([*ODD_IDS, "b", "aXb"], b"four"))
         await save(settings, OTHER, 3, dict.fromkeys(ODD_IDS, b"s"))
 
@@ -120,7 +122,7 @@ def test_only_states_that_lie_past_the_watermark_are_swept(settings: Settings) -
     states = {"before": state_at(4), "at": state_at(5), "past": state_at(2**40)}
     states |= {"moved": state_at(-1), "junk": b"junk", "other": b"\x63" + state_at(1)[1:]}
 
-    async def go(scan: KeyScan) -> None:
+    async def go(scan: StateScan) -> None:
         await save(settings, MODEL, 2, states)
 
         assert await scan.sweep(MODEL, 2, [*states, "none"]) == 4
@@ -131,7 +133,7 @@ def test_only_states_that_lie_past_the_watermark_are_swept(settings: Settings) -
 
 
 def test_a_copy_in_another_partition_expires_with_the_one_that_it_is_of(settings: Settings) -> None:
-    async def go(scan: KeyScan) -> None:
+    async def go(scan: StateScan) -> None:
         await save(settings, MODEL, 2, {"A": b"old", "B": b"stays"})
 
         await scan.copy(MODEL, 2, 3, {"A": b"new"})

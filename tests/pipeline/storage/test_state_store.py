@@ -38,7 +38,7 @@ def settings_for(url: str, *, cluster: bool = False) -> Settings:
         redis_url=url,
         redis_cluster=cluster,
         redis_timeout_seconds=1.0,
-        key_prefix=f"test-{uuid.uuid4().hex[:12]}",
+        redis_key_prefix=f"test-{uuid.uuid4().hex[:12]}",
         state_ttl_days=TTL_DAYS,
         log_retention_days=RETENTION_DAYS,
     )
@@ -88,7 +88,7 @@ def redis_backend(server: Redis) -> Backend:
     return Backend(
         lambda: RedisStateStore.from_settings(settings, MODEL),
         server.client,
-        Keys(settings.key_prefix, MODEL, "transactions"),
+        Keys(settings.redis_key_prefix, MODEL, "transactions"),
         server.stop,
         server.start,
     )
@@ -100,7 +100,7 @@ def cluster_backend(cluster: RedisCluster) -> Backend:
     return Backend(
         lambda: RedisStateStore.from_settings(settings, MODEL),
         lambda: ClusterClient(host=host, port=int(port)),
-        Keys(settings.key_prefix, MODEL, "transactions"),
+        Keys(settings.redis_key_prefix, MODEL, "transactions"),
         cluster.stop,
         cluster.start,
     )

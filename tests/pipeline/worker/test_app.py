@@ -16,7 +16,8 @@ def test_a_worker_that_has_partitions_and_does_not_begin_is_stalled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faust starts the monitors only once it works: were it not for this, the watchdog would never
-    end a worker that hangs before that."""
+    end a worker that hangs before that.
+    """
     settings = load_settings(http_port=0, watchdog_seconds=5.0)
     worker = Worker(settings, load_checkpoint(settings), partitions=4, directory=tmp_path)
     worker.endpoints.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import Checkpoint, Thresholds
-from pipeline.worker.checkpoint_watcher import CheckpointWatch
+from pipeline.worker.checkpoint_watcher import CheckpointWatcher
 from tests.fakes.memory_workers import small_checkpoint
 
 
@@ -20,9 +20,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def watch(file: Path) -> CheckpointWatch:
+def watch(file: Path) -> CheckpointWatcher:
     loaded = Checkpoint.load(file)
-    return CheckpointWatch(file, loaded.digest, loaded.header.thresholds)
+    return CheckpointWatcher(file, loaded.digest, loaded.header.thresholds)
 
 
 def test_new_thresholds_are_told_once(file: Path) -> None:

@@ -23,7 +23,8 @@ def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the backoff of a running flow a worker could wait for a partition's begin until the seek
-    was given up, and never start to work."""
+    was given up, and never start to work.
+    """
     fetcher = SimpleNamespace(_prefetch_backoff=None)
     seen: list[tuple[str, Any]] = []
 
@@ -69,7 +70,8 @@ def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
 
 def test_what_came_while_faust_sought_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the next chunk would claim to begin where the group has committed, and what came before it
-    would count as read: lost, if it was left out then."""
+    would count as read: lost, if it was left out then.
+    """
     position = {PAYMENTS: 0}
 
     def messages_of(consumer: Any, *offsets: int) -> tuple[int, int]:

@@ -19,13 +19,13 @@ from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.worker import http_server as endpoints_module
-from pipeline.worker.http_server import STALLED_EXIT_CODE, Endpoints
+from pipeline.worker.http_server import STALLED_EXIT_CODE, HttpServer
 
 WATCHDOG_SECONDS = 10.0
 
 
 class Server:
-    """Endpoints that serve, with all that they tell of in a test's hand."""
+    """HttpServer that serve, with all that they tell of in a test's hand."""
 
     def __init__(self, port: int = 0) -> None:
         self.now_seconds = 0.0
@@ -33,7 +33,7 @@ class Server:
         self.health = Health(WATCHDOG_SECONDS, clock=lambda: self.now_seconds)
         self.exit_codes: list[int] = []
         self.ended = threading.Event()
-        self.endpoints = Endpoints("127.0.0.1", port, self.metrics, self.health, self._end)
+        self.endpoints = HttpServer("127.0.0.1", port, self.metrics, self.health, self._end)
 
     def _end(self, code: int) -> None:
         self.exit_codes.append(code)
@@ -67,7 +67,7 @@ def server() -> Iterator[Server]:
 
 
 def test_metrics_can_be_scraped(server: Server) -> None:
-    server.metrics.duplicates.inc(3)
+    server.metrics.duplicate_transactions.inc(3)
     server.metrics.latency.observe([0.002, 0.5])
 
     status, kind, body = server.get("/metrics")
@@ -75,7 +75,7 @@ def test_metrics_can_be_scraped(server: Server) -> None:
     assert status == 200
     assert kind.startswith("text/plain")
     found = {s.name: s.value for f in text_string_to_metric_families(body) for s in f.samples}
-    assert found["recur_duplicates_total"] == 3
+    assert found["recur_duplicate_transactions_total"] == 3
     assert found["recur_score_latency_seconds_count"] == 2
 
 
