@@ -39,7 +39,7 @@ from pipeline.cli.evaluate import EvaluateOptions, run_evaluate
 from pipeline.errors import RecurError
 from tests.fakes.datasets import simulated_dataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_own_risk")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

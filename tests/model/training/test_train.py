@@ -52,7 +52,7 @@ from model.training.train import (
 )
 from pipeline.progress import TrainingProgress
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_own_risk")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = Path(__file__).parents[3] / "pipeline" / "checkpoints" / "default.safetensors"
@@ -367,9 +367,9 @@ from pathlib import Path
 import model.training.loop
 import model.training.merchant_weight_fit
 from model.training.train import TrainingSettings, train
-from tests.conftest import OWN_RISK_UPDATES
+from tests.conftest import MERCHANT_WEIGHT_UPDATES
 model.training.loop.SAVE_EVERY_SECONDS = 0.0
-model.training.merchant_weight_fit.UPDATES = OWN_RISK_UPDATES
+model.training.merchant_weight_fit.UPDATES = MERCHANT_WEIGHT_UPDATES
 settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
     layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))

@@ -41,7 +41,7 @@ label = "fraud"
 EURO = 'currency = "EUR"'
 START = datetime(2020, 1, 1, tzinfo=UTC)
 
-pytestmark = pytest.mark.usefixtures("few_updates_of_own_risk")
+pytestmark = pytest.mark.usefixtures("few_updates_of_merchant_weight")
 
 
 @pytest.fixture(autouse=True, scope="module")
