@@ -33,6 +33,7 @@ from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.producer import AppendResult, KafkaProducer, PublishError, Said, is_refusal
 from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.settings import Settings
+from pipeline.topic_id import commit_metadata
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,9 @@ class PartitionPublisher(KafkaProducer):
             self._append({self._partition: said.scores} if said.scores else {}),
             self._send(self._alerts_topic, said.alerts),
             self._send(self._dead_letter_topic, said.rejected),
-            producer.send_offsets_to_transaction({self._source: said.next_offset}, self._group),
+            producer.send_offsets_to_transaction(
+                {self._source: (said.next_offset, commit_metadata(said.next_offset))}, self._group
+            ),
             return_exceptions=True,  # aiokafka would commit what is left of a transaction
         )
         errors = [result for result in results if isinstance(result, BaseException)]

@@ -25,7 +25,7 @@ from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import Load, Save, StateStore
-from pipeline.topic_id import NO_ID, is_other, other_log, shown
+from pipeline.topic_id import NO_ID, is_other, log_of, other_log, shown
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Poll:
 
     Attributes:
         chunks: by partition.
-        applied: the offset that each partition may be committed to; filled when processed.
+        applied: the offset that each partition may be committed to, which tells its log where
+            that matters; filled when processed.
     """
 
     chunks: dict[int, Chunk]
@@ -83,7 +84,7 @@ class TransactionLog(Protocol):
     """What the worker needs of its consumer besides polls."""
 
     async def committed(self, partition: int) -> int | None:
-        """The group's committed offset; None for a group that has none.
+        """The group's committed offset, which tells its log; None for a group that has none.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -123,7 +124,7 @@ class OwnedPartition:
         tenure: under which we commit, where scores and offsets are committed together.
         log_id, scores_log_id: ids of the topics that the offsets are of.
         scores_begin: offset in its scores partition before which all is of another log.
-        stale_to: offsets that the group committed up to here may be those of a log before.
+        stale_to: offsets committed up to here may be of a log before, unless they tell another.
         recovery: until all that was published is read.
         neighbour: the watermark before it; during a save, the one after it.
         states: values of accounts' states as computed, which the store has or will have once
@@ -459,18 +460,11 @@ class PartitionManager:
         committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
         while watermark is None:
             is_new = committed is None and partition not in self._ever_owned
-            watermark = await self._write_first_watermark(
-                partition, begin if is_new else None, committed
-            )
+            watermark = await self._write_first_watermark(partition, begin if is_new else None)
+        watermark, log_id, bounds = await self._take_log(partition, watermark, committed)
         mark = read_watermark(self._topic, partition, watermark)
-        log_id = await self._log.look(now=True)
-        while is_other(mark.log_id, log_id):
-            watermark = await self._begin_new_log(partition, watermark, mark, log_id, committed)
-            mark = read_watermark(self._topic, partition, watermark)
-            log_id = await self._log.look(now=True)
         scores_log_id = await self._scores_log.look(now=True)
         # Asked for after the watermark is known: both logs reach at least as far as it says.
-        bounds = await self._bounds(self._topic, partition)
         publications = -1
         while publications != self._publications[partition]:  # our own, of a poll before
             publications = self._publications[partition]
@@ -492,8 +486,7 @@ class PartitionManager:
         is_same = not is_other(mark.scores_log_id, scores_log_id)
         in_log = is_same and scores.begin <= mark.scores_offset <= scores.end
         recovery = Recovery(mark.scores_offset if in_log else scores.begin, scores.end)
-        if committed is not None and committed <= mark.stale_to:
-            committed = None  # of a log before this one, perhaps
+        committed, stale_to = _of_this_log(committed, log_id, bounds.end, mark.stale_to)
         owned = OwnedPartition(
             watermark=watermark,
             next_offset=mark.next_offset,
@@ -507,7 +500,7 @@ class PartitionManager:
             log_id=log_id,
             scores_log_id=scores_log_id,
             scores_begin=mark.scores_begin if is_same else 0,
-            stale_to=mark.stale_to,
+            stale_to=stale_to,
         )
         if bounds.begin > owned.computed_to:
             self._lose_records(partition, owned, bounds.begin)
@@ -515,26 +508,46 @@ class PartitionManager:
             self._owned[partition] = owned
         return owned
 
-    async def _write_first_watermark(
-        self, partition: int, begin: int | None, committed: int | None
-    ) -> bytes | None:
+    async def _take_log(
+        self, partition: int, watermark: bytes, committed: int | None
+    ) -> tuple[bytes, bytes, Bounds]:
+        """Begin the log that is there where the watermark is of another.
+
+        Returns:
+            the watermark that stands then, the log's id and its bounds.
+
+        Raises:
+            StartupError: the settings say to stop.
+        """
+        while True:
+            mark = read_watermark(self._topic, partition, watermark)
+            log_id = await self._log.look(now=True)
+            if is_other(mark.log_id, log_id):
+                watermark = await self._begin_new_log(partition, watermark, mark, log_id, committed)
+                continue
+            bounds = await self._bounds(self._topic, partition)
+            # Made again between the two, the log has the bounds of the next one.
+            if not is_other(log_id, await self._log.look(now=True)):
+                return watermark, log_id, bounds
+
+    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
         """Write a watermark where there is none, at the log's begin if at no other offset.
 
         Returns:
             what stands afterwards, whoever wrote it.
         """
+        # Before its begin is asked for: that of the next log is then found to be another's.
+        log_id = await self._log.look(now=True)
+        if begin is not None and is_other(self._fetched_of.get(partition, NO_ID), log_id):
+            begin = None  # where a poll of the log before began
         if begin is None:
             begin = (await self._bounds(self._topic, partition)).begin
             log.error(
                 "no states in Redis for a partition that was worked on; replaying its log",
                 extra={"partition": partition, "from_offset": begin},
             )
-        log_id = await self._log.look(now=True)
         scores_log_id = await self._scores_log.look(now=True)
         scores = await self._bounds(self._scores_topic, partition)
-        stale_to = 0
-        if committed is not None and committed > (await self._bounds(self._topic, partition)).end:
-            stale_to = committed  # of a log before this one, which ends earlier
         mark = Watermark(
             self._partitions,
             begin,
@@ -542,7 +555,6 @@ class PartitionManager:
             self._writer,
             log_id,
             scores_log_id,
-            stale_to=stale_to,
         ).to_bytes()
         await self._patience.retry_redis(
             lambda: self._store.save([Save(partition, None, mark, [], [])])
@@ -666,6 +678,20 @@ async def begin_log(store: StateStore, partition: int, standing: bytes, mark: by
                 return False
     (stands,) = await store.save([Save(partition, standing, mark, [], [])])
     return stands
+
+
+def _of_this_log(
+    committed: int | None, log_id: bytes, log_end: int, stale_to: int
+) -> tuple[int | None, int]:
+    """The committed offset, if it is surely of this log, and up to where others may be of another.
+
+    One is committed late, too, when a worker that outlived its topic still has polls of it.
+    """
+    if committed is None or is_other(log_of(committed), log_id):
+        return None, stale_to
+    if committed > log_end:  # of a log that ended later
+        stale_to = max(stale_to, committed)
+    return (None if committed <= stale_to else committed), stale_to
 
 
 def _recovered_to(owned: OwnedPartition, recovery: Recovery, next_offset: int) -> int:

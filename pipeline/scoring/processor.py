@@ -74,6 +74,7 @@ from pipeline.timestamps import (
     event_time,
     is_record_time,
 )
+from pipeline.topic_id import LogOffset
 
 APPROVE = DECISIONS[0]
 
@@ -746,7 +747,7 @@ class Processor:
                     part.scores,
                     part.alerts,
                     part.letters,
-                    max(part.end, owned.committed),
+                    LogOffset(max(part.end, owned.committed), owned.log_id),
                     owned.tenure,
                 )
         committed = await transactions.commit(said)
@@ -875,7 +876,8 @@ class Processor:
         """What is saved may be committed, if it was not before."""
         for part in parts if self._transactions is None else ():
             if part.saved and self._ownership.owns(part.partition, part.owned):
-                poll.applied[part.partition] = part.end
+                log_id = part.partition_owned.log_id
+                poll.applied[part.partition] = LogOffset(part.end, log_id)
         if any(part.saved for part in parts):
             self._health.moved()
 

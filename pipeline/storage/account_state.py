@@ -46,7 +46,7 @@ class Watermark:
         log_id: id of the transactions topic that the states are of.
         scores_log_id: id of the scores topic that ``scores_offset`` is of.
         scores_begin: offset in the scores partition before which all is of another log.
-        stale_to: offsets that the group committed up to here may be those of a log before.
+        stale_to: offsets committed up to here may be of a log before, unless they tell another.
     """
 
     partitions: int

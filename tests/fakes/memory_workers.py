@@ -368,7 +368,12 @@ class World:
             self.settings.topic_partitions,
             self.store,
             MemoryScoreLog(self.kafka, self.settings),
+            {p: self.committed(p) or 0 for p in self.partitions},
         )
+
+    def committed(self, partition: int) -> int | None:
+        """The group's committed offset."""
+        return self.kafka.committed(self.settings.kafka_group_id, self.topic, partition)
 
     def interrupt(self, interrupt: Callable[[str], None]) -> None:
         """Have every effect on broker and store announced."""

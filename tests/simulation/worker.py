@@ -128,7 +128,7 @@ class Worker(app.Worker):
             metrics=METRICS,
             on_new_log=settings.on_new_log,
         )
-        self.ownership._writer = services.rng.getrandbits(64)
+        self.ownership._writer = merchants.writer = services.rng.getrandbits(64)
         self.ownership._log._told = services.kafka.topic_id(self._topic)  # as it is at the start
         self.processor = parts.processor(
             settings=settings,

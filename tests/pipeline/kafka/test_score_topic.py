@@ -16,6 +16,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
+from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
 from pipeline.kafka.producer import (
     AppendResult,
@@ -30,7 +31,6 @@ from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalProducer
 from pipeline.local.services import Kafka
-from pipeline.replay.score_counter import committed_offsets
 from pipeline.scoring.partitions import ALL_SOURCES, Record
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (

@@ -32,7 +32,7 @@ from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import Watermark
-from pipeline.topic_id import NO_ID
+from pipeline.topic_id import NO_ID, LogOffset
 from tests.fakes import memory as memory_module
 from tests.fakes.memory import MemoryProducer, MemoryRecord, MemoryStateStore
 from tests.fakes.memory_workers import (
@@ -1039,6 +1039,123 @@ def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost
     finish(worker.run())
 
     assert world.alerts() == {f"transactions:0:{offset}": 1 for offset in range(6)}
+
+
+@pytest.mark.parametrize("tells", ["another log", "this log"])
+def test_an_offset_that_tells_another_log_hides_no_alert_wherever_the_log_ends(tells: str) -> None:
+    """A worker that outlived its topic commits when the new log has grown past that already."""
+    world = World(topic_partitions=1, on_new_log="begin", review_threshold=0.0)
+    kafka = world.kafka
+    old = kafka.topic_id("transactions")
+    kafka.recreate("transactions")
+    new = kafka.topic_id("transactions")
+    for _ in range(6):
+        world.produce("A")
+    generation = kafka.join("recur", "transactions", 0)
+    offset = LogOffset(4, old if tells == "another log" else new)
+    kafka.commit("recur", "transactions", 0, offset, generation)
+    worker = world.worker()
+
+    async def take_and_run() -> None:
+        await worker.processor.process(Poll({0: Chunk(4, 4, [])}))
+        await worker.run()
+
+    finish(take_and_run())
+
+    hidden = 0 if tells == "another log" else 4
+    assert sorted(world.scores(0)) == list(range(6))
+    assert world.alerts() == {f"transactions:0:{i}": 1 for i in range(hidden, 6)}
+
+
+def test_what_is_acked_tells_the_log_that_it_is_of() -> None:
+    """So does what is committed in a transaction of Kafka."""
+    for transactional in (False, True):
+        world = World(
+            topic_partitions=1,
+            on_new_log="begin",
+            processing_guarantee="exactly_once" if transactional else "at_least_once",
+        )
+        for _ in range(2):
+            world.produce_many(20)
+            finish(world.worker().run())
+
+            committed = world.committed(0)
+            assert isinstance(committed, LogOffset)
+            assert committed == world.watermark(0) > 20
+            assert committed.log_id == world.kafka.topic_id("transactions")
+            world.kafka.recreate("transactions")
+
+
+@pytest.mark.parametrize("has_states", [True, False])
+def test_a_topic_made_again_while_a_partition_is_taken_is_begun_and_not_refused(
+    has_states: bool,
+) -> None:
+    """Its id is told before where it ends, which is less than the log before had then."""
+    world = World(topic_partitions=1, on_new_log="begin")
+    world.produce_many(20)
+    finish(world.worker().run())
+    world.produce("A")
+    if not has_states:
+        world.store.restore(MemoryStateStore())
+
+    def make_again() -> None:
+        world.kafka.recreate("transactions")
+        world.produce("A", "new-0")
+
+    worker = world.worker()
+    world.interrupt(when_nth("before bounds", 0, make_again))
+    finish(worker.run())
+    world.interrupt(nothing)
+    finish(worker.ownership.see_log())
+    finish(worker.run())
+
+    said = [decode_score(value) for values in world.scores(0).values() for value in values]
+    (new,) = [score for score in said if score.transaction_id == "new-0"]
+    assert new.features["transactions_seen"] == 1
+    assert world.watermark(0) == 1
+
+
+def test_a_new_group_begins_where_its_poll_began_only_in_the_log_of_the_poll() -> None:
+    """It reads from the log's end on; what was fetched there of another log tells nothing."""
+    world = World(topic_partitions=1, on_new_log="begin", kafka_auto_offset_reset="latest")
+    for _ in range(5):
+        world.produce("A")
+    worker = world.worker()
+    finish(worker.ownership.look_at_log())
+    worker.ownership.assign([0])
+    world.kafka.recreate("transactions")
+    for i in range(7):
+        world.produce("A", f"new-{i}")
+
+    async def take_and_run() -> None:
+        await worker.processor.process(Poll({0: Chunk(5, 5, [])}))
+        await worker.run()
+
+    finish(take_and_run())
+
+    assert sorted(world.scores(0)) == list(range(7))
+
+
+def test_a_log_that_lost_its_end_hides_no_alert_by_what_was_committed_of_that() -> None:
+    """The id is the same, and the offset further than the watermark: Redis had gone back."""
+    world = World(topic_partitions=1, review_threshold=0.0)
+    for _ in range(10):
+        world.produce("A")
+    worker = world.worker()
+    finish(worker.process(worker.consumer.poll(4) or Poll({})))
+    earlier = world.store.copy()
+    finish(worker.run())
+    assert world.committed(0) == 10
+    world.store.restore(earlier)
+    del world.kafka._logs["transactions"][0].records[2:]
+    world.kafka.recreate("alerts")
+
+    assert rebuild(world, 0) == WatermarksSetBack(0, 0, 2)
+    for _ in range(12):
+        world.produce("A")
+    read_on(world)
+
+    assert set(world.alerts()) >= {f"transactions:0:{i}" for i in range(2, 14)}
 
 
 # services away ---------------------------------------------------------------------------
