@@ -83,7 +83,7 @@ def test_documents_avoid_the_words_of_style_md() -> None:
         f"{file.relative_to(ROOT)}:{line}: {what}"
         for pattern in PROSE
         for file in sorted(ROOT.glob(pattern))
-        if file.name != "STYLE.md"
+        if file.name != "STYLE.md" and file.parent.name != "reference"  # written from the code
         for line, what in avoided(file.read_text())
     ]
 

@@ -59,7 +59,7 @@ NOT_IN_PRODUCT = {"benchmarks", "tests"}
 
 @dataclass(frozen=True)
 class Import:
-    """That ``importer``, in its ``line``, imports ``module``."""
+    """An import of ``module`` by ``importer``, in its ``line``."""
 
     importer: str
     line: int
@@ -177,6 +177,30 @@ def test_every_room_says_what_it_is_for_and_holds_nothing_else() -> None:
         body = ast.parse(source).body
         assert [type(node) for node in body] == [ast.Expr], f"{room}: one docstring and no code"
         assert ast.get_docstring(ast.parse(source)), room
+
+
+def test_a_public_class_name_occurs_once() -> None:
+    places: dict[str, list[str]] = {}
+    for module, source in product_sources().items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
+def test_no_room_uses_the_private_names_of_another() -> None:
+    sources = product_sources()
+    used = [
+        f"{importer} imports {node.module}.{alias.name}"
+        for importer, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module and room_of(node.module) in ROOMS
+        for alias in node.names
+        if alias.name.startswith("_") and room_of(node.module) != room_of(importer)
+    ]
+
+    assert not used, "\n" + "\n".join(used)
 
 
 @pytest.mark.parametrize(
