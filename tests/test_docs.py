@@ -137,6 +137,7 @@ def test_the_index_names_every_document() -> None:
         assert page.name == "README.md" or f"({page.name}" in index, page.name
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_code_says() -> None:
     current = subprocess.run(
         [sys.executable, ROOT / "docs/generate.py", "--check"],

@@ -179,16 +179,6 @@ def test_every_room_says_what_it_is_for_and_holds_nothing_else() -> None:
         assert ast.get_docstring(ast.parse(source)), room
 
 
-def test_a_public_class_name_occurs_once() -> None:
-    places: dict[str, list[str]] = {}
-    for module, source in product_sources().items():
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                places.setdefault(node.name, []).append(module)
-
-    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
-
-
 def test_no_room_uses_the_private_names_of_another() -> None:
     sources = product_sources()
     used = [

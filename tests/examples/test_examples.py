@@ -67,6 +67,7 @@ def test_sent_transactions_come_back_as_alerts(
     assert "2400.00" in alerts[-1]
 
 
+@pytest.mark.slow
 def test_the_model_alone_finds_the_payment_that_is_out_of_the_ordinary() -> None:
     lines = run("score_without_kafka.py").splitlines()
 
