@@ -118,6 +118,13 @@ def test_no_document_uses_a_word_that_was_replaced(page: Path) -> None:
         assert not OLD_WORDS.findall(page.read_text())
 
 
+def test_the_changelog_lists_every_renamed_setting() -> None:
+    rows = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    for old, new in RENAMED.items():
+        pair = f"RECUR_{old.upper()}", f"RECUR_{new.upper()}"
+        assert any(all(name in row for name in pair) for row in rows), old
+
+
 @pytest.mark.parametrize("name", LINES_MAX)
 def test_the_first_pages_stay_short(name: str) -> None:
     assert len((ROOT / name).read_text().splitlines()) <= LINES_MAX[name]
