@@ -32,12 +32,12 @@ from pipeline.admin.merchant_counts import (
 )
 from pipeline.errors import RecurError, RejectedError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError, Record
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.codec import decode_counted, stored_weight
 from pipeline.progress import Bar, bar_for
 from pipeline.scoring.labels import booking_of, label_of
-from pipeline.scoring.partitions import Record
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot

@@ -19,7 +19,8 @@ from pipeline.admin.control import send_instruction
 from pipeline.admin.wait import until_applied
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
 from pipeline.messages.codec import LOOK
 from pipeline.scoring.partitions import begin_log, read_watermark

@@ -24,7 +24,8 @@ from rich.console import Console
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
 from pipeline.progress import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark

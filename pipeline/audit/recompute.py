@@ -21,8 +21,8 @@ from model.features.merchant import MERCHANT_FEATURES
 from pipeline.audit.account_filter import AccountFilter, AllAccounts
 from pipeline.audit.score_reader import ScoresInStep
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
+from pipeline.kafka.polls import Chunk
 from pipeline.messages.codec import PAUSE, RecordedScore
-from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.processor import Part, PartDecoder, columns
 from pipeline.scoring.scorer import Scored, Scorer
 from pipeline.settings import Settings

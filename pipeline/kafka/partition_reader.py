@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from pipeline.errors import RecurError
-from pipeline.kafka.score_log import Bounds
+from pipeline.kafka.polls import Bounds
 from pipeline.settings import Settings
 
 STALL_SECONDS = 30.0

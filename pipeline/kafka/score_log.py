@@ -17,6 +17,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from pipeline.kafka.metadata_request import ask_ids
+from pipeline.kafka.polls import Bounds, LogUnavailableError
 from pipeline.messages.codec import PublishedScore, decode_published
 from pipeline.settings import Settings
 
@@ -27,18 +28,6 @@ FETCH_WAIT_MS = 200
 """So long a fetch waits for records before it is seen whether there are none, milliseconds."""
 
 OFFSET_MAX_DIGITS = 18
-
-
-class LogUnavailableError(Exception):
-    """The broker did not answer; ask again."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """First offset that is still there, and the next to be written."""
-
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)

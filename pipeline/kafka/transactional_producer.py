@@ -30,8 +30,8 @@ from aiokafka.errors import (
 
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import MessageLimits
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.producer import AppendResult, KafkaProducer, PublishError, Said, is_refusal
-from pipeline.kafka.score_log import LogUnavailableError
 from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from time import monotonic
 from typing import Literal, Protocol
 
 from pipeline.errors import StartupError
+from pipeline.kafka.polls import Bounds, Chunk, LogUnavailableError, Record
 from pipeline.kafka.producer import AppendResult, Transactions
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
+from pipeline.kafka.score_log import Kept, ScoreLog
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.account_state import Watermark
@@ -40,43 +41,6 @@ deleted, made again and filled past where a worker is; one look costs as much as
 
 ON_NEW_LOG = Literal["stop", "begin"]
 """What to do where the topic was deleted and made again."""
-
-
-class Record(Protocol):
-    """What the worker reads of a Kafka record."""
-
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes]]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A partition's part of a poll: every record of the log in [begin, end).
-
-    Attributes:
-        epoch: how often the partition had been sought back when it was fetched.
-    """
-
-    begin: int
-    end: int
-    records: Sequence[Record]
-    epoch: int = 0
-
-
-@dataclass
-class Poll:
-    """Everything one fetch returned.
-
-    Attributes:
-        chunks: by partition.
-        applied: the offset that each partition may be committed to; filled when processed.
-    """
-
-    chunks: dict[int, Chunk]
-    applied: dict[int, int] = field(default_factory=dict)
 
 
 class TransactionLog(Protocol):

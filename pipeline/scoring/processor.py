@@ -37,6 +37,7 @@ from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
+from pipeline.kafka.polls import Chunk, Poll, Record
 from pipeline.kafka.producer import AppendResult, Outgoing, Publisher, Said, Transactions
 from pipeline.kafka.score_log import Kept
 from pipeline.messages.codec import (
@@ -59,7 +60,7 @@ from pipeline.scoring.dead_letter import DeadLetters, Notices
 from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import Merchants
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Poll, Record
+from pipeline.scoring.partitions import OwnedPartition, PartitionManager
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings

@@ -31,8 +31,9 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.group_errors import HOPELESS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.producer import KafkaProducer
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of

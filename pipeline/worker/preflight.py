@@ -12,7 +12,8 @@ from model.features.account import FeatureSpec
 from pipeline.errors import StartupError
 from pipeline.kafka.acl import check_rights
 from pipeline.kafka.message_limits import MessageLimits
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import check_retention, ensure_topics
 from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE

@@ -20,11 +20,11 @@ from itertools import islice
 
 from aiokafka.partitioner import murmur2
 
+from pipeline.kafka.polls import Bounds, Chunk, LogUnavailableError, Poll
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError, Said
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, read_score
+from pipeline.kafka.score_log import Kept, read_score
 from pipeline.kafka.topics import TopicRole
 from pipeline.kafka.transactional_producer import transactional_id
-from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Profile, is_sound

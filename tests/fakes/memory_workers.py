@@ -33,6 +33,7 @@ from model.network import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError
+from pipeline.kafka.polls import Poll
 from pipeline.kafka.topics import ROLES
 from pipeline.messages.codec import (
     CONTROL_HEADER,
@@ -44,7 +45,7 @@ from pipeline.messages.codec import (
 )
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager, Poll
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Computed, Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of

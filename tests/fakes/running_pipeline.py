@@ -18,11 +18,11 @@ from model.features.account import HISTORY_COLUMNS
 from model.features.merchant import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.checkpoint import load_checkpoint
+from pipeline.kafka.polls import Chunk
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.messages.codec import Score, decode_score, encode_transaction
-from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.processor import PartDecoder, columns
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings

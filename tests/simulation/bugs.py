@@ -17,11 +17,12 @@ from unittest import mock
 import msgspec
 import numpy as np
 
+from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import Kept
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring import processor
-from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Record
+from pipeline.scoring.partitions import OwnedPartition, PartitionManager
 from pipeline.scoring.processor import Computed, Part, Processor
 from pipeline.scoring.scorer import MicroBatch, Scored
 from pipeline.storage.account_state import AccountStates, Watermark

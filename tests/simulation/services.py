@@ -12,8 +12,9 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from pipeline.kafka.polls import Bounds, LogUnavailableError
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
+from pipeline.kafka.score_log import Kept
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS
 from pipeline.storage.merchant_store import (

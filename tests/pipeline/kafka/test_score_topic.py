@@ -17,6 +17,7 @@ from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
 from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
+from pipeline.kafka.polls import Bounds, Record
 from pipeline.kafka.producer import (
     AppendResult,
     KafkaProducer,
@@ -26,12 +27,12 @@ from pipeline.kafka.producer import (
     Said,
     Transactions,
 )
-from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
+from pipeline.kafka.score_log import KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalProducer
 from pipeline.local.services import Kafka
 from pipeline.replay.score_counter import committed_offsets
-from pipeline.scoring.partitions import ALL_SOURCES, Record
+from pipeline.scoring.partitions import ALL_SOURCES
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (
     MemoryKafka,

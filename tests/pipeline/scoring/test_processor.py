@@ -21,6 +21,7 @@ from model.features.account import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline.admin.rebuild_states import WatermarksSetBack
 from pipeline.errors import StartupError
+from pipeline.kafka.polls import Chunk, Poll
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
 from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
 from pipeline.messages.decision import Thresholds, thresholds_of
@@ -28,7 +29,6 @@ from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import Watermark
