@@ -34,7 +34,7 @@ class RejectedError(RecurError):
     """A record cannot be scored.
 
     Attributes:
-        reason: one of :data:`pipeline.messages.codec.REASONS`, a closed set, fit for a metric
+        reason: one of :data:`pipeline.messages.decoding.REASONS`, a closed set, fit for a metric
             label.
     """
 

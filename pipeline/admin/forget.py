@@ -22,7 +22,7 @@ from pipeline.admin.wait import until_applied
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
 from pipeline.kafka.topics import Retention, TopicRole, group_members, partition_count, retentions
-from pipeline.messages.codec import FORGET
+from pipeline.messages.control import FORGET
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError

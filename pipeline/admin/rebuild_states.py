@@ -22,7 +22,7 @@ from pipeline.errors import RecurError, SettingsError
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
-from pipeline.messages.codec import LOOK
+from pipeline.messages.control import LOOK
 from pipeline.scoring.partitions import begin_log, read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark

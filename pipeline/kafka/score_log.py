@@ -18,7 +18,12 @@ from aiokafka.errors import KafkaError
 
 from pipeline.kafka.metadata_request import ask_ids
 from pipeline.kafka.polls import Bounds, LogUnavailableError
-from pipeline.messages.codec import PublishedScore, decode_published
+from pipeline.messages.scores import (
+    PublishedScore,
+    decode_published,
+    source_offset,
+    source_prefix,
+)
 from pipeline.settings import Settings
 
 READ_TIMEOUT_SECONDS = 5.0
@@ -26,8 +31,6 @@ READ_TIMEOUT_SECONDS = 5.0
 
 FETCH_WAIT_MS = 200
 """So long a fetch waits for records before it is seen whether there are none, milliseconds."""
-
-OFFSET_MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -227,12 +230,12 @@ class KafkaScoreLog:
     async def _read(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, Kept], int]:
-        source_prefix = f"{self._source_topic}:{partition}:"
+        prefix = source_prefix(self._source_topic, partition)
         kept: dict[int, Kept] = {}
 
         def take(records: list[Any]) -> bool:
             for record in records:
-                published = read_score(record.value, source_prefix)
+                published = read_score(record.value, prefix)
                 if published is not None:
                     source, score = published
                     first = kept.setdefault(source, score)
@@ -280,24 +283,14 @@ class KafkaScoreLog:
         return position
 
 
-def read_score(value: bytes | None, source_prefix: str) -> tuple[int, Kept] | None:
+def read_score(value: bytes | None, prefix: str) -> tuple[int, Kept] | None:
     """Source offset and score in a record of the scores topic; None for what is no score.
 
     Args:
-        source_prefix: what the source begins with: ``topic:partition:``.
+        prefix: see :func:`pipeline.messages.scores.source_prefix`.
     """
     score = decode_published(value)
     if value is None or score is None:
         return None
-    offset = source_offset(score.source, source_prefix)
+    offset = source_offset(score.source, prefix)
     return None if offset is None else (offset, Kept(value, score))
-
-
-def source_offset(source: str, prefix: str) -> int | None:
-    """The offset in a score's source; None where it does not begin with the prefix."""
-    if not source.startswith(prefix):
-        return None
-    offset = source[len(prefix) :]
-    if not (offset.isascii() and offset.isdigit() and len(offset) <= OFFSET_MAX_DIGITS):
-        return None
-    return int(offset)

@@ -23,7 +23,7 @@ from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
 from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
 from pipeline.kafka.topics import ensure_topics
-from pipeline.messages.codec import Label, encode_label
+from pipeline.messages.labels import Label, encode_label
 from pipeline.progress import bar_for
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.settings import Settings

@@ -30,7 +30,7 @@ from model.transaction import Transaction
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits
 from pipeline.kafka.topics import TopicRole
-from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER
 from pipeline.settings import Settings
 
 BLOCK_TRANSACTIONS = 8192

@@ -20,7 +20,8 @@ from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.polls import Bounds, Chunk, Poll, Record
 from pipeline.kafka.producer import Outgoing, Publisher
-from pipeline.messages.codec import Label, decode_label, stored_weight
+from pipeline.messages.labels import Label, decode_label
+from pipeline.messages.scores import stored_weight
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics

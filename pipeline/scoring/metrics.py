@@ -25,8 +25,9 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from pipeline.messages.codec import LABELS, REASONS
 from pipeline.messages.decision import DECISIONS
+from pipeline.messages.decoding import REASONS
+from pipeline.messages.labels import LABELS
 from pipeline.storage.transaction_note import UNKNOWN
 
 LATENCY_BUCKETS_SECONDS = (

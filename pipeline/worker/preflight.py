@@ -15,8 +15,8 @@ from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import check_retention, ensure_topics
-from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE
+from pipeline.messages.transactions import field_names
 from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError, answered_within
@@ -201,7 +201,7 @@ async def _check_fields(
     try:
         for partition in range(partitions):
             for value in await score_log.last_values(topic, partition, RECORDS_LOOKED_AT):
-                names = names_in(value)
+                names = field_names(value)
                 seen += bool(names)
                 missing -= names
             if not missing or seen >= RECORDS_LOOKED_AT:

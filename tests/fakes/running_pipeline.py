@@ -22,7 +22,8 @@ from pipeline.kafka.polls import Chunk
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
-from pipeline.messages.codec import Score, decode_score, encode_transaction
+from pipeline.messages.scores import Score, decode_score
+from pipeline.messages.transactions import encode_transaction
 from pipeline.scoring.processor import PartDecoder, columns
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings

@@ -15,8 +15,9 @@ import numpy as np
 
 from model.features.merchant import WEIGHT_MAX
 from pipeline.kafka.score_log import Kept, read_score
-from pipeline.messages.codec import FORGET, decode_alert, decode_published
+from pipeline.messages.control import FORGET
 from pipeline.messages.decision import DECISIONS
+from pipeline.messages.scores import decode_alert, decode_published
 from pipeline.storage.account_state import RECENT_IDS, StateCodec, Watermark
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash

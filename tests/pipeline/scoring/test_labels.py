@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from model.features.merchant import BUCKET_MS
 from pipeline.errors import RejectedError, StartupError
-from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
+from pipeline.messages.decoding import REASONS
+from pipeline.messages.labels import Label, decode_label, encode_label
 from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
