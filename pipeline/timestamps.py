@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from model.transaction import TIMESTAMP_MAX_MS
 from pipeline.errors import SettingsError
-
-DAY_MS = 86_400_000
+from pipeline.units import DAY_MS
 
 ANY_AGE_SECONDS = 1e11
 """A maximum age that bounds nothing, for workers that are given records of the past alone."""

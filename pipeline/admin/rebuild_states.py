@@ -31,8 +31,9 @@ from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.topic_id import NO_ID, is_other
+from pipeline.units import DAY_SECONDS
 
-WAIT_SECONDS = 86_400.0
+WAIT_SECONDS = float(DAY_SECONDS)
 """A rebuild is waited for as long as a person does."""
 
 

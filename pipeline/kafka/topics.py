@@ -23,6 +23,7 @@ from pipeline.errors import StartupError
 from pipeline.kafka.metadata_request import ask_ids
 from pipeline.logs import quiet
 from pipeline.settings import Settings
+from pipeline.units import DAY_MS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,6 @@ NO_COORDINATOR_YET = (  # a broker that is new makes the topic of groups when fi
     kafka_errors.GroupCoordinatorNotAvailableError,
     kafka_errors.GroupLoadInProgressError,
 )
-_MS_PER_DAY = 86_400_000
 _NOT_ALLOWED = (
     "create it by hand, or allow this user (RECUR_KAFKA_SASL_USERNAME) to create topics; where it"
     " is there, allow this user to use it: docs/security.md lists all that a worker needs"
@@ -217,14 +217,14 @@ async def check_retention(settings: Settings) -> None:
         )
     for role, what in SHORT_LOGS.items():
         values = configurations.get(role)
-        ttl_ms = settings.state_ttl_days * _MS_PER_DAY
+        ttl_ms = settings.state_ttl_days * DAY_MS
         if values is not None and 0 <= int(values["retention.ms"]) < ttl_ms:
             log.warning(
                 f"the topic is kept for less than states live: {what}; raise its retention.ms, or"
                 " lower RECUR_STATE_TTL_DAYS",
                 extra={
                     "topic": settings.topic(role),
-                    "retention_days": round(int(values["retention.ms"]) / _MS_PER_DAY, 2),
+                    "retention_days": round(int(values["retention.ms"]) / DAY_MS, 2),
                     "state_ttl_days": settings.state_ttl_days,
                 },
             )
@@ -422,7 +422,7 @@ async def _visible(admin: Any, names: set[str], deadline: float) -> dict[str, in
 
 
 async def _create(admin: Any, settings: Settings, partitions: dict[str, int]) -> None:
-    retention_ms = str(round(settings.log_retention_days * _MS_PER_DAY))
+    retention_ms = str(round(settings.log_retention_days * DAY_MS))
     reply = await admin.create_topics(
         [
             NewTopic(

@@ -73,13 +73,14 @@ from pipeline.timestamps import (
     event_time,
     is_record_time,
 )
+from pipeline.units import DAY_MS
 
 APPROVE = DECISIONS[0]
 
 NEVER = 2.0
 """A score that there is none of."""
 
-BACKFILLED_FROM_MS = 86_400_000
+BACKFILLED_FROM_MS = DAY_MS
 """A record that is older when it is scored is of a log that was copied: its age is no latency."""
 
 THREAD_MIN = 256

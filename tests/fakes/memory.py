@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from aiokafka.partitioner import murmur2
-
+from pipeline.kafka.partitioner import key_partition
 from pipeline.kafka.polls import Bounds, Chunk, LogUnavailableError, Poll
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError, Said
 from pipeline.kafka.score_log import Kept, read_score
@@ -341,7 +340,7 @@ class MemoryKafka:
 
     def partition_of(self, topic: str, key: bytes | None) -> int:
         """Kafka's default partition for a key; 0 for a record without key."""
-        return (murmur2(key) & 0x7FFFFFFF) % len(self._logs[topic]) if key is not None else 0
+        return key_partition(key, len(self._logs[topic])) if key is not None else 0
 
     def produce(
         self,
