@@ -1,4 +1,4 @@
-"""Polls of a log: records by partition, its bounds, and a broker that does not answer."""
+"""Polls of a log: records by partition, and the bounds of a partition."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Protocol
 
 
 class LogUnavailableError(Exception):
-    """The broker did not answer; ask again."""
+    """The broker did not answer. The caller may try again."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """First offset that is still there, and the next to be written."""
+    """First and next offset of a partition: records in [begin, end) exist."""
 
     begin: int
     end: int
 
 
 class Record(Protocol):
-    """What the worker reads of a Kafka record."""
+    """The parts of a Kafka record that the worker reads."""
 
     offset: int
     timestamp: int
@@ -31,10 +31,10 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A partition's part of a poll: every record of the log in [begin, end).
+    """One partition's part of a poll: every record of its log in [begin, end).
 
     Attributes:
-        epoch: how often the partition had been sought back when it was fetched.
+        epoch: number of seeks of the partition when the chunk was fetched.
     """
 
     begin: int
@@ -45,11 +45,11 @@ class Chunk:
 
 @dataclass
 class Poll:
-    """Everything one fetch returned.
+    """All records that one fetch returned.
 
     Attributes:
-        chunks: by partition.
-        applied: the offset that each partition may be committed to; filled when processed.
+        chunks: the chunk of each partition.
+        applied: the offset that may be committed for each partition; set by the processor.
     """
 
     chunks: dict[int, Chunk]

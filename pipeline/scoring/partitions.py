@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 from pipeline.errors import StartupError
 from pipeline.kafka.polls import Bounds, Chunk, LogUnavailableError, Record
 from pipeline.kafka.producer import AppendResult, Transactions
-from pipeline.kafka.score_log import Kept, ScoreLog
+from pipeline.kafka.score_log import LoggedScore, ScoreLog
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.account_state import Watermark
@@ -69,7 +69,7 @@ class Recovery:
 
     position: int
     end: int
-    kept: dict[int, tuple[int, Kept]] = field(default_factory=dict)
+    kept: dict[int, tuple[int, LoggedScore]] = field(default_factory=dict)
 
 
 @dataclass
@@ -319,7 +319,7 @@ class PartitionManager:
 
     async def published(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
-    ) -> dict[int, Kept]:
+    ) -> dict[int, LoggedScore]:
         """Scores that were published of these records before, by offset."""
         recovery = owned.recovery
         if recovery is None or not records:

@@ -38,8 +38,8 @@ from model.transaction import Transaction
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
 from pipeline.kafka.polls import Chunk, Poll, Record
-from pipeline.kafka.producer import AppendResult, Outgoing, Publisher, Said, Transactions
-from pipeline.kafka.score_log import Kept
+from pipeline.kafka.producer import AppendResult, Outgoing, PartOutput, Publisher, Transactions
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.control import CONTROL_HEADER, decode_control
 from pipeline.messages.decision import DECISIONS, DecisionThresholds, thresholds_of
 from pipeline.messages.decoding import payment_ms
@@ -146,7 +146,7 @@ class Part:
     owned: OwnedPartition | None = None
     values: list[bytes | None] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
-    kept: dict[int, Kept] = field(default_factory=dict)
+    kept: dict[int, LoggedScore] = field(default_factory=dict)
     begin: int = 0
     refused: list[int] = field(default_factory=list)
     scored: slice = field(default_factory=lambda: slice(0, 0))
@@ -744,7 +744,7 @@ class Processor:
         for part in parts:
             owned = part.partition_owned
             if part.scores or part.alerts or part.letters or part.end > owned.committed:
-                said[part.partition] = Said(
+                said[part.partition] = PartOutput(
                     part.scores,
                     part.alerts,
                     part.letters,
@@ -923,7 +923,7 @@ def columns(
     )
 
 
-def _of_these(part: Part, kept: dict[int, Kept]) -> dict[int, Kept]:
+def _of_these(part: Part, kept: dict[int, LoggedScore]) -> dict[int, LoggedScore]:
     """Published scores without those of a log before this one, which had the same offsets."""
     if not kept:
         return kept

@@ -29,7 +29,7 @@ from model.checkpoint import Checkpoint
 from pipeline import logs
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
-from pipeline.kafka.group_errors import HOPELESS, group_refusal
+from pipeline.kafka.group_errors import PERMANENT_ERRORS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.producer import KafkaProducer
@@ -132,7 +132,7 @@ class Worker:
         self._score_log = KafkaScoreLog(settings)
         self._limits = MessageLimits(settings)
         lost_letters = self.metrics.letters_lost.inc
-        self._publisher = KafkaProducer(settings, self._limits, on_lost_letters=lost_letters)
+        self._publisher = KafkaProducer(settings, self._limits, on_lost_dead_letters=lost_letters)
         self._transactions: TransactionalProducer | None = None
         if settings.exactly_once:
             self._transactions = TransactionalProducer(settings, self._limits, lost_letters)
@@ -361,7 +361,7 @@ class Worker:
             if self._refused_since is None or now - refused_last > GROUP_PATIENCE_SECONDS:
                 self._refused_since = now
             refused_last = now
-            hopeless = isinstance(error, HOPELESS)
+            hopeless = isinstance(error, PERMANENT_ERRORS)
             if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
                 await self.app.crash(group_refusal(self._settings, error))
                 return

@@ -10,7 +10,7 @@ import logging
 from model.checkpoint import Checkpoint
 from model.features.account import FeatureSpec
 from pipeline.errors import StartupError
-from pipeline.kafka.acl import check_rights
+from pipeline.kafka.acl import check_permissions
 from pipeline.kafka.message_limits import MessageLimits
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog
@@ -45,7 +45,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     check_names(checkpoint.header.features)
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
-    await check_rights(settings)
+    await check_permissions(settings)
     await check_retention(settings)
     await MessageLimits(settings).read()
     store = RedisStateStore.from_settings(settings, checkpoint.digest)

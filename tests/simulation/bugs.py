@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
-from pipeline.kafka.score_log import Kept
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring import processor
 from pipeline.scoring.partitions import OwnedPartition, PartitionManager
@@ -209,11 +209,11 @@ class FeaturesNotReused(ScoreLog):
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         found, position = await super().read(partition, start, end, until_source)
         for source, kept in found.items():
             score = msgspec.structs.replace(kept.score, features=None)
-            found[source] = Kept(kept.value, score)
+            found[source] = LoggedScore(kept.value, score)
         return found, position
 
 
@@ -222,7 +222,7 @@ class NothingKept(PartitionManager):
 
     async def published(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
-    ) -> dict[int, Kept]:
+    ) -> dict[int, LoggedScore]:
         return {}
 
 

@@ -12,7 +12,7 @@ from model.features.account import FEATURES
 from model.features.merchant import MERCHANT_FEATURES, WEIGHT_MAX, WITHOUT_KNOWN_FRAUDS
 from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction
-from pipeline.kafka.score_log import Kept
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.decision import DECISIONS, DecisionThresholds
 from pipeline.messages.scores import (
     ScoreEncoder,
@@ -203,4 +203,4 @@ def test_a_score_leaves_out_what_every_merchant_without_known_frauds_has() -> No
     for value, expected in zip(values, raw[:, columns].tolist(), strict=True):
         published = decode_published(value)
         assert published is not None
-        assert Kept(value, published).merchant_raw() == tuple(expected)
+        assert LoggedScore(value, published).merchant_raw() == tuple(expected)
