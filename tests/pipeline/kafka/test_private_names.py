@@ -39,6 +39,11 @@ from mode.threads import ServiceThread
 
 ROOT = Path(__file__).resolve().parents[3]
 
+PARTITION_RECORDS = next(
+    kind for kind in fetcher.PartitionRecords.__mro__ if kind.__module__ == fetcher.__name__
+)
+"""aiokafka's own class, even where the product has replaced it in this process."""
+
 METHODS = [
     # pipeline/kafka: called
     (AIOKafkaAdminClient, "_send_request", "self, request, node_id=None"),
@@ -51,7 +56,7 @@ METHODS = [
     (MemoryRecords, "has_next", "self"),
     (MemoryRecords, "next_batch", "self"),
     (
-        fetcher.PartitionRecords,
+        PARTITION_RECORDS,
         "__init__",
         "self, tp, records, aborted_transactions, fetch_offset, key_deserializer,"
         " value_deserializer, check_crcs, isolation_level",

@@ -25,7 +25,7 @@ def test_a_score_at_or_over_a_threshold_is_decided_by_it(a: float, b: float, sco
 
 
 @pytest.mark.parametrize("review", [0.1, 0.3, 0.7])
-def test_a_score_that_prints_like_the_threshold_is_at_it_although_it_has_32_bits(
+def test_a_32_bit_score_that_prints_like_the_threshold_reaches_it(
     review: float,
 ) -> None:
     below = float(np.nextafter(np.float32(review), np.float32(0)))
@@ -42,11 +42,11 @@ def test_a_score_that_prints_like_the_threshold_is_at_it_although_it_has_32_bits
         (DecisionThresholds(1.0, 1.0), ["approve", "approve", "decline"]),
     ],
 )
-def test_thresholds_at_the_ends_of_the_range_or_on_each_other_decide(
+def test_equal_thresholds_and_thresholds_at_the_ends_of_the_range_decide(
     thresholds: DecisionThresholds, expected: list[str]
 ) -> None:
     assert decisions(thresholds, 0.0, 0.5, 1.0) == expected
 
 
-def test_no_scores_are_no_decisions() -> None:
+def test_an_empty_batch_has_no_decisions() -> None:
     assert decisions(DecisionThresholds(0.5, 0.9)) == []

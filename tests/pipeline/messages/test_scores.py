@@ -80,14 +80,14 @@ def test_a_score_keeps_ids_amounts_and_every_bit_of_its_numbers(
         assert read.tobytes() == raw_inputs[i].tobytes()
 
 
-def test_no_transactions_are_no_scores() -> None:
+def test_an_empty_batch_has_no_scores() -> None:
     empty = np.empty((0, 2), np.float32)
 
     assert ScoreEncoder(["a", "b"], "m").encode([], [], [], empty[:, 0], [], empty) == []
 
 
 def score_of(account: str) -> bytes:
-    """A score's record of an account with the source ``t:0:9``."""
+    """Make an account's score with the source ``t:0:9``."""
     (value,) = ScoreEncoder(["amount"], "0f3a").encode(
         [transaction_of(account)],
         [7],
@@ -103,7 +103,7 @@ REASONS_FOUND = [Reason("amount_high", 0.75), Reason("history", 0.25)]
 
 
 @given(ids)
-def test_an_alert_is_its_score_and_what_led_to_it(account: str) -> None:
+def test_an_alert_is_its_score_with_thresholds_and_reasons(account: str) -> None:
     value = score_of(account)
 
     alert = decode_alert(
@@ -119,7 +119,7 @@ def test_an_alert_is_its_score_and_what_led_to_it(account: str) -> None:
 
 
 @given(ids)
-def test_the_mark_of_a_refused_state_changes_nothing_else_and_reaches_the_alert(
+def test_a_refused_state_only_marks_the_score_and_its_alert(
     account: str,
 ) -> None:
     value = score_of(account)
@@ -127,15 +127,15 @@ def test_the_mark_of_a_refused_state_changes_nothing_else_and_reaches_the_alert(
 
     assert decode_score(value).state is None
     assert decode_score(marked) == msgspec.structs.replace(decode_score(value), state="refused")
-    said = encode_alert(with_thresholds(marked, DecisionThresholds(0.5, 0.7)), REASONS_FOUND, 99)
-    assert decode_alert(said).state == "refused"
+    alert = encode_alert(with_thresholds(marked, DecisionThresholds(0.5, 0.7)), REASONS_FOUND, 99)
+    assert decode_alert(alert).state == "refused"
     published, plain = decode_published(marked), decode_published(value)
-    assert published == plain, "recovery reads it as any other"
+    assert published == plain, "recovery reads it as any other score"
 
 
-def test_a_merchant_weight_comes_back_as_it_is_stored_and_odd_inputs_by_name() -> None:
+def test_a_merchant_weight_and_names_out_of_range_are_decoded_as_stored() -> None:
     value = score_of("A1")
-    for weight in range(WEIGHT_MAX):  # each comes back as it is stored
+    for weight in range(WEIGHT_MAX):
         weighed = decode_published(with_merchant_weight(value, weight))
         assert weighed is not None
         assert weighed.weight == weight
@@ -168,7 +168,7 @@ def test_recovery_reads_what_a_worker_published() -> None:
         b'{"x":' + b"[" * 20_000 + b"]" * 20_000 + b"}",
     ],
 )
-def test_what_no_worker_wrote_is_nobodys_score(value: bytes | None) -> None:
+def test_a_record_that_no_worker_wrote_is_no_score(value: bytes | None) -> None:
     assert decode_published(value) is None
 
 

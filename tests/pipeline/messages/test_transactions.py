@@ -16,7 +16,7 @@ from pipeline.messages.decoding import REASONS, VALUE_MAX_BYTES
 from pipeline.messages.transactions import decode_transaction, encode_transaction
 
 SECRET = "4111-1111-1111-1111"
-"""An account number that must not come back in a message."""
+"""An account number that no message may show."""
 
 GOOD: dict[str, Any] = {
     "transaction_id": "t-1",
@@ -49,12 +49,12 @@ ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=256) | st.sampl
 
 
 def record(**changes: Any) -> bytes:
-    """A good transaction's JSON with other fields; None leaves a field out."""
+    """Make a good transaction's JSON with other fields; None leaves a field out."""
     return json.dumps({k: v for k, v in (GOOD | changes).items() if v is not None}).encode()
 
 
 def raw(field: str, json_text: str) -> bytes:
-    """A good transaction's JSON with this text as a field's value."""
+    """Make a good transaction's JSON with this text as a field's value."""
     return record(**{field: "@"}).replace(b'"@"', json_text.encode())
 
 
@@ -62,7 +62,7 @@ def reason_of(value: bytes | None, key: bytes | None = SECRET.encode()) -> str:
     with pytest.raises(RejectedError) as caught:
         decode_transaction(key, value, "EUR")
     assert caught.value.reason in REASONS
-    assert SECRET not in str(caught.value), "a message shows what the record holds"
+    assert SECRET not in str(caught.value), "a message must not show the record's content"
     return caught.value.reason
 
 
@@ -143,7 +143,7 @@ def test_a_key_that_is_not_the_account_is_rejected(key: bytes | None) -> None:
     assert reason_of(record(), key) == "key_mismatch"
 
 
-def test_a_record_of_exactly_the_largest_size_is_looked_at() -> None:
+def test_a_record_of_exactly_the_largest_size_is_decoded() -> None:
     value = record()
 
     decode_transaction(SECRET.encode(), value + b" " * (VALUE_MAX_BYTES - len(value)), "EUR")
@@ -157,7 +157,7 @@ json_values = st.recursive(
 
 
 def decode_or_reject(key: bytes | None, value: bytes | None) -> None:
-    """Anything but a transaction or a RejectedError fails the test."""
+    """Decode a record, and fail on anything but a transaction or a RejectedError."""
     reason = ""
     try:
         transaction = decode_transaction(key, value, "EUR")
@@ -206,7 +206,7 @@ def test_a_timestamp_at_the_edge_of_the_calendar_never_overflows(timestamp: str)
         category=st.none() | texts,
     )
 )
-def test_what_a_producer_encodes_is_decoded_as_the_same_transaction(
+def test_an_encoded_transaction_is_decoded_as_the_same(
     transaction: Transaction,
 ) -> None:
     value = encode_transaction(transaction)
