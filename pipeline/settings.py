@@ -27,6 +27,7 @@ from pydantic_settings import (
 )
 
 from pipeline.errors import SettingsError
+from pipeline.units import DAY_SECONDS, HOUR_SECONDS
 
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.safetensors"
 CONFIG_VARIABLE = "RECUR_CONFIG"
@@ -181,7 +182,7 @@ class Settings(BaseSettings):
     topic_missing_seconds: float = Field(
         60.0,
         ge=1,
-        le=86_400,
+        le=DAY_SECONDS,
         description="workers wait this long for a topic that is deleted while they run, then end,"
         " seconds",
     )
@@ -221,7 +222,9 @@ class Settings(BaseSettings):
         description="the state of an account that is silent for longer expires, days",
     )
     max_timestamp_ahead_seconds: float = Field(
-        86_400.0, gt=0, description="a timestamp further past its record's is rejected, seconds"
+        float(DAY_SECONDS),
+        gt=0,
+        description="a timestamp further past its record's is rejected, seconds",
     )
     timestamp_tolerance_seconds: float = Field(
         300.0,
@@ -249,7 +252,7 @@ class Settings(BaseSettings):
     checkpoint_poll_interval_seconds: float = Field(
         5.0,
         ge=0.1,
-        le=3600,
+        le=HOUR_SECONDS,
         description="time between two checks of the checkpoint file for new thresholds, seconds",
     )
     micro_batch_max: int = Field(

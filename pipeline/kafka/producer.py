@@ -165,7 +165,7 @@ class KafkaProducer:
             | options
         )
         self._producer: AIOKafkaProducer | None = None
-        self._on_lost_letters = on_lost_dead_letters
+        self._on_lost_dead_letters = on_lost_dead_letters
         # Set once the broker has refused a dead letter. aiokafka's idempotent producer counts it
         # nevertheless, so the broker would refuse its next records to that partition.
         self._dead_letter_producer: AIOKafkaProducer | None = None
@@ -284,17 +284,17 @@ class KafkaProducer:
         """Handle records refused as too large; the caller may send them again afterwards."""
         await self._shrink(refused, refused_bytes)
 
-    async def _send_dead_letters(self, letters: Sequence[Outgoing]) -> None:
+    async def _send_dead_letters(self, dead_letters: Sequence[Outgoing]) -> None:
         """Send dead letters; a refused one does not stop the others.
 
         Raises:
             KafkaError: the broker is away.
         """
-        rest = list(letters)
+        rest = list(dead_letters)
         while rest and self._dead_letter_producer is None:
             sender = self._sender()
             outcomes = await asyncio.gather(
-                *(self._deliver(self._dead_letter_topic, letter) for letter in rest),
+                *(self._deliver(self._dead_letter_topic, dead_letter) for dead_letter in rest),
                 return_exceptions=True,
             )
             errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -306,7 +306,7 @@ class KafkaProducer:
                 break
             try:
                 await self._too_large(*sender)  # the next try cuts them to the new limit
-            except RecurError:  # the topic accepts less than we require; some letters may fit
+            except RecurError:  # the topic accepts less than we require; some dead letters may fit
                 break
         if rest:
             await self.send_dead_letters_separately(rest)
@@ -314,10 +314,10 @@ class KafkaProducer:
     async def _deliver(self, topic: str, record: Outgoing) -> None:
         await (await self._send_one(topic, record))
 
-    async def send_dead_letters_separately(self, letters: Sequence[Outgoing]) -> None:
+    async def send_dead_letters_separately(self, dead_letters: Sequence[Outgoing]) -> None:
         """Send dead letters one by one, so that the broker accepts or refuses each alone.
 
-        A letter may be published twice after a failure.
+        A dead letter may be published twice after a failure.
 
         Raises:
             KafkaError: the broker is away.
@@ -332,9 +332,9 @@ class KafkaProducer:
                 raise
             self._dead_letter_producer = producer
         refused = 0
-        for letter in letters:
+        for dead_letter in dead_letters:
             try:
-                cut = _cut(letter, self._limits.record_bytes)
+                cut = _cut(dead_letter, self._limits.record_bytes)
                 await self._dead_letter_producer.send_and_wait(
                     self._dead_letter_topic,
                     value=cut.value,
@@ -345,19 +345,19 @@ class KafkaProducer:
                 if not is_refusal(error):
                     raise
                 refused += 1
-                self._log_refused(letter, error)
+                self._log_refused(dead_letter, error)
         if refused:
-            self._on_lost_letters(refused)
+            self._on_lost_dead_letters(refused)
 
-    def _log_refused(self, letter: Outgoing, error: KafkaError) -> None:
+    def _log_refused(self, dead_letter: Outgoing, error: KafkaError) -> None:
         now = time.monotonic()
         if now - self._logged_at < LOG_INTERVAL_SECONDS:
             return
         self._logged_at = now
-        headers = {name: value.decode() for name, value in letter.headers}
+        headers = {name: value.decode() for name, value in dead_letter.headers}
         log.error(
             "the broker refused a dead letter, which is lost: see the limits, policies and rights"
-            " of the dead-letter topic; recur_letters_lost_total counts lost letters",
+            " of the dead-letter topic; recur_letters_lost_total counts lost dead letters",
             extra={
                 "dead_letter_topic": self._dead_letter_topic,
                 "why": type(error).__name__,
@@ -402,20 +402,20 @@ async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
     return [None if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
 
 
-def _cut(letter: Outgoing, limit: int) -> Outgoing:
+def _cut(dead_letter: Outgoing, limit: int) -> Outgoing:
     """Cut key and value of a dead letter so that a batch of ``limit`` bytes holds it."""
-    key, value = letter.key or b"", letter.value or b""
+    key, value = dead_letter.key or b"", dead_letter.value or b""
     room = limit - OVERHEAD_BYTES
-    room -= sum(len(name) + len(text) + OVERHEAD_BYTES for name, text in letter.headers)
+    room -= sum(len(name) + len(text) + OVERHEAD_BYTES for name, text in dead_letter.headers)
     if len(key) + len(value) <= room:
-        return letter
+        return dead_letter
     room = max(0, room - len(CUT_HEADER) - OVERHEAD_BYTES)
-    headers = letter.headers
+    headers = dead_letter.headers
     if CUT_HEADER not in dict(headers):
         headers = (*headers, (CUT_HEADER, str(len(value)).encode()))
     key = key[: max(room // KEY_SHARE, room - len(value))]
     value = value[: max(0, room - len(key))]
-    return Outgoing(letter.key and key, letter.value and value, headers)
+    return Outgoing(dead_letter.key and key, dead_letter.value and value, headers)
 
 
 def is_refusal(error: BaseException) -> bool:

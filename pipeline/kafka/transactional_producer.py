@@ -200,7 +200,7 @@ class TransactionalProducer:
     ) -> None:
         self._settings = settings
         self._limits = limits or MessageLimits(settings)
-        self._on_lost_letters = on_lost_dead_letters
+        self._on_lost_dead_letters = on_lost_dead_letters
         # Set once the broker has refused a dead letter: it would refuse the transaction again.
         self._dead_letters_first = False
         self._epochs = count(1)
@@ -209,7 +209,9 @@ class TransactionalProducer:
 
     async def take(self, partition: int) -> int:
         """See :class:`pipeline.kafka.producer.Transactions`."""
-        producer = PartitionProducer(self._settings, partition, self._limits, self._on_lost_letters)
+        producer = PartitionProducer(
+            self._settings, partition, self._limits, self._on_lost_dead_letters
+        )
         try:
             await producer.start()
         except (KafkaError, OSError) as error:

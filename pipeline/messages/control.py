@@ -11,7 +11,7 @@ CONTROL_HEADER = "recur-control"
 """Header of a control record. Its value names the command; the record has no value."""
 
 FORGET = b"forget"
-"""Command to forget the account that is the record's key. The account starts without a state."""
+"""Command to forget the account that is the record's key. Its next transaction finds no state."""
 
 LOOK = b"look"
 """Command that does nothing but wake a worker: with each poll it reads the watermark."""
