@@ -207,7 +207,7 @@ def test_no_room_uses_the_private_names_of_another() -> None:
             "imports pipeline.worker.app, and with it Faust",
         ),
         (
-            "pipeline.messages.codec",
+            "pipeline.messages.scores",
             "from ..storage import state_store",
             "pipeline.messages may not import pipeline.storage",
         ),

@@ -38,6 +38,7 @@ from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError, answered_within
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
 from pipeline.topic_id import NO_ID
+from pipeline.units import DAY_MS
 
 HIDDEN_TOLERANCE = 2e-3
 """Default of the largest difference of a hidden that is none; docs/verify.md has what was
@@ -52,7 +53,6 @@ LOAD_ACCOUNTS = 2_000
 ATTEMPTS = 3
 """Times that a partition is verified whose watermark goes back meanwhile."""
 
-_DAY_MS = 86_400_000
 _SCORES_ALONE = "the state is right, scores are not"
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ class Verifier:
         self._model = checkpoint.digest
         self._scorer = scorer_of(settings, checkpoint)
         self._topic = settings.topic("transactions")
-        self._expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
+        self._expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * DAY_MS)
         self._total = self._done = 0
 
     async def run(self) -> Verification:

@@ -20,7 +20,8 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from pipeline.errors import StartupError
-from pipeline.kafka.score_log import LogUnavailableError, ScoreLog
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import ScoreLog
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import read_watermark

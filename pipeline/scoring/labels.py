@@ -18,13 +18,14 @@ import numpy as np
 from model.features.merchant import BUCKET_MS, WEIGHT_MAX
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
+from pipeline.kafka.polls import Bounds, Chunk, Poll, Record
 from pipeline.kafka.producer import Outgoing, Publisher
-from pipeline.kafka.score_log import Bounds
-from pipeline.messages.codec import Label, decode_label, stored_weight
+from pipeline.messages.labels import Label, decode_label
+from pipeline.messages.scores import stored_weight
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, LogId, Poll, Record, TransactionLog
+from pipeline.scoring.partitions import LogId, TransactionLog
 from pipeline.scoring.retry import Retrier
 from pipeline.settings import Settings
 from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash

@@ -19,8 +19,9 @@ from time import monotonic
 from typing import Literal, Protocol
 
 from pipeline.errors import StartupError
+from pipeline.kafka.polls import Bounds, Chunk, LogUnavailableError, Record
 from pipeline.kafka.producer import AppendResult, Transactions
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
+from pipeline.kafka.score_log import LoggedScore, ScoreLog
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.account_state import Watermark
@@ -40,44 +41,6 @@ deleted, made again and filled past where a worker is; one look costs as much as
 
 ON_NEW_LOG = Literal["stop", "begin"]
 """What to do where the topic was deleted and made again."""
-
-
-class Record(Protocol):
-    """What the worker reads of a Kafka record."""
-
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes]]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A partition's part of a poll: every record of the log in [begin, end).
-
-    Attributes:
-        epoch: how often the partition had been sought back when it was fetched.
-    """
-
-    begin: int
-    end: int
-    records: Sequence[Record]
-    epoch: int = 0
-
-
-@dataclass
-class Poll:
-    """Everything one fetch returned.
-
-    Attributes:
-        chunks: by partition.
-        applied: the offset that each partition may be committed to, which tells its log where
-            that matters; filled when processed.
-    """
-
-    chunks: dict[int, Chunk]
-    applied: dict[int, int] = field(default_factory=dict)
 
 
 class TransactionLog(Protocol):
@@ -106,7 +69,7 @@ class Recovery:
 
     position: int
     end: int
-    kept: dict[int, tuple[int, Kept]] = field(default_factory=dict)
+    kept: dict[int, tuple[int, LoggedScore]] = field(default_factory=dict)
 
 
 @dataclass
@@ -356,7 +319,7 @@ class PartitionManager:
 
     async def published(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
-    ) -> dict[int, Kept]:
+    ) -> dict[int, LoggedScore]:
         """Scores that were published of these records before, by offset."""
         recovery = owned.recovery
         if recovery is None or not records:

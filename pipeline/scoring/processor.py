@@ -37,29 +37,28 @@ from model.reasons import Explainer
 from model.transaction import Transaction
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
-from pipeline.kafka.producer import AppendResult, Outgoing, Publisher, Said, Transactions
-from pipeline.kafka.score_log import Kept
-from pipeline.messages.codec import (
-    CONTROL_HEADER,
-    HISTORY_HEADER,
-    WARM_HEADER,
+from pipeline.kafka.polls import Chunk, Poll, Record
+from pipeline.kafka.producer import AppendResult, Outgoing, PartOutput, Publisher, Transactions
+from pipeline.kafka.score_log import LoggedScore
+from pipeline.messages.control import CONTROL_HEADER, decode_control
+from pipeline.messages.decision import DECISIONS, DecisionThresholds, thresholds_of
+from pipeline.messages.decoding import payment_ms
+from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
+from pipeline.messages.scores import (
     ScoreEncoder,
-    decode,
-    decode_instruction,
     encode_alert,
-    payment_ms,
+    source_prefix,
     with_merchant_weight,
     with_out_of_range,
     with_refused_state,
     with_thresholds,
 )
-from pipeline.messages.decision import DECISIONS, Thresholds, thresholds_of
-from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER, decode_transaction
 from pipeline.scoring.dead_letter import DeadLetters, Notices
 from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import Merchants
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Poll, Record
+from pipeline.scoring.partitions import OwnedPartition, PartitionManager
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import ID_CONFLICT, MicroBatch, Scored, Scorer, id_hashes
 from pipeline.settings import Settings
@@ -75,13 +74,14 @@ from pipeline.timestamps import (
     is_record_time,
 )
 from pipeline.topic_id import LogOffset
+from pipeline.units import DAY_MS
 
 APPROVE = DECISIONS[0]
 
 NEVER = 2.0
 """A score that there is none of."""
 
-BACKFILLED_FROM_MS = 86_400_000
+BACKFILLED_FROM_MS = DAY_MS
 """A record that is older when it is scored is of a log that was copied: its age is no latency."""
 
 THREAD_MIN = 256
@@ -147,7 +147,7 @@ class Part:
     owned: OwnedPartition | None = None
     values: list[bytes | None] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
-    kept: dict[int, Kept] = field(default_factory=dict)
+    kept: dict[int, LoggedScore] = field(default_factory=dict)
     begin: int = 0
     refused: list[int] = field(default_factory=list)
     scored: slice = field(default_factory=lambda: slice(0, 0))
@@ -203,7 +203,7 @@ class PartDecoder:
         checkpoint: Checkpoint,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self.further_fields = FurtherFields(checkpoint.header.features.fields)
+        self.further_fields = ExtraFields(checkpoint.header.features.fields)
         self._currency = checkpoint.header.currency
         self._future_limit_ms = int(settings.max_timestamp_ahead_seconds * 1000)
         self._tolerance_ms = int(settings.timestamp_tolerance_seconds * 1000)
@@ -238,7 +238,9 @@ class PartDecoder:
     def _decode(self, record: Record, is_past: bool) -> tuple[Transaction, int, int]:
         """A record's transaction, its event time as sent, and that of its account's features."""
         refuse_batch(record.value)
-        transaction = decode(record.key, record.value, self._currency, self.further_fields)
+        transaction = decode_transaction(
+            record.key, record.value, self._currency, self.further_fields
+        )
         sent_ms = payment_ms(transaction.timestamp)
         record_ms = record.timestamp
         if -self._age_max_ms <= sent_ms - record_ms <= 0 and record_ms < RECORD_TIME_MAX_MS:
@@ -287,7 +289,7 @@ def _obey(part: Part, row_of: dict[str, int], record: Record) -> None:
     Raises:
         RejectedError: it is none that this version knows.
     """
-    account_id = decode_instruction(record.key, record.value, record.headers)
+    account_id = decode_control(record.key, record.value, record.headers)
     if account_id is not None:
         part.forgets.append(Forget(record.offset, len(part.accounts)))
         row_of[account_id] = len(part.accounts)
@@ -367,7 +369,7 @@ class Processor:
             metrics.out_of_range.labels(name)
         self.use(thresholds_of(settings, scorer.checkpoint.header.thresholds))
 
-    def use(self, thresholds: Thresholds) -> None:
+    def use(self, thresholds: DecisionThresholds) -> None:
         """Decide by these from the next micro-batch on."""
         self.thresholds = thresholds
         self._metrics.threshold.labels("review").set(thresholds.review)
@@ -538,7 +540,7 @@ class Processor:
     # rounds, features, GRU ---------------------------------------------------------------
 
     def _score(
-        self, parts: list[Part], thresholds: Thresholds
+        self, parts: list[Part], thresholds: DecisionThresholds
     ) -> tuple[AccountStates, Scored, MicroBatch]:
         """Advance the states of all parts together."""
         batch = columns(parts, self._further_fields, thresholds.review)
@@ -564,7 +566,7 @@ class Processor:
 
     # decide ------------------------------------------------------------------------------
 
-    def _decide(self, parts: list[Part], scored: Scored, thresholds: Thresholds) -> None:
+    def _decide(self, parts: list[Part], scored: Scored, thresholds: DecisionThresholds) -> None:
         """Scores and decisions to records to publish."""
         for part in parts:
             silent = scored.repeated[part.scored].copy()  # transactions of which nothing is said
@@ -587,7 +589,7 @@ class Processor:
         self._say(parts, scored, thresholds)
         self._alert(parts, scored)
 
-    def _say(self, parts: list[Part], scored: Scored, thresholds: Thresholds) -> None:
+    def _say(self, parts: list[Part], scored: Scored, thresholds: DecisionThresholds) -> None:
         """Scores of the transactions that have none yet, of all parts together."""
         at = np.array([i + part.scored.start for part in parts for i in part.new], np.intp)
         choices = thresholds.decide(scored.score[at]).tolist()
@@ -598,7 +600,7 @@ class Processor:
             [
                 prefix + str(part.records[i].offset)
                 for part in parts
-                for prefix in [f"{self._topic}:{part.partition}:"]
+                for prefix in [source_prefix(self._topic, part.partition)]
                 for i in part.new
             ],
             scored.score[at],
@@ -669,7 +671,7 @@ class Processor:
         part.notes.append(ScoredNote(transaction.merchant_id, of, decision, weight))
 
     def _kept(
-        self, part: Part, silent: NDArray[np.bool_], thresholds: Thresholds
+        self, part: Part, silent: NDArray[np.bool_], thresholds: DecisionThresholds
     ) -> Iterator[tuple[int, bytes, str]]:
         """Transactions whose score was published before, with the score and its decision."""
         for i, (record, skip) in enumerate(zip(part.records, silent.tolist(), strict=True)):
@@ -743,7 +745,7 @@ class Processor:
         for part in parts:
             owned = part.partition_owned
             if part.scores or part.alerts or part.letters or part.end > owned.committed:
-                said[part.partition] = Said(
+                said[part.partition] = PartOutput(
                     part.scores,
                     part.alerts,
                     part.letters,
@@ -884,7 +886,7 @@ class Processor:
 
 def columns(
     parts: list[Part],
-    further: FurtherFields = NO_FURTHER_FIELDS,
+    further: ExtraFields = NO_EXTRA_FIELDS,
     review: float = NEVER,
 ) -> MicroBatch:
     """The parts' transactions as columns; sets where each part stands in them."""
@@ -923,7 +925,7 @@ def columns(
     )
 
 
-def _of_these(part: Part, kept: dict[int, Kept]) -> dict[int, Kept]:
+def _of_these(part: Part, kept: dict[int, LoggedScore]) -> dict[int, LoggedScore]:
     """Published scores without those of a log before this one, which had the same offsets."""
     if not kept:
         return kept

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import TypeVar
 
-from pipeline.kafka.score_log import LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.storage.state_store import StoreUnavailableError
+from pipeline.storage.client import StoreUnavailableError
 
 RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Waits between two calls; the last one repeats."""

@@ -18,8 +18,7 @@ from pipeline.storage.client import StoreUnavailableError as StoreUnavailableErr
 from pipeline.storage.client import redis_client as redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.servers import Server, servers
-
-_DAY_MS = 86_400_000
+from pipeline.units import DAY_MS
 
 # KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
 # time to live in milliseconds, then states ("" deletes). Returns the watermark that stands
@@ -141,7 +140,7 @@ class RedisStateStore:
     @classmethod
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
         """A store for the model with this digest; connects at the first call."""
-        expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
+        expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * DAY_MS)
         keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
         return cls(redis_client(settings), keys, expiry_ms)
 

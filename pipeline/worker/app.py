@@ -29,10 +29,11 @@ from model.checkpoint import Checkpoint
 from pipeline import logs
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
-from pipeline.kafka.group_errors import HOPELESS, group_refusal
+from pipeline.kafka.group_errors import PERMANENT_ERRORS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.producer import KafkaProducer
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
@@ -46,8 +47,9 @@ from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import scorer_of
 from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatcher
 from pipeline.settings import Settings
+from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
-from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.storage.state_store import RedisStateStore
 from pipeline.worker import faust_transport as poll_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
 from pipeline.worker.http_server import HttpServer
@@ -131,7 +133,7 @@ class Worker:
         self._score_log = KafkaScoreLog(settings)
         self._limits = MessageLimits(settings)
         lost_letters = self.metrics.letters_lost.inc
-        self._publisher = KafkaProducer(settings, self._limits, on_lost_letters=lost_letters)
+        self._publisher = KafkaProducer(settings, self._limits, on_lost_dead_letters=lost_letters)
         self._transactions: TransactionalProducer | None = None
         if settings.exactly_once:
             self._transactions = TransactionalProducer(settings, self._limits, lost_letters)
@@ -360,7 +362,7 @@ class Worker:
             if self._refused_since is None or now - refused_last > GROUP_PATIENCE_SECONDS:
                 self._refused_since = now
             refused_last = now
-            hopeless = isinstance(error, HOPELESS)
+            hopeless = isinstance(error, PERMANENT_ERRORS)
             if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
                 await self.app.crash(group_refusal(self._settings, error))
                 return

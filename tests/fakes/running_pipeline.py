@@ -18,17 +18,18 @@ from model.features.account import HISTORY_COLUMNS
 from model.features.merchant import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.checkpoint import load_checkpoint
+from pipeline.kafka.polls import Chunk
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
-from pipeline.messages.codec import Score, decode_score, encode_transaction
-from pipeline.scoring.partitions import Chunk
+from pipeline.messages.scores import Score, decode_score
+from pipeline.messages.transactions import encode_transaction
 from pipeline.scoring.processor import PartDecoder, columns
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
-from pipeline.storage.state_store import redis_client
 
 READY_SECONDS = 240.0
 DAY_MS = 86_400_000

@@ -9,10 +9,12 @@ from time import monotonic
 from types import TracebackType
 
 from pipeline.errors import RecurError
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark
-from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.storage.client import StoreUnavailableError
+from pipeline.storage.state_store import RedisStateStore
 from tests.faults.worker_pool import Crew
 
 LOOK_SECONDS = 0.2

@@ -21,7 +21,8 @@ from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import TopicRole, ensure_topics, topic_ids
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
-from pipeline.messages.codec import decode_alert, encode_transaction
+from pipeline.messages.scores import decode_alert
+from pipeline.messages.transactions import encode_transaction
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark
@@ -107,7 +108,7 @@ async def send_anew(settings: Settings, sent: list[Transaction]) -> None:
 def assert_told(log: str, topic: str, ids: tuple[bytes, bytes]) -> None:
     """One line names the topic, both ids and the command."""
     (line,) = [line for line in log.splitlines() if "--new-log" in line]
-    for words in (f"another {topic} ", *map(shown, ids), "recur state rebuild --new-log"):
+    for words in (f"an earlier {topic}: ", *map(shown, ids), "recur state rebuild --new-log"):
         assert words in line
     assert "errors.StartupError" not in log  # no trace of it
 

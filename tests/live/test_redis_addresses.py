@@ -1,4 +1,4 @@
-"""Another Redis than the settings say is told with what to do; Sentinel's primary is followed."""
+"""Redis addresses: errors that say what to do, and clients that follow a Sentinel's primary."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import redis.exceptions
 from pipeline.errors import RecurError
 from pipeline.local.services import HOST, Kafka, Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.client import RedisClient, redis_client
-from pipeline.storage.state_store import Load, RedisStateStore, Save, StoreUnavailableError
+from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
+from pipeline.storage.state_store import Load, RedisStateStore, Save
 from pipeline.worker import preflight as startup
 from tests.fakes.redis_sentinel import Sentinel, under_sentinel, until_failed_over
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 
 MODEL = "0f3a5b7c9d1e"
 NOBODY = "127.0.0.2"
-"""Where nothing listens."""
+"""An address without a listener."""
 
 PASSWORD = "of-the-sentinels"
 
@@ -34,7 +34,7 @@ def settings_of(url: str, **others: Any) -> Settings:
 
 
 def refusal(settings: Settings) -> str:
-    """What a worker says that does not start with these settings."""
+    """Return the error of a worker that does not start with these settings."""
 
     async def check() -> None:
         store = RedisStateStore.from_settings(settings, MODEL)
@@ -49,8 +49,8 @@ def refusal(settings: Settings) -> str:
     return str(caught.value)
 
 
-def said_by(settings: Settings, *commands: tuple[str, ...]) -> str:
-    """What other commands of recur say, which do not check Redis first."""
+def command_error(settings: Settings, *commands: tuple[str, ...]) -> str:
+    """Return the error of a command of recur that does not check Redis first."""
 
     async def ask() -> None:
         calls = RedisClient(redis_client(settings))
@@ -64,24 +64,24 @@ def said_by(settings: Settings, *commands: tuple[str, ...]) -> str:
     return str(caught.value)
 
 
-def test_a_cluster_that_the_settings_do_not_know_of_is_told(redis_cluster: RedisCluster) -> None:
+def test_a_cluster_behind_settings_without_one_is_named(redis_cluster: RedisCluster) -> None:
     settings = settings_of(redis_cluster.url)
 
     assert "set RECUR_REDIS_CLUSTER to true" in refusal(settings)
     keys = tuple("abcdefgh")  # in slots of all three nodes
-    assert "RECUR_REDIS_CLUSTER" in said_by(settings, ("MGET", *keys))
-    assert "RECUR_REDIS_CLUSTER" in said_by(settings, *(("GET", key) for key in keys))
+    assert "RECUR_REDIS_CLUSTER" in command_error(settings, ("MGET", *keys))
+    assert "RECUR_REDIS_CLUSTER" in command_error(settings, *(("GET", key) for key in keys))
 
 
-def test_a_redis_that_is_no_cluster_is_told(redis_server: Redis) -> None:
+def test_a_single_redis_behind_settings_with_a_cluster_is_named(redis_server: Redis) -> None:
     settings = settings_of(redis_server.url, redis_cluster=True)
 
     assert "set RECUR_REDIS_CLUSTER to false" in refusal(settings)
-    assert "RECUR_REDIS_CLUSTER" in said_by(settings, ("GET", "a"))
+    assert "RECUR_REDIS_CLUSTER" in command_error(settings, ("GET", "a"))
 
 
 @pytest.mark.live
-def test_nodes_that_a_cluster_announces_and_that_do_not_answer_are_named() -> None:
+def test_announced_cluster_nodes_that_do_not_answer_are_named() -> None:
     with RedisCluster() as cluster:
         for node in cluster.nodes:
             with node.client() as client:
@@ -90,37 +90,37 @@ def test_nodes_that_a_cluster_announces_and_that_do_not_answer_are_named() -> No
             while NOBODY not in str(client.execute_command("CLUSTER SLOTS")):
                 time.sleep(0.05)
 
-        said = refusal(settings_of(cluster.url, redis_cluster=True))
+        message = refusal(settings_of(cluster.url, redis_cluster=True))
 
-        assert f"announces {NOBODY}:" in said
-        assert "cluster-announce-ip" in said
+        assert f"announces {NOBODY}:" in message
+        assert "cluster-announce-ip" in message
 
 
-def test_a_database_that_is_not_there_and_an_option_that_is_none_are_told(
+def test_a_missing_database_and_an_unknown_option_are_named(
     redis_server: Redis,
 ) -> None:
     beyond = settings_of(redis_server.url.replace("/0", "/99"))
     assert "RECUR_REDIS_URL" in refusal(beyond)
-    assert "database" in said_by(beyond, ("GET", "a"))
+    assert "database" in command_error(beyond, ("GET", "a"))
     for is_cluster in (False, True):
         unknown = settings_of(redis_server.url + "?retries=3", redis_cluster=is_cluster)
-        assert "question mark" in said_by(unknown, ("GET", "a"))
+        assert "question mark" in command_error(unknown, ("GET", "a"))
 
 
 @pytest.mark.live
-def test_a_replica_and_a_policy_that_evicts_keep_a_worker_from_starting() -> None:
+def test_a_replica_or_an_evicting_policy_stops_the_start() -> None:
     with (
         Redis(options={"maxmemory-policy": "volatile-lru"}) as server,
         Redis(options={"replicaof": f"{HOST} {server.port}"}) as replica,
     ):
         assert "maxmemory-policy volatile-lru" in refusal(settings_of(server.url))
-        said = refusal(settings_of(replica.url))
-        assert "is a replica" in said
-        assert "redis+sentinel://" in said
+        message = refusal(settings_of(replica.url))
+        assert "is a replica" in message
+        assert "redis+sentinel://" in message
 
 
 @pytest.mark.live
-def test_sentinels_that_know_no_such_primary_and_what_is_no_sentinel_are_told() -> None:
+def test_sentinels_without_the_primary_and_servers_that_are_no_sentinel_are_named() -> None:
     with under_sentinel(PASSWORD) as (sentinel, primary, _):
         known = settings_of(sentinel.url, redis_sentinel_password=PASSWORD)
         other = sentinel.url.replace("mymaster", "another")
@@ -129,16 +129,16 @@ def test_sentinels_that_know_no_such_primary_and_what_is_no_sentinel_are_told() 
             settings_of(sentinel.url),
             settings_of(f"redis+sentinel://{HOST}:1/mymaster"),
         ):
-            said = refusal(settings)
-            assert "Sentinel" in said
-            assert "RECUR_REDIS_URL" in said
-            assert PASSWORD not in said
+            message = refusal(settings)
+            assert "Sentinel" in message
+            assert "RECUR_REDIS_URL" in message
+            assert PASSWORD not in message
 
-        said = refusal(settings_of(f"redis://:{PASSWORD}@{HOST}:{sentinel.port}/0"))
-        assert "a Sentinel answers" in said
-        assert "redis+sentinel://" in said
-        said = refusal(settings_of(f"redis+sentinel://{HOST}:{primary.port}/mymaster"))
-        assert "no Sentinel answers, but a Redis" in said
+        message = refusal(settings_of(f"redis://:{PASSWORD}@{HOST}:{sentinel.port}/0"))
+        assert "a Sentinel answers" in message
+        assert "redis+sentinel://" in message
+        message = refusal(settings_of(f"redis+sentinel://{HOST}:{primary.port}/mymaster"))
+        assert "no Sentinel answers, but a Redis" in message
 
         async def check() -> None:
             store = RedisStateStore.from_settings(known, MODEL)
@@ -149,7 +149,7 @@ def test_sentinels_that_know_no_such_primary_and_what_is_no_sentinel_are_told() 
 
 
 def fail_over(sentinel: Sentinel) -> None:
-    """Have the Sentinel elect another primary, once it knows of a replica that it may promote."""
+    """Make the Sentinel elect another primary, once it knows a replica to promote."""
     for _ in range(600):
         try:
             with sentinel.client() as client:
@@ -160,12 +160,12 @@ def fail_over(sentinel: Sentinel) -> None:
             time.sleep(0.1)
         else:
             return
-    raise AssertionError("the Sentinel knows of no replica that it may promote")
+    raise AssertionError("the Sentinel knows no replica to promote")
 
 
 @pytest.mark.live
 def test_a_store_follows_the_primary_that_sentinel_elects() -> None:
-    """When the primary dies, and when it is told to change places while it lives."""
+    """The Sentinel elects another primary while the first one lives."""
 
     async def answers(store: RedisStateStore, save: Save) -> None:
         for _ in range(600):
@@ -185,7 +185,7 @@ def test_a_store_follows_the_primary_that_sentinel_elects() -> None:
             await asyncio.to_thread(until_failed_over, sentinel, replica)
             await answers(store, Save(0, b"w1", b"w2", ["A"], [b"a2"]))
             with replica.client() as client:
-                assert client.dbsize() == 2  # it was written there
+                assert client.dbsize() == 2  # the new primary has the data
             (loaded,) = await store.load([Load(0, ["A"])])
             assert (loaded.watermark, loaded.states) == (b"w2", [b"a2"])
         finally:
@@ -198,7 +198,7 @@ def test_a_store_follows_the_primary_that_sentinel_elects() -> None:
 def test_a_worker_goes_on_after_a_failover_that_sentinel_makes(
     kafka: Kafka, tmp_path: Path
 ) -> None:
-    """What the new primary has not got is read back from the log."""
+    """The worker reads data that the new primary lacks back from the log."""
     sent = transactions(3_000, accounts=200)
 
     async def run(sentinel: Sentinel, primary: Redis, replica: Redis) -> None:

@@ -1,4 +1,4 @@
-"""TLS, SCRAM and rights on a real broker and Redis; what is refused is told by its setting."""
+"""TLS, SCRAM and rights on a real broker and Redis; errors name the setting to correct."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.local.services import HOST, Redis
 from pipeline.local.workers import WorkerProcess, start_worker
-from pipeline.messages.codec import decode_score, encode_transaction
+from pipeline.messages.scores import decode_score
+from pipeline.messages.transactions import encode_transaction
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import COMMAND_RIGHTS, RIGHTS
 from pipeline.worker.preflight import check_services
@@ -56,12 +57,12 @@ SECRETS = (*KAFKA_PASSWORDS.values(), REDIS_PASSWORD, "wrong-secret", "key-secre
 
 
 def assert_holds_no_secret(text: str) -> None:
-    """None of the passwords that are about here."""
+    """Check that the text shows none of the passwords."""
     assert not [secret for secret in SECRETS if secret in text], text
 
 
 async def everything_shown(worker: WorkerProcess) -> str:
-    """What others see of a worker: its log, its pages, its and its supervisor's process titles."""
+    """Collect what others see of a worker: its log, its pages and the process titles."""
     shown = [await asyncio.to_thread(worker.log_path.read_text)]
     for path in ("/metrics", "/ready", "/live"):
         _, page = await asyncio.to_thread(get, f"http://{worker.host}:{worker.port}{path}")
@@ -73,12 +74,12 @@ async def everything_shown(worker: WorkerProcess) -> str:
 
 
 def titles(pid: int) -> list[str]:
-    """What ps shows of a process."""
+    """Return what ps shows of a process."""
     return [Path(f"/proc/{pid}/{title}").read_text() for title in ("cmdline", "comm")]
 
 
 def get(url: str) -> tuple[int, str]:
-    """Status and text of a page."""
+    """Get status and text of a page."""
     try:
         with urllib.request.urlopen(url, timeout=5) as page:
             return page.status, page.read().decode()
@@ -99,7 +100,7 @@ class Site:
     folder: Path
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """Of a worker with the rights of the files."""
+        """Return settings of a worker with the rights of the files."""
         settings: dict[str, Any] = {
             "kafka_bootstrap_servers": self.broker.secure_bootstrap,
             "kafka_security_protocol": "SASL_SSL",
@@ -116,14 +117,14 @@ class Site:
         return {name: v for name, v in (settings | changes).items() if v is not None}
 
     def kafka_and_redis(self) -> dict[str, Any]:
-        """The same, with the addresses by the names of :class:`PipelineUnderTest`."""
+        """Return the same settings under the names of :class:`PipelineUnderTest`."""
         settings = self.settings()
         return {"bootstrap": settings.pop("kafka_bootstrap_servers"), **settings}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Topics are there and owned by the operator; the worker may not create any."""
+    """Start a site with all topics; the worker may not create any."""
     folder = tmp_path_factory.mktemp("site")
     authority, other = Authority.create(folder), Authority.create(folder, "another")
     certificate = authority.issue(folder, "server")
@@ -148,7 +149,7 @@ COMMANDS = (
     "state rebuild --merchants --dry-run",
     "state forget {account} --dry-run",
 )
-"""What an operator runs beside a worker."""
+"""Commands that an operator runs beside a worker."""
 
 
 def recur(settings: dict[str, Any], *command: str) -> subprocess.CompletedProcess[str]:
@@ -162,10 +163,10 @@ def recur(settings: dict[str, Any], *command: str) -> subprocess.CompletedProces
     )
 
 
-def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> None:
-    """End to end, with verified certificates and no right beyond those of the files of rules.
+def test_a_worker_with_minimal_rights_runs_over_tls(site: Site, tmp_path: Path) -> None:
+    """Certificates are verified, and no user has a right beyond the files of rules.
 
-    Sent and read by the producer's and the reader's users, who may do nothing else either.
+    The producer's and the reader's users, who may do nothing else, send and read records.
     """
     sent = transactions(300, accounts=20)
     names = {"topic_prefix": "", "redis_key_prefix": "recur", "kafka_group_id": "recur"}
@@ -225,7 +226,7 @@ def test_a_worker_of_least_rights_runs_over_tls(site: Site, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("user", "rights"), [("recur", RIGHTS), (OPERATOR, f"{RIGHTS} {COMMAND_RIGHTS}")]
 )
-def test_the_file_of_redis_rights_holds_what_recur_says_it_needs(user: str, rights: str) -> None:
+def test_the_redis_rules_hold_exactly_the_needed_rights(user: str, rights: str) -> None:
     (line,) = [
         line for line in REDIS_RULES.read_text().splitlines() if line.startswith(f"user {user} ")
     ]
@@ -236,7 +237,7 @@ def test_the_file_of_redis_rights_holds_what_recur_says_it_needs(user: str, righ
 def test_a_worker_may_use_the_transactional_ids_of_its_partitions_and_no_others(
     site: Site,
 ) -> None:
-    """RECUR_PROCESSING_GUARANTEE's rights; the rest of a worker's life is the same with them."""
+    """These rights are needed for RECUR_PROCESSING_GUARANTEE=exactly_once."""
     settings = load_settings(**site.settings(), processing_guarantee="exactly_once")
 
     async def commit(name: str) -> None:
@@ -255,15 +256,15 @@ def test_a_worker_may_use_the_transactional_ids_of_its_partitions_and_no_others(
 
 
 async def checked(settings: Settings) -> int:
-    """Partitions, as a worker's start finds them."""
+    """Run a worker's start checks; return the number of partitions."""
     try:
         return await check_services(settings, load_checkpoint(settings))
     finally:
-        await asyncio.sleep(0.1)  # connections close by TLS's leave, after the clients are done
+        await asyncio.sleep(0.1)  # TLS closes connections after the clients are done
 
 
 def refusal(settings: dict[str, Any]) -> str:
-    """The line that a worker's start ends with."""
+    """Return the line with which a worker's start ends."""
     with pytest.raises(RecurError) as caught:
         asyncio.run(checked(load_settings(**settings | FAST)))
     message = str(caught.value)
@@ -288,7 +289,7 @@ def refusal(settings: dict[str, Any]) -> str:
         ({"redis_ssl_cafile": None}, "RECUR_REDIS_SSL_CAFILE"),
     ],
 )
-def test_who_is_not_let_in_is_told_which_setting(
+def test_a_refused_login_names_the_setting(
     site: Site, changes: dict[str, Any], says: str | None
 ) -> None:
     if "another" in changes.values():
@@ -302,22 +303,22 @@ def test_who_is_not_let_in_is_told_which_setting(
 
 
 @pytest.mark.parametrize("user", LACKING)
-def test_a_right_that_is_missing_on_kafka_is_named_at_the_start(site: Site, user: str) -> None:
-    """Not at the first alert, nor by a worker that waits in silence."""
+def test_a_missing_right_on_kafka_is_named_at_the_start(site: Site, user: str) -> None:
+    """The worker neither waits in silence nor fails at the first alert."""
     operation, name = LACKING[user]
 
-    said = refusal(
+    message = refusal(
         site.settings(kafka_sasl_username=user, kafka_sasl_password=KAFKA_PASSWORDS[user])
     )
 
-    assert name in said
-    assert "docs/security.md" in said
-    assert "RECUR_KAFKA_SASL_USERNAME" in said
-    if name == "scores":  # of the other topics nothing is visible without the one right
-        assert f"{user} (RECUR_KAFKA_SASL_USERNAME) the operation {operation} on" in said
+    assert name in message
+    assert "docs/security.md" in message
+    assert "RECUR_KAFKA_SASL_USERNAME" in message
+    if name == "scores":  # the other topics are invisible without their one right
+        assert f"{user} (RECUR_KAFKA_SASL_USERNAME) the operation {operation} on" in message
 
 
-def test_the_file_of_kafka_rights_holds_what_a_worker_asks_for() -> None:
+def test_the_kafka_rules_hold_exactly_the_needed_rights() -> None:
     settings = load_settings()
     rules = {
         (rule.resource, rule.name, rule.operation)
@@ -330,21 +331,21 @@ def test_the_file_of_kafka_rights_holds_what_a_worker_asks_for() -> None:
         for role, operations in NEEDS.items()
         for operation in operations
     } | {
-        # Not needed: with it a worker sees limits, compaction and retention at the start.
+        # Optional: with it a worker sees limits, compaction and retention at the start.
         ("topic", settings.topic(role), "DescribeConfigs")
         for role in (*LOGS, "dead_letter")
     }
 
 
 def environment(settings: dict[str, Any]) -> dict[str, str]:
-    """The settings as a process is given them."""
+    """Turn settings into environment variables of a process."""
     return {f"RECUR_{name.upper()}": str(value) for name, value in settings.items()}
 
 
-def test_workers_that_do_not_start_say_why_in_one_line_without_a_secret(
+def test_workers_that_do_not_start_give_the_reason_in_one_line_without_a_secret(
     site: Site, tmp_path: Path
 ) -> None:
-    """At the level debug, as whole processes: nothing else comes out of them, no traceback."""
+    """Whole processes at the level debug write nothing else, and no traceback."""
     inside = f"redis://recur:wrong-secret@{HOST}:{site.redis.port}/0"
     cases: list[tuple[dict[str, Any], str]] = [
         ({"kafka_bootstrap_servers": f"{HOST}:1"}, "RECUR_KAFKA_BOOTSTRAP_SERVERS"),
@@ -387,7 +388,7 @@ def test_recur_settings_shows_no_secret(site: Site) -> None:
 
 
 def test_an_operator_may_give_the_scores_topic_more_partitions(site: Site) -> None:
-    """What `recur state rekey` does; the last test here, as the others count on two partitions."""
+    """`recur state rekey` does this. The test is the last: the others need two partitions."""
     settings = site.settings(
         kafka_sasl_username=OPERATOR, kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR]
     )

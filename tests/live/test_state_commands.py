@@ -27,11 +27,11 @@ from pipeline.local.services import Kafka, Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.scoring.partitions import check_watermark
+from pipeline.storage.client import redis_client
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.storage.merchant_profile import FIXED_BYTES, Profile
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import StateScan
-from pipeline.storage.state_store import redis_client
 from tests.fakes.running_pipeline import (
     EVENT_TIME_MS,
     PipelineUnderTest,

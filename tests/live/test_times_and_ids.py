@@ -1,4 +1,4 @@
-"""What a record says that cannot be so is told: units, clocks that are off, ids that come again."""
+"""Implausible records: times in other units, wrong clocks, and ids that come again."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RejectedError, SettingsError
-from pipeline.messages.codec import (
-    HISTORY_HEADER,
-    WARM_HEADER,
-    decode_label,
-    decode_score,
-    payment_ms,
-)
+from pipeline.messages.decoding import payment_ms
+from pipeline.messages.labels import decode_label
+from pipeline.messages.scores import decode_score
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.labels import label_of
 from pipeline.scoring.scorer import id_hashes
@@ -32,17 +29,17 @@ PAID_MS = 1_534_327_200_000
 """2018-08-15T10:00:00Z."""
 
 NO_TIME_MS = -1
-"""The CreateTime of a record whose producer gives none."""
+"""The CreateTime of a record whose producer sets none."""
 
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retrier asks again at once: no test here has an event loop that could wait."""
+    """Retry at once: the event loop of these tests does not wait."""
     monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
 
 
 def applied(world: World) -> MemoryWorker:
-    """A worker that has worked to the end of the log; what it made is what must come of it."""
+    """Run a worker to the end of the log, and check its states and scores."""
     worker = world.worker()
     finish(worker.run())
     world.assert_all_applied()
@@ -51,7 +48,7 @@ def applied(world: World) -> MemoryWorker:
 
 
 def pauses(world: World, partition: int = 0) -> list[float | None]:
-    """The pause before each transaction, in the order of the log."""
+    """Return the pause before each transaction, in the order of the log."""
     return [
         decode_score(value).features["seconds_since_last"]
         for _, (value,) in sorted(world.scores(partition).items())
@@ -71,7 +68,7 @@ UNITS = [
 
 @pytest.mark.parametrize("field", ["timestamp", "labelled_at"])
 @pytest.mark.parametrize(("number", "unit"), UNITS)
-def test_a_time_in_another_unit_is_rejected_and_the_unit_named(
+def test_a_time_in_another_unit_is_rejected_with_the_unit(
     number: int, unit: str, field: str
 ) -> None:
     label = {
@@ -94,7 +91,7 @@ def test_a_time_in_another_unit_is_rejected_and_the_unit_named(
 def test_transactions_in_another_unit_go_to_dead_letter_and_change_no_state(
     number: int, unit: str
 ) -> None:
-    """By no setting of how old a transaction may be."""
+    """The setting for the age of transactions does not change that."""
     world = World(topic_partitions=1, max_timestamp_age_seconds=1e11)
     world.produce("A")
     world.produce("A", timestamp=number)
@@ -113,7 +110,7 @@ def test_transactions_in_another_unit_go_to_dead_letter_and_change_no_state(
 
 
 @given(st.integers(10**11, 10**14 - 1))
-def test_no_time_of_this_age_is_taken_for_another_unit(ms: int) -> None:
+def test_a_time_in_milliseconds_is_never_taken_for_another_unit(ms: int) -> None:
     assert other_unit(ms) is None
     assert payment_ms(ms) == ms
 
@@ -127,7 +124,7 @@ def test_a_time_on_the_command_line_in_another_unit_is_refused(option: str) -> N
 # age -------------------------------------------------------------------------------------
 
 
-def test_a_live_transaction_may_be_as_old_as_the_setting_says() -> None:
+def test_a_live_transaction_may_be_as_old_as_the_setting_allows() -> None:
     world = World(topic_partitions=1, max_timestamp_age_seconds=3600)
     now_ms = world.now_ms + 60_000
     world.produce("A", timestamp=now_ms - HOUR_MS)
@@ -140,7 +137,7 @@ def test_a_live_transaction_may_be_as_old_as_the_setting_says() -> None:
 
 
 @pytest.mark.parametrize("header", [HISTORY_HEADER, WARM_HEADER])
-def test_history_says_that_it_is_history_and_may_be_of_any_age(header: str) -> None:
+def test_a_transaction_with_a_history_header_may_be_of_any_age(header: str) -> None:
     world = World(topic_partitions=1, max_timestamp_age_seconds=3600)
     world.produce("A", timestamp=PAID_MS, headers=[(header, b"1")])
     world.produce("A", timestamp=PAID_MS + 1000, headers=[("other", b""), (header, b"1")])
@@ -153,7 +150,7 @@ def test_history_says_that_it_is_history_and_may_be_of_any_age(header: str) -> N
     assert worker.count("recur_event_time_skew_total", direction="behind") == 0
 
 
-def test_a_time_that_nobody_set_is_rejected_by_default_and_a_log_of_ten_years_is_not() -> None:
+def test_an_unset_time_is_rejected_by_default_and_one_of_ten_years_ago_is_not() -> None:
     world = World(topic_partitions=1)
     for text in ("1970-01-01T00:00:00Z", "1900-01-01T00:00:00Z", "0001-01-01T00:00:00Z"):
         world.produce("A", timestamp=text)
@@ -167,7 +164,7 @@ def test_a_time_that_nobody_set_is_rejected_by_default_and_a_log_of_ten_years_is
     assert sorted(world.scores(0)) == [4]
 
 
-# clocks that are off ---------------------------------------------------------------------
+# wrong clocks ----------------------------------------------------------------------------
 
 
 def test_a_clock_ahead_moves_its_account_by_the_tolerance_alone_and_is_counted() -> None:
@@ -180,10 +177,10 @@ def test_a_clock_ahead_moves_its_account_by_the_tolerance_alone_and_is_counted()
 
     worker = applied(world)
 
-    # The tolerance of 5 minutes is 5 transactions a minute apart; then its pauses go on.
+    # The tolerance is 5 minutes: 5 transactions a minute apart pass before pauses count again.
     assert pauses(world) == [-1.0, 360.0] + [0.0] * 5 + [60.0] * 5
     ((_, (ahead,)),) = [item for item in world.scores(0).items() if item[0] == 1]
-    assert decode_score(ahead).timestamp == sent_ms, "it is published as it was sent"
+    assert decode_score(ahead).timestamp == sent_ms, "a score has the time as it was sent"
     assert worker.count("recur_event_time_skew_total", direction="ahead") == 1
     assert worker.count("recur_event_time_skew_total", direction="behind") == 0
 
@@ -200,8 +197,8 @@ def test_a_late_transaction_is_scored_and_counted() -> None:
     assert worker.count("recur_event_time_skew_total", direction="behind") == 1
 
 
-def test_a_replay_faster_than_its_times_is_what_it_was() -> None:
-    """Its records come long after their events: no time is changed."""
+def test_a_replay_changes_no_event_time() -> None:
+    """Records of a replay come long after their events."""
     assert event_time(PAID_MS, START_MS, 0) == PAID_MS
 
 
@@ -216,12 +213,14 @@ def test_a_record_whose_time_is_none_counts_as_of_its_event(record_ms: int) -> N
 
     assert pauses(world) == [-1.0, 60.0, 60.0]
     assert not world.dead_letters()
-    assert worker.count("recur_score_latency_seconds_count") == 2, "its latency is not known"
+    assert worker.count("recur_score_latency_seconds_count") == 2, (
+        "the latency of a record without time is unknown"
+    )
     for direction in ("ahead", "behind"):
         assert worker.count("recur_event_time_skew_total", direction=direction) == 0
 
 
-def test_a_record_without_time_cannot_set_its_account_s_clock_far_ahead() -> None:
+def test_a_record_without_time_cannot_set_its_accounts_clock_far_ahead() -> None:
     world = World(topic_partitions=1)
     world.produce("A", record_ms=NO_TIME_MS, timestamp="9999-12-31T00:00:00Z")
     world.produce("A")
@@ -232,7 +231,7 @@ def test_a_record_without_time_cannot_set_its_account_s_clock_far_ahead() -> Non
     assert pauses(world) == [-1.0]
 
 
-def test_a_label_in_a_record_without_time_is_taken() -> None:
+def test_a_label_in_a_record_without_time_is_accepted() -> None:
     label = b"""{"transaction_id":"t","account_id":"A","merchant_id":"m1","label":"fraud",
         "timestamp":%d,"labelled_at":%d}""" % (PAID_MS, PAID_MS + DAY_MS)
 
@@ -260,7 +259,7 @@ def test_latency_is_never_negative_and_records_stamped_ahead_are_counted() -> No
     assert worker.count("recur_record_clock_skew_total") == 1
 
 
-def test_records_of_a_copied_log_are_no_latency() -> None:
+def test_records_of_a_copied_log_do_not_count_as_latency() -> None:
     world = World(topic_partitions=1)
     for age_ms in (400 * DAY_MS, DAY_MS + 1, DAY_MS):
         then = world.now_ms + 60_000 - age_ms
@@ -291,7 +290,7 @@ def test_an_id_with_another_content_is_another_payment(
     world = World(topic_partitions=1)
     world.produce("A", "1", timestamp=START_MS)
     world.produce("A", "1", **{"timestamp": START_MS} | changes)
-    world.produce("A", "1", timestamp=START_MS)  # the first one again
+    world.produce("A", "1", timestamp=START_MS)  # a duplicate of the first
 
     worker = applied(world)
 
@@ -303,7 +302,7 @@ def test_an_id_with_another_content_is_another_payment(
     assert vars(line) | {"topic": "transactions", "partition": 0, "offset": 1} == vars(line)
 
 
-def test_what_is_written_another_way_is_the_same_content() -> None:
+def test_the_same_content_in_another_notation_is_a_duplicate() -> None:
     world = World(topic_partitions=1)
     world.produce("A", "1", timestamp=PAID_MS, amount=20)
     world.produce("A", "1", timestamp="2018-08-15T12:00:00+02:00", amount=20.0, category="5411")
@@ -316,8 +315,8 @@ def test_what_is_written_another_way_is_the_same_content() -> None:
     assert worker.count("recur_id_conflicts_total") == 0
 
 
-def test_a_repeat_is_one_though_its_clock_was_ahead_and_it_came_later() -> None:
-    """Its event time in the features depends on the record's, its content does not."""
+def test_a_duplicate_is_found_even_if_its_clock_was_ahead() -> None:
+    """The record's time changes the event time of the features, but not the content."""
     world = World(topic_partitions=1)
     ahead_ms = world.now_ms + 20 * HOUR_MS
     for _ in range(2):
@@ -342,7 +341,7 @@ def test_ids_that_restart_each_day_lose_nothing() -> None:
     assert worker.count("recur_id_conflicts_total") == 27
 
 
-def test_a_conflict_is_rejected_where_the_setting_says_so(
+def test_a_conflict_is_rejected_if_the_setting_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     world = World(topic_partitions=1, id_conflicts="reject")
@@ -359,7 +358,7 @@ def test_a_conflict_is_rejected_where_the_setting_says_so(
     assert worker.count("recur_rejected_total", reason="id_conflict") == 1
 
 
-def test_conflicts_are_told_once_a_minute_with_their_number(
+def test_conflicts_are_logged_once_a_minute_with_their_number(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     world = World(topic_partitions=1, micro_batch_max=1)
@@ -377,8 +376,8 @@ def test_conflicts_are_told_once_a_minute_with_their_number(
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=30))
-def test_hashes_are_equal_where_id_and_content_are(rows: list[tuple[int, int, int]]) -> None:
-    """And no hash is that of an empty place."""
+def test_hashes_are_equal_exactly_if_id_and_content_are(rows: list[tuple[int, int, int]]) -> None:
+    """No hash equals that of an empty slot."""
     ids, amounts, times = np.array(rows, np.int64).reshape(-1, 3).T
     spread = np.array([0, 2**63, 2**32, 1], np.uint64)
     merchants = np.zeros(len(ids), np.uint64)
@@ -393,7 +392,7 @@ def test_hashes_are_equal_where_id_and_content_are(rows: list[tuple[int, int, in
             assert (found[i] == found[j]) == same
 
 
-def test_minus_zero_is_zero() -> None:
+def test_minus_zero_hashes_like_zero() -> None:
     one = np.ones(2, np.uint64)
     found = id_hashes(one, one, np.array([0.0, -0.0]), np.zeros(2, np.int64))
     assert found[0] == found[1]
@@ -411,7 +410,7 @@ def test_minus_zero_is_zero() -> None:
         (PAID_MS, PAID_MS // DAY_MS * DAY_MS, (PAID_MS, PAID_MS)),
         ("2018-08-15", "2018-08-15", (PAID_MS - 10 * HOUR_MS, PAID_MS - 10 * HOUR_MS)),
         ("2018-08-15", PAID_MS, (PAID_MS - 10 * HOUR_MS, PAID_MS)),
-        # Of a day that began earlier than in UTC, or ends later.
+        # Dates in time zones whose day begins earlier than in UTC, or ends later.
         ("2018-08-15", PAID_MS - 12 * HOUR_MS, (PAID_MS - 12 * HOUR_MS, PAID_MS - 12 * HOUR_MS)),
         (PAID_MS + 20 * HOUR_MS, "2018-08-15", (PAID_MS + 20 * HOUR_MS, PAID_MS + 20 * HOUR_MS)),
         (PAID_MS, "2018-08-16", (PAID_MS, PAID_MS + 14 * HOUR_MS)),

@@ -1,7 +1,6 @@
-"""Exactly-once output on a real broker and Redis, for whoever reads what is committed.
+"""Exactly-once output on a real broker and Redis, as a reader with read_committed sees it.
 
-The tests of the same promises on a broker in memory, at every step:
-tests/pipeline/scoring/test_exactly_once.py.
+tests/pipeline/scoring/test_exactly_once.py tests the same at every step, on a broker in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
-from pipeline.messages.codec import decode_alert, encode_transaction
+from pipeline.messages.scores import decode_alert
+from pipeline.messages.transactions import encode_transaction
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,
@@ -32,7 +32,7 @@ from tests.fakes.running_pipeline import (
 SETTINGS: dict[str, Any] = {
     "processing_guarantee": "exactly_once",
     "kafka_session_timeout_seconds": 6.0,
-    # So that there are alerts.
+    # Low thresholds, to raise alerts.
     "review_threshold": 0.02,
     "decline_threshold": 0.5,
 }
@@ -44,7 +44,7 @@ def system(kafka: Kafka, redis_server: Redis, tmp_path: Path) -> PipelineUnderTe
 
 
 def records_of(sent: Sequence[Transaction]) -> list[tuple[bytes | None, bytes | None]]:
-    """Records to send: every hundredth transaction is followed by one that is rejected."""
+    """Make records to send; a record to reject follows every hundredth transaction."""
     records: list[tuple[bytes | None, bytes | None]] = []
     for i, transaction in enumerate(sent):
         key = transaction.account_id.encode()
@@ -55,8 +55,10 @@ def records_of(sent: Sequence[Transaction]) -> list[tuple[bytes | None, bytes | 
 
 
 async def assert_exactly_once(system: PipelineUnderTest, sent: Sequence[Transaction]) -> None:
-    """A score for each transaction, an alert for each that is flagged, and a dead letter for
-    each rejected record, for who reads with read_committed; states are the log, and the group's
+    """Check that each transaction has exactly the output that it should have.
+
+    A reader with read_committed sees one score for each transaction, one alert for each flagged
+    transaction and one dead letter for each rejected record. States equal the log, and the group's
     offsets are at its end.
     """
     await system.until_applied()
@@ -74,17 +76,15 @@ async def assert_exactly_once(system: PipelineUnderTest, sent: Sequence[Transact
 
 
 async def total(workers: Sequence[WorkerProcess], name: str) -> float:
-    """A metric's sum over workers that are alive."""
+    """Sum up a metric over the living workers."""
     alive = [worker for worker in workers if worker.process.poll() is None]
     for worker in alive:
         await worker.refresh()
     return sum(worker.samples[name] for worker in alive)
 
 
-def test_workers_that_are_killed_or_leave_say_nothing_twice(system: PipelineUnderTest) -> None:
-    """Killed at a moment by chance, which may fall between the commit and the save; and without a
-    zombie nobody is fenced.
-    """
+def test_workers_that_are_killed_or_leave_publish_nothing_twice(system: PipelineUnderTest) -> None:
+    """The random moment of the kill may fall between commit and save. No worker is fenced."""
     sent = transactions(12_000, accounts=200)
 
     async def run() -> None:
@@ -102,11 +102,12 @@ def test_workers_that_are_killed_or_leave_say_nothing_twice(system: PipelineUnde
     asyncio.run(run())
 
 
-def test_what_was_committed_when_a_worker_died_is_applied_though_no_record_comes(
+def test_output_committed_before_a_death_is_applied_even_if_no_record_comes(
     kafka: Kafka, tmp_path: Path
 ) -> None:
-    """Redis takes no writes, so the death falls between commit and save for certain; the group's
-    offset is at the log's end, and no record would show that states are behind.
+    """Redis accepts no writes, so the worker dies between commit and save.
+
+    The group's offset is at the log's end, so no record shows that states are behind.
     """
     sent = transactions(3_000, accounts=100)
 
@@ -137,8 +138,8 @@ def test_what_was_committed_when_a_worker_died_is_applied_though_no_record_comes
         asyncio.run(run(server))
 
 
-def test_an_owner_that_is_fenced_asks_the_group_and_goes_on(system: PipelineUnderTest) -> None:
-    """A zombie may take a partition late, and then it is the group's owner that is refused."""
+def test_a_fenced_owner_rejoins_the_group_and_goes_on(system: PipelineUnderTest) -> None:
+    """A zombie that takes a partition late fences the group's owner."""
     sent = transactions(6_000, accounts=200)
 
     async def run() -> None:
@@ -156,8 +157,8 @@ def test_an_owner_that_is_fenced_asks_the_group_and_goes_on(system: PipelineUnde
     asyncio.run(run())
 
 
-def test_a_zombie_that_wakes_up_is_fenced_and_says_nothing(system: PipelineUnderTest) -> None:
-    """Without transactions its scores stand beside the new owner's; see test_end_to_end."""
+def test_a_zombie_that_wakes_up_is_fenced_and_publishes_nothing(system: PipelineUnderTest) -> None:
+    """Without transactions its scores stay beside the new owner's; see test_end_to_end."""
     sent = transactions(26_000, accounts=200)
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, with their fields, and quiet where libraries tell too much."""
+"""Log lines: one JSON object each, and few lines of libraries."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_line_is_one_json_object_with_its_fields(capsys: pytest.CaptureFixture
     }
 
 
-def test_what_is_no_json_is_written_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_field_without_json_form_is_written_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "json")
 
     logging.getLogger("x").info("m", extra={"bytes_": b"\xff", "set_": {1}, "error": OSError(2)})
@@ -104,7 +104,9 @@ def test_libraries_that_write_payloads_at_debug_are_quiet_even_then(
     assert [line["message"] for line in lines(capsys)] == ["the broker is away"]
 
 
-def test_what_libraries_repeat_is_counted_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_lines_of_libraries_are_counted_and_summarized_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     logs.configure("info", "json")
     library = logging.getLogger("aiokafka")
 
@@ -113,15 +115,15 @@ def test_what_libraries_repeat_is_counted_and_told_once(capsys: pytest.CaptureFi
         library.error("Unable connect to node with id %s: %s", attempt % 3, OSError(111, "no"))
         library.warning(f"took {attempt} ms at 0x7f{attempt:08x}")
     assert lines(capsys) == []
-    logs.tell_left_out()
-    logs.tell_left_out()
+    logs.summarize_dropped()
+    logs.summarize_dropped()
 
     (line,) = lines(capsys)
     assert (line["lines"], line["kinds"], line["times"]) == (1_500, 3, 500)
     assert line["most_often"].startswith("aiokafka: ")
 
 
-def test_an_error_of_a_library_that_is_new_is_told_at_once_and_once(
+def test_a_new_error_of_a_library_is_written_at_once_and_only_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure("info", "json")
@@ -131,20 +133,20 @@ def test_an_error_of_a_library_that_is_new_is_told_at_once_and_once(
         logging.getLogger("aiokafka.conn").error("a defect in task %s", number)
 
     assert [line["logger"] for line in lines(capsys)] == ["faust.app", "aiokafka.conn"]
-    logs.tell_left_out()
+    logs.summarize_dropped()
     assert lines(capsys)[0]["lines"] == 8
 
 
-def test_an_error_of_our_own_is_left_to_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_own_error_is_left_to_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "json")
     logging.getLogger("faust.app.base").error("[^-App]: Crashed reason=%r", RecurError("x"))
     logging.getLogger("faust.worker").critical("[^_Process]: We experienced a crash! Reraising")
-    logs.tell_left_out()
+    logs.summarize_dropped()
 
     assert lines(capsys) == []
 
 
-def test_lines_of_another_kind_each_are_bounded_in_memory(
+def test_memory_is_bounded_when_each_line_is_of_a_new_kind(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure("info", "json")
@@ -155,11 +157,11 @@ def test_lines_of_another_kind_each_are_bounded_in_memory(
         library.error(f"defect {name}")
 
     assert len(lines(capsys)) <= logs.KINDS_MAX + 1
-    logs.tell_left_out()
+    logs.summarize_dropped()
     assert lines(capsys)[0]["kinds"] == 1
 
 
-def test_what_is_told_with_a_services_outage_is_not_told_twice(
+def test_lines_that_an_outage_reports_are_not_summarized_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure("info", "json")
@@ -167,9 +169,9 @@ def test_what_is_told_with_a_services_outage_is_not_told_twice(
         logging.getLogger("aiokafka").warning("away")
         logging.getLogger("redis.client").warning("away")
 
-    assert logs.take_left_out("kafka") == 7
-    assert logs.take_left_out("kafka") == 0
-    logs.tell_left_out()
+    assert logs.take_dropped("kafka") == 7
+    assert logs.take_dropped("kafka") == 0
+    logs.summarize_dropped()
 
     assert lines(capsys)[0]["lines"] == 7
 

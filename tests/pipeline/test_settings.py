@@ -1,4 +1,4 @@
-"""Settings: each wrong one is named, each comes from where it should, and no secret is shown."""
+"""Settings: sources, errors that name the wrong setting, and masked secrets."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def use_file(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
         ("log_format", "xml"),
     ],
 )
-def test_a_wrong_value_ends_the_start_with_a_line_that_names_the_setting(
+def test_a_wrong_value_stops_the_start_with_a_line_that_names_the_setting(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(f"RECUR_{name.upper()}", value)
@@ -103,7 +103,7 @@ def test_a_wrong_value_ends_the_start_with_a_line_that_names_the_setting(
     assert "\n" not in message
 
 
-def test_several_wrong_values_are_named_together_a_line_for_each() -> None:
+def test_several_wrong_values_are_named_in_a_line_each() -> None:
     message = complaint(topic_partitions=0, http_port=-1)
 
     assert [line.split()[0] for line in message.splitlines()] == ["topic_partitions", "http_port"]
@@ -120,7 +120,7 @@ def test_several_wrong_values_are_named_together_a_line_for_each() -> None:
         ),
     ],
 )
-def test_settings_that_do_not_belong_together_are_named(
+def test_settings_that_contradict_each_other_are_named(
     overrides: dict[str, Any], names: list[str]
 ) -> None:
     message = complaint(**overrides)
@@ -128,7 +128,7 @@ def test_settings_that_do_not_belong_together_are_named(
     assert all(name in message for name in names)
 
 
-def test_an_unknown_variable_is_named_because_it_may_be_a_misspelt_one(
+def test_an_unknown_variable_is_named_since_it_may_be_misspelt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECUR_PARTITION", "4")
@@ -145,7 +145,7 @@ def test_an_unknown_key_in_the_file_is_named(
     assert "no such setting" in complaint()
 
 
-def test_environment_goes_over_file_and_file_over_default(
+def test_the_environment_wins_over_the_file_and_the_file_over_defaults(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     use_file(
@@ -219,8 +219,8 @@ def test_no_secret_is_in_a_complaint() -> None:
         f"redis://redis.example:{PASSWORD}/0",
     ],
 )
-def test_an_address_that_clients_would_quote_in_an_error_is_refused_before(url: str) -> None:
-    """Most of them are of a password with a character that ends a host's name."""
+def test_an_address_whose_password_clients_would_quote_is_refused(url: str) -> None:
+    """Most passwords here have a character that ends a host's name."""
     message = complaint(redis_url=url)
 
     assert "redis_password" in message
@@ -237,7 +237,7 @@ def test_an_address_that_clients_would_quote_in_an_error_is_refused_before(url: 
         ("redis://h", "redis://h"),
     ],
 )
-def test_of_an_address_is_shown_what_is_no_secret(url: str, shown: str) -> None:
+def test_an_address_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert redis_address(url) == shown
     assert (
         dict((name, value) for name, value, *_ in describe(load_settings(redis_url=url)))[
@@ -277,8 +277,8 @@ def test_tls_settings_reach_both_clients(tmp_path: Path) -> None:
     assert context.check_hostname
 
 
-def test_a_client_key_is_read_with_its_password_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
-    """A missing password would have OpenSSL wait at the terminal; a wrong one is not shown."""
+def test_a_client_key_is_read_with_its_password_and_without_a_prompt(tmp_path: Path) -> None:
+    """Without a password OpenSSL would ask the terminal. A wrong password is not shown."""
     certfile, keyfile = Authority.create(tmp_path).issue(tmp_path, "client", password=PASSWORD)
     options: dict[str, Any] = {
         "kafka_security_protocol": "SSL",
@@ -295,7 +295,7 @@ def test_a_client_key_is_read_with_its_password_and_nobody_is_asked_for_it(tmp_p
 
 
 @pytest.mark.parametrize("service", ["kafka", "redis"])
-def test_a_tls_file_that_is_none_is_told_by_its_setting(service: str, tmp_path: Path) -> None:
+def test_a_wrong_tls_file_is_named_with_its_setting(service: str, tmp_path: Path) -> None:
     on = {"kafka": {"kafka_security_protocol": "SSL"}, "redis": {"redis_url": "rediss://redis"}}
     no_pem = tmp_path / "no.pem"
     no_pem.write_text("no certificate")
@@ -308,8 +308,8 @@ def test_a_tls_file_that_is_none_is_told_by_its_setting(service: str, tmp_path: 
             assert str(path) in str(caught.value)
 
 
-def test_tls_files_without_tls_are_a_mistake() -> None:
-    """Or passwords would go in clear where one thinks that they do not."""
+def test_tls_files_without_tls_are_refused() -> None:
+    """The user would believe that the connection is encrypted."""
     for name in ("cafile", "certfile", "keyfile"):
         assert "kafka_security_protocol" in complaint(**{f"kafka_ssl_{name}": "a.pem"})
         assert "rediss://" in complaint(**{f"redis_ssl_{name}": "a.pem"})
@@ -337,7 +337,7 @@ def test_every_topic_takes_the_prefix() -> None:
     assert settings.topic("dead_letter") == "eu.dlq"
 
 
-KUBERNETES = {  # what it sets for services named recur, recur-redis, recur-http, recur-kafka
+KUBERNETES = {  # its variables for services named recur, recur-redis, recur-http, recur-kafka
     "RECUR_SERVICE_HOST": "10.96.0.11",
     "RECUR_SERVICE_PORT": "9100",
     "RECUR_SERVICE_PORT_HTTP_METRICS": "9100",
@@ -359,10 +359,10 @@ KUBERNETES = {  # what it sets for services named recur, recur-redis, recur-http
 }
 
 
-def test_variables_that_kubernetes_sets_for_services_are_no_settings(
+def test_variables_that_kubernetes_sets_for_services_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where one has a setting's name; what an operator sets there goes on counting."""
+    """A variable of Kubernetes may have a setting's name; an operator's value still counts."""
     for name, value in KUBERNETES.items():
         monkeypatch.setenv(name, value)
 
@@ -372,9 +372,9 @@ def test_variables_that_kubernetes_sets_for_services_are_no_settings(
     assert load_settings().http_port == 9200
     monkeypatch.setenv("RECUR_SERVICE_HOTS", "x")
     monkeypatch.setenv("RECUR_REDIS_PORT", "6379")
-    told = complaint().splitlines()
-    assert told[0].startswith("RECUR_REDIS_PORT: no such setting")
-    assert told[1].startswith("RECUR_SERVICE_HOTS: no such setting")
+    lines = complaint().splitlines()
+    assert lines[0].startswith("RECUR_REDIS_PORT: no such setting")
+    assert lines[1].startswith("RECUR_SERVICE_HOTS: no such setting")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_variables_that_kubernetes_sets_for_services_are_no_settings(
         "broker:",
     ],
 )
-def test_brokers_that_are_no_host_and_port_are_told(bootstrap: str) -> None:
+def test_brokers_that_are_not_host_and_port_are_refused(bootstrap: str) -> None:
     message = complaint(kafka_bootstrap_servers=bootstrap)
 
     assert message.startswith("kafka_bootstrap_servers (RECUR_KAFKA_BOOTSTRAP_SERVERS) has ")
@@ -399,7 +399,7 @@ def test_brokers_that_are_no_host_and_port_are_told(bootstrap: str) -> None:
 
 
 @pytest.mark.parametrize("bootstrap", ["a", "a:9092", "a:9092, b:9093", "[::1]:9092"])
-def test_brokers_that_are_host_and_port_are_taken(bootstrap: str) -> None:
+def test_brokers_that_are_host_and_port_are_accepted(bootstrap: str) -> None:
     assert load_settings(kafka_bootstrap_servers=bootstrap).kafka_bootstrap_servers == bootstrap
 
 
@@ -422,7 +422,7 @@ def test_brokers_that_are_host_and_port_are_taken(bootstrap: str) -> None:
         ({"redis_url": "unix:///run/redis.sock", "redis_cluster": True}, "socket"),
     ],
 )
-def test_an_address_of_redis_that_no_client_takes_is_told(
+def test_a_redis_address_that_no_client_accepts_is_refused(
     overrides: dict[str, Any], words: str
 ) -> None:
     message = complaint(**overrides)

@@ -17,17 +17,19 @@ from unittest import mock
 import msgspec
 import numpy as np
 
+from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
-from pipeline.kafka.score_log import Kept
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring import processor
-from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Record
+from pipeline.scoring.partitions import OwnedPartition, PartitionManager
 from pipeline.scoring.processor import Computed, Part, Processor
 from pipeline.scoring.scorer import MicroBatch, Scored
 from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_store import Booked, Booking
-from pipeline.storage.state_store import Save, StoreUnavailableError
+from pipeline.storage.state_store import Save
 from pipeline.storage.transaction_note import TransactionNote
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
@@ -208,11 +210,11 @@ class FeaturesNotReused(ScoreLog):
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         found, position = await super().read(partition, start, end, until_source)
         for source, kept in found.items():
             score = msgspec.structs.replace(kept.score, features=None)
-            found[source] = Kept(kept.value, score)
+            found[source] = LoggedScore(kept.value, score)
         return found, position
 
 
@@ -221,7 +223,7 @@ class NothingKept(PartitionManager):
 
     async def published(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
-    ) -> dict[int, Kept]:
+    ) -> dict[int, LoggedScore]:
         return {}
 
 

@@ -24,8 +24,10 @@ from faust.utils import terminal
 from pipeline.errors import RejectedError
 from pipeline.kafka.producer import PublishError
 from pipeline.kafka.topics import ROLES
-from pipeline.messages.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
-from pipeline.messages.extra_fields import FurtherFields
+from pipeline.messages.control import CONTROL_HEADER, FORGET, LOOK
+from pipeline.messages.extra_fields import ExtraFields
+from pipeline.messages.labels import decode_label
+from pipeline.messages.transactions import WARM_HEADER
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring import processor
 from pipeline.scoring.labels import booking_of
@@ -126,7 +128,7 @@ def simulating() -> Iterator[None]:
             (poll_transport, "FETCH_TIMEOUT_SECONDS", 20.0),
             (processor, "Explainer", NoReasons),
             (terminal, "logtable", lambda *_, **__: ""),
-            (processor, "FurtherFields", cache(FurtherFields)),
+            (processor, "ExtraFields", cache(ExtraFields)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         gc.collect()

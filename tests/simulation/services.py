@@ -12,9 +12,11 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from pipeline.kafka.polls import Bounds, LogUnavailableError
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.settings import Settings
+from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_store import (
     Booked,
@@ -24,7 +26,7 @@ from pipeline.storage.merchant_store import (
     booked_of,
     places_by_slot,
 )
-from pipeline.storage.state_store import Load, LoadResult, Save, StoreUnavailableError
+from pipeline.storage.state_store import Load, LoadResult, Save
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
 from tests.simulation.auditor import Auditor
 from tests.simulation.clock import Host
@@ -308,7 +310,7 @@ class ScoreLog:
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         (found,) = await self._network.ask(
             self._host,

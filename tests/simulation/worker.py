@@ -13,11 +13,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from pipeline.kafka.polls import Poll
 from pipeline.kafka.producer import Outgoing
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager, Poll
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Computed, Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer

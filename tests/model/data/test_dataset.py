@@ -34,7 +34,8 @@ from model.training import feature_table as raw_features
 from model.training.feature_table import EncodedInputs, open_raw, restarted_inputs, write_raw
 from model.training.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
 from model.training.sequences import Sequences
-from model.training.train import SimulatedData, TrainingSettings, observe_all, simulate
+from model.training.settings import TrainingSettings
+from model.training.train import SimulatedData, observe_all, simulate
 from tests.fakes.datasets import simulated_dataset
 
 

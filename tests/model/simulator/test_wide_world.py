@@ -31,7 +31,8 @@ from model.simulator.world import (
     TAKEOVER,
     WIDE,
 )
-from model.training.train import TrainingSettings, simulate
+from model.training.settings import TrainingSettings
+from model.training.train import simulate
 from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
 

@@ -35,21 +35,12 @@ from model.features.merchant import MERCHANT_FEATURES, Labels, observe_merchant_
 from model.metrics import average_precision
 from model.network import Network
 from model.simulator.handbook import SimulatorError
-from model.training.loop import RECIPE
+from model.training.loop import RECIPE, fit
 from model.training.resume import Position
 from model.training.sequences import Sequences, TensorInputs, score_stepwise, score_unrolled
-from model.training.train import (
-    Log,
-    Report,
-    Split,
-    TrainingError,
-    TrainingSettings,
-    choose_thresholds,
-    fit,
-    observe_all,
-    simulate,
-    train,
-)
+from model.training.settings import Report, TrainingError, TrainingSettings
+from model.training.split import Split
+from model.training.train import Log, choose_thresholds, observe_all, simulate, train
 from pipeline.progress import TrainingProgress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]

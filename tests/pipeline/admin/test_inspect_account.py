@@ -16,8 +16,8 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka, Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import AccountStates, StateCodec
+from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
-from pipeline.storage.state_store import redis_client
 from tests.fakes.memory_workers import small_checkpoint
 
 CHECKPOINT = small_checkpoint()

@@ -1,4 +1,4 @@
-"""Batches that fill the memory once decompressed: seen before they do, and told of."""
+"""Batches that would fill the memory once decompressed are refused and reported."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ COMPRESS: dict[str, tuple[int, Any]] = {
 }
 
 
-# How large
+# size ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", COMPRESS)
 @pytest.mark.parametrize("data", [b"", b"a", bytes(3 * MIB), bytes(range(256)) * 700])
-def test_the_size_is_that_of_what_comes_out_and_the_limit_is_exact(name: str, data: bytes) -> None:
+def test_the_measured_size_is_right_and_the_limit_is_exact(name: str, data: bytes) -> None:
     codec, compress = COMPRESS[name]
     payload = memoryview(bytes(compress(data)))
 
@@ -59,7 +59,7 @@ def test_the_size_is_that_of_what_comes_out_and_the_limit_is_exact(name: str, da
 
 
 @pytest.mark.parametrize("name", COMPRESS)
-def test_damaged_bytes_and_those_cut_off_come_to_an_end(name: str) -> None:
+def test_measuring_damaged_or_truncated_bytes_ends(name: str) -> None:
     codec, compress = COMPRESS[name]
     payload = bytes(compress(bytes(range(256)) * 50))
 
@@ -69,11 +69,11 @@ def test_damaged_bytes_and_those_cut_off_come_to_an_end(name: str) -> None:
         uncompressed_size(codec, memoryview(damaged), MIB)
 
 
-# What a consumer sees
+# consumer --------------------------------------------------------------------------------
 
 
 def varint(number: int) -> bytes:
-    number <<= 1  # zigzag, of numbers that are not negative
+    number <<= 1  # zigzag encoding of a number that is not negative
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -82,7 +82,7 @@ def varint(number: int) -> bytes:
 
 
 def batch_of_zeros(records: int, bytes_each: int) -> bytes:
-    """A batch of records of zeros, made without holding what is in it."""
+    """Build a batch of zeros without holding its uncompressed records."""
     compressor = cramjam.zstd.Compressor()
     for number in range(records):
         head = b"\0\0" + varint(number) + b"\x01" + varint(bytes_each)
@@ -100,7 +100,7 @@ def batch_of_zeros(records: int, bytes_each: int) -> bytes:
 
 
 class Ready:
-    """A batch for aiokafka's producer that is built already."""
+    """A finished batch in the form that aiokafka's producer sends."""
 
     def __init__(self, batch: bytes, records: int) -> None:
         self._batch, self._records = batch, records
@@ -109,7 +109,7 @@ class Ready:
         return self._batch
 
     def close(self) -> None:
-        """It is."""
+        """Do nothing: the batch is closed."""
 
     def closed(self) -> bool:
         return True
@@ -129,13 +129,13 @@ async def send_zeros(bootstrap: str, topic: str, records: int, bytes_each: int) 
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A bound that a test reaches at little cost."""
+    """Lower the limit so that a test reaches it at little cost."""
     monkeypatch.setattr(bounded_batches, "BATCH_MAX_BYTES", MIB)
     monkeypatch.setattr(bounded_batches, "POLL_MAX_BYTES", MIB)
     return MIB
 
 
-def test_a_batch_over_the_bound_is_one_record_and_those_around_it_are_read(
+def test_one_record_stands_for_a_batch_over_the_limit_and_its_neighbours_are_read(
     kafka: Kafka, limit: int
 ) -> None:
     settings = load_settings(
@@ -175,7 +175,7 @@ def test_a_batch_over_the_bound_is_one_record_and_those_around_it_are_read(
     asyncio.run(run())
 
 
-def test_a_poll_decompresses_no_more_than_its_bound_and_leaves_the_rest_for_the_next(
+def test_a_poll_decompresses_up_to_its_limit_and_leaves_the_rest_for_the_next(
     kafka: Kafka, limit: int
 ) -> None:
     settings = load_settings(
@@ -203,12 +203,12 @@ def test_a_poll_decompresses_no_more_than_its_bound_and_leaves_the_rest_for_the_
         finally:
             await consumer.stop()
         assert [offset for poll in polls for offset in poll] == list(range(50))
-        assert max(map(len, polls)) <= 20, "two batches are more than the bound"
+        assert max(map(len, polls)) <= 20, "two batches exceed the limit"
 
     asyncio.run(run())
 
 
-# The worker
+# worker ----------------------------------------------------------------------------------
 
 
 def peak_mb(pid: int) -> float:

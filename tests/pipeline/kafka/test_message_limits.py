@@ -1,4 +1,4 @@
-"""Topics that take smaller batches than usual, or do so all of a sudden: all goes through."""
+"""Topics with a low limit on batches, from the start or set while a producer runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka import message_limits
 from pipeline.kafka.message_limits import LARGEST_OUTPUT_BYTES, MessageLimits
-from pipeline.kafka.producer import AppendResult, KafkaProducer, Outgoing, Said
+from pipeline.kafka.producer import AppendResult, KafkaProducer, Outgoing, PartOutput
 from pipeline.kafka.topics import TopicRole, admin_client, batch_limits, ensure_topics
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.local.services import Kafka, Redis
@@ -36,7 +36,7 @@ def settings(kafka: Kafka) -> Settings:
 
 
 async def limit(settings: Settings, bytes_: int, *roles: TopicRole) -> None:
-    """Have topics take batches of so many bytes at most."""
+    """Set the largest batch of topics, and wait until the broker knows it."""
     async with admin_client(settings) as admin:
         for role in roles:
             wanted = {"max.message.bytes": str(bytes_)}
@@ -61,12 +61,12 @@ async def values(settings: Settings, directory: Path, role: TopicRole) -> list[b
         directory,
         topic_prefix=settings.topic_prefix,
         kafka_group_id=settings.kafka_group_id,
-        partitions=settings.topic_partitions,
+        topic_partitions=settings.topic_partitions,
     )
     return [record.value for record in await pipeline.records(role)]
 
 
-def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_comes(
+def test_published_batches_keep_to_a_topics_limit_and_to_a_lower_one_set_later(
     settings: Settings, tmp_path: Path
 ) -> None:
     async def run() -> None:
@@ -88,8 +88,8 @@ def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_come
             assert appended == {0: AppendResult(1_900, 2_900), 1: AppendResult(905, 1_905)}
         finally:
             await publisher.stop()
-        said = [r.value for r in scores + more + more + scores + more[:5] + more]
-        assert await values(settings, tmp_path, "scores") == said
+        published = [r.value for r in scores + more + more + scores + more[:5] + more]
+        assert await values(settings, tmp_path, "scores") == published
         assert sorted(await values(settings, tmp_path, "alerts")) == sorted(
             r.value or b"" for r in alerts + alerts
         )
@@ -100,10 +100,10 @@ def test_what_is_published_keeps_to_the_limit_that_is_there_and_to_one_that_come
     asyncio.run(run())
 
 
-def test_a_limit_that_the_broker_does_not_tell_is_found_out(
+def test_a_limit_that_the_broker_does_not_tell_is_found_by_trial(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a user who may not describe the topics' configuration."""
+    """A user without DescribeConfigs on the topics does not see their limits."""
 
     async def untold(*_: object) -> dict[TopicRole, int]:
         return {}
@@ -127,7 +127,7 @@ def test_a_limit_that_the_broker_does_not_tell_is_found_out(
     asyncio.run(run())
 
 
-def test_a_score_that_no_topic_takes_ends_the_publishing(settings: Settings) -> None:
+def test_a_score_over_the_topics_limit_ends_the_publishing(settings: Settings) -> None:
     async def run() -> None:
         await ensure_topics(settings)
         await limit(settings, LARGEST_OUTPUT_BYTES, "scores")
@@ -142,7 +142,7 @@ def test_a_score_that_no_topic_takes_ends_the_publishing(settings: Settings) -> 
     asyncio.run(run())
 
 
-def test_a_dead_letter_larger_than_its_topic_takes_is_cut_to_fit(
+def test_a_dead_letter_over_its_topics_limit_is_cut_to_fit(
     settings: Settings, tmp_path: Path
 ) -> None:
     headers = (("reason", b"not_json"), ("error", b"e" * 300))
@@ -177,22 +177,22 @@ def test_a_dead_letter_larger_than_its_topic_takes_is_cut_to_fit(
     asyncio.run(run())
 
 
-def test_a_transaction_that_is_too_large_is_aborted_and_goes_through_once_taken_again(
+def test_a_transaction_that_is_too_large_is_aborted_and_commits_after_a_new_take(
     settings: Settings, tmp_path: Path
 ) -> None:
     async def run() -> None:
         await ensure_topics(settings)
         publisher = TransactionalProducer(settings)
         try:
-            tenure = await publisher.take(0)
+            epoch = await publisher.take(0)
             scores = outgoing(400)
             await limit(settings, 64 * KIB, "scores")
-            said = Said(scores, outgoing(3), [], 400, tenure)
-            assert await publisher.commit({0: said}) == {}
+            output = PartOutput(scores, outgoing(3), [], 400, epoch)
+            assert await publisher.commit({0: output}) == {}
 
-            tenure = await publisher.take(0)
-            said = said._replace(tenure=tenure)
-            committed = await publisher.commit({0: said})
+            epoch = await publisher.take(0)
+            output = output._replace(producer_epoch=epoch)
+            committed = await publisher.commit({0: output})
             assert committed[0] is not None
         finally:
             await publisher.stop()
@@ -203,7 +203,7 @@ def test_a_transaction_that_is_too_large_is_aborted_and_goes_through_once_taken_
 
 
 @pytest.mark.parametrize("role", ["transactions", "labels"])
-def test_what_is_fed_keeps_to_the_limit_and_a_record_over_it_is_named(
+def test_a_feed_keeps_to_the_limit_and_names_a_record_over_it(
     settings: Settings, tmp_path: Path, role: TopicRole
 ) -> None:
     async def run() -> None:
@@ -222,7 +222,7 @@ def test_what_is_fed_keeps_to_the_limit_and_a_record_over_it_is_named(
     asyncio.run(run())
 
 
-def test_a_topic_that_takes_less_than_a_score_may_need_is_refused_at_the_start(
+def test_a_topic_whose_limit_is_below_the_largest_score_stops_the_start(
     settings: Settings,
 ) -> None:
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""The log's reader on a real broker: what was taken back is not there, and an end may move."""
+"""The partition reader on a real broker, with aborted records and a moving end."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def settings_of(kafka: Kafka) -> Settings:
     )
 
 
-def test_a_partition_is_read_in_steps_to_an_end_that_moves(kafka: Kafka) -> None:
-    """Between transaction markers and aborted records no offset is lost or read twice."""
+def test_a_partition_is_read_in_steps_to_a_moving_end(kafka: Kafka) -> None:
+    """Transaction markers and aborted records hide no record, and none is read twice."""
     settings = settings_of(kafka)
     topic = settings.topic("scores")
-    later_ms = time.time_ns() // 1_000_000 + 60_000  # than the markers, which have times, too
+    later_ms = time.time_ns() // 1_000_000 + 60_000  # later than the markers' own times
 
     async def run() -> None:
         await ensure_topics(settings)
@@ -62,8 +62,8 @@ def test_a_partition_is_read_in_steps_to_an_end_that_moves(kafka: Kafka) -> None
     asyncio.run(run())
 
 
-def test_a_broker_that_is_away_is_named() -> None:
-    """Commands that read the log end with one line."""
+def test_a_reader_names_the_broker_that_does_not_answer() -> None:
+    """A command that reads the log ends with this one line."""
     settings = load_settings(kafka_bootstrap_servers="127.0.0.1:1")
 
     async def run() -> None:

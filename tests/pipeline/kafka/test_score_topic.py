@@ -1,4 +1,4 @@
-"""One contract for publisher and score log: on a broker in memory and on a real one."""
+"""One contract of publisher and score log, tested on the memory broker and on a real one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from aiokafka.partitioner import murmur2
 
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
+from pipeline.kafka.polls import Bounds, Record
 from pipeline.kafka.producer import (
     AppendResult,
     KafkaProducer,
     Outgoing,
+    PartOutput,
     Publisher,
     PublishError,
-    Said,
     Transactions,
 )
-from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
+from pipeline.kafka.score_log import KafkaScoreLog, LoggedScore, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
-from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalProducer
+from pipeline.kafka.transactional_producer import PartitionProducer, TransactionalProducer
 from pipeline.local.services import Kafka
-from pipeline.scoring.partitions import ALL_SOURCES, Record
+from pipeline.scoring.partitions import ALL_SOURCES
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (
     MemoryKafka,
@@ -46,11 +47,11 @@ PARTITIONS = 3
 
 
 class Broker(Protocol):
-    """A broker as one test sees it: the clients under test, and a way past them.
+    """A broker with the clients under test, and direct access that bypasses them.
 
     Attributes:
-        settings: name topics of the test's own.
-        publisher, score_log: what is under test.
+        settings: name topics that only this test uses.
+        publisher, score_log: the clients under test.
     """
 
     settings: Settings
@@ -58,29 +59,29 @@ class Broker(Protocol):
     score_log: ScoreLog
 
     async def append(self, partition: int, key: bytes | None, value: bytes | None) -> int:
-        """Write to the scores topic as another worker would; the offset."""
+        """Append to the scores topic as another worker would; return the offset."""
 
     async def transactions(self) -> Transactions:
-        """A worker's way to commit."""
+        """Make the transactions of another worker."""
 
     async def committed(self) -> dict[int, int]:
-        """The group's offsets."""
+        """Return the group's committed offsets."""
 
     async def leave_open(self, partition: int, value: bytes) -> None:
         """Write a score and an alert as a worker that dies before its commit."""
 
     async def records(self, topic: str, partition: int) -> Sequence[Record]:
-        """Everything in a partition that is committed."""
+        """Return all committed records of a partition."""
 
     async def delete_records(self, topic: str, partition: int, before: int) -> None:
-        """What retention does."""
+        """Delete records as retention does."""
 
 
 Opened = Callable[[], AbstractAsyncContextManager[Broker]]
 
 
 class MemoryBroker:
-    """The fakes."""
+    """The broker in memory."""
 
     def __init__(self) -> None:
         self.settings = load_settings(topic_partitions=PARTITIONS)
@@ -106,11 +107,11 @@ class MemoryBroker:
                 raise InterruptedError
 
         transactions = await self.transactions()
-        tenure = await transactions.take(partition)
+        epoch = await transactions.take(partition)
         self._kafka.interrupt = die
-        said = Said([Outgoing(b"A", value)], [Outgoing(b"A", value)], [], 1, tenure)
+        output = PartOutput([Outgoing(b"A", value)], [Outgoing(b"A", value)], [], 1, epoch)
         with pytest.raises(InterruptedError):
-            await transactions.commit({partition: said})
+            await transactions.commit({partition: output})
         self._kafka.interrupt = no_interrupt
 
     async def records(self, topic: str, partition: int) -> Sequence[Record]:
@@ -121,14 +122,14 @@ class MemoryBroker:
 
 
 class RealBroker:
-    """The real clients, on topics of the test's own."""
+    """The real clients, on topics that only this test uses."""
 
     def __init__(self, bootstrap: str) -> None:
         self.settings = load_settings(
             kafka_bootstrap_servers=bootstrap,
             topic_partitions=PARTITIONS,
             topic_prefix=f"{uuid.uuid4().hex[:12]}-",
-            # So that dead-letter values of the largest size are tested.
+            # The tests send dead letters with values of the largest size.
             dead_letter_value_max_bytes=900_000,
             kafka_group_id=f"group-{uuid.uuid4().hex[:12]}",
         )
@@ -156,7 +157,7 @@ class RealBroker:
         return await committed_offsets(self.settings)
 
     async def leave_open(self, partition: int, value: bytes) -> None:
-        publisher = PartitionPublisher(self.settings, partition)
+        publisher = PartitionProducer(self.settings, partition)
         await publisher.start()
         assert publisher._producer is not None
         await publisher._producer.begin_transaction()
@@ -197,7 +198,7 @@ class RealBroker:
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.live)])
 def opened(request: pytest.FixtureRequest) -> Opened:
-    """A broker with empty topics."""
+    """Give an opener of a broker with empty topics."""
     if request.param == "memory":
         return open_memory
     return open_real(request.getfixturevalue("kafka"))
@@ -232,7 +233,7 @@ def run(opened: Opened, test: Callable[[Broker], Awaitable[None]]) -> None:
 def score(
     settings: Settings, partition: int, offset: int, *, padding: int = 0, number: float = 0.5
 ) -> bytes:
-    """A score of the transaction at an offset, so many bytes longer than it need be."""
+    """Make a score of the transaction at an offset, with ``padding`` more bytes."""
     source = f"{settings.topic('transactions')}:{partition}:{offset}"
     return b'{"source":"%b","score":%b,"decision":"review","x":"%b"}' % (
         source.encode(),
@@ -252,14 +253,16 @@ def scores(
 
 async def read(
     broker: Broker, partition: int, start: int, end: int, until_source: int = ALL_SOURCES
-) -> tuple[dict[int, Kept], int]:
+) -> tuple[dict[int, LoggedScore], int]:
     return await broker.score_log.read(partition, start, end, until_source)
 
 
 # publish ---------------------------------------------------------------------------------
 
 
-def test_scores_go_to_their_partition_in_order_and_the_answer_says_where(opened: Opened) -> None:
+def test_scores_go_to_their_partition_in_order_and_their_offsets_are_returned(
+    opened: Opened,
+) -> None:
     async def test(broker: Broker) -> None:
         appended = await broker.publisher.publish(
             {2: scores(broker, 2, [7, 8, 9]), 0: scores(broker, 0, [1, 2])}, [], []
@@ -280,7 +283,7 @@ def test_scores_go_to_their_partition_in_order_and_the_answer_says_where(opened:
     run(opened, test)
 
 
-def test_the_base_offset_tells_that_another_wrote_between(opened: Opened) -> None:
+def test_the_base_offset_shows_that_another_worker_wrote_in_between(opened: Opened) -> None:
     async def test(broker: Broker) -> None:
         await broker.publisher.publish({1: scores(broker, 1, [0, 1])}, [], [])
         assert await broker.append(1, b"A2", b"of a zombie") == 2
@@ -302,8 +305,8 @@ def test_more_than_one_batch_of_scores_stays_in_order_and_together(opened: Opene
         )
 
         assert appended == {0: AppendResult(0, count)}
-        kept, position = await read(broker, 0, 0, count)
-        assert list(kept) == list(range(count))
+        found, position = await read(broker, 0, 0, count)
+        assert list(found) == list(range(count))
         assert position == count
 
     run(opened, test)
@@ -373,19 +376,19 @@ def test_publishing_nothing_is_answered_with_nothing(opened: Opened) -> None:
 # commit ----------------------------------------------------------------------------------
 
 
-def said(
-    broker: Broker, partition: int, offsets: Sequence[int], tenure: int, *, alerts: int = 0
-) -> Said:
-    """Scores of these transactions; the first of them raise alerts, and one was rejected."""
+def output_of(
+    broker: Broker, partition: int, offsets: Sequence[int], epoch: int, *, alerts: int = 0
+) -> PartOutput:
+    """Make the output of transactions; the first ``alerts`` raise alerts, and one is rejected."""
     sent = scores(broker, partition, offsets)
     rejected = [Outgoing(b"A", b"junk", (("reason", b"not_json"),))] if alerts else []
-    return Said(sent, sent[:alerts], rejected, offsets[-1] + 1 if offsets else 7, tenure)
+    return PartOutput(sent, sent[:alerts], rejected, offsets[-1] + 1 if offsets else 7, epoch)
 
 
 async def everything(broker: Broker, role: TopicRole, least: int = 0) -> list[bytes | None]:
-    """Values of all that is committed in a topic, once they are as many.
+    """Wait for at least ``least`` committed records of a topic, and return their values.
 
-    A broker makes what is committed visible a moment after it says that it is committed.
+    A broker shows committed records a moment after it confirms the commit.
     """
     topic = broker.settings.topic(role)
     values: list[bytes | None] = []
@@ -395,124 +398,122 @@ async def everything(broker: Broker, role: TopicRole, least: int = 0) -> list[by
         values[:] = [record.value for records in found for record in records]
         return len(values) >= least
 
-    await until(are_visible, "what is committed to be visible")
+    await until(are_visible, "committed records to be visible")
     return values
 
 
-def test_what_is_said_of_partitions_is_committed_with_their_offsets(opened: Opened) -> None:
-    """The place of what comes next is past the marker: who commits again has no gap to read."""
+def test_output_of_partitions_is_committed_with_their_offsets(opened: Opened) -> None:
+    """The next offset is behind the marker, so the next commit finds no gap."""
 
     async def test(broker: Broker) -> None:
         transactions = await broker.transactions()
-        tenures = [await transactions.take(partition) for partition in range(2)]
+        epochs = [await transactions.take(partition) for partition in range(2)]
         first = await transactions.commit(
-            {p: said(broker, p, range(5), tenures[p], alerts=2) for p in range(2)}
+            {p: output_of(broker, p, range(5), epochs[p], alerts=2) for p in range(2)}
         )
-        second = await transactions.commit({1: said(broker, 1, range(5, 9), tenures[1])})
+        second = await transactions.commit({1: output_of(broker, 1, range(5, 9), epochs[1])})
 
         assert first == {0: AppendResult(0, 6), 1: AppendResult(0, 6)}
         assert second == {1: AppendResult(6, 11)}
         assert await broker.committed() == {0: 5, 1: 9}
         bounds = await broker.score_log.bounds(broker.settings.topic("scores"), 1)
         assert bounds == Bounds(0, 11)
-        kept, position = await read(broker, 1, 0, 11)
-        assert (list(kept), position) == (list(range(9)), 11)
+        found, position = await read(broker, 1, 0, 11)
+        assert (list(found), position) == (list(range(9)), 11)
         assert len(await everything(broker, "alerts", 4)) == 4
         assert await everything(broker, "dead_letter", 2) == [b"junk"] * 2
 
     run(opened, test)
 
 
-def test_an_offset_alone_is_committed_too(opened: Opened) -> None:
-    """Of repeats nothing is said, and the group goes on all the same."""
+def test_an_offset_without_records_is_committed(opened: Opened) -> None:
+    """Duplicates publish nothing, and the group's offset still advances."""
 
     async def test(broker: Broker) -> None:
         transactions = await broker.transactions()
-        tenure = await transactions.take(2)
+        epoch = await transactions.take(2)
 
-        assert await transactions.commit({2: said(broker, 2, [], tenure)}) == {2: None}
+        assert await transactions.commit({2: output_of(broker, 2, [], epoch)}) == {2: None}
         assert await broker.committed() == {2: 7}
 
     run(opened, test)
 
 
-def test_whoever_takes_a_partition_keeps_the_one_before_out(opened: Opened) -> None:
-    """Of the zombie's transaction nothing is there, not the offset either; of its other
-    partitions, which are its own, all is.
-    """
+def test_the_new_owner_of_a_partition_fences_the_old_one(opened: Opened) -> None:
+    """The zombie commits no output and no offset there, but still does in its own partition."""
 
     async def test(broker: Broker) -> None:
         zombie, owner = await broker.transactions(), await broker.transactions()
-        tenures = [await zombie.take(partition) for partition in range(2)]
-        await zombie.commit({0: said(broker, 0, range(3), tenures[0])})
-        tenure = await owner.take(0)
+        epochs = [await zombie.take(partition) for partition in range(2)]
+        await zombie.commit({0: output_of(broker, 0, range(3), epochs[0])})
+        epoch = await owner.take(0)
         before = await broker.committed()
 
-        late = {p: said(broker, p, range(3, 6), tenures[p], alerts=1) for p in range(2)}
+        late = {p: output_of(broker, p, range(3, 6), epochs[p], alerts=1) for p in range(2)}
         committed = await zombie.commit(late)
 
         assert list(committed) == [1]
         assert await broker.committed() == before | {1: 6}
         assert len(await everything(broker, "scores", 6)) == 3 + 3
         assert len(await everything(broker, "alerts", 1)) == 1
-        assert await zombie.commit({0: said(broker, 0, range(3, 6), tenures[0])}) == {}
+        assert await zombie.commit({0: output_of(broker, 0, range(3, 6), epochs[0])}) == {}
 
-        assert list(await owner.commit({0: said(broker, 0, range(3, 5), tenure)})) == [0]
+        assert list(await owner.commit({0: output_of(broker, 0, range(3, 5), epoch)})) == [0]
         assert (await broker.committed())[0] == 5
         bounds = await broker.score_log.bounds(broker.settings.topic("scores"), 0)
-        kept, _ = await read(broker, 0, 0, bounds.end)
-        assert list(kept) == [0, 1, 2, 3, 4]
+        found, _ = await read(broker, 0, 0, bounds.end)
+        assert list(found) == [0, 1, 2, 3, 4]
 
     run(opened, test)
 
 
-def test_a_worker_that_takes_a_partition_anew_commits_nothing_that_it_meant_before(
+def test_a_worker_that_takes_a_partition_again_commits_no_earlier_output(
     opened: Opened,
 ) -> None:
-    """What it computed came from states that it gave up."""
+    """The earlier output came from states that the worker has dropped."""
 
     async def test(broker: Broker) -> None:
         transactions = await broker.transactions()
         before = await transactions.take(0)
-        tenure = await transactions.take(0)
+        epoch = await transactions.take(0)
 
-        assert await transactions.commit({0: said(broker, 0, range(3), before)}) == {}
-        assert list(await transactions.commit({0: said(broker, 0, range(3), tenure)})) == [0]
+        assert await transactions.commit({0: output_of(broker, 0, range(3), before)}) == {}
+        assert list(await transactions.commit({0: output_of(broker, 0, range(3), epoch)})) == [0]
         assert len(await everything(broker, "scores", 3)) == 3
 
     run(opened, test)
 
 
-def test_what_a_dead_worker_left_open_is_taken_back_by_the_next(opened: Opened) -> None:
-    """It keeps its place in the log, and neither recovery nor anybody else reads it."""
+def test_the_next_owner_aborts_the_open_transaction_of_a_dead_worker(opened: Opened) -> None:
+    """Its records keep their offsets, but no reader sees them."""
 
     async def test(broker: Broker) -> None:
         await broker.leave_open(0, score(broker.settings, 0, 0, number=0.9))
         transactions = await broker.transactions()
-        tenure = await transactions.take(0)
+        epoch = await transactions.take(0)
 
         topic = broker.settings.topic("scores")
         bounds = await broker.score_log.bounds(topic, 0)
         assert bounds == Bounds(0, 2)
         assert await asyncio.wait_for(read(broker, 0, 0, 2), 60) == ({}, 2)
-        committed = await transactions.commit({0: said(broker, 0, [0], tenure, alerts=1)})
+        committed = await transactions.commit({0: output_of(broker, 0, [0], epoch, alerts=1)})
         assert committed == {0: AppendResult(2, 4)}
-        kept, position = await read(broker, 0, 0, 4)
-        assert (kept[0].score.score, position) == (0.5, 4)
+        found, position = await read(broker, 0, 0, 4)
+        assert (found[0].score.score, position) == (0.5, 4)
         assert len(await everything(broker, "scores", 1)) == 1
         assert len(await everything(broker, "alerts", 1)) == 1
 
     run(opened, test)
 
 
-def test_what_the_broker_does_not_take_is_not_committed_in_part(kafka: Kafka) -> None:
+def test_refused_output_is_not_committed_in_part(kafka: Kafka) -> None:
     async def test(broker: Broker) -> None:
         transactions = await broker.transactions()
-        tenure = await transactions.take(0)
+        epoch = await transactions.take(0)
         large = Outgoing(b"A1", b"x" * 2_000_000)
         with pytest.raises(PublishError, match="MessageSizeTooLarge"):
             await transactions.commit(
-                {0: said(broker, 0, range(3), tenure)._replace(alerts=[large])}
+                {0: output_of(broker, 0, range(3), epoch)._replace(alerts=[large])}
             )
 
         await transactions.take(0)
@@ -522,10 +523,10 @@ def test_what_the_broker_does_not_take_is_not_committed_in_part(kafka: Kafka) ->
     run(open_real(kafka), test)
 
 
-# the broker's no -------------------------------------------------------------------------
+# refusals --------------------------------------------------------------------------------
 
 
-def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None:
+def test_a_refused_alert_ends_the_publishing(kafka: Kafka) -> None:
     async def test(broker: Broker) -> None:
         with pytest.raises(PublishError, match="MessageSizeTooLarge"):
             await broker.publisher.publish({}, [Outgoing(b"A1", b"x" * 2_000_000)], [])
@@ -534,11 +535,11 @@ def test_what_the_broker_does_not_take_ends_the_publishing(kafka: Kafka) -> None
 
 
 PROBE = b"p" * 5_000
-"""Is refused once a topic takes small records only."""
+"""A value that a topic refuses once its limit is low."""
 
 
 def letter(key: bytes, size: int = 10) -> Outgoing:
-    """A dead letter of a record at offset 7."""
+    """Make a dead letter of a record at offset 7."""
     place = {"topic": b"transactions", "partition": b"0", "offset": b"7"}
     return Outgoing(key, b"x" * size, tuple(place.items()))
 
@@ -548,8 +549,8 @@ async def all_records(broker: Broker, role: TopicRole) -> list[Record]:
     return [r for p in range(PARTITIONS) for r in await broker.records(topic, p)]
 
 
-async def limit_letters(broker: Broker) -> None:
-    """The dead-letter topic takes small records only."""
+async def limit_dead_letters(broker: Broker) -> None:
+    """Let the dead-letter topic accept small records only."""
     admin = AIOKafkaAdminClient(bootstrap_servers=broker.settings.kafka_bootstrap_servers)
     await admin.start()
     try:
@@ -558,12 +559,12 @@ async def limit_letters(broker: Broker) -> None:
         await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, configs)])
     finally:
         await admin.close()
-    # The broker acts on it a moment later, in each partition.
+    # The broker applies the new limit a moment later, in each partition.
     producer = AIOKafkaProducer(bootstrap_servers=broker.settings.kafka_bootstrap_servers)
     await producer.start()
     try:
         for partition in range(PARTITIONS):
-            await until(partial(is_refused, producer, name, partition), "letters to be limited")
+            await until(partial(is_refused, producer, name, partition), "the new limit")
     finally:
         await producer.stop()
 
@@ -580,31 +581,31 @@ async def is_refused(producer: AIOKafkaProducer, topic: str, partition: int) -> 
 def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
     kafka: Kafka, caplog: pytest.LogCaptureFixture, transactional: bool
 ) -> None:
-    """Its neighbours are taken, and so is what comes later: aiokafka's sequence is broken by it."""
+    """Other records are published although a refusal breaks aiokafka's sequence."""
     sent = [letter(b"A"), letter(b"A", 5_000), letter(b"B"), letter(b"A", 5_000)]
     later = [letter(b"A", 20), letter(b"B", 20)]
 
     async def test(broker: Broker) -> None:
         lost: list[int] = []
         if transactional:
-            transactions = TransactionalProducer(broker.settings, on_lost_letters=lost.append)
+            transactions = TransactionalProducer(broker.settings, on_lost_dead_letters=lost.append)
             try:
-                await limit_letters(broker)
-                tenure = await transactions.take(0)
-                said = Said(scores(broker, 0, [0]), [], sent, 1, tenure)
-                assert not await transactions.commit({0: said})  # take it again
-                tenure = await transactions.take(0)
+                await limit_dead_letters(broker)
+                epoch = await transactions.take(0)
+                output = PartOutput(scores(broker, 0, [0]), [], sent, 1, epoch)
+                assert not await transactions.commit({0: output})  # take the partition again
+                epoch = await transactions.take(0)
                 for i, letters in enumerate((sent, later)):
-                    said = Said(scores(broker, 0, [i]), [], letters, i + 1, tenure)
-                    assert await transactions.commit({0: said})
+                    output = PartOutput(scores(broker, 0, [i]), [], letters, i + 1, epoch)
+                    assert await transactions.commit({0: output})
             finally:
                 await transactions.stop()
             assert await broker.committed() == {0: 2}
         else:
-            publisher = KafkaProducer(broker.settings, on_lost_letters=lost.append)
+            publisher = KafkaProducer(broker.settings, on_lost_dead_letters=lost.append)
             await publisher.start()
             try:
-                await limit_letters(broker)
+                await limit_dead_letters(broker)
                 for i, letters in enumerate((sent, later)):
                     await publisher.publish({0: scores(broker, 0, [i])}, [], letters)
             finally:
@@ -616,17 +617,16 @@ def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
             if r.value != PROBE
         ]
         wanted = [(one.key, len(one.value or b"")) for one in (sent[0], sent[2], *later)]
-        assert sorted(set(found)) == sorted(wanted)  # one may be there twice
+        assert sorted(set(found)) == sorted(wanted)  # one may be published twice
         assert sum(lost) == 2
 
     run(open_real(kafka), test)
-    told = [r for r in caplog.records if "refuses a dead letter" in r.message]
-    assert len(told) == 1
-    assert told[0].why == "MessageSizeTooLargeError"  # type: ignore[attr-defined]
-    assert (told[0].partition, told[0].offset) == ("0", "7")  # type: ignore[attr-defined]
+    (line,) = [r for r in caplog.records if "refused a dead letter" in r.message]
+    assert line.why == "MessageSizeTooLargeError"  # type: ignore[attr-defined]
+    assert (line.partition, line.offset) == ("0", "7")  # type: ignore[attr-defined]
 
 
-def test_batches_that_another_wrote_between_are_told_as_unknown_places(kafka: Kafka) -> None:
+def test_interleaved_batches_have_unknown_offsets(kafka: Kafka) -> None:
     padding = 2_000
     count = 6 * PRODUCE_BATCH_BYTES // padding
 
@@ -664,18 +664,18 @@ def test_published_scores_are_read_by_source_with_their_bytes(opened: Opened) ->
         sent = scores(broker, 1, [5, 6, 9])
         await broker.publisher.publish({0: scores(broker, 0, [5]), 1: sent}, [], [])
 
-        kept, position = await read(broker, 1, 0, 3)
+        found, position = await read(broker, 1, 0, 3)
 
-        assert list(kept) == [5, 6, 9]
+        assert list(found) == [5, 6, 9]
         assert position == 3
-        assert [k.value for k in kept.values()] == [out.value for out in sent]
-        assert {k.score.decision for k in kept.values()} == {"review"}
+        assert [k.value for k in found.values()] == [out.value for out in sent]
+        assert {k.score.decision for k in found.values()} == {"review"}
         assert (await read(broker, 1, 1, 3))[0].keys() == {6, 9}
 
     run(opened, test)
 
 
-def test_an_empty_range_is_read_as_nothing_at_once(opened: Opened) -> None:
+def test_reading_an_empty_range_returns_at_once(opened: Opened) -> None:
     async def test(broker: Broker) -> None:
         await broker.publisher.publish({0: scores(broker, 0, [0])}, [], [])
 
@@ -686,22 +686,22 @@ def test_an_empty_range_is_read_as_nothing_at_once(opened: Opened) -> None:
     run(opened, test)
 
 
-def test_nothing_is_read_from_the_end_on(opened: Opened) -> None:
-    """What stands there is the worker's own, published since."""
+def test_scores_behind_the_end_are_not_read(opened: Opened) -> None:
+    """The reader itself has published those scores since."""
 
     async def test(broker: Broker) -> None:
         await broker.publisher.publish({0: scores(broker, 0, range(50))}, [], [])
 
-        kept, position = await read(broker, 0, 10, 20)
+        found, position = await read(broker, 0, 10, 20)
 
-        assert list(kept) == list(range(10, 20))
+        assert list(found) == list(range(10, 20))
         assert position == 20
 
     run(opened, test)
 
 
-def test_reading_stops_once_a_source_is_far_enough_and_goes_on_from_there(opened: Opened) -> None:
-    padding, count = 2_000, 1_500  # several fetches: they are of 1 MiB
+def test_reading_stops_at_a_source_and_continues_from_there(opened: Opened) -> None:
+    padding, count = 2_000, 1_500  # several fetches of 1 MiB
 
     async def test(broker: Broker) -> None:
         await broker.publisher.publish({0: scores(broker, 0, range(count), padding)}, [], [])
@@ -747,7 +747,9 @@ def test_reading_stops_once_a_source_is_far_enough_and_goes_on_from_there(opened
     ],
     ids=["no JSON", "other sources", "other fields"],
 )
-def test_what_no_worker_wrote_is_skipped(opened: Opened, junk: Sequence[bytes | None]) -> None:
+def test_records_that_no_worker_wrote_are_skipped(
+    opened: Opened, junk: Sequence[bytes | None]
+) -> None:
     async def test(broker: Broker) -> None:
         topic = broker.settings.topic("transactions").encode()
         await broker.publisher.publish({0: scores(broker, 0, [0])}, [], [])
@@ -756,24 +758,24 @@ def test_what_no_worker_wrote_is_skipped(opened: Opened, junk: Sequence[bytes | 
         await broker.publisher.publish({0: scores(broker, 0, [2])}, [], [])
         end = len(junk) + 2
 
-        kept, position = await read(broker, 0, 0, end)
+        found, position = await read(broker, 0, 0, end)
 
-        assert list(kept) == [0, 2]
+        assert list(found) == [0, 2]
         assert position == end
         assert await read(broker, 0, 1, end - 1) == ({}, end - 1)
 
     run(opened, test)
 
 
-def test_of_two_scores_of_one_source_the_first_is_the_valid_one(opened: Opened) -> None:
+def test_the_first_of_two_scores_of_a_source_counts(opened: Opened) -> None:
     async def test(broker: Broker) -> None:
         for number in (0.25, 0.75):
             value = score(broker.settings, 0, 3, number=number)
             await broker.publisher.publish({0: [Outgoing(b"A", value)]}, [], [])
 
-        kept, _ = await read(broker, 0, 0, 2)
+        found, _ = await read(broker, 0, 0, 2)
 
-        assert kept[3].score.score == 0.25
+        assert found[3].score.score == 0.25
 
     run(opened, test)
 
@@ -785,8 +787,8 @@ def test_reading_begins_where_retention_left_the_log(opened: Opened) -> None:
         await broker.delete_records(topic, 0, 4)
 
         assert await broker.score_log.bounds(topic, 0) == Bounds(4, 10)
-        kept, position = await read(broker, 0, 0, 10)
-        assert list(kept) == [4, 5, 6, 7, 8, 9]
+        found, position = await read(broker, 0, 0, 10)
+        assert list(found) == [4, 5, 6, 7, 8, 9]
         assert position == 10
 
     run(opened, test)
@@ -801,14 +803,14 @@ def test_several_partitions_can_be_read_at_the_same_time(opened: Opened) -> None
 
         found = await asyncio.gather(*(read(broker, p, 0, 5) for p in range(PARTITIONS)))
 
-        for p, (kept, _) in enumerate(found):
-            assert list(kept) == list(range(p * 10, p * 10 + 5))
+        for p, (logged, _) in enumerate(found):
+            assert list(logged) == list(range(p * 10, p * 10 + 5))
 
     run(opened, test)
 
 
-def test_transaction_markers_of_others_keep_nobody_waiting(kafka: Kafka) -> None:
-    """They take an offset and are no records, also at the very end of the range."""
+def test_transaction_markers_do_not_delay_a_reader(kafka: Kafka) -> None:
+    """A marker takes an offset and is no record, also at the end of the range."""
 
     async def test(broker: Broker) -> None:
         topic = broker.settings.topic("scores")
@@ -822,8 +824,8 @@ def test_transaction_markers_of_others_keep_nobody_waiting(kafka: Kafka) -> None
         bounds = await broker.score_log.bounds(topic, 0)
         assert bounds.end == 4
 
-        kept, position = await asyncio.wait_for(read(broker, 0, 0, bounds.end), 60)
-        assert list(kept) == [0, 1]
+        found, position = await asyncio.wait_for(read(broker, 0, 0, bounds.end), 60)
+        assert list(found) == [0, 1]
         assert position == 4
         assert await asyncio.wait_for(read(broker, 0, 3, bounds.end), 60) == ({}, 4)
 

@@ -1,4 +1,4 @@
-"""Missing topics are created as the settings say; whatever is wrong with them is one line."""
+"""Creation of missing topics, and errors in one line for topics that cannot be used."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_new_scores_get_as_many_partitions_as_the_transactions_have(kafka: Kafka
     assert counts["alerts"] == 2
 
 
-def test_scores_with_another_partition_count_stop_the_start(kafka: Kafka) -> None:
+def test_a_scores_topic_with_another_partition_count_stops_the_start(kafka: Kafka) -> None:
     settings = settings_for(kafka, topic_partitions=4)
 
     async def run() -> None:
@@ -83,13 +83,13 @@ def test_scores_with_another_partition_count_stop_the_start(kafka: Kafka) -> Non
         asyncio.run(run())
 
 
-def test_a_replication_factor_that_the_brokers_cannot_give_is_named(kafka: Kafka) -> None:
+def test_a_replication_factor_above_the_number_of_brokers_is_named(kafka: Kafka) -> None:
     with pytest.raises(StartupError, match="RECUR_KAFKA_REPLICATION_FACTOR") as error:
         asyncio.run(ensure_topics(settings_for(kafka, kafka_replication_factor=3)))
     assert "\n" not in str(error.value)
 
 
-def test_no_broker_is_one_line_after_the_configured_time() -> None:
+def test_a_missing_broker_is_reported_in_one_line_after_the_configured_time() -> None:
     settings = load_settings(kafka_bootstrap_servers="127.0.0.1:9", startup_timeout_seconds=1)
     started = time.monotonic()
 
@@ -105,7 +105,7 @@ def test_no_broker_is_one_line_after_the_configured_time() -> None:
 def test_a_log_that_is_compacted_is_refused_and_named(
     kafka: Kafka, role: TopicRole, policy: str
 ) -> None:
-    """Compaction keeps the last record of a key: all else that states are computed from goes."""
+    """Compaction keeps only the last record of a key, and states need all of them."""
     settings = settings_for(kafka)
     topic = settings.topic(role)
 
@@ -116,12 +116,12 @@ def test_a_log_that_is_compacted_is_refused_and_named(
 
     with pytest.raises(StartupError) as refused:
         asyncio.run(run())
-    said = str(refused.value)
-    assert f"topic {topic} has cleanup.policy" in said
-    assert f"--entity-name {topic} --add-config cleanup.policy=delete" in said
+    message = str(refused.value)
+    assert f"topic {topic} has cleanup.policy" in message
+    assert f"--entity-name {topic} --add-config cleanup.policy=delete" in message
 
 
-def test_what_cannot_be_rebuilt_is_told_where_a_log_is_kept_for_less_than_states_live(
+def test_a_log_whose_retention_is_below_the_states_lifetime_is_warned_of(
     kafka: Kafka, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = settings_for(kafka, state_ttl_days=30.0)
@@ -139,5 +139,5 @@ def test_what_cannot_be_rebuilt_is_told_where_a_log_is_kept_for_less_than_states
 
     asyncio.run(make())
     assert asyncio.run(run(settings)) == [(settings.topic("transactions"), 7.0)]
-    assert "older history is gone" in caplog.text
+    assert "only the history that the topic still has" in caplog.text
     assert asyncio.run(run(settings.model_copy(update={"state_ttl_days": 7.0}))) == []

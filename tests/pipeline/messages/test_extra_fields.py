@@ -1,4 +1,4 @@
-"""Further fields of a transaction: what a checkpoint asks for is decoded, checked and encoded."""
+"""Extra fields of a transaction: decoded, checked, and turned into columns."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from model.features.account import Field, field_column
 from pipeline.errors import RejectedError
-from pipeline.messages.codec import decode
-from pipeline.messages.extra_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, FurtherFields
+from pipeline.messages.extra_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, ExtraFields
+from pipeline.messages.transactions import decode_transaction
 
 FIELDS = (
     Field("category", "categorical", ("food", "5411")),
     Field("card age", "numeric"),
     Field("online", "categorical", ("true",)),
 )
-FURTHER = FurtherFields(FIELDS)
+EXTRA = ExtraFields(FIELDS)
 
 
 def value(**more: Any) -> bytes:
@@ -35,12 +35,12 @@ def value(**more: Any) -> bytes:
 
 
 def columns(*more: dict[str, Any]) -> NDArray[np.float32]:
-    found = FURTHER.columns([decode(b"a1", value(**m), "EUR", FURTHER) for m in more])
+    found = EXTRA.columns([decode_transaction(b"a1", value(**m), "EUR", EXTRA) for m in more])
     assert found.dtype == np.float32
     return found
 
 
-def test_fields_become_columns_whatever_is_missing() -> None:
+def test_fields_become_columns_and_missing_ones_missing_values() -> None:
     found = columns(
         {"category": "food", "card age": 3.5, "online": True},
         {"category": 5411, "card age": 2, "online": False},
@@ -52,20 +52,20 @@ def test_fields_become_columns_whatever_is_missing() -> None:
     assert np.array_equal(found, expected, equal_nan=True)
 
 
-def test_columns_are_those_of_training() -> None:
+def test_columns_equal_those_of_training() -> None:
     rows: list[dict[str, Any]] = [
         {"category": "food", "card age": 1},
         {"category": "x", "card age": None},
         {"category": None, "card age": 2.5},
     ]
-    transactions = [decode(b"a1", value(**row), "EUR", FURTHER) for row in rows]
+    transactions = [decode_transaction(b"a1", value(**row), "EUR", EXTRA) for row in rows]
 
     expected = [
         field_column(FIELDS[0])([row["category"] for row in rows]),
         field_column(FIELDS[1])([row["card age"] for row in rows]),
     ]
 
-    found = FURTHER.columns(transactions)[:, :2].T
+    found = EXTRA.columns(transactions)[:, :2].T
     assert np.array_equal(found, np.array(expected), equal_nan=True)
 
 
@@ -82,35 +82,35 @@ def test_columns_are_those_of_training() -> None:
         {"online": 1.5},
     ],
 )
-def test_a_field_of_the_wrong_type_is_rejected_as_such(more: dict[str, Any]) -> None:
+def test_a_field_of_the_wrong_type_is_rejected(more: dict[str, Any]) -> None:
     with pytest.raises(RejectedError) as caught:
-        decode(b"a1", value(**more), "EUR", FURTHER)
+        decode_transaction(b"a1", value(**more), "EUR", EXTRA)
 
     assert caught.value.reason == "wrong_type"
 
 
-def test_infinity_is_no_number() -> None:
+def test_infinity_is_rejected() -> None:
     text = value(**{"card age": 1.0}).replace(b'"card age": 1.0', b'"card age": 1e999')
 
     with pytest.raises(RejectedError):
-        decode(b"a1", text, "EUR", FURTHER)
+        decode_transaction(b"a1", text, "EUR", EXTRA)
 
 
-def test_what_no_checkpoint_asks_for_is_ignored() -> None:
-    transaction = decode(b"a1", value(**{"card age": "old", "online": []}), "EUR")
+def test_a_field_that_the_checkpoint_does_not_read_is_ignored() -> None:
+    transaction = decode_transaction(b"a1", value(**{"card age": "old", "online": []}), "EUR")
 
     assert transaction.account_id == "a1"
 
 
 def test_required_fields_stay_required() -> None:
     with pytest.raises(RejectedError) as caught:
-        decode(b"a1", b'{"category":"food"}', "EUR", FURTHER)
+        decode_transaction(b"a1", b'{"category":"food"}', "EUR", EXTRA)
 
     assert caught.value.reason == "missing_field"
 
 
 def test_without_fields_there_are_no_columns() -> None:
-    none = FurtherFields(())
+    none = ExtraFields(())
 
-    assert none.columns([decode(b"a1", value(), "EUR", none)]).shape == (1, 0)
-    assert FURTHER.columns([]).shape == (0, 3)
+    assert none.columns([decode_transaction(b"a1", value(), "EUR", none)]).shape == (1, 0)
+    assert EXTRA.columns([]).shape == (0, 3)

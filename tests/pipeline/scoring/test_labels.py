@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from model.features.merchant import BUCKET_MS
 from pipeline.errors import RejectedError, StartupError
-from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
+from pipeline.messages.decoding import REASONS
+from pipeline.messages.labels import Label, decode_label, encode_label
 from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
@@ -494,7 +495,7 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
             worker.run()
 
         if policy == "stop":
-            with pytest.raises(StartupError, match=r"booked labels .* another labels .*--new-log"):
+            with pytest.raises(StartupError, match=r"booked labels .* earlier labels.*--new-log"):
                 go_on(worker)
             assert known(world) == [f"t{i}" for i in range(10)]
             continue

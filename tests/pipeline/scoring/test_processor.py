@@ -21,14 +21,16 @@ from model.features.account import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline.admin.rebuild_states import WatermarksSetBack
 from pipeline.errors import StartupError
+from pipeline.kafka.polls import Chunk, Poll
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
-from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
-from pipeline.messages.decision import Thresholds, thresholds_of
+from pipeline.messages.control import CONTROL_HEADER
+from pipeline.messages.decision import DecisionThresholds, thresholds_of
+from pipeline.messages.scores import Score, decode_alert, decode_score
+from pipeline.messages.transactions import WARM_HEADER
 from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.dead_letter import TELL_EVERY_MS, DeadLetters
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import Watermark
@@ -244,7 +246,7 @@ def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
     finish(worker.run())
     assert not world.alerts()
 
-    worker.processor.use(Thresholds(0.0, 0.001))
+    worker.processor.use(DecisionThresholds(0.0, 0.001))
     world.produce("A")
     finish(worker.run())
 
@@ -266,7 +268,7 @@ def test_a_kept_score_keeps_its_decision_and_its_alert_the_thresholds_that_decid
     assert world.watermark(0) == 0
 
     second = world.worker()
-    second.processor.use(Thresholds(1.0, 1.0))
+    second.processor.use(DecisionThresholds(1.0, 1.0))
     finish(second.run())
 
     for record in world.kafka.records("alerts"):
@@ -812,7 +814,7 @@ def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
 
 def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
     # No alerts and rejections: of what is committed, as here by hand, they were published.
-    never = Thresholds(review=1.0, decline=1.0)
+    never = DecisionThresholds(review=1.0, decline=1.0)
     world = World(small_checkpoint().with_header(thresholds=never), topic_partitions=1)
     for i in range(30):
         world.produce(f"A{i % 6}")

@@ -9,13 +9,13 @@ import logging
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.kafka.score_log import LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.logs import JsonFormatter
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
-from pipeline.storage.state_store import StoreUnavailableError
+from pipeline.storage.client import StoreUnavailableError
 
 FAILURES = 9
 

@@ -15,14 +15,9 @@ from redis.cluster import RedisCluster as ClusterClient
 
 from pipeline.local.services import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
+from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import Keys
-from pipeline.storage.state_store import (
-    Load,
-    RedisStateStore,
-    Save,
-    StateStore,
-    StoreUnavailableError,
-)
+from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from tests.fakes.memory import MemoryStateStore
 
 MODEL = "0f3a5b7c9d1e"
