@@ -29,7 +29,7 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a short log takes several micro-batches, loads and looks ahead."""
     monkeypatch.setattr(recompute_module, "MICRO_BATCH", 7)
     monkeypatch.setattr(scores_module, "LOOKAHEAD", 10)
-    monkeypatch.setattr(scores_module, "READ_MOST", 5)
+    monkeypatch.setattr(scores_module, "READ_MAX", 5)
     monkeypatch.setattr(verify_module, "LOAD_ACCOUNTS", 2)
 
 
@@ -111,7 +111,7 @@ def test_while_states_are_rebuilt_those_past_the_watermark_count_as_absent() -> 
         finish(world.worker().run())
     stale = dict(world.store.states)
     for partition in world.partitions:
-        finish(world.rebuild().take_back(partition))
+        finish(world.rebuild().reset(partition))
     world.produce(world.account_in(0))
     world.produce(world.account_in(1))
     worker = world.worker()
@@ -172,7 +172,7 @@ def test_a_state_whose_hidden_differs_is_found_with_its_account_and_distance() -
 
     (difference,) = found.differences
     assert (difference.partition, difference.account_id) == place
-    assert difference.what == "the hidden differs"
+    assert difference.what == "the hidden state differs"
     assert difference.offset is None
     assert found.largest_hidden == pytest.approx(0.25, abs=0.01)
     assert difference.hidden == pytest.approx(found.largest_hidden)
@@ -592,9 +592,9 @@ def test_the_report_names_what_differs_and_what_cannot_be_verified() -> None:
     found = Verification(records=1_000, scores=990, missing=2, first_missing=(3, 77))
     found.conflicting, found.first_conflicting = 1, (2, 5)
     for i in range(30):
-        found.differs(Difference(f"D{i}", 1, "the hidden differs", None, 0.5, 1e-9))
-    found.differs(Difference("E", 1, "began at another offset", 123, None, None))
-    found.cannot_verify("U", 2, "began before the log does")
+        found.add_difference(Difference(f"D{i}", 1, "the hidden state differs", None, 0.5, 1e-9))
+    found.add_difference(Difference("E", 1, "began at another offset", 123, None, None))
+    found.add_unverifiable("U", 2, "began before the log does")
     found.without_log = None
     found.lost_partitions = [4]
 
@@ -607,8 +607,8 @@ def test_the_report_names_what_differs_and_what_cannot_be_verified() -> None:
         "2 missing (first: partition 3, offset 77)",
         "1 conflicting (first: partition 2, offset 5)",
         "grant +scan",
-        "of partition 4: Redis lost it",
-        "D0 (partition 1): the hidden differs; the state alone: no score tells since when; |Δh|",
+        "partition 4 has published scores: Redis lost its watermark",
+        "D0 (partition 1): the hidden state differs; the state alone: no score shows since when; |Δh|",
         "and 11 more",
         "U (partition 2): began before the log does",
         "NOT what the log says",
