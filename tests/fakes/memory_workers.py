@@ -361,7 +361,7 @@ class World:
         )
 
     def rebuild(self) -> Rebuild:
-        """What takes watermarks back."""
+        """Return the rebuild of states, over this store and log."""
         return Rebuild(
             self.topic,
             self.settings.topic("scores"),

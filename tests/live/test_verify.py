@@ -18,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.records_to_delete import RecordsToDelete
 from rich.console import Console
 
-from pipeline.admin.inspect_state import shown_lines, state_at
+from pipeline.admin.inspect_state import show_lines, state_at
 from pipeline.audit.report import run_verify
 from pipeline.audit.verifier import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
 from pipeline.checkpoint import load_checkpoint
@@ -143,7 +143,7 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
         assert np.abs(difference).max() <= HIDDEN_TOLERANCE
         with pytest.raises(RecurError, match="has no transaction of this account up to then"):
             await state_at(settings, checkpoint, watched, 1_000, NoBar())
-        shown = "\n".join(await shown_lines(settings, watched))
+        shown = "\n".join(await show_lines(settings, watched))
         assert faults.key(partition, watched).decode() in shown
         assert "0 records before the log's end" in shown
 
