@@ -52,7 +52,7 @@ from pipeline.worker import faust_transport as poll_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
 from pipeline.worker.http_server import HttpServer
 from pipeline.worker.preflight import check_services
-from pipeline.worker.shutdown import ShutdownGuard, leave_at_signals
+from pipeline.worker.shutdown import ShutdownGuard, exit_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -618,7 +618,7 @@ def run_worker(settings: Settings) -> int:
     asyncio.set_event_loop(loop)
     partitions = loop.run_until_complete(check_services(settings, checkpoint))
     with tempfile.TemporaryDirectory(prefix="recur-worker-") as directory:
-        leave_at_signals(Path(directory))  # until Faust takes the signals
+        exit_on_signals(Path(directory))  # until Faust takes the signals
         worker = Worker(settings, checkpoint, partitions, Path(directory))
         log.info(
             "worker starts",

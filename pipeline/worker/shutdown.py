@@ -34,7 +34,7 @@ TELL_SECONDS = 1.0
 """So long the last line may take."""
 
 
-def leave_at_signals(directory: Path | None = None) -> None:
+def exit_on_signals(directory: Path | None = None) -> None:
     """Until a worker has begun, SIGTERM and SIGINT end the process at once: it holds nothing.
 
     A process that is the first of its container would ignore them otherwise.

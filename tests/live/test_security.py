@@ -387,7 +387,7 @@ def test_recur_settings_shows_no_secret(site: Site) -> None:
 
 
 def test_an_operator_may_give_the_scores_topic_more_partitions(site: Site) -> None:
-    """What `recur state rekey` does; the last test here, as the others count on two partitions."""
+    """As `recur state repartition` does. The last test here: others count on two partitions."""
     settings = site.settings(
         kafka_sasl_username=OPERATOR, kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR]
     )
