@@ -47,7 +47,7 @@ def recur(config: Path | None) -> None:
 def worker() -> None:
     """Run a worker of the consumer group until SIGTERM or Ctrl-C."""
     exit_on_signals()  # the imports below take a while
-    from pipeline.worker.app import run_worker
+    from pipeline.worker.process import run_worker
 
     sys.exit(run_worker(load_settings()))
 

@@ -229,5 +229,5 @@ def test_a_field_that_every_transaction_has_is_no_further_one(system: PipelineUn
     )
     checkpoint = Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
 
-    with pytest.raises(StartupError, match="merchant_id as if it were a further one"):
+    with pytest.raises(StartupError, match="merchant_id as an extra field"):
         asyncio.run(check_services(system.settings, checkpoint))
