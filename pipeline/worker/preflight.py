@@ -125,8 +125,8 @@ def _redis_hint(address: str, error: str) -> str:
     if "SSL" in error:
         return (
             f"the Redis at {address} and this worker do not agree on TLS ({error}): correct"
-            " RECUR_REDIS_URL (rediss:// uses TLS), or RECUR_REDIS_SSL_CERTFILE if Redis asks for a client's"
-            " certificate"
+            " RECUR_REDIS_URL (rediss:// uses TLS), or RECUR_REDIS_SSL_CERTFILE if Redis asks for a"
+            " client's certificate"
         )
     return f"no Redis answers at {address} ({error}): start one, or set RECUR_REDIS_URL"
 
