@@ -120,7 +120,7 @@ def consumer_in(directory: Path, polls: list[ConsumerMessage]) -> ConsumerUnderT
 
 
 def test_aiokafka_checks_for_work_often_during_a_seek(tmp_path: Path) -> None:
-    """With the longer backoff, a seek to a partition's begin waited until it failed."""
+    """A seek to a partition's begin would wait for the longer backoff until it fails."""
 
     async def run() -> None:
         consumer = consumer_in(tmp_path, [])
