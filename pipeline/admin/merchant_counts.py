@@ -69,9 +69,9 @@ class MerchantCounts:
     def _compact(self) -> None:
         keys = np.concatenate([np.zeros(0, np.int64), *self._keys])
         numbers = np.concatenate([np.zeros(0, np.int64), *self._numbers])
-        distinct, places = np.unique(keys, return_inverse=True)
+        distinct, indices = np.unique(keys, return_inverse=True)
         sums = np.zeros(len(distinct), np.int64)
-        np.add.at(sums, places, numbers)
+        np.add.at(sums, indices, numbers)
         self._keys, self._numbers, self._waiting = [distinct], [sums], 0
 
     def tables(self, merchant_ids: Sequence[str], heads: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -128,14 +128,14 @@ class FirstScores:
             return None
         if self._base is None:
             self._base = max(0, source - LATE_SOURCES_MAX)
-        place = source - self._base
-        if place < 0:
+        index = source - self._base
+        if index < 0:
             return source
-        if place >= len(self._seen):
-            self._seen.extend(bytes(max(place + 1 - len(self._seen), len(self._seen), 4096)))
-        if self._seen[place]:
+        if index >= len(self._seen):
+            self._seen.extend(bytes(max(index + 1 - len(self._seen), len(self._seen), 4096)))
+        if self._seen[index]:
             return None
-        self._seen[place] = 1
+        self._seen[index] = 1
         return source
 
 

@@ -310,9 +310,9 @@ class MerchantRebuild:
     ) -> None:
         more: dict[int, dict[str, int]] = {}
         fewer: dict[str, dict[int, int]] = {}
-        rows, places = np.nonzero(delta)
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            number, bucket = int(delta[row, place]), int(buckets[row, place])
+        rows, columns = np.nonzero(delta)
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            number, bucket = int(delta[row, column]), int(buckets[row, column])
             if number > 0:
                 more.setdefault(bucket, {})[merchants[row]] = number
                 self._found.missing += number
@@ -326,8 +326,8 @@ class MerchantRebuild:
 
 def _buckets(heads: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return int64[n, BUCKETS]: the bucket at each position of profiles with these heads."""
-    places = np.arange(BUCKETS)
-    found: NDArray[np.int64] = heads[:, None] - (heads[:, None] - places) % BUCKETS
+    columns = np.arange(BUCKETS)
+    found: NDArray[np.int64] = heads[:, None] - (heads[:, None] - columns) % BUCKETS
     return found
 
 

@@ -104,9 +104,9 @@ class ScoreReader:
 
     def set_sources(self, begin: int, end: int) -> None:
         """Accept scores of transactions in [begin, end) only: the log holds no others."""
-        said = np.full(end - begin, np.nan, np.float32)
-        said[: len(self._published)] = self._published
-        self._begin, self._published = begin, said
+        published = np.full(end - begin, np.nan, np.float32)
+        published[: len(self._published)] = self._published
+        self._begin, self._published = begin, published
 
     async def first_source(self) -> int | None:
         """Return the smallest source among the topic's first scores; None without scores.
