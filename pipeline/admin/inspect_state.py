@@ -16,6 +16,7 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from pipeline.admin.inspect_account import (
+    StateLocation,
     history_rows,
     load_view,
     locate_state,
@@ -119,18 +120,7 @@ async def state_at(
     """
     location = await locate_state(settings, checkpoint, account_id)
     topic = settings.topic("transactions")
-    mark: Watermark | None = None
-    if location.watermark is not None:
-        mark = read_watermark(topic, location.partition, location.watermark)
-    if mark is None:
-        raise RecurError(
-            f"no worker has applied a record of {topic}-{location.partition} with model "
-            f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_REDIS_KEY_PREFIX and "
-            "RECUR_REDIS_URL are the workers'"
-        )
-    log_id = (await topic_ids(settings)).get(topic, NO_ID)
-    if is_other(mark.log_id, log_id):
-        raise other_log(topic, mark.log_id, log_id)
+    mark = await _current_watermark(settings, checkpoint, location)
     scorer = scorer_of(settings, checkpoint)
     async with RecomputedPartition(
         settings,
@@ -167,6 +157,28 @@ async def state_at(
             bool(log.states.lacks_features[row]),
             requested <= mark.next_offset,
         )
+
+
+async def _current_watermark(
+    settings: Settings, checkpoint: Checkpoint, location: StateLocation
+) -> Watermark:
+    """Return the watermark of the account's partition, which must belong to the current log.
+
+    Raises:
+        RecurError: there is none, or it belongs to another log.
+    """
+    topic = settings.topic("transactions")
+    if location.watermark is None:
+        raise RecurError(
+            f"no worker has applied a record of {topic}-{location.partition} with model "
+            f"{checkpoint.digest}: see that RECUR_CHECKPOINT, RECUR_REDIS_KEY_PREFIX and "
+            "RECUR_REDIS_URL are the workers'"
+        )
+    mark = read_watermark(topic, location.partition, location.watermark)
+    log_id = (await topic_ids(settings)).get(topic, NO_ID)
+    if is_other(mark.log_id, log_id):
+        raise other_log(topic, mark.log_id, log_id)
+    return mark
 
 
 def describe_past(
