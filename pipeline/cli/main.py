@@ -5,6 +5,7 @@ Commands import what they run only when they run: `recur --help` needs neither t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -145,8 +146,6 @@ def account(account_id: str) -> None:
     The output has the probability that the account is compromised now, its counts and amounts,
     and the place and age of the state. The command needs the workers' settings.
     """
-    import asyncio
-
     from pipeline.admin.inspect_account import account_lines
 
     for line in asyncio.run(account_lines(load_settings(), account_id)):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import click
 
 from pipeline.cli.options import dry_run_option
 from pipeline.errors import SettingsError
 from pipeline.settings import load_settings
-
-T = TypeVar("T")
 
 
 @click.group()
@@ -26,7 +25,7 @@ def show(account_id: str) -> None:
     """Print the state of ACCOUNT that is in Redis, and where it lies."""
     from pipeline.admin.inspect_state import show_lines
 
-    _print(_run(show_lines(load_settings(), account_id)))
+    _print(asyncio.run(show_lines(load_settings(), account_id)))
 
 
 @state.command()
@@ -69,7 +68,7 @@ def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> Non
 
     if account_id == "-":
         account_id = sys.stdin.readline().rstrip("\r\n")
-    lines, done = _run(
+    lines, done = asyncio.run(
         forget_lines(
             load_settings(),
             account_id,
@@ -114,10 +113,14 @@ def rebuild(
             "recur state rebuild takes --partition N, --all or --merchants, or --new-log"
         )
     if merchants:
-        _print(_run(rebuild_merchants_lines(load_settings(), dry_run=dry_run, console=_console())))
+        _print(
+            asyncio.run(
+                rebuild_merchants_lines(load_settings(), dry_run=dry_run, console=_console())
+            )
+        )
         return
     _print(
-        _run(
+        asyncio.run(
             rebuild_lines(
                 load_settings(),
                 sorted(set(partitions)) if partitions else None,
@@ -147,7 +150,7 @@ def repartition(dry_run: bool, accept_stranded: bool) -> None:
     from pipeline.admin.repartition import repartition_lines
 
     _print(
-        _run(
+        asyncio.run(
             repartition_lines(
                 load_settings(),
                 dry_run=dry_run,
@@ -167,12 +170,6 @@ def repartition(dry_run: bool, accept_stranded: bool) -> None:
 def renamed_rekey() -> None:
     """Refuse the command's old name, and say the new one."""
     raise SettingsError("there is no command `recur state rekey`: run `recur state repartition`")
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    import asyncio  # takes as long as all the rest of a `--help`
-
-    return asyncio.run(work)
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -95,8 +95,8 @@ class HttpServer:
             self._metrics.ready.set(self._health.ready)
             if not self._health.live:
                 log.critical(
-                    "records wait and nothing moves; ending the process so that its supervisor "
-                    "starts it again",
+                    "records wait, but processing has stopped; the process ends so that its "
+                    "supervisor restarts it",
                     extra={"stalled_seconds": round(self._health.stalled_seconds(), 1)},
                 )
                 self._stopped.wait(GRACE_SECONDS)
