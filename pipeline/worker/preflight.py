@@ -71,15 +71,15 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
         away = await unreachable_nodes(settings)
         if away:
             raise StartupError(
-                f"the Redis Cluster at {address} announces {', '.join(away)}, where nothing"
-                " answers from here: set cluster-announce-ip and cluster-announce-port of its nodes"
+                f"the Redis Cluster at {address} announces {', '.join(away)}, where no"
+                " Redis answers this worker: set cluster-announce-ip and cluster-announce-port of its nodes"
                 " to addresses that workers reach, or start those nodes"
             ) from error
         raise StartupError(_redis_hint(address, str(error))) from error
     for server in servers:
         if server.is_sentinel:
             raise StartupError(
-                f"at {address} a Sentinel answers, which holds no data: set RECUR_REDIS_URL to"
+                f"a Sentinel answers at {address}, and holds no data: set RECUR_REDIS_URL to"
                 " redis+sentinel://host:26379/ and the name of the primary (`redis-cli -p 26379"
                 " sentinel masters` prints it)"
             )
@@ -102,14 +102,14 @@ def _redis_hint(address: str, error: str) -> str:
     """Turn the error of a first call to Redis into the setting to correct."""
     if "unknown command" in error and "SENTINEL" in error.upper().partition("UNKNOWN COMMAND")[2]:
         return (
-            f"at {address} no Sentinel answers, but a Redis: set RECUR_REDIS_URL to redis:// and"
-            " its address, or to the Sentinels' (port 26379 as a rule)"
+            f"a Redis answers at {address}, and no Sentinel: set RECUR_REDIS_URL to redis:// and its"
+            " address, or to the address of the Sentinels (usually port 26379)"
         )
     if "MasterNotFound" in error:
         return (
-            f"the Sentinels at {address} do not answer, or know no primary of that name, or none"
-            f" that is up ({error}): correct RECUR_REDIS_URL, RECUR_REDIS_SENTINEL_PASSWORD where"
-            " they have a password, or see `redis-cli -p 26379 sentinel masters`"
+            f"the Sentinels at {address} do not answer, or know no running primary of that name"
+            f" ({error}): correct RECUR_REDIS_URL, or RECUR_REDIS_SENTINEL_PASSWORD if they have a"
+            " password, or see `redis-cli -p 26379 sentinel masters`"
         )
     if any(sign in error for sign in _LOGIN_SIGNS):
         return (
