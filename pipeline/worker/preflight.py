@@ -72,8 +72,8 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
         if away:
             raise StartupError(
                 f"the Redis Cluster at {address} announces {', '.join(away)}, where no"
-                " Redis answers this worker: set cluster-announce-ip and cluster-announce-port of its nodes"
-                " to addresses that workers reach, or start those nodes"
+                " Redis answers this worker: set cluster-announce-ip and cluster-announce-port of"
+                " its nodes to addresses that workers reach, or start those nodes"
             ) from error
         raise StartupError(_redis_hint(address, str(error))) from error
     for server in servers:
@@ -102,8 +102,8 @@ def _redis_hint(address: str, error: str) -> str:
     """Turn the error of a first call to Redis into the setting to correct."""
     if "unknown command" in error and "SENTINEL" in error.upper().partition("UNKNOWN COMMAND")[2]:
         return (
-            f"a Redis answers at {address}, and no Sentinel: set RECUR_REDIS_URL to redis:// and its"
-            " address, or to the address of the Sentinels (usually port 26379)"
+            f"a Redis answers at {address}, and no Sentinel: set RECUR_REDIS_URL to redis:// and"
+            " its address, or to the address of the Sentinels (usually port 26379)"
         )
     if "MasterNotFound" in error:
         return (
