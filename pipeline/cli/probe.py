@@ -108,7 +108,7 @@ def _write(options: ProbeOptions, result: ProbeResult, console: Console) -> None
                 require_matplotlib()
             except MissingRequirementError:
                 console.print(
-                    "No plot is written, because matplotlib cannot be loaded: "
+                    "The plot is left out, because matplotlib cannot be loaded: "
                     "pip install 'recur\\[evaluate]'",
                     soft_wrap=True,
                 )
