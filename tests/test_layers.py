@@ -48,7 +48,7 @@ ROOMS = {
 MAY_IMPORT = {room: {room, *others.split()} for room, others in ROOMS.items()}
 
 FAUST = {"faust", "mode"}
-IMPORT_FAUST = {"pipeline.worker.app", "pipeline.worker.faust_transport"}
+IMPORT_FAUST = {f"pipeline.worker.{name}" for name in ("app", "faust_transport", "process")}
 REACH_FAUST = IMPORT_FAUST | {"pipeline.cli.main"}
 """Everything else, the demo and its services above all, works without the framework."""
 

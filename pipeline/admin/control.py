@@ -1,4 +1,7 @@
-"""Instructions to the workers: records of the transactions topic that are no transactions."""
+"""Control records: records of the transactions topic that command the workers.
+
+A manual command appends them. Workers apply them in the order of the log.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,26 @@ from pipeline.settings import Settings
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a record lies in the transactions topic, and since when (epoch milliseconds)."""
+class ControlRecord:
+    """A control record in the transactions topic: its offset, and its time in epoch ms."""
 
     partition: int
     offset: int
     timestamp_ms: int
 
 
-async def send_instruction(
-    settings: Settings, instruction: bytes, partitions: list[int], key: bytes | None = None
-) -> list[Place]:
-    """Put an instruction into partitions' logs; returns once all replicas have it.
+async def send_control_records(
+    settings: Settings, control: bytes, partitions: list[int], key: bytes | None = None
+) -> list[ControlRecord]:
+    """Append a control record to partitions; return once all replicas have it.
+
+    Args:
+        control: value of the record's control header.
+        partitions: each gets one record.
+        key: of the records; an account id in UTF-8, or None.
 
     Raises:
-        RecurError: the broker does not take it.
+        RecurError: the broker does not accept a record.
     """
     topic = settings.topic("transactions")
     producer = AIOKafkaProducer(
@@ -35,17 +43,17 @@ async def send_instruction(
     )
     try:
         await producer.start()
-        places = []
+        records = []
         for partition in partitions:
             # A null value would delete the account's records where a topic is compacted by key.
             appended = await producer.send_and_wait(
-                topic, b"", key, partition, headers=[(CONTROL_HEADER, instruction)]
+                topic, b"", key, partition, headers=[(CONTROL_HEADER, control)]
             )
-            places.append(Place(partition, appended.offset, appended.timestamp))
-        return places
+            records.append(ControlRecord(partition, appended.offset, appended.timestamp))
+        return records
     except (KafkaError, OSError) as error:
         raise RecurError(
-            f"the broker at {settings.kafka_bootstrap_servers} does not take an instruction for"
+            f"the broker at {settings.kafka_bootstrap_servers} does not accept a control record for"
             f" {topic} ({type(error).__name__}): see that it is up and that this user"
             " may write to it"
         ) from error

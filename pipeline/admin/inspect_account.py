@@ -1,13 +1,12 @@
-"""What the live state says of one account: `recur account ID`.
+"""One account's live state, as `recur account ID` prints it.
 
-Nothing is written, and the account need not be one that a worker holds: its state lies in Redis,
-in the partition that Kafka's default partitioner gives its id.
+The command only reads. The state lies in Redis, in the partition of the account's id.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -23,23 +22,24 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, RedisStateStore
+from pipeline.tables import pair_lines
 from pipeline.units import DAY_MS, DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 
-VERDICT_METRIC = "verdict_auc"
-"""A checkpoint whose training fitted the verdict says how good it is."""
+ACCOUNT_HEAD_METRIC = "verdict_auc"
+"""Checkpoint metric that only a trained account head has: its area under the ROC curve."""
 
 
 @dataclass(frozen=True)
 class AccountView:
-    """One account's state and what it says.
+    """An account's state, and its risk.
 
     Attributes:
-        partition: where it lies; ``expected_partition`` is where Kafka's partitioner puts it.
+        partition: where the state lies; ``expected_partition`` is the one of Kafka's partitioner.
         state: columns of one row.
-        size_bytes: of the value in Redis.
-        verdict: probability that the account is compromised now; None if the checkpoint's
-            training fitted no verdict.
-        watermark: the partition's, as it stood when the state was loaded.
+        size_bytes: size of the value in Redis.
+        risk: probability that the account is compromised now, from the account head; None if
+            the checkpoint has no trained account head.
+        watermark: the partition's watermark when the state was loaded.
     """
 
     account_id: str
@@ -47,54 +47,54 @@ class AccountView:
     expected_partition: int
     state: AccountStates
     size_bytes: int
-    verdict: float | None
+    risk: float | None
     watermark: bytes | None = None
 
 
-async def look_at(settings: Settings, checkpoint: Checkpoint, account_id: str) -> AccountView:
-    """The account's live state.
+async def load_view(settings: Settings, checkpoint: Checkpoint, account_id: str) -> AccountView:
+    """Load the account's live state.
 
     Raises:
-        RecurError: Kafka or Redis does not answer, or there is no state that can be read.
+        RecurError: Kafka or Redis does not answer, or there is no readable state.
     """
-    place = await find(settings, checkpoint, account_id)
-    if place.value is None:
+    location = await locate_state(settings, checkpoint, account_id)
+    if location.value is None:
         raise RecurError(
             f"no state of this account for model {checkpoint.digest} in Redis, in none of the "
-            f"{place.partitions} partitions of {settings.topic('transactions')}: it made no "
+            f"{location.partitions} partitions of {settings.topic('transactions')}: it made no "
             "transaction since the workers began with this model, or none for "
             f"{settings.state_ttl_days:g} days and longer. See that "
             "RECUR_CHECKPOINT, RECUR_REDIS_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
         )
     architecture = checkpoint.network.architecture
     codec = StateCodec(architecture.layers, architecture.hidden_size)
-    state, loaded, _ = codec.decode([place.value])
+    state, loaded, _ = codec.decode([location.value])
     if not loaded.all():
         raise RecurError(
-            f"the account's state ({len(place.value)} bytes) is of another format or damaged: "
-            "workers take it for absent and start the account anew at its next transaction"
+            f"the account's state ({len(location.value)} bytes) is of another format or damaged: "
+            "workers take it for absent and start the account from no state at its next transaction"
         )
     return AccountView(
         account_id,
-        place.partition,
-        place.expected_partition,
+        location.partition,
+        location.expected_partition,
         state,
-        len(place.value),
-        _verdict(checkpoint, state),
-        place.watermark,
+        len(location.value),
+        _risk(checkpoint, state),
+        location.watermark,
     )
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an account's state lies, or would.
+class StateLocation:
+    """The partition of an account's state.
 
     Attributes:
-        partition: where it is; the expected one where it is nowhere.
-        expected_partition: where Kafka's partitioner puts the account.
-        partitions: how many there are.
-        value: in Redis.
-        watermark: of the partition.
+        partition: where the state lies; the expected one if there is no state.
+        expected_partition: the one of Kafka's partitioner.
+        partitions: partition count.
+        value: the state in Redis, or None.
+        watermark: the partition's watermark.
     """
 
     partition: int
@@ -104,38 +104,39 @@ class Place:
     watermark: bytes | None
 
 
-async def find(settings: Settings, checkpoint: Checkpoint, account_id: str) -> Place:
+async def locate_state(
+    settings: Settings, checkpoint: Checkpoint, account_id: str
+) -> StateLocation:
     """Look for the account in every partition: producers may use another partitioner.
 
     Raises:
         RecurError: Kafka or Redis does not answer, or there is no such topic.
     """
     topic = settings.topic("transactions")
-    partitions = await partition_count(settings, topic)
-    if partitions is None:
+    count = await partition_count(settings, topic)
+    if count is None:
         raise RecurError(
             f"there is no topic {topic} at {settings.kafka_bootstrap_servers}, and so no state:"
             " correct RECUR_TRANSACTIONS_TOPIC or RECUR_TOPIC_PREFIX"
         )
-    places = list(range(partitions))
-    expected = key_partition(account_id.encode(), partitions)
+    expected = key_partition(account_id.encode(), count)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     try:
-        replies = await store.load([Load(p, [account_id]) for p in places])
+        replies = await store.load([Load(partition, [account_id]) for partition in range(count)])
     except StoreUnavailableError as error:
         raise RecurError(
             f"Redis does not answer ({error}): start it, or set RECUR_REDIS_URL"
         ) from error
     finally:
         await store.close()
-    found = [p for p in (expected, *places) if replies[p].states[0] is not None]
+    found = [p for p in (expected, *range(count)) if replies[p].states[0] is not None]
     partition = next(iter(found), expected)
     reply = replies[partition]
-    return Place(partition, expected, partitions, reply.states[0], reply.watermark)
+    return StateLocation(partition, expected, count, reply.states[0], reply.watermark)
 
 
-def _verdict(checkpoint: Checkpoint, state: AccountStates) -> float | None:
-    if VERDICT_METRIC not in checkpoint.header.metrics:
+def _risk(checkpoint: Checkpoint, state: AccountStates) -> float | None:
+    if ACCOUNT_HEAD_METRIC not in checkpoint.header.metrics:
         return None
     with torch.inference_mode():
         logit = checkpoint.network.verdict_logit(torch.from_numpy(state.hidden).float())
@@ -143,84 +144,81 @@ def _verdict(checkpoint: Checkpoint, state: AccountStates) -> float | None:
 
 
 def describe(view: AccountView, checkpoint: Checkpoint, ttl_days: float) -> Iterator[str]:
-    """Lines for a person to read."""
+    """Yield lines for a person to read."""
     state = view.state
     rows = [
-        ("compromised now?", _verdict_text(view, checkpoint)),
+        ("compromised now?", _risk_text(view, checkpoint)),
         *history_rows(state, checkpoint.header.currency),
-        ("partition", f"{view.partition}{note_on_partition(view)}"),
+        ("partition", f"{view.partition}{partition_note(view)}"),
         ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
     ]
-    if silent_ms(state) > ttl_days * DAY_MS:
-        rows.append(("", f"silent for over {ttl_days:g} days: its next payment starts it anew"))
+    if silence_ms(state) > ttl_days * DAY_MS:
+        rows.append(
+            ("", f"silent for over {ttl_days:g} days: its next payment starts it from no state")
+        )
     yield f"account {view.account_id}"
-    yield from table(rows)
+    yield from pair_lines(rows)
 
 
 def history_rows(
     state: AccountStates, currency: str, now_ms: int | None = None
 ) -> list[tuple[str, str]]:
-    """What a state of one row tells of its account.
+    """Return the rows that describe a state of one row.
 
     Args:
-        now_ms: from when the last transaction is looked back at, epoch milliseconds; None: now.
+        now_ms: time to which the age of the last transaction counts, epoch ms; None: now.
     """
     history = state.history
     counts = history.decayed_count[0]
     means = history.decayed_amount[0] / counts
     windows = " / ".join(f"{days} d" for days in WINDOW_DAYS)
-    silent = _ago(silent_ms(state, now_ms))
+    silence = _duration(silence_ms(state, now_ms))
     before = "ago" if now_ms is None else "before"
     return [
         ("transactions seen", f"{int(history.count[0]):,}"),
         ("last transaction", f"{utc(int(history.last_event_ms[0]))} (event time)"),
-        ("received", f"{silent} {before}, {_place(int(state.last_offset[0]))}"),
-        ("first one in this state", _place(int(state.first_offset[0]))),
+        ("received", f"{silence} {before}, {_offset_text(int(state.last_offset[0]))}"),
+        ("first one in this state", _offset_text(int(state.first_offset[0]))),
         (f"payments in {windows}", " / ".join(f"{value:.1f}" for value in counts)),
         (f"mean amount in {windows}", " / ".join(f"{m:,.2f}" for m in means) + f" {currency}"),
         ("usual amount", f"{float(history.usual_amount[0]):,.2f} {currency}"),
     ]
 
 
-def _place(offset: int) -> str:
-    """Where a transaction of a state lies."""
-    return f"offset {offset}" if offset >= 0 else "in another partition, before `recur state rekey`"
+def _offset_text(offset: int) -> str:
+    """Name the position of a transaction that a state refers to."""
+    if offset >= 0:
+        return f"offset {offset}"
+    return "in another partition, before `recur state repartition`"
 
 
-def silent_ms(state: AccountStates, now_ms: int | None = None) -> int:
-    """Since the last record of a state of one row, milliseconds."""
+def silence_ms(state: AccountStates, now_ms: int | None = None) -> int:
+    """Return the time since the last record of a state of one row, milliseconds."""
     now_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
     return max(0, now_ms - int(state.last_record_ms[0]))
 
 
-def table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Lines of names and texts, the texts under one another."""
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        yield f"  {name:{width}}  {text}"
+def _risk_text(view: AccountView, checkpoint: Checkpoint) -> str:
+    if view.risk is None:
+        return "unknown: this checkpoint has no trained account head"
+    answer = "yes" if view.risk >= 0.5 else "no"
+    auc = checkpoint.header.metrics[ACCOUNT_HEAD_METRIC]
+    return f"{answer}, with probability {view.risk:.3f} (AUC {auc:.3f} on days held out)"
 
 
-def _verdict_text(view: AccountView, checkpoint: Checkpoint) -> str:
-    if view.verdict is None:
-        return "no verdict in this checkpoint"
-    answer = "yes" if view.verdict >= 0.5 else "no"
-    auc = checkpoint.header.metrics[VERDICT_METRIC]
-    return f"{answer}, with probability {view.verdict:.3f} (AUC {auc:.3f} on days held out)"
-
-
-def note_on_partition(view: AccountView) -> str:
-    """That the partition is another than Kafka's partitioner gives."""
+def partition_note(view: AccountView) -> str:
+    """Name the expected partition if the state lies in another one; else return nothing."""
     if view.partition == view.expected_partition:
         return ""
     return f" (Kafka's default partitioner gives {view.expected_partition})"
 
 
 def utc(timestamp_ms: int) -> str:
-    """A time for a person."""
+    """Format a time for a person."""
     return f"{datetime.fromtimestamp(timestamp_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _ago(milliseconds: int) -> str:
+def _duration(milliseconds: int) -> str:
     seconds = milliseconds / 1000
     for unit, size in (("days", DAY_SECONDS), ("hours", HOUR_SECONDS), ("minutes", MINUTE_SECONDS)):
         if seconds >= 2 * size:
@@ -229,11 +227,11 @@ def _ago(milliseconds: int) -> str:
 
 
 async def account_lines(settings: Settings, account_id: str) -> list[str]:
-    """What `recur account ID` prints.
+    """Return the output of `recur account ID`.
 
     Raises:
         RecurError: there is nothing to print; the message says why.
     """
     checkpoint = load_checkpoint(settings)
-    view = await look_at(settings, checkpoint, account_id)
+    view = await load_view(settings, checkpoint, account_id)
     return list(describe(view, checkpoint, settings.state_ttl_days))

@@ -1,8 +1,9 @@
-"""What merchants' profiles must be, computed from the scores and labels topics.
+"""Correct merchant profiles, computed from the scores and labels topics.
 
-A transaction is counted in its merchant's profile when its score is published for the first time;
-so the scores tell what is counted. A label is booked in the order of its partition, but for one
-that is older than another of its transaction; a fraud weighs what the label tells, or the score.
+A worker counts a transaction in its merchant's profile with the transaction's first score. So the
+scores topic holds everything that is counted. Workers record labels in the order of their
+partition, and skip a label that is older than another one of its transaction. The weight of a
+fraud comes from the label, else from the score.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from pipeline.storage.merchant_profile import Fraud, Profile
 from pipeline.storage.merchant_store import Booking
 from pipeline.storage.transaction_note import TransactionNote
 
-SOURCES_BEFORE = 100_000
-"""A score that is published late may be of a transaction so much before the topic's first."""
+LATE_SOURCES_MAX = 100_000
+"""Bound of how far a late score's transaction may precede that of the topic's first score."""
 
-_COMPACT = 2_000_000
+COMPACT_LENGTH = 2_000_000
+"""Counted transactions between two compactions of the arrays."""
+
 _BUCKET_BITS = 32
 _BUCKET = (1 << _BUCKET_BITS) - 1
 
 
 class MerchantCounts:
-    """How many transactions each merchant had in each time bucket.
+    """Number of transactions of each merchant in each time bucket.
 
     Memory: 16 bytes for each merchant and bucket, and one byte for each transaction.
 
     Attributes:
-        row_of: of each merchant id.
+        row_of: row number of each merchant id.
     """
 
     def __init__(self) -> None:
@@ -43,17 +46,17 @@ class MerchantCounts:
         self._waiting = 0
 
     def add(self, merchant_ids: Sequence[str], timestamps_ms: Sequence[int]) -> None:
-        """Count transactions, each once."""
+        """Count each of these transactions once."""
         rows = [self.row_of.setdefault(m, len(self.row_of)) for m in merchant_ids]
         buckets = np.array(timestamps_ms, np.int64) // BUCKET_MS
         self._keys.append((np.array(rows, np.int64) << _BUCKET_BITS) | buckets)
         self._numbers.append(np.ones(len(rows), np.int64))
         self._waiting += len(rows)
-        if self._waiting > _COMPACT:
+        if self._waiting > COMPACT_LENGTH:
             self._compact()
 
-    def absorb(self, other: MerchantCounts) -> None:
-        """Count what another has counted."""
+    def merge(self, other: MerchantCounts) -> None:
+        """Add the counts of another instance."""
         other._compact()
         rows = [self.row_of.setdefault(m, len(self.row_of)) for m in other.row_of]
         keys = other._keys[0]
@@ -65,16 +68,16 @@ class MerchantCounts:
     def _compact(self) -> None:
         keys = np.concatenate([np.zeros(0, np.int64), *self._keys])
         numbers = np.concatenate([np.zeros(0, np.int64), *self._numbers])
-        distinct, places = np.unique(keys, return_inverse=True)
+        distinct, indices = np.unique(keys, return_inverse=True)
         sums = np.zeros(len(distinct), np.int64)
-        np.add.at(sums, places, numbers)
+        np.add.at(sums, indices, numbers)
         self._keys, self._numbers, self._waiting = [distinct], [sums], 0
 
     def tables(self, merchant_ids: Sequence[str], heads: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64[n, BUCKETS]: counts of merchants in the buckets up to each one's head.
+        """Return int64[n, BUCKETS]: counts of merchants in the buckets up to each one's head.
 
         Args:
-            heads: int64[n]; bucket j stands at j % BUCKETS, as in a profile.
+            heads: int64[n]; bucket j has the position j % BUCKETS, as in a profile.
         """
         self._compact()
         keys, numbers = self._keys[0], self._numbers[0]
@@ -87,12 +90,12 @@ class MerchantCounts:
                 keys, [row << _BUCKET_BITS, (row + 1) << _BUCKET_BITS]
             ).tolist()
             buckets = keys[start:stop] & _BUCKET
-            kept = (buckets <= heads[i]) & (buckets > heads[i] - BUCKETS)
-            found[i, buckets[kept] % BUCKETS] = numbers[start:stop][kept]
+            retained = (buckets <= heads[i]) & (buckets > heads[i] - BUCKETS)
+            found[i, buckets[retained] % BUCKETS] = numbers[start:stop][retained]
         return np.minimum(found, COUNT_MAX)
 
     def newest(self, merchant_ids: Sequence[str]) -> NDArray[np.int64]:
-        """int64[n]: each merchant's newest bucket; -1 where it has none."""
+        """Return int64[n]: each merchant's newest bucket; -1 for a merchant without one."""
         self._compact()
         keys = self._keys[0]
         found = np.full(len(merchant_ids), -1, np.int64)
@@ -106,10 +109,10 @@ class MerchantCounts:
 
 
 class FirstScores:
-    """Which of a partition's scores is the first one of its transaction.
+    """Filter that lets through the first score of each transaction of a partition.
 
     Args:
-        prefix: what sources begin with: ``topic:partition:``.
+        prefix: begin of each source: ``topic:partition:``.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -118,26 +121,26 @@ class FirstScores:
         self._seen = bytearray()
 
     def source(self, score: CountedScore) -> int | None:
-        """The transaction's offset; None for a further score, and for what is none."""
+        """Return the transaction's offset; None for a further score or another partition's."""
         source = source_offset(score.source, self._prefix)
         if source is None:
             return None
         if self._base is None:
-            self._base = max(0, source - SOURCES_BEFORE)
-        place = source - self._base
-        if place < 0:
+            self._base = max(0, source - LATE_SOURCES_MAX)
+        index = source - self._base
+        if index < 0:
             return source
-        if place >= len(self._seen):
-            self._seen.extend(bytes(max(place + 1 - len(self._seen), len(self._seen), 4096)))
-        if self._seen[place]:
+        if index >= len(self._seen):
+            self._seen.extend(bytes(max(index + 1 - len(self._seen), len(self._seen), 4096)))
+        if self._seen[index]:
             return None
-        self._seen[place] = 1
+        self._seen[index] = 1
         return source
 
 
 @dataclass(frozen=True)
 class LoggedLabel:
-    """A label as the labels topic has it."""
+    """A label in the labels topic."""
 
     partition: int
     booking: Booking
@@ -145,27 +148,27 @@ class LoggedLabel:
 
 @dataclass(frozen=True)
 class MerchantWeights:
-    """How far transactions explain a fraud, by their scores.
+    """Merchant weights from the scores topic.
 
     Attributes:
-        of_transaction: stored weights under the full one, by hash of the transaction id.
-        from_bucket: scores of transactions before it may be deleted.
+        of_transaction: stored weights below the full one, by hash of the transaction id.
+        from_bucket: first bucket of which the topic holds all scores.
     """
 
     of_transaction: Mapping[int, int]
     from_bucket: int = 0
 
-    def weight(self, entry: Fraud, standing: Mapping[int, int]) -> int:
-        """The weight of a fraud whose labels tell none.
+    def weight(self, entry: Fraud, stored: Mapping[int, int]) -> int:
+        """Return the weight of a fraud whose labels have no weight.
 
         Args:
-            standing: weights in the profile, by hash: what counts where the log says nothing.
+            stored: weights in the profile, by hash; they count where the score is deleted.
         """
         found = self.of_transaction.get(entry.id_hash)
         if found is not None:
             return found
         if entry.bucket < self.from_bucket:
-            return standing.get(entry.id_hash, WEIGHT_MAX)
+            return stored.get(entry.id_hash, WEIGHT_MAX)
         return WEIGHT_MAX
 
 
@@ -173,20 +176,20 @@ def frauds_of(
     labels: Iterable[LoggedLabel],
     booked_to: Sequence[int],
     weights: MerchantWeights,
-    standing: Sequence[Fraud] = (),
-    kept: Sequence[Fraud] = (),
+    stored: Sequence[Fraud] = (),
+    retained: Sequence[Fraud] = (),
 ) -> list[Fraud]:
-    """A merchant's known frauds after its labels are booked.
+    """Return a merchant's known frauds after its labels are recorded.
 
     Args:
-        labels: the merchant's, in the order of their partition.
-        booked_to: by partition, the offset up to which labels are booked.
-        standing: those in its profile.
-        kept: frauds whose labels the log has no more.
+        labels: the merchant's labels, in the order of their partition.
+        booked_to: by partition, the offset up to which workers have recorded labels.
+        stored: frauds in its profile.
+        retained: frauds whose labels the log no longer holds.
     """
-    profile = Profile(frauds=list(kept))
+    profile = Profile(frauds=list(retained))
     notes: dict[int, TransactionNote] = {}
-    weight_of = {fraud.id_hash: fraud.weight for fraud in standing}
+    weight_of = {fraud.id_hash: fraud.weight for fraud in stored}
     for label in labels:
         booking, entry = label.booking, label.booking.entry
         if booking.offset >= booked_to[label.partition]:
@@ -202,18 +205,19 @@ def frauds_of(
 
 
 def correction(
-    standing: NDArray[np.int64],
+    stored: NDArray[np.int64],
     least: NDArray[np.int64],
     due: NDArray[np.int64],
     most: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """What is to be added to counts; 0 where they may be right.
+    """Return the numbers to add to counts; 0 where a count may be right.
 
     Args:
-        standing: counts in profiles.
-        least, most: transactions that must be in them, and all that may be: those between were
-            applied while the profiles were read.
-        due: those that were most likely applied when they were read.
+        stored: counts in profiles.
+        least: transactions that must be counted.
+        due: transactions that were most likely counted when the profiles were read.
+        most: all transactions that may be counted. Workers applied those between ``least`` and
+            ``most`` while the profiles were read.
     """
     least, due, most = (np.minimum(counts, COUNT_MAX) for counts in (least, due, most))
-    return np.where((standing < least) | (standing > most), due - standing, 0)
+    return np.where((stored < least) | (stored > most), due - stored, 0)

@@ -1,13 +1,13 @@
-"""``recur state rebuild --merchants``: profiles are corrected to what the log says.
+"""Manual command: correct merchant profiles (`recur state rebuild --merchants`).
 
-Workers may run. Scores are counted up to an offset, profiles are read a little later, and then
-the scores that came meanwhile: a count that lies between the two is right. Others are corrected
-by their difference, so that nothing that workers add at the same time is lost; what came in the
-moment of reading may be missed or doubled in them, and is put right in the next round. Known
-frauds are booked again from the labels topic, each slot up to where its labels are booked, with
-the merchant weights that labels or scores tell.
+Workers may run. The command counts the scores up to an offset, reads the profiles a little later,
+and then counts the scores that came meanwhile. A stored count between the two is right. It
+corrects other counts by their difference, so additions of workers are not lost. Transactions that
+come during a read may be missed or doubled; the next round corrects them.
 
-What retention has deleted cannot be counted again, and is left as it stands.
+It also records known frauds again from the labels topic, in each slot up to the labels watermark.
+Their merchant weights come from the labels, else from the scores. Counts whose scores retention
+has deleted stay as they are.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ from pipeline.storage.merchant_profile import (
 )
 from pipeline.storage.merchant_repair import MerchantRepair
 
-READ_MOST = 8_192
+READ_MAX = 8_192
 
 MERCHANTS_PER_CALL = 2_000
 
 SETTLE_SECONDS = 2.0
-"""A score that is published is counted by then: its save comes next."""
+"""Time after which the transaction of a published score is counted: its save comes next."""
 
 ROUNDS = 3
-"""Profiles whose counts were corrected are looked at again, at most so often."""
+"""Most passes over the profiles whose counts had to be corrected."""
 
 ATTEMPTS = 50
-"""Times that a slot is corrected in which workers book labels meanwhile."""
+"""Most attempts at a slot in which workers record labels at the same time."""
 
 
 @dataclass
 class ProfileCorrections:
-    """What was found, and corrected.
+    """Outcome of a rebuild of profiles.
 
     Attributes:
-        merchants: that are in the log.
-        counts: profiles whose counts were not those of the log.
-        missing, too_many: transactions that they lacked, and had twice.
-        frauds: profiles whose known frauds were not those of the log.
-        from_bucket: the first bucket whose transactions the log still has; 0: all of them.
-        labels_deleted: retention has deleted labels.
+        merchants: number of merchants in the log.
+        counts: number of profiles whose counts differed from the log.
+        missing, too_many: transactions that these profiles lacked, or counted twice.
+        frauds: number of profiles whose known frauds differed from the log.
+        from_bucket: first bucket of which the log holds all transactions; 0: it holds all.
+        labels_deleted: whether retention has deleted labels.
     """
 
     merchants: int = 0
@@ -90,11 +90,11 @@ class MerchantRebuild:
     """Corrects the profiles of all merchants in the log.
 
     Args:
-        settings: the workers'.
-        partitions, labels_partitions: of the scores and the labels topic.
-        repair: where profiles are.
+        settings: the workers' settings.
+        partitions, labels_partitions: partition counts of the scores and the labels topic.
+        repair: reads and corrects profiles.
         bar: shows progress.
-        dry_run: only look.
+        dry_run: report differences, and change nothing.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class MerchantRebuild:
         self._firsts = [
             FirstScores(source_prefix(topic, partition)) for partition in range(partitions)
         ]
-        self._labels_to = [0] * labels_partitions
+        self._labels_end = [0] * labels_partitions
         self._labels: dict[int, dict[str, list[LoggedLabel]]] = {}  # by slot and merchant
         self._known_from = -1
         self._weights: dict[int, int] = {}
@@ -125,7 +125,7 @@ class MerchantRebuild:
         self._readers: dict[tuple[TopicRole, int], KafkaPartitionReader] = {}
 
     async def run(self) -> ProfileCorrections:
-        """Look at everything, and correct it.
+        """Compare all profiles with the log, and correct them.
 
         Raises:
             PartitionReaderError, LogUnavailableError: Kafka does not answer.
@@ -154,12 +154,12 @@ class MerchantRebuild:
     # the log -----------------------------------------------------------------------------
 
     async def _read_log(self) -> None:
-        """Take in labels, and then scores: that of a labelled transaction came before its label."""
+        """Read labels first: the score of a labelled transaction precedes its label."""
         await self._read_labels()
         await self._read_scores(self._counts)
 
     async def _read_scores(self, into: MerchantCounts) -> None:
-        """Count the scores up to where the topic ends now."""
+        """Count the scores up to the current end of the topic."""
         for partition, end in (await self._ends("scores", len(self._firsts))).items():
             await self._read_partition(partition, end, into)
 
@@ -185,9 +185,9 @@ class MerchantRebuild:
             into.add(merchants, times)
 
     async def _read_labels(self) -> None:
-        """Take in the labels up to where the topic ends now."""
+        """Read the labels up to the current end of the topic."""
         limit_ms = int(self._settings.max_timestamp_ahead_seconds * 1000)
-        for partition, end in (await self._ends("labels", len(self._labels_to))).items():
+        for partition, end in (await self._ends("labels", len(self._labels_end))).items():
             is_first = True
             async for records, begin in self._read("labels", partition, end):
                 for record in records:
@@ -203,18 +203,16 @@ class MerchantRebuild:
                         self._known_from = max(self._known_from, booking.entry.known)
                         self._found.labels_deleted = True
                     is_first = False
-            self._labels_to[partition] = end
+            self._labels_end[partition] = end
 
     async def _ends(self, role: TopicRole, partitions: int) -> dict[int, int]:
-        # A reader's own connection may be waiting for records when it is asked.
+        # A reader's own connection may be waiting for records at this moment.
         return await self._logs.ends(self._settings.topic(role), list(range(partitions)))
 
     async def _read(
         self, role: TopicRole, partition: int, end: int
     ) -> AsyncIterator[tuple[list[Record], int]]:
-        """Records up to an offset; with the one where they begin if it is the first time that the
-        partition is read, else 0.
-        """
+        """Yield records up to an offset, and the partition's begin (0 after the first call)."""
         first_begin = 0
         reader = self._readers.get((role, partition))
         if reader is None:
@@ -224,7 +222,7 @@ class MerchantRebuild:
             first_begin = (await reader.bounds()).begin
             reader.skip_to(first_begin)
         start = reader.position
-        while records := await reader.read(end, READ_MOST):
+        while records := await reader.read(end, READ_MAX):
             yield records, first_begin
             done = reader.position - start
             self._bar.show(f"reading {role}", done, done / max(1, end - start))
@@ -243,31 +241,33 @@ class MerchantRebuild:
                     break
             else:
                 raise RecurError(
-                    f"labels are booked faster than known frauds can be corrected ({ATTEMPTS}"
-                    " times in a slot): run the command again when fewer labels come"
+                    f"workers recorded labels during each of {ATTEMPTS} corrections of a slot:"
+                    " run the command again when fewer labels come"
                 )
             self._bar.show("known frauds", number + 1, (number + 1) / len(by_slot))
 
     async def _correct_slot(self, slot: int, merchants: Sequence[str]) -> int | None:
-        """How many profiles were corrected; None where a worker has booked meanwhile."""
-        booked = await self._repair.booked_to(slot)
-        if any(to > read for to, read in zip(booked, self._labels_to, strict=True)):
+        """Return the number of corrected profiles; None if a worker has recorded meanwhile."""
+        recorded = await self._repair.booked_to(slot)
+        if any(to > read for to, read in zip(recorded, self._labels_end, strict=True)):
             await self._read_log()
         labels = self._labels.get(slot, {})
         values = await self._repair.profiles.load(merchants)
         weights = MerchantWeights(self._weights, self._found.from_bucket)
         frauds: dict[str, Sequence[Fraud]] = {}
         for merchant, value in zip(merchants, values, strict=True):
-            standing = Profile.from_bytes(value).frauds if value and is_sound(value) else []
+            stored = Profile.from_bytes(value).frauds if value and is_sound(value) else []
             logged = labels.get(merchant, [])
             touched = {label.booking.entry.id_hash for label in logged}
-            kept = [f for f in standing if f.known <= self._known_from and f.id_hash not in touched]
-            due = frauds_of(logged, booked, weights, standing, kept)
-            if due != standing or (value is not None and not is_sound(value)):
+            retained = [
+                f for f in stored if f.known <= self._known_from and f.id_hash not in touched
+            ]
+            due = frauds_of(logged, recorded, weights, stored, retained)
+            if due != stored or (value is not None and not is_sound(value)):
                 frauds[merchant] = due
         if self._dry_run or not frauds:
             return len(frauds)
-        done = await self._repair.replace_frauds(slot, booked, frauds)
+        done = await self._repair.replace_frauds(slot, recorded, frauds)
         return len(frauds) if done else None
 
     # counts ------------------------------------------------------------------------------
@@ -280,16 +280,16 @@ class MerchantRebuild:
         return values
 
     async def _correct_counts(self, merchants: Sequence[str]) -> list[str]:
-        """Correct what differs; the merchants whose profiles did."""
+        """Correct the counts that differ; return the merchants of these profiles."""
         settling, reading = MerchantCounts(), MerchantCounts()
         await asyncio.sleep(SETTLE_SECONDS)
         await self._read_scores(settling)
-        standing = await self._profiles(merchants)
+        stored = await self._profiles(merchants)
         await self._read_scores(reading)
         differing: list[str] = []
         for start in range(0, len(merchants), MERCHANTS_PER_CALL):
             part = merchants[start : start + MERCHANTS_PER_CALL]
-            profiles, _ = decode_profiles(standing[start : start + MERCHANTS_PER_CALL])
+            profiles, _ = decode_profiles(stored[start : start + MERCHANTS_PER_CALL])
             newest = np.maximum(self._counts.newest(part), settling.newest(part))
             heads = np.maximum(profiles.head, newest)
             buckets = _buckets(heads)
@@ -303,8 +303,8 @@ class MerchantRebuild:
             await self._apply(part, buckets, delta)
             done = start + len(part)
             self._bar.show("counts", done, done / len(merchants))
-        self._counts.absorb(settling)
-        self._counts.absorb(reading)
+        self._counts.merge(settling)
+        self._counts.merge(reading)
         return differing
 
     async def _apply(
@@ -312,9 +312,9 @@ class MerchantRebuild:
     ) -> None:
         more: dict[int, dict[str, int]] = {}
         fewer: dict[str, dict[int, int]] = {}
-        rows, places = np.nonzero(delta)
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            number, bucket = int(delta[row, place]), int(buckets[row, place])
+        rows, columns = np.nonzero(delta)
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            number, bucket = int(delta[row, column]), int(buckets[row, column])
             if number > 0:
                 more.setdefault(bucket, {})[merchants[row]] = number
                 self._found.missing += number
@@ -327,19 +327,19 @@ class MerchantRebuild:
 
 
 def _buckets(heads: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64[n, BUCKETS]: which bucket stands at each place of profiles with these heads."""
-    places = np.arange(BUCKETS)
-    found: NDArray[np.int64] = heads[:, None] - (heads[:, None] - places) % BUCKETS
+    """Return int64[n, BUCKETS]: the bucket at each position of profiles with these heads."""
+    columns = np.arange(BUCKETS)
+    found: NDArray[np.int64] = heads[:, None] - (heads[:, None] - columns) % BUCKETS
     return found
 
 
 async def rebuild_merchants_lines(
     settings: Settings, *, dry_run: bool, console: Console
 ) -> list[str]:
-    """What `recur state rebuild --merchants` prints, when it is done.
+    """Run `recur state rebuild --merchants`; return its output.
 
     Raises:
-        RecurError: it cannot be done; the message says why.
+        RecurError: the profiles cannot be corrected; the message says why.
     """
     counts = await ensure_topics(settings)
     try:
@@ -351,12 +351,12 @@ async def rebuild_merchants_lines(
                 found = await rebuild.run()
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise RecurError(
-            f"the profiles are not all corrected ({error}): run the command again"
+            f"not all profiles are corrected ({error}): run the command again"
         ) from error
-    return list(_describe(found, dry_run))
+    return list(_lines(found, dry_run))
 
 
-def _describe(found: ProfileCorrections, dry_run: bool) -> Iterator[str]:
+def _lines(found: ProfileCorrections, dry_run: bool) -> Iterator[str]:
     verb = "would be corrected" if dry_run else "corrected"
     yield f"{found.merchants:,} merchants in the log"
     yield (
@@ -366,8 +366,8 @@ def _describe(found: ProfileCorrections, dry_run: bool) -> Iterator[str]:
     yield f"  known frauds of {found.frauds:,} profiles {verb}"
     if found.from_bucket:
         day = np.datetime64(found.from_bucket * BUCKET_MS, "ms").astype("datetime64[m]")
-        yield f"  scores before {day} UTC are deleted: counts from before stay as they are"
+        yield f"  scores before {day} UTC are deleted: earlier counts stay as they are"
     if found.labels_deleted:
-        yield "  labels are deleted by retention: what they told stays as it is"
+        yield "  retention has deleted labels: frauds known from them stay as they are"
     if not dry_run and (found.counts or found.frauds):
-        yield "  workers see it from the next time bucket on, within three hours"
+        yield "  workers use the profiles from the next time bucket on, within three hours"

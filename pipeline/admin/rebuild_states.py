@@ -1,10 +1,12 @@
-"""``recur state rebuild``: partitions' states are computed again from the log, by the workers.
+"""Manual command: have the workers recompute states from the log (`recur state rebuild`).
 
-A partition's watermark is set back to where its log begins, by the same guarded save that workers
-use. From then on it is the case that they know: the watermark is not the expected one. Whoever
-works on the partition writes nothing more of what it had computed, reads the log from its begin,
-and keeps the scores that were published. The states that stand lie past the watermark, and so
-count as absent until they are computed again; that they are deleted as well only makes room.
+The command resets a partition's watermark to the begin of its log, with the conditional write
+that workers use. The worker of the partition then finds an unexpected watermark, as after a loss
+of data. It drops what it had computed, reads the log from its begin, and keeps the published
+scores. Existing states lie past the new watermark, so they count as absent until they are
+recomputed. The command deletes them only to free memory.
+
+What happens by itself after a loss is in `pipeline/scoring`; nothing there calls this module.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from pipeline.admin.control import send_instruction
-from pipeline.admin.wait import until_applied
+from pipeline.admin.control import send_control_records
+from pipeline.admin.wait import wait_until_applied
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
 from pipeline.kafka.committed_offsets import committed_offsets
@@ -35,17 +37,17 @@ from pipeline.topic_id import NO_ID, is_other, log_of
 from pipeline.units import DAY_SECONDS
 
 WAIT_SECONDS = float(DAY_SECONDS)
-"""A rebuild is waited for as long as a person does."""
+"""Longest wait for a rebuild: a day, as a person ends the wait with Ctrl-C."""
 
 
 @dataclass(frozen=True)
-class WatermarksSetBack:
-    """A partition whose states are to be computed again.
+class PartitionRebuild:
+    """The rebuild of one partition's states.
 
     Attributes:
-        begin: the first offset that its log still has: states are computed from there.
-        end: up to where they stood, or up to the log's end where that is before.
-        is_new_log: the log is another one than that of the states, and all of them go.
+        begin: first offset of its log, where the recomputation begins.
+        end: the watermark before, or the end of the log if that is smaller.
+        is_new_log: whether the topic was recreated, so that no state belongs to its log.
     """
 
     partition: int
@@ -55,13 +57,14 @@ class WatermarksSetBack:
 
 
 class Rebuild:
-    """Sets watermarks back.
+    """Resets watermarks to the begin of the log.
 
     Args:
         topic, scores_topic: full names.
-        partitions: partition count of both.
-        store, logs: where watermarks are, and where logs begin and end.
-        committed: the group's offsets; a log that was cut off has those of its lost end, too.
+        partitions: partition count of both topics.
+        store: holds the watermarks.
+        logs: tells offsets and ids of the topics.
+        committed: the group's offsets; a log that lost its end has those of the end, too.
     """
 
     def __init__(
@@ -80,39 +83,41 @@ class Rebuild:
         self._logs = logs
         self._committed = committed
 
-    async def look(self, partition: int) -> WatermarksSetBack | None:
-        """What would be computed again; None for a partition without a watermark.
+    async def plan(self, partition: int) -> PartitionRebuild | None:
+        """Return what a reset would do; None for a partition without a watermark.
 
         Raises:
-            StoreUnavailableError, LogUnavailableError: nothing can be said; ask again.
+            StoreUnavailableError, LogUnavailableError: no answer; call it again.
             StartupError: this version cannot read the watermark.
         """
-        found = await self._plan(partition)
+        found = await self._plan_watermark(partition)
         return None if found is None else found[0]
 
-    async def take_back(self, partition: int) -> WatermarksSetBack | None:
-        """Set a partition's watermark back to the begin of its log.
+    async def reset(self, partition: int) -> PartitionRebuild | None:
+        """Reset a partition's watermark to the begin of its log.
 
-        Without a watermark there is nothing to do: a worker begins at the log's begin by itself.
+        A partition without a watermark needs no reset: a worker begins at the log's begin anyway.
 
         Raises:
-            StoreUnavailableError, LogUnavailableError: nothing can be said; ask again.
+            StoreUnavailableError, LogUnavailableError: no answer; call it again.
             StartupError: this version cannot read the watermark.
         """
-        while (found := await self._plan(partition)) is not None:
-            plan, standing, watermark = found
+        while (found := await self._plan_watermark(partition)) is not None:
+            plan, current, watermark = found
             if plan.is_new_log:
                 mark = watermark.to_bytes()
-                if await begin_log(self._store, partition, standing, mark):
+                if await begin_log(self._store, partition, current, mark):
                     return plan
                 continue
-            save = Save(partition, standing, watermark.to_bytes(), [], [])
+            save = Save(partition, current, watermark.to_bytes(), [], [])
             if (await self._store.save([save]))[0]:
                 return plan
-            # A worker has saved in between: from where it is now.
+            # A worker has saved in between: plan again from its watermark.
         return None
 
-    async def _plan(self, partition: int) -> tuple[WatermarksSetBack, bytes, Watermark] | None:
+    async def _plan_watermark(
+        self, partition: int
+    ) -> tuple[PartitionRebuild, bytes, Watermark] | None:
         log_id = await self._logs.topic_id(self._topic) or NO_ID
         scores_log_id = await self._logs.topic_id(self._scores_topic) or NO_ID
         bounds = await self._logs.bounds(self._topic, partition)
@@ -120,19 +125,19 @@ class Rebuild:
         (loaded,) = await self._store.load([Load(partition, [])])
         if loaded.watermark is None:
             return None
-        standing = read_watermark(self._topic, partition, loaded.watermark)
+        current = read_watermark(self._topic, partition, loaded.watermark)
         bounds_end = max(bounds.end, (await self._logs.bounds(self._topic, partition)).end)
-        # A log that ends before the watermark is another one, whatever its id, or lost its end;
-        # scores before now are not of what comes in it.
-        is_new_log = is_other(standing.log_id, log_id) or standing.next_offset > bounds_end
-        is_same_topic = not is_other(standing.scores_log_id, scores_log_id)
-        scores_begin = standing.scores_begin if is_same_topic else 0
+        # A log that ends before the watermark is another one or lost its end, whatever its id.
+        # Existing scores then belong to none of its future records.
+        is_new_log = is_other(current.log_id, log_id) or current.next_offset > bounds_end
+        is_same_topic = not is_other(current.scores_log_id, scores_log_id)
+        scores_begin = current.scores_begin if is_same_topic else 0
         if is_new_log:
             scores_begin = scores.end
-        end = max(bounds.begin, min(standing.next_offset, bounds_end))
-        stale_to = standing.stale_to
+        end = max(bounds.begin, min(current.next_offset, bounds_end))
+        stale_to = current.stale_to
         if is_new_log:
-            stale_to = max(stale_to, standing.next_offset, self._stale(partition, log_id))
+            stale_to = max(stale_to, current.next_offset, self._stale(partition, log_id))
         mark = Watermark(
             self._partitions,
             bounds.begin,
@@ -143,7 +148,7 @@ class Rebuild:
             scores_begin,
             stale_to,
         )
-        plan = WatermarksSetBack(
+        plan = PartitionRebuild(
             partition, bounds.begin, bounds_end if is_new_log else end, is_new_log
         )
         return plan, loaded.watermark, mark
@@ -167,14 +172,14 @@ async def rebuild_lines(
     console: Console,
     new_log: bool = False,
 ) -> list[str]:
-    """What `recur state rebuild` prints, when it is done.
+    """Run `recur state rebuild`; return its output.
 
     Args:
-        partitions: those to rebuild; None for all.
-        new_log: only those whose topic was deleted and made again, labels among them.
+        partitions: numbers of the partitions; None for all.
+        new_log: rebuild only what belongs to a deleted and recreated topic, labels included.
 
     Raises:
-        RecurError: it cannot be done; the message says why.
+        RecurError: the states cannot be rebuilt; the message says why.
     """
     model = load_checkpoint(settings).digest
     topic = settings.topic("transactions")
@@ -190,46 +195,49 @@ async def rebuild_lines(
         committed = await committed_offsets(settings)
         rebuild = Rebuild(topic, settings.topic("scores"), count, store, logs, committed)
         await _check_counts(store, topic, count, partitions)
-        wanted = list(range(count)) if partitions is None else list(partitions)
+        chosen = list(range(count)) if partitions is None else list(partitions)
         labels: list[int] = []
         if new_log:
-            plans = [await rebuild.look(p) for p in wanted]
-            wanted = [plan.partition for plan in plans if plan is not None and plan.is_new_log]
-            labels = await begin_labels(settings, logs, counts["labels"], dry_run=dry_run)
-        act = rebuild.look if dry_run else rebuild.take_back
-        before = await _states(settings, model, wanted, False) if new_log else {}
-        taken = [item for p in wanted if (item := await act(p)) is not None]
-        stood = await _states(settings, model, [item.partition for item in taken], not dry_run)
-        stood |= before
+            plans = [await rebuild.plan(p) for p in chosen]
+            chosen = [plan.partition for plan in plans if plan is not None and plan.is_new_log]
+            labels = await restart_labels(settings, logs, counts["labels"], dry_run=dry_run)
+        act = rebuild.plan if dry_run else rebuild.reset
+        before = await _count_states(settings, model, chosen, False) if new_log else {}
+        resets = [item for p in chosen if (item := await act(p)) is not None]
+        state_counts = await _count_states(
+            settings, model, [item.partition for item in resets], not dry_run
+        )
+        state_counts |= before
         workers = await group_members(settings)
-        if not dry_run:  # a worker looks at a partition when a record of it comes
-            await send_instruction(settings, LOOK, wanted)
+        if not dry_run:  # a worker reads a watermark only when the partition has a record
+            await send_control_records(settings, LOOK, chosen)
         done = False
         if workers and wait and not dry_run:
-            targets = {item.partition: item.end for item in taken}
-            done = await until_applied(store, targets, "rebuilding", WAIT_SECONDS, console)
+            targets = {item.partition: item.end for item in resets}
+            done = await wait_until_applied(store, targets, "rebuilding", WAIT_SECONDS, console)
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise RecurError(
-            f"the rebuild was cut off ({error}): start it again; what is begun goes on by itself"
+            f"the rebuild was interrupted ({error}): run the command again; workers go on with the"
+            " partitions that are reset"
         ) from error
     finally:
         await logs.stop()
         await store.close()
     if new_log:
-        return list(_describe_new_log(settings, taken, stood, labels, dry_run, bool(workers)))
-    return list(_describe(topic, taken, stood, dry_run, workers, done))
+        return list(_new_log_lines(settings, resets, state_counts, labels, dry_run, bool(workers)))
+    return list(_lines(topic, resets, state_counts, dry_run, workers, done))
 
 
-async def begin_labels(
+async def restart_labels(
     settings: Settings, logs: KafkaScoreLog, partitions: int, *, dry_run: bool
 ) -> list[int]:
-    """Have the labels topic booked from its begin where it is another than the one booked.
+    """Reset the labels' watermarks of partitions whose topic was deleted and recreated.
 
     Returns:
-        the partitions of which that is so.
+        numbers of these partitions.
 
     Raises:
-        StoreUnavailableError, LogUnavailableError: ask again.
+        StoreUnavailableError, LogUnavailableError: no answer; call it again.
     """
     topic = settings.topic("labels")
     log_id = await logs.topic_id(topic) or NO_ID
@@ -252,21 +260,25 @@ async def begin_labels(
 async def _check_counts(
     store: RedisStateStore, topic: str, count: int, partitions: Sequence[int] | None
 ) -> None:
-    """After a change of the partition count one partition alone cannot be rebuilt."""
+    """Refuse to rebuild single partitions after a change of the partition count.
+
+    Raises:
+        RecurError: the states are of another partition count.
+    """
     for partition, value in (await store.watermarks(count)).items():
         mark = read_watermark(topic, partition, value)
         if mark.partitions != count and partitions is not None:
             raise RecurError(
                 f"the states in Redis were written when {topic} had {mark.partitions} partitions,"
-                f" and it has {count}: run `recur state rekey`, which moves them, or `recur state"
-                " rebuild --all`, with which accounts that lie elsewhere now begin anew"
+                f" and it has {count}: run `recur state repartition`, which moves them, or `recur"
+                " state rebuild --all`, after which accounts that changed partition have no state"
             )
 
 
-async def _states(
+async def _count_states(
     settings: Settings, model: str, partitions: Sequence[int], sweep: bool
 ) -> dict[int, int]:
-    """How many states there are, or were deleted, by partition."""
+    """Count the states of each partition; delete them if ``sweep`` is set."""
     found = dict.fromkeys(partitions, 0)
     if not found:
         return found
@@ -279,57 +291,56 @@ async def _states(
     return found
 
 
-def _describe_new_log(
+def _new_log_lines(
     settings: Settings,
-    taken: Sequence[WatermarksSetBack],
-    stood: dict[int, int],
+    resets: Sequence[PartitionRebuild],
+    state_counts: dict[int, int],
     labels: Sequence[int],
     dry_run: bool,
     workers: bool,
 ) -> Iterator[str]:
     topic = settings.topic("transactions")
-    for item in taken:
-        yield (
-            f"{topic}-{item.partition}: {stood[item.partition]:,} states of the log before"
-            f" {'would go' if dry_run else 'are gone'}, {item.end - item.begin:,} records from"
-            f" offset {item.begin} on"
-        )
+    for item in resets:
+        states = f"{state_counts[item.partition]:,} states of the old log"
+        verb = "would be deleted" if dry_run else "are deleted"
+        records = f"{item.end - item.begin:,} records from offset {item.begin} on"
+        yield f"{topic}-{item.partition}: {states} {verb}, {records}"
     for partition in labels:
-        yield f"{settings.topic('labels')}-{partition}: labels are booked from the log's begin"
-    if not taken and not labels:
-        yield f"{topic}: the states are of the log that is there; nothing to begin"
+        yield f"{settings.topic('labels')}-{partition}: labels are recorded from the log's begin"
+    if not resets and not labels:
+        yield f"{topic}: the states belong to the current log; nothing to do"
     elif dry_run:
-        yield "would be begun; nothing is done"
+        yield "dry run: nothing is done"
     elif workers:
-        yield "the workers compute the states from the new log now"
+        yield "the workers now compute the states from the new log"
     else:
         yield "no worker runs: the states are computed from the new log when one starts"
 
 
-def _describe(
+def _lines(
     topic: str,
-    taken: Sequence[WatermarksSetBack],
-    stood: dict[int, int],
+    resets: Sequence[PartitionRebuild],
+    state_counts: dict[int, int],
     dry_run: bool,
     workers: int,
     done: bool,
 ) -> Iterator[str]:
-    for item in taken:
+    for item in resets:
         records = f"{item.end - item.begin:,} records from offset {item.begin} on"
-        states = f"{stood[item.partition]:,} states"
+        states = f"{state_counts[item.partition]:,} states"
         yield f"{topic}-{item.partition}: {records}, {states}"
         if item.begin > 0 and not item.is_new_log:
             yield (
-                "  retention has deleted what is before: accounts whose history began there keep"
-                " only what the log still has; one that is not in the log keeps its state"
+                "  retention has deleted earlier records: a rebuilt state covers only what the log"
+                " still has; an account that is not in the log keeps its state"
             )
-    if not taken:
-        yield f"{topic}: no partition has states of this model; workers begin at its begin anyway"
+    if not resets:
+        yield f"{topic}: no partition has states of this model; workers start at its begin anyway"
     elif dry_run:
         yield "would be computed again; nothing is done"
     elif done:
-        yield "computed again; scores that were published stay as they are"
+        yield "computed again; published scores are unchanged"
     elif workers:
-        yield "the workers compute them again now; recur_consumer_lag_records says how far they are"
+        yield "the workers compute them again now; recur_consumer_lag_records shows what is left"
     else:
         yield "no worker runs: the states are computed again when one starts"

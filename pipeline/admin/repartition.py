@@ -1,13 +1,13 @@
-"""``recur state rekey``: states move to the partitions that their accounts' records now go to.
+"""Manual command: move states after the topic got more partitions (`recur state repartition`).
 
-When the transactions topic gets more partitions, most accounts' records go to another one from
-then on. Records that are written stay where they are, and so a moved account's history lies in
-two logs. Its state goes on in the new one: it says that it began in another partition (first and
-last offset -1), so that no offset of the old log is taken for one of the new.
+With more partitions, Kafka's partitioner sends most accounts' records to another partition.
+Existing records stay, so the history of a moved account lies in two logs. Its state moves to the
+new partition. First and last offset become -1, so that no offset of the old log is mistaken for
+one of the new log.
 
-Each account has to be in one place, so no worker may run meanwhile, and the records of accounts
-that move must be applied in their old partitions. The watermarks are written last: until then
-workers refuse to start, and the command may be run again.
+An account must have one state only. So no worker may run, and all records of accounts that move
+must be applied in their old partitions. If the command is interrupted, run it again. It writes
+the watermarks last, so no worker starts before every state has moved.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
 from pipeline.topic_id import NO_ID, is_other, other_log
 
-READ_MOST = 8_192
+READ_MAX = 8_192
 
 ELSEWHERE = -1
-"""The offset of a transaction that lies in another partition's log."""
+"""Stands for the offset of a transaction in another partition's log."""
 
 
 @dataclass(frozen=True)
 class RepartitionResult:
-    """What was done, or would be.
+    """Outcome of a repartitioning, or of its dry run.
 
     Attributes:
         before, after: partition counts.
-        stays, moves: states.
-        unreadable: states of another format, or damaged; they stay and expire.
-        stranded: records of accounts that move which are not applied in their old partition.
-        scores_partitions: of the scores topic, before.
+        stays, moves: numbers of states.
+        unreadable: number of states of another format, or damaged; they stay and expire.
+        stranded: number of records in old partitions, not applied, of accounts that move.
+        scores_partitions: partition count of the scores topic before.
     """
 
     before: int
@@ -70,8 +70,8 @@ class Repartition:
     """Moves one model's states.
 
     Args:
-        settings: the workers'.
-        console: where progress is shown.
+        settings: the workers' settings.
+        console: shows progress.
     """
 
     def __init__(self, settings: Settings, console: Console) -> None:
@@ -86,21 +86,21 @@ class Repartition:
         self._store = RedisStateStore.from_settings(settings, self._model)
 
     async def run(self, *, dry_run: bool, accept_stranded: bool) -> RepartitionResult | None:
-        """Move the states, and write the watermarks; None where there is nothing to do.
+        """Move the states, and write the watermarks; return None if nothing has to move.
 
         Args:
-            dry_run: only say what would be done.
+            dry_run: report what would happen, and change nothing.
             accept_stranded: go on although records of accounts that move are not applied.
 
         Raises:
-            RecurError: it must not be done now, or Kafka or Redis does not answer.
+            RecurError: the states must not move now, or Kafka or Redis does not answer.
         """
         try:
             return await self._run(dry_run, accept_stranded)
         except (StoreUnavailableError, LogUnavailableError) as error:
             raise RecurError(
-                f"the states are not all moved ({error}): run the command again; until it is"
-                " through no worker starts"
+                f"not all states have moved ({error}): run the command again; no worker starts"
+                " until it has finished"
             ) from error
         finally:
             await self._store.close()
@@ -133,15 +133,15 @@ class Repartition:
                 " of them, and run the command again"
             )
         with bar_for(self._console) as bar:
-            stranded = await self._stranded(marks, before, after, bar)
+            stranded = await self._count_stranded(marks, before, after, bar)
             if stranded and not (dry_run or accept_stranded):
                 raise RecurError(
                     f"{stranded} records of accounts that move are not applied in their old"
-                    " partitions, and come there when the accounts are elsewhere. Give"
+                    " partitions, and the accounts' states will not be there. Add"
                     " --accept-stranded: each is scored as if its account were new. Or set"
-                    " RECUR_REDIS_KEY_PREFIX to a new prefix, and all accounts begin anew"
+                    " RECUR_REDIS_KEY_PREFIX to a new prefix: all accounts then start with no state"
                 )
-            found = await self._look(before, after, bar)
+            found = await self._count_states(before, after, bar)
             result = RepartitionResult(before, after, *found, stranded, scores)
             if dry_run:
                 return result
@@ -155,8 +155,8 @@ class Repartition:
         if len(counts) > 1 or max(counts) > after:
             raise RecurError(
                 f"the watermarks in Redis are of {sorted(counts)} partitions, and {self._topic}"
-                f" has {after}: partitions were taken away, or added twice between two runs."
-                " Set RECUR_REDIS_KEY_PREFIX to a new prefix, and all accounts begin anew"
+                f" has {after}: partitions were removed, or added twice between two runs."
+                " Set RECUR_REDIS_KEY_PREFIX to a new prefix: all accounts then start with no state"
             )
         if scores > after:
             raise RecurError(
@@ -164,10 +164,10 @@ class Repartition:
                 f" {after}: add partitions to {self._topic} first"
             )
 
-    async def _stranded(
+    async def _count_stranded(
         self, marks: Mapping[int, Watermark], before: int, after: int, bar: Bar
     ) -> int:
-        """Records past the watermarks whose accounts' records go elsewhere now."""
+        """Count records past the watermarks whose accounts now have another partition."""
         stranded = 0
         for partition in range(before):
             start = marks[partition].next_offset if partition in marks else 0
@@ -175,21 +175,21 @@ class Repartition:
                 self._settings, self._topic, partition, start
             ) as reader:
                 end = (await reader.bounds()).end
-                while records := await reader.read(end, READ_MOST):
+                while records := await reader.read(end, READ_MAX):
                     stranded += sum(
                         partition_of(record.key, after) != partition
                         for record in records
                         if record.key is not None
                     )
                     left = end - reader.position
-                    bar.show("reading what waits", reader.position, 1 - left / max(1, end))
+                    bar.show("reading records not applied", reader.position, 1 - left / max(1, end))
         return stranded
 
-    async def _look(self, before: int, after: int, bar: Bar) -> tuple[int, int, int]:
-        """How many states stay, move and cannot be read.
+    async def _count_states(self, before: int, after: int, bar: Bar) -> tuple[int, int, int]:
+        """Count the states that stay, that move and that cannot be read.
 
         Raises:
-            RecurError: states lie where Kafka's default partitioner does not put them.
+            RecurError: the producers do not use Kafka's default partitioner.
         """
         stays = moves = unreadable = seen = 0
         async with StateScan(self._settings) as scan:
@@ -201,7 +201,8 @@ class Repartition:
                             f"{self._topic}-{partition} has states of accounts that Kafka's default"
                             f" partitioner puts elsewhere, with {before} partitions as with"
                             f" {after}: the producers use another one, which this command does not"
-                            " know. Set RECUR_REDIS_KEY_PREFIX to a new prefix, and all begin anew"
+                            " know. Set RECUR_REDIS_KEY_PREFIX to a new prefix: all accounts then"
+                            " start with no state"
                         )
                 moving = [
                     account
@@ -209,43 +210,43 @@ class Repartition:
                     if partition_of(key, after) != partition
                 ]
                 stays += len(accounts) - len(moving)
-                sound = await self._sound(partition, moving)
+                sound = await self._count_readable(partition, moving)
                 moves += sound
                 unreadable += len(moving) - sound
                 seen += len(accounts)
-                bar.show("looking at states", seen, 0.0)
+                bar.show("checking states", seen, 0.0)
         return stays, moves, unreadable
 
-    async def _sound(self, partition: int, accounts: list[str]) -> int:
+    async def _count_readable(self, partition: int, accounts: list[str]) -> int:
         (reply,) = await self._store.load([Load(partition, accounts)])
         return int(self._codec.decode(reply.states)[1].sum())
 
     async def _move(self, after: int, states: int, bar: Bar) -> None:
-        """Move states, a few at a time: each is written where it goes, and then deleted."""
+        """Move states in groups: write them to the new partition, then delete the old ones."""
         seen = 0
         async with StateScan(self._settings) as scan:
             async for partition, accounts in scan.accounts(self._model):
-                by_place: dict[int, list[str]] = {}
+                by_partition: dict[int, list[str]] = {}
                 for account in accounts:
-                    place = partition_of(account.encode(), after)
-                    if place != partition:
-                        by_place.setdefault(place, []).append(account)
-                for place, moving in by_place.items():
-                    await self._move_some(scan, partition, place, moving)
+                    target = partition_of(account.encode(), after)
+                    if target != partition:
+                        by_partition.setdefault(target, []).append(account)
+                for target, moving in by_partition.items():
+                    await self._move_accounts(scan, partition, target, moving)
                 seen += len(accounts)
                 bar.show("moving states", seen, min(1.0, seen / max(1, states)))
 
-    async def _move_some(
+    async def _move_accounts(
         self, scan: StateScan, source: int, target: int, accounts: list[str]
     ) -> None:
-        (here,) = await self._store.load([Load(source, accounts)])
-        (there,) = await self._store.load([Load(target, accounts)])
-        states, loaded, _ = self._codec.decode(here.states)
-        standing, stands, _ = self._codec.decode(there.states)
+        (old,) = await self._store.load([Load(source, accounts)])
+        (new,) = await self._store.load([Load(target, accounts)])
+        states, loaded, _ = self._codec.decode(old.states)
+        new_states, has_new, _ = self._codec.decode(new.states)
         states.first_offset[:] = states.last_offset[:] = ELSEWHERE
-        # A state may be in both places: the command was cut off, and they are the same; or a
-        # worker ran after the change, and the one there lacks the account's history.
-        wins = loaded & ~(stands & (standing.history.count >= states.history.count))
+        # An account may have a state in both partitions. After an interrupted run they are equal.
+        # After a worker ran, the one in the new partition lacks the account's history.
+        wins = loaded & ~(has_new & (new_states.history.count >= states.history.count))
         rows = np.flatnonzero(wins)
         values = self._codec.encode(states, rows)
         names = [accounts[row] for row in rows.tolist()]
@@ -254,7 +255,11 @@ class Repartition:
         await scan.delete(self._model, source, gone)
 
     async def _write_watermarks(self, marks: Mapping[int, Watermark], after: int) -> None:
-        """Of the new partition count: the old partitions' as they stand, the others at 0."""
+        """Write watermarks with the new partition count: old ones unchanged, new ones at the begin.
+
+        Raises:
+            RecurError: a worker has written meanwhile.
+        """
         logs = KafkaScoreLog(self._settings)
         await logs.start()
         try:
@@ -268,12 +273,10 @@ class Repartition:
                     begin = (await logs.bounds(self._topic, partition)).begin
                     new_mark = Watermark(after, begin, scores.begin, secrets.randbits(64))
                 new = new_mark.to_bytes()
-                if not (await self._store.save([Save(partition, loaded.watermark, new, [], [])]))[
-                    0
-                ]:
+                save = Save(partition, loaded.watermark, new, [], [])
+                if not (await self._store.save([save]))[0]:
                     raise RecurError(
-                        "a worker has written meanwhile: stop all of them, and run the command"
-                        " again"
+                        "a worker has saved meanwhile: stop all workers, and run the command again"
                     )
         finally:
             await logs.stop()
@@ -282,9 +285,9 @@ class Repartition:
 def describe(
     result: RepartitionResult | None, topic: str, scores_topic: str, dry_run: bool
 ) -> Iterator[str]:
-    """Lines for a person to read."""
+    """Yield lines for a person to read."""
     if result is None:
-        yield f"the states are of the partitions that {topic} has: there is nothing to move"
+        yield f"the states match the partition count of {topic}: there is nothing to move"
         return
     would = "would move" if dry_run else "moved"
     yield f"{topic} had {result.before} partitions and has {result.after}"
@@ -300,16 +303,16 @@ def describe(
         verb = "would get" if dry_run else "got"
         yield f"  {scores_topic} {verb} {result.after} partitions, too"
     if not dry_run:
-        yield "start the workers; histories of moved accounts cannot be verified from the new logs"
+        yield "start the workers; `recur verify` cannot check the histories of moved accounts"
 
 
-async def rekey_lines(
+async def repartition_lines(
     settings: Settings, *, dry_run: bool, accept_stranded: bool, console: Console
 ) -> Sequence[str]:
-    """What `recur state rekey` prints, when it is done.
+    """Run `recur state repartition`; return its output.
 
     Raises:
-        RecurError: it must not be done; the message says why.
+        RecurError: the states must not move; the message says why.
     """
     result = await Repartition(settings, console).run(
         dry_run=dry_run, accept_stranded=accept_stranded

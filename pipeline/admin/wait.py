@@ -1,4 +1,4 @@
-"""Waits until the workers have come so far in the log; shows how far they are."""
+"""Waiting until the workers have applied the log up to given offsets, with a progress bar."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, StateStore
 
-LOOK_SECONDS = 0.2
-"""Between two looks."""
+POLL_INTERVAL_SECONDS = 0.2
+"""Time between two reads of the watermarks."""
 
 
-async def until_applied(
+async def wait_until_applied(
     store: StateStore, targets: Mapping[int, int], what: str, seconds: float, console: Console
 ) -> bool:
-    """Wait until each partition's watermark is at its target.
+    """Wait until each partition's watermark has reached its target.
 
-    A Redis that is away is waited for, too.
+    The wait goes on while Redis does not answer.
 
     Args:
         targets: offsets by partition.
-        what: they do, for the progress.
-        seconds: so long at most.
+        what: name of the work in the progress bar.
+        seconds: longest wait.
 
     Returns:
-        whether they are there.
+        whether all targets were reached in time.
     """
     deadline = time.monotonic() + seconds
     most = None
@@ -44,11 +44,11 @@ async def until_applied(
             if left is not None:
                 most = max(left, most or 0)
                 bar.show(what, most - left, 1 - left / most)
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
 
 async def _records_left(store: StateStore, targets: Mapping[int, int]) -> int | None:
-    """Records before the targets that are not applied; None where Redis does not answer."""
+    """Count the records before the targets that are not applied; None without an answer."""
     try:
         replies = await store.load([Load(partition, []) for partition in targets])
     except StoreUnavailableError:

@@ -1,4 +1,4 @@
-"""Which accounts a computation looks at: all, one, or a sample that is the same in every run."""
+"""Filters of the accounts to recompute: all, one, or a sample that is the same in every run."""
 
 from __future__ import annotations
 
@@ -9,95 +9,95 @@ import xxhash
 
 
 class AccountFilter(Protocol):
-    """Chooses accounts by the keys of their records, which are their ids in UTF-8."""
+    """Filter of accounts by the keys of their records: account ids in UTF-8."""
 
-    def takes(self, key: bytes) -> bool:
-        """Whether a transaction of the account is looked at; for a sample, it may join by it."""
+    def admit(self, key: bytes) -> bool:
+        """Check a transaction's account; a sample may add the account by this call."""
 
-    def wants(self, key: bytes) -> bool:
-        """Whether the account is chosen, or would be once a transaction of it is seen."""
+    def selects(self, key: bytes) -> bool:
+        """Check whether the account is selected, or would be after its next transaction."""
 
-    def settle(self) -> None:
-        """Take no further accounts."""
+    def freeze(self) -> None:
+        """Select no further accounts."""
 
 
 class AllAccounts:
-    """All accounts."""
+    """Filter that selects all accounts."""
 
-    def takes(self, key: bytes) -> bool:
+    def admit(self, key: bytes) -> bool:
         """See :class:`AccountFilter`."""
         return True
 
-    def wants(self, key: bytes) -> bool:
+    def selects(self, key: bytes) -> bool:
         """See :class:`AccountFilter`."""
         return True
 
-    def settle(self) -> None:
-        """See :class:`AccountFilter`: an account that begins later is taken, too."""
+    def freeze(self) -> None:
+        """See :class:`AccountFilter`: a new account is selected even later."""
 
 
-class One:
-    """A single account."""
+class SingleAccount:
+    """Filter that selects one account."""
 
     def __init__(self, account_id: str) -> None:
         self._key = account_id.encode()
 
-    def takes(self, key: bytes) -> bool:
+    def admit(self, key: bytes) -> bool:
         """See :class:`AccountFilter`."""
         return key == self._key
 
-    def wants(self, key: bytes) -> bool:
+    def selects(self, key: bytes) -> bool:
         """See :class:`AccountFilter`."""
         return key == self._key
 
-    def settle(self) -> None:
-        """See :class:`AccountFilter`: there is no further one."""
+    def freeze(self) -> None:
+        """See :class:`AccountFilter`: there is no further account."""
 
 
-class Sample:
-    """The accounts whose ids have the smallest hashes, of those seen so far.
+class SampledAccounts:
+    """Filter that selects the accounts whose ids have the smallest hashes so far.
 
-    The bound only falls, so an account is chosen at its first transaction or never, and one
-    that stays was never missed.
+    The largest selected hash only falls. So an account is selected at its first transaction or
+    never, and an account that stays selected was admitted at each of its transactions.
 
     Args:
-        accounts: how many.
+        accounts: size of the sample.
 
-    >>> sample = Sample(1)
-    >>> sample.takes(b"A1"), sample.takes(b"A2"), sample.takes(b"A3")
+    >>> sample = SampledAccounts(1)
+    >>> sample.admit(b"A1"), sample.admit(b"A2"), sample.admit(b"A3")
     (True, False, True)
-    >>> sample.wants(b"A1")
+    >>> sample.selects(b"A1")
     False
     """
 
     def __init__(self, accounts: int) -> None:
         self._accounts = accounts
-        self._chosen: set[int] = set()
-        self._largest: list[int] = []  # a heap of the chosen, negated
-        self._is_settled = False
+        self._hashes: set[int] = set()
+        self._heap: list[int] = []  # negated hashes: the largest one comes first
+        self._is_frozen = False
 
-    def takes(self, key: bytes) -> bool:
+    def admit(self, key: bytes) -> bool:
         """See :class:`AccountFilter`."""
         number = xxhash.xxh3_64_intdigest(key)
-        if number in self._chosen:
+        if number in self._hashes:
             return True
-        if self._is_settled:
+        if self._is_frozen:
             return False
-        if len(self._chosen) < self._accounts:
-            heappush(self._largest, -number)
-        elif self._largest and number < -self._largest[0]:
-            self._chosen.remove(-heapreplace(self._largest, -number))
+        if len(self._hashes) < self._accounts:
+            heappush(self._heap, -number)
+        elif self._heap and number < -self._heap[0]:
+            self._hashes.remove(-heapreplace(self._heap, -number))
         else:
             return False
-        self._chosen.add(number)
+        self._hashes.add(number)
         return True
 
-    def wants(self, key: bytes) -> bool:
+    def selects(self, key: bytes) -> bool:
         """See :class:`AccountFilter`."""
-        if len(self._chosen) < self._accounts:
+        if len(self._hashes) < self._accounts:
             return True
-        return bool(self._largest) and xxhash.xxh3_64_intdigest(key) <= -self._largest[0]
+        return bool(self._heap) and xxhash.xxh3_64_intdigest(key) <= -self._heap[0]
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """See :class:`AccountFilter`."""
-        self._is_settled = True
+        self._is_frozen = True

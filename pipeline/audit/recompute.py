@@ -1,8 +1,8 @@
-"""A partition's states computed from its log, with the worker's decoding, rounds and scorer.
+"""Recomputation of a partition's states from its log, with the worker's decoder and scorer.
 
-A state depends on the account's transactions, in the order of the log, and for each one on what
-was known of its merchant then; that stands in the transaction's score, from which it is taken.
-Everything else is computed. Used to verify, to look back in time, and to build states anew.
+A state depends on the account's transactions in the order of the log, and on the features that
+each merchant had then. The transaction's published score records these features, so they are
+read from there. Everything else is computed. `recur verify` and `recur state at` use this module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.features.account import ACCOUNT_FEATURES
 from model.features.merchant import MERCHANT_FEATURES
 from pipeline.audit.account_filter import AccountFilter, AllAccounts
-from pipeline.audit.score_reader import ScoresInStep
+from pipeline.audit.score_reader import ScoreReader
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.polls import Chunk
 from pipeline.messages.scores import SECONDS_SINCE_LAST, RecordedScore
@@ -28,31 +28,31 @@ from pipeline.scoring.scorer import Scored, Scorer
 from pipeline.settings import Settings
 
 MICRO_BATCH = 8_192
-"""Records that are computed together; more makes nothing faster."""
+"""Number of records that are computed together; a larger number is no faster."""
 
 FIRST_PAUSE = -1.0
-"""The feature of an account's first transaction."""
+"""Value of the pause feature at an account's first transaction."""
 
 _PAUSE_COLUMN = ACCOUNT_FEATURES.index(SECONDS_SINCE_LAST)
 
 
 @dataclass(frozen=True)
-class Advanced:
-    """What a micro-batch did to a partition's states.
+class RecomputedBatch:
+    """Transactions of a micro-batch, with their recomputed and published scores.
 
     Attributes:
-        row: intp[n], each transaction's account.
+        row: intp[n], row of each transaction's account.
         offset: int64[n].
-        applied: bool[n], of which a score is expected: neither a repeat nor a failure.
-        score: float32[n], as computed.
-        recorded: n scores, as published first; None where there is none.
-        begins: bool[n], the account had no state before it.
-        is_complete: bool[n], the account's history is in the log from its begin.
-        is_sure: bool[n], it is, and the score depends on nothing else that is not known.
+        applied: bool[n], whether a score is due: the record is neither a repeat nor a failure.
+        score: float32[n], recomputed.
+        recorded: n scores, as first published; None without one.
+        begins: bool[n], whether the account had no state before.
+        is_complete: bool[n], whether the log holds the account's history from its begin.
+        is_sure: bool[n], whether it does, and all features that the score depends on are known.
         seen: int64[n], applied transactions of the account in the log before this micro-batch.
-        unexpected: source and account's key of scores of what is no transaction, or a repeat.
-        end: the first offset after it.
-        records: how many the log had.
+        unexpected: source and account key of scores whose record is a repeat or no transaction.
+        end: first offset after the micro-batch.
+        records: number of its records in the log.
     """
 
     row: NDArray[np.intp]
@@ -70,22 +70,22 @@ class Advanced:
 
 
 class RecomputedStates:
-    """States of a partition's accounts, advanced in memory as a worker advances them.
+    """States of a partition's accounts, batch in memory as a worker advances them.
 
-    An account is a row; its state's bytes are None, or an empty state (count 0), where it has
-    none. Memory: 0.6 kB for each account.
+    Each account has a row. An account without a state has None, or an empty state (count 0).
+    Memory: 0.6 kB for each account.
 
     Args:
-        settings: limits.
+        settings: limits of records.
         scorer: the model.
-        is_whole: whether the log begins where the accounts' histories do, so that an account that
-            was not seen yet had no transaction.
+        is_whole: whether the log holds all histories from their begin, so that an account
+            without a record so far had no transaction.
 
     Attributes:
-        row_of: of each account id.
+        row_of: row of each account id.
         values: states as bytes, by row.
-        lacks_features: bool[rows], a transaction was applied whose merchant's features are
-            recorded nowhere, so that the state is not what a worker's is.
+        lacks_features: bool[rows], whether a merchant's features were recorded nowhere, so that
+            the state differs from a worker's.
     """
 
     def __init__(self, settings: Settings, scorer: Scorer, partition: int, is_whole: bool) -> None:
@@ -101,19 +101,19 @@ class RecomputedStates:
         self._seen = np.zeros(0, np.int64)
 
     def decode(self, chunk: Chunk) -> Part:
-        """Records to transactions; the worker's rules say which ones are."""
+        """Decode records to transactions, by the worker's rules."""
         return self._decoder.part(self._partition, chunk)
 
     def compute(self, part: Part, recorded: Sequence[RecordedScore | None]) -> Computation:
-        """Advance the accounts of a part, as a worker would; nothing is kept yet."""
+        """Compute the next states of a part's accounts, as a worker would, without keeping them."""
         m = len(MERCHANT_FEATURES)
         raw = np.zeros((len(part.records), m), np.float32)
         has_features = np.ones(len(part.records), bool)
         if self._uses_merchants and len(raw):
             found = [None if score is None else score.merchant_raw() for score in recorded]
             has_features[:] = [item is not None for item in found]
-            there = [item for item in found if item is not None]
-            raw[has_features] = np.array(there, np.float32).reshape(len(there), m)
+            known = [item for item in found if item is not None]
+            raw[has_features] = np.array(known, np.float32).reshape(len(known), m)
         part.merchant_raw = raw
         values = [self._value(account) for account in part.accounts]
         for forget in part.forgets:
@@ -127,14 +127,16 @@ class RecomputedStates:
         row = self.row_of.get(account)
         return None if row is None else self.values[row]
 
-    def keep(self, computed: Computation, recorded: Sequence[RecordedScore | None]) -> Advanced:
-        """Take what was computed as the states from now on."""
+    def keep(
+        self, computed: Computation, recorded: Sequence[RecordedScore | None]
+    ) -> RecomputedBatch:
+        """Keep the computed states; return the transactions with their scores."""
         part, scored = computed.part, computed.scored
-        # An account that is forgotten stands there twice; its state is the one that comes last.
+        # A forgotten account has two entries; its state is the last one.
         rows_of_part = [self.row_of.setdefault(a, len(self.row_of)) for a in part.accounts]
         self._grow()
-        for place, value in zip(rows_of_part, computed.after, strict=True):
-            self.values[place] = value
+        for index, value in zip(rows_of_part, computed.after, strict=True):
+            self.values[index] = value
         row = np.array(rows_of_part, np.intp)[np.array(part.rows, np.intp)]
         applied = ~scored.repeated
         applied[list(scored.failed)] = False
@@ -142,7 +144,7 @@ class RecomputedStates:
         seen = self._seen[row]
         is_complete, is_sure = self._judge(row, applied, begins, computed.has_features, recorded)
         np.add.at(self._seen, row[applied], 1)
-        return Advanced(
+        return RecomputedBatch(
             row=row,
             offset=np.array([record.offset for record in part.records], np.int64),
             applied=applied,
@@ -175,7 +177,7 @@ class RecomputedStates:
         has_features: NDArray[np.bool_],
         recorded: Sequence[RecordedScore | None],
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """bool[n], bool[n]: the account's history is in the log; and nothing is unknown of it."""
+        """Return ``is_complete`` and ``is_sure`` of :class:`RecomputedBatch`."""
         begun, lacks = self._begins_in_log, self.lacks_features
         if self._is_whole and has_features[applied].all() and not lacks[row].any():
             everything = np.ones(len(row), bool)
@@ -195,11 +197,11 @@ class RecomputedStates:
 
 @dataclass(frozen=True)
 class Computation:
-    """A part that is computed.
+    """Result of computing a part.
 
     Attributes:
-        after: states of its accounts.
-        has_features: bool[n], the merchant's features are recorded.
+        after: next states of its accounts.
+        has_features: bool[n], whether the merchant's features are recorded.
     """
 
     part: Part
@@ -209,24 +211,24 @@ class Computation:
 
 
 class RecomputedPartition:
-    """A partition's log, and the states computed from it, up to any offset.
+    """A partition's log, with the states recomputed from it up to any offset.
 
     An async context manager: it reads transactions and scores while it is open.
 
     Args:
-        settings: name the broker and the topics.
+        settings: address of the broker, names of the topics.
         scorer: the model.
-        choice: the accounts that are computed; None: all.
-        open_reader: of the log; None: at the broker that the settings name.
-        scores_begin: offset in the scores partition before which all is of another log.
+        account_filter: selects the accounts to recompute; None selects all.
+        open_reader: opens a reader of the log; None connects to the broker of the settings.
+        scores_begin: offset in the scores partition before which scores are of another log.
 
     Attributes:
-        begin: the first offset from which the log is whole: its transactions are there, and their
-            scores. Histories that begin before it cannot be computed.
+        begin: first offset from which the log holds all transactions and their scores. A history
+            that begins before it cannot be computed.
         is_whole: whether no history can have begun before it.
         end: the offset up to which transactions may be read.
-        next_offset: how far the states are computed.
-        states: those of the accounts.
+        next_offset: the offset up to which states are computed.
+        states: states of the selected accounts.
     """
 
     def __init__(
@@ -234,18 +236,20 @@ class RecomputedPartition:
         settings: Settings,
         scorer: Scorer,
         partition: int,
-        choice: AccountFilter | None = None,
+        account_filter: AccountFilter | None = None,
         open_reader: OpenReader | None = None,
         scores_begin: int = 0,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
         self.partition = partition
-        self._takes = None if choice is None or isinstance(choice, AllAccounts) else choice.takes
-        wants = None if self._takes is None or choice is None else choice.wants
+        if isinstance(account_filter, AllAccounts):
+            account_filter = None  # asking it of each record would only cost time
+        self._admit = None if account_filter is None else account_filter.admit
+        selects = None if account_filter is None else account_filter.selects
         open_reader = open_reader or kafka_readers(settings)
         self._records = open_reader(settings.topic("transactions"), partition, 0)
-        self._scores = ScoresInStep(settings, partition, wants, open_reader, scores_begin)
+        self._scores = ScoreReader(settings, partition, selects, open_reader, scores_begin)
         self.begin = self.next_offset = self.end = 0
 
     async def __aenter__(self) -> RecomputedPartition:
@@ -261,54 +265,54 @@ class RecomputedPartition:
         await self._opened.aclose()
 
     @property
-    def scores(self) -> ScoresInStep:
-        """The partition's scores."""
+    def scores(self) -> ScoreReader:
+        """Scores of the partition."""
         return self._scores
 
     async def _find_begin(self) -> None:
-        scores_begin = await self._scores.see_end()
+        scores_begin = await self._scores.refresh_end()
         bounds = await self._records.bounds()
         self.begin = bounds.begin
         if scores_begin > 0 or self._settings.kafka_auto_offset_reset == "latest":
-            # Scores that retention deleted, or transactions that no worker was given.
+            # Retention has deleted scores, or no worker has read the first transactions.
             first = await self._scores.first_source()
             self.begin = max(self.begin, bounds.end if first is None else first)
         self.is_whole = self.begin == 0 and scores_begin == 0
         self.states = RecomputedStates(self._settings, self._scorer, self.partition, self.is_whole)
         self._records.skip_to(self.begin)
         self.next_offset, self.end = self.begin, bounds.end
-        self._scores.see_sources(self.begin, max(self.begin, bounds.end))
+        self._scores.set_sources(self.begin, max(self.begin, bounds.end))
 
-    async def see_end(self) -> None:
-        """Let what was written since then be read, too."""
-        await self._scores.see_end()
+    async def refresh_end(self) -> None:
+        """Move the end to the current ends of the topics."""
+        await self._scores.refresh_end()
         self.end = (await self._records.bounds()).end
-        self._scores.see_sources(self.begin, max(self.begin, self.end))
+        self._scores.set_sources(self.begin, max(self.begin, self.end))
 
     async def first_at(self, time_ms: int) -> int | None:
-        """The first offset whose record came at this CreateTime or later; None: there is none."""
+        """Return the first offset with this CreateTime or a later one; None without one."""
         return await self._records.first_at(time_ms)
 
-    async def advance(self, until: int) -> AsyncIterator[Advanced]:
-        """Compute the states up to the offset ``until``, a micro-batch at a time.
+    async def advance(self, until: int) -> AsyncIterator[RecomputedBatch]:
+        """Compute the states up to the offset ``until``, and yield each micro-batch.
 
         Raises:
             PartitionReaderError: the broker does not answer.
-            ScorerBrokenError: the computation fails for everything.
+            ScorerBrokenError: the computation fails for every transaction.
         """
         while self.next_offset < until:
             records = await self._records.read(min(until, self.end), MICRO_BATCH)
             end = min(until, self._records.position) if records else until
             read = len(records)
-            if self._takes is not None:
-                takes = self._takes
-                records = [record for record in records if takes(record.key or b"")]
+            if self._admit is not None:
+                admit = self._admit
+                records = [record for record in records if admit(record.key or b"")]
             part = self.states.decode(Chunk(self.next_offset, end, records))
-            advanced = await self._advance(part)
+            batch = await self._advance(part)
             self.next_offset = end
-            yield replace(advanced, records=read)
+            yield replace(batch, records=read)
 
-    async def _advance(self, part: Part) -> Advanced:
+    async def _advance(self, part: Part) -> RecomputedBatch:
         sources = [record.offset for record in part.records]
         recorded = await self._scores.read(sources)
         computed = await asyncio.to_thread(self.states.compute, part, recorded)
@@ -319,17 +323,17 @@ class RecomputedPartition:
             )
             if score is None and not repeated
         ]
-        if missed and await self._scores.look_further(missed):
+        if missed and await self._scores.find_late(missed):
             recorded = await self._scores.read(sources)
             computed = await asyncio.to_thread(self.states.compute, part, recorded)
-        advanced = self.states.keep(computed, recorded)
-        unexpected = self._scores.forget(part.chunk.end, advanced.offset[advanced.applied])
-        return replace(advanced, unexpected=unexpected)
+        batch = self.states.keep(computed, recorded)
+        unexpected = self._scores.forget(part.chunk.end, batch.offset[batch.applied])
+        return replace(batch, unexpected=unexpected)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a worker: the matrices are small, and two threads only wait for one another."""
+    """Limit torch to one thread, as in a worker: for small matrices two only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What `recur verify` prints, and its JSON."""
+"""Output of `recur verify`: text for a person, and JSON."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import SettingsError
 from pipeline.progress import bar_for
 from pipeline.settings import Settings
+from pipeline.tables import pair_lines
 
 NAMED_MAX = 20
-"""Accounts of each kind that are printed; --json has more."""
+"""Most accounts of each kind that are printed; --json has more."""
 
 
 def run_verify(
@@ -27,13 +28,13 @@ def run_verify(
     json_file: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Verify and print.
+    """Verify, print the findings, and write them as JSON.
 
     Returns:
-        0 where nothing contradicts the log, else 1.
+        0 if nothing contradicts the log, else 1.
 
     Raises:
-        RecurError: it cannot be verified; the message says what to do.
+        RecurError: verifying is not possible; the message says what to do.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     checkpoint = load_checkpoint(settings)
@@ -54,7 +55,7 @@ def run_verify(
 def describe(
     found: Verification, options: VerifyOptions, model: str, seconds: float
 ) -> Iterator[str]:
-    """Lines for a person to read."""
+    """Yield lines for a person to read."""
     yield f"states and scores of model {model} against the log"
     rate = found.records / seconds if seconds else 0.0
     rows = [
@@ -86,22 +87,24 @@ def describe(
         rows.append(("other models", f"{found.foreign_model:,} scores, not compared"))
     if found.lost_partitions:
         named = ", ".join(map(str, found.lost_partitions))
-        rows.append(("no watermark", f"scores were published of partition {named}: Redis lost it"))
+        rows.append(
+            ("no watermark", f"partition {named} has published scores: Redis lost its watermark")
+        )
     rows.append(("result", _result(found)))
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        yield f"  {name:>{width}}  {text}"
+    yield from pair_lines(rows, align_right=True)
     yield from _named_differences(found)
     yield from _named_unverifiable(found)
 
 
-def _first(place: tuple[int, int] | None) -> str:
-    return "" if place is None else f" (first: partition {place[0]}, offset {place[1]})"
+def _first(position: tuple[int, int] | None) -> str:
+    if position is None:
+        return ""
+    return f" (first: partition {position[0]}, offset {position[1]})"
 
 
 def _without_log(found: Verification) -> str:
     if found.without_log is None:
-        return "not looked for: Redis does not allow its user SCAN (grant +scan)"
+        return "not searched: Redis does not allow its user SCAN (grant +scan)"
     return f"{found.without_log:,}"
 
 
@@ -118,17 +121,18 @@ def _named_differences(found: Verification) -> Iterator[str]:
         return
     yield "accounts that differ:"
     for difference in found.differences[:NAMED_MAX]:
-        yield f"  {difference.account_id} (partition {difference.partition}): {_told(difference)}"
+        name = f"{difference.account_id} (partition {difference.partition})"
+        yield f"  {name}: {_difference_text(difference)}"
     if found.different_accounts > NAMED_MAX:
         yield f"  and {found.different_accounts - NAMED_MAX:,} more"
 
 
-def _told(difference: Difference) -> str:
+def _difference_text(difference: Difference) -> str:
     parts = [difference.what]
     if difference.offset is not None:
         parts.append(f"begins at offset {difference.offset}")
     else:
-        parts.append("the state alone: no score tells since when")
+        parts.append("the state alone: no score shows since when")
     if difference.hidden is not None:
         parts.append(f"|Δh| {difference.hidden:.2g}")
     if difference.score is not None:
@@ -147,7 +151,7 @@ def _named_unverifiable(found: Verification) -> Iterator[str]:
 
 
 def to_json(found: Verification, options: VerifyOptions, model: str, seconds: float) -> bytes:
-    """The findings by their names, with what was asked."""
+    """Encode the findings and the options as JSON."""
     report = {
         "model": model,
         "right": found.is_right,

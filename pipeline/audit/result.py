@@ -1,22 +1,22 @@
-"""What verifying finds: counts, largest differences, and the accounts that are named."""
+"""Result of a verification: counts, largest differences, and the accounts concerned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 DETAILS_MAX = 10_000
-"""Accounts that are named of each kind; all are counted."""
+"""Most accounts that are listed for each kind of finding; all are counted."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An account that is not what the log says.
+    """An account that contradicts the log.
 
     Attributes:
-        what: is wrong.
-        offset: the first one whose score differs, or where the state began anew; None where it is
-            the state alone, so that the log cannot tell since when.
-        hidden, score: largest differences; None where there is nothing to compare.
+        what: the contradiction, as a text for a person.
+        offset: first offset whose score differs, or where the state began; None if only the state
+            differs, so that the log does not show since when.
+        hidden, score: largest differences; None if not comparable.
     """
 
     account_id: str
@@ -29,24 +29,24 @@ class Difference:
 
 @dataclass
 class Verification:
-    """What was found.
+    """Findings of a verification.
 
     Attributes:
-        records, transactions: of the log, up to the watermarks read first.
-        not_applied: records of the log past them.
-        accounts: compared with Redis; ``right`` of them are what the log says.
-        expired: that Redis let go as it should.
-        largest_hidden, largest_score: differences, of all that could be compared.
-        scores: compared.
-        missing, duplicate, conflicting: scores by their source.
+        records, transactions: numbers in the log, up to the watermarks that were read first.
+        not_applied: number of records of the log past these watermarks.
+        accounts: number of accounts compared with Redis; ``right`` of them match the log.
+        expired: number of accounts whose state expired in Redis as it should.
+        largest_hidden, largest_score: largest of all comparable differences.
+        scores: number of compared scores.
+        missing, duplicate, conflicting: numbers of scores, by source.
         first_missing, first_conflicting: partition and offset.
-        unexpected: scores of records that must have none: rejected, or repeats.
-        foreign_model: scores of other models, not compared.
-        unverifiable_scores: of accounts whose history is not wholly known at that transaction.
-        without_log: states of accounts without a transaction in the log; None: not looked for.
-        lost_partitions: with published scores, and no watermark in Redis.
-        unverifiable, differences: accounts with what is the matter, at most DETAILS_MAX of each.
-        unverifiable_accounts, different_accounts: how many there are.
+        unexpected: number of scores of rejected or repeated records.
+        foreign_model: number of scores of other models, not compared.
+        unverifiable_scores: number of scores whose account's history is not fully in the log.
+        without_log: number of states without a transaction in the log; None if not searched.
+        lost_partitions: partitions with published scores but no watermark in Redis.
+        unverifiable, differences: accounts with the reason, at most DETAILS_MAX of each.
+        unverifiable_accounts, different_accounts: their full numbers.
     """
 
     records: int = 0
@@ -75,7 +75,7 @@ class Verification:
 
     @property
     def is_right(self) -> bool:
-        """Nothing contradicts the log, as far as it can be verified."""
+        """Whether nothing contradicts the log, as far as it can be verified."""
         return not (
             self.different_accounts
             or self.missing
@@ -85,20 +85,20 @@ class Verification:
             or self.lost_partitions
         )
 
-    def differs(self, difference: Difference) -> None:
-        """Note an account that is not what the log says."""
+    def add_difference(self, difference: Difference) -> None:
+        """Add an account that contradicts the log."""
         self.different_accounts += 1
         if len(self.differences) < DETAILS_MAX:
             self.differences.append(difference)
 
-    def cannot_verify(self, account_id: str, partition: int, why: str) -> None:
-        """Note an account of which the log does not tell enough."""
+    def add_unverifiable(self, account_id: str, partition: int, why: str) -> None:
+        """Add an account whose history is not fully in the log."""
         self.unverifiable_accounts += 1
         if len(self.unverifiable) < DETAILS_MAX:
             self.unverifiable.append((account_id, partition, why))
 
     def add(self, other: Verification) -> None:
-        """Add what was found in another partition."""
+        """Add the findings of another partition."""
         for name in (
             "records transactions not_applied accounts right expired scores missing duplicate"
             " conflicting unexpected foreign_model unverifiable_scores unverifiable_accounts"

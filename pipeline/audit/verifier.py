@@ -1,10 +1,10 @@
-"""`recur verify`: are the states in Redis and the published scores what the log says?
+"""Verification that states in Redis and published scores match the log (`recur verify`).
 
-Each partition's log is read up to the watermark that was read first, and states and scores are
-computed from it again. Then the states are loaded, some accounts at a time; each load tells the
-watermark at which its states stand, and the computation goes on to just there before it compares.
-So the comparison is exact at some watermark, whatever the workers do meanwhile. A watermark that
-goes back (Redis lost data) has the partition verified anew.
+The verifier reads a watermark, reads the partition's log up to there, and recomputes states and
+scores. Then it loads the states from Redis, some accounts at a time. Each load returns the
+watermark of its states; the recomputation advances to this watermark before the comparison. So
+each comparison is exact, whatever the workers do meanwhile. If a watermark goes back because
+Redis lost data, the verifier starts the partition again.
 
 Memory: the states of one partition, four bytes for each of its transactions, the last scores.
 """
@@ -22,11 +22,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from pipeline.audit.account_filter import AccountFilter, AllAccounts, One, Sample
-from pipeline.audit.recompute import Advanced, RecomputedPartition
+from pipeline.audit.account_filter import AccountFilter, AllAccounts, SampledAccounts, SingleAccount
+from pipeline.audit.recompute import RecomputedBatch, RecomputedPartition
 from pipeline.audit.result import Difference, Verification
-from pipeline.audit.score_comparison import ScoreTally
-from pipeline.audit.state_comparison import FINE, UNVERIFIABLE, Verdict, compare_states
+from pipeline.audit.score_comparison import ScoreComparison
+from pipeline.audit.state_comparison import CONSISTENT, UNVERIFIABLE, StateStatus, compare_states
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
@@ -41,17 +41,16 @@ from pipeline.topic_id import NO_ID
 from pipeline.units import DAY_MS
 
 HIDDEN_TOLERANCE = 2e-3
-"""Default of the largest difference of a hidden that is none; docs/verify.md has what was
-measured."""
+"""Hidden states that differ by at most this count as equal; docs/verify.md has measurements."""
 
 SCORE_TOLERANCE = 2e-4
-"""Of a score likewise."""
+"""Scores that differ by at most this count as equal."""
 
 LOAD_ACCOUNTS = 2_000
-"""States that are loaded in one request."""
+"""Number of states in one request to Redis."""
 
 ATTEMPTS = 3
-"""Times that a partition is verified whose watermark goes back meanwhile."""
+"""Most attempts at a partition whose watermark goes back meanwhile."""
 
 _SCORES_ALONE = "the state is right, scores are not"
 
@@ -60,13 +59,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What is verified.
+    """Options of a verification.
 
     Attributes:
-        account, sample: one account, or so many; None: all of them.
-        from_ms, to_ms: scores of transactions whose records came in [from, to), CreateTime in
-            epoch milliseconds; None: no bound.
-        tolerance_hidden, tolerance_score: largest differences that are none.
+        account: the only account to verify; None for no such restriction.
+        sample: number of accounts to verify; None for all.
+        from_ms, to_ms: range [from, to) of records' CreateTime whose scores are compared, epoch
+            milliseconds; None for no bound.
+        tolerance_hidden, tolerance_score: larger differences count.
     """
 
     account: str | None = None
@@ -76,33 +76,35 @@ class VerifyOptions:
     tolerance_hidden: float = HIDDEN_TOLERANCE
     tolerance_score: float = SCORE_TOLERANCE
 
-    def choice(self, partition: int, partitions: int) -> AccountFilter:
-        """The accounts of a partition."""
+    def account_filter(self, partition: int, partitions: int) -> AccountFilter:
+        """Return the filter of a partition's accounts."""
         if self.account is not None:
-            return One(self.account)
+            return SingleAccount(self.account)
         if self.sample is not None:
-            return Sample(self.sample // partitions + (partition < self.sample % partitions))
+            return SampledAccounts(
+                self.sample // partitions + (partition < self.sample % partitions)
+            )
         return AllAccounts()
 
 
-class _WentBackError(Exception):
-    """The watermark is behind the one that was read before."""
+class _WatermarkWentBackError(Exception):
+    """The watermark is behind the one that was read before: Redis lost data."""
 
 
 @dataclass(frozen=True)
-class _Partition:
-    """What is left to know of a partition once it is verified.
+class _VerifiedPartition:
+    """Summary of a verified partition.
 
     Attributes:
-        accounts: uint64, sorted: hashes of the accounts that the log has.
-        begin, next_offset: of the log that was compared.
-        choice: of accounts.
+        accounts: uint64, sorted hashes of the accounts in the log.
+        begin, next_offset: range of the log that was compared.
+        account_filter: selects the verified accounts.
     """
 
     accounts: NDArray[np.uint64]
     begin: int
     next_offset: int
-    choice: AccountFilter
+    account_filter: AccountFilter
 
 
 async def verify(
@@ -111,10 +113,10 @@ async def verify(
     """Compare states and scores with the log.
 
     Raises:
-        RecurError: something is away, or log and states do not belong together; the message
-            says what to do.
+        RecurError: a service does not answer, or log and states do not belong together; the
+            message says what to do.
     """
-    partitions = await same_partition_counts(settings)
+    partitions = await shared_partition_count(settings)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     try:
         verifier = Verifier(
@@ -132,11 +134,11 @@ async def verify(
         await store.close()
 
 
-async def same_partition_counts(settings: Settings) -> int:
-    """Partitions of the transactions topic, and of the scores topic, which has as many.
+async def shared_partition_count(settings: Settings) -> int:
+    """Return the partition count that the transactions and the scores topic share.
 
     Raises:
-        StartupError: a topic is not there, or has another number of them.
+        StartupError: a topic is missing, or the counts differ.
     """
     counts = {}
     for role in ("transactions", "scores"):
@@ -157,28 +159,29 @@ async def same_partition_counts(settings: Settings) -> int:
     return count
 
 
-class VerifiedStore(StateStore, Protocol):
-    """What verifying needs of a store."""
+class VerifierStore(StateStore, Protocol):
+    """Calls of a store that the verifier uses."""
 
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
-        """Watermarks that there are, by partition."""
+        """Return the existing watermarks, by partition."""
 
     def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
-        """Partition and account of every state that there is."""
+        """Yield partition and account of every state."""
 
 
 class Verifier:
-    """Verifies what lies in a store and a log.
+    """Verifier of a store against a log.
 
     Args:
-        settings, checkpoint: the workers'.
-        bar: shows how far it is.
-        store: account states.
-        partitions: how many there are.
-        open_reader: of the log.
+        settings, checkpoint: those of the workers.
+        options: selects accounts and scores.
+        bar: shows progress.
+        store: holds account states.
+        partitions: partition count.
+        open_reader: opens a reader of the log.
 
     Attributes:
-        log_id: the transactions topic's id; unknown unless it is set.
+        log_id: id of the transactions topic; unknown unless it is set.
     """
 
     def __init__(
@@ -187,7 +190,7 @@ class Verifier:
         checkpoint: Checkpoint,
         options: VerifyOptions,
         bar: Bar,
-        store: VerifiedStore,
+        store: VerifierStore,
         partitions: int,
         open_reader: OpenReader,
     ) -> None:
@@ -213,35 +216,37 @@ class Verifier:
         """
         marks = await self._first_watermarks()
         found = Verification()
-        verified: dict[int, _Partition] = {}
+        verified: dict[int, _VerifiedPartition] = {}
         for partition in range(self._partitions):
-            mark = marks.get(partition)
-            if mark is None:
-                found.lost_partitions += await self._lost(partition)
+            result = await self._verify_with_retries(partition, marks.get(partition))
+            if result is None:
+                found.lost_partitions += await self._lost_partition(partition)
                 continue
-            done = self._done
-            for attempt in range(ATTEMPTS):
-                try:
-                    of_partition, verified[partition] = await self._verify(partition, mark)
-                    break
-                except _WentBackError:
-                    if attempt == ATTEMPTS - 1:
-                        raise RecurError(
-                            f"the watermark of {self._topic}-{partition} went back {ATTEMPTS} times"
-                            " meanwhile: Redis loses data, or fails over to an older copy"
-                        ) from None
-                    self._done = done
-                    mark = await self._watermark(partition)
-                    if mark is None:
-                        found.lost_partitions += await self._lost(partition)
-                        of_partition = Verification()
-                        break
+            of_partition, verified[partition] = result
             found.add(of_partition)
-        await self._look_without_log(found, verified)
+        await self._find_states_without_log(found, verified)
         return found
 
+    async def _verify_with_retries(
+        self, partition: int, mark: Watermark | None
+    ) -> tuple[Verification, _VerifiedPartition] | None:
+        """Verify a partition, again if its watermark goes back; None without a watermark."""
+        done = self._done
+        for _ in range(ATTEMPTS):
+            if mark is None:
+                return None
+            try:
+                return await self._verify(partition, mark)
+            except _WatermarkWentBackError:
+                self._done = done
+                mark = await self._watermark(partition)
+        raise RecurError(
+            f"the watermark of {self._topic}-{partition} went back {ATTEMPTS} times"
+            " meanwhile: Redis loses data, or fails over to an older copy"
+        )
+
     async def _first_watermarks(self) -> dict[int, Watermark]:
-        values = await self._ask(lambda: self._store.watermarks(self._partitions))
+        values = await self._call(lambda: self._store.watermarks(self._partitions))
         marks = {p: read_watermark(self._topic, p, value) for p, value in values.items()}
         for partition, mark in marks.items():
             async with self._open(self._topic, partition, 0) as reader:
@@ -251,48 +256,50 @@ class Verifier:
         return marks
 
     async def _watermark(self, partition: int) -> Watermark | None:
-        (loaded,) = await self._ask(lambda: self._store.load([Load(partition, [])]))
+        (loaded,) = await self._call(lambda: self._store.load([Load(partition, [])]))
         value = loaded.watermark
         return None if value is None else read_watermark(self._topic, partition, value)
 
-    async def _lost(self, partition: int) -> list[int]:
-        """The partition, if there are scores of it, so that it should have a watermark."""
+    async def _lost_partition(self, partition: int) -> list[int]:
+        """Return the partition in a list if it has scores, and so should have a watermark."""
         async with self._open(self._settings.topic("scores"), partition, 0) as reader:
             bounds = await reader.bounds()
         return [partition] if bounds.end > bounds.begin else []
 
     # one partition -----------------------------------------------------------------------
 
-    async def _verify(self, partition: int, mark: Watermark) -> tuple[Verification, _Partition]:
-        choice = self._options.choice(partition, self._partitions)
+    async def _verify(
+        self, partition: int, mark: Watermark
+    ) -> tuple[Verification, _VerifiedPartition]:
+        account_filter = self._options.account_filter(partition, self._partitions)
         found = Verification()
         async with RecomputedPartition(
-            self._settings, self._scorer, partition, choice, self._open, mark.scores_begin
+            self._settings, self._scorer, partition, account_filter, self._open, mark.scores_begin
         ) as log:
             until = mark.next_offset
             found.not_applied = max(0, log.end - max(until, log.begin))
-            tally = ScoreTally(
+            comparison = ScoreComparison(
                 self._model, await self._range(log, until), self._options.tolerance_score
             )
-            async for advanced in log.advance(until):
-                tally.add(advanced)
-                found.records += advanced.records
-                self._show(advanced)
-            choice.settle()
-            tally.make_room(len(log.states.row_of))
+            async for batch in log.advance(until):
+                comparison.add(batch)
+                found.records += batch.records
+                self._show_progress(batch)
+            account_filter.freeze()
+            comparison.make_room(len(log.states.row_of))
             chosen = [
                 (account, row)
                 for account, row in log.states.row_of.items()
-                if choice.wants(account.encode())
+                if account_filter.selects(account.encode())
             ]
-            await self._compare(log, choice, chosen, until, tally, found)
+            await self._compare(log, account_filter, chosen, until, comparison, found)
             await log.scores.read_rest()
-            tally.count(found, partition, chosen, log.scores, choice)
+            comparison.count(found, partition, chosen, log.scores, account_filter)
             names = _hashes(account.encode() for account in log.states.row_of)
-            return found, _Partition(names, log.begin, until, choice)
+            return found, _VerifiedPartition(names, log.begin, until, account_filter)
 
     async def _range(self, log: RecomputedPartition, until: int) -> range:
-        """Offsets of the transactions whose scores are compared."""
+        """Return the offsets of the transactions whose scores are compared."""
         first, last = log.begin, until
         if self._options.from_ms is not None:
             at = await log.first_at(self._options.from_ms)
@@ -302,23 +309,23 @@ class Verifier:
             last = last if at is None else min(last, at)
         return range(first, max(first, last))
 
-    def _show(self, advanced: Advanced) -> None:
-        self._done += advanced.records
+    def _show_progress(self, batch: RecomputedBatch) -> None:
+        self._done += batch.records
         self._bar.show("verifying", self._done, self._done / max(1, self._total, self._done))
 
     async def _compare(
         self,
         log: RecomputedPartition,
-        choice: AccountFilter,
+        account_filter: AccountFilter,
         chosen: Sequence[tuple[str, int]],
         until: int,
-        tally: ScoreTally,
+        comparison: ScoreComparison,
         found: Verification,
     ) -> None:
-        """Load the states in Redis, and compare each with the log up to its own watermark."""
+        """Load states from Redis, and compare each with the log up to its watermark."""
         loads = await self._load(log.partition, chosen, until)
         if loads and loads[-1][0] > until:
-            await log.see_end()  # of what is applied since, the scores stand past the end then
+            await log.refresh_end()  # scores of transactions applied since lie past the old end
         for next_offset, accounts, values in loads:
             async for _ in log.advance(next_offset):
                 pass
@@ -335,100 +342,97 @@ class Verifier:
             )
             hidden = compared.hidden[~np.isnan(compared.hidden)]
             found.largest_hidden = max(found.largest_hidden, float(hidden.max(initial=0.0)))
-            for (account, row), verdict, distance, began_at in zip(
+            for (account, row), status, distance, began_at in zip(
                 accounts,
-                compared.verdicts,
+                compared.statuses,
                 compared.hidden.tolist(),
                 compared.began_at.tolist(),
                 strict=True,
             ):
-                self._note(found, log.partition, account, verdict, distance, began_at, tally, row)
+                self._record_status(
+                    found, log.partition, account, status, distance, began_at, comparison, row
+                )
 
     async def _load(
         self, partition: int, chosen: Sequence[tuple[str, int]], until: int
     ) -> list[tuple[int, Sequence[tuple[str, int]], list[bytes | None]]]:
-        """States in Redis, with the watermark at which they stand; the least one first."""
+        """Load states in groups with their watermarks; the smallest watermark comes first."""
         loads = []
         for start in range(0, len(chosen), LOAD_ACCOUNTS):
             accounts = chosen[start : start + LOAD_ACCOUNTS]
             request = Load(partition, [account for account, _ in accounts])
-            (loaded,) = await self._ask(partial(self._store.load, [request]))
+            (loaded,) = await self._call(partial(self._store.load, [request]))
             if loaded.watermark is None:
-                raise _WentBackError
+                raise _WatermarkWentBackError
             mark = read_watermark(self._topic, partition, loaded.watermark)
             if mark.next_offset < until:
-                raise _WentBackError
+                raise _WatermarkWentBackError
             loads.append((mark.next_offset, accounts, loaded.states))
         return sorted(loads, key=lambda load: load[0])
 
-    def _note(
+    def _record_status(
         self,
         found: Verification,
         partition: int,
         account: str,
-        verdict: Verdict,
+        status: StateStatus,
         hidden: float,
         began_at: int,
-        tally: ScoreTally,
+        comparison: ScoreComparison,
         row: int,
     ) -> None:
-        offset, distance = tally.first_difference(row), tally.largest(row)
-        if verdict is Verdict.NONE:
+        offset, distance = comparison.first_difference(row), comparison.largest(row)
+        if status is StateStatus.NONE:
             return
-        if verdict is Verdict.MOVED:  # nor its scores: the log here lacks what is before them
-            found.cannot_verify(account, partition, verdict.value)
-            return
-        if verdict in UNVERIFIABLE:
-            found.cannot_verify(account, partition, verdict.value)
-        elif verdict is Verdict.EXPIRED:
+        if status in UNVERIFIABLE:
+            found.add_unverifiable(account, partition, status.value)
+            if status is StateStatus.MOVED:
+                return  # the log lacks earlier transactions, so its scores are not comparable
+        elif status is StateStatus.EXPIRED:
             found.expired += 1
         else:
             found.accounts += 1
-            found.right += verdict is Verdict.RIGHT and offset is None
-        if verdict in FINE | UNVERIFIABLE and offset is None:
+            found.right += status is StateStatus.RIGHT and offset is None
+        if status in CONSISTENT | UNVERIFIABLE and offset is None:
             return
-        what = _SCORES_ALONE if verdict in FINE | UNVERIFIABLE else verdict.value
-        if verdict is Verdict.ANEW and offset is None:
+        what = _SCORES_ALONE if status in CONSISTENT | UNVERIFIABLE else status.value
+        if status is StateStatus.OTHER_BEGIN and offset is None:
             offset = began_at
-        found.differs(
-            Difference(
-                account,
-                partition,
-                what,
-                offset,
-                None if np.isnan(hidden) else hidden,
-                distance,
-            )
+        hidden_distance = None if np.isnan(hidden) else hidden
+        found.add_difference(
+            Difference(account, partition, what, offset, hidden_distance, distance)
         )
 
     # states without log ------------------------------------------------------------------
 
-    async def _look_without_log(self, found: Verification, verified: dict[int, _Partition]) -> None:
-        """States of accounts that have no transaction in the log, or lie in another partition."""
+    async def _find_states_without_log(
+        self, found: Verification, verified: dict[int, _VerifiedPartition]
+    ) -> None:
+        """Find states without a transaction in the log of their partition."""
         if self._options.account is not None:
-            places = [(p, self._options.account) for p in range(self._partitions)]
-            await self._look_at(found, verified, places)
+            locations = [(p, self._options.account) for p in range(self._partitions)]
+            await self._check_unknown(found, verified, locations)
             return
         try:
-            async for places in self._store.accounts():
-                await self._look_at(found, verified, places)
+            async for locations in self._store.accounts():
+                await self._check_unknown(found, verified, locations)
         except StoreForbiddenError:
             found.without_log = None
 
-    async def _look_at(
+    async def _check_unknown(
         self,
         found: Verification,
-        verified: dict[int, _Partition],
-        places: Iterable[tuple[int, str]],
+        verified: dict[int, _VerifiedPartition],
+        locations: Iterable[tuple[int, str]],
     ) -> None:
-        strangers: dict[int, list[str]] = {}
-        for partition, account in places:
+        unknown: dict[int, list[str]] = {}
+        for partition, account in locations:
             known = verified.get(partition)
-            if known is None or _is_stranger(known, account):
-                strangers.setdefault(partition, []).append(account)
-        for partition, accounts in strangers.items():
+            if known is None or _is_unknown(known, account):
+                unknown.setdefault(partition, []).append(account)
+        for partition, accounts in unknown.items():
             request = Load(partition, accounts)
-            (loaded,) = await self._ask(partial(self._store.load, [request]))
+            (loaded,) = await self._call(partial(self._store.load, [request]))
             known = verified.get(partition)
             states, sound, _ = self._scorer.codec.decode(loaded.states)
             for account, value, is_sound, first, last in zip(
@@ -440,36 +444,36 @@ class Verifier:
                 strict=True,
             ):
                 if value is None or (known is not None and first >= known.next_offset):
-                    continue  # gone meanwhile, or begun since
+                    continue  # deleted meanwhile, or created since
                 if is_sound and _is_past(last, self._topic, partition, loaded.watermark):
-                    continue  # it counts as absent
+                    continue  # such a state counts as absent
                 if known is not None and is_sound and last < known.begin:
-                    why = Verdict.EARLIER if last >= 0 else Verdict.MOVED
-                    found.cannot_verify(account, partition, why.value)
+                    why = StateStatus.EARLIER if last >= 0 else StateStatus.MOVED
+                    found.add_unverifiable(account, partition, why.value)
                     continue
                 assert found.without_log is not None
                 found.without_log += 1
-                found.differs(
-                    Difference(account, partition, Verdict.WITHOUT_LOG.value, None, None, None)
+                found.add_difference(
+                    Difference(account, partition, StateStatus.WITHOUT_LOG.value, None, None, None)
                 )
 
-    async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
         return await answered_within(self._settings.startup_timeout_seconds, call)
 
 
 def _is_past(last: int, topic: str, partition: int, watermark: bytes | None) -> bool:
-    """Whether a state lies past its partition's watermark, which was taken back."""
+    """Check whether a state lies past its partition's watermark, which was reset."""
     return watermark is not None and last >= read_watermark(topic, partition, watermark).next_offset
 
 
-def _is_stranger(known: _Partition, account: str) -> bool:
-    """Whether the account is to be looked at, and the log has no transaction of it."""
+def _is_unknown(known: _VerifiedPartition, account: str) -> bool:
+    """Check whether a selected account has no transaction in the log."""
     key = account.encode()
-    if not known.choice.wants(key):
+    if not known.account_filter.selects(key):
         return False
     number = np.uint64(xxhash.xxh3_64_intdigest(key))
-    place = int(np.searchsorted(known.accounts, number))
-    return place == len(known.accounts) or known.accounts[place] != number
+    index = int(np.searchsorted(known.accounts, number))
+    return index == len(known.accounts) or known.accounts[index] != number
 
 
 def _hashes(keys: Iterator[bytes]) -> NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""`recur evaluate`: reads the transactions, compares networks, prints and writes what came out."""
+"""The command `recur evaluate`: read transactions, compare networks, print and write results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.data.dataset import Dataset, DatasetError
@@ -42,25 +41,28 @@ from model.probe.sweeps import short_probe
 from model.simulator.handbook import SimulatorError
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training.train import DataSource, SimulatedData
+from pipeline.cli.options import EXAMPLE_HINT
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData
 from pipeline.progress import TrainingProgress
+from pipeline.tables import print_table, widen
 
 SIMULATED_SEED = 1
-"""Of simulated transactions: the networks' seeds count from 1, the data stay the same."""
+"""Seed of simulated transactions. The networks' seeds vary; the data stay the same."""
 
 TABLE_COLUMNS = 132
-"""Least width of the table, characters."""
+"""Least width of the tables, characters."""
 
-_READ_SHARE = 0.04  # of the time, about
+# About the shares of the time at which reading, comparing and the faults end.
+_READ_SHARE = 0.04
 _COMPARED_SHARE = 0.92
 _FAULTS_SHARE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What `recur evaluate` was asked for; see its help."""
+    """Options of `recur evaluate`; see its help."""
 
     output: Path
     file: Path | None = None
@@ -77,8 +79,7 @@ class EvaluateOptions:
     plots: bool = True
     robustness: bool = True
     training: dict[str, Any] = field(default_factory=dict)
-    """Of :class:`model.training.train.TrainingSettings`, where other than its defaults; what is
-    simulated, where no file is given, among them."""
+    """Fields of :class:`model.training.train.TrainingSettings` that differ from its defaults."""
     trees: int = TREES
 
 
@@ -95,7 +96,7 @@ def evaluate_options(
     world: str,
     **options: Any,
 ) -> EvaluateOptions:
-    """The options from those of the command line; what is none keeps its default."""
+    """Return the options of a command line; an option that is None keeps its default."""
     training = {
         **{"customers": customers, "terminals": terminals, "days": days},
         **{"world": world},
@@ -112,12 +113,12 @@ def evaluate_options(
 
 
 def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Results:
-    """Compares, prints the table, writes results.json, model_card.md and the plots.
+    """Compare; print the table; write results.json, model_card.md and the plots.
 
-    What was trained stays in the output folder, in ``runs``; the same command goes on there.
+    Trained networks stay in ``runs`` of the output folder; the same command continues from them.
 
     Raises:
-        RecurError: anything that the person who called it can put right.
+        RecurError: the options, the data or the installation must be corrected.
     """
     try:
         with TrainingProgress(command="evaluate") as progress:
@@ -138,7 +139,7 @@ def run_evaluate(options: EvaluateOptions, console: Console | None = None) -> Re
 
 def _evaluate(options: EvaluateOptions, report: Reporter) -> Results:
     _check_requirements(options)
-    # Networks are compared on the Handbook's data unless another world is asked for.
+    # The default of evaluate differs from that of training: the Handbook's data.
     training = TrainingSettings(
         **{"world": "handbook"} | options.training, label_delay_days=float(options.label_delay_days)
     )
@@ -192,7 +193,7 @@ def _compare(
 
 
 def _source(options: EvaluateOptions, training: TrainingSettings) -> DataSource:
-    """Where the transactions come from: the file, or the simulator.
+    """Return the source of the transactions: the file, or the simulator.
 
     Raises:
         RecurError: the file or its mapping cannot be used.
@@ -200,21 +201,17 @@ def _source(options: EvaluateOptions, training: TrainingSettings) -> DataSource:
     if options.file is None:
         return SimulatedData(dataclasses.replace(training, seed=SIMULATED_SEED))
     if options.columns is None:
-        raise SettingsError(
-            "recur evaluate FILE needs --columns; `recur replay --example-columns` prints a "
-            "column mapping to start from"
-        )
+        raise SettingsError(f"recur evaluate FILE needs --columns; {EXAMPLE_HINT}")
     return FileData(options.file, load_mapping(options.columns))
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
-    """The table, and what robustness was found."""
+    """Print the table of networks and, if it was measured, the cost of faulty states."""
     console = console or Console()
-    # A narrow terminal breaks lines itself; columns cut off could not be read at all.
-    console.width = max(console.width, TABLE_COLUMNS)
+    widen(console, TABLE_COLUMNS)
     headings, rows = table(results)
     console.print(f"protocol {results.protocol}: {'; '.join(results.folds.values())}")
-    _print_table(console, headings, rows)
+    print_table(console, headings, rows, wraps_first=True)
     for caution in results.cautions:
         console.print(f"caution: {caution}")
     found = results.robustness
@@ -223,25 +220,17 @@ def print_results(results: Results, console: Console | None = None) -> None:
             [cost.title, f"{cost.average_precision:.4f}", f"{cost.lost:+.5f}"]
             for cost in found.faults
         ]
-        _print_table(console, ["fault of account states", "AP", "AP lost"], faults)
+        print_table(console, ["fault of account states", "AP", "AP lost"], faults, wraps_first=True)
         weeks = [
             [week.first_day, f"{week.with_states:.3f}", f"{week.states_lost:.3f}"]
             for week in found.weeks
         ]
-        _print_table(console, ["all states lost, week from", "AP", "AP, states lost"], weeks)
-
-
-def _print_table(console: Console, headings: list[str], rows: list[list[str]]) -> None:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+        headings = ["all states lost, week from", "AP", "AP, states lost"]
+        print_table(console, headings, weeks, wraps_first=True)
 
 
 def _check_requirements(options: EvaluateOptions) -> None:
-    """What is not installed is told now, not after an hour of training."""
+    """Report a missing requirement now, and not after an hour of training."""
     if REFERENCE in options.networks:
         lightgbm()
     if options.plots:
@@ -258,7 +247,7 @@ def _make_folder(folder: Path) -> None:
 def _described(
     comparer: Comparer, comparison: Comparison, log: Dataset, report: Reporter
 ) -> tuple[Robustness | None, dict[int, float]]:
-    """Robustness and reasons of the checkpoint that the card describes, if there is one."""
+    """Measure robustness and reasons of the checkpoint that the card describes, if any."""
     fold = comparison.folds[0]
     checkpoint = comparison.checkpoints.get(fold.name)
     if checkpoint is None:
@@ -302,5 +291,5 @@ def _write(
 
 
 def _within(report: Reporter, begin: float, end: float) -> Reporter:
-    """Reports whose share of the whole goes from begin to end."""
+    """Return a reporter of a part that takes the whole's progress from begin to end."""
     return lambda r: report(Report(r.stage, begin + (end - begin) * r.done, r.note))

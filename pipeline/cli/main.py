@@ -1,7 +1,11 @@
-"""The command line: ``recur COMMAND``. Each command is thin; its work is elsewhere."""
+"""The command line, `recur COMMAND`: each command parses its options and calls another room.
+
+Commands import what they run only when they run: `recur --help` needs neither torch nor Faust.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -10,18 +14,29 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.options import (
+    EXAMPLE_HINT,
+    EXISTING_FILE,
+    OUTPUT_FILE,
+    columns_option,
+    data_option,
+    dry_run_option,
+    file_argument,
+    json_option,
+    offset_days_option,
+    require_both,
+    simulation_options,
+    skip_unusable_option,
+    world_option,
+)
 from pipeline.cli.state import state
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
-from pipeline.worker.shutdown import leave_at_signals
+from pipeline.worker.shutdown import exit_on_signals
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"TOML file of settings (also {CONFIG_VARIABLE}).",
-)
+@click.option("--config", type=EXISTING_FILE, help=f"TOML file of settings (or {CONFIG_VARIABLE}).")
 @click.version_option(package_name="recur", prog_name="recur")
 def recur(config: Path | None) -> None:
     """Score card transactions as they happen, with a recurrent state for each account."""
@@ -32,8 +47,8 @@ def recur(config: Path | None) -> None:
 @recur.command()
 def worker() -> None:
     """Run a worker of the consumer group until SIGTERM or Ctrl-C."""
-    leave_at_signals()  # the imports below take a while
-    from pipeline.worker.app import run_worker
+    exit_on_signals()  # the imports below take a while
+    from pipeline.worker.process import run_worker
 
     sys.exit(run_worker(load_settings()))
 
@@ -50,37 +65,28 @@ def settings() -> None:
 
 
 @recur.command()
-@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Parquet or CSV file of labelled transactions; without it they are simulated.",
-)
-@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
-@click.option("--skip-unusable", is_flag=True, help="Leave out rows that are no transactions.")
-@click.option("--train-until", metavar="DATE", help="No label from then on is learned from.")
-@click.option("--test-from", metavar="DATE", help="The measures are taken from then on.")
+@click.argument("output", type=OUTPUT_FILE)
+@data_option("; without it they are simulated.")
+@columns_option
+@skip_unusable_option
+@click.option("--train-until", metavar="DATE", help="Learn only from labels known before this day.")
+@click.option("--test-from", metavar="DATE", help="First day of the measures.")
 @click.option(
     "--label-delay-days",
     type=float,
     default=7.0,
     show_default=True,
-    help="From a transaction to the day when its label is there.",
+    help="Days from a transaction until its label is known.",
 )
-@click.option("--customers", type=int, default=5_000, show_default=True, help="Simulated.")
-@click.option("--terminals", type=int, default=10_000, show_default=True, help="Simulated.")
-@click.option("--days", type=int, default=183, show_default=True, help="Simulated.")
+@simulation_options(
+    customers=5_000, terminals=10_000, days=183, world="wide", prefix="Simulation: "
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of data and weights.")
 @click.option(
-    "--world",
-    type=click.Choice(["wide", "handbook"]),
-    default="wide",
-    show_default=True,
-    help="Simulated: many kinds of accounts and fraud, or the Handbook's alone.",
+    "--hidden-size", type=int, default=128, show_default=True, help="Size of the hidden state."
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Of data and weights.")
-@click.option("--hidden-size", type=int, default=128, show_default=True)
-@click.option("--layers", type=int, default=1, show_default=True, help="GRU layers.")
-@click.option("--epochs", type=int, help="By default by the size of the data.")
+@click.option("--layers", type=int, default=1, show_default=True, help="Number of GRU layers.")
+@click.option("--epochs", type=int, help="Number of epochs; default: by the size of the data.")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
@@ -95,8 +101,9 @@ def train(
 ) -> None:
     """Train a network on your transactions, or simulated ones; write its checkpoint to OUTPUT.
 
-    Interrupted, it goes on where it stopped when it is started again in the same way. At the end
-    it probes the checkpoint (see `recur probe`) and ends with code 1 on a violation.
+    An interrupted training continues where it stopped when you run the same command again. At
+    the end the command probes the checkpoint (see `recur probe`). It exits with code 1 on a
+    violation.
     """
     from model.checkpoint import CheckpointError
     from model.probe.sweeps import short_probe
@@ -107,11 +114,7 @@ def train(
     from pipeline.files.training_data import FileData
     from pipeline.progress import TrainingProgress
 
-    if (data is None) != (columns is None):
-        raise SettingsError(
-            "recur train takes --data and --columns together; `recur replay --example-columns`"
-            " prints a column mapping to start from"
-        )
+    require_both("recur train", data, columns)
     source = None
     if data is not None and columns is not None:
         source = FileData(data, load_mapping(columns), skip_unusable)
@@ -138,13 +141,11 @@ def train(
 @recur.command()
 @click.argument("account_id", metavar="ID")
 def account(account_id: str) -> None:
-    """Print what the live state in Redis says of the account ID.
+    """Print the live state in Redis of the account ID.
 
-    Whether it is compromised now, by all of its history; its counts and amounts; where the
-    state lies and how old it is. Settings are the workers'.
+    The output has the probability that the account is compromised now, its counts and amounts,
+    and the place and age of the state. The command needs the workers' settings.
     """
-    import asyncio
-
     from pipeline.admin.inspect_account import account_lines
 
     for line in asyncio.run(account_lines(load_settings(), account_id)):
@@ -157,30 +158,25 @@ def account(account_id: str) -> None:
     "--sample",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Only so many accounts, chosen by the hashes of their ids: the same ones each time.",
+    help="Only N accounts, chosen by the hashes of their ids: the same ones each time.",
 )
-@click.option("--from", "from_time", metavar="TIME", help="Only scores of records from then on,")
-@click.option("--to", "to_time", metavar="TIME", help="and before then (the record's CreateTime).")
+@click.option("--from", "from_time", metavar="TIME", help="Only scores of records at or after TIME")
+@click.option("--to", "to_time", metavar="TIME", help="and before TIME (the record's CreateTime).")
 @click.option(
     "--tolerance-hidden",
     type=click.FloatRange(min=0),
     default=2e-3,
     show_default=True,
-    help="Of a hidden; see docs/verify.md for what was measured.",
+    help="Hidden states that differ by at most this count as equal; see docs/verify.md.",
 )
 @click.option(
     "--tolerance-score",
     type=click.FloatRange(min=0),
     default=2e-4,
     show_default=True,
-    help="Of a score.",
+    help="Scores that differ by at most this count as equal.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write what was found to this file, too.",
-)
+@json_option
 def verify(
     account: str | None,
     sample: int | None,
@@ -189,13 +185,13 @@ def verify(
     json_file: Path | None,
     **tolerances: float,
 ) -> None:
-    """Verify that states in Redis and published scores are what the log says.
+    """Verify that states in Redis and published scores match the log.
 
-    Computes both from the log again, up to the watermarks, and compares; workers may run
-    meanwhile, and nothing is written. Ends with code 1 where a state or score differs past its
-    tolerance, a score is missing or two of one transaction contradict each other, or a state has
-    no log. Accounts whose history began before the log does are listed as unverifiable. A TIME is
-    2024-05-31T18:00:00Z or milliseconds since 1970. Settings are the workers'.
+    The command recomputes both from the log, up to the watermarks, and compares. It writes
+    nothing, and workers may run. It exits with code 1 if a state or score differs past its
+    tolerance, a score is missing, two scores of one transaction contradict each other, or a state
+    has no log. It lists accounts whose history began before the log as unverifiable. A TIME is
+    2024-05-31T18:00:00Z or milliseconds since 1970. The command needs the workers' settings.
     """
     from pipeline.audit.report import run_verify
     from pipeline.audit.verifier import VerifyOptions
@@ -214,32 +210,36 @@ def verify(
 
 
 @recur.command()
-@click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--review", metavar="GOAL", help="What the review threshold shall do.")
-@click.option("--decline", metavar="GOAL", help="What the decline threshold shall do.")
+@click.argument("checkpoint", type=OUTPUT_FILE)
+@click.option("--review", metavar="GOAL", help="Goal of the review threshold.")
+@click.option("--decline", metavar="GOAL", help="Goal of the decline threshold.")
 @click.option("--alerts-per-day", metavar="N", help="Short for --review alerts-per-day=N.")
-@click.option("--false-positive-rate", metavar="X", help="... --review false-positive-rate=X.")
-@click.option("--precision", metavar="P", help="... --review precision=P.")
+@click.option(
+    "--false-positive-rate", metavar="X", help="Short for --review false-positive-rate=X."
+)
+@click.option("--precision", metavar="P", help="Short for --review precision=P.")
 @click.option(
     "--cost-missed",
     metavar="COST",
-    help="Of a missed fraud: an amount, or per cent of the fraud's amount (the default, 100%).",
+    help="Cost of a missed fraud: an amount, or per cent of the fraud's amount (default 100%).",
 )
-@click.option("--cost-review", metavar="AMOUNT", help="Of one review, which tells the truth.")
+@click.option(
+    "--cost-review", metavar="AMOUNT", help="Cost of a review, which always finds the truth."
+)
 @click.option(
     "--cost-decline",
     metavar="COST",
-    help="Of declining a good payment: an amount, or per cent of the payment's.",
+    help="Cost of declining a good payment: an amount, or per cent of the payment's amount.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what is expected, and write nothing.")
+@dry_run_option
 def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
-    """Choose CHECKPOINT's review and decline thresholds by what they shall do.
+    """Choose CHECKPOINT's review and decline thresholds by goals or by costs.
 
     A GOAL is one of alerts-per-day=N (at most; declined ones count), false-positive-rate=X
     (at most, of the legitimate transactions), precision=P (at least, of the alerts) or
-    threshold=T; shares as 0.9 or 90%. With costs instead, both thresholds are those whose
-    expected cost a day is the lowest. A threshold of which nothing is said stays, but for one
-    thing: decline is never under review. Without any wish, what is expected now is printed.
+    threshold=T; shares as 0.9 or 90%. With costs, both thresholds minimize the expected cost per
+    day. A threshold without a goal stays as it is, except that decline is never below review.
+    Without any option, the command prints the expectation of the current thresholds.
 
     \b
       recur thresholds model.safetensors --alerts-per-day 100
@@ -247,9 +247,9 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
                                          --decline precision=0.9
       recur thresholds model.safetensors --cost-review 4 --cost-decline 30
 
-    The weights stay, and the digest with them: running workers whose RECUR_CHECKPOINT is this
-    file decide by the new thresholds some seconds later.
-    """
+    Weights and digest stay the same. Running workers whose RECUR_CHECKPOINT is this file use the
+    new thresholds some seconds later.
+    """  # noqa: D301 - to click a backspace means: do not wrap this paragraph
     from model.checkpoint import Checkpoint, CheckpointError
     from model.thresholds import OperatingPoints, ThresholdsError, Wishes, report
 
@@ -272,10 +272,8 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 
 
 @recur.command()
-@click.argument(
-    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
-)
-@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@file_argument
+@columns_option
 @click.option(
     "--protocol",
     type=click.Choice(["split", "handbook"]),
@@ -286,10 +284,12 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 @click.option(
     "--train-until",
     metavar="DATE",
-    help="split: no label from then on is learned from; default: half of the days are.",
+    help="split: learn only from labels known before this day; default: half of the days.",
 )
 @click.option(
-    "--test-from", metavar="DATE", help="split: default: when the training's labels have arrived."
+    "--test-from",
+    metavar="DATE",
+    help="split: first day of the test; default: when the training's labels are known.",
 )
 @click.option(
     "--test-until", metavar="DATE", help="split: the test ends before it; default: the log's end."
@@ -301,37 +301,37 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
     show_default=True,
     help="handbook: first day of the latest training week.",
 )
-@click.option("--label-delay-days", type=int, default=7, show_default=True)
 @click.option(
-    "--networks", metavar="A,B,...", help="Of those that the table names; default: all of them."
+    "--label-delay-days",
+    type=int,
+    default=7,
+    show_default=True,
+    help="Days from a transaction until its label is known.",
 )
-@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings of each network.")
-@click.option("--epochs", type=int, help="Of each training.")
-@click.option("--hidden-size", type=int, help="Of each recurrent network.")
+@click.option(
+    "--networks", metavar="A,B,...", help="Rows of the table to compare; default: all of them."
+)
+@click.option(
+    "--seeds", type=int, default=1, show_default=True, help="Number of trainings of each network."
+)
+@click.option("--epochs", type=int, help="Number of epochs of each training.")
+@click.option("--hidden-size", type=int, help="Size of each network's hidden state.")
 @click.option(
     "--checkpoint",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Compared too; the model card is about this one.",
+    type=EXISTING_FILE,
+    help="Compare this checkpoint, too; the model card describes it.",
 )
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("evaluation"),
     show_default=True,
-    help="Folder of results, plots and model card; what was trained stays there and is not "
-    "trained again.",
+    help="Folder of results, plots and model card. It keeps trained networks for later runs.",
 )
-@click.option("--no-plots", is_flag=True, help="Do without matplotlib.")
-@click.option("--no-robustness", is_flag=True, help="Leave out what faults of states cost.")
-@click.option("--customers", type=int, help="Simulated, without FILE.")
-@click.option("--terminals", type=int, help="Simulated, without FILE.")
-@click.option("--days", type=int, help="Simulated, without FILE.")
-@click.option(
-    "--world",
-    type=click.Choice(["handbook", "wide"]),
-    default="handbook",
-    show_default=True,
-    help="Simulated, without FILE: the Handbook's accounts and frauds, or many more kinds.",
+@click.option("--no-plots", is_flag=True, help="Write no plots; matplotlib is not needed then.")
+@click.option("--no-robustness", is_flag=True, help="Do not measure the cost of faulty states.")
+@simulation_options(
+    customers=None, terminals=None, days=None, world="handbook", prefix="Simulation, without FILE: "
 )
 def evaluate(**options: Any) -> None:
     """Compare networks, and LightGBM, on the transactions in FILE or on simulated ones.
@@ -344,32 +344,23 @@ def evaluate(**options: Any) -> None:
 
 
 @recur.command("probe")
-@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Parquet or CSV file of labelled transactions: its accounts are probed, too.",
-)
-@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write what was found to this file, too.",
-)
+@click.argument("checkpoint", type=EXISTING_FILE)
+@data_option(": its accounts are probed, too.")
+@columns_option
+@json_option
 @click.option(
     "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT_FILE,
     help="PNG file of scores by sweep and of exposure; needs matplotlib.",
 )
 @click.option("--short", is_flag=True, help="The short form, as at the end of `recur train`.")
 def probe_command(**options: Any) -> None:
     """Test how CHECKPOINT behaves: sweeps, large payments, and what a thief can take.
 
-    With the history fixed, more money and more known frauds at the merchant must not lower the
-    score. Prints each place where it falls, where an input leaves its range, and the exposure:
-    the most that a thief who knows the model takes under the review threshold. Ends with code 1
-    on a violation.
+    With the history fixed, more money or more known frauds at the merchant must not lower the
+    score. The command prints each place where the score falls or an input leaves its range. It
+    also prints the exposure: the most that a thief who knows the model takes below the review
+    threshold. It exits with code 1 on a violation.
     """
     from pipeline.cli.probe import ProbeOptions, run_probe
 
@@ -377,22 +368,28 @@ def probe_command(**options: Any) -> None:
 
 
 @recur.command()
-@click.option("--transactions", type=int, default=200_000, show_default=True, help="Of the burst.")
 @click.option(
-    "--rate", type=float, default=500, show_default=True, help="Of the live part, a second."
+    "--transactions",
+    type=int,
+    default=200_000,
+    show_default=True,
+    help="Number of transactions in the burst.",
+)
+@click.option(
+    "--rate",
+    type=float,
+    default=500,
+    show_default=True,
+    help="Transactions per second of the live part.",
 )
 @click.option(
     "--seconds", type=float, default=30, show_default=True, help="Length of the live part."
 )
-@click.option("--workers", type=int, default=2, show_default=True, help="Worker processes.")
 @click.option(
-    "--world",
-    type=click.Choice(["wide", "handbook"]),
-    default="wide",
-    show_default=True,
-    help="Many kinds of accounts and fraud, or the Handbook's alone.",
+    "--workers", type=int, default=2, show_default=True, help="Number of worker processes."
 )
-@click.option("--keep-running", is_flag=True, help="Go on with the live part until Ctrl-C.")
+@world_option("wide")
+@click.option("--keep-running", is_flag=True, help="Continue the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""
     from pipeline.demo.run import DemoOptions, run_demo
@@ -401,21 +398,22 @@ def demo(**options: Any) -> None:
 
 
 @recur.command()
-@click.argument(
-    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
-)
-@click.option("--columns", metavar="MAPPING", help="Column mapping: a TOML file, or `handbook`.")
+@file_argument
+@columns_option
 @click.option("--example-columns", is_flag=True, help="Print a column mapping to start from.")
-@click.option("--speed", type=float, help="The recorded pace times this.")
-@click.option("--rate", type=float, help="Transactions a second; default: as fast as it goes.")
+@click.option("--speed", type=float, help="Send at the recorded pace times this factor.")
+@click.option("--rate", type=float, help="Transactions per second; default: as fast as possible.")
 @click.option("--warm", is_flag=True, help="Build states, raise no alerts.")
-@click.option("--limit", type=int, help="Only the first so many transactions.")
-@click.option("--offset-days", type=float, default=0.0, help="Added to every time, days.")
-@click.option("--skip-unusable", is_flag=True, help="Leave out rows that are no transactions.")
+@click.option("--limit", type=int, help="Send only this number of transactions.")
+@offset_days_option
+@skip_unusable_option
 @click.option("--allow-unsorted", is_flag=True, help="Send rows that are not in order of time.")
-@click.option("--report", is_flag=True, help="Wait for the scores and tell what came out.")
+@click.option("--report", is_flag=True, help="Wait for the scores and print a summary.")
 @click.option(
-    "--report-skip-days", type=int, default=0, help="Days that the report's measures leave out."
+    "--report-skip-days",
+    type=int,
+    default=0,
+    help="Number of first days that the summary leaves out.",
 )
 def replay(file: Path | None, columns: str | None, example_columns: bool, **options: Any) -> None:
     """Feed the transactions in FILE (parquet or CSV) to the workers."""
@@ -426,43 +424,40 @@ def replay(file: Path | None, columns: str | None, example_columns: bool, **opti
         click.echo(example_mapping())
         return
     if file is None or columns is None:
-        raise SettingsError(
-            "recur replay needs FILE and --columns; `recur replay --example-columns` prints a "
-            "column mapping to start from"
-        )
+        raise SettingsError(f"recur replay needs FILE and --columns; {EXAMPLE_HINT}")
     sys.exit(run_replay(ReplayOptions(file=file, columns=columns, **options), load_settings()))
 
 
 @recur.command()
-@click.argument(
-    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
-)
+@file_argument
 @click.option(
     "--columns",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     metavar="MAPPING",
     help="TOML file that names FILE's columns ([columns], [prefixes], [time]).",
 )
 @click.option(
     "--from-transactions",
     metavar="MAPPING",
-    help="FILE holds transactions; their column mapping: a TOML file, or `handbook`.",
+    help="FILE holds transactions; this is their column mapping: a TOML file, or `handbook`.",
 )
 @click.option(
     "--delay-days",
     type=float,
     default=7.0,
     show_default=True,
-    help="With --from-transactions: labels come so long after.",
+    help="With --from-transactions: days from a transaction to its label.",
 )
-@click.option("--legitimate", is_flag=True, help="With --from-transactions: not frauds alone.")
-@click.option("--offset-days", type=float, default=0.0, help="Added to every time, days.")
+@click.option(
+    "--legitimate", is_flag=True, help="With --from-transactions: label legitimate ones, too."
+)
+@offset_days_option
 @click.option("--transaction-id", help="A single label: of this transaction,")
 @click.option("--account-id", help="of this account")
 @click.option("--merchant-id", help="at this merchant")
 @click.option("--label", type=click.Choice(["fraud", "legitimate"]), help="is this")
 @click.option("--timestamp", help="and was made then (ISO 8601 with zone, or milliseconds).")
-@click.option("--labelled-at", help="When that became known; default: now.")
+@click.option("--labelled-at", help="Time when the label became known; default: now.")
 def label(file: Path | None, **options: Any) -> None:
     """Send labels, the truth about transactions: those in FILE (parquet or CSV), or a single one.
 
@@ -478,7 +473,7 @@ recur.add_command(state)
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point; a known error ends with one line and no traceback."""
+    """Run the command line; print a known error as one line, without a traceback."""
     try:
         recur(args=arguments, prog_name="recur")
     except SettingsError as error:

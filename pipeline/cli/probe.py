@@ -1,4 +1,4 @@
-"""`recur probe`: tests a checkpoint's behaviour, prints and writes what was found."""
+"""The command `recur probe`: test a checkpoint's behaviour, print and write the findings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.data.dataset import Dataset, DatasetError
@@ -18,22 +17,28 @@ from model.probe.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Poin
 from model.probe.plots import plot_probe
 from model.probe.sweeps import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
 from model.training.settings import Report, Reporter
-from pipeline.errors import RecurError, SettingsError
+from pipeline.cli.options import require_both
+from pipeline.errors import RecurError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.training_data import FileData
 from pipeline.progress import TrainingProgress
+from pipeline.tables import print_table, widen
 
 FALLS_SHOWN = 20
+"""Most falls of the score that are printed."""
+
 ROWS_SHOWN = 40
+"""Most histories in the table of large payments."""
+
 TABLE_COLUMNS = 140
-"""Least width of tables, characters."""
+"""Least width of the tables, characters."""
 
 _READ_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """What `recur probe` was asked for; see its help."""
+    """Options of `recur probe`; see its help."""
 
     checkpoint: Path
     data: Path | None = None
@@ -44,20 +49,16 @@ class ProbeOptions:
 
 
 def run_probe(options: ProbeOptions, console: Console | None = None) -> int:
-    """Probes, prints tables, writes the JSON file and the plot.
+    """Probe; print tables; write the JSON file and the plot.
 
     Returns:
-        1 where the checkpoint violates what must hold, else 0.
+        1 if the checkpoint violates a rule, else 0.
 
     Raises:
-        RecurError: anything that the person who called it can put right.
+        RecurError: the options, the checkpoint or the data must be corrected.
     """
     console = console or Console()
-    if (options.data is None) != (options.columns is None):
-        raise SettingsError(
-            "recur probe takes --data and --columns together; `recur replay --example-columns`"
-            " prints a column mapping to start from"
-        )
+    require_both("recur probe", options.data, options.columns)
     try:
         checkpoint = Checkpoint.load(options.checkpoint)
         with TrainingProgress(command="probe") as progress:
@@ -107,7 +108,7 @@ def _write(options: ProbeOptions, result: ProbeResult, console: Console) -> None
                 require_matplotlib()
             except MissingRequirementError:
                 console.print(
-                    "The plot is left out, since matplotlib cannot be loaded: "
+                    "The plot is left out, because matplotlib cannot be loaded: "
                     "pip install 'recur\\[evaluate]'",
                     soft_wrap=True,
                 )
@@ -119,9 +120,8 @@ def _write(options: ProbeOptions, result: ProbeResult, console: Console) -> None
 
 
 def print_result(result: ProbeResult, console: Console) -> None:
-    """Violations, inputs out of range, large payments, exposure."""
-    # A narrow terminal breaks lines itself; columns cut off could not be read at all.
-    console.width = max(console.width, TABLE_COLUMNS)
+    """Print violations, inputs out of range, large payments and the exposure."""
+    widen(console, TABLE_COLUMNS)
     console.print(
         f"model {result.model}, {result.form} probe: {result.histories} histories, "
         f"{result.scores:,} scores in sweeps, review threshold {result.review:.4g}, "
@@ -132,19 +132,19 @@ def print_result(result: ProbeResult, console: Console) -> None:
     _print_ranges(result, console)
     _print_large(result.large, result.review, console)
     _print_exposure(result.exposure, console)
-    verdict = (
+    outcome = (
         f"FAILED: {result.violations:,} violations, {result.large.under_smaller:,} large payments "
         "approved with a score under a smaller one's"
         if result.failed
         else "PASSED: no violation"
     )
-    console.print(f"\n[bold]{verdict}[/bold] ({result.seconds:,.0f} s)", highlight=False)
+    console.print(f"\n[bold]{outcome}[/bold] ({result.seconds:,.0f} s)", highlight=False)
 
 
 def _print_violations(result: ProbeResult, console: Console) -> None:
-    console.print("\n[bold]Where the score falls though it must not[/bold]")
-    told = ", ".join(f"{count:,} in {name}" for name, count in result.violations_by_sweep.items())
-    console.print(f"violations: {told} ({result.tolerance})", highlight=False, soft_wrap=True)
+    console.print("\n[bold]Where the score falls but must not[/bold]")
+    counts = ", ".join(f"{count:,} in {name}" for name, count in result.violations_by_sweep.items())
+    console.print(f"violations: {counts} ({result.tolerance})", highlight=False, soft_wrap=True)
     for fall in result.falls[:FALLS_SHOWN]:
         console.print(f"  {describe_fall(fall)}", highlight=False, soft_wrap=True)
     if len(result.falls) > FALLS_SHOWN:
@@ -154,12 +154,12 @@ def _print_violations(result: ProbeResult, console: Console) -> None:
 def _print_ranges(result: ProbeResult, console: Console) -> None:
     console.print("\n[bold]Where an input leaves its range[/bold]")
     if not result.states_ranges:
-        console.print("The checkpoint states no ranges: what training never saw is extrapolated.")
+        console.print("The checkpoint has no ranges: it extrapolates past what training saw.")
         return
     if not result.out_of_range:
         console.print("nowhere")
         return
-    console.print("It saturates there, which is no violation.")
+    console.print("The input saturates there, which is no violation.")
     rows = [
         [
             left.feature,
@@ -170,7 +170,7 @@ def _print_ranges(result: ProbeResult, console: Console) -> None:
         ]
         for left in result.out_of_range
     ]
-    _print_table(console, ["feature", "sweep", "range", "left first at", "histories"], rows)
+    print_table(console, ["feature", "sweep", "range", "left first at", "histories"], rows)
 
 
 def _print_large(large: LargePayments, review: float, console: Console) -> None:
@@ -201,7 +201,7 @@ def _print_large(large: LargePayments, review: float, console: Console) -> None:
         for row in approved[:ROWS_SHOWN]
     ]
     amounts = [f"{amount:,.0f}" for amount in large.amounts]
-    _print_table(console, ["history", "usual", *amounts], rows)
+    print_table(console, ["history", "usual", *amounts], rows)
     if len(approved) > ROWS_SHOWN:
         console.print(f"... {len(approved) - ROWS_SHOWN:,} more histories")
 
@@ -230,10 +230,10 @@ def _print_exposure(exposure: Exposure, console: Console) -> None:
     rows = _point_rows(exposure.review, "review")
     for point in exposure.curve:
         rows += _point_rows(point, f"{point.threshold:.4g}")
-    _print_table(console, headings, rows)
+    print_table(console, headings, rows)
     console.print("At a bound (largest payment, most payments) the figure is a lower bound.")
     if exposure.target is None:
-        console.print("The checkpoint does not tell its false positives: the aim is not measured.")
+        console.print("The checkpoint has no rates of false positives: the aim is not measured.")
         return
     console.print(
         f"Aim of at most {TARGET_TIMES_USUAL:g} times in the median at {TARGET_RATE:.1%} false "
@@ -258,12 +258,3 @@ def _point_rows(point: Point, name: str) -> list[list[str]]:
         ]
 
     return [row(point.day, "day", name), row(point.week, "week", "")]
-
-
-def _print_table(console: Console, headings: list[str], rows: list[list[str]]) -> None:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)

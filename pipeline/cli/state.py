@@ -1,31 +1,31 @@
-"""The commands ``recur state ...``: what the accounts' states are, and how to mend them."""
+"""The commands `recur state ...`: inspect, rebuild, forget and move accounts' states."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
+from pipeline.cli.options import dry_run_option
 from pipeline.errors import SettingsError
 from pipeline.settings import load_settings
 
 
 @click.group()
 def state() -> None:
-    """Look at accounts' states, rebuild, forget and move them, while workers run or not."""
+    """Inspect accounts' states; rebuild, forget and move them by hand."""
 
 
 @state.command()
 @click.argument("account_id", metavar="ACCOUNT")
 def show(account_id: str) -> None:
     """Print the state of ACCOUNT that is in Redis, and where it lies."""
-    import asyncio
+    from pipeline.admin.inspect_state import show_lines
 
-    from pipeline.admin.inspect_state import shown_lines
-
-    for line in asyncio.run(shown_lines(load_settings(), account_id)):
-        click.echo(line)
+    _print(asyncio.run(show_lines(load_settings(), account_id)))
 
 
 @state.command()
@@ -40,33 +40,30 @@ def show(account_id: str) -> None:
 def at(account_id: str, at_time: str) -> None:
     """Print the state of ACCOUNT as of a TIME, computed from the log.
 
-    The state is the one after the last record before the first that came after TIME. It is
-    computed up to the watermark at most: what is not applied yet has no score to compute from.
+    The computation ends before the first record that came after TIME, and at the watermark at the
+    latest: a later transaction has no score yet from which to take its merchant's features.
     """
-    from pipeline.admin.inspect_state import lines_at
+    from pipeline.admin.inspect_state import state_at_lines
     from pipeline.timestamps import epoch_ms_of
 
-    for line in lines_at(load_settings(), account_id, epoch_ms_of(at_time, "--time")):
-        click.echo(line)
+    _print(state_at_lines(load_settings(), account_id, epoch_ms_of(at_time, "--time")))
 
 
 @state.command()
 @click.argument("account_id", metavar="ACCOUNT")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@dry_run_option
 @click.option("--no-wait", is_flag=True, help="Do not wait until the workers have applied it.")
 @click.option(
     "--timeout", type=float, default=60.0, show_default=True, help="Longest wait, seconds."
 )
 def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> None:
-    """Erase ACCOUNT: its state goes, and it begins anew at its next transaction.
+    """Erase the state of ACCOUNT: its next transaction starts a new one.
 
-    An instruction is put into the log behind the account's transactions; workers, caches, replays
-    and `recur verify` come to it in the account's order. The receipt on standard output says what
-    is erased, and which records remain until when. ACCOUNT `-` reads the id from standard input,
-    so that it stands in no list of processes.
+    The command appends a control record to the log, after the account's transactions. Workers,
+    caches, replays and `recur verify` apply it in the order of the log. The receipt on standard
+    output lists what is erased, and which records remain until when. ACCOUNT `-` reads the id
+    from standard input, so that no list of processes shows it.
     """
-    import asyncio
-
     from pipeline.admin.forget import forget_lines
 
     if account_id == "-":
@@ -80,8 +77,7 @@ def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> Non
             console=_console(),
         )
     )
-    for line in lines:
-        click.echo(line)
+    _print(lines)
     sys.exit(0 if done else 1)
 
 
@@ -90,10 +86,10 @@ def forget(account_id: str, dry_run: bool, no_wait: bool, timeout: float) -> Non
 @click.option("--all", "everything", is_flag=True, help="All partitions.")
 @click.option("--merchants", is_flag=True, help="The merchants' profiles.")
 @click.option(
-    "--new-log", is_flag=True, help="What is of a topic that was deleted and made again since."
+    "--new-log", is_flag=True, help="States and labels of a topic that was deleted and recreated."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option("--no-wait", is_flag=True, help="Do not wait until the workers are through.")
+@dry_run_option
+@click.option("--no-wait", is_flag=True, help="Do not wait until the workers have finished.")
 def rebuild(
     partitions: tuple[int, ...],
     everything: bool,
@@ -102,15 +98,13 @@ def rebuild(
     dry_run: bool,
     no_wait: bool,
 ) -> None:
-    """Have the workers compute states again from the log, as far back as it reaches.
+    """Have the workers recompute states from the log, as far back as it reaches.
 
-    Workers may run: they keep the scores that were published, and score what comes as soon as
-    they are through the log. Without workers it is done when one starts. With --merchants this
-    command counts what scores and labels say, and corrects the profiles that differ. With --new-log
-    states of a topic that was deleted and made again go, and begin from the one that is there.
+    Workers may run: they keep the published scores, and score new transactions once they have
+    read the log. Without workers, the next one to start does it. With --merchants, this command
+    itself counts scores and labels, and corrects the profiles that differ. With --new-log, states
+    of a topic that was deleted and recreated are deleted, and start from the current log.
     """
-    import asyncio
-
     from pipeline.admin.rebuild_merchants import rebuild_merchants_lines
     from pipeline.admin.rebuild_states import rebuild_lines
 
@@ -119,53 +113,72 @@ def rebuild(
             "recur state rebuild takes --partition N, --all or --merchants, or --new-log"
         )
     if merchants:
-        told = rebuild_merchants_lines(load_settings(), dry_run=dry_run, console=_console())
-        for line in asyncio.run(told):
-            click.echo(line)
+        _print(
+            asyncio.run(
+                rebuild_merchants_lines(load_settings(), dry_run=dry_run, console=_console())
+            )
+        )
         return
-    lines = asyncio.run(
-        rebuild_lines(
-            load_settings(),
-            sorted(set(partitions)) if partitions else None,
-            dry_run=dry_run,
-            wait=not no_wait,
-            console=_console(),
-            new_log=new_log,
+    _print(
+        asyncio.run(
+            rebuild_lines(
+                load_settings(),
+                sorted(set(partitions)) if partitions else None,
+                dry_run=dry_run,
+                wait=not no_wait,
+                console=_console(),
+                new_log=new_log,
+            )
         )
     )
-    for line in lines:
-        click.echo(line)
 
 
 @state.command()
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@dry_run_option
 @click.option(
     "--accept-stranded",
     is_flag=True,
     help="Go on although records of accounts that move wait in their old partitions.",
 )
-def rekey(dry_run: bool, accept_stranded: bool) -> None:
-    """Move states to where their accounts' records go, after the topic got more partitions.
+def repartition(dry_run: bool, accept_stranded: bool) -> None:
+    """Move states to their accounts' new partitions, after the topic got more partitions.
 
-    Stop the producers; when the workers have applied everything, stop them; add partitions to the
-    transactions topic; run this command, which gives the scores topic as many; start the workers
-    and the producers. It refuses while workers run. Cut off, it goes on when it is run again.
+    Stop the producers. Once the workers have applied everything, stop them. Add partitions to the
+    transactions topic, and run this command; it adds as many to the scores topic. Then start the
+    workers and the producers. The command refuses while workers run. If interrupted, run it again.
     """
-    import asyncio
+    from pipeline.admin.repartition import repartition_lines
 
-    from pipeline.admin.repartition import rekey_lines
-
-    lines = asyncio.run(
-        rekey_lines(
-            load_settings(), dry_run=dry_run, accept_stranded=accept_stranded, console=_console()
+    _print(
+        asyncio.run(
+            repartition_lines(
+                load_settings(),
+                dry_run=dry_run,
+                accept_stranded=accept_stranded,
+                console=_console(),
+            )
         )
     )
+
+
+@state.command(
+    "rekey",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def renamed_rekey() -> None:
+    """Refuse the command's old name, and say the new one."""
+    raise SettingsError("there is no command `recur state rekey`: run `recur state repartition`")
+
+
+def _print(lines: Iterable[str]) -> None:
     for line in lines:
         click.echo(line)
 
 
 def _console() -> Any:
-    """Progress goes to standard error: standard output is the answer."""
+    """Return a console on standard error for progress: standard output holds the answer alone."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)

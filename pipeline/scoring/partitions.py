@@ -703,8 +703,8 @@ def check_watermark(
     if mark.partitions != partitions:
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
-            f"has {partitions}, so accounts lie elsewhere: run `recur state rekey`, which moves "
-            "their states. Or set RECUR_REDIS_KEY_PREFIX to a new prefix, and all begin anew"
+            f"has {partitions}, so accounts lie elsewhere: run `recur state repartition`, which "
+            "moves their states. Or set RECUR_REDIS_KEY_PREFIX to a new prefix, and all begin anew"
         )
     if mark.next_offset > log_end:
         raise StartupError(

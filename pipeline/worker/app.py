@@ -1,37 +1,26 @@
-"""The Faust app: consumer group, agent and lifecycle around the processor.
-
-The only importer of faust, with :mod:`pipeline.worker.faust_transport`.
-"""
+"""The Faust app of a worker: agents, lifecycle and monitors around the processors."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import logging
 import os
-import signal
 import sys
-import tempfile
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
 import faust
-import torch
-import uvloop
-from aiokafka.errors import KafkaError
 from faust.types import TP
 from mode import CrashingSupervisor
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
 from pipeline import logs
-from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.group_errors import PERMANENT_ERRORS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
-from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.producer import KafkaProducer
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ROLES, partition_count
@@ -39,72 +28,61 @@ from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
 from pipeline.scoring.evictions import Evictions
 from pipeline.scoring.health import Health
-from pipeline.scoring.labels import STREAM, LabelProcessor
+from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Computed, Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import scorer_of
-from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatcher
+from pipeline.scoring.topic_watcher import TopicWatcher
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import RedisStateStore
-from pipeline.worker import faust_transport as poll_transport
+from pipeline.worker import faust_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
 from pipeline.worker.http_server import HttpServer
-from pipeline.worker.preflight import check_services
-from pipeline.worker.shutdown import ShutdownGuard, leave_at_signals
+from pipeline.worker.lag_monitor import LagMonitor
 
 log = logging.getLogger(__name__)
 
-REDIS_LOOK_SECONDS = 1.0
-"""Between two looks at Redis."""
+REDIS_CHECK_SECONDS = 1.0
+"""Time between two checks of Redis."""
 
-LAG_LOOK_SECONDS = 5.0
-"""Between two looks at lag and broker: each delays the transactions of that moment by 3 ms."""
+LAG_CHECK_SECONDS = 5.0
+"""Time between two measurements of the lag; each delays transactions by 3 ms."""
 
-END_SECONDS = 10.0
-"""So long an end in good order may take, where the worker has to end."""
+LABELS_CHECK_SECONDS = 10.0
+"""Time between two checks whether Redis still has the recorded labels."""
+
+GROUP_CHECK_SECONDS = 0.5
+"""Time between two checks whether the group refuses this worker; each causes a new request."""
+
+GROUP_REFUSAL_SECONDS = 10.0
+"""Duration of a refusal by the group after which the worker ends."""
+
+JOIN_WARNING_SECONDS = 60.0
+"""Time between two warnings of a worker that has not joined a group."""
+
+CRASH_TIMEOUT_SECONDS = 10.0
+"""Longest orderly stop after an error that ends the worker."""
 
 FAUST_LOGGER = "faust.app.base"
-"""It logs the trace of whatever ends the app."""
-
-LOOK_LIMIT_SECONDS = 5.0
-"""So long the broker may take to answer at a look."""
-
-LABELS_LOOK_SECONDS = 10.0
-"""Between two looks at whether Redis still has the labels that were booked."""
-
-GROUP_LOOK_SECONDS = 0.5
-"""Between two looks at whether the group refuses this worker; each has it ask again."""
-
-GROUP_PATIENCE_SECONDS = 10.0
-"""A group that refuses a worker for so long will not take it: the worker ends."""
-
-JOIN_TELL_SECONDS = 60.0
-"""Between two lines of a worker that is in no group yet."""
-
-GC_THRESHOLD = 100_000
-"""Objects allocated and not freed before the collector looks at the young ones."""
+"""Logger of the traceback of an error that ends the app."""
 
 FETCH_BYTES_PER_PARTITION = 256 * 1024
-"""What a fetch may bring of a partition, but for a batch of records that is larger: a few polls.
-Faust's 1 MiB takes 20 MB of memory more and is no faster."""
-
-SWITCH_INTERVAL_SECONDS = 0.0005
-"""A thread that computes lets the event loop run after so long; Python's 5 ms would be most of a
-fast answer."""
+"""Most bytes of a partition in a fetch, unless one batch is larger: a few polls. Faust's default,
+1 MiB, takes 20 MB more memory and is no faster."""
 
 
 class Worker:
-    """One worker process: settings and checkpoint made into a running Faust app.
+    """A worker: clients, processors and monitors in a Faust app.
 
     Args:
-        settings: all of them.
+        settings: all settings.
         checkpoint: the model.
         partitions: partition count of the transactions topic.
-        directory: for Faust's own files.
+        directory: holds Faust's own files.
     """
 
     def __init__(
@@ -115,9 +93,22 @@ class Worker:
         self._labels_topic = settings.topic("labels")
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(settings.watchdog_seconds)
-        self.endpoints = HttpServer(
+        self.http_server = HttpServer(
             settings.http_host, settings.http_port, self.metrics, self.health
         )
+        self._set_model_info(checkpoint)
+        self._checkpoint_watcher = CheckpointWatcher(
+            settings.checkpoint, checkpoint.digest, checkpoint.header.thresholds
+        )
+        self._group_watch: asyncio.Task[None] | None = None
+        self._refused_since: float | None = None
+        self._make_clients(checkpoint)
+        self.app = faust_app(settings, directory)
+        self._make_processors(checkpoint, partitions)
+        self._lag_monitor = self._make_lag_monitor()
+        self._register()
+
+    def _set_model_info(self, checkpoint: Checkpoint) -> None:
         architecture = checkpoint.network.architecture
         self.metrics.model.info(
             {
@@ -125,9 +116,10 @@ class Worker:
                 "architecture": f"GRU {architecture.layers}x{architecture.hidden_size}",
             }
         )
-        self._checkpoint_watch = CheckpointWatcher(
-            settings.checkpoint, checkpoint.digest, checkpoint.header.thresholds
-        )
+
+    def _make_clients(self, checkpoint: Checkpoint) -> None:
+        """Make the clients of Redis and Kafka; the consumer is Faust's."""
+        settings = self._settings
         self._store = RedisStateStore.from_settings(settings, checkpoint.digest)
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
@@ -137,10 +129,10 @@ class Worker:
         self._transactions: TransactionalProducer | None = None
         if settings.exactly_once:
             self._transactions = TransactionalProducer(settings, self._limits, lost_letters)
-        self._group_watch: asyncio.Task[None] | None = None
-        self._refused_since: float | None = None
-        self._watch_topics()
-        self.app = faust_app(settings, directory)
+
+    def _make_processors(self, checkpoint: Checkpoint, partitions: int) -> None:
+        """Make what computes, publishes and saves."""
+        settings = self._settings
         self._evictions = Evictions(
             settings=settings,
             model=checkpoint.digest,
@@ -151,7 +143,7 @@ class Worker:
             labels_partitions=lambda: partition_count(settings, self._labels_topic),
             metrics=self.metrics,
             health=self.health,
-            on_repaired=lambda: self._consumer().look_again(self._topic),
+            on_repaired=lambda: self._consumer().recheck_watermarks(self._topic),
         )
         self._store.intactness = self._merchant_store.intactness = self._evictions
         patience = Retrier(self.metrics, self.health)
@@ -161,7 +153,7 @@ class Worker:
             partitions=partitions,
             store=self._store,
             score_log=self._score_log,
-            transaction_log=poll_transport.PartitionLog(self._consumer, self._topic),
+            transaction_log=faust_transport.PartitionLog(self._consumer, self._topic),
             patience=patience,
             metrics=self.metrics,
             transactions=self._transactions,
@@ -185,40 +177,46 @@ class Worker:
             store=self._merchant_store,
             publisher=self._publisher,
             logs=self._score_log,
-            labels_log=poll_transport.PartitionLog(self._consumer, self._labels_topic),
+            labels_log=faust_transport.PartitionLog(self._consumer, self._labels_topic),
             patience=patience,
             metrics=self.metrics,
             health=self.health,
         )
-        self._wire()
 
-    def _watch_topics(self) -> None:
-        """What the monitors hold of the topics."""
+    def _make_lag_monitor(self) -> LagMonitor:
         settings = self._settings
         roles = [role for role in ROLES if role != "labels" or settings.update_merchant_profiles]
-        self._topic_watch = TopicWatcher(
+        topic_watcher = TopicWatcher(
             [settings.topic(role) for role in roles],
-            {self._topic: "states", self._labels_topic: "booked labels"},
+            {self._topic: "states", self._labels_topic: "recorded labels"},
             settings.topic("scores"),
             settings.on_new_log == "stop",
             settings.topic_missing_seconds,
             self._score_log,
             self.health,
         )
-        self._open_transactions = OpenTransactions(self._topic)
-        self._open_label_transactions = OpenTransactions(self._labels_topic)
+        return LagMonitor(
+            transactions=faust_transport.PartitionLog(self._consumer, self._topic),
+            labels=faust_transport.PartitionLog(self._consumer, self._labels_topic),
+            manager=self.ownership,
+            label_processor=self.labels,
+            topic_watcher=topic_watcher,
+            score_log=self._score_log,
+            metrics=self.metrics,
+            health=self.health,
+        )
 
-    def _consumer(self) -> poll_transport.Consumer:
-        return cast(poll_transport.Consumer, self.app.consumer)
+    def _consumer(self) -> faust_transport.Consumer:
+        return cast(faust_transport.Consumer, self.app.consumer)
 
-    def _wire(self) -> None:
-        """Register agents, monitors and lifecycle with the app."""
+    def _register(self) -> None:
+        """Register agents, monitors and the end of the lifecycle with the app."""
         app = self.app
         agents = {self._topic: ("score", self._score)}
         if self._settings.update_merchant_profiles:
-            agents[self._labels_topic] = "book", self._book
+            agents[self._labels_topic] = "record_labels", self._record_labels
         for topic, (name, agent) in agents.items():
-            polls = app.topic(topic, schema=poll_transport.PollSchema())
+            polls = app.topic(topic, schema=faust_transport.PollSchema())
             app.agent(polls, name=name, supervisor_strategy=CrashingSupervisor)(agent)
         app.task(self._monitor_redis)
         app.task(self._monitor_lag)
@@ -228,7 +226,7 @@ class Worker:
         app.on_before_shutdown.connect(self._on_before_shutdown)
 
     async def start_clients(self) -> None:
-        """Connect what the processor uses; the consumer is Faust's."""
+        """Connect the clients of the processors; the consumer is Faust's."""
         await self._score_log.start()
         await self._limits.read()
         await self.ownership.look_at_log()
@@ -237,16 +235,18 @@ class Worker:
         consumer.on_assigned = self._on_assigned
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
-        # A watermark may be behind the committed offset, or of a log before this one.
+        # The watermark may be behind the committed offset, or belong to an earlier log.
         consumer.take_at_once = {self._topic}
-        # What is left of the bound goes into the commit and into leaving the group.
+        # The rest of the bound is for the commit and for leaving the group.
         consumer.stop_seconds = self._settings.shutdown_seconds / 3
-        # Faust starts its own tasks only once the group has given partitions.
+        # Faust starts its own tasks only after the group has assigned partitions.
         self._group_watch = asyncio.create_task(self._watch_group())
-        self.endpoints.start()
+        self.http_server.start()
+
+    # agents ------------------------------------------------------------------------------
 
     async def _score(self, polls: Any) -> None:
-        """The agent: computes polls in order, each while the one before is concluded."""
+        """Compute polls in order, each while the one before is concluded."""
         consumer = self._consumer()
         concluding: asyncio.Task[None] | None = None
         async for event in polls.noack().events():
@@ -265,7 +265,7 @@ class Worker:
             concluding = asyncio.create_task(self._conclude(computed, event))
 
     async def _conclude(self, computed: Computed, event: Any) -> None:
-        """Publish, save and ack by hand what was computed."""
+        """Publish and save the computed poll, then ack it."""
         try:
             await self.processor.conclude(computed)
         except BaseException as error:
@@ -275,8 +275,8 @@ class Worker:
             raise
         event.ack()
 
-    async def _book(self, polls: Any) -> None:
-        """The agent of labels: books polls in order."""
+    async def _record_labels(self, polls: Any) -> None:
+        """Record the labels of polls in order."""
         consumer = self._consumer()
         async for event in polls.noack().events():
             if not consumer.start_work(event.message):
@@ -291,12 +291,15 @@ class Worker:
                 raise
             event.ack()
 
-    async def _end(self, error: StartupError) -> None:
-        """End the process; its last line says all, and a trace of it would hide that.
+    # lifecycle ---------------------------------------------------------------------------
 
-        Faust commits before it ends, and aiokafka tries that for ever of a topic that is gone.
+    async def _end(self, error: StartupError) -> None:
+        """End the process with the error as its last line, and without a traceback.
+
+        Faust commits before it ends, and aiokafka retries that for ever on a deleted topic. So a
+        timer ends the process.
         """
-        asyncio.get_running_loop().call_later(END_SECONDS, _end_now, error)
+        asyncio.get_running_loop().call_later(CRASH_TIMEOUT_SECONDS, _end_now, error)
         with logs.quiet(FAUST_LOGGER):
             await self.app.crash(error)
 
@@ -307,12 +310,12 @@ class Worker:
         self.metrics.partitions.set(len(partitions))
         self.health.up("partitions")
         self._refused_since = None
-        # Until the monitors have looked: a worker that does not even begin is stalled, too.
+        # Until the first measurement of the lag: a worker that never begins is stalled, too.
         self.health.records_wait(bool(partitions))
         log.info("partitions assigned", extra={"partitions": sorted(partitions)})
 
     def _on_revoked(self, revoked: set[TP]) -> None:
-        if not revoked:  # the first assignment comes with an empty revocation
+        if not revoked:  # an empty revocation precedes the first assignment
             return
         partitions = {tp.partition for tp in revoked if tp.topic == self._topic}
         self.labels.assign(())
@@ -326,7 +329,7 @@ class Worker:
         log.info("partitions revoked", extra={"partitions": sorted(partitions)})
 
     async def _on_before_shutdown(self, app: Any, **_: Any) -> None:
-        """The last micro-batch is applied and committed: disconnect."""
+        """Disconnect the clients: the last micro-batch is applied and committed."""
         self.health.down("worker", "it is stopping")
         await self._publisher.stop()
         if self._transactions is not None:
@@ -339,74 +342,43 @@ class Worker:
     # the group ---------------------------------------------------------------------------
 
     async def _watch_group(self) -> None:
-        """End the worker where the group refuses it for good; it would wait for ever."""
-        waiting_since = told = refused_last = monotonic()
+        """End the worker when the group refuses it for good; it would wait for ever."""
+        waiting_since = warned_at = refused_last = monotonic()
         while not self.app.should_stop:
-            await asyncio.sleep(GROUP_LOOK_SECONDS)
+            await asyncio.sleep(GROUP_CHECK_SECONDS)
             now = monotonic()
             if "partitions" not in self.health.missing():
-                waiting_since = told = now
-            elif now - told >= JOIN_TELL_SECONDS:
-                told = now
-                log.warning(
-                    "still in no group; where the broker answers, see that its topic of groups "
-                    "is there (offsets.topic.replication.factor) and what the other members do",
-                    extra={
-                        "group": self._settings.kafka_group_id,
-                        "seconds": round(now - waiting_since),
-                    },
-                )
+                waiting_since = warned_at = now
+            elif now - warned_at >= JOIN_WARNING_SECONDS:
+                warned_at = now
+                self._warn_of_no_group(now - waiting_since)
             error = self._consumer().group_error()
             if error is None:
                 continue
-            if self._refused_since is None or now - refused_last > GROUP_PATIENCE_SECONDS:
+            if self._refused_since is None or now - refused_last > GROUP_REFUSAL_SECONDS:
                 self._refused_since = now
             refused_last = now
             hopeless = isinstance(error, PERMANENT_ERRORS)
-            if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
+            if hopeless or now - self._refused_since >= GROUP_REFUSAL_SECONDS:
                 await self.app.crash(group_refusal(self._settings, error))
                 return
+
+    def _warn_of_no_group(self, seconds: float) -> None:
+        log.warning(
+            "still in no group; if the broker answers, see that its topic of groups exists"
+            " (offsets.topic.replication.factor) and what the other members do",
+            extra={"group": self._settings.kafka_group_id, "seconds": round(seconds)},
+        )
 
     # monitors ----------------------------------------------------------------------------
 
     async def _monitor_redis(self) -> None:
         while not self.app.should_stop:
-            await self._look_at_redis()
+            await self._check_redis()
             self.metrics.polls_in_flight.set(self._consumer().polls_in_flight)
-            await asyncio.sleep(REDIS_LOOK_SECONDS)
+            await asyncio.sleep(REDIS_CHECK_SECONDS)
 
-    async def _monitor_lag(self) -> None:
-        while not self.app.should_stop:
-            try:
-                await self._look_at_lag()
-                await self.ownership.see_log()
-            except StartupError as error:  # a topic is gone, or another one
-                await self._end(error)
-                return
-            await asyncio.sleep(LAG_LOOK_SECONDS)
-
-    async def _monitor_labels(self) -> None:
-        """Labels that Redis lost are booked again even where no others come."""
-        while not self.app.should_stop:
-            await asyncio.sleep(LABELS_LOOK_SECONDS)
-            try:
-                await self.labels.look()
-            except StartupError as error:  # the topic is another one
-                await self._end(error)
-                return
-
-    async def _monitor_checkpoint(self) -> None:
-        """New thresholds in the checkpoint's file decide from the next micro-batch on."""
-        while not self.app.should_stop:
-            shipped = await asyncio.to_thread(self._checkpoint_watch.look)
-            if shipped is not None:
-                thresholds = thresholds_of(self._settings, shipped)
-                if thresholds != self.processor.thresholds:
-                    self.processor.use(thresholds)
-                    log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
-            await asyncio.sleep(self._settings.checkpoint_poll_interval_seconds)
-
-    async def _look_at_redis(self) -> None:
+    async def _check_redis(self) -> None:
         try:
             await self._evictions.look()
             self.health.up("redis")
@@ -414,112 +386,55 @@ class Worker:
             self.metrics.redis_errors.inc()
             self.health.down("redis", "it does not answer", str(error))
 
-    async def _look_at_lag(self) -> None:
-        """Lag of what is assigned, from a connection that is not the consumer's."""
-        assigned, labels = self.ownership.assigned(), self.labels.assigned()
-        try:
-            there = await asyncio.wait_for(self._topic_watch.look(), timeout=LOOK_LIMIT_SECONDS)
-            if self._topic_watch.changed & {self._topic, self._labels_topic}:
-                self._consumer().look_at_topics()
-            # aiokafka would ask for what is not there, ten times a second.
-            ends = await self._ends(self._topic, assigned if self._topic in there else set())
-            label_ends = await self._ends(
-                self._labels_topic, labels if self._labels_topic in there else set()
-            )
-            self.health.up("kafka")
-            await self._tell_lag(ends)
-            await self._tell_labels_lag(label_ends)
-        except (TimeoutError, LogUnavailableError) as error:
-            self.metrics.kafka_errors.inc()
-            self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
-            self.health.records_wait(self._consumer().polls_in_flight > 0)
+    async def _monitor_lag(self) -> None:
+        while not self.app.should_stop:
+            try:
+                await self._lag_monitor.measure()
+                await self.ownership.see_log()
+            except StartupError as error:  # a topic was deleted or recreated
+                await self._end(error)
+                return
+            await asyncio.sleep(LAG_CHECK_SECONDS)
 
-    async def _tell_lag(self, ends: dict[int, int]) -> None:
-        """Lag and what is held back, of the transactions topic."""
-        positions = await self._positions(self._topic, ends, self.ownership.next_offsets())
-        stable = await self._stable_ends(self._topic, ends, positions)
-        held = self._open_transactions.see(ends, stable, positions)
-        for partition, end in ends.items():
-            lag = max(0, end - positions.get(partition, end))
-            self.metrics.lag.labels(str(partition)).set(lag)
-            records = held[partition].records if partition in held else 0
-            self.metrics.held.labels(str(partition)).set(records)
-        # What is held back moves when its transaction ends, and not by a new start.
-        self.health.records_wait(any(stable[p] > position for p, position in positions.items()))
+    async def _monitor_labels(self) -> None:
+        """Record labels again that Redis lost, even if no new ones come."""
+        while not self.app.should_stop:
+            await asyncio.sleep(LABELS_CHECK_SECONDS)
+            try:
+                await self.labels.look()
+            except StartupError as error:  # the topic was recreated
+                await self._end(error)
+                return
 
-    async def _tell_labels_lag(self, ends: dict[int, int]) -> None:
-        """The same of the labels topic."""
-        positions = await self._positions(self._labels_topic, ends, self.labels.next_offsets())
-        stable = await self._stable_ends(self._labels_topic, ends, positions)
-        self._open_label_transactions.see(ends, stable, positions)
-        self.metrics.labels_lag.set(sum(max(0, ends[p] - at) for p, at in positions.items()))
-        waiting = any(stable[p] > position for p, position in positions.items())
-        self.health.records_wait(waiting, STREAM)
-
-    async def _ends(self, topic: str, partitions: set[int]) -> dict[int, int]:
-        if not partitions:
-            return {}
-        return await asyncio.wait_for(
-            self._score_log.high_watermarks(topic, sorted(partitions)), timeout=LOOK_LIMIT_SECONDS
-        )
-
-    async def _stable_ends(
-        self, topic: str, ends: dict[int, int], positions: dict[int, int]
-    ) -> dict[int, int]:
-        """Up to where records are given to who reads what is committed."""
-        behind = [p for p, position in positions.items() if position < ends[p]]
-        if not behind:
-            return ends
-        found = await asyncio.wait_for(
-            self._score_log.ends(topic, sorted(behind)), timeout=LOOK_LIMIT_SECONDS
-        )
-        return {**ends, **found}
-
-    async def _positions(
-        self, topic: str, ends: dict[int, int], applied: dict[int, int]
-    ) -> dict[int, int]:
-        """Up to where all is applied, of each partition of which that is known."""
-        positions = {}
-        for partition in ends:
-            tp = TP(topic, partition)
-            position = applied.get(partition)
-            if position is None:
-                position = await self._committed(tp)
-            read_to = self._consumer().read_to(tp)
-            if position is None or (read_to is not None and read_to > position):
-                position = read_to
-            if position is not None:
-                positions[partition] = position
-        return positions
-
-    async def _committed(self, tp: TP) -> int | None:
-        try:
-            # A consumer whose broker is away waits for it, and the monitor with it.
-            return await asyncio.wait_for(
-                self._consumer().committed(tp), timeout=LOOK_LIMIT_SECONDS
-            )
-        except (TimeoutError, LogUnavailableError) as error:
-            self.metrics.kafka_errors.inc()
-            self.health.down("kafka", "it does not answer", str(error) or type(error).__name__)
-            return None
+    async def _monitor_checkpoint(self) -> None:
+        """Use new thresholds of the checkpoint file from the next micro-batch on."""
+        while not self.app.should_stop:
+            shipped = await asyncio.to_thread(self._checkpoint_watcher.new_thresholds)
+            if shipped is not None:
+                thresholds = thresholds_of(self._settings, shipped)
+                if thresholds != self.processor.thresholds:
+                    self.processor.use(thresholds)
+                    log.info("thresholds changed", extra=dataclasses.asdict(thresholds))
+            await asyncio.sleep(self._settings.checkpoint_poll_interval_seconds)
 
 
 def _end_now(error: RecurError) -> None:
-    """End without leaving the group, with the same last line and exit status."""
+    """End without leaving the group, with the same last line and exit code."""
     print(f"recur: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def faust_app(settings: Settings, directory: Path) -> faust.App:
-    """A Faust app of this consumer group that reads polls; no web, no tables, no leader.
+    """Make the Faust app of this consumer group: it reads polls, without web, tables or leader.
 
-    Faust makes a folder of its own in ``directory``.
+    Args:
+        directory: Faust makes a folder of its own there.
     """
-    poll_transport.register()
+    faust_transport.register()
     hosts = [host.strip() for host in settings.kafka_bootstrap_servers.split(",")]
     app = faust.App(
         settings.kafka_group_id,
-        broker=[f"{poll_transport.URL_SCHEME}://{host}" for host in hosts],
+        broker=[f"{faust_transport.URL_SCHEME}://{host}" for host in hosts],
         broker_credentials=_credentials(settings),
         autodiscover=False,
         web_enabled=False,
@@ -553,98 +468,3 @@ def _credentials(settings: Settings) -> Any:
         mechanism=settings.kafka_sasl_mechanism,
         ssl_context=context,
     )
-
-
-class _Process(faust.Worker):  # type: ignore[misc]
-    """Faust's worker process with our clients started before the app, and a bound on its stop."""
-
-    def __init__(self, worker: Worker, ending: ShutdownGuard, **options: Any) -> None:
-        super().__init__(worker.app, **options)
-        self.spinner = None  # Faust's progress on the terminal
-        self._recur = worker
-        self._ending = ending
-
-    def _schedule_shutdown(self, signal: signal.Signals) -> None:
-        self._ending.told(signal)
-        super()._schedule_shutdown(signal)
-
-    def _crash(self, reason: BaseException) -> None:
-        self._ending.begin()
-        super()._crash(reason)
-
-    async def stop(self) -> None:
-        """Stop, within the bound."""
-        self._ending.begin()
-        await super().stop()
-
-    async def on_first_start(self) -> None:
-        try:
-            await self._recur.start_clients()
-        except (RecurError, KafkaError, OSError) as error:
-            refusal = error
-            if not isinstance(error, RecurError):
-                refusal = StartupError(
-                    f"the broker went away during the start ({type(error).__name__}): see that it"
-                    " is up, and start again"
-                )
-            self._recur.app.crash_reason = refusal  # _run() tells it
-            raise refusal from error
-        await super().on_first_start()
-
-    def on_setup_root_logger(self, logger: Any, level: int) -> None:
-        """Logging is set up already."""
-
-
-def _spare_the_collector() -> None:
-    """Keep the garbage collector from walking what stays: a poll allocates many objects.
-
-    Reference counting frees almost all of them; at Python's default threshold of 700 the
-    collector takes a tenth of the worker's time.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
-
-
-def run_worker(settings: Settings) -> int:
-    """Run a worker until SIGTERM or SIGINT; the exit code.
-
-    Raises:
-        RecurError: the worker cannot start or go on; the message says what to do.
-    """
-    logs.configure(settings.log_level, settings.log_format)
-    torch.set_num_threads(1)
-    checkpoint = load_checkpoint(settings)
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    partitions = loop.run_until_complete(check_services(settings, checkpoint))
-    with tempfile.TemporaryDirectory(prefix="recur-worker-") as directory:
-        leave_at_signals(Path(directory))  # until Faust takes the signals
-        worker = Worker(settings, checkpoint, partitions, Path(directory))
-        log.info(
-            "worker starts",
-            extra={
-                "model": checkpoint.digest,
-                "partitions": partitions,
-                "endpoints": worker.endpoints.address,
-            },
-        )
-        _spare_the_collector()
-        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        return _run(worker, loop, ShutdownGuard(settings.shutdown_seconds, Path(directory)))
-
-
-def _run(worker: Worker, loop: asyncio.AbstractEventLoop, ending: ShutdownGuard) -> int:
-    process = _Process(
-        worker, ending, loop=loop, quiet=True, override_logging=False, redirect_stdouts=False
-    )
-    try:
-        process.execute_from_commandline()
-    except SystemExit as end:
-        crash = worker.app.crash_reason
-        if isinstance(crash, RecurError):
-            raise crash from None
-        log.info("worker ends", extra={"code": end.code})
-        return 1 if crash is not None else int(end.code or 0)
-    return 0

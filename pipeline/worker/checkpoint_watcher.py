@@ -1,7 +1,7 @@
-"""The checkpoint's file as it changes under a running worker: new thresholds count at once.
+"""Watcher of the checkpoint file: a running worker uses new thresholds without a restart.
 
-Only thresholds may change without a restart. They are in the header and not in the digest, so
-that states and scores stay those of the same model.
+Only thresholds may change so. They are in the header, but not in the digest, so states and scores
+still belong to the same model.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointWatcher:
-    """Looks whether the file of the checkpoint in use has become another.
+    """Watcher of the file of the checkpoint in use.
 
     Args:
-        path: of the file.
-        digest: of the model in use.
-        thresholds: its header's when it was loaded.
+        path: path of the file.
+        digest: digest of the model in use.
+        thresholds: thresholds of the loaded header.
     """
 
     def __init__(self, path: Path, digest: str, thresholds: Thresholds) -> None:
         self._path = path
         self._digest = digest
         self._thresholds = thresholds
-        self._seen: object = "nothing"
+        self._seen: object = "not read yet"
 
-    def look(self) -> Thresholds | None:
-        """The file's thresholds if they are new; None if there is nothing to do.
+    def new_thresholds(self) -> Thresholds | None:
+        """Return the file's thresholds if they are new; None if there is nothing to do.
 
-        A file with another model, or one that cannot be read, is logged once and changes
-        nothing. Reads a file: call it from a thread that may wait.
+        A file with another model or an unreadable file is logged once, and changes nothing. The
+        call reads a file: make it from a thread that may wait.
         """
         seen = self._stamp()
         if seen == self._seen:
@@ -42,7 +42,7 @@ class CheckpointWatcher:
         try:
             found = Checkpoint.load(self._path)
         except CheckpointError as error:
-            log.error("the checkpoint file is broken; going on as before: %s", error)
+            log.error("the checkpoint file is broken; the worker keeps its thresholds: %s", error)
             return None
         if found.digest != self._digest:
             log.warning(
@@ -56,7 +56,7 @@ class CheckpointWatcher:
         return self._thresholds
 
     def _stamp(self) -> object:
-        """What changes when the file does; None without a file."""
+        """Return a value that changes when the file does; None without a file."""
         try:
             stat = self._path.stat()
         except OSError:

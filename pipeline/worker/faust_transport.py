@@ -1,14 +1,14 @@
-"""A Faust transport that hands the agent one message for each poll, not for each record.
+"""Faust transport that passes the agent one message per poll, not one per record.
 
-Faust's own driver makes an event of each record, which costs more than scoring it. This one
-is the aiokafka driver with another way from fetch to agent: everything that one fetch
-returned of a topic travels as one message whose value is a
-:class:`pipeline.kafka.polls.Poll`. At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are
-between fetch and ack; the next fetch waits for room, so that nothing is ever paused, and aiokafka
-fetches while the agent waits for broker and Redis.
+Faust's own driver makes an event of each record, which costs more than scoring it. This
+transport extends the aiokafka driver, and replaces the way from fetch to agent. All records that
+one fetch returned of a topic travel as one message, a :class:`pipeline.kafka.polls.Poll`.
+At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are between fetch and ack. The next fetch
+waits for room, so no partition is ever paused. aiokafka prefetches while the agent waits for
+broker and Redis.
 
-Records of a fetch are given up only together with a seek to where they began. Registered
-with Faust for URLs that begin with ``poll://``.
+Fetched records are discarded only together with a seek to their begin. Faust finds the transport
+by URLs that begin with ``poll://``.
 """
 
 from __future__ import annotations
@@ -37,43 +37,46 @@ log = logging.getLogger(__name__)
 
 URL_SCHEME = "poll"
 POLLS_IN_FLIGHT_MAX = 3
-"""One is fetched, one is computed, one is published and saved."""
+"""Most polls of a topic in flight: one fetched, one computed, one published and saved."""
+
 FETCH_TIMEOUT_SECONDS = 1.0
+"""Longest wait for records, or for room, before the stop of the consumer is checked."""
 
 PREFETCH_BACKOFF_SECONDS = 60.0
-"""What was fetched is taken up before more is asked for. aiokafka waits 0.1 s for that and then
-asks for the partitions that are empty here; where they are empty at the broker, too, as labels
-often are, it holds that request for 1.5 s, and no other one is sent meanwhile."""
+"""Longest wait of aiokafka, with fetched records unread, before it fetches empty partitions.
+
+Its default is 0.1 s. The broker holds a request for empty partitions, as of labels, for 1.5 s,
+and aiokafka sends no other request meanwhile."""
 
 PREFETCH_BACKOFF_SEEKING_SECONDS = 0.1
-"""Between an assignment and the flow that follows the seek to where it begins nobody takes up what
-was fetched. aiokafka's fetcher, which may miss the end of a request, then looks only after the
-backoff again what there is to do, such as to find a partition's begin, and the seek waits for it:
-with the longer one until it fails."""
+"""The same wait from an assignment to the end of its seeks, while nobody reads fetched records.
+
+aiokafka's fetcher may miss the end of a request. It then checks only after the backoff whether to
+look up a partition's begin. The seek waits for that, and would fail with the longer backoff."""
 
 
 class ConsumerTask:
-    """Runs a service of mode's that would run in a thread as a task of this loop."""
+    """Runs a thread service of mode as a task of this event loop."""
 
     def __init__(self, service: ServiceThread) -> None:
         self._service = service
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; the service reports its own failure."""
+        """Start the task; the service reports its own failure."""
         self._task = asyncio.create_task(self._service._serve())
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def stop(self) -> None:
-        """The service has stopped by now."""
+        """Do nothing: the service has stopped by now."""
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
-    """aiokafka's consumer in the loop of everything else; it reads what is committed.
+    """aiokafka's consumer in the worker's event loop; it reads committed records only.
 
-    In a thread, as Faust has it, each poll waits for two wake-ups and for the interpreter's
-    lock, and the worker takes a fifth more of the processor's time at live rates. A computation
-    that would hold the loop up is in a thread itself.
+    Faust runs it in a thread. There, each poll waits for two wake-ups and for the interpreter's
+    lock, and the worker needs a fifth more processor time at live rates. Long computations run in
+    a thread of their own, so they do not block the loop.
     """
 
     Worker = ConsumerTask
@@ -83,7 +86,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 
     def _create_worker_consumer(self, transport: driver.Transport) -> Any:
         consumer = super()._create_worker_consumer(transport)
-        consumer._isolation_level = "read_committed"  # Faust's is that of exactly_once alone
+        consumer._isolation_level = "read_committed"  # Faust sets it with exactly_once only
         commit = consumer.commit
 
         async def commit_with_logs(offsets: Mapping[TP, OffsetAndMetadata]) -> None:
@@ -104,48 +107,53 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         return None if found is None else committed_offset(found.offset, found.metadata)
 
     async def _gather_remaining_tasks(self) -> None:
-        """The loop's other tasks are not the consumer's: leave them."""
+        """Do nothing: the loop's other tasks do not belong to the consumer."""
 
 
 class PollSchema(Schema):  # type: ignore[misc]
-    """The value of a message is a poll already: nothing to decode."""
+    """Schema of messages whose value is a poll: there is nothing to decode."""
 
     def loads_key(self, app: Any, message: Message, **_: Any) -> None:
-        """No key."""
+        """Return no key."""
 
     def loads_value(self, app: Any, message: Message, **_: Any) -> Any:
-        """The poll."""
+        """Return the poll."""
         return message.value
 
 
 class Consumer(driver.Consumer):  # type: ignore[misc]
-    """Consumer whose messages are polls."""
+    """Consumer whose messages are polls.
+
+    Attributes:
+        on_assigned, on_revoked: called with the partitions of a rebalance.
+        from_begin: topics that a group without committed offsets reads from their begin,
+            whatever the offset policy is.
+        take_at_once: topics whose assigned partitions each get an empty poll, before any record.
+        stop_seconds: longest wait for the current poll when the worker stops.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._topic: str = ""
         # Where the next chunk of each partition begins.
         self._begin: dict[TP, int] = {}
-        # Where the assignment's partitions were sought back to.
-        self._sought: dict[TP, int] = {}
-        # Polls between fetch and ack: their topic, and whether the agent works on them.
+        # Offsets from which this assignment's partitions are read again.
+        self._seek_targets: dict[TP, int] = {}
+        # Polls between fetch and ack: their topic, and whether an agent works on them.
         self._in_flight: dict[int, tuple[str, bool]] = {}
         self._changed = asyncio.Event()
-        # What may be committed.
+        # Offsets that may be committed.
         self._positions: dict[TP, int] = {}
-        # Counts the moments from which on records fetched before are not wanted.
+        # Number of resets; records fetched before the last one are discarded.
         self._resets = 0
-        # How often each partition was sought back: polls name it of their time.
+        # How often each partition was read again; each poll holds the number of its fetch.
         self._epochs: Counter[TP] = Counter()
         self.on_assigned: Callable[[set[TP]], None] = lambda partitions: None
         self.on_revoked: Callable[[set[TP]], None] = lambda partitions: None
-        # Topics that a group without offsets reads from their begin, whatever its policy.
         self.from_begin: set[str] = set()
-        # Topics whose partitions come in an empty poll at once, before any record does.
         self.take_at_once: set[str] = set()
-        # Partitions that are to come so, and where they begin.
-        self._to_take: dict[TP, int] = {}
-        # A worker that stops waits so long at most for the poll at work.
+        # Partitions that get an empty poll next, and its offset.
+        self._empty_polls: dict[TP, int] = {}
         self.stop_seconds = float(self.app.conf.broker_session_timeout)
 
     def _new_consumer_thread(self) -> ConsumerThread:
@@ -154,13 +162,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
     # from fetch to agent -----------------------------------------------------------------
 
     async def _drain_messages(self, fetcher: Service) -> None:
-        """Faust's fetcher runs this until it is stopped."""
+        """Fetch and send polls; Faust's fetcher runs this until it is stopped."""
         try:
             while not (self.should_stop or fetcher.should_stop):
-                if not await self._room() or fetcher.should_stop:
+                if not await self._wait_for_room() or fetcher.should_stop:
                     continue
                 if self.flow_active:
-                    await self._take()
+                    await self._send_empty_polls()
                 resets = self._resets
                 records, _ = await self._wait_next_records(FETCH_TIMEOUT_SECONDS)
                 if not records:
@@ -168,32 +176,32 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 if self.should_stop or not self.flow_active or resets != self._resets:
                     self._give_up(records)
                     continue
-                await self._hand_over(self._messages_of(records))
+                await self._send(self._messages_of(records))
         except (*self.consumer_stopped_errors, asyncio.CancelledError):
             if not self.transport.app.should_stop:
                 raise
 
-    async def _hand_over(self, messages: list[ConsumerMessage]) -> None:
-        """Give messages to the agents."""
-        for message in messages:  # all before the first wait: a reset forgets them all
+    async def _send(self, messages: list[ConsumerMessage]) -> None:
+        """Send messages to the agents."""
+        for message in messages:  # before the first wait, so that a reset clears them all
             self._in_flight[id(message)] = message.topic, False
         for message in messages:
             await self.wait_first(self.callback(message), self.suspend_flow.wait())
 
-    async def _take(self) -> None:
-        """Have the agents take partitions that no record has come of."""
+    async def _send_empty_polls(self) -> None:
+        """Send agents an empty poll of the partitions that need one."""
         messages: dict[str, ConsumerMessage] = {}
-        for tp, offset in self._to_take.items():
+        for tp, offset in self._empty_polls.items():
             if tp.topic not in messages:
                 messages[tp.topic] = self._empty_message(tp, offset)
             messages[tp.topic].value.chunks[tp.partition] = Chunk(
                 offset, offset, (), self._epochs[tp]
             )
-        self._to_take.clear()
-        await self._hand_over(list(messages.values()))
+        self._empty_polls.clear()
+        await self._send(list(messages.values()))
 
     def _empty_message(self, tp: TP, offset: int) -> ConsumerMessage:
-        """A poll without chunks."""
+        """Make a message with a poll without chunks."""
         return ConsumerMessage(
             topic=tp.topic,
             partition=tp.partition,
@@ -210,14 +218,14 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             generation_id=self.app.consumer_generation_id,
         )
 
-    async def _room(self) -> bool:
-        """Whether another poll may be fetched; waits a while for it."""
+    async def _wait_for_room(self) -> bool:
+        """Wait a while until another poll may be fetched; return whether it may."""
         if self._has_room():
             return True
         self._changed.clear()
         try:
-            # Not wait_for(), which before Python 3.12 loses a cancellation that comes together
-            # with what it waits for: a worker told to stop then waited for ever.
+            # Before Python 3.12, wait_for() loses a cancellation that comes together with the
+            # event: a stopping worker then waited for ever.
             async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
                 await self._changed.wait()
         except TimeoutError:
@@ -225,14 +233,14 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         return self._has_room()
 
     def _has_room(self) -> bool:
-        """Whether a poll of any topic may come: a fetch may return records of each."""
+        """Check whether a poll of every topic may come: a fetch may return records of each."""
         if len(self._in_flight) < POLLS_IN_FLIGHT_MAX:
             return True
         by_topic = Counter(topic for topic, _ in self._in_flight.values())
         return max(by_topic.values()) < POLLS_IN_FLIGHT_MAX
 
     def _messages_of(self, records: Mapping[TP, list[Any]]) -> list[ConsumerMessage]:
-        """One message with one poll for each topic that a fetch returned records of."""
+        """Make one message with one poll for each topic of a fetch."""
         messages: dict[str, ConsumerMessage] = {}
         for tp, fetched in records.items():
             first, end = fetched[0].offset, fetched[-1].offset + 1
@@ -247,7 +255,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         return list(messages.values())
 
     def _give_up(self, records: Mapping[TP, list[Any]]) -> None:
-        """Forget fetched records: they will be fetched again."""
+        """Discard fetched records, and seek to where they began."""
         for tp, fetched in records.items():
             self._seek_if_assigned(tp, self._begin.get(tp, fetched[0].offset))
 
@@ -256,7 +264,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         active_partitions: set[TP] | None,
         timeout: float,  # noqa: ASYNC109 - as Faust calls it
     ) -> Any:
-        """What one fetch returned: straight from aiokafka, not by Faust's queue."""
+        """Return the records of one fetch from aiokafka, without Faust's queue."""
         consumer = self._thread._ensure_consumer()
         with one_poll():
             return await self._thread._fetch_records(
@@ -269,16 +277,16 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
     # acks --------------------------------------------------------------------------------
 
     def start_work(self, message: Message) -> bool:
-        """The agent takes a poll up. False: a rebalance came between; leave it."""
+        """Mark a poll as worked on; return False if a rebalance discarded it."""
         if id(message) not in self._in_flight:
             return False
         self._in_flight[id(message)] = message.topic, True
         return True
 
     def ack(self, message: Message) -> bool:
-        """Faust calls this when the agent acked: what was applied may be committed."""
+        """Release the applied offsets for a commit; Faust calls this when the agent acks."""
         if self._in_flight.pop(id(message), None) is None:
-            return False  # of a time before a rebalance: the partitions are another's now
+            return False  # from before a rebalance: another worker has the partitions now
         message.acked = True
         for partition, offset in cast(Poll, message.value).applied.items():
             self._positions[TP(message.topic, partition)] = offset
@@ -286,7 +294,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         return True
 
     def abandon(self, message: Message) -> None:
-        """The agent failed on a poll: nothing waits for it any more."""
+        """Remove a poll on which the agent failed, so that nothing waits for it."""
         self._in_flight.pop(id(message), None)
         self._changed.set()
 
@@ -297,62 +305,62 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         return self._positions.get(tp)
 
     async def wait_empty(self) -> None:
-        """Before partitions go: let the poll at work finish, drop the others, commit."""
+        """Finish the current poll, drop the others, and commit, before partitions are revoked."""
         for key in [key for key, (_, at_work) in self._in_flight.items() if not at_work]:
             del self._in_flight[key]
-        patience = float(self.app.conf.broker_session_timeout)
+        limit_seconds = float(self.app.conf.broker_session_timeout)
         if self.app.should_stop:
-            patience = min(patience, self.stop_seconds)
-        until = monotonic() + patience
+            limit_seconds = min(limit_seconds, self.stop_seconds)
+        until = monotonic() + limit_seconds
         while self._in_flight and monotonic() < until:
             self._changed.clear()
             try:
                 async with asyncio.timeout(until - monotonic()):
                     await self._changed.wait()
             except TimeoutError:
-                log.warning("the micro-batch at work did not finish in time; it is left unacked")
+                log.warning("the current micro-batch did not finish in time; it stays unacked")
         await self.commit_and_end_transactions()
 
     # rebalances and seeks ----------------------------------------------------------------
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """The group takes partitions away."""
+        """Handle the revocation of partitions."""
         await super().on_partitions_revoked(revoked)
         self._reset()
         self.on_revoked(set(revoked))
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
-        """The group gives partitions."""
+        """Handle the assignment of partitions."""
         self._set_prefetch_backoff(PREFETCH_BACKOFF_SEEKING_SECONDS)
         self._reset()
         self.on_assigned(set(assigned))
         await super().on_partitions_assigned(assigned, generation_id)
 
     def _reset(self) -> None:
-        """Forget all that belongs to the assignment before: a late ack changes nothing."""
+        """Clear all of the previous assignment, so that a late ack has no effect."""
         self._resets += 1
         self._in_flight.clear()
         self._positions.clear()
         self._begin.clear()
-        self._to_take.clear()
-        self._sought.clear()
+        self._empty_polls.clear()
+        self._seek_targets.clear()
         self._changed.set()
 
     async def perform_seek(self) -> None:
-        """Faust seeks to the committed offsets after a rebalance."""
-        # It takes for committed what a commit said that was refused, until it is told better.
+        """Seek each partition to its first offset; Faust calls this after a rebalance."""
+        # Faust keeps offsets of refused commits here; ask the group again.
         self._committed_offset.clear()
         await super().perform_seek()
-        # Records may have come while it waited; the partitions have moved past them.
+        # Records may have come during the wait; the seek has moved past them.
         self._begin.clear()
         for tp, offset in self._committed_offset.items():
             if offset is not None:
-                self._go_to(tp, offset)
+                self._start_chunk_at(tp, offset)
                 if tp.topic in self.take_at_once and tp in self.assignment():
-                    self._to_take[tp] = offset
-        self._resets += 1  # a fetch that began before goes on from where the group was then
-        # Where the group has committed nothing this has to be said, too: a fetch of the time
-        # before may yet return, and is sought back to where it began, if nobody knows better.
+                    self._empty_polls[tp] = offset
+        self._resets += 1  # an older fetch continues from an earlier position
+        # Without a committed offset, set the begin explicitly. An older fetch may still return,
+        # and its discarding would seek to its own begin.
         is_earliest = self.app.conf.consumer_auto_offset_reset == "earliest"
         new = [
             tp
@@ -362,38 +370,38 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         ]
         if new:
             for tp, offset in (await self._thread.earliest_offsets(*new)).items():
-                self._go_to(TP(tp.topic, tp.partition), offset)
-        # A poll that outlived its assignment may have looked at the states before Faust sought:
-        # who asked for that does not ask again before it is done.
-        for tp, offset in self._sought.items():
-            self._go_to(tp, offset)
-        self._resets += 1  # the same of what was sought meanwhile
+                self._start_chunk_at(TP(tp.topic, tp.partition), offset)
+        # A poll from the previous assignment may already have requested a seek. It will not
+        # repeat the request, so apply it here.
+        for tp, offset in self._seek_targets.items():
+            self._start_chunk_at(tp, offset)
+        self._resets += 1  # the same holds after these seeks
         self._set_prefetch_backoff(PREFETCH_BACKOFF_SECONDS)
 
     def _set_prefetch_backoff(self, seconds: float) -> None:
-        """Of what is fetched from now on."""
+        """Set the backoff of later fetches."""
         self._thread._ensure_consumer()._fetcher._prefetch_backoff = seconds
 
-    def seek_back(self, tp: TP, offset: int) -> int:
-        """Read a partition from ``offset`` on; what was fetched of it before is given up.
+    def reread_from(self, tp: TP, offset: int) -> int:
+        """Read a partition again from ``offset`` on, and discard what was fetched before.
 
         Returns:
-            the epoch of polls that are fetched from now on.
+            epoch of the polls that are fetched from now on.
         """
         self._epochs[tp] += 1
-        self._sought[tp] = offset
+        self._seek_targets[tp] = offset
         self._resets += 1
-        self._go_to(tp, offset)
+        self._start_chunk_at(tp, offset)
         return self._epochs[tp]
 
-    def look_again(self, topic: str) -> None:
-        """Have the agent look at each partition's watermark, though no record may come."""
+    def recheck_watermarks(self, topic: str) -> None:
+        """Have the agent read each partition's watermark, even if no record comes."""
         for tp in self.assignment():
             if tp.topic == topic and tp in self._begin:
-                self._to_take[tp] = self._begin[tp]
+                self._empty_polls[tp] = self._begin[tp]
 
-    def _go_to(self, tp: TP, offset: int) -> None:
-        """The next chunk begins there, and so does the next fetch."""
+    def _start_chunk_at(self, tp: TP, offset: int) -> None:
+        """Start the next chunk and the next fetch at this offset."""
         self._begin[tp] = offset
         self._seek_if_assigned(tp, offset)
 
@@ -402,7 +410,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             self._thread.seek(tp, offset)
 
     async def committed(self, tp: TP) -> LogOffset | None:
-        """The group's committed offset, which tells its log.
+        """Return the group's committed offset, which tells its log.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -413,9 +421,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
 
     def group_error(self) -> BaseException | None:
-        """Why the group refused us since the last look, if it did.
+        """Return the error with which the group refused this member since the last call.
 
-        Looking has aiokafka try again; it waits for that, in silence.
+        The call makes aiokafka try again, which it does not do by itself.
         """
         consumer = self._thread._consumer if self._thread is not None else None
         coordinator = consumer._coordinator if consumer is not None else None
@@ -428,10 +436,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         return None
 
     def read_to(self, tp: TP) -> int | None:
-        """Up to where a partition is read and done with; None where nobody can say.
+        """Return the offset up to which a partition is read and applied; None if unknown.
 
-        Unlike what is applied this is past the markers of transactions and past what was taken
-        back, which are no records.
+        It also passes transaction markers and aborted records, which no poll contains.
         """
         if any(topic == tp.topic for topic, _ in self._in_flight.values()):
             return None
@@ -440,51 +447,64 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         state = assignment.state_value(tp) if assignment is not None else None
         return state.position if state is not None and state.has_valid_position else None
 
-    def look_at_topics(self) -> None:
-        """Topics were made again, of which the client would hear in minutes."""
+    def refresh_topics(self) -> None:
+        """Load metadata of recreated topics now; the client would do it only after minutes."""
         self._thread._ensure_consumer()._client.force_metadata_update()
         self.rejoin()
 
     def rejoin(self) -> None:
-        """Ask the group anew for partitions: what this member knows of them is out of date."""
+        """Request a new assignment from the group: this member's knowledge is outdated."""
         self._thread._ensure_consumer()._coordinator.request_rejoin()
 
     def verify_event_path(self, now: float, tp: TP) -> None:
-        """Faust's stall detector counts events; the watchdog sees polls."""
+        """Disable Faust's stall detector: it counts events, while the watchdog counts polls."""
 
     @property
     def polls_in_flight(self) -> int:
-        """Polls between fetch and ack."""
+        """Number of polls between fetch and ack."""
         return len(self._in_flight)
 
 
 class PartitionLog:
-    """A topic, as the processor moves in it.
+    """One topic of the consumer, addressed by partition number.
 
     Args:
-        consumer: called for Faust's consumer, which does not exist before the app starts.
+        consumer: returns Faust's consumer, which does not exist before the app starts.
         topic: full name.
     """
 
     def __init__(self, consumer: Callable[[], Consumer], topic: str) -> None:
         self._consumer = consumer
-        self._topic = topic
+        self.topic = topic
 
     async def committed(self, partition: int) -> int | None:
         """See :class:`pipeline.scoring.partitions.TransactionLog`."""
-        return await self._consumer().committed(TP(self._topic, partition))
+        return await self._consumer().committed(TP(self.topic, partition))
 
     async def seek(self, partition: int, offset: int) -> int:
         """See :class:`pipeline.scoring.partitions.TransactionLog`."""
-        return self._consumer().seek_back(TP(self._topic, partition), offset)
+        return self._consumer().reread_from(TP(self.topic, partition), offset)
+
+    def read_to(self, partition: int) -> int | None:
+        """See :class:`pipeline.worker.lag_monitor.ConsumedTopic`."""
+        return self._consumer().read_to(TP(self.topic, partition))
+
+    def refresh_topics(self) -> None:
+        """See :class:`pipeline.worker.lag_monitor.ConsumedTopic`."""
+        self._consumer().refresh_topics()
+
+    @property
+    def is_idle(self) -> bool:
+        """See :class:`pipeline.worker.lag_monitor.ConsumedTopic`."""
+        return self._consumer().polls_in_flight == 0
 
 
 class Transport(driver.Transport):  # type: ignore[misc]
-    """The aiokafka transport with poll-wise consumers."""
+    """The aiokafka transport, with consumers that make polls."""
 
     Consumer: ClassVar[type[driver.Consumer]] = Consumer
 
 
 def register() -> None:
-    """Make Faust know the ``poll://`` scheme."""
+    """Register the ``poll://`` scheme with Faust."""
     drivers.TRANSPORTS.aliases[URL_SCHEME] = f"{__name__}:Transport"

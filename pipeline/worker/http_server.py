@@ -1,6 +1,6 @@
-"""`/metrics`, `/live` and `/ready` of a worker, served by a thread of their own.
+"""HTTP server of a worker, for `/metrics`, `/live` and `/ready`, with the watchdog.
 
-The thread also is the watchdog: it sees a stall even when the event loop hangs.
+Both run in threads of their own, so they notice a stall even if the event loop hangs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from pipeline.scoring.metrics import Metrics
 log = logging.getLogger(__name__)
 
 STALLED_EXIT_CODE = 75
-"""Of a process that the watchdog ended (EX_TEMPFAIL: try again)."""
+"""Exit code of a process that the watchdog ended (EX_TEMPFAIL: try again)."""
 
 CHECK_SECONDS = 0.5
+"""Time between two checks of the watchdog."""
+
 GRACE_SECONDS = 2.0
-"""Between `/live` turning false and the end of the process."""
+"""Time from `/live` turning false to the end of the process."""
 
 
 class _Server(ThreadingHTTPServer):
-    """Tells of a defect in the log, and nothing of a client that hung up."""
+    """Server that logs a defect, but not a client that hung up."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
@@ -40,10 +42,10 @@ class _Server(ThreadingHTTPServer):
 
 
 class HttpServer:
-    """Serves a worker's health and metrics over HTTP.
+    """Server of a worker's health and metrics over HTTP.
 
     Args:
-        host, port: where to listen; port 0 takes a free one.
+        host, port: address to listen on; port 0 takes a free one.
         end_process: called with an exit code when the worker is stalled.
 
     Raises:
@@ -73,17 +75,17 @@ class HttpServer:
 
     @property
     def address(self) -> str:
-        """``host:port`` in use."""
+        """Address in use, ``host:port``."""
         host, port = self._server.server_address[:2]
         return f"{host!s}:{port}"
 
     def start(self) -> None:
-        """Serve and watch, in threads that end with the process."""
+        """Start server and watchdog, in threads that end with the process."""
         for task in (self._server.serve_forever, self._watch):
-            threading.Thread(target=task, daemon=True, name="recur-endpoints").start()
+            threading.Thread(target=task, daemon=True, name="recur-http").start()
 
     def stop(self) -> None:
-        """Stop serving and watching."""
+        """Stop server and watchdog."""
         self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
@@ -93,8 +95,8 @@ class HttpServer:
             self._metrics.ready.set(self._health.ready)
             if not self._health.live:
                 log.critical(
-                    "records wait and nothing moves; ending the process so that its supervisor "
-                    "starts it again",
+                    "records wait, but processing has stopped; the process ends so that its "
+                    "supervisor restarts it",
                     extra={"stalled_seconds": round(self._health.stalled_seconds(), 1)},
                 )
                 self._stopped.wait(GRACE_SECONDS)
@@ -130,6 +132,6 @@ class HttpServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """No line for each request."""
+                """Log no line for each request."""
 
         return Handler

@@ -1,6 +1,6 @@
-"""What must be right before a worker takes its first partition.
+"""Checks before a worker takes its first partition.
 
-Each check that fails ends the start with one line that says what to do.
+A failed check ends the start with one line that says what to do.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pipeline.storage.servers import unreachable_nodes
 from pipeline.storage.state_store import RedisStateStore
 from pipeline.topic_id import NO_ID, is_other, other_log
 
-RECORDS_LOOKED_AT = 400
-"""So many of the last transactions tell which fields there are; from one partition or more."""
+RECORDS_CHECKED = 400
+"""Number of the last transactions whose fields are checked."""
 
 _LOGIN_SIGNS = ("WRONGPASS", "NOAUTH", "AuthenticationError", "invalid username-password")
 
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 
 async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
-    """Broker, topics, Redis and watermarks are as they must be; missing topics are created.
+    """Check broker, topics, Redis and watermarks; create missing topics.
 
     Returns:
-        the partition count of the transactions topic.
+        partition count of the transactions topic.
 
     Raises:
-        StartupError: something is not right; the message says what to do.
+        StartupError: a check failed; the message says what to do.
     """
     check_names(checkpoint.header.features)
     counts = await ensure_topics(settings)
@@ -77,15 +77,15 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
         away = await unreachable_nodes(settings)
         if away:
             raise StartupError(
-                f"the Redis Cluster at {address} announces {', '.join(away)}, where nothing"
-                " answers from here: set cluster-announce-ip and cluster-announce-port of its nodes"
-                " to addresses that workers reach, or start those nodes"
+                f"the Redis Cluster at {address} announces {', '.join(away)}, where no"
+                " Redis answers this worker: set cluster-announce-ip and cluster-announce-port of"
+                " its nodes to addresses that workers reach, or start those nodes"
             ) from error
         raise StartupError(_redis_hint(address, str(error))) from error
     for server in servers:
         if server.is_sentinel:
             raise StartupError(
-                f"at {address} a Sentinel answers, which holds no data: set RECUR_REDIS_URL to"
+                f"a Sentinel answers at {address}, and holds no data: set RECUR_REDIS_URL to"
                 " redis+sentinel://host:26379/ and the name of the primary (`redis-cli -p 26379"
                 " sentinel masters` prints it)"
             )
@@ -104,37 +104,37 @@ async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
             raise StoreAddressError(IS_A_CLUSTER)
 
 
-def _redis_hint(address: str, said: str) -> str:
-    """What a first call to Redis failed with, as the setting to correct."""
-    if "unknown command" in said and "SENTINEL" in said.upper().partition("UNKNOWN COMMAND")[2]:
+def _redis_hint(address: str, error: str) -> str:
+    """Turn the error of a first call to Redis into the setting to correct."""
+    if "unknown command" in error and "SENTINEL" in error.upper().partition("UNKNOWN COMMAND")[2]:
         return (
-            f"at {address} no Sentinel answers, but a Redis: set RECUR_REDIS_URL to redis:// and"
-            " its address, or to the Sentinels' (port 26379 as a rule)"
+            f"a Redis answers at {address}, and no Sentinel: set RECUR_REDIS_URL to redis:// and"
+            " its address, or to the address of the Sentinels (usually port 26379)"
         )
-    if "MasterNotFound" in said:
+    if "MasterNotFound" in error:
         return (
-            f"the Sentinels at {address} do not answer, or know no primary of that name, or none"
-            f" that is up ({said}): correct RECUR_REDIS_URL, RECUR_REDIS_SENTINEL_PASSWORD where"
-            " they have a password, or see `redis-cli -p 26379 sentinel masters`"
+            f"the Sentinels at {address} do not answer, or know no running primary of that name"
+            f" ({error}): correct RECUR_REDIS_URL, or RECUR_REDIS_SENTINEL_PASSWORD if they have a"
+            " password, or see `redis-cli -p 26379 sentinel masters`"
         )
-    if any(sign in said for sign in _LOGIN_SIGNS):
+    if any(sign in error for sign in _LOGIN_SIGNS):
         return (
-            f"the Redis at {address} refuses the login ({said}): correct RECUR_REDIS_USERNAME and"
+            f"the Redis at {address} refuses the login ({error}): correct RECUR_REDIS_USERNAME and"
             " RECUR_REDIS_PASSWORD"
         )
-    if "CERTIFICATE_VERIFY_FAILED" in said:
+    if "CERTIFICATE_VERIFY_FAILED" in error:
         return (
-            f"the Redis at {address} shows a certificate that is not trusted ({said}): set"
+            f"the Redis at {address} presents a certificate that is not trusted ({error}): set"
             " RECUR_REDIS_SSL_CAFILE to the authorities that signed it, and RECUR_REDIS_URL to a"
             " host that is named in it"
         )
-    if "SSL" in said:
+    if "SSL" in error:
         return (
-            f"the Redis at {address} and we do not agree on TLS ({said}): correct RECUR_REDIS_URL"
-            " (rediss:// is with TLS), or RECUR_REDIS_SSL_CERTFILE where it asks for a client's"
-            " certificate"
+            f"the Redis at {address} and this worker do not agree on TLS ({error}): correct"
+            " RECUR_REDIS_URL (rediss:// uses TLS), or RECUR_REDIS_SSL_CERTFILE if Redis asks for a"
+            " client's certificate"
         )
-    return f"no Redis answers at {address} ({said}): start one, or set RECUR_REDIS_URL"
+    return f"no Redis answers at {address} ({error}): start one, or set RECUR_REDIS_URL"
 
 
 async def _check_watermarks(
@@ -150,47 +150,52 @@ async def _check_watermarks(
     for partition, value in marks.items():
         mark = read_watermark(topic, partition, value)
         if settings.on_new_log == "begin" and is_other(mark.log_id, log_id):
-            continue  # whoever takes the partition begins it
+            continue  # the next owner of the partition begins the new log
         check_watermark(topic, partition, mark, partitions, ends[partition], log_id)
 
 
 async def _check_labels(
     settings: Settings, store: RedisMerchantStore, score_log: KafkaScoreLog, partitions: int
 ) -> None:
-    """No labels are booked past the end of their log: those to come would count as booked."""
+    """Check that the labels' watermarks belong to their log, and do not lie past its end.
+
+    Otherwise new labels would count as recorded.
+    """
     topic = settings.topic("labels")
     try:
-        # In this order: workers that run book on, and may begin a newer log.
-        named = {p: await store.labels_log(p, None) for p in range(partitions)}
-        booked = {p: await store.booked_to(p) for p in range(partitions)}
+        # In this order: running workers go on recording, and may begin a newer log.
+        known_logs = {p: await store.labels_log(p, None) for p in range(partitions)}
+        recorded = {p: await store.booked_to(p) for p in range(partitions)}
         ends = await score_log.ends(topic, list(range(partitions)))
         log_id = await score_log.topic_id(topic) or NO_ID
     except (StoreUnavailableError, LogUnavailableError) as error:
-        raise StartupError(f"cannot compare the booked labels with the log: {error}") from error
+        raise StartupError(
+            f"cannot compare the labels' watermarks with the log: {error}"
+        ) from error
     for partition, end in ends.items():
-        known = named[partition] or NO_ID
+        known = known_logs[partition] or NO_ID
         if is_other(known, log_id):
             if settings.on_new_log == "begin":
-                continue  # whoever takes the partition begins it
-            raise other_log(topic, known, log_id, "booked labels")
-        if booked[partition] > end:
+                continue  # the next owner of the partition begins the new log
+            raise other_log(topic, known, log_id, "recorded labels")
+        if recorded[partition] > end:
             raise StartupError(
-                f"labels in Redis are booked past the end of {topic}-{partition} (offset "
-                f"{booked[partition]}, the log ends at {end}): the topic was recreated or "
-                "truncated. Run `recur state rebuild --new-log` to book its labels from its begin"
+                f"labels in Redis are recorded past the end of {topic}-{partition} (offset "
+                f"{recorded[partition]}, the log ends at {end}): the topic was recreated or "
+                "truncated. Run `recur state rebuild --new-log` to record its labels from its begin"
             )
 
 
 def check_names(features: FeatureSpec) -> None:
-    """The checkpoint's further fields are such as a transaction may have besides the others.
+    """Check that the checkpoint's extra fields are not fields that every transaction has.
 
     Raises:
-        StartupError: they are not.
+        StartupError: one of them is.
     """
     wrong = sorted({field.name for field in features.fields} & ALWAYS_THERE)
     if wrong:
         raise StartupError(
-            f"the checkpoint looks at the field {', '.join(wrong)} as if it were a further one, "
+            f"the checkpoint uses the field {', '.join(wrong)} as an extra field, "
             "but every transaction has it: train with a mapping that gives it another name"
         )
 
@@ -198,7 +203,7 @@ def check_names(features: FeatureSpec) -> None:
 async def _check_fields(
     settings: Settings, features: FeatureSpec, score_log: KafkaScoreLog, partitions: int
 ) -> None:
-    """The topic's last transactions carry the further fields that the checkpoint looks at."""
+    """Check that the topic's last transactions have the checkpoint's extra fields."""
     if not features.fields:
         return
     topic = settings.topic("transactions")
@@ -206,14 +211,14 @@ async def _check_fields(
     seen = 0
     try:
         for partition in range(partitions):
-            for value in await score_log.last_values(topic, partition, RECORDS_LOOKED_AT):
+            for value in await score_log.last_values(topic, partition, RECORDS_CHECKED):
                 names = field_names(value)
                 seen += bool(names)
                 missing -= names
-            if not missing or seen >= RECORDS_LOOKED_AT:
+            if not missing or seen >= RECORDS_CHECKED:
                 break
     except LogUnavailableError as error:
-        raise StartupError(f"cannot look at the transactions in {topic}: {error}") from error
+        raise StartupError(f"cannot read the transactions in {topic}: {error}") from error
     if not seen:
         log.info(
             "no transactions yet; the checkpoint expects fields", extra={"fields": sorted(missing)}
@@ -221,7 +226,7 @@ async def _check_fields(
         return
     if missing:
         raise StartupError(
-            f"the checkpoint looks at the field {', '.join(sorted(missing))}, and none of the "
-            f"last {seen} transactions in {topic} carries it: have the producers send what the "
-            "checkpoint was trained with, or set RECUR_CHECKPOINT to one trained without it"
+            f"the checkpoint uses the field {', '.join(sorted(missing))}, and none of the "
+            f"last {seen} transactions in {topic} has it: let the producers send the fields of "
+            "the training, or set RECUR_CHECKPOINT to a checkpoint trained without them"
         )

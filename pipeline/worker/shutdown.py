@@ -1,8 +1,8 @@
-"""The end of a worker that is told to stop: within a bound, whatever is away.
+"""Bounded stop of a worker, even if broker or Redis does not answer.
 
-A worker that stops finishes its micro-batch, commits and leaves the group. Where broker or Redis
-is away that takes as long as they are. After a bound the process ends all the same, as at a crash:
-what is not acked is read again, by itself or by whoever takes its partitions.
+A stopping worker finishes its micro-batch, commits, and leaves the group. This waits for a broker
+or Redis that is away. After a bound the process ends anyway, as in a crash. The next owner of the
+partitions, or the restarted worker, reads unacked records again.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 UNFINISHED_EXIT_CODE = 1
-"""Of a worker that could not finish in time, or was told twice."""
+"""Exit code of a worker that could not finish in time, or got a second signal."""
 
 SECOND_SIGNAL_SECONDS = 1.0
-"""A signal that comes sooner after the first one is the same: some shells send it twice."""
+"""Time within which a second signal counts as the first: some shells send it twice."""
 
-TELL_SECONDS = 1.0
-"""So long the last line may take."""
+LAST_LINE_SECONDS = 1.0
+"""Longest time for writing the last line."""
 
 
-def leave_at_signals(directory: Path | None = None) -> None:
-    """Until a worker has begun, SIGTERM and SIGINT end the process at once: it holds nothing.
+def exit_on_signals(directory: Path | None = None) -> None:
+    """Let SIGTERM and SIGINT end the process at once, until the worker has begun.
 
-    A process that is the first of its container would ignore them otherwise.
+    Nothing is lost then. Without handlers, the first process of a container would ignore them.
 
     Args:
-        directory: is removed then.
+        directory: removed at the end.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        log.info("told to stop before it began", extra={"signal": signal.Signals(number).name})
+        log.info(
+            "stop signal before the worker began", extra={"signal": signal.Signals(number).name}
+        )
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
         os._exit(0)
@@ -53,12 +55,12 @@ def leave_at_signals(directory: Path | None = None) -> None:
         signal.signal(number, leave)
 
 
-class ShutdownGuard:
-    """Ends the process where its stop takes too long, or where it is told a second time.
+class ShutdownTimer:
+    """Timer that ends the process when its stop takes too long, or at a second signal.
 
     Args:
-        bound_seconds: so long a stop may take.
-        directory: is removed at such an end.
+        bound_seconds: longest stop.
+        directory: removed at such an end.
         end_process: ends this process at once.
         clock: monotonic seconds.
     """
@@ -76,27 +78,30 @@ class ShutdownGuard:
         self._end_process = end_process
         self._clock = clock
         self._timer: threading.Timer | None = None
-        self._told_at: float | None = None
+        self._first_signal_at: float | None = None
 
     def begin(self) -> None:
-        """The worker stops, for whatever reason; only the first call counts."""
+        """Start the timer when the worker begins to stop; only the first call counts."""
         if self._timer is None:
             self._timer = threading.Timer(self._bound_seconds, self._end_late)
             self._timer.daemon = True
             self._timer.start()
 
-    def told(self, number: signal.Signals) -> None:
-        """A signal to stop came."""
+    def on_signal(self, number: signal.Signals) -> None:
+        """Handle a signal to stop."""
         now = self._clock()
-        if self._told_at is None:
-            self._told_at = now
-            log.info("told to stop", extra={"signal": number.name})
+        if self._first_signal_at is None:
+            self._first_signal_at = now
+            log.info(
+                "stop signal: the worker finishes its micro-batch and ends",
+                extra={"signal": number.name},
+            )
             self.begin()
-        elif now - self._told_at >= SECOND_SIGNAL_SECONDS:
-            self._end("told to stop a second time", number.name)
+        elif now - self._first_signal_at >= SECOND_SIGNAL_SECONDS:
+            self._end("second stop signal", number.name)
 
     def cancel(self) -> None:
-        """The stop is done."""
+        """Cancel the timer: the stop is complete."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -104,12 +109,12 @@ class ShutdownGuard:
         self._end(f"the stop took over {self._bound_seconds:g} s (RECUR_SHUTDOWN_SECONDS)", None)
 
     def _end(self, why: str, name: str | None) -> None:
-        # Nobody may read what is written to standard error: writing would then wait for ever.
-        unread = threading.Timer(TELL_SECONDS, self._end_process, [UNFINISHED_EXIT_CODE])
+        # Writing waits for ever if standard error is a full pipe that no process reads.
+        unread = threading.Timer(LAST_LINE_SECONDS, self._end_process, [UNFINISHED_EXIT_CODE])
         unread.daemon = True
         unread.start()
         log.error(
-            f"{why}; the process ends now, and what is not acked is read again",
+            f"{why}; the process ends now, and unacked records are read again",
             extra={} if name is None else {"signal": name},
         )
         logs.summarize_dropped()

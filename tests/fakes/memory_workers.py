@@ -357,7 +357,7 @@ class World:
         )
 
     def rebuild(self) -> Rebuild:
-        """What takes watermarks back."""
+        """Return the rebuild of states, over this store and log."""
         return Rebuild(
             self.topic,
             self.settings.topic("scores"),

@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features.account import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
-from pipeline.admin.inspect_account import account_lines, describe, look_at
+from pipeline.admin.inspect_account import account_lines, describe, load_view
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.local.services import Kafka, Redis
@@ -132,7 +132,7 @@ async def assert_the_account_can_be_looked_at(system: PipelineUnderTest) -> None
     lines = await account_lines(system.settings, "A")
     text = "\n".join(lines)
     assert lines[0] == "account A"
-    assert "no verdict in this checkpoint" in text
+    assert "no trained account head" in text
     assert f"of model {system.scorer.checkpoint.digest}" in text
     seen = next(line for line in lines if "transactions seen" in line)
     assert seen.split()[-1] == str(len(MORE))
@@ -140,10 +140,10 @@ async def assert_the_account_can_be_looked_at(system: PipelineUnderTest) -> None
         await account_lines(system.settings, "B")
 
     fitted = system.scorer.checkpoint.with_header(metrics={"verdict_auc": 0.9})
-    view = await look_at(system.settings, fitted, "A")
+    view = await load_view(system.settings, fitted, "A")
     hidden = torch.from_numpy(view.state.hidden).float()
     expected = float(torch.sigmoid(fitted.network.verdict_logit(hidden)))
-    assert view.verdict == pytest.approx(expected)
+    assert view.risk == pytest.approx(expected)
     text = "\n".join(describe(view, fitted, ttl_days=30.0))
     assert f"with probability {expected:.3f} (AUC 0.900 on days held out)" in text
     assert f"offset {view.state.last_offset[0]}" in text
@@ -229,5 +229,5 @@ def test_a_field_that_every_transaction_has_is_no_further_one(system: PipelineUn
     )
     checkpoint = Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
 
-    with pytest.raises(StartupError, match="merchant_id as if it were a further one"):
+    with pytest.raises(StartupError, match="merchant_id as an extra field"):
         asyncio.run(check_services(system.settings, checkpoint))

@@ -143,8 +143,8 @@ def test_a_topic_made_again_stops_workers_and_none_of_its_records_is_skipped(
             assert_told(str(refused.value), topic, ids)
             assert len(await system.scores()) == len(old)
 
-            assert "states of the log before are gone" in await begin(system)
-            assert "nothing to begin" in await begin(system)
+            assert "states of the old log are deleted" in await begin(system)
+            assert "nothing to do" in await begin(system)
             await system.start_workers(1)
             await system.until_applied(SLOW_SECONDS)
             assert_scored_once(await system.scores(), [*old, *new])

@@ -388,7 +388,7 @@ def test_recur_settings_shows_no_secret(site: Site) -> None:
 
 
 def test_an_operator_may_give_the_scores_topic_more_partitions(site: Site) -> None:
-    """`recur state rekey` does this. The test is the last: the others need two partitions."""
+    """`recur state repartition` does this. The test is the last: the others need two partitions."""
     settings = site.settings(
         kafka_sasl_username=OPERATOR, kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR]
     )

@@ -1,6 +1,6 @@
-"""A worker ends when it has to: told to, whatever is away; and where its group refuses it.
+"""A worker ends at a stop signal, whatever is away, and when its group refuses it.
 
-While it waits instead it tells so, once a minute.
+A worker that waits instead logs so once a minute.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import HOST, Kafka, Redis
 from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.settings import load_settings
-from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE, ShutdownGuard
+from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE, ShutdownTimer
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 END_SECONDS = 120.0
-"""Far more than any end takes, on any machine; those that are not bounded take for ever."""
+"""Far more than any bounded end takes, on any machine; an unbounded end never comes."""
 
 AWAY_SECONDS = 10.0
 
 LINES_MAX = 12
-"""An outage's own lines, those of a rebalance, and an error or two of a new kind."""
+"""Most lines of an outage: its own, those of a rebalance, and one or two other errors."""
 
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Kafka]:
-    """A broker that tests stop for a while, with Kafka's own bounds of a session time-out."""
+    """Start a broker that tests may stop, with Kafka's default minimum of a session timeout."""
     with Kafka(properties={"group.min.session.timeout.ms": "6000"}) as kafka:
         yield kafka
 
@@ -50,7 +50,7 @@ def system(broker: Kafka, server: Redis, directory: Path, **settings: Any) -> Pi
 
 
 def start(pipeline: PipelineUnderTest) -> WorkerProcess:
-    """A worker that need not get ready."""
+    """Start a worker without waiting until it is ready."""
     environment = {f"RECUR_{k.upper()}": str(v) for k, v in pipeline.overrides.items()}
     return start_worker(0, pipeline.directory, environment | {"RECUR_LOG_FORMAT": "text"})
 
@@ -59,11 +59,11 @@ async def ended(worker: WorkerProcess) -> int:
     return await asyncio.to_thread(worker.process.wait, END_SECONDS)
 
 
-async def until_said(worker: WorkerProcess, text: str) -> None:
-    async def said() -> bool:
+async def until_logged(worker: WorkerProcess, text: str) -> None:
+    async def logged() -> bool:
         return text in worker.log_path.read_text()
 
-    await until(said, f"the worker to say {text!r}", END_SECONDS)
+    await until(logged, f"the worker to log {text!r}", END_SECONDS)
 
 
 def last_line(worker: WorkerProcess) -> str:
@@ -83,12 +83,12 @@ def test_a_session_timeout_under_the_brokers_minimum_ends_the_worker_with_the_se
             assert await asyncio.to_thread(process.wait, END_SECONDS) == 1
 
     asyncio.run(run())
-    said = (tmp_path / "worker-0.log").read_text()
-    assert said.splitlines()[-1].startswith("recur: the group")
-    assert "RECUR_KAFKA_SESSION_TIMEOUT_SECONDS is 2" in said.splitlines()[-1]
+    text = (tmp_path / "worker-0.log").read_text()
+    assert text.splitlines()[-1].startswith("recur: the group")
+    assert "RECUR_KAFKA_SESSION_TIMEOUT_SECONDS is 2" in text.splitlines()[-1]
 
 
-def test_a_group_that_shares_out_in_another_way_ends_the_worker_with_the_setting(
+def test_a_group_with_another_assignment_strategy_ends_the_worker_with_the_setting(
     broker: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     pipeline = system(broker, redis_server, tmp_path)
@@ -128,17 +128,17 @@ def test_a_group_that_shares_out_in_another_way_ends_the_worker_with_the_setting
 def test_each_refusal_of_the_group_is_one_line_that_says_what_to_do(
     error: kafka_errors.KafkaError, names: str
 ) -> None:
-    said = str(group_refusal(load_settings(), error))
+    message = str(group_refusal(load_settings(), error))
 
-    assert said.startswith("the group recur refuses this worker (")
-    assert names in said
-    assert "\n" not in said
-
-
-# Told to stop
+    assert message.startswith("the group recur refuses this worker (")
+    assert names in message
+    assert "\n" not in message
 
 
-def test_told_to_stop_whatever_is_away_it_ends_in_time_and_nothing_is_lost(
+# Stop signals
+
+
+def test_a_stop_signal_ends_a_worker_in_time_without_loss_whatever_is_away(
     broker: Kafka, tmp_path: Path
 ) -> None:
     sent = transactions(4_000, accounts=100)
@@ -151,7 +151,7 @@ def test_told_to_stop_whatever_is_away_it_ends_in_time_and_nothing_is_lost(
             server.pause()
             try:
                 await pipeline.send(sent[1_000:2_000])
-                await until_said(pipeline.workers[0], "does not answer")
+                await until_logged(pipeline.workers[0], "does not answer")
                 pipeline.workers[0].process.send_signal(signal.SIGTERM)
                 assert await ended(pipeline.workers[0]) in (0, UNFINISHED_EXIT_CODE)
             finally:
@@ -174,11 +174,11 @@ def test_told_to_stop_whatever_is_away_it_ends_in_time_and_nothing_is_lost(
             broker.pause()
             try:
                 worker.process.send_signal(signal.SIGINT)
-                await until_said(worker, "told to stop")
+                await until_logged(worker, "stop signal")
                 await asyncio.sleep(SECOND_SIGNAL_SECONDS + 0.1)
                 worker.process.send_signal(signal.SIGTERM)
                 assert await ended(worker) == UNFINISHED_EXIT_CODE
-                assert "a second time" in last_line(worker)
+                assert "second stop signal" in last_line(worker)
             finally:
                 broker.resume()
 
@@ -193,7 +193,7 @@ def test_told_to_stop_whatever_is_away_it_ends_in_time_and_nothing_is_lost(
         asyncio.run(run(server))
 
 
-def test_told_to_stop_while_it_waits_for_a_broker_at_its_start_it_ends(
+def test_a_stop_signal_ends_a_worker_that_waits_for_a_broker_at_its_start(
     redis_server: Redis, tmp_path: Path
 ) -> None:
     with socket.create_server((HOST, 0)) as silent:
@@ -208,15 +208,15 @@ def test_told_to_stop_while_it_waits_for_a_broker_at_its_start_it_ends(
             with connection:
                 worker.process.send_signal(signal.SIGTERM)
                 assert asyncio.run(ended(worker)) == 0
-    assert "told to stop before it began" in worker.log_path.read_text()
+    assert "stop signal before the worker began" in worker.log_path.read_text()
 
 
-def test_an_end_that_takes_too_long_is_made_whatever_holds_up_the_loop(tmp_path: Path) -> None:
+def test_a_stop_that_takes_too_long_ends_the_process_even_if_the_loop_hangs(tmp_path: Path) -> None:
     codes: list[int] = []
-    ending = ShutdownGuard(0.05, tmp_path / "own", end_process=codes.append)
+    timer = ShutdownTimer(0.05, tmp_path / "own", end_process=codes.append)
     (tmp_path / "own").mkdir()
 
-    ending.begin()
+    timer.begin()
     deadline = time.monotonic() + END_SECONDS
     while not codes and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -228,23 +228,23 @@ def test_an_end_that_takes_too_long_is_made_whatever_holds_up_the_loop(tmp_path:
 def test_a_signal_sent_twice_by_a_shell_is_one(tmp_path: Path) -> None:
     codes: list[int] = []
     now = 100.0
-    ending = ShutdownGuard(600, tmp_path, end_process=codes.append, clock=lambda: now)
+    timer = ShutdownTimer(600, tmp_path, end_process=codes.append, clock=lambda: now)
     try:
-        ending.told(signal.SIGINT)
+        timer.on_signal(signal.SIGINT)
         now += SECOND_SIGNAL_SECONDS / 2
-        ending.told(signal.SIGINT)
+        timer.on_signal(signal.SIGINT)
         assert codes == []
         now += SECOND_SIGNAL_SECONDS
-        ending.told(signal.SIGINT)
+        timer.on_signal(signal.SIGINT)
         assert codes == [UNFINISHED_EXIT_CODE]
     finally:
-        ending.cancel()
+        timer.cancel()
 
 
 # Waiting
 
 
-def test_a_broker_that_is_away_is_told_of_in_a_few_lines(
+def test_an_outage_of_the_broker_is_logged_in_a_few_lines(
     broker: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     pipeline = system(broker, redis_server, tmp_path)
@@ -254,16 +254,16 @@ def test_a_broker_that_is_away_is_told_of_in_a_few_lines(
             (worker,) = pipeline.workers
             before = len(worker.log_path.read_text().splitlines())
             await asyncio.to_thread(broker.kill)
-            await until_said(worker, "a service does not answer")
+            await until_logged(worker, "a service does not answer")
             await asyncio.sleep(AWAY_SECONDS)
             await asyncio.to_thread(broker.start)
-            await until_said(worker, "it answers again")
+            await until_logged(worker, "it answers again")
             lines = worker.log_path.read_text().splitlines()[before:]
             (away,) = [line for line in lines if "a service does not answer" in line]
             (back,) = [line for line in lines if "it answers again" in line]
             assert "service=kafka" in away
             left_out = sum(map(int, re.findall(r"lines=(\d+)", "\n".join(lines))))
-            assert left_out > 50, "libraries say a lot; otherwise this test shows nothing"
+            assert left_out > 50, "libraries log a lot; otherwise this test shows nothing"
             minutes = float(re.findall(r"seconds=([\d.]+)", back)[0]) / 60
             assert len(lines) <= LINES_MAX + 2 * minutes, "\n".join(lines)
 

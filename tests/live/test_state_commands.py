@@ -1,4 +1,4 @@
-"""`recur state ...` on a real broker and Redis, with workers that run."""
+"""The commands `recur state ...` on a real broker and Redis, with running workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.admin import rebuild_merchants as rebuild_merchants_module
 from pipeline.admin.forget import forget_lines
 from pipeline.admin.rebuild_merchants import rebuild_merchants_lines
 from pipeline.admin.rebuild_states import rebuild_lines
-from pipeline.admin.repartition import partition_of, rekey_lines
+from pipeline.admin.repartition import partition_of, repartition_lines
 from pipeline.cli.main import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.kafka.topics import add_partitions
@@ -79,7 +79,7 @@ def keys_of(system: PipelineUnderTest) -> Keys:
 
 
 async def all_states(system: PipelineUnderTest) -> dict[str, int]:
-    """Partition by account."""
+    """Return each account's partition."""
     found: dict[str, int] = {}
     async with StateScan(system.settings) as scan:
         async for partition, accounts in scan.accounts(keys_of(system).model):
@@ -89,10 +89,10 @@ async def all_states(system: PipelineUnderTest) -> dict[str, int]:
 
 async def damage(system: PipelineUnderTest, how: dict[str, bytes | None]) -> None:
     """Overwrite accounts' states in Redis, or delete them."""
-    places = await all_states(system)
+    partitions = await all_states(system)
     client = redis_client(system.settings)
     for account, value in how.items():
-        (key,) = keys_of(system).accounts(places[account], [account])
+        (key,) = keys_of(system).accounts(partitions[account], [account])
         await (client.delete(key) if value is None else client.set(key, value))
     await client.aclose()
 
@@ -109,21 +109,21 @@ def test_an_account_is_forgotten_while_workers_run_and_stays_forgotten_in_a_repl
             await system.until_applied()
             before = await all_states(system)
 
-            told, done = await forget(system, account, dry_run=True)
+            output, done = await forget(system, account, dry_run=True)
             assert done
-            assert "would be forgotten; nothing is done" in told
+            assert "would be forgotten; nothing is done" in output
             assert await all_states(system) == before
             assert len(await system.records("transactions")) == len(sent)
 
-            told, done = await forget(system, account)
+            output, done = await forget(system, account)
 
             assert done
             topic = system.settings.topic("transactions")
-            assert f"account {account} is forgotten" in told
-            assert f"{topic}-{before[account]}, offset" in told
-            assert "its state in Redis, 400 bytes" in told
+            assert f"account {account} is forgotten" in output
+            assert f"{topic}-{before[account]}, offset" in output
+            assert "its state in Redis, 400 bytes" in output
             for role in ("transactions", "scores", "alerts", "labels", "dead-letter"):
-                assert role in told
+                assert role in output
             assert (await all_states(system)).keys() == before.keys() - {account}
             assert await metric(system, "recur_accounts_forgotten_total") == 1.0
 
@@ -133,7 +133,7 @@ def test_an_account_is_forgotten_while_workers_run_and_stays_forgotten_in_a_repl
             assert (await all_states(system)).keys() == before.keys()
             await system.assert_states_are_the_log()
 
-            told, done = await forget(system, other)
+            output, done = await forget(system, other)
             assert done
             await rebuild(system)
             assert (await all_states(system)).keys() == before.keys() - {other}
@@ -152,22 +152,22 @@ async def metric(system: PipelineUnderTest, name: str) -> float:
     return worker.samples[name]
 
 
-def test_an_account_of_which_nothing_is_known_is_forgotten_when_a_worker_comes(
+def test_an_unknown_account_is_forgotten_once_a_worker_runs(
     system: PipelineUnderTest,
 ) -> None:
-    """The instruction waits in the log; what is not applied yet is forgotten, too."""
+    """The control record waits in the log; it also erases what is not applied yet."""
     sent = [t for t in transactions(200, accounts=4) if t.account_id == "A000001"]
 
     async def run() -> None:
         async with system.running(workers=0):
             await system.send(sent)
 
-            told, done = await forget(system, "A000001")
+            output, done = await forget(system, "A000001")
 
             assert not done
-            assert "will be forgotten" in told
-            assert "no worker runs" in told
-            assert "no state: Redis had none" in told
+            assert "will be forgotten" in output
+            assert "no worker runs" in output
+            assert "no state: Redis had none" in output
             await system.start_workers(1)
             await system.until_applied()
             assert not await all_states(system)
@@ -179,8 +179,9 @@ def test_an_account_of_which_nothing_is_known_is_forgotten_when_a_worker_comes(
 def test_damaged_states_are_rebuilt_while_workers_run_and_no_score_changes(
     system: PipelineUnderTest,
 ) -> None:
-    """Nothing comes meanwhile, so that only the command can have woken the workers; where none
-    runs, the one that starts does it.
+    """No record comes meanwhile, so only the command can start the rebuild.
+
+    Without a worker, the next one to start does it.
     """
     sent = transactions(4_000, accounts=60)
     names = sorted({t.account_id for t in sent})
@@ -191,31 +192,31 @@ def test_damaged_states_are_rebuilt_while_workers_run_and_no_score_changes(
             await system.until_applied()
             await system.assert_states_are_the_log()
             scores = await records_of_scores(system)
-            places = await all_states(system)
-            harm = {names[0]: b"junk", names[1]: b"\2" * 400, names[2]: None}
+            partitions = await all_states(system)
+            damage_by_account = {names[0]: b"junk", names[1]: b"\2" * 400, names[2]: None}
 
-            await damage(system, harm)
+            await damage(system, damage_by_account)
             with pytest.raises(AssertionError):
                 await system.assert_states_are_the_log()
-            told = await rebuild(system, dry_run=True)
-            assert "nothing is done" in told
-            assert sum(n for n in counted(told)) >= len(names) - 1
+            output = await rebuild(system, dry_run=True)
+            assert "nothing is done" in output
+            assert sum(n for n in counted(output)) >= len(names) - 1
 
-            one = places[names[0]]
-            told = await rebuild(system, [one])
-            assert told.startswith(f"{system.settings.topic('transactions')}-{one}: ")
-            assert "computed again" in told
+            one = partitions[names[0]]
+            output = await rebuild(system, [one])
+            assert output.startswith(f"{system.settings.topic('transactions')}-{one}: ")
+            assert "computed again" in output
             await rebuild(system)
 
             await system.assert_states_are_the_log()
             assert await records_of_scores(system) == scores
-            assert await all_states(system) == places
+            assert await all_states(system) == partitions
             with pytest.raises(SettingsError, match="has the partitions 0 to 3, and no 4"):
                 await rebuild(system, [4])
 
             await system.workers[0].stop()
-            told = await rebuild(system)
-            assert "no worker runs: the states are computed again when one starts" in told
+            output = await rebuild(system)
+            assert "no worker runs: the states are computed again when one starts" in output
             assert not await all_states(system), "all lie past the watermark"
             await system.start_workers(1)
             await system.until_applied()
@@ -225,9 +226,9 @@ def test_damaged_states_are_rebuilt_while_workers_run_and_no_score_changes(
     asyncio.run(run())
 
 
-def counted(told: str) -> list[int]:
-    """How many states each line of a partition tells."""
-    lines = [line for line in told.splitlines() if line.endswith(" states")]
+def counted(output: str) -> list[int]:
+    """Read the number of states from each line of a partition."""
+    lines = [line for line in output.splitlines() if line.endswith(" states")]
     return [int(line.rsplit(", ", 1)[1].split()[0].replace(",", "")) for line in lines]
 
 
@@ -241,19 +242,20 @@ async def records_of_scores(system: PipelineUnderTest) -> Counter[tuple[Any, Any
         (["rebuild"], "takes --partition N, --all or --merchants"),
         (["rebuild", "--all", "--partition", "1"], "takes --partition N, --all or --merchants"),
         (["rebuild", "--all", "--merchants"], "takes --partition N, --all or --merchants"),
+        (["rekey", "--dry-run"], "run `recur state repartition`"),
         (["forget", ""], "an account id has 1 to 256 characters"),
         (["forget", "x" * 257], "an account id has 1 to 256 characters"),
     ],
 )
-def test_what_makes_no_sense_is_told(arguments: list[str], problem: str) -> None:
+def test_wrong_arguments_end_with_one_line(arguments: list[str], problem: str) -> None:
     result = CliRunner().invoke(recur, ["state", *arguments])
 
     assert isinstance(result.exception, RecurError)
     assert problem in str(result.exception)
 
 
-async def rekey(system: PipelineUnderTest, **options: bool) -> str:
-    lines = await rekey_lines(
+async def repartition(system: PipelineUnderTest, **options: bool) -> str:
+    lines = await repartition_lines(
         system.settings,
         **{"dry_run": False, "accept_stranded": False} | options,
         console=quiet(),
@@ -262,20 +264,20 @@ async def rekey(system: PipelineUnderTest, **options: bool) -> str:
 
 
 async def counts_of_states(system: PipelineUnderTest) -> dict[str, int]:
-    """How many transactions each account's state has seen."""
-    places = await all_states(system)
+    """Return the number of transactions in each account's state."""
+    partitions = await all_states(system)
     client = redis_client(system.settings)
-    keys = [keys_of(system).accounts(places[name], [name])[0] for name in places]
+    keys = [keys_of(system).accounts(partitions[name], [name])[0] for name in partitions]
     states, loaded, _ = system.scorer.codec.decode(await client.mget(keys))
     await client.aclose()
     assert loaded.all()
-    return dict(zip(places, states.history.count.tolist(), strict=True))
+    return dict(zip(partitions, states.history.count.tolist(), strict=True))
 
 
 def test_states_move_with_their_accounts_when_the_topic_gets_more_partitions(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Each account goes on where it was, in the partition that its records now go to."""
+    """Each account continues with its state in its new partition."""
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=2)
     sent = transactions(1_500, accounts=40)
     more = transactions(600, accounts=40, seed=1)
@@ -285,35 +287,35 @@ def test_states_move_with_their_accounts_when_the_topic_gets_more_partitions(
             await system.send(sent)
             await system.until_applied()
             before = await all_states(system)
-            assert "nothing to move" in await rekey(system)
+            assert "nothing to move" in await repartition(system)
 
             await add_partitions(system.settings, system.settings.topic("transactions"), 5)
             with pytest.raises(RecurError, match=r"1 workers of group .* are running"):
-                await rekey(system)
+                await repartition(system)
             await system.workers[0].stop()
             system.use(topic_partitions=5)
             marks = await system.watermarks()
-            with pytest.raises(StartupError, match="recur state rekey"):
+            with pytest.raises(StartupError, match="recur state repartition"):
                 check_watermark("transactions", 0, marks[0], 5, 10_000)
             moving = {a for a, p in before.items() if partition_of(a.encode(), 5) != p}
             assert 0 < len(moving) < len(before)
-            told = await rekey(system, dry_run=True)
-            assert f"{len(moving)} states would move, {len(before) - len(moving)} stay" in told
+            output = await repartition(system, dry_run=True)
+            assert f"{len(moving)} states would move, {len(before) - len(moving)} stay" in output
             assert await all_states(system) == before
 
             stranded = next(t for t in more if t.account_id in moving)
             await system.send_to(before[stranded.account_id], stranded)
             with pytest.raises(RecurError, match="1 records of accounts that move"):
-                await rekey(system)
+                await repartition(system)
             assert await all_states(system) == before
 
-            told = await rekey(system, accept_stranded=True)
+            output = await repartition(system, accept_stranded=True)
 
-            assert f"{len(moving)} states moved" in told
-            assert "got 5 partitions" in told
+            assert f"{len(moving)} states moved" in output
+            assert "got 5 partitions" in output
             after = await all_states(system)
             assert after == {a: partition_of(a.encode(), 5) for a in before}
-            assert "nothing to move" in await rekey(system)
+            assert "nothing to move" in await repartition(system)
             rest = [t for t in more if t is not stranded]
             await system.send_compressed(rest, "gzip")  # a producer that knows all partitions
             await system.start_workers(1)
@@ -338,7 +340,7 @@ RIGHT = "counts of 0 profiles corrected: 0 transactions were missing, 0 too many
 def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
     system: PipelineUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is missing, doubled or damaged; what is counted meanwhile is neither."""
+    """Corrects missing, doubled and damaged counts; keeps what workers count meanwhile."""
     monkeypatch.setattr(rebuild_merchants_module, "SETTLE_SECONDS", 0.3)
     sent = transactions(4_000, accounts=60)
     more = transactions(3_000, accounts=60, seed=1)
@@ -354,15 +356,15 @@ def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
             store = RedisMerchantStore.from_settings(system.settings)
             names = sorted({t.merchant_id for t in sent})
 
-            async def all_booked() -> bool:
+            async def all_recorded() -> bool:
                 found = [Profile.from_bytes(v) for v in await store.load(names) if v]
                 return sum(len(profile.frauds) for profile in found) == 200
 
-            await until(all_booked, "the labels to be booked")
-            told = await rebuild_merchants(system)
-            assert f"{len(names)} merchants in the log" in told
-            assert RIGHT in told
-            assert "known frauds of 0 profiles corrected" in told
+            await until(all_recorded, "the labels to be recorded")
+            output = await rebuild_merchants(system)
+            assert f"{len(names)} merchants in the log" in output
+            assert RIGHT in output
+            assert "known frauds of 0 profiles corrected" in output
             right = await store.load(names)
 
             labelled = [t.merchant_id for t in sent[:200]]
@@ -372,20 +374,20 @@ def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
             await store.add({bucket: {labelled[2]: 7}}, [])
             value = await client.get(keys.profile(labelled[3]))
             await client.set(keys.profile(labelled[3]), value[:FIXED_BYTES])
-            harmed = await store.load(names)
-            told = await rebuild_merchants(system, dry_run=True)
-            assert "counts of 3 profiles would be corrected" in told
-            assert "7 too many" in told
-            assert "known frauds of 3 profiles would be corrected" in told
-            assert await store.load(names) == harmed
+            damaged = await store.load(names)
+            output = await rebuild_merchants(system, dry_run=True)
+            assert "counts of 3 profiles would be corrected" in output
+            assert "7 too many" in output
+            assert "known frauds of 3 profiles would be corrected" in output
+            assert await store.load(names) == damaged
 
             sending = asyncio.create_task(system.send(more, rate=1_000))
-            told = await rebuild_merchants(system)
+            output = await rebuild_merchants(system)
             await sending
             await system.until_applied()
 
-            assert "counts of 3 profiles corrected" in told
-            await rebuild_merchants(system)  # what came in the moment of the last round
+            assert "counts of 3 profiles corrected" in output
+            await rebuild_merchants(system)  # corrects what came during the last round
             assert RIGHT in await rebuild_merchants(system)
             counts = Counter(t.merchant_id for t in [*sent, *more])
             profiles = [Profile.from_bytes(v or b"") for v in await store.load(names)]
@@ -400,7 +402,7 @@ def test_profiles_are_corrected_to_what_the_log_says_while_workers_count(
                 for partition in range(4)
             ]
             await client.delete(*gone)
-            await until(all_booked, "the worker to notice that Redis has no labels any more")
+            await until(all_recorded, "the worker to notice that Redis lost the labels")
             assert [
                 Profile.from_bytes(value).frauds if value else []
                 for value in await store.load(names)

@@ -18,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.records_to_delete import RecordsToDelete
 from rich.console import Console
 
-from pipeline.admin.inspect_state import shown_lines, state_at
+from pipeline.admin.inspect_state import show_lines, state_at
 from pipeline.audit.report import run_verify
 from pipeline.audit.verifier import HIDDEN_TOLERANCE, SCORE_TOLERANCE, VerifyOptions, verify
 from pipeline.checkpoint import load_checkpoint
@@ -41,8 +41,8 @@ def system(kafka: Kafka, redis_server: Redis, tmp_path: Path) -> PipelineUnderTe
     return PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
 
 
-class Faults:
-    """What no worker does, done to a system's Redis and scores topic."""
+class FaultInjector:
+    """Faults in a system's Redis and scores topic that no worker causes."""
 
     def __init__(self, system: PipelineUnderTest) -> None:
         settings = system.settings
@@ -75,7 +75,7 @@ class Faults:
 
 
 def place_of(score: Score) -> tuple[int, int]:
-    """Partition and offset of a score's transaction."""
+    """Return partition and offset of a score's transaction."""
     _, partition, offset = score.source.rsplit(":", 2)
     return int(partition), int(offset)
 
@@ -83,7 +83,7 @@ def place_of(score: Score) -> tuple[int, int]:
 def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
     system: PipelineUnderTest,
 ) -> None:
-    """The numbers of a log that a worker applied, of what is done to it, and of the past."""
+    """The findings match the log that a worker applied, each injected fault, and the past."""
     sent = transactions(2 * TOGETHER, ACCOUNTS)
     settings, checkpoint = system.settings, load_checkpoint(system.settings)
 
@@ -94,15 +94,15 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
         async with system.running(workers=1):
             await system.send_records([(b"A000001", b"not a transaction")])
             await system.send(sent[:TOGETHER])
-            await system.send(sent[TOGETHER - 1 : TOGETHER])  # as a producer that tries again does
+            await system.send(sent[TOGETHER - 1 : TOGETHER])  # a producer's retry
             await system.until_applied()
-            faults = Faults(system)
+            faults = FaultInjector(system)
             try:
                 await run_on(faults)
             finally:
                 await faults.client.aclose()
 
-    async def run_on(faults: Faults) -> None:
+    async def run_on(faults: FaultInjector) -> None:
         first_half = await system.scores()
         watched = first_half[-1].account_id
         partition = place_of(first_half[-1])[0]
@@ -130,7 +130,7 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
         assert whole.largest_hidden <= HIDDEN_TOLERANCE
         assert (await found(from_ms=half_ms)).scores == TOGETHER
 
-        # the past: what Redis held then
+        # the past: the state that Redis held then
         past = await state_at(settings, checkpoint, watched, half_ms, NoBar())
         codec = system.scorer.codec
         held, _, _ = codec.decode([before])
@@ -143,11 +143,11 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
         assert np.abs(difference).max() <= HIDDEN_TOLERANCE
         with pytest.raises(RecurError, match="has no transaction of this account up to then"):
             await state_at(settings, checkpoint, watched, 1_000, NoBar())
-        shown = "\n".join(await shown_lines(settings, watched))
+        shown = "\n".join(await show_lines(settings, watched))
         assert faults.key(partition, watched).decode() in shown
         assert "0 records before the log's end" in shown
 
-        # a state that is another, one that is damaged, one that is gone
+        # another state, a damaged one, a missing one
         mine = [s for s in first_half if place_of(s)[0] == partition and s.account_id != watched]
         damaged, gone = sorted({s.account_id for s in mine})[:2]
         assert before is not None
@@ -171,7 +171,7 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
         for key, value in zip(keys, values, strict=True):
             await faults.client.set(key, value)
 
-        # a score twice, and another one for the same transaction
+        # a duplicate score, and a conflicting one
         score = first_half[-1]
         await faults.publish(score)
         await faults.publish(msgspec.structs.replace(score, score=score.score + 0.25))
@@ -183,7 +183,7 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
         assert not (await found(account=watched)).is_right
         assert (await found(account=damaged)).is_right
 
-        # what retention deletes can be verified no more, and what it leaves can
+        # retention makes deleted histories unverifiable, and no others
         cut = min(place_of(s)[1] for s in mine[len(mine) // 2 :])
         await faults.delete_records("transactions", partition, cut)
         begun = {s.account_id for s in mine if place_of(s)[1] < cut} | {watched}
@@ -197,15 +197,15 @@ def test_a_real_run_is_verified_while_it_runs_and_each_fault_afterwards(
 
 
 def reported(system: PipelineUnderTest, options: VerifyOptions) -> tuple[int, str, Any]:
-    """Exit code, printed text and JSON."""
+    """Return exit code, printed text and JSON."""
     text = io.StringIO()
     file = system.directory / "verified.json"
     code = run_verify(options, system.settings, file, Console(file=text, width=200))
     return code, text.getvalue(), json.loads(file.read_text())
 
 
-def test_what_is_not_there_is_said_in_one_line(kafka: Kafka, system: PipelineUnderTest) -> None:
-    """No topic, another count of partitions, no Redis, no broker."""
+def test_a_missing_topic_or_service_is_one_line(kafka: Kafka, system: PipelineUnderTest) -> None:
+    """Covers a missing topic, unequal partition counts, no Redis and no broker."""
     checkpoint = load_checkpoint(system.settings)
 
     async def run(**changed: Any) -> None:
@@ -226,7 +226,7 @@ def test_what_is_not_there_is_said_in_one_line(kafka: Kafka, system: PipelineUnd
 
 
 def test_the_command_s_defaults_are_the_measured_tolerances() -> None:
-    """The command line states numbers of its own, so that it need not import what computes."""
+    """The command line has its own numbers, so that it need not import torch."""
     defaults = {
         parameter.name: parameter.default
         for parameter in cli.verify.params
@@ -247,7 +247,7 @@ def test_the_command_s_defaults_are_the_measured_tolerances() -> None:
 def test_a_wrong_option_ends_with_one_line(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is asked of broker or Redis."""
+    """This needs neither broker nor Redis."""
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2

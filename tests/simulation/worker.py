@@ -164,7 +164,7 @@ class Worker(app.Worker):
         """Run it."""
         member = self.member
         member.start()
-        for topic, agent in ((self._topic, self._score), (self._labels_topic, self._book)):
+        for topic, agent in ((self._topic, self._score), (self._labels_topic, self._record_labels)):
             task = self.host.start(self._services.loop, agent(member.inboxes[topic]))
             task.add_done_callback(member._ended)
 

@@ -1,4 +1,4 @@
-"""`recur account`: what a person reads of a state, and of one that is not where it should be."""
+"""`recur account`: its output, also for a state in an unexpected partition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.features.account import AccountHistory
-from pipeline.admin.inspect_account import AccountView, describe, look_at
+from pipeline.admin.inspect_account import AccountView, describe, load_view
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka, Redis
@@ -18,11 +18,11 @@ from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
+from pipeline.units import DAY_MS
 from tests.fakes.memory_workers import small_checkpoint
 
 CHECKPOINT = small_checkpoint()
 CODEC = StateCodec(1, 8)
-DAY_MS = 86_400_000
 
 
 def state(last_record_ms: int) -> AccountStates:
@@ -39,7 +39,7 @@ def state(last_record_ms: int) -> AccountStates:
     return states
 
 
-def test_a_state_is_told_in_a_person_s_words() -> None:
+def test_a_state_is_described_for_a_person() -> None:
     now_ms = time.time_ns() // 1_000_000
     lines = list(
         describe(AccountView("A", 3, 3, state(now_ms - 3 * 3_600_000), 200, None), CHECKPOINT, 30.0)
@@ -54,14 +54,14 @@ def test_a_state_is_told_in_a_person_s_words() -> None:
         "20.00 / 40.00 / 50.00 EUR",
         "47.50 EUR",
         f"200 bytes, of model {CHECKPOINT.digest}",
-        "no verdict in this checkpoint",
+        "no trained account head",
     ]:
         assert words in text
     assert "partitioner" not in text
-    assert "anew" not in text
+    assert "no state" not in text
 
 
-def test_a_state_elsewhere_or_too_old_is_told_as_such() -> None:
+def test_an_unexpected_partition_and_a_long_silence_are_shown() -> None:
     now_ms = time.time_ns() // 1_000_000
     view = AccountView("A", 2, 3, state(now_ms - 40 * DAY_MS), 200, 0.75)
     checkpoint = CHECKPOINT.with_header(metrics={"verdict_auc": 0.95})
@@ -69,7 +69,7 @@ def test_a_state_elsewhere_or_too_old_is_told_as_such() -> None:
     text = "\n".join(describe(view, checkpoint, 30.0))
 
     assert "2 (Kafka's default partitioner gives 3)" in text
-    assert "silent for over 30 days: its next payment starts it anew" in text
+    assert "silent for over 30 days: its next payment starts it from no state" in text
     assert "yes, with probability 0.750 (AUC 0.950" in text
 
 
@@ -85,28 +85,28 @@ def settings_of(kafka: Kafka, redis_server: Redis) -> Settings:
     )
 
 
-def test_an_account_is_found_wherever_it_lies(kafka: Kafka, redis_server: Redis) -> None:
+def test_an_account_is_found_in_any_partition(kafka: Kafka, redis_server: Redis) -> None:
     settings = settings_of(kafka, redis_server)
     keys = Keys(settings.redis_key_prefix, CHECKPOINT.digest, settings.topic("transactions"))
     value = CODEC.encode(state(1_700_000_000_000), np.arange(1))[0]
 
     async def run() -> None:
         with pytest.raises(RecurError, match="there is no topic"):
-            await look_at(settings, CHECKPOINT, "A")
+            await load_view(settings, CHECKPOINT, "A")
         await ensure_topics(settings)
         with pytest.raises(RecurError, match="in none of the 3 partitions"):
-            await look_at(settings, CHECKPOINT, "A")
+            await load_view(settings, CHECKPOINT, "A")
         client = redis_client(settings)
         try:
             for partition in range(3):
                 key = keys.accounts(partition, ["A"])[0]
                 await client.set(key, value)
-                view = await look_at(settings, CHECKPOINT, "A")
+                view = await load_view(settings, CHECKPOINT, "A")
                 assert view.partition == partition
                 assert int(view.state.history.count[0]) == 1412
                 await client.set(key, value[:-1] + bytes([value[-1] ^ 1]))
                 with pytest.raises(RecurError, match="of another format or damaged"):
-                    await look_at(settings, CHECKPOINT, "A")
+                    await load_view(settings, CHECKPOINT, "A")
                 await client.delete(key)
         finally:
             await client.aclose()
@@ -114,13 +114,13 @@ def test_an_account_is_found_wherever_it_lies(kafka: Kafka, redis_server: Redis)
     asyncio.run(run())
 
 
-def test_a_redis_that_is_away_is_named(kafka: Kafka, redis_server: Redis) -> None:
+def test_an_error_names_a_redis_that_does_not_answer(kafka: Kafka, redis_server: Redis) -> None:
     settings = settings_of(kafka, redis_server)
-    away = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    unreachable = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
 
     async def run() -> None:
         await ensure_topics(settings)
-        await look_at(away, CHECKPOINT, "A")
+        await load_view(unreachable, CHECKPOINT, "A")
 
     with pytest.raises(RecurError, match="Redis does not answer"):
         asyncio.run(run())

@@ -1,4 +1,4 @@
-"""What profiles must be by the log, and corrections that lose nothing that workers add."""
+"""Profiles computed from the log, and corrections that lose no addition of a worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX
-from pipeline.admin import merchant_counts as merchant_log
+from pipeline.admin import merchant_counts as merchant_counts_module
 from pipeline.admin.merchant_counts import (
     FirstScores,
     LoggedLabel,
@@ -30,11 +30,12 @@ NOW = 100_000
     st.lists(st.tuples(st.integers(0, 3), st.integers(NOW - 2 * BUCKETS, NOW)), max_size=60),
     st.integers(1, 7),
 )
-def test_counts_of_the_log_are_those_of_profiles_that_counted_it(
-    drawn: list[tuple[int, int]], compact: int
+def test_counts_from_the_log_equal_those_in_profiles(
+    drawn: list[tuple[int, int]], length: int
 ) -> None:
-    """Whatever the order of the log, also where what is old falls out of the ring."""
-    merchant_log._COMPACT, before = compact, merchant_log._COMPACT
+    """Holds in any order of the log, and where old buckets fall out of the ring."""
+    before = merchant_counts_module.COMPACT_LENGTH
+    merchant_counts_module.COMPACT_LENGTH = length
     try:
         counts = MerchantCounts()
         for start in range(0, len(drawn), 5):
@@ -42,9 +43,9 @@ def test_counts_of_the_log_are_those_of_profiles_that_counted_it(
             piece = MerchantCounts() if start % 2 else counts
             piece.add([f"M{m}" for m, _ in part], [b * BUCKET_MS + 7 for _, b in part])
             if piece is not counts:
-                counts.absorb(piece)
+                counts.merge(piece)
     finally:
-        merchant_log._COMPACT = before
+        merchant_counts_module.COMPACT_LENGTH = before
     names = [f"M{i}" for i in range(5)]
     profiles = [Profile() for _ in names]
     for merchant, bucket in sorted(drawn, key=lambda item: item[1]):
@@ -57,7 +58,7 @@ def test_counts_of_the_log_are_those_of_profiles_that_counted_it(
     assert tables.tolist() == [profile.counts.tolist() for profile in profiles]
 
 
-def test_counts_are_bounded_as_a_profiles_are() -> None:
+def test_counts_have_the_bound_of_a_profile() -> None:
     counts = MerchantCounts()
     counts.add(["M"] * (COUNT_MAX + 5), [NOW * BUCKET_MS] * (COUNT_MAX + 5))
 
@@ -75,23 +76,23 @@ def test_only_the_first_score_of_a_transaction_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("standing", "expected"),
+    ("stored", "expected"),
     [(5, 0), (6, 0), (8, 0), (4, 3), (9, -2), (0, 7), (COUNT_MAX, 7 - COUNT_MAX)],
 )
-def test_a_count_that_may_be_right_is_left_alone(standing: int, expected: int) -> None:
-    """What was applied while counts were read may be in them or not."""
+def test_a_count_that_may_be_right_is_not_corrected(stored: int, expected: int) -> None:
+    """Transactions that workers applied during the read may be counted or not."""
     least, due, most = np.array([5]), np.array([7]), np.array([8])
 
-    assert correction(np.array([standing]), least, due, most).tolist() == [expected]
+    assert correction(np.array([stored]), least, due, most).tolist() == [expected]
 
 
-def test_a_count_that_is_full_is_right() -> None:
+def test_a_count_at_its_maximum_is_right() -> None:
     many = np.array([COUNT_MAX + 10])
 
     assert correction(np.array([COUNT_MAX]), many, many, many).tolist() == [0]
 
 
-def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
+def test_known_frauds_equal_those_of_labels_recorded_in_order() -> None:
     def label(offset: int, number: int, is_fraud: bool, known: int) -> LoggedLabel:
         return LoggedLabel(0, Booking(offset, "M", is_fraud, Fraud(number, 10, known)))
 
@@ -105,7 +106,7 @@ def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
 
     weights = MerchantWeights({})
     assert frauds_of(labels, [9], weights) == [Fraud(2, 10, 12)]
-    assert frauds_of(labels, [10], weights, kept=[Fraud(7, 9, 9)]) == [
+    assert frauds_of(labels, [10], weights, retained=[Fraud(7, 9, 9)]) == [
         Fraud(7, 9, 9),
         Fraud(2, 10, 12),
         Fraud(3, 10, 15),
@@ -113,7 +114,7 @@ def test_known_frauds_are_what_booking_the_labels_in_order_gives() -> None:
     assert frauds_of(labels, [1], weights) == [Fraud(1, 10, 11)]
 
 
-def test_known_frauds_weigh_what_labels_tell_else_scores_else_what_stands() -> None:
+def test_weights_come_from_labels_else_scores_else_the_profile() -> None:
     def label(offset: int, number: int, at: int, told: int | None = None, **other: Any) -> Any:
         fields = {"is_fraud": True, "bucket": 10} | other
         entry = Fraud(number, fields["bucket"], 20, 255 if told is None else told)
@@ -133,9 +134,9 @@ def test_known_frauds_weigh_what_labels_tell_else_scores_else_what_stands() -> N
         label(7, 5, at=6),
     ]
     weights = MerchantWeights({1: 40, 2: 50}, from_bucket=9)
-    standing = [Fraud(3, 10, 20, 70), Fraud(4, 8, 20, 80)]
+    stored = [Fraud(3, 10, 20, 70), Fraud(4, 8, 20, 80)]
 
-    found = frauds_of(labels, [9], weights, standing)
+    found = frauds_of(labels, [9], weights, stored)
 
     expected = {1: 40, 2: 60, 3: 255, 4: 80}
     assert {fraud.id_hash: fraud.weight for fraud in found} == expected

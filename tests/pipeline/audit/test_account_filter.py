@@ -1,11 +1,11 @@
-"""Samples of accounts: the same ones whatever the order in which accounts are met."""
+"""Account filters: a sample has the same accounts in any order of the log."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.audit.account_filter import AllAccounts, One, Sample
+from pipeline.audit.account_filter import AllAccounts, SampledAccounts, SingleAccount
 
 
 @given(
@@ -16,37 +16,37 @@ from pipeline.audit.account_filter import AllAccounts, One, Sample
 def test_a_sample_is_the_same_in_any_order_and_misses_no_transaction(
     log: list[int], size: int, random: object
 ) -> None:
-    """An account of the final sample was taken at its every transaction, from the first on."""
+    """Each account of the final sample was admitted at all of its transactions."""
     keys = [f"A{number}".encode() for number in log]
-    sample = Sample(size)
-    taken = [(key, sample.takes(key)) for key in keys]
-    sample.settle()
-    chosen = {key for key in keys if sample.wants(key)}
+    sample = SampledAccounts(size)
+    admitted = [(key, sample.admit(key)) for key in keys]
+    sample.freeze()
+    chosen = {key for key in keys if sample.selects(key)}
 
-    other = Sample(size)
+    other = SampledAccounts(size)
     shuffled = list(keys)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     for key in shuffled:
-        other.takes(key)
+        other.admit(key)
 
     assert len(chosen) == min(size, len(set(keys)))
-    assert chosen == {key for key in keys if other.wants(key)}
-    assert all(was_taken for key, was_taken in taken if key in chosen)
+    assert chosen == {key for key in keys if other.selects(key)}
+    assert all(was_admitted for key, was_admitted in admitted if key in chosen)
 
 
-def test_a_settled_sample_takes_no_account_that_begins_later() -> None:
-    """States are loaded for the accounts that are chosen by then."""
-    sample = Sample(2)
-    assert sample.takes(b"A1")
-    sample.settle()
-    assert sample.takes(b"A1")
-    assert not sample.takes(b"A2")
+def test_a_frozen_sample_admits_no_new_account() -> None:
+    """The verifier loads states of the accounts that are selected by then."""
+    sample = SampledAccounts(2)
+    assert sample.admit(b"A1")
+    sample.freeze()
+    assert sample.admit(b"A1")
+    assert not sample.admit(b"A2")
 
 
-def test_everyone_and_one() -> None:
+def test_all_accounts_and_a_single_account() -> None:
     """Keys are account ids in UTF-8."""
-    assert AllAccounts().takes(b"x")
-    assert AllAccounts().wants(b"x")
-    one = One("Kö")
-    assert one.takes("Kö".encode())
-    assert not one.wants(b"K")
+    assert AllAccounts().admit(b"x")
+    assert AllAccounts().selects(b"x")
+    one = SingleAccount("Kö")
+    assert one.admit("Kö".encode())
+    assert not one.selects(b"K")

@@ -1,4 +1,4 @@
-"""`recur verify` on a log and a store in memory: each fault is found, and nothing else."""
+"""`recur verify` on a log and a store in memory: it finds each fault, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from model.features.account import INPUTS
 from pipeline.audit import recompute as recompute_module
-from pipeline.audit import score_reader as scores_module
-from pipeline.audit import verifier as verify_module
+from pipeline.audit import score_reader as score_reader_module
+from pipeline.audit import verifier as verifier_module
 from pipeline.audit.report import describe, to_json
 from pipeline.audit.result import Difference, Verification
 from pipeline.audit.verifier import VerifyOptions
@@ -26,15 +26,15 @@ from tests.fakes.memory_workers import DAY_MS, World, finish, small_checkpoint
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a short log takes several micro-batches, loads and looks ahead."""
+    """Make a short log take several micro-batches, loads and reads of scores."""
     monkeypatch.setattr(recompute_module, "MICRO_BATCH", 7)
-    monkeypatch.setattr(scores_module, "LOOKAHEAD", 10)
-    monkeypatch.setattr(scores_module, "READ_MOST", 5)
-    monkeypatch.setattr(verify_module, "LOAD_ACCOUNTS", 2)
+    monkeypatch.setattr(score_reader_module, "LOOKAHEAD", 10)
+    monkeypatch.setattr(score_reader_module, "READ_MAX", 5)
+    monkeypatch.setattr(verifier_module, "LOAD_ACCOUNTS", 2)
 
 
 def world_of(count: int = 120, accounts: int = 6, **settings: Any) -> World:
-    """A log with repeats and rejects, applied by a worker; its records never are too old."""
+    """Make a log with repeats and rejects, applied by a worker; no state has expired."""
     world = World(small_checkpoint(inputs=INPUTS), log_retention_days=36_000, **settings)
     world.produce_many(count, accounts)
     finish(world.worker().run())
@@ -46,13 +46,13 @@ def a_state(world: World) -> tuple[int, str]:
 
 
 def last_of(world: World, partition: int, account: str) -> int:
-    """Offset of the account's last scored transaction."""
+    """Return the offset of the account's last scored transaction."""
     scores = world.scores(partition)
     return max(o for o, (value, *_) in scores.items() if decode_score(value).account_id == account)
 
 
 def publish_again(world: World, partition: int, offset: int, **changes: Any) -> None:
-    """A further score of a transaction."""
+    """Publish a further score of a transaction."""
     score = decode_score(world.scores(partition)[offset][0])
     value = msgspec.json.encode(msgspec.structs.replace(score, **changes))
     key = score.account_id.encode()
@@ -60,7 +60,7 @@ def publish_again(world: World, partition: int, offset: int, **changes: Any) -> 
 
 
 def lose_score(world: World, partition: int, offset: int) -> None:
-    """Make a record of the scores topic one that is no score."""
+    """Replace a transaction's score by a record that is no score."""
     for record in world.kafka.records(world.settings.topic("scores"), partition):
         if decode_score(record.value or b"").source == f"{world.topic}:{partition}:{offset}":
             score = decode_score(record.value or b"")
@@ -69,8 +69,8 @@ def lose_score(world: World, partition: int, offset: int) -> None:
     raise AssertionError(f"there is no score of {offset}")
 
 
-def test_accounts_that_are_forgotten_are_right_without_a_state_or_with_a_new_one() -> None:
-    """Also where the log is read piece by piece; a state that is still there is a difference."""
+def test_a_forgotten_account_is_right_without_a_state_or_with_a_new_one() -> None:
+    """This holds in any micro-batch. A state that still exists is a difference."""
     world = world_of()
     place = partition, account = a_state(world)
     kept = world.store.states[place]
@@ -94,7 +94,7 @@ def test_accounts_that_are_forgotten_are_right_without_a_state_or_with_a_new_one
     assert not found.unverifiable
 
 
-def test_an_account_of_which_the_log_has_nothing_but_that_it_is_forgotten_is_right() -> None:
+def test_an_account_with_no_record_but_its_forgetting_is_right() -> None:
     world = World(small_checkpoint(inputs=INPUTS), log_retention_days=36_000)
     world.forget("never seen")
     world.produce_raw(b"rejected", b"not a transaction")
@@ -104,18 +104,18 @@ def test_an_account_of_which_the_log_has_nothing_but_that_it_is_forgotten_is_rig
     assert found.accounts == 0
 
 
-def test_while_states_are_rebuilt_those_past_the_watermark_count_as_absent() -> None:
+def test_during_a_rebuild_states_past_the_watermark_count_as_absent() -> None:
     world = world_of()
     for account in ("late", "late too", "last of all"):
         world.produce(account)
         finish(world.worker().run())
     stale = dict(world.store.states)
     for partition in world.partitions:
-        finish(world.rebuild().take_back(partition))
+        finish(world.rebuild().reset(partition))
     world.produce(world.account_in(0))
     world.produce(world.account_in(1))
     worker = world.worker()
-    for _ in range(4):  # the first one finds that the log has to be read from its begin
+    for _ in range(4):  # the first poll finds that the log must be read from its begin
         poll = worker.consumer.poll(8)
         assert poll is not None
         finish(worker.process(poll))
@@ -125,7 +125,7 @@ def test_while_states_are_rebuilt_those_past_the_watermark_count_as_absent() -> 
     assert verify_world(world).is_right
 
 
-def test_a_state_that_was_moved_from_another_partition_is_never_called_right() -> None:
+def test_a_state_moved_from_another_partition_is_unverifiable() -> None:
     world = world_of()
     codec = Scorer(world.checkpoint, 1).codec
     moved = world.account_in(0, 7)
@@ -142,8 +142,8 @@ def test_a_state_that_was_moved_from_another_partition_is_never_called_right() -
     assert not found.differences
 
 
-def test_what_workers_made_is_right_and_all_of_it_is_looked_at() -> None:
-    """A log with repeats, rejects and warm ones agrees, and nothing is left out of the count."""
+def test_the_states_and_scores_of_workers_are_right_and_all_are_checked() -> None:
+    """The log has repeats, rejects and warm records; the counts leave none out."""
     world = world_of()
     bar = NoBar()
 
@@ -159,8 +159,8 @@ def test_what_workers_made_is_right_and_all_of_it_is_looked_at() -> None:
     assert bar.fraction == 1.0
 
 
-def test_a_state_whose_hidden_differs_is_found_with_its_account_and_distance() -> None:
-    """A sealed state with other contents is the state alone: every score was right."""
+def test_a_different_hidden_state_is_found_with_account_and_distance() -> None:
+    """A state with a valid checksum and other contents: all scores are right."""
     world = world_of()
     place = a_state(world)
     codec = Scorer(world.checkpoint, ttl_ms=1).codec
@@ -172,7 +172,7 @@ def test_a_state_whose_hidden_differs_is_found_with_its_account_and_distance() -
 
     (difference,) = found.differences
     assert (difference.partition, difference.account_id) == place
-    assert difference.what == "the hidden differs"
+    assert difference.what == "the hidden state differs"
     assert difference.offset is None
     assert found.largest_hidden == pytest.approx(0.25, abs=0.01)
     assert difference.hidden == pytest.approx(found.largest_hidden)
@@ -189,10 +189,10 @@ def test_a_state_whose_hidden_differs_is_found_with_its_account_and_distance() -
         (lambda value: value + b"12345678", "of another format or damaged"),
     ],
 )
-def test_a_state_that_is_gone_or_damaged_is_a_difference(
+def test_a_missing_or_damaged_state_is_a_difference(
     fault: Callable[[bytes], bytes | None], what: str
 ) -> None:
-    """Neither counts as right, though a worker would take both for an account never seen."""
+    """Neither is right, although a worker would treat both as a new account."""
     world = world_of()
     place = a_state(world)
     value = fault(world.store.states[place])
@@ -208,7 +208,7 @@ def test_a_state_that_is_gone_or_damaged_is_a_difference(
 
 
 def test_an_older_state_and_one_applied_twice_are_differences() -> None:
-    """Both have a right checksum; what betrays them is their bookkeeping."""
+    """Both have a valid checksum; their bookkeeping shows the fault."""
     world = world_of(count=60)
     old = dict(world.store.states)
     for place in old:
@@ -229,8 +229,8 @@ def test_an_older_state_and_one_applied_twice_are_differences() -> None:
     }
 
 
-def test_a_state_begun_anew_is_told_with_the_offset_where_it_began() -> None:
-    """A worker takes a damaged state for absent: scores differ from the next transaction on."""
+def test_a_state_with_another_begin_is_reported_with_its_offset() -> None:
+    """A worker treats a damaged state as absent, so later scores differ."""
     world = world_of()
     place = a_state(world)
     world.store.states[place] = b"damaged"
@@ -246,8 +246,8 @@ def test_a_state_begun_anew_is_told_with_the_offset_where_it_began() -> None:
     assert not found.is_right
 
 
-def test_scores_twice_are_told_from_scores_that_contradict() -> None:
-    """The same number again is at least once; another number is two answers to one question."""
+def test_duplicate_scores_are_distinguished_from_conflicting_ones() -> None:
+    """The same score again is allowed (at least once); another score is a conflict."""
     world = world_of()
     partition, account = a_state(world)
     offset = last_of(world, partition, account)
@@ -264,8 +264,8 @@ def test_scores_twice_are_told_from_scores_that_contradict() -> None:
     assert not found.is_right
 
 
-def test_of_a_score_that_is_wrong_the_first_offset_is_told() -> None:
-    """The state is right, so only the score can tell."""
+def test_the_first_offset_of_a_wrong_score_is_reported() -> None:
+    """The state is right, so only the score shows the fault."""
     world = world_of()
     partition, account = a_state(world)
     offset = last_of(world, partition, account)
@@ -284,8 +284,8 @@ def test_of_a_score_that_is_wrong_the_first_offset_is_told() -> None:
     assert not found.is_right
 
 
-def test_a_missing_score_is_counted_and_its_account_is_never_called_right() -> None:
-    """What was known of the merchant is lost with it, and so the state cannot be computed."""
+def test_a_missing_score_is_counted_and_its_account_is_unverifiable() -> None:
+    """The merchant's features are lost with the score, so the state cannot be computed."""
     world = world_of()
     partition, account = a_state(world)
     offset = last_of(world, partition, account)
@@ -300,8 +300,8 @@ def test_a_missing_score_is_counted_and_its_account_is_never_called_right() -> N
     assert not found.is_right
 
 
-def test_a_score_that_was_published_late_is_found_and_counts_as_the_first() -> None:
-    """Scores that the topic lost and got anew stand far behind those of later transactions."""
+def test_a_late_score_is_found_and_counts_as_the_first() -> None:
+    """Scores published again after a loss lie far behind those of later transactions."""
     world = world_of()
     for partition in range(2):
         scores = sorted(world.scores(partition))
@@ -317,7 +317,7 @@ def test_a_score_that_was_published_late_is_found_and_counts_as_the_first() -> N
 
 
 def test_a_score_of_a_repeat_is_not_due() -> None:
-    """A transaction that was scored twice under two offsets was applied or promised twice."""
+    """Two scores under two offsets mean that a transaction was applied twice."""
     world = world_of()
     partition = 0
     (repeat, *_) = world.references()[partition].repeated
@@ -334,8 +334,8 @@ def test_a_score_of_a_repeat_is_not_due() -> None:
     assert not found.is_right
 
 
-def test_accounts_whose_history_began_before_the_log_are_never_called_right() -> None:
-    """Of both topics, whichever lost more decides; accounts that began since are verified."""
+def test_accounts_with_a_history_before_the_log_are_unverifiable() -> None:
+    """The topic that lost more decides. Accounts that began later are verified."""
     world = world_of(count=60)
     begun = set(world.store.states)
     for partition in range(2):
@@ -368,12 +368,12 @@ def first_offset(world: World, place: tuple[int, str]) -> int:
 
 
 def scored_from(world: World, partition: int) -> int:
-    """Of the scores that are left, the first one's source."""
+    """Return the source of the first remaining score."""
     return min(world.scores(partition))
 
 
-def test_a_group_that_began_at_the_log_s_end_owes_no_scores_of_what_came_before() -> None:
-    """With `latest` the workers were never given what was there before them."""
+def test_a_group_that_began_at_the_end_of_the_log_owes_no_earlier_scores() -> None:
+    """Workers never read the records before their start if the policy is `latest`."""
     world = World(
         small_checkpoint(inputs=INPUTS), kafka_auto_offset_reset="latest", log_retention_days=36_000
     )
@@ -392,9 +392,9 @@ def test_a_group_that_began_at_the_log_s_end_owes_no_scores_of_what_came_before(
     assert not verify_world(world).is_right
 
 
-def test_states_that_expired_are_no_difference() -> None:
-    """Redis lets go of accounts that were silent for their time to live and the retention."""
-    world = World(small_checkpoint(inputs=INPUTS))  # whose records are years old
+def test_expired_states_are_no_difference() -> None:
+    """Redis expires states after their time to live plus the retention."""
+    world = World(small_checkpoint(inputs=INPUTS))  # its records are years old
     world.produce_many(40)
     finish(world.worker().run())
     del world.store.states[a_state(world)]
@@ -405,8 +405,8 @@ def test_states_that_expired_are_no_difference() -> None:
     assert found.is_right
 
 
-def test_an_account_that_starts_anew_by_its_time_to_live_is_right() -> None:
-    """The rule is the worker's: silence of records, not of now."""
+def test_a_state_that_starts_over_after_its_time_to_live_is_right() -> None:
+    """The worker's rule counts: the time between records, not until now."""
     world = world_of(count=60)
     for place in sorted(world.store.states):
         world.now_ms += 31 * DAY_MS
@@ -419,8 +419,8 @@ def test_an_account_that_starts_anew_by_its_time_to_live_is_right() -> None:
     assert found.accounts == len(world.store.states)
 
 
-def test_a_state_without_a_log_is_a_difference_wherever_it_lies() -> None:
-    """An account that no transaction is of, and one that lies in two partitions."""
+def test_a_state_without_a_log_is_a_difference_in_any_partition() -> None:
+    """One account has no transaction; another has states in two partitions."""
     world = world_of()
     partition, account = a_state(world)
     world.store.states[partition, "nobody"] = world.store.states[partition, account]
@@ -440,8 +440,8 @@ def test_a_state_without_a_log_is_a_difference_wherever_it_lies() -> None:
     assert verify_world(world, store).without_log is None
 
 
-def test_a_sample_and_one_account_look_at_nothing_else() -> None:
-    """The same accounts in every run, and what is wrong with others does not matter."""
+def test_a_sample_and_a_single_account_ignore_all_others() -> None:
+    """A sample has the same accounts in every run; faults of others have no effect."""
     world = world_of(count=60, accounts=9)
     everything = verify_world(world)
     hit = 0
@@ -461,7 +461,7 @@ def test_a_sample_and_one_account_look_at_nothing_else() -> None:
 
 
 def test_a_time_range_bounds_the_scores_and_not_the_states() -> None:
-    """States are the log's whole history; scores are compared where one asks."""
+    """States depend on the whole log; only scores have a range."""
     world = world_of()
     records = sorted(
         record.timestamp for p in range(2) for record in world.kafka.records(world.topic, p)
@@ -485,13 +485,13 @@ def test_a_time_range_bounds_the_scores_and_not_the_states() -> None:
 
 
 def test_each_state_is_compared_at_the_watermark_that_it_was_loaded_with() -> None:
-    """Workers apply more between any two loads, and what they apply is no difference."""
+    """Workers apply more between any two loads, and this causes no difference."""
     world = world_of(count=60)
     world.produce_many(15, accounts=9, seed=9)
     applied: list[int] = []
 
     def work() -> None:
-        finish(world.worker().run())  # what is in the log, and has no scores yet
+        finish(world.worker().run())  # applies logged records that have no score yet
         world.produce_many(15, accounts=9, seed=len(applied))
         applied.append(1)
 
@@ -503,8 +503,8 @@ def test_each_state_is_compared_at_the_watermark_that_it_was_loaded_with() -> No
     assert verify_world(world).records > found.records
 
 
-def test_scores_that_were_not_there_at_the_start_are_read_once_their_states_are_compared() -> None:
-    """Transactions were in the log, and were applied only while the states were loaded."""
+def test_scores_published_during_the_verification_are_read() -> None:
+    """Workers apply logged transactions while the states are loaded."""
     world = world_of(count=60)
     world.produce_many(40, seed=9)
 
@@ -516,7 +516,7 @@ def test_scores_that_were_not_there_at_the_start_are_read_once_their_states_are_
 
 
 def test_a_watermark_that_goes_back_meanwhile_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis may lose data while it is verified: what stands then is compared, from the start."""
+    """If Redis loses data meanwhile, the partition is verified again from the start."""
     world = world_of(count=40)
     before = world.store.copy()
     world.produce_many(40, seed=5)
@@ -546,8 +546,8 @@ def test_a_watermark_that_goes_back_meanwhile_is_followed(monkeypatch: pytest.Mo
         verify_world(world, StoreOfWorld(world, keep_losing))
 
 
-def test_a_partition_without_watermark_but_with_scores_is_told() -> None:
-    """An empty Redis is right about nothing."""
+def test_a_partition_with_scores_but_no_watermark_is_reported() -> None:
+    """An empty Redis does not count as right."""
     world = world_of()
     world.store.watermarks.clear()
     world.store.states.clear()
@@ -560,7 +560,7 @@ def test_a_partition_without_watermark_but_with_scores_is_told() -> None:
 
 
 def test_scores_of_another_model_are_counted_and_not_compared() -> None:
-    """A new model takes over scores that the old one published; states are the new one's."""
+    """A new model keeps the old model's published scores; the states are its own."""
     world = world_of(count=40)
     world.checkpoint = small_checkpoint(seed=8, inputs=INPUTS)
     world.store.watermarks.clear()
@@ -577,7 +577,7 @@ def test_scores_of_another_model_are_counted_and_not_compared() -> None:
 
 
 def test_counts_of_partitions_add_up() -> None:
-    """The report is of all partitions together; the first place of a kind stays."""
+    """The report sums all partitions; the first position of a kind stays."""
     one, other = Verification(scores=3, missing=1, first_missing=(0, 7)), Verification(scores=4)
     other.largest_hidden, other.first_missing = 0.5, (1, 2)
     total = Verification()
@@ -588,13 +588,13 @@ def test_counts_of_partitions_add_up() -> None:
 
 
 def test_the_report_names_what_differs_and_what_cannot_be_verified() -> None:
-    """What a person reads: counts, first places, accounts, and that more are not named."""
+    """The text has counts, first positions, accounts, and the number not listed."""
     found = Verification(records=1_000, scores=990, missing=2, first_missing=(3, 77))
     found.conflicting, found.first_conflicting = 1, (2, 5)
     for i in range(30):
-        found.differs(Difference(f"D{i}", 1, "the hidden differs", None, 0.5, 1e-9))
-    found.differs(Difference("E", 1, "began at another offset", 123, None, None))
-    found.cannot_verify("U", 2, "began before the log does")
+        found.add_difference(Difference(f"D{i}", 1, "the hidden state differs", None, 0.5, 1e-9))
+    found.add_difference(Difference("E", 1, "began at another offset", 123, None, None))
+    found.add_unverifiable("U", 2, "began before the log does")
     found.without_log = None
     found.lost_partitions = [4]
 
@@ -607,8 +607,8 @@ def test_the_report_names_what_differs_and_what_cannot_be_verified() -> None:
         "2 missing (first: partition 3, offset 77)",
         "1 conflicting (first: partition 2, offset 5)",
         "grant +scan",
-        "of partition 4: Redis lost it",
-        "D0 (partition 1): the hidden differs; the state alone: no score tells since when; |Δh|",
+        "partition 4 has published scores: Redis lost its watermark",
+        "D0 (partition 1): the hidden state differs; the state alone: no score shows since when",
         "and 11 more",
         "U (partition 2): began before the log does",
         "NOT what the log says",

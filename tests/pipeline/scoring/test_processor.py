@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from model.checkpoint import Checkpoint
 from model.features.account import FEATURES
 from model.reasons import REASONS_MAX
-from pipeline.admin.rebuild_states import WatermarksSetBack
+from pipeline.admin.rebuild_states import PartitionRebuild
 from pipeline.errors import StartupError
 from pipeline.kafka.polls import Chunk, Poll
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
@@ -1152,7 +1152,7 @@ def test_a_log_that_lost_its_end_hides_no_alert_by_what_was_committed_of_that() 
     del world.kafka._logs["transactions"][0].records[2:]
     world.kafka.recreate("alerts")
 
-    assert rebuild(world, 0) == WatermarksSetBack(0, 0, 2)
+    assert rebuild(world, 0) == PartitionRebuild(0, 0, 2)
     for _ in range(12):
         world.produce("A")
     read_on(world)
@@ -1246,9 +1246,9 @@ def test_an_unknown_base_offset_is_looked_up() -> None:
 # a watermark that is taken back ------------------------------------------------------------
 
 
-def rebuild(world: World, partition: int) -> WatermarksSetBack | None:
+def rebuild(world: World, partition: int) -> PartitionRebuild | None:
     """What `recur state rebuild` does to a partition, at one moment."""
-    plan: WatermarksSetBack | None = finish(world.rebuild().take_back(partition))
+    plan: PartitionRebuild | None = finish(world.rebuild().reset(partition))
     return plan
 
 
@@ -1260,7 +1260,7 @@ def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
     rng = random.Random(seed)
     simulation = Simulation(seed, workers_max=rng.choice([1, 3]))
     world = simulation.world
-    taken: list[WatermarksSetBack | None] = []
+    taken: list[PartitionRebuild | None] = []
 
     def act() -> None:
         taken.append(rebuild(world, rng.choice(world.partitions)))
@@ -1341,7 +1341,7 @@ def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
     ):
         finish(world.worker().run())
 
-    assert rebuild(world, 0) == WatermarksSetBack(0, 0, 1)
+    assert rebuild(world, 0) == PartitionRebuild(0, 0, 1)
     read_on(world)
 
     first, second = world.scores(0)[0]

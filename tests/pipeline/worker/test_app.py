@@ -12,15 +12,13 @@ from pipeline.settings import load_settings
 from pipeline.worker.app import Worker
 
 
-def test_a_worker_that_has_partitions_and_does_not_begin_is_stalled(
+def test_a_worker_that_never_begins_on_its_partitions_is_stalled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Faust starts the monitors only once it works: were it not for this, the watchdog would never
-    end a worker that hangs before that.
-    """
+    """Faust starts the monitors late, so a worker may hang before the lag is ever measured."""
     settings = load_settings(http_port=0, watchdog_seconds=5.0)
     worker = Worker(settings, load_checkpoint(settings), partitions=4, directory=tmp_path)
-    worker.endpoints.start()
+    worker.http_server.start()
     try:
         now = 100.0
         monkeypatch.setattr(worker.health, "_clock", lambda: now)
@@ -33,4 +31,4 @@ def test_a_worker_that_has_partitions_and_does_not_begin_is_stalled(
         now = 206.0
         assert not worker.health.live
     finally:
-        worker.endpoints.stop()
+        worker.http_server.stop()

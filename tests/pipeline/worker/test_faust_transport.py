@@ -1,130 +1,233 @@
-"""What lies between Faust and aiokafka at a rebalance."""
+"""The consumer between Faust and aiokafka, at a rebalance and at a stop."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faust.transport.drivers import aiokafka as driver
-from faust.types import TP
+from faust.types import TP, ConsumerMessage
+from mode import Service
 
+from pipeline.settings import load_settings
+from pipeline.worker.app import faust_app
 from pipeline.worker.faust_transport import (
+    POLLS_IN_FLIGHT_MAX,
     PREFETCH_BACKOFF_SECONDS,
     PREFETCH_BACKOFF_SEEKING_SECONDS,
     Consumer,
 )
 
 PAYMENTS, LABELS = TP("payments", 3), TP("labels", 3)
+COMMITTED = 7
+LABELS_BEGIN = 5
+LOG_END = 10
 
 
-def test_the_fetcher_looks_soon_again_while_a_seek_may_wait_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With the backoff of a running flow a worker could wait for a partition's begin until the seek
-    was given up, and never start to work.
+class FakeFetcher(Service):  # type: ignore[misc]
+    """Stands for Faust's consumer thread and aiokafka's fetcher, over a log of ten records.
+
+    Attributes:
+        calls: name of each call, with the prefetch backoff at that time.
+        before_seek, during_seek: awaited before and while the committed offsets are requested.
+        release: set once a fetch may return; a fetch waits for it.
+        fetch_size: most records of a fetch.
     """
-    fetcher = SimpleNamespace(_prefetch_backoff=None)
-    seen: list[tuple[str, Any]] = []
 
-    async def note(what: str) -> None:
-        seen.append((what, fetcher._prefetch_backoff))
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+        self.before_seek: Callable[[], Awaitable[None]] | None = None
+        self.during_seek: Callable[[], Awaitable[None]] | None = None
+        self.fetch_size = LOG_END
+        self.release = asyncio.Event()
+        self.release.set()
+        self.position = 0
+        self._fetcher = SimpleNamespace(_prefetch_backoff=None)
+        self._max_poll_records = LOG_END
 
-    async def seek_to_committed(consumer: Any) -> None:
-        await note("seek to committed")
+    @property
+    def backoff(self) -> Any:
+        return self._fetcher._prefetch_backoff
 
-    async def assigned(consumer: Any, assigned: set[TP], generation_id: int) -> None:
-        await note("assigned")
+    def note(self, name: str) -> None:
+        self.calls.append((name, self.backoff))
+
+    def _ensure_consumer(self) -> FakeFetcher:
+        return self
+
+    def assignment(self) -> set[TP]:
+        return {PAYMENTS, LABELS}
+
+    async def seek_to_committed(self) -> dict[TP, int | None]:
+        self.note("seek to committed")
+        self.position = COMMITTED
+        if self.during_seek is not None:
+            await self.during_seek()
+        return {PAYMENTS: COMMITTED}
+
+    async def earliest_offsets(self, *places: TP) -> dict[TP, int]:
+        self.note(f"begin of {', '.join(place.topic for place in places)}")
+        return dict.fromkeys(places, LABELS_BEGIN)
+
+    def seek(self, place: TP, offset: int) -> None:
+        self.note(f"seek {place.topic} to {offset}")
+        if place == PAYMENTS:
+            self.position = offset
+
+    async def _fetch_records(self, *_: Any, **__: Any) -> Mapping[TP, list[Any]]:
+        first = self.position
+        end = self.position = min(first + self.fetch_size, LOG_END)
+        await self.release.wait()
+        await asyncio.sleep(0 if end > first else 3600)  # at the end it waits for new records
+        return {PAYMENTS: [SimpleNamespace(offset=n) for n in range(first, end)]}
+
+
+class ConsumerUnderTest(Consumer):
+    """The real consumer, over the fake fetcher."""
+
+    _thread: FakeFetcher
+
+    def _new_consumer_thread(self) -> Any:
+        return FakeFetcher()
+
+    def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
+        return self._empty_message(tp, record.offset)
+
+
+def consumer_in(directory: Path, polls: list[ConsumerMessage]) -> ConsumerUnderTest:
+    """Make a consumer of a real Faust app; it appends its messages to ``polls``."""
+    app = faust_app(load_settings(), directory)
+
+    async def deliver(message: ConsumerMessage) -> None:
+        polls.append(message)
+
+    async def on_revoked(revoked: set[TP]) -> None:
+        raise AssertionError("no partition is revoked here")
+
+    async def on_assigned(assigned: set[TP], generation: int) -> None:
+        consumer._thread.note("assigned")
+        if consumer._thread.before_seek is not None:
+            await consumer._thread.before_seek()
         await consumer.perform_seek()  # Faust does it in another task
 
-    async def earliest_offsets(*places: TP) -> dict[TP, int]:
-        await note(f"begin of {len(places)}")
-        return dict.fromkeys(places, 5)
-
-    monkeypatch.setattr(driver.Consumer, "perform_seek", seek_to_committed)
-    monkeypatch.setattr(driver.Consumer, "on_partitions_assigned", assigned)
-    consumer: Any = Consumer.__new__(Consumer)
-    consumer._thread = SimpleNamespace(
-        _ensure_consumer=lambda: SimpleNamespace(_fetcher=fetcher),
-        earliest_offsets=earliest_offsets,
-        seek=lambda place, offset: seen.append(
-            (f"seek {place.topic} to {offset}", fetcher._prefetch_backoff)
-        ),
-    )
-    consumer.app = SimpleNamespace(conf=SimpleNamespace(consumer_auto_offset_reset="latest"))
-    consumer._reset = lambda: None
-    consumer.on_assigned = lambda assigned: None
-    consumer.assignment = lambda: {PAYMENTS, LABELS}
-    consumer.from_begin = {"labels"}
-    consumer._resets = 0
-    consumer._begin, consumer._sought, consumer._committed_offset = {}, {}, {PAYMENTS: 7}
-
-    for _ in range(2):  # at the first assignment, and at a later one
-        asyncio.run(consumer.on_partitions_assigned({PAYMENTS, LABELS}))
-        steps = ("assigned", "seek to committed", "begin of 1", "seek labels to 5")
-        assert seen == [(step, PREFETCH_BACKOFF_SEEKING_SECONDS) for step in steps]
-        assert fetcher._prefetch_backoff == PREFETCH_BACKOFF_SECONDS
-        seen.clear()
+    consumer = ConsumerUnderTest(app.transport, deliver, on_revoked, on_assigned)
+    consumer.from_begin = {LABELS.topic}
+    return consumer
 
 
-def test_what_came_while_faust_sought_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the next chunk would claim to begin where the group has committed, and what came before it
-    would count as read: lost, if it was left out then.
-    """
-    position = {PAYMENTS: 0}
+def test_aiokafka_checks_for_work_often_during_a_seek(tmp_path: Path) -> None:
+    """A seek to a partition's begin would wait for the longer backoff until it fails."""
 
-    def messages_of(consumer: Any, *offsets: int) -> tuple[int, int]:
-        position[PAYMENTS] = offsets[-1] + 1
-        records = [SimpleNamespace(offset=offset) for offset in offsets]
-        (message,) = consumer._messages_of({PAYMENTS: records})
-        chunk = message.value.chunks[PAYMENTS.partition]
-        return chunk.begin, chunk.end
+    async def run() -> None:
+        consumer = consumer_in(tmp_path, [])
+        fetcher = consumer._thread
+        steps = ["assigned", "seek to committed", "seek payments to 7"]
+        steps += ["begin of labels", "seek labels to 5"]
+        for _ in range(2):  # at the first assignment, and at a later one
+            await consumer.on_partitions_assigned({PAYMENTS, LABELS})
+            assert fetcher.calls == [(step, PREFETCH_BACKOFF_SEEKING_SECONDS) for step in steps]
+            assert fetcher.backoff == PREFETCH_BACKOFF_SECONDS
+            fetcher.calls.clear()
 
-    async def seek_to_committed(consumer: Any) -> None:
-        consumer._committed_offset[PAYMENTS] = position[PAYMENTS] = 7
-        await asyncio.sleep(0)
-        assert messages_of(consumer, 7, 8) == (7, 9)
+    asyncio.run(run())
 
-    monkeypatch.setattr(driver.Consumer, "perform_seek", seek_to_committed)
-    consumer: Any = Consumer.__new__(Consumer)
-    consumer._thread = SimpleNamespace(
-        _ensure_consumer=lambda: SimpleNamespace(_fetcher=SimpleNamespace()),
-        seek=position.__setitem__,
-    )
-    consumer.app = SimpleNamespace(conf=SimpleNamespace(consumer_auto_offset_reset="earliest"))
-    consumer.assignment = lambda: {PAYMENTS}
-    consumer.from_begin, consumer.take_at_once, consumer._to_take = set(), set(), {}
-    consumer._begin, consumer._sought, consumer._committed_offset = {}, {}, {}
-    consumer._epochs = {PAYMENTS: 0}
-    consumer._resets = resets = 4
-    consumer._to_message = lambda place, record: SimpleNamespace(value=None)
 
-    asyncio.run(consumer.perform_seek())
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - any condition of the consumer
+            await asyncio.sleep(0)
 
-    assert position[PAYMENTS] == 7
-    assert consumer._resets > resets, "a fetch under way would be taken"
-    assert messages_of(consumer, 7, 8, 9) == (7, 10)
+
+def chunks(polls: list[ConsumerMessage]) -> list[tuple[int, int]]:
+    found = [poll.value.chunks[PAYMENTS.partition] for poll in polls]
+    return [(chunk.begin, chunk.end) for chunk in found]
+
+
+def drain(consumer: Consumer) -> asyncio.Task[None]:
+    """Fetch and send polls, as a task of Faust's fetcher does."""
+    consumer.resume_flow()
+    return asyncio.create_task(consumer._drain_messages(SimpleNamespace(should_stop=False)))
+
+
+async def cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(60):
+            await task
+
+
+def test_records_that_come_during_a_seek_are_read_again(tmp_path: Path) -> None:
+    """Otherwise the next chunk begins behind them, and they count as read: they are lost."""
+
+    async def run() -> None:
+        polls: list[ConsumerMessage] = []
+        consumer = consumer_in(tmp_path, polls)
+        fetcher = consumer._thread
+        tasks: list[asyncio.Task[None]] = []
+
+        async def fetch() -> None:
+            tasks.append(drain(consumer))
+            await until(lambda: bool(polls))
+
+        fetcher.during_seek = fetch
+
+        await consumer.on_partitions_assigned({PAYMENTS, LABELS})
+        await until(lambda: len(polls) == 2)
+
+        assert chunks(polls) == [(COMMITTED, LOG_END)] * 2
+        await cancel(tasks[0])
+
+    asyncio.run(run())
+
+
+def test_a_fetch_from_before_a_seek_is_discarded(tmp_path: Path) -> None:
+    """It continues from an earlier position than the committed one."""
+
+    async def run() -> None:
+        polls: list[ConsumerMessage] = []
+        consumer = consumer_in(tmp_path, polls)
+        fetcher = consumer._thread
+        tasks: list[asyncio.Task[None]] = []
+
+        async def start_fetch() -> None:
+            tasks.append(drain(consumer))
+            await until(lambda: fetcher.position == LOG_END)
+
+        fetcher.before_seek = start_fetch
+        fetcher.release.clear()
+
+        await consumer.on_partitions_assigned({PAYMENTS, LABELS})
+        fetcher.release.set()
+        await until(lambda: bool(polls))
+
+        assert chunks(polls) == [(COMMITTED, LOG_END)]
+        await cancel(tasks[0])
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("ticks", range(4))
-def test_who_is_told_to_stop_while_room_comes_stops(ticks: int) -> None:
-    """A cancellation that was lost there left a worker waiting for ever, until it was killed."""
+def test_a_stop_while_a_poll_makes_room_is_not_lost(tmp_path: Path, ticks: int) -> None:
+    """A worker whose cancellation was lost waited for ever, until it was killed."""
 
     async def run() -> None:
-        consumer: Any = Consumer.__new__(Consumer)
-        consumer._changed = asyncio.Event()
-        consumer._in_flight = {number: ("payments", True) for number in range(3)}
-        room = asyncio.create_task(consumer._room())
-        await asyncio.sleep(0.01)
-        consumer._in_flight.clear()
-        consumer._changed.set()
+        polls: list[ConsumerMessage] = []
+        consumer = consumer_in(tmp_path, polls)
+        await consumer.on_partitions_assigned({PAYMENTS, LABELS})
+        consumer._thread.fetch_size = 1
+        draining = drain(consumer)
+        await until(lambda: len(polls) == POLLS_IN_FLIGHT_MAX)
+        await asyncio.sleep(0.01)  # now it waits for room
+
+        consumer.start_work(polls[0])
+        consumer.abandon(polls[0])
         for _ in range(ticks):
             await asyncio.sleep(0)
-        if room.cancel():
-            with pytest.raises(asyncio.CancelledError):
-                await room
-        else:
-            assert room.result()
+
+        await cancel(draining)
 
     asyncio.run(run())

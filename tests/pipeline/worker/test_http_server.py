@@ -1,4 +1,4 @@
-"""`/metrics`, `/live` and `/ready` over real HTTP, and the watchdog behind them."""
+"""`/metrics`, `/live` and `/ready` over real HTTP, and the watchdog."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.worker import http_server as endpoints_module
+from pipeline.worker import http_server as http_server_module
 from pipeline.worker.http_server import STALLED_EXIT_CODE, HttpServer
 
 WATCHDOG_SECONDS = 10.0
 
 
 class Server:
-    """HttpServer that serve, with all that they tell of in a test's hand."""
+    """An HTTP server whose metrics, health and clock the test sets."""
 
     def __init__(self, port: int = 0) -> None:
         self.now_seconds = 0.0
@@ -33,15 +33,15 @@ class Server:
         self.health = Health(WATCHDOG_SECONDS, clock=lambda: self.now_seconds)
         self.exit_codes: list[int] = []
         self.ended = threading.Event()
-        self.endpoints = HttpServer("127.0.0.1", port, self.metrics, self.health, self._end)
+        self.http_server = HttpServer("127.0.0.1", port, self.metrics, self.health, self._end)
 
     def _end(self, code: int) -> None:
         self.exit_codes.append(code)
         self.ended.set()
 
     def get(self, path: str) -> tuple[int, str, str]:
-        """Status, content type and body."""
-        url = f"http://{self.endpoints.address}{path}"
+        """Return status, content type and body."""
+        url = f"http://{self.http_server.address}{path}"
         try:
             with urllib.request.urlopen(url, timeout=10) as reply:
                 return reply.status, reply.headers["Content-Type"], reply.read().decode()
@@ -52,8 +52,8 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints_module, "CHECK_SECONDS", 0.01)
-    monkeypatch.setattr(endpoints_module, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(http_server_module, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(http_server_module, "GRACE_SECONDS", 0.05)
     serve = partialmethod(ThreadingHTTPServer.serve_forever, poll_interval=0.01)
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", serve)
 
@@ -61,9 +61,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server()
-    server.endpoints.start()
+    server.http_server.start()
     yield server
-    server.endpoints.stop()
+    server.http_server.stop()
 
 
 def test_metrics_can_be_scraped(server: Server) -> None:
@@ -79,7 +79,7 @@ def test_metrics_can_be_scraped(server: Server) -> None:
     assert found["recur_score_latency_seconds_count"] == 2
 
 
-def test_ready_tells_what_is_missing_until_nothing_is(server: Server) -> None:
+def test_ready_names_what_is_missing(server: Server) -> None:
     status, kind, body = server.get("/ready")
     assert (status, kind) == (503, "application/json")
     assert json.loads(body)["missing"].keys() == {"redis", "kafka", "partitions"}
@@ -96,7 +96,7 @@ def test_ready_tells_what_is_missing_until_nothing_is(server: Server) -> None:
     assert json.loads(body) == {"ready": False, "missing": {"redis": "it does not answer"}}
 
 
-def test_live_stays_true_while_redis_is_away(server: Server) -> None:
+def test_live_stays_true_while_redis_does_not_answer(server: Server) -> None:
     server.health.down("redis", "it does not answer")
 
     status, _, body = server.get("/live")
@@ -105,7 +105,7 @@ def test_live_stays_true_while_redis_is_away(server: Server) -> None:
     assert json.loads(body) == {"live": True, "stalled_seconds": 0.0}
 
 
-def test_a_stall_turns_live_false_and_then_ends_the_process_so_that_it_is_started_again(
+def test_a_stall_turns_live_false_and_then_ends_the_process(
     server: Server,
 ) -> None:
     server.health.records_wait(True)
@@ -143,26 +143,26 @@ def test_another_path_is_not_found(server: Server, path: str) -> None:
 
 
 def test_requests_are_served_side_by_side(server: Server) -> None:
-    """A client that connects and says nothing keeps nobody waiting."""
-    host, port = server.endpoints.address.split(":")
+    """A client that connects and sends nothing does not block others."""
+    host, port = server.http_server.address.split(":")
     with socket.create_connection((host, int(port))):
         assert server.get("/live")[0] == 200
 
 
 def test_a_taken_port_ends_the_start_and_names_the_setting(server: Server) -> None:
-    port = int(server.endpoints.address.split(":")[1])
+    port = int(server.http_server.address.split(":")[1])
 
     with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*RECUR_HTTP_PORT"):
         Server(port)
 
 
-def test_a_stopped_server_gives_its_port_back() -> None:
+def test_a_stopped_server_releases_its_port() -> None:
     first = Server()
-    first.endpoints.start()
-    port = int(first.endpoints.address.split(":")[1])
-    first.endpoints.stop()
+    first.http_server.start()
+    port = int(first.http_server.address.split(":")[1])
+    first.http_server.stop()
 
     second = Server(port)
-    second.endpoints.start()
+    second.http_server.start()
     assert second.get("/live")[0] == 200
-    second.endpoints.stop()
+    second.http_server.stop()
