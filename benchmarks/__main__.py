@@ -35,16 +35,10 @@ from model.simulator.handbook import Simulator, account_id, merchant_id
 from pipeline.checkpoint import load_checkpoint
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Services, embedded
+from pipeline.local.embedded import Services, embedded
 from pipeline.local.supervisor import SupervisedProcess
-from pipeline.local.workers import (
-    LATENCY,
-    WorkerProcess,
-    buckets,
-    quantile,
-    start_worker,
-    until_ready,
-)
+from pipeline.local.worker_metrics import LATENCY, buckets, quantile
+from pipeline.local.workers import WorkerProcess, start_worker, until_ready
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings, load_settings
@@ -125,7 +119,7 @@ class Bench:
             "redis_key_prefix",
             "kafka_group_id",
             "checkpoint",
-            "transactional",
+            "processing_guarantee",
             "max_timestamp_age_seconds",
         )
         environment = {f"RECUR_{name.upper()}": str(getattr(settings, name)) for name in names}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from pipeline.local.services import Kafka, Redis, RedisCluster
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis, RedisCluster
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("recur", deadline=None)

@@ -14,7 +14,9 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from click.testing import CliRunner
 
-from pipeline.local.services import HOST, Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import RedisStateStore, Save, redis_client

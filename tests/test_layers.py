@@ -208,7 +208,7 @@ def test_every_room_says_what_it_is_for_and_holds_nothing_else() -> None:
             "pipeline.audit may not import pipeline.admin",
         ),
         (
-            "pipeline.local.services",
+            "pipeline.local.service",
             "import importlib; importlib.import_module('tests.x')",
             "no tests",
         ),

@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from pipeline.local.workers import LATENCY, WorkerProcess, buckets, quantile
+from pipeline.local.worker_metrics import LATENCY, buckets, quantile
+from pipeline.local.workers import WorkerProcess
 
 RATE_WINDOW_SECONDS = 2.0
 LATENCY_WINDOW_SECONDS = 10.0

@@ -1,6 +1,6 @@
 """``recur demo``: the whole system on this machine for about a minute, for a person to watch.
 
-Kafka and Redis start (:mod:`pipeline.local.services`), and workers as processes of their own. Then
+Kafka and Redis start (:mod:`pipeline.local.embedded`), and workers as processes of their own. Then
 
     histories   simulated days with the header recur-warm, so that accounts have a past
     live        the days after them at a steady rate, with fraud in them
@@ -37,8 +37,8 @@ from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
 from pipeline.files.reader import DAY_MS
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.embedded import Services, embedded
 from pipeline.local.kafka_jars import jar_directory
-from pipeline.local.services import Services, embedded
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.replay.producer import Block, Feed
 from pipeline.replay.score_counter import TopicReader

@@ -16,7 +16,7 @@ from pipeline.demo.gauges import Latency, Rates
 from pipeline.demo.labels import LateLabels
 from pipeline.demo.view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
-from pipeline.local.services import Services
+from pipeline.local.embedded import Services
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead

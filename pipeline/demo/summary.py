@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import psutil
 from redis.asyncio import Redis
 
 from model.simulator.world import LEGITIMATE, SCENARIOS
@@ -138,11 +138,8 @@ def _worker(worker: WorkerProcess) -> str:
 
 
 def _resident_mb(pid: int) -> float | None:
-    """Resident memory, where the system tells (Linux)."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
+    """Resident memory of a process; None if it has ended."""
+    try:
+        return float(psutil.Process(pid).memory_info().rss) / (1 << 20)
+    except psutil.NoSuchProcess:
         return None
-    for line in status.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.errors import RecurError
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.progress import Bar
 from tests.faults.harness import Recovery, Rig, rigged
 from tests.faults.invariants import Outcome, find_outcome

@@ -11,7 +11,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from pipeline.kafka.topics import ROLES, admin_client, topic_ids
-from pipeline.local.services import Kafka, KafkaCluster
+from pipeline.local.kafka import Kafka, KafkaCluster
 from pipeline.settings import Settings
 from tests.faults.fault import Addresses, Fault, Shared
 from tests.faults.harness import Rig, require

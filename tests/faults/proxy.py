@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
-from pipeline.local.services import HOST, free_port
+from pipeline.local.ports import HOST, free_port
 
 CHUNK_BYTES = 65_536
 CHUNKS_MAX = 256

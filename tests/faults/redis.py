@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-from pipeline.local.services import HOST, Redis, RedisCluster
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis, RedisCluster
 from tests.faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
 from tests.faults.harness import Mark, Rig, require
 from tests.faults.monitor import until_true
@@ -213,7 +214,7 @@ class RedisClusterFailover(Fault):
             await rig.recover(mark)
             _tell_replay(rig)
             await asyncio.to_thread(primary.start)
-            await asyncio.to_thread(self._cluster.wait_until_whole)
+            await asyncio.to_thread(self._cluster.wait_until_complete)
 
     def _fullest(self) -> tuple[Redis, Redis]:
         """The primary with the most keys, and its replica."""

@@ -16,7 +16,8 @@ from model.transaction import Transaction
 from pipeline.admin.rebuild_states import rebuild_lines
 from pipeline.errors import StartupError
 from pipeline.kafka.topics import TopicRole, topic_ids
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.codec import encode_transaction
 from pipeline.replay.producer import Feed

@@ -21,7 +21,7 @@ from pipeline.demo.view import (
     render,
     summary_view,
 )
-from pipeline.local.workers import LATENCY
+from pipeline.local.worker_metrics import LATENCY
 
 ALERT = AlertLine(1_534_334_400_000, "A0001234", "M0001234", 1812.4, 0.973, "decline", 2)
 

@@ -29,7 +29,7 @@ from pipeline.kafka.producer import (
 from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalProducer
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.replay.score_counter import committed_offsets
 from pipeline.scoring.partitions import ALL_SOURCES, Record
 from pipeline.settings import Settings, load_settings

@@ -16,7 +16,7 @@ from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import LabelColumns, LabelMapping, TimeForm, load_label_mapping
 from pipeline.files.reader import LabelFile, LabelPart
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.messages.codec import Label, decode_label
 from pipeline.replay.labels import LabelOptions, run_label, single_label
 from pipeline.settings import Settings, load_settings

@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from model.transaction import Transaction
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER, decode
 from pipeline.replay.producer import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
 from pipeline.replay.simulated import SimulatedStream

@@ -23,7 +23,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.errors import RecurError, SettingsError
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.local.workers import start_worker, stop_all, until_ready
 from pipeline.replay.replay import INTERRUPTED, ReplayOptions, run_replay
 from pipeline.settings import Settings, load_settings

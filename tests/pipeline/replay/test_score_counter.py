@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaProducer
 
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.replay.score_counter import ScoreCounter, TopicReader, committed_offsets
 from pipeline.settings import load_settings
 
