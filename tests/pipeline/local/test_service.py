@@ -45,6 +45,15 @@ def wait_until(condition: Callable[[], bool], what: str, limit_seconds: float = 
         time.sleep(0.02)
 
 
+def wait_until_written(server: Redis) -> None:
+    """Wait until all changes are in the append-only file: a slow fsync delays the write."""
+    with server.client() as client:
+        wait_until(
+            lambda: client.info("persistence")["aof_buffer_length"] == 0,
+            "the append-only file is written",
+        )
+
+
 async def create_topic(broker: Kafka, topic: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
     await admin.start()
@@ -114,6 +123,7 @@ def test_redis_with_append_only_file_keeps_its_data_and_address_after_sigkill() 
     with Redis() as server:
         with server.client() as client:
             client.set("account", "state")
+        wait_until_written(server)
         first_pid, address = server.pid, server.url
         server.kill()
         assert not exists(first_pid)
@@ -154,6 +164,7 @@ def test_a_redis_cluster_keeps_a_hash_tag_together_and_survives_a_dead_node() ->
                 client.set(key, key)
             for first, second in zip(keys[::2], keys[1::2], strict=True):
                 assert client.mget(first, second) == [first.encode(), second.encode()]
+        wait_until_written(cluster.nodes[1])
         cluster.nodes[1].kill()
         cluster.nodes[1].start()
         cluster.wait_until_complete()
