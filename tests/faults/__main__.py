@@ -84,8 +84,8 @@ def remarks(row: Row) -> Iterator[str]:
     if found is not None:
         checked = found.verification
         yield (
-            f"{checked.right:,} of {checked.accounts:,} accounts agree with the log, largest |Δscore|"
-            f" {checked.largest_score:.1g}"
+            f"{checked.right:,} of {checked.accounts:,} accounts agree with the log, largest"
+            f" |Δscore| {checked.largest_score:.1g}"
         )
     yield from row.notes
     if row.late:

@@ -157,7 +157,7 @@ def test_offset_days_move_every_time(tmp_path: Path) -> None:
         ({"at": [None, None, None]}, "timestamp"),
         ({"id": [1.0, 2.0, 3.0]}, "transaction_id: its column holds double"),
         ({"sum": [True, False, True], "id": [[1], [2], [3]]}, "transaction_id: its column holds"),
-        ({"at": [1, 2, 3]}, 'write the unit of the numbers in the column mapping, as in [time] unit'),
+        ({"at": [1, 2, 3]}, 'write the unit of the numbers in the column mapping'),
     ],
 )  # fmt: skip
 def test_an_unusable_value_is_rejected_with_its_row_number(
