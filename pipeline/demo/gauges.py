@@ -57,12 +57,12 @@ class Latency:
             self._window.popleft()
 
     def recent(self, share: float) -> float | None:
-        """Quantile of the last seconds' latencies, in seconds."""
+        """Estimate a quantile of the last seconds' latencies, in seconds."""
         then = self._window[0][1] if len(self._window) > 1 else self._start
         return self._quantile(then, share)
 
     def overall(self, share: float) -> float | None:
-        """Quantile of all latencies since :meth:`reset`, in seconds."""
+        """Estimate a quantile of all latencies since :meth:`reset`, in seconds."""
         return self._quantile(self._start, share)
 
     def _quantile(self, since: Mapping[float, float], share: float) -> float | None:

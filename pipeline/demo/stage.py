@@ -177,7 +177,7 @@ class Stage:
         return phase
 
     def progress_text(self) -> str:
-        """Line with the counts so far, for a demo that is stopped."""
+        """Make a line with the counts so far, for a demo that is stopped."""
         seconds = time.monotonic() - self._started
         return (
             f"stopped after {clock(seconds)}: {self._feed.count.acked:,} sent,"
@@ -277,13 +277,13 @@ class Stage:
         self._show_scene(phase, phase.name, scored, "scored")
 
     def _event_ms(self, phase: Phase) -> int:
-        """Time of the newest sent transaction, in simulated milliseconds."""
+        """Find the time of the newest sent transaction, in simulated milliseconds."""
         sent = self._feed.count.sent - phase.sent_before
         last = len(phase.transactions) - 1
         return int(phase.transactions.columns.timestamp_ms[min(sent, last)])
 
     def _waiting(self) -> int:
-        """Number of sent transactions without a score."""
+        """Count the sent transactions without a score."""
         return self._feed.count.sent - self._published - self._rejected
 
     def _check_processes(self) -> None:

@@ -75,7 +75,7 @@ def _live(phase: Phase) -> str:
 def _burst(phase: Phase, workers: int) -> str:
     return (
         f"{len(phase.transactions):,} in {phase.seconds:.1f} s: {phase.per_second:,.0f}/s by"
-        f" {workers} worker{'s' * (workers > 1)}; everything runs on {os.cpu_count()} cores"
+        f" {workers} worker{'s' * (workers > 1)}, on {os.cpu_count()} cores in all"
     )
 
 
@@ -140,7 +140,7 @@ def _worker(worker: WorkerProcess) -> str:
 
 
 def _resident_mb(pid: int) -> float | None:
-    """Resident memory of a process; None if it has ended."""
+    """Read the resident memory of a process; None if it has ended."""
     try:
         return float(psutil.Process(pid).memory_info().rss) / (1 << 20)
     except psutil.NoSuchProcess:

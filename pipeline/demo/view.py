@@ -203,17 +203,20 @@ class PlainDisplay:
             return
         self._phase, self._last_line = scene.phase, now
         parts = [
-            f"    {scene.phase:<10} {scene.progress:>15}",
+            f"    {scene.phase:<10} {scene.progress:>32}",
             f"in {scene.rate_in:>7,.0f}/s",
             f"out {scene.rate_out:>7,.0f}/s",
             f"waiting {scene.waiting:>7,}",
         ]
         if scene.p50_seconds is not None:
             parts.append(
-                f"p50 {milliseconds(scene.p50_seconds)} p99 {milliseconds(scene.p99_seconds)}"
+                f"p50 {milliseconds(scene.p50_seconds)}, p99 {milliseconds(scene.p99_seconds)}"
             )
         if scene.alerts:
-            parts.append(f"caught {scene.caught} missed {scene.missed} false {scene.false_alerts}")
+            parts.append(
+                f"fraud caught {scene.caught:,}, missed {scene.missed:,};"
+                f" false alerts {scene.false_alerts:,}"
+            )
         self._print("  ".join(parts))
 
     def summary(self, summary: DemoSummary) -> None:

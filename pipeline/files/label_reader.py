@@ -43,7 +43,7 @@ class LabelPart:
 
 
 class LabelFile:
-    """A parquet or CSV file of labels with its column mapping.
+    """A Parquet or CSV file of labels with its column mapping.
 
     Raises:
         RecurError: the file or a column is missing, or the file is of another kind. While

@@ -1,4 +1,4 @@
-"""Values of a file's columns: texts, ids, amounts, labels and times, with the faulty rows noted."""
+"""Values of a file's columns: texts, ids, amounts, labels and times, and the rows with faults."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def parse_times(
 def correct_label_times(
     timestamps_ms: NDArray[np.int64], labelled_ms: NDArray[np.int64], zone: str
 ) -> NDArray[np.int64]:
-    """Set a label's time to the payment's if it is only a date, that of the payment's day."""
+    """Replace label times that are only the date of the payment by the payment's time."""
     found = labelled_ms.copy()
     for index in np.flatnonzero((labelled_ms >= 0) & (labelled_ms < timestamps_ms)).tolist():
         labelled = int(labelled_ms[index])

@@ -25,7 +25,7 @@ class ScenarioNumbers:
         return {number: name for name, number in self._number.items()}
 
     def number_of(self, name: str | None) -> int:
-        """Number of a scenario.
+        """Find a scenario's number, or assign the next one.
 
         Raises:
             RecurError: there are more than :data:`SCENARIOS_MAX` scenarios.

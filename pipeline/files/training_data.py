@@ -25,7 +25,7 @@ _SIMULATOR_SETTINGS = ("customers", "terminals", "days", "start_date", "world")
 
 
 class FileData:
-    """Labelled transactions of a parquet or CSV file (:class:`model.training.train.DataSource`).
+    """Labelled transactions of a Parquet or CSV file (:class:`model.training.train.DataSource`).
 
     Args:
         skip_unusable: skip rows that cannot be transactions instead of raising an error.

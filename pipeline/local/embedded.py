@@ -28,7 +28,7 @@ class Services:
     redis: Redis | None = None
 
     def environment(self) -> dict[str, str]:
-        """Settings with which a worker process finds both services."""
+        """Make the settings with which a worker process finds both services."""
         addresses = {
             "RECUR_KAFKA_BOOTSTRAP_SERVERS": self.kafka_bootstrap_servers,
             "RECUR_REDIS_URL": self.redis_url,

@@ -184,7 +184,7 @@ class Kafka(Service):
         )
 
     def known_brokers(self) -> int:
-        """Number of brokers in its metadata; 0 if it does not answer."""
+        """Count the brokers in its metadata; 0 if it does not answer."""
         host, _, port = self.bootstrap.partition(":")
         try:
             with socket.create_connection((host, int(port)), REPLY_TIMEOUT_SECONDS) as connection:
@@ -193,7 +193,7 @@ class Kafka(Service):
             return 0
 
     def _answers(self) -> bool:
-        """Whether its metadata names a broker: then it has registered and is not fenced."""
+        """Whether its metadata names a broker, so that it has registered and is not fenced."""
         return self.known_brokers() > 0
 
 
@@ -271,9 +271,9 @@ def _kafka_uuid() -> str:
 
 
 def _bootstrap_checkpoint(java: Path, jars: Path) -> Path:
-    """First metadata of a newly formatted broker of this version.
+    """Find the first metadata of a newly formatted broker, or create it.
 
-    Kafka's own tool writes it once. It is the same for every cluster.
+    Kafka's own tool writes it once for this version. It is the same for every cluster.
     """
     checkpoint = jars.with_name(f"kafka-{KAFKA_VERSION}-bootstrap.checkpoint")
     if checkpoint.exists():
@@ -313,7 +313,9 @@ def _bootstrap_checkpoint(java: Path, jars: Path) -> Path:
                 f" or newer? It wrote:\n{output[-1000:]}"
             ) from error
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceError(f"Kafka cannot start: {java} does not run ({error})") from error
+            raise ServiceError(
+                f"Kafka cannot start: {java} does not run ({error}): install Java 17 or newer"
+            ) from error
         Path(name, "log", "bootstrap.checkpoint").replace(checkpoint)
     return checkpoint
 

@@ -117,7 +117,7 @@ def _user_cache() -> Path:
 
 
 def _coordinates() -> Iterator[tuple[str, str, str]]:
-    """Group, artifact and version of each jar."""
+    """List group, artifact and version of each jar."""
     for group, artifacts in JARS.items():
         for artifact in artifacts.split():
             name, _, version = artifact.partition(":")

@@ -83,7 +83,7 @@ class Redis(Service):
         )
 
     def replication(self) -> dict[str, Any]:
-        """Reply to INFO replication: its role, and a replica's link to its primary."""
+        """Ask for its role, and for a replica's link to its primary (INFO replication)."""
         with self.client() as client:
             return dict(client.info("replication"))
 
@@ -146,7 +146,7 @@ class RedisCluster(ServiceCluster[Redis]):
         self.url = self.nodes[0].url
 
     def pairs(self) -> list[tuple[Redis, Redis]]:
-        """Primaries and the replicas that are linked to them now."""
+        """List the primaries with the replicas that are linked to them now."""
         node_at = {node.port: node for node in self.nodes}
         roles = {node: node.replication() for node in self.nodes}
         return [

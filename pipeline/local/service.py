@@ -186,7 +186,7 @@ class Service(ABC):
 
     @abstractmethod
     def _memory_mb(self) -> int:
-        """Memory that must be available before the start."""
+        """Return the memory that must be available before the start."""
 
     @abstractmethod
     def _command(self) -> list[str]:
@@ -206,7 +206,7 @@ class Service(ABC):
         return self._process
 
     def _log_tail(self) -> str:
-        """The last lines of its log, without stack frames, as the end of a message."""
+        """Format the last lines of its log, without stack frames, as the end of a message."""
         if not self.log_path.exists():
             return "; its log is gone"
         with self.log_path.open("rb") as log:
@@ -307,7 +307,7 @@ def _require_memory(name: str, needed_mb: int) -> None:
 
 
 def _available_memory_mb() -> int:
-    """Memory left to this process: of the machine with its swap, and of its control group."""
+    """Find the memory left to this process, in the machine and in its control group."""
     available_bytes: int = psutil.virtual_memory().available + psutil.swap_memory().free
     group = Path("/sys/fs/cgroup")
     try:
@@ -320,6 +320,6 @@ def _available_memory_mb() -> int:
 
 
 def _cached_bytes(statistics: Path) -> int:
-    """Page cache of a control group, which the kernel gives back when memory is short."""
+    """Read a control group's page cache, which the kernel gives back when memory is short."""
     values = dict(line.split() for line in statistics.read_text().splitlines())
     return int(values["file"])

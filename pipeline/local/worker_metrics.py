@@ -1,4 +1,4 @@
-"""Metrics that a worker shows at /metrics: samples, histogram buckets, quantiles."""
+"""Reading of a worker's /metrics: samples, histogram buckets, quantiles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse_samples(text: str) -> Samples:
 
 
 def buckets(samples: Samples, name: str) -> dict[float, float]:
-    """Cumulative count by upper bound, of a histogram without other labels."""
+    """Collect the cumulative counts of a histogram without other labels, by upper bound."""
     start = f'{name}_bucket{{le="'
     return {
         float(key.removeprefix(start).removesuffix('"}')): value

@@ -72,7 +72,7 @@ class WorkerProcess:
         return status is not None and status > 128
 
     def log_tail(self) -> str:
-        """The last lines of its log."""
+        """Read the last lines of its log."""
         with self.log_path.open("rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - TAIL_MAX_BYTES))

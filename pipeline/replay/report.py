@@ -32,7 +32,7 @@ ROWS_MAX = 50_000_000
 """Limit of the rows of a report; more would take gigabytes."""
 
 CARDS_PER_DAY = 100
-"""Number of cards a day whose alerts card precision counts."""
+"""Number of cards a day that card precision considers."""
 
 STALL_SECONDS = 30.0
 """Time without a new score after which the rest counts as not scored."""

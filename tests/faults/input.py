@@ -135,7 +135,7 @@ class Flood(Fault):
     """A flood of transactions, which wait in the log until they are scored."""
 
     name = "flood"
-    what = "the producer faster than the workers for a minute, then caught up"
+    what = "the producer faster than the workers for a minute, then normal again"
 
     async def disturb(self, harness: Harness) -> None:
         await harness.workload.stop()

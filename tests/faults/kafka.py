@@ -76,7 +76,7 @@ class TopicRecreated(Fault):
     """A recreated topic, whose small offsets belong to other transactions."""
 
     name = "topic-made-again"
-    what = "the transactions topic deleted and made again under running workers, 3 times"
+    what = "the transactions topic deleted and created again under running workers, 3 times"
     settings: ClassVar[Mapping[str, Any]] = {"on_new_log": "begin"}
 
     async def disturb(self, harness: Harness) -> None:

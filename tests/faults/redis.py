@@ -55,7 +55,7 @@ class RedisFrozen(OwnRedis):
     """A frozen Redis: workers cannot know whether it executed their last call."""
 
     name = "redis-frozen"
-    what = "Redis stopped (SIGSTOP) for 8 s, 3 times"
+    what = "Redis frozen (SIGSTOP) for 8 s, 3 times"
 
     async def disturb(self, harness: Harness) -> None:
         stops = harness.times(3)
@@ -179,7 +179,7 @@ class RedisClusterFailover(Fault):
     """A failover of Redis Cluster to an elected replica with old data."""
 
     name = "cluster-failover"
-    what = "Redis Cluster elects a replica that lags by 5 s when its master dies, 3 times"
+    what = "Redis Cluster elects a replica that lags by 5 s when its primary dies, 3 times"
     ready_within = REDIS_BACK_SECONDS
     settings: ClassVar[Mapping[str, Any]] = {"redis_cluster": True}
 

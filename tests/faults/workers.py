@@ -14,7 +14,7 @@ class Sigkill(Fault):
     """Killed workers; half of the deaths come during the recovery from the one before."""
 
     name = "sigkill"
-    what = "SIGKILL of a worker at random moments, 50 times"
+    what = "SIGKILL to a worker at random moments, 50 times"
     ready_within = WORKER_DEATH_SECONDS
 
     async def disturb(self, harness: Harness) -> None:
@@ -40,7 +40,7 @@ class Zombie(Fault):
     """A zombie: it wakes up after the others took its partitions and still believes in them."""
 
     name = "zombie"
-    what = "SIGSTOP of a worker for longer than the session timeout, then SIGCONT, 5 times"
+    what = "SIGSTOP to a worker for longer than the session timeout, then SIGCONT, 5 times"
     ready_within = WORKER_DEATH_SECONDS
     leaves_zombies = True
     rate = 6_000.0
