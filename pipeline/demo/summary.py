@@ -75,7 +75,7 @@ def _live(phase: Phase) -> str:
 def _burst(phase: Phase, workers: int) -> str:
     return (
         f"{len(phase.transactions):,} in {phase.seconds:.1f} s: {phase.per_second:,.0f}/s by"
-        f" {workers} worker{'s' * (workers > 1)}, on {os.cpu_count()} cores in all"
+        f" {workers} worker{'s' * (workers > 1)}, all on {os.cpu_count()} cores"
     )
 
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.demo.run import INTERRUPTED, DemoOptions
@@ -60,15 +61,12 @@ class Run:
 
     def left_running(self) -> list[str]:
         """List the processes of the demo that still run."""
-        if not Path("/proc").exists():
-            table = subprocess.run(["ps", "-axEww"], capture_output=True, text=True, check=True)
-            return [line for line in table.stdout.splitlines() if self.mark in line]
         found = []
-        for process in Path("/proc").glob("[0-9]*"):
+        for process in psutil.process_iter():
             try:
-                if self.mark.encode() in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_text())
-            except OSError:
+                if process.environ().get("TEST_MARK") == self.mark:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue  # it has ended, or belongs to another user
         return found
 
