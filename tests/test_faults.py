@@ -35,6 +35,9 @@ from tests.faults.workers import Sigkill, Zombie
 from tests.faults.workload import NO_TRANSACTION, ChangeRecords, SentRecords, sent_twice
 
 SHORT_SCALE = 0.04
+RATE_MAX = 1_500.0
+"""Records/s that the workers can apply even on a slow machine."""
+
 SHORT: dict[str, Any] = {"topic_partitions": 4, "kafka_session_timeout_seconds": 3.0}
 """Settings with which a worker's death is noticed soon."""
 
@@ -46,6 +49,7 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
             Shared(kafka, redis_server),
             NoBar(),
             workers=workers,
+            rate_max=RATE_MAX,
             scale=SHORT_SCALE,
             overrides=SHORT,
         )

@@ -160,6 +160,7 @@ async def run_fault(
     *,
     show_seconds: float = FRAME_SECONDS,
     workers: int | None = None,
+    rate_max: float = float("inf"),
     scale: float = 1.0,
     seed: int = 0,
     overrides: Mapping[str, Any] = {},
@@ -169,6 +170,7 @@ async def run_fault(
     Args:
         show_seconds: interval of the bar's updates.
         workers: number of workers. None: the fault's number.
+        rate_max: limit of the workload's rate, records/s, for a slow machine.
         scale: length of the fault; 1: full length.
         seed: seed of all random choices.
         overrides: settings of the workers that override the fault's.
@@ -181,7 +183,7 @@ async def run_fault(
                 {**fault.settings, **overrides, **addresses},
                 directory,
                 workers=workers or fault.workers,
-                rate=fault.rate,
+                rate=min(fault.rate, rate_max),
                 scale=scale,
                 seed=seed,
                 history=round(fault.history * scale),

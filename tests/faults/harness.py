@@ -121,7 +121,7 @@ class Harness:
         self.recoveries: list[Recovery] = []
         self.notes: list[str] = []
         self.fraction = 0.0
-        self._rate = rate
+        self.rate = rate
         self._scale = scale
 
     def times(self, whole: int, least: int = 1) -> range:
@@ -166,7 +166,7 @@ class Harness:
             RECOVERY_LIMIT_SECONDS,
         )
         last = await self.monitor.until(
-            lambda sample: sample.lag is not None and sample.lag <= self._rate * LAG_SECONDS,
+            lambda sample: sample.lag is not None and sample.lag <= self.rate * LAG_SECONDS,
             "the lag to disappear",
             RECOVERY_LIMIT_SECONDS,
         )

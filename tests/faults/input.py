@@ -150,5 +150,5 @@ class Flood(Fault):
         await harness.workload.stop()
         harness.notes.append(f"at most {waiting_max:,} records waited")
         mark = await harness.mark()
-        await harness.workload.start(self.rate)
+        await harness.workload.start(harness.rate)
         await harness.recover(mark)

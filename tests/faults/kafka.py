@@ -91,7 +91,7 @@ class TopicRecreated(Fault):
             harness.workload.restart_states()
             await self.when_recreated(harness)
             mark = await harness.mark()
-            await harness.workload.start(self.rate)
+            await harness.workload.start(harness.rate)
             await harness.recover(mark)
 
     async def when_recreated(self, harness: Harness) -> None:

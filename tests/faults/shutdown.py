@@ -44,5 +44,5 @@ class SigtermOfAll(Fault):
             )
             await producer_stops
             mark = await harness.mark()
-            await asyncio.gather(harness.pool.start(workers), harness.workload.start(self.rate))
+            await asyncio.gather(harness.pool.start(workers), harness.workload.start(harness.rate))
             await harness.recover(mark)
