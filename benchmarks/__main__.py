@@ -1,8 +1,8 @@
-"""``make bench``: measures a worker on this machine and prints a table.
+"""``make bench``: measure a worker on this machine and print a table.
 
-One worker, with broker and Redis on the same cores, one score out for each transaction, all
-features in each score; 20,000 accounts, GRU of hidden size 128. The stock Faust workers
-run in the same way, on the same broker, one after the other.
+One worker shares the cores with broker and Redis. It publishes a score with all features for each
+transaction of 20,000 accounts, from a GRU with hidden size 128. The stock Faust workers run in the
+same way on the same broker, one after the other.
 
     python -m benchmarks [--transactions N] [--memory-transactions N] [--seconds S] [--only NAME]
 """
@@ -36,16 +36,10 @@ from model.simulator.handbook import Simulator, account_id, merchant_id
 from pipeline.checkpoint import load_checkpoint
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Services, embedded
+from pipeline.local.embedded import Services, embedded
 from pipeline.local.supervisor import SupervisedProcess
-from pipeline.local.workers import (
-    LATENCY,
-    WorkerProcess,
-    buckets,
-    quantile,
-    start_worker,
-    until_ready,
-)
+from pipeline.local.worker_metrics import LATENCY, buckets, quantile
+from pipeline.local.workers import WorkerProcess, start_worker, until_ready
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings, load_settings
@@ -57,45 +51,45 @@ SAMPLE_SECONDS = 0.5
 STOCK_TRANSACTIONS = {"event": 12_000, "take": 60_000}
 RATES = (500, 5_000)
 LATENCY_LIMITS_MS = {(500, 0.5): 3.0, (500, 0.99): 12.0, (5_000, 0.99): 30.0}
-"""By rate and share."""
+"""Limits of the latency by rate and quantile."""
 LIVE_BLOCK_TRANSACTIONS = 500
-"""A second of them at the lower rate, so that times are not old when they are sent."""
+"""Size of a block: a second at the lower rate, so that timestamps are fresh when sent."""
 WARM_UP_RATE = 8_000
 WARM_UP_TRANSACTIONS = 60_000
-"""Before the latencies: Java compiles, and most accounts and merchants have been seen."""
+"""Warm-up of Java's compiler and of most accounts and merchants, before latencies."""
 SETTLE_SECONDS = 3.0
-"""Of each rate, before it is measured."""
+"""Time at each rate before its measurement."""
 MEBIBYTE = 1 << 20
 
 ONLY = ["throughput", "stock", "latency", "memory", "promptness", "transactional"]
-"""The last one is only measured when it is named."""
+"""Measurements; the last one runs only if it is named."""
 
 console = Console(highlight=False)
 
 
 @dataclass
 class Results:
-    """Rows of the table: what, measured, wanted, whether it is met."""
+    """Rows of the table: measurement, value, target, and whether it is met."""
 
     rows: list[tuple[str, str, str, bool]] = field(default_factory=list)
 
-    def add(self, what: str, measured: str, wanted: str, met: bool) -> None:
-        """Keep a row and show it at once."""
-        self.rows.append((what, measured, wanted, met))
-        console.print(f"  {what}: [bold]{measured}[/] (wanted {wanted})")
+    def add(self, what: str, measured: str, target: str, met: bool) -> None:
+        """Add a row and print it."""
+        self.rows.append((what, measured, target, met))
+        console.print(f"  {what}: [bold]{measured}[/] (target {target})")
 
     def table(self) -> Table:
-        """All rows."""
+        """Make the table of all rows."""
         table = Table(title="Recur on this machine")
-        for heading in ("what", "measured", "wanted", ""):
+        for heading in ("measurement", "measured", "target", ""):
             table.add_column(heading)
-        for what, measured, wanted, met in self.rows:
-            table.add_row(what, measured, wanted, "[green]met[/]" if met else "[red]missed[/]")
+        for what, measured, target, met in self.rows:
+            table.add_row(what, measured, target, "[green]met[/]" if met else "[red]missed[/]")
         return table
 
 
 class Bench:
-    """A broker, a Redis, and workers one after the other."""
+    """Bench with a broker, a Redis, and one worker at a time."""
 
     def __init__(self, services: Services, directory: Path) -> None:
         self._services = services
@@ -104,7 +98,7 @@ class Bench:
         self._number = itertools.count(1)
 
     def settings(self, *, transactional: bool = False) -> Settings:
-        """Topics, group and keys of its own for each measurement."""
+        """Make settings with separate topics, group and keys for a measurement."""
         name = uuid.uuid4().hex[:6]
         return load_settings(
             kafka_bootstrap_servers=self._services.kafka_bootstrap_servers,
@@ -118,7 +112,7 @@ class Bench:
 
     @asynccontextmanager
     async def worker(self, settings: Settings) -> AsyncIterator[WorkerProcess]:
-        """A worker process of these settings."""
+        """Run a worker process with these settings."""
         names = (
             "kafka_bootstrap_servers",
             "redis_url",
@@ -126,7 +120,7 @@ class Bench:
             "redis_key_prefix",
             "kafka_group_id",
             "checkpoint",
-            "transactional",
+            "processing_guarantee",
             "max_timestamp_age_seconds",
         )
         environment = {f"RECUR_{name.upper()}": str(getattr(settings, name)) for name in names}
@@ -139,10 +133,11 @@ class Bench:
     # throughput and memory ----------------------------------------------------------------
 
     async def throughput(self, transactions: int) -> float:
-        """Transactions a second while a worker drains a full log, by account alone and shipped.
+        """Measure transactions/s while a worker drains a full log.
 
-        Live, a merchant is asked for once in three hours. A log of weeks is the hardest one for
-        merchants: a second of it is a day, so almost every transaction asks anew.
+        It measures a checkpoint with account features only, and the shipped one. Live, a worker
+        loads a merchant once in three hours. A log of weeks is the hardest case: a second is a
+        simulated day, so almost every transaction loads its merchant again.
         """
         settings = self.settings()
         checkpoint = self._directory / "accounts.safetensors"
@@ -151,7 +146,7 @@ class Bench:
             settings.model_copy(update={"checkpoint": checkpoint}), transactions
         )
         self.results.add(
-            "throughput, features of accounts",
+            "throughput, account features only",
             f"{rate:,.0f} transactions/s",
             "45,000",
             rate >= 45_000,
@@ -165,7 +160,9 @@ class Bench:
                 True,
             )
         state_bytes = Scorer(load_checkpoint(settings), 1).codec.size_bytes
-        self.results.add("a state", f"{state_bytes} bytes", "at most 450", state_bytes <= 450)
+        self.results.add(
+            "size of a state", f"{state_bytes} bytes", "at most 450", state_bytes <= 450
+        )
         return rate
 
     async def _drain(self, settings: Settings, transactions: int, *, live: bool = False) -> float:
@@ -176,7 +173,7 @@ class Bench:
         return steady_rate(points, transactions)
 
     async def memory(self, transactions: int) -> None:
-        """Resident memory of a worker over a long run."""
+        """Measure the resident memory of a worker over a long run."""
         settings = self.settings()
         await ensure_topics(settings)
         async with self.worker(settings) as worker:
@@ -189,7 +186,7 @@ class Bench:
         grown = peak / early
         self.results.add(
             f"resident memory over {transactions:,} transactions",
-            f"{early / MEBIBYTE:.0f} MiB after a fifth, {peak / MEBIBYTE:.0f} MiB at most",
+            f"{early / MEBIBYTE:.0f} MiB after a fifth, at most {peak / MEBIBYTE:.0f} MiB",
             "flat, under 700",
             peak < 700 * MEBIBYTE and grown < 1.1,
         )
@@ -197,14 +194,14 @@ class Bench:
     # latency and start --------------------------------------------------------------------
 
     async def latency(self, seconds: float) -> None:
-        """Start-up, and latency at live rates."""
+        """Measure the start-up time, and the latency at live rates."""
         settings = self.settings()
         await ensure_topics(settings)
         began = time.monotonic()
         async with self.worker(settings) as worker:
             await until_ready([worker], READY_SECONDS)
             ready = time.monotonic() - began
-            self.results.add("a worker ready after", f"{ready:.1f} s", "10", ready <= 10)
+            self.results.add("time until a worker is ready", f"{ready:.1f} s", "10", ready <= 10)
             found = await self._latencies(settings, worker, seconds)
         for (rate, share), value in found.items():
             limit = LATENCY_LIMITS_MS.get((rate, share))
@@ -218,7 +215,7 @@ class Bench:
     async def _latencies(
         self, settings: Settings, worker: WorkerProcess, seconds: float
     ) -> dict[tuple[int, float], float]:
-        """Latency in milliseconds by rate and share, of a worker that has warmed up."""
+        """Measure the latency of a warm worker in milliseconds, by rate and quantile."""
         stream = blocks(live=True)
         await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
         found = {}
@@ -236,13 +233,13 @@ class Bench:
                 found[rate, share] = value * 1000
         return found
 
-    # transactions of Kafka ----------------------------------------------------------------
+    # exactly once -------------------------------------------------------------------------
 
     async def transactional(self, transactions: int, seconds: float) -> None:
-        """What RECUR_PROCESSING_GUARANTEE costs: with and without in turn, on the same services."""
+        """Measure the cost of exactly_once, in turn with at_least_once on the same services."""
         rates: dict[bool, list[float]] = {False: [], True: []}
         latencies: dict[bool, list[dict[tuple[int, float], float]]] = {False: [], True: []}
-        for mode in (False, True, True, False):  # so that a drift of the machine cancels out
+        for mode in (False, True, True, False):  # this order cancels a drift of the machine
             settings = self.settings(transactional=mode)
             rates[mode].append(await self._drain(settings, transactions, live=True))
             settings = self.settings(transactional=mode)
@@ -250,20 +247,20 @@ class Bench:
             async with self.worker(settings) as worker:
                 await until_ready([worker], READY_SECONDS)
                 latencies[mode].append(await self._latencies(settings, worker, seconds))
-        without, with_them = fmean(rates[False]), fmean(rates[True])
+        plain, transactional = fmean(rates[False]), fmean(rates[True])
         self.results.add(
-            "throughput without and with transactions of Kafka",
-            f"{without:,.0f}, {with_them:,.0f} transactions/s ({with_them / without:.0%})",
+            "throughput, at_least_once and exactly_once",
+            f"{plain:,.0f}, {transactional:,.0f} transactions/s ({transactional / plain:.0%})",
             "-",
             True,
         )
         for rate, share in latencies[False][0]:
-            without, with_them = (
+            plain, transactional = (
                 fmean(found[rate, share] for found in latencies[mode]) for mode in (False, True)
             )
             self.results.add(
-                f"latency p{share * 100:.0f} at {rate:,}/s without and with them",
-                f"{without:.1f}, {with_them:.1f} ms",
+                f"latency p{share * 100:.0f} at {rate:,}/s, at_least_once and exactly_once",
+                f"{plain:.1f}, {transactional:.1f} ms",
                 "-",
                 True,
             )
@@ -278,7 +275,7 @@ class Bench:
     # the reference ------------------------------------------------------------------------
 
     async def stock(self, mode: str, rate: float) -> None:
-        """Throughput of a stock Faust worker, and how many times it our worker is."""
+        """Measure the throughput of a stock Faust worker, and its ratio to Recur's."""
         count = STOCK_TRANSACTIONS[mode]
         settings = self.settings()
         await ensure_topics(settings)
@@ -307,7 +304,7 @@ class Bench:
         self.results.add(f"stock Faust, {mode}", f"{stock_rate:,.0f} transactions/s", "-", True)
         if rate:
             self.results.add(
-                f"Recur to stock Faust, {mode}",
+                f"ratio of Recur to stock Faust, {mode}",
                 f"{rate / stock_rate:.1f} times",
                 f"at least {least}",
                 rate / stock_rate >= least,
@@ -315,7 +312,7 @@ class Bench:
 
 
 def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
-    """A network of the same sizes that looks at accounts alone; its weights are by chance."""
+    """Make a network of the same size with account features only and random weights."""
     inputs = tuple(i for i in checkpoint.header.features.inputs if i.feature in ACCOUNT_FEATURES)
     architecture = replace(checkpoint.network.architecture, inputs=len(inputs))
     return Checkpoint(
@@ -329,11 +326,11 @@ def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
 
 
 Point = tuple[float, float, float]
-"""Transactions done, seconds, resident bytes."""
+"""Number of transactions done, time in seconds, resident bytes."""
 
 
 async def drained(worker: WorkerProcess, transactions: int) -> list[Point]:
-    """Progress of a worker until all is applied."""
+    """Follow a worker's progress until it has applied all transactions."""
     points: list[Point] = []
     while not points or points[-1][0] < transactions:
         await asyncio.sleep(SAMPLE_SECONDS)
@@ -347,14 +344,14 @@ async def drained(worker: WorkerProcess, transactions: int) -> list[Point]:
 
 
 def resident_bytes(worker: WorkerProcess) -> float:
-    """Of a worker's process."""
+    """Read the resident bytes of a worker's process."""
     return worker.samples.get("process_resident_memory_bytes", 0.0)
 
 
 async def published(
     settings: Settings, count: int, process: SupervisedProcess, log: Path
 ) -> list[Point]:
-    """Progress of a stock worker, by the records in its scores topic."""
+    """Follow a stock worker's progress by the records in its scores topic."""
     score_log = KafkaScoreLog(settings)
     await score_log.start()
     points: list[Point] = []
@@ -362,7 +359,7 @@ async def published(
         while not points or points[-1][0] < count:
             await asyncio.sleep(SAMPLE_SECONDS)
             if process.poll() is not None:
-                raise SystemExit(f"the stock worker ended; its log is {log}")
+                raise SystemExit(f"the stock worker ended early; see its log {log}")
             ends = await score_log.ends(
                 settings.topic("scores"), list(range(settings.topic_partitions))
             )
@@ -375,18 +372,18 @@ async def published(
 
 
 def steady_rate(points: list[Point], transactions: int) -> float:
-    """Transactions a second between a tenth and the end: without the start."""
+    """Compute transactions/s from the first tenth to the end, without the start-up."""
     begin = next(p for p in points if p[0] >= transactions / 10)
     end = points[-1]
     return (end[0] - begin[0]) / (end[1] - begin[1])
 
 
 def blocks(*, live: bool = False) -> Iterator[Block]:
-    """Simulated transactions, encoded, without end.
+    """Simulate transactions without end and encode them.
 
     Args:
-        live: stamped with the time at which they are encoded, as a payment system does.
-            Otherwise with the simulator's: flat out, a second of them is a day or more.
+        live: whether they have the time of encoding, as in a payment system. Otherwise they
+            have the simulator's time: at full speed, a second is a simulated day or more.
     """
     size = LIVE_BLOCK_TRANSACTIONS if live else BLOCK_TRANSACTIONS
     for day in Simulator(customers=ACCOUNTS, start_date="2018-04-01", seed=3).days():
@@ -406,7 +403,7 @@ def blocks(*, live: bool = False) -> Iterator[Block]:
 
 
 def first(stream: Iterator[Block], transactions: int) -> Iterator[Block]:
-    """The stream's next transactions, so many; the rest of the last block is dropped."""
+    """Take a number of transactions from the stream; drop the rest of the last block."""
     while transactions > 0:
         block = next(stream)
         yield Block(block.keys[:transactions], block.values[:transactions])
@@ -430,7 +427,7 @@ async def preload(settings: Settings, transactions: int, *, live: bool = False) 
 async def run(
     bench: Bench, only: str | None, transactions: int, memory: int, seconds: float
 ) -> None:
-    """All measurements, or one."""
+    """Run all measurements, or one."""
     rate = 0.0
     if only in (None, "throughput", "stock"):
         rate = await bench.throughput(transactions)
@@ -448,10 +445,12 @@ async def run(
 
 
 @click.command()
-@click.option("--transactions", default=600_000, help="of the throughput measurement")
-@click.option("--memory-transactions", default=5_000_000, help="of the memory run; 0 skips it")
-@click.option("--seconds", default=30.0, help="of each latency measurement")
-@click.option("--only", type=click.Choice(ONLY))
+@click.option("--transactions", default=600_000, help="transactions of the throughput measurement")
+@click.option(
+    "--memory-transactions", default=5_000_000, help="transactions of the memory run; 0: skip it"
+)
+@click.option("--seconds", default=30.0, help="duration of each latency measurement")
+@click.option("--only", type=click.Choice(ONLY), help="run only this measurement")
 def main(transactions: int, memory_transactions: int, seconds: float, only: str | None) -> None:
     """Measure a worker on this machine."""
     console.print(

@@ -1,11 +1,11 @@
-"""A labelled data set of a kind that the simulator does not make: fraud in bursts, with fields.
+"""Labelled data set unlike the simulator's: fraud in bursts, and extra fields.
 
     python -m benchmarks.bursts FOLDER            # writes transactions.parquet and mapping.toml
     recur train model.safetensors --data FOLDER/transactions.parquet --columns FOLDER/mapping.toml
 
-Two years of 1,000 accounts at 700 merchants in 14 categories, 1.7 million transactions, with
-positions and ages. Half a per cent is fraud, in bursts of a day or two on one account: mostly
-at night, in categories that thieves like, with amounts that are typical of fraud there.
+It has 1.7 million transactions of two years, by 1,000 accounts at 700 merchants in 14 categories,
+with positions and ages. Half a per cent is fraud, in bursts of a day or two on one account. Frauds
+come mostly at night, in some categories more often, with typical amounts of fraud.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def transactions(
     bursts: int = BURSTS,
     seed: int = 0,
 ) -> pa.Table:
-    """The data set, in order of time."""
+    """Make the data set, in order of time."""
     rng = np.random.default_rng(seed)
     shares = np.array([c[1] for c in CATEGORIES])
     preference = rng.dirichlet(shares / shares.sum() * 30, accounts)  # [accounts, 14]
@@ -125,17 +125,17 @@ def transactions(
 
 
 def _seconds_of_day(rng: np.random.Generator, count: int) -> Int64:
-    """Of legitimate payments: by day and evening, some at any hour."""
+    """Draw times of day for legitimate payments: by day and evening, some at any hour."""
     at = rng.normal(15.5, 4.0, count) * 3600
-    anywhen = rng.random(count) < 0.25
-    at[anywhen] = rng.uniform(0, 86_400, int(anywhen.sum()))
+    any_hour = rng.random(count) < 0.25
+    at[any_hour] = rng.uniform(0, 86_400, int(any_hour.sum()))
     return (at % 86_400).astype(np.int64)
 
 
 def _bursts(
     rng: np.random.Generator, accounts: int, days: int, bursts: int
 ) -> tuple[Int64, Int64, Int64, Float64]:
-    """Account, second, category and amount of the frauds."""
+    """Draw account, second, category and amount of the frauds."""
     size = rng.integers(6, 14, bursts)
     burst = np.repeat(np.arange(bursts), size)
     account = rng.integers(0, accounts, bursts)[burst]
@@ -149,14 +149,14 @@ def _bursts(
 
 
 def _merchants(rng: np.random.Generator, category: Int64) -> Int64:
-    """Fifty merchants for each category, some more liked than others."""
+    """Draw merchants: fifty for each category, some more popular than others."""
     each = MERCHANTS // len(CATEGORIES)
-    liking = rng.dirichlet(np.full(each, 3.0))
-    return category * each + rng.choice(each, len(category), p=liking)
+    popularity = rng.dirichlet(np.full(each, 3.0))
+    return category * each + rng.choice(each, len(category), p=popularity)
 
 
 def main(folder: Path) -> None:
-    """Writes the data set and its column mapping."""
+    """Write the data set and its column mapping."""
     folder.mkdir(parents=True, exist_ok=True)
     table = transactions()
     pq.write_table(table, folder / "transactions.parquet")

@@ -16,8 +16,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from pipeline.errors import RecurError, ServiceError
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.kafka import Kafka
 from pipeline.local.kafka_jars import jar_directory
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.redis import Redis
 from pipeline.replay.producer import Block, Feed, encode_block
 from pipeline.settings import Settings, load_settings
 

@@ -1,8 +1,8 @@
-"""The same job as a Recur worker's, as one writes it with Faust alone: the reference.
+"""Reference worker: the job of a Recur worker, written with Faust alone.
 
-``event``: an agent that handles one event at a time, with one Redis read, one Redis write
-and one send for each. ``take``: the same in batches by Faust's ``take``, with one MGET and
-one pipeline of writes for a batch, and one send for each score.
+``event``: an agent that handles one event at a time, each with one Redis read, one Redis write and
+one send. ``take``: an agent that handles batches of Faust's ``take``, each with one MGET and one
+pipeline of writes, and one send for each score.
 
     STOCK_MODE=event STOCK_BROKER=... STOCK_REDIS=... python -m benchmarks.stock_faust worker
 """
@@ -77,7 +77,7 @@ def _key(payment: Payment) -> str:
 def _score(
     values: list[bytes | None], batch: list[Payment]
 ) -> tuple[list[bytes], list[dict[str, Any]]]:
-    """New states of distinct accounts, and scores as JSON objects: the shortest way to them."""
+    """Compute new states of distinct accounts, and scores as JSON objects."""
     table = np.frombuffer(b"".join(value or EMPTY for value in values), STATE)
     history = AccountHistory(*(table[name] for name in HISTORY_COLUMNS))
     amounts = np.array([payment.amount for payment in batch])
@@ -92,7 +92,7 @@ def _score(
     for name in HISTORY_COLUMNS:
         new[name] = getattr(after, name)
     new["hidden"] = hidden.numpy()
-    said = [
+    results = [
         {
             "transaction_id": payment.transaction_id,
             "account_id": payment.account_id,
@@ -104,11 +104,11 @@ def _score(
         }
         for payment, score, row in zip(batch, scores, raw.tolist(), strict=True)
     ]
-    return [state.tobytes() for state in new], said
+    return [state.tobytes() for state in new], results
 
 
 async def score_events(stream: faust.StreamT[Payment]) -> None:
-    """One event at a time."""
+    """Score one event at a time."""
     async for payment in stream:
         value = await states.get(_key(payment))
         (state,), (score,) = _score([value], [payment])
@@ -117,22 +117,24 @@ async def score_events(stream: faust.StreamT[Payment]) -> None:
 
 
 async def score_batches(stream: faust.StreamT[Payment]) -> None:
-    """Batches by ``take``; an account's second payment in a batch waits for the next round."""
+    """Score batches; an account's second payment in a batch waits for the next round."""
     async for batch in stream.take(TAKE_MAX, within=TAKE_WITHIN_SECONDS):
         keys = list({_key(payment) for payment in batch})
-        held = dict(zip(keys, await states.mget(keys), strict=True))
+        states_by_key = dict(zip(keys, await states.mget(keys), strict=True))
         while batch:
             round_of = {_key(payment): payment for payment in reversed(batch)}
-            new_states, said = _score([held[key] for key in round_of], list(round_of.values()))
+            new_states, results = _score(
+                [states_by_key[key] for key in round_of], list(round_of.values())
+            )
             for (key, payment), state, score in zip(
-                round_of.items(), new_states, said, strict=True
+                round_of.items(), new_states, results, strict=True
             ):
-                held[key] = state
+                states_by_key[key] = state
                 await scores.send(key=payment.account_id.encode(), value=score)
-            taken = {id(payment) for payment in round_of.values()}
-            batch = [payment for payment in batch if id(payment) not in taken]
+            scored = {id(payment) for payment in round_of.values()}
+            batch = [payment for payment in batch if id(payment) not in scored]
         async with states.pipeline(transaction=False) as pipeline:
-            for key, state in held.items():
+            for key, state in states_by_key.items():
                 pipeline.set(key, state)
             await pipeline.execute()
 

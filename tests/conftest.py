@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pipeline.local.services import Kafka, Redis, RedisCluster, Service
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis, RedisCluster
+from pipeline.local.service import Service
 
 # Before torch is imported, here and in every process that a test starts: threads that wait for
 # each other crawl where several processes share two cores.

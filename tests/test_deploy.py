@@ -22,8 +22,9 @@ import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli.main import recur
+from pipeline.local.kafka import Kafka
 from pipeline.local.kafka_jars import KAFKA_VERSION
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.redis import Redis
 from pipeline.local.workers import start_worker, until_ready
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import CONFIG_VARIABLE, Settings, load_settings

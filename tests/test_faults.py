@@ -1,4 +1,4 @@
-"""The short form of `make faults`, and that its counting finds what it is to find."""
+"""Faults in their short form, and proof that their counts find violations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from click.testing import CliRunner
 
-from pipeline.local.services import HOST, Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
@@ -23,19 +25,22 @@ from pipeline.topic_id import NO_ID
 from tests.fakes.memory_verify import NoBar
 from tests.faults.__main__ import main
 from tests.faults.fault import Fault, Row, Shared, run_fault
-from tests.faults.harness import Mark, NoEffectError, Rig
+from tests.faults.harness import Harness, Mark, NoEffectError
 from tests.faults.input import Undecodable
 from tests.faults.invariants import topic_records
-from tests.faults.kafka import BrokerKilled, TopicMadeAgain
+from tests.faults.kafka import BrokerKilled, TopicRecreated
 from tests.faults.proxy import Proxy
 from tests.faults.redis import Eviction, RedisClusterFailover, RedisEmpty, require_loss
 from tests.faults.registry import FAULTS
 from tests.faults.workers import Sigkill, Zombie
-from tests.faults.workload import NO_TRANSACTION, ChangeRecords, Sent, sent_twice
+from tests.faults.workload import NO_TRANSACTION, ChangeRecords, SentRecords, sent_twice
 
 SHORT_SCALE = 0.04
+RATE_MAX = 1_500.0
+"""Records/s that the workers can apply even on a slow machine."""
+
 SHORT: dict[str, Any] = {"topic_partitions": 4, "kafka_session_timeout_seconds": 3.0}
-"""Settings under which a worker's death is noticed soon."""
+"""Settings with which a worker's death is noticed soon."""
 
 
 def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2) -> Row:
@@ -45,6 +50,7 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
             Shared(kafka, redis_server),
             NoBar(),
             workers=workers,
+            rate_max=RATE_MAX,
             scale=SHORT_SCALE,
             overrides=SHORT,
         )
@@ -57,7 +63,7 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
         Sigkill(),
         Zombie(),
         BrokerKilled(),
-        TopicMadeAgain(),
+        TopicRecreated(),
         RedisEmpty(),
         RedisClusterFailover(),
         Eviction(),
@@ -68,46 +74,48 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
 def test_a_fault_loses_nothing_and_applies_nothing_twice(
     fault: Fault, kafka: Kafka, redis_server: Redis
 ) -> None:
-    """The guarantees hold on the real parts; nothing is measured here but what came out."""
+    """The guarantees hold on real services; this test does not measure times."""
     row = run_short(fault, kafka, redis_server)
     assert row.complaints == []
-    assert row.outcome is not None
-    assert row.outcome.transactions > 2_000
-    assert row.outcome.verification.right == row.outcome.verification.accounts > 1_000
+    assert row.invariants is not None
+    assert row.invariants.transactions > 2_000
+    assert row.invariants.verification.right == row.invariants.verification.accounts > 1_000
 
 
-class MadeAgainUnnoticed(TopicMadeAgain):
-    """Workers that know no ids, as they once were: what they skip has to be seen."""
+class UnnoticedRecreation(TopicRecreated):
+    """A recreated topic and workers without topic ids: the test must find the skipped records."""
 
-    async def when_made_again(self, rig: Rig) -> None:
-        workers = len(rig.crew.members)
-        await rig.crew.stop()
-        store = RedisStateStore.from_settings(rig.settings, rig.checkpoint.digest)
+    async def when_recreated(self, harness: Harness) -> None:
+        workers = len(harness.pool.members)
+        await harness.pool.stop()
+        store = RedisStateStore.from_settings(harness.settings, harness.checkpoint.digest)
         try:
-            for partition, value in (await store.watermarks(rig.settings.topic_partitions)).items():
+            for partition, value in (
+                await store.watermarks(harness.settings.topic_partitions)
+            ).items():
                 mark = replace(Watermark.from_bytes(value), log_id=NO_ID, next_offset=20)
-                (stands,) = await store.save([Save(partition, value, mark.to_bytes(), [], [])])
-                assert stands
+                (is_saved,) = await store.save([Save(partition, value, mark.to_bytes(), [], [])])
+                assert is_saved
         finally:
             await store.close()
-        await rig.load.start(None, most=2_000)
-        await rig.load.stop()
-        await rig.crew.start(workers)
+        await harness.workload.start(None, most=2_000)
+        await harness.workload.stop()
+        await harness.pool.start(workers)
 
 
-def test_a_topic_made_again_that_nobody_notices_is_seen_by_what_is_lost(
+def test_an_unnoticed_recreation_of_a_topic_is_found_by_its_losses(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first records of each partition are taken for applied ones."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for the logs that are kept
-    row = run_short(MadeAgainUnnoticed(), kafka, redis_server, workers=1)
-    assert row.outcome is not None
-    assert row.outcome.lost == 20 * SHORT["partitions"]
+    """The workers take the first records of each partition for applied ones."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # place of the kept logs
+    row = run_short(UnnoticedRecreation(), kafka, redis_server, workers=1)
+    assert row.invariants is not None
+    assert row.invariants.lost == 20 * SHORT["topic_partitions"]
     assert any("transactions lost" in complaint for complaint in row.complaints)
 
 
 class Tampered(Fault):
-    """What no worker does: each kind of wrong that is counted, once."""
+    """Changes that no worker makes: one violation of each kind."""
 
     name = "tampered"
     what = "states and scores changed by hand"
@@ -115,19 +123,19 @@ class Tampered(Fault):
     def change_records(self) -> ChangeRecords:
         is_first = [True]
 
-        def change(sent: Sent, rng: np.random.Generator) -> Sent:
+        def change(sent: SentRecords, rng: np.random.Generator) -> SentRecords:
             if is_first.pop() if is_first else False:
-                sent.numbers[1] = NO_TRANSACTION  # and it is one
-                return Sent(sent.keys, [b"none", *sent.values[1:]], sent.numbers)
+                sent.numbers[1] = NO_TRANSACTION  # although it is one
+                return SentRecords(sent.keys, [b"none", *sent.values[1:]], sent.numbers)
             return sent
 
         return change
 
-    async def disturb(self, rig: Rig) -> None:
-        await rig.go_on(1.0)
+    async def disturb(self, harness: Harness) -> None:
+        await harness.run_for(1.0)
 
-    async def check(self, rig: Rig) -> list[str]:
-        settings = rig.settings
+    async def check(self, harness: Harness) -> list[str]:
+        settings = harness.settings
         scores = [r async for some in topic_records(settings, "scores") for r in some]
         approved = [json.loads(r.value) for r in scores if b'"approve"' in r.value]
         differing, repeated = approved[-1], approved[-2]
@@ -137,11 +145,11 @@ class Tampered(Fault):
                 partition = int(score["source"].split(":")[1])
                 value, key = json.dumps(score).encode(), score["account_id"].encode()
                 await producer.send_and_wait(settings.topic("scores"), value, key, partition)
-        await self._count_once_more(rig, repeated)
-        return ["a complaint of its own"]
+        await self._count_once_more(harness, repeated)
+        return ["a violation from the check"]
 
-    async def _count_once_more(self, rig: Rig, score: dict[str, Any]) -> None:
-        settings, checkpoint = rig.settings, rig.checkpoint
+    async def _count_once_more(self, harness: Harness, score: dict[str, Any]) -> None:
+        settings, checkpoint = harness.settings, harness.checkpoint
         partition = int(score["source"].split(":")[1])
         keys = Keys(settings.redis_key_prefix, checkpoint.digest, settings.topic("transactions"))
         (key,) = keys.accounts(partition, [score["account_id"]])
@@ -157,31 +165,36 @@ class Tampered(Fault):
             await client.aclose()
 
 
-def test_every_kind_of_wrong_is_counted(
+def test_every_kind_of_violation_is_counted(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A harness that saw nothing would report that everything held."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for the logs that are kept
+    """A harness that sees nothing would report that all guarantees held."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # place of the kept logs
     row = run_short(Tampered(), kafka, redis_server, workers=1)
-    found = row.outcome
+    found = row.invariants
     assert found is not None
     assert found.lost == 1
-    assert found.strangers == 1
-    assert found.twice == 2  # the one done by hand, and the transaction that is said to be none
+    assert found.unknown == 1
+    assert found.twice == 2  # the manual one, and the transaction that counts as none
     assert found.too_few == 1
     assert found.conflicting == 1
     assert found.duplicates == 2
     assert found.alerts_missing == 1
     assert found.verification.different_accounts == 1
     assert found.verification.conflicting == 1
-    told = " ".join(row.complaints)
-    for words in ("a complaint of its own", "1 transactions lost", "2 applied twice", "1 conflict"):
-        assert words in told
+    text = " ".join(row.complaints)
+    for words in (
+        "a violation from the check",
+        "1 transactions lost",
+        "2 applied twice",
+        "1 conflict",
+    ):
+        assert words in text
     assert not any("conflicting" in line for line in found.complaints(allow_conflicts=True))
 
 
 class UnseenEviction(Eviction):
-    """States go, and Redis does not count them: workers act as if they did not look."""
+    """Deleted states that Redis does not count as evicted: workers do not notice them."""
 
     name = "unseen-eviction"
     what = "states deleted"
@@ -193,20 +206,20 @@ class UnseenEviction(Eviction):
             return int(client.delete(*states[::4]))
 
 
-def test_an_eviction_that_workers_do_not_see_is_counted(
+def test_an_unnoticed_eviction_is_counted(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `eviction` would report of workers that go on as if accounts were new."""
+    """The fault `eviction` would report workers that take the accounts for new ones."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     row = run_short(UnseenEviction(), kafka, redis_server, workers=1)
-    assert row.outcome is not None
-    assert row.outcome.too_few > 100
-    assert row.outcome.verification.different_accounts > 10
+    assert row.invariants is not None
+    assert row.invariants.too_few > 100
+    assert row.invariants.verification.different_accounts > 10
     assert any("not in a state" in line for line in row.complaints)
 
 
-def test_a_fault_that_has_no_effect_is_no_proof() -> None:
-    """A Redis that keeps its data shows nothing about one that loses it."""
+def test_a_fault_without_effect_is_an_error() -> None:
+    """A Redis that keeps its data proves nothing about lost data."""
     before = {0: 500, 1: 700}
     require_loss(before, Mark(0.0, {0: 500, 1: 699}, frozenset()))
     for after in (before, {0: 501, 1: 702}):
@@ -214,17 +227,17 @@ def test_a_fault_that_has_no_effect_is_no_proof() -> None:
             require_loss(before, Mark(0.0, after, frozenset()))
 
 
-def test_a_repeat_has_the_number_of_what_it_repeats() -> None:
-    """So that a repeat is no second transaction to be scored."""
-    sent = Sent([b"a", b"b"], [b"1", b"2"], np.array([7, 8]))
+def test_a_repeat_has_the_number_of_its_transaction() -> None:
+    """A repeat must not count as a second transaction."""
+    sent = SentRecords([b"a", b"b"], [b"1", b"2"], np.array([7, 8]))
     twice = sent_twice(1.0)(sent, np.random.default_rng(0))
     assert twice.keys == [b"a", b"a", b"b", b"b"]
     assert twice.values == [b"1", b"1", b"2", b"2"]
     assert twice.numbers.tolist() == [7, 7, 8, 8]
 
 
-def test_the_proxy_delays_holds_and_leads_elsewhere() -> None:
-    """Three faults of Redis are nothing but this."""
+def test_the_proxy_delays_holds_and_redirects() -> None:
+    """Three faults of Redis depend on it."""
 
     async def run() -> None:
         async def answer(
@@ -247,7 +260,7 @@ def test_the_proxy_delays_holds_and_leads_elsewhere() -> None:
             start = clock()
             writer.write(b"late\n")
             assert await reader.readline() == b"one late\n"
-            assert clock() - start >= 0.2  # there and back
+            assert clock() - start >= 0.2  # in both directions
             proxy.delay_seconds = 0.0
 
             proxy.hold()
@@ -258,8 +271,8 @@ def test_the_proxy_delays_holds_and_leads_elsewhere() -> None:
             proxy.release()
             assert await line == b"one held\n"
 
-            await proxy.lead_to(ports[1])
-            assert await reader.read() == b""  # cut
+            await proxy.redirect(ports[1])
+            assert await reader.read() == b""  # disconnected
             writer.close()
             reader, writer = await asyncio.open_connection(HOST, proxy.port)
             writer.write(b"again\n")
@@ -269,8 +282,8 @@ def test_the_proxy_delays_holds_and_leads_elsewhere() -> None:
     asyncio.run(run())
 
 
-def test_the_command_names_its_faults() -> None:
-    """--list tells what --only takes, and a name that is none does nothing."""
+def test_the_command_lists_its_faults() -> None:
+    """--list shows the names for --only; an unknown name is an error."""
     listed = CliRunner().invoke(main, ["--list"])
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.output.splitlines()] == [f.name for f in FAULTS]

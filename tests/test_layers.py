@@ -222,7 +222,7 @@ def test_no_room_uses_the_private_names_of_another() -> None:
             "pipeline.audit may not import pipeline.admin",
         ),
         (
-            "pipeline.local.services",
+            "pipeline.local.service",
             "import importlib; importlib.import_module('tests.x')",
             "no tests",
         ),

@@ -6,24 +6,25 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from pipeline.local.workers import LATENCY, WorkerProcess, buckets, quantile
+from pipeline.local.worker_metrics import LATENCY, buckets, quantile
+from pipeline.local.workers import WorkerProcess
 
 RATE_WINDOW_SECONDS = 2.0
 LATENCY_WINDOW_SECONDS = 10.0
 CURVE_POINTS = 120
 
-_RATE_SPAN_MIN_SECONDS = 0.25  # two looks nearer than this make no rate
+_RATE_SPAN_MIN_SECONDS = 0.25  # shorter spans give no useful rate
 
 
 class Rates:
-    """Rates over the last seconds, from two counts that only grow: sent and scored."""
+    """Rates over the last seconds, from the growing counts of sent and scored."""
 
     def __init__(self, sent: int, scored: int) -> None:
         self._counts = deque([(time.monotonic(), sent, scored)])
         self.curve: deque[float] = deque(maxlen=CURVE_POINTS)
 
     def add(self, sent: int, scored: int) -> tuple[float, float]:
-        """Transactions/s in and out."""
+        """Add counts and return transactions/s in and out."""
         now = time.monotonic()
         self._counts.append((now, sent, scored))
         while len(self._counts) > 2 and self._counts[1][0] <= now - RATE_WINDOW_SECONDS:
@@ -36,32 +37,32 @@ class Rates:
 
 
 class Latency:
-    """The workers' latency histograms, summed, since a moment that can be set."""
+    """Sum of the workers' latency histograms since the last reset."""
 
     def __init__(self, workers: Sequence[WorkerProcess]) -> None:
         self._workers = workers
         self._start: dict[float, float] = {}
         self._window: deque[tuple[float, dict[float, float]]] = deque()
 
-    def begin(self) -> None:
-        """Forget what was observed before now."""
+    def reset(self) -> None:
+        """Forget all earlier observations."""
         self._start = self._now()
         self._window.clear()
 
-    def look(self) -> None:
-        """Remember the present counts, for :meth:`lately`."""
+    def record(self) -> None:
+        """Record the present counts, for :meth:`recent`."""
         now = time.monotonic()
         self._window.append((now, self._now()))
         while len(self._window) > 2 and self._window[1][0] <= now - LATENCY_WINDOW_SECONDS:
             self._window.popleft()
 
-    def lately(self, share: float) -> float | None:
-        """Seconds under which a share of the last seconds' latencies lies."""
+    def recent(self, share: float) -> float | None:
+        """Estimate a quantile of the last seconds' latencies, in seconds."""
         then = self._window[0][1] if len(self._window) > 1 else self._start
         return self._quantile(then, share)
 
     def overall(self, share: float) -> float | None:
-        """Seconds under which a share of the latencies since :meth:`begin` lies."""
+        """Estimate a quantile of all latencies since :meth:`reset`, in seconds."""
         return self._quantile(self._start, share)
 
     def _quantile(self, since: Mapping[float, float], share: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The demo's truths: the frauds of simulated transactions become known some days later."""
+"""Delayed labels of the demo: frauds become known some simulated days later."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.replay.simulated import SimulatedTransactions
 SOURCE = "simulator"
 
 
-class LateLabels:
-    """Sends labels of frauds when simulated time has come so far.
+class DelayedLabels:
+    """Sender of labels that follows simulated time.
 
     Args:
-        feed: of the labels topic.
-        delay_ms: from a transaction to its label, simulated milliseconds.
+        feed: feed of the labels topic.
+        delay_ms: simulated milliseconds from a transaction to its label.
 
     Attributes:
-        sent: how many labels were sent.
+        sent: number of labels that were sent.
     """
 
     def __init__(self, feed: Feed, delay_ms: int) -> None:
@@ -33,11 +33,11 @@ class LateLabels:
         self._waiting: deque[tuple[SimulatedTransactions, NDArray[np.intp]]] = deque()
 
     def add(self, transactions: SimulatedTransactions) -> None:
-        """Transactions that are sent now or later; pieces come in order of time."""
+        """Add transactions whose frauds get labels; pieces come in order of time."""
         self._waiting.append((transactions, np.flatnonzero(transactions.columns.scenario > 0)))
 
     async def send_until(self, event_ms: int) -> None:
-        """Send the labels that are known by then."""
+        """Send the labels that are known at a simulated time."""
         while self._waiting:
             transactions, frauds = self._waiting[0]
             known_ms = transactions.columns.timestamp_ms[frauds] + self.delay_ms

@@ -1,15 +1,15 @@
-"""``recur demo``: the whole system on this machine for about a minute, for a person to watch.
+"""``recur demo``: show the whole system on this machine for about a minute.
 
-Kafka and Redis start (:mod:`pipeline.local.services`), and workers as processes of their own. Then
+The demo starts Kafka and Redis (:mod:`pipeline.local.embedded`) and worker processes. Its phases:
 
     histories   simulated days with the header recur-warm, so that accounts have a past
-    live        the days after them at a steady rate, with fraud in them
-    burst       more days, prepared beforehand, as fast as the workers take them
+    live        the next days at a steady rate, with fraud among them
+    burst       more days, prepared before, at the workers' full speed
 
-Frauds become known seven simulated days later, by the labels topic, so that skimmed terminals
-are found. After each part every score is read back and counted: the demo ends well only if
-each transaction was scored exactly once. The payments are simulated and their time runs faster
-than the clock; everything else is real.
+The labels topic makes frauds known seven simulated days later, so that skimmed terminals are
+found. After each phase the demo reads every score back. It succeeds only if each transaction was
+scored exactly once. Payments are simulated and their time runs faster than the clock. Everything
+else is real.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from types import FrameType
 from rich.console import Console
 
 from model.simulator.world import WORLDS, WorldName
-from pipeline.demo.labels import LateLabels
-from pipeline.demo.stage import Show
+from pipeline.demo.labels import DelayedLabels
+from pipeline.demo.stage import Stage
 from pipeline.demo.summary import DemoResult, summarize
 from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
+from pipeline.files.parsing import DAY_MS
 from pipeline.kafka.topics import ensure_topics
+from pipeline.local.embedded import Services, embedded
 from pipeline.local.kafka_jars import jar_directory
-from pipeline.local.services import Services, embedded
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.replay.producer import Block, Feed
 from pipeline.replay.score_counter import TopicReader
@@ -48,20 +49,20 @@ from pipeline.units import DAY_MS
 CUSTOMERS = 5_000
 TERMINALS = 10_000
 SEED = 20_260
-"""Not the one that the shipped model was trained with: these accounts are new to it."""
+"""Seed of the simulator; it differs from the training's, so the accounts are new to the model."""
 
 LABEL_DELAY_DAYS = 7
-"""A fraud becomes known so long after; then other payments at its terminal are suspected."""
+"""Delay of labels; then the model suspects other payments at the fraud's terminal."""
 
 READY_SECONDS = 60.0
 PREPARED_MAX = 500_000
-"""A larger burst is encoded while it is sent."""
+"""Limit of a burst that is encoded before it is sent."""
 
-CHAPTER_SECONDS = 60.0
-"""With ``keep_running`` the live feed is counted every so often."""
+CHECK_SECONDS = 60.0
+"""Interval at which ``keep_running`` counts the scores of the live phase."""
 
 KEEP_RUNNING_YEARS = 20
-"""With ``keep_running`` simulated time begins so long ago: it must not reach today."""
+"""Distance of simulated time from today with ``keep_running``: it must not reach today."""
 
 FAILED = 1
 INTERRUPTED = 130
@@ -71,25 +72,25 @@ _PER_CUSTOMER_DAY_MIN = 1.2  # transactions; on average 1.94, in the wide world 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What the person asked for.
+    """Options of the command.
 
     Raises:
-        SettingsError: one of them is out of its bounds.
+        SettingsError: an option is out of bounds.
     """
 
     transactions: int = 200_000
-    """Of the burst."""
+    """Transactions of the burst."""
     rate: float = 500.0
-    """Of the live part, transactions/s."""
+    """Transactions/s of the live phase."""
     seconds: float = 30.0
-    """Of the live part."""
+    """Duration of the live phase."""
     workers: int = 2
     keep_running: bool = False
-    """Go on with the live part until Ctrl-C."""
+    """Go on with the live phase until Ctrl-C."""
     world: WorldName = "wide"
-    """Which accounts, merchants and frauds are simulated."""
+    """World of the simulated accounts, merchants and frauds."""
     history_days: int = 20
-    """Simulated days before the live part."""
+    """Simulated days before the live phase."""
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {
@@ -104,23 +105,23 @@ class DemoOptions:
             if not least <= value <= most:
                 option = name.replace("_", "-")
                 raise SettingsError(
-                    f"--{option} is {value:,g}; it must be {least:,.0f} to {most:,.0f}"
+                    f"--{option} is {value:,g}; it must be from {least:,.0f} to {most:,.0f}"
                 )
 
     @property
     def live_transactions(self) -> int:
-        """Of the live part."""
+        """Transactions of the live phase."""
         return max(1, round(self.rate * self.seconds))
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> int:
-    """Run the demo; nothing is left running or lying about.
+    """Run the demo and clean up after it.
 
     Returns:
-        0 when every transaction was scored exactly once, 1 when not, 130 after Ctrl-C.
+        0 if every transaction was scored exactly once, 1 if not, 130 after Ctrl-C.
 
     Raises:
-        RecurError: services or workers did not start, or went away.
+        RecurError: services or workers did not start, or ended.
     """
     console = console or Console(highlight=False)
     display = display_for(console)
@@ -128,22 +129,22 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     code = FAILED
     before = signal.signal(signal.SIGTERM, _raise_interrupt)
     log = logging.FileHandler(directory / "demo.log", delay=True)
-    logging.getLogger().addHandler(log)  # what client libraries say would disturb the view
+    logging.getLogger().addHandler(log)  # messages of client libraries would disturb the view
     try:
         display.heading("Recur: card transactions scored as they happen")
         code = _run(options, directory, display)
     except KeyboardInterrupt:
         code = INTERRUPTED
-        display.note("stopped before its end; nothing is left running")
+        display.note("stopped early; nothing is left running")
     finally:
         display.close()
         signal.signal(signal.SIGTERM, before)
         logging.getLogger().removeHandler(log)
         log.close()
         if code == FAILED:
-            display.note(f"logs are in {directory}", bad=True)
+            display.note(f"the logs are in {directory}", bad=True)
         else:
-            shutil.rmtree(directory, ignore_errors=True)  # of a run that went well
+            shutil.rmtree(directory, ignore_errors=True)
     return code
 
 
@@ -152,7 +153,7 @@ def _raise_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run(options: DemoOptions, directory: Path, display: Display) -> int:
-    jar_directory()  # the first time ever it fetches Kafka, and shows its own progress
+    jar_directory()  # the first run fetches Kafka and shows its own progress
     display.working("starting Kafka and Redis")
     started = time.monotonic()
     with embedded() as services:
@@ -161,18 +162,18 @@ def _run(options: DemoOptions, directory: Path, display: Display) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Script:
-    """Everything that is sent, made before it is needed."""
+class _DemoPayments:
+    """Payments of all phases, made before the phases need them."""
 
     stream: SimulatedStream
     history: SimulatedTransactions
     live: SimulatedTransactions
     burst: SimulatedTransactions
     burst_blocks: list[Block] | None
-    """None where it is too large to be kept encoded."""
+    """Encoded burst. None: it is too large to be kept encoded."""
 
     @classmethod
-    def write(cls, options: DemoOptions) -> _Script:
+    def make(cls, options: DemoOptions) -> _DemoPayments:
         stream = SimulatedStream(
             CUSTOMERS, TERMINALS, _start_date(options), SEED, WORLDS[options.world]
         )
@@ -184,7 +185,7 @@ class _Script:
 
 
 def _start_date(options: DemoOptions) -> str:
-    """A day so early that the simulated days end before today."""
+    """Choose a first day so that the simulated days end before today."""
     counted = options.live_transactions + options.transactions
     days = options.history_days + 2 + counted / (CUSTOMERS * _PER_CUSTOMER_DAY_MIN)
     if options.keep_running:
@@ -193,7 +194,7 @@ def _start_date(options: DemoOptions) -> str:
 
 
 class _Demo:
-    """One run, from started services to the summary."""
+    """A run of the demo, from the started services to the summary."""
 
     def __init__(
         self, options: DemoOptions, services: Services, directory: Path, display: Display
@@ -206,11 +207,11 @@ class _Demo:
             kafka_bootstrap_servers=services.kafka_bootstrap_servers, redis_url=services.redis_url
         )
         self._workers: list[WorkerProcess] = []
-        self._show: Show | None = None
-        self._over = False
+        self._stage: Stage | None = None
+        self._is_over = False
 
     async def run_interruptibly(self) -> int:
-        """The exit code. The first Ctrl-C cancels; later ones do not disturb its clean-up."""
+        """Run and return the exit code. The first Ctrl-C cancels; later ones are ignored."""
         task = asyncio.ensure_future(self._run())
         interrupts = 0
 
@@ -227,42 +228,41 @@ class _Demo:
             return await task
         except asyncio.CancelledError:
             self._display.close()
-            told = self._show.so_far() if self._show else "stopped before its end"
-            self._display.note(told)
-            return INTERRUPTED if not self._over else self._exit_code()
+            self._display.note(self._stage.progress_text() if self._stage else "stopped early")
+            return INTERRUPTED if not self._is_over else self._exit_code()
 
     async def _run(self) -> int:
         partitions = await ensure_topics(self._settings)
         async with self._running_workers(), AsyncExitStack() as stack:
-            script = await self._prepared(partitions["transactions"])
+            payments = await self._prepare(partitions["transactions"])
             feed = await stack.enter_async_context(Feed(self._settings))
             scores, alerts, dead_letters = [
                 await stack.enter_async_context(TopicReader(self._settings, role, partitions[role]))
                 for role in ("scores", "alerts", "dead_letter")
             ]
             label_feed = await stack.enter_async_context(Feed(self._settings, "labels"))
-            self._show = Show(
+            self._stage = Stage(
                 self._display,
                 self._services,
                 self._workers,
                 feed,
-                LateLabels(label_feed, LABEL_DELAY_DAYS * DAY_MS),
+                DelayedLabels(label_feed, LABEL_DELAY_DAYS * DAY_MS),
                 scores,
                 alerts,
                 dead_letters,
             )
-            played = await self._play(self._show, script)
-            self._display.working("adding up")
+            result = await self._play(self._stage, payments)
+            self._display.working("adding up the results")
             self._display.summary(
-                await summarize(played, self._show, self._workers, self._settings)
+                await summarize(result, self._stage, self._workers, self._settings)
             )
-            self._over = True
+            self._is_over = True
             if self._options.keep_running:
-                await self._keep_running(self._show, script.stream)
+                await self._keep_running(self._stage, payments.stream)
         return self._exit_code()
 
     def _exit_code(self) -> int:
-        return FAILED if self._show is None or self._show.faults else 0
+        return FAILED if self._stage is None or self._stage.faults else 0
 
     @asynccontextmanager
     async def _running_workers(self) -> AsyncIterator[None]:
@@ -274,31 +274,31 @@ class _Demo:
         finally:
             await stop_all(self._workers)
 
-    async def _prepared(self, partitions: int) -> _Script:
-        """The script, written while the workers start."""
+    async def _prepare(self, partitions: int) -> _DemoPayments:
+        """Make the payments while the workers start."""
         count = self._options.workers
         name = "1 worker" if count == 1 else f"{count} workers"
         self._display.working(f"starting {name}")
         started = time.monotonic()
-        script, _ = await asyncio.gather(
-            asyncio.to_thread(_Script.write, self._options),
+        payments, _ = await asyncio.gather(
+            asyncio.to_thread(_DemoPayments.make, self._options),
             until_ready(self._workers, READY_SECONDS),
         )
         seconds = time.monotonic() - started
-        self._display.done(name, f"ready in {seconds:.1f} s, {partitions} partitions")
+        self._display.done(name, f"ready in {seconds:.1f} s, for {partitions} partitions")
         self._display.done("metrics", "  ".join(worker.address for worker in self._workers))
-        return script
+        return payments
 
-    async def _play(self, show: Show, script: _Script) -> DemoResult:
+    async def _play(self, stage: Stage, payments: _DemoPayments) -> DemoResult:
         histories = burst = None
-        if len(script.history):
-            histories = await show.histories(script.history, self._options.history_days)
-        live = await show.live(script.live, self._options.rate)
-        if len(script.burst):
-            burst = await show.burst(script.burst, script.burst_blocks)
+        if len(payments.history):
+            histories = await stage.histories(payments.history, self._options.history_days)
+        live = await stage.live(payments.live, self._options.rate)
+        if len(payments.burst):
+            burst = await stage.burst(payments.burst, payments.burst_blocks)
         return DemoResult(histories, live, burst)
 
-    async def _keep_running(self, show: Show, stream: SimulatedStream) -> None:
-        chapter = max(1, round(self._options.rate * CHAPTER_SECONDS))
-        while not show.faults:
-            await show.live(stream.take(chapter), self._options.rate, endless=True)
+    async def _keep_running(self, stage: Stage, stream: SimulatedStream) -> None:
+        transactions = max(1, round(self._options.rate * CHECK_SECONDS))
+        while not stage.faults:
+            await stage.live(stream.take(transactions), self._options.rate, endless=True)

@@ -1,4 +1,4 @@
-"""What happens on stage in the demo: transactions are fed, watched, and counted."""
+"""Stage of the demo: feed transactions, watch the workers, and count the scores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.demo.gauges import Latency, Rates
-from pipeline.demo.labels import LateLabels
+from pipeline.demo.labels import DelayedLabels
 from pipeline.demo.view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
-from pipeline.local.services import Services
+from pipeline.local.embedded import Services
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead
@@ -24,7 +24,7 @@ from pipeline.replay.score_counter import ScoreCounter, TopicReader
 from pipeline.replay.simulated import SimulatedTransactions
 
 STALL_SECONDS = 60.0
-"""Nothing was scored for so long: the rest counts as lost."""
+"""Time without a new score after which the rest counts as lost."""
 
 FRAME_SECONDS = 0.25
 SCRAPE_SECONDS = 1.0
@@ -32,26 +32,26 @@ SCRAPE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Phase:
-    """One part of the demo: what is sent in it and what came of it."""
+    """A phase of the demo: its transactions and their results."""
 
     name: str
     transactions: SimulatedTransactions
-    tally: ScoreCounter
+    counter: ScoreCounter
     sent_before: int
     scored_before: int
     rejected_before: int
     read_along: bool = False
-    """Scores are read as they come; else after the last one, to leave the cores alone."""
+    """Whether scores are read as they come. Otherwise they are read last, to spare the cores."""
     warm: bool = False
     endless: bool = False
-    """One of many, without an end to look forward to."""
+    """Whether the phase repeats until Ctrl-C."""
     explained: str = ""
     rejected: int = 0
     alerted: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
-    """bool[n]: an alert came."""
+    """Transactions with an alert, as bool[n]."""
     p50_seconds: float | None = None
     p99_seconds: float | None = None
-    """Of its latencies, where it is live."""
+    """Quantiles of the latency, of the live phase only."""
     started: float = field(default_factory=time.monotonic)
     started_ms: float = field(default_factory=lambda: time.time() * 1000)
 
@@ -60,39 +60,41 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """From the first transaction sent to the last score published."""
-        return max(0.001, (self.tally.last_ms - self.started_ms) / 1000)
+        """Seconds from the first sent transaction to the last published score."""
+        return max(0.001, (self.counter.last_ms - self.started_ms) / 1000)
 
     @property
     def per_second(self) -> float:
-        """Transactions scored in a second."""
-        return self.tally.scored / self.seconds
+        """Scored transactions in a second."""
+        return self.counter.scored / self.seconds
 
     def faults(self) -> list[str]:
-        """What must not be."""
-        tally = self.tally
-        lost = tally.missing - self.rejected
-        without_alert = 0 if self.warm else int((tally.flagged & ~self.alerted).sum())
+        """Describe each violation of the demo's promises."""
+        counter = self.counter
+        lost = counter.missing - self.rejected
+        without_alert = 0 if self.warm else int((counter.flagged & ~self.alerted).sum())
         found = [
             (lost, "never scored"),
             (self.rejected, "rejected"),
-            (tally.repeated, "scored more than once"),
-            (tally.contradictions, "given two different scores"),
-            (tally.strangers, "scored again later"),
+            (counter.duplicates, "scored more than once"),
+            (counter.contradictions, "given two different scores"),
+            (counter.unknown, "scored again later"),
             (without_alert, "declined or reviewed without an alert"),
         ]
         return [f"{count:,} {what} ({self.name})" for count, what in found if count > 0]
 
 
-class Show:
-    """Feeds one phase after the other, shows it, and counts what came out.
+class Stage:
+    """Feeder of the phases that shows their progress and counts their results.
 
     Args:
-        labels: the frauds, known late.
-        scores, alerts, dead_letters: readers that start where the demo starts.
+        labels: sender of the delayed labels.
+        scores: reader of the scores, started before the first transaction.
+        alerts: reader of the alerts, started like that of the scores.
+        dead_letters: reader of the dead letters, started like that of the scores.
 
     Attributes:
-        faults: what went wrong so far, for people.
+        faults: descriptions of all faults so far.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Show:
         services: Services,
         workers: Sequence[WorkerProcess],
         feed: Feed,
-        labels: LateLabels,
+        labels: DelayedLabels,
         scores: TopicReader,
         alerts: TopicReader,
         dead_letters: TopicReader,
@@ -128,9 +130,9 @@ class Show:
     # phases
 
     async def histories(self, transactions: SimulatedTransactions, days: int) -> Phase:
-        """Give the accounts a past."""
+        """Send simulated days that give the accounts a past."""
         phase = self._phase("histories", transactions, warm=True)
-        phase.explained = f"{days} days of payments, so that the model knows the accounts"
+        phase.explained = f"{days} days of payments give the accounts a past"
         await self._perform(phase, transactions.blocks())
         self._display.done(
             f"histories, {days} days",
@@ -141,14 +143,14 @@ class Show:
     async def live(
         self, transactions: SimulatedTransactions, rate: float, *, endless: bool = False
     ) -> Phase:
-        """Feed at a steady rate; ``endless`` says that this is one chapter of many."""
+        """Send transactions at a steady rate; ``endless``: the phase repeats until Ctrl-C."""
         phase = self._phase("live", transactions, read_along=True)
         phase.endless = endless
         times = transactions.columns.timestamp_ms
         minutes = (times[-1] - times[0]) / 60_000 / (len(transactions) / rate)
-        phase.explained = f"one second here is {minutes:,.0f} minutes there"
+        phase.explained = f"one second here is {minutes:,.0f} simulated minutes"
         await self._scrape()
-        self._latency.begin()
+        self._latency.reset()
         await self._perform(phase, transactions.blocks(), rate)
         await self._scrape()
         phase.p50_seconds, phase.p99_seconds = (self._latency.overall(q) for q in (0.5, 0.99))
@@ -163,9 +165,9 @@ class Show:
     async def burst(
         self, transactions: SimulatedTransactions, blocks: Iterable[Block] | None
     ) -> Phase:
-        """Feed as fast as it goes; ``blocks`` where they are encoded already."""
+        """Send transactions at full speed, from encoded blocks if there are any."""
         phase = self._phase("burst", transactions)
-        phase.explained = "as fast as the workers take them"
+        phase.explained = "the workers' full speed"
         await self._perform(phase, transactions.blocks() if blocks is None else blocks)
         self._display.done(
             "burst",
@@ -174,8 +176,8 @@ class Show:
         )
         return phase
 
-    def so_far(self) -> str:
-        """One line for somebody who does not wait for the end."""
+    def progress_text(self) -> str:
+        """Make a line with the counts so far, for a demo that is stopped."""
         seconds = time.monotonic() - self._started
         return (
             f"stopped after {clock(seconds)}: {self._feed.count.acked:,} sent,"
@@ -208,26 +210,26 @@ class Show:
     async def _perform(
         self, phase: Phase, blocks: Iterable[Block], rate: float | None = None
     ) -> None:
-        if not phase.read_along:  # time flies, and a label says itself from when on it is known
+        if not phase.read_along:  # early labels are fine: each has the time from which it counts
             await self.labels.send_until(int(phase.transactions.columns.timestamp_ms[-1]))
         feed = self._feed.run(ahead(blocks), rate=rate, warm=phase.warm, history=True)
         feeding = asyncio.ensure_future(feed)
         try:
-            await self._until_scored(phase, feeding)
+            await self._wait_until_scored(phase, feeding)
         finally:
             feeding.cancel()
             await asyncio.wait([feeding])
-        await self._until_counted(phase)
+        await self._wait_until_counted(phase)
         for fault in phase.faults():
             self._display.note(fault, bad=True)
             self.faults.append(fault)
 
-    async def _until_scored(self, phase: Phase, feeding: asyncio.Future[None]) -> None:
-        """Watch until as many scores are published as transactions were sent."""
+    async def _wait_until_scored(self, phase: Phase, feeding: asyncio.Future[None]) -> None:
+        """Watch until each sent transaction has a score or a dead letter."""
         moved_at, before = time.monotonic(), -1
         while True:
             await asyncio.sleep(FRAME_SECONDS)
-            await self._look(phase)
+            await self._update(phase)
             if feeding.done():
                 feeding.result()
                 if self._waiting() <= 0:
@@ -237,8 +239,8 @@ class Show:
             if time.monotonic() - moved_at > STALL_SECONDS:
                 return
 
-    async def _until_counted(self, phase: Phase) -> None:
-        """Read every score, and wait for those that are still missing."""
+    async def _wait_until_counted(self, phase: Phase) -> None:
+        """Read every score, and wait for missing ones."""
         name = phase.name if phase.read_along else "checking"
         stalled_at = time.monotonic() + (STALL_SECONDS if self._waiting() <= 0 else 0.0)
         while True:
@@ -247,16 +249,16 @@ class Show:
                 self._add(phase, records)
                 if time.monotonic() - shown_at > FRAME_SECONDS:
                     shown_at = time.monotonic()
-                    self._show(phase, name, phase.tally.scored, "scores counted")
+                    self._show_scene(phase, name, phase.counter.scored, "scores counted")
             async for records in self._alerts.to_end():
                 self._add_alerts(phase, records)
-            await self._look(phase)
-            if phase.tally.missing <= phase.rejected or time.monotonic() > stalled_at:
+            await self._update(phase)
+            if phase.counter.missing <= phase.rejected or time.monotonic() > stalled_at:
                 return
             await asyncio.sleep(FRAME_SECONDS)
 
-    async def _look(self, phase: Phase) -> None:
-        """See what came out since the last look, and show it."""
+    async def _update(self, phase: Phase) -> None:
+        """Read the new results and show them."""
         self._check_processes()
         self._published = await self._scores.published()
         self._rejected += len(await self._dead_letters.read())
@@ -272,22 +274,22 @@ class Show:
         scene = self._scene
         scene.rate_in, scene.rate_out = self._rates.add(self._feed.count.acked, self._published)
         scored = self._published - phase.scored_before
-        self._show(phase, phase.name, scored, "scored")
+        self._show_scene(phase, phase.name, scored, "scored")
 
     def _event_ms(self, phase: Phase) -> int:
-        """How far simulated time has come."""
+        """Find the time of the newest sent transaction, in simulated milliseconds."""
         sent = self._feed.count.sent - phase.sent_before
         last = len(phase.transactions) - 1
         return int(phase.transactions.columns.timestamp_ms[min(sent, last)])
 
     def _waiting(self) -> int:
-        """Transactions sent that have no score yet."""
+        """Count the sent transactions without a score."""
         return self._feed.count.sent - self._published - self._rejected
 
     def _check_processes(self) -> None:
         for service in (self._services.kafka, self._services.redis):
             if service is not None:
-                _ = service.pid  # of one that has ended it raises, with the end of its log
+                _ = service.pid  # raises an error with its log if the service has ended
         self._check_workers()
 
     def _check_workers(self) -> None:
@@ -297,10 +299,10 @@ class Show:
             self._dead.add(worker.number)
             if len(self._dead) == len(self._workers):
                 raise ServiceError(
-                    f"{worker.name} {worker.death} and none is left; the end of its log:\n"
+                    f"{worker.name} {worker.death}, and no other worker runs; the end of its log:\n"
                     + worker.log_tail()
                 )
-            self._display.note(f"{worker.name} {worker.death}; the others take over")
+            self._display.note(f"{worker.name} {worker.death}; the other workers take over")
             if not worker.killed:
                 self.faults.append(f"{worker.name} {worker.death}")
 
@@ -309,14 +311,14 @@ class Show:
         await asyncio.gather(
             *(worker.refresh() for worker in self._workers if worker.number not in self._dead)
         )
-        self._latency.look()
+        self._latency.record()
 
     def _add(self, phase: Phase, records: list[Any]) -> None:
-        fresh = phase.tally.add(records)
+        fresh = phase.counter.add(records)
         if phase.warm:
             return
         fraud = phase.transactions.columns.scenario[fresh] > 0
-        flagged = phase.tally.decisions[fresh] > 0
+        flagged = phase.counter.decisions[fresh] > 0
         self._scene.caught += int((fraud & flagged).sum())
         self._scene.missed += int((fraud & ~flagged).sum())
         self._scene.false_alerts += int((flagged & ~fraud).sum())
@@ -327,7 +329,7 @@ class Show:
         index = phase.transactions.index_of([alert.transaction_id for alert in alerts])
         for alert, place in zip(alerts, index.tolist(), strict=True):
             if place < 0:
-                continue  # of the phase before, published again
+                continue  # a duplicate from the phase before
             phase.alerted[place] = True
             self._recent.appendleft(
                 AlertLine(
@@ -341,7 +343,7 @@ class Show:
                 )
             )
 
-    def _show(self, phase: Phase, name: str, done: int, unit: str) -> None:
+    def _show_scene(self, phase: Phase, name: str, done: int, unit: str) -> None:
         scene = self._scene
         total = len(phase.transactions)
         scene.phase, scene.explained = name, phase.explained
@@ -353,9 +355,9 @@ class Show:
         scene.scored = self._published
         scene.shows_alerts = not phase.warm
         if phase.warm:
-            scene.p50_seconds = scene.p99_seconds = None  # of a flood it is the time in a queue
+            scene.p50_seconds = scene.p99_seconds = None  # in a flood it would be the waiting time
         else:
-            scene.p50_seconds, scene.p99_seconds = map(self._latency.lately, (0.5, 0.99))
+            scene.p50_seconds, scene.p99_seconds = map(self._latency.recent, (0.5, 0.99))
         scene.event_ms = self._event_ms(phase)
         scene.alerts = self._alerts_read
         scene.rates_out, scene.recent = self._rates.curve, self._recent

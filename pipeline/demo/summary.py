@@ -1,4 +1,4 @@
-"""What the demo came to, in rows that a person would show to a colleague."""
+"""Summary of the demo, in rows for a person."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import psutil
 from redis.asyncio import Redis
 
 from model.simulator.world import LEGITIMATE, SCENARIOS
-from pipeline.demo.stage import Phase, Show
-from pipeline.demo.view import Caught, Summary, milliseconds
+from pipeline.demo.stage import Phase, Stage
+from pipeline.demo.view import DemoSummary, DetectionRate, milliseconds
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings
 from pipeline.storage.keys import MerchantKeys
@@ -22,47 +22,47 @@ from pipeline.units import DAY_MS
 
 _ACCOUNT_STATE = re.compile(rb"^[^:]+:[0-9a-f]{12}:\{[^{}]+\}:")
 SAMPLED = 100
-"""Account states, and merchant profiles, whose size is looked at."""
+"""Number of account states, and of merchant profiles, whose size is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """The phases that were played; None where one was left out."""
+    """Phases of a demo; None: skipped phase."""
 
     histories: Phase | None
     live: Phase
     burst: Phase | None
 
     def all(self) -> list[Phase]:
-        """In order."""
+        """List the phases in order."""
         return [phase for phase in (self.histories, self.live, self.burst) if phase is not None]
 
 
 async def summarize(
-    played: DemoResult, show: Show, workers: Sequence[WorkerProcess], settings: Settings
-) -> Summary:
-    """The summary; asks Redis and the workers once more."""
+    result: DemoResult, stage: Stage, workers: Sequence[WorkerProcess], settings: Settings
+) -> DemoSummary:
+    """Make the summary, with fresh values of Redis and the workers."""
     await asyncio.gather(*(worker.refresh() for worker in workers if worker.death is None))
-    rows = [("transactions", _transactions(played)), ("live", _live(played.live))]
-    if played.burst is not None:
+    rows = [("transactions", _transactions(result)), ("live", _live(result.live))]
+    if result.burst is not None:
         rows.append(
-            ("burst", _burst(played.burst, sum(worker.death is None for worker in workers)))
+            ("burst", _burst(result.burst, sum(worker.death is None for worker in workers)))
         )
-    rows.append(("alerts", _alerts(played, show)))
-    rows.append(("labels", _labels(show)))
+    rows.append(("alerts", _alerts(result, stage)))
+    rows.append(("labels", _labels(stage)))
     rows.append(("states", await _states(settings)))
-    return Summary(
-        rows, _caught(played), [_worker(worker) for worker in workers], list(show.faults)
+    return DemoSummary(
+        rows, _detection_rates(result), [_worker(worker) for worker in workers], list(stage.faults)
     )
 
 
-def _transactions(played: DemoResult) -> str:
-    phases = played.all()
+def _transactions(result: DemoResult) -> str:
+    phases = result.all()
     total = sum(len(phase.transactions) for phase in phases)
-    lost = sum(max(0, phase.tally.missing - phase.rejected) for phase in phases)
-    double = sum(phase.tally.repeated + phase.tally.strangers for phase in phases)
+    lost = sum(max(0, phase.counter.missing - phase.rejected) for phase in phases)
+    duplicates = sum(phase.counter.duplicates + phase.counter.unknown for phase in phases)
     rejected = sum(phase.rejected for phase in phases)
-    return f"{total:,}: lost {lost:,}, scored twice {double:,}, rejected {rejected:,}"
+    return f"{total:,}: lost {lost:,}, scored twice {duplicates:,}, rejected {rejected:,}"
 
 
 def _live(phase: Phase) -> str:
@@ -80,36 +80,38 @@ def _burst(phase: Phase, workers: int) -> str:
     )
 
 
-def _alerts(played: DemoResult, show: Show) -> str:
+def _alerts(result: DemoResult, stage: Stage) -> str:
     flagged = false = 0
-    for phase in (played.live, played.burst):
+    for phase in (result.live, result.burst):
         if phase is not None:
-            flags = phase.tally.flagged
+            flags = phase.counter.flagged
             flagged += int(flags.sum())
             false += int((flags & (phase.transactions.columns.scenario == 0)).sum())
     share = f", {false / flagged:.0%} of them false" if flagged else ""
     return f"{flagged:,}{share}"
 
 
-def _labels(show: Show) -> str:
-    labels = show.labels
+def _labels(stage: Stage) -> str:
+    labels = stage.labels
     days = labels.delay_ms / DAY_MS
     return f"{labels.sent:,} frauds became known, each {days:.0f} simulated days late"
 
 
-def _caught(played: DemoResult) -> list[Caught]:
-    phases = [phase for phase in (played.live, played.burst) if phase is not None]
+def _detection_rates(result: DemoResult) -> list[DetectionRate]:
+    phases = [phase for phase in (result.live, result.burst) if phase is not None]
     scenario = np.concatenate([phase.transactions.columns.scenario for phase in phases])
-    flagged = np.concatenate([phase.tally.flagged for phase in phases])
+    flagged = np.concatenate([phase.counter.flagged for phase in phases])
     return [
-        Caught(name, int((flagged & (scenario == kind)).sum()), int((scenario == kind).sum()))
+        DetectionRate(
+            name, int((flagged & (scenario == kind)).sum()), int((scenario == kind).sum())
+        )
         for kind, name in enumerate(SCENARIOS)
         if kind != LEGITIMATE and (scenario == kind).any()
     ]
 
 
 async def _states(settings: Settings) -> str:
-    """How many account states and merchant profiles Redis holds, and how large they are."""
+    """Count the account states and merchant profiles in Redis, and measure their size."""
     merchant = MerchantKeys(settings.redis_key_prefix).profiles_begin()
     client = Redis.from_url(settings.redis_url, **settings.redis_client_options())
     async with client:
@@ -139,11 +141,8 @@ def _worker(worker: WorkerProcess) -> str:
 
 
 def _resident_mb(pid: int) -> float | None:
-    """Resident memory, where the system tells (Linux)."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
+    """Read the resident memory of a process; None if it has ended."""
+    try:
+        return float(psutil.Process(pid).memory_info().rss) / (1 << 20)
+    except psutil.NoSuchProcess:
         return None
-    for line in status.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return None

@@ -1,7 +1,7 @@
-"""What the demo shows: a live view in a terminal, plain lines elsewhere, and the summary.
+"""View of the demo: a live view in a terminal, plain lines elsewhere, and the summary.
 
-Colour has one meaning everywhere: green is fraud caught, red is fraud missed or something lost,
-yellow is a false alert. Numbers are bold, what they are called is dim.
+Each colour has one meaning. Green is caught fraud, red is missed fraud or a loss, and yellow is a
+false alert. Numbers are bold and their names are dim.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN_LINE_SECONDS = 2.0
 WIDTH_MAX = 110
 PROGRESS_WIDTH = 28
 NARROW = 76
-"""Under so many columns merchants and second columns are left out."""
+"""Width under which the view omits merchants and second columns."""
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _DASH = "–"
@@ -34,7 +34,7 @@ _DASH = "–"
 
 @dataclass(frozen=True, slots=True)
 class AlertLine:
-    """One alert; ``scenario`` is the truth, 0 legitimate."""
+    """Line of an alert; ``scenario`` is the truth, 0: legitimate."""
 
     event_ms: int
     account_id: str
@@ -47,12 +47,12 @@ class AlertLine:
 
 @dataclass(slots=True)
 class Scene:
-    """Everything the view shows at one moment."""
+    """Content of the view at one moment."""
 
     phase: str = ""
     explained: str = ""
     done: float = 0.0
-    """How much of the phase is over, 0 to 1."""
+    """Share of the phase that is done, 0 to 1."""
     progress: str = ""
     rate_in: float = 0.0
     rate_out: float = 0.0
@@ -66,18 +66,18 @@ class Scene:
     alerts: int = 0
     false_alerts: int = 0
     rates_out: Sequence[float] = ()
-    """The last rates, oldest first, for the little curve."""
+    """Last rates for the curve, oldest first."""
     shows_alerts: bool = True
     recent: Sequence[AlertLine] = ()
-    """Newest first."""
+    """Last alerts, newest first."""
     workers: Sequence[str] = ()
     addresses: Sequence[str] = field(default_factory=list)
     hint: str = "Ctrl-C ends the demo"
 
 
 @dataclass(frozen=True, slots=True)
-class Caught:
-    """Of one kind of fraud."""
+class DetectionRate:
+    """Caught frauds of one kind."""
 
     name: str
     caught: int
@@ -85,44 +85,44 @@ class Caught:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What a person would show to a colleague."""
+class DemoSummary:
+    """Content of the summary."""
 
     rows: Sequence[tuple[str, str]]
-    """Name and text, in order."""
-    caught: Sequence[Caught]
+    """Names and texts, in order."""
+    caught: Sequence[DetectionRate]
     workers: Sequence[str]
     faults: Sequence[str]
-    """What went wrong; none when all is well."""
+    """Descriptions of faults; empty after a success."""
 
 
 class Display(Protocol):
-    """Where the demo shows itself."""
+    """Output of the demo."""
 
     def heading(self, text: str) -> None:
-        """The first line."""
+        """Show the first line."""
 
     def working(self, what: str) -> None:
-        """Something begins that takes a while."""
+        """Announce a step that takes some time."""
 
     def done(self, what: str, detail: str) -> None:
-        """A step is over: a line that stays."""
+        """Show the result of a step in a line that stays."""
 
     def note(self, text: str, *, bad: bool = False) -> None:
-        """Something out of the ordinary happened: a line that stays."""
+        """Show an unusual event in a line that stays."""
 
     def show(self, scene: Scene) -> None:
-        """The present state."""
+        """Show the present state."""
 
-    def summary(self, summary: Summary) -> None:
-        """What it all came to: lines that stay."""
+    def summary(self, summary: DemoSummary) -> None:
+        """Show the summary in lines that stay."""
 
     def close(self) -> None:
-        """The live part is over."""
+        """End the live view."""
 
 
 class LiveDisplay:
-    """For a terminal: lines that stay above, a view that changes below."""
+    """Output for a terminal: lines that stay, and a changing view below them."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -132,34 +132,34 @@ class LiveDisplay:
         self._started = False
 
     def heading(self, text: str) -> None:
-        """Bold, with air around it."""
+        """Print it bold, between empty lines."""
         self._console.print(Text(f"\n  {text}\n", style="bold"))
 
     def working(self, what: str) -> None:
-        """A dim line that the next one replaces."""
+        """Show a dim line that the next one replaces."""
         self._update(Text(f"  … {what}", style="dim", no_wrap=True, overflow="ellipsis"))
 
     def done(self, what: str, detail: str) -> None:
-        """A line with a tick."""
+        """Print a line with a tick."""
         self._update(Text(""))
         line = Text.assemble(("  ✓ ", "green"), f"{what:<20}", (detail, "dim"))
         self._console.print(line, no_wrap=True, overflow="ellipsis")
 
     def note(self, text: str, *, bad: bool = False) -> None:
-        """A marked line."""
+        """Print a marked line."""
         self._console.print(Text(f"  ! {text}", style="red" if bad else "yellow"))
 
     def show(self, scene: Scene) -> None:
         """Redraw the view."""
         self._update(render(scene, self._console.width, self._console.height))
 
-    def summary(self, summary: Summary) -> None:
-        """The table, in place of the view."""
+    def summary(self, summary: DemoSummary) -> None:
+        """Print the table in place of the view."""
         self.close()
         self._console.print(summary_view(summary))
 
     def close(self) -> None:
-        """Take the view away."""
+        """Remove the view."""
         if self._started:
             self._live.update(Text(""), refresh=True)
             self._live.stop()
@@ -173,7 +173,7 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """For a pipe or a log: a line now and then, no control characters."""
+    """Output for a pipe or a log: some lines, without control characters."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -181,55 +181,58 @@ class PlainDisplay:
         self._phase = ""
 
     def heading(self, text: str) -> None:
-        """One line."""
-        self._say(text)
+        """Print a line."""
+        self._print(text)
 
     def working(self, what: str) -> None:
-        """One line."""
-        self._say(f"... {what}")
+        """Print a line."""
+        self._print(f"... {what}")
 
     def done(self, what: str, detail: str) -> None:
-        """One line."""
-        self._say(f"ok  {what}: {detail}")
+        """Print a line."""
+        self._print(f"ok  {what}: {detail}")
 
     def note(self, text: str, *, bad: bool = False) -> None:
-        """One line."""
-        self._say(f"!   {text}")
+        """Print a line."""
+        self._print(f"!   {text}")
 
     def show(self, scene: Scene) -> None:
-        """At most one line in :data:`PLAIN_LINE_SECONDS`, and one when a phase begins."""
+        """Print a line at most every :data:`PLAIN_LINE_SECONDS`, and when a phase begins."""
         now = time.monotonic()
         if scene.phase == self._phase and now - self._last_line < PLAIN_LINE_SECONDS:
             return
         self._phase, self._last_line = scene.phase, now
         parts = [
-            f"    {scene.phase:<10} {scene.progress:>15}",
+            f"    {scene.phase:<10} {scene.progress:>32}",
             f"in {scene.rate_in:>7,.0f}/s",
             f"out {scene.rate_out:>7,.0f}/s",
             f"waiting {scene.waiting:>7,}",
         ]
         if scene.p50_seconds is not None:
             parts.append(
-                f"p50 {milliseconds(scene.p50_seconds)} p99 {milliseconds(scene.p99_seconds)}"
+                f"p50 {milliseconds(scene.p50_seconds)}, p99 {milliseconds(scene.p99_seconds)}"
             )
         if scene.alerts:
-            parts.append(f"caught {scene.caught} missed {scene.missed} false {scene.false_alerts}")
-        self._say("  ".join(parts))
+            parts.append(
+                f"fraud caught {scene.caught:,}, missed {scene.missed:,};"
+                f" false alerts {scene.false_alerts:,}"
+            )
+        self._print("  ".join(parts))
 
-    def summary(self, summary: Summary) -> None:
-        """The same table."""
+    def summary(self, summary: DemoSummary) -> None:
+        """Print the table."""
         self._console.print(summary_view(summary))
 
     def close(self) -> None:
-        """Nothing to take away."""
+        """Do nothing: no view is open."""
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._console.file.flush()
 
 
 def display_for(console: Console) -> Display:
-    """Live in a terminal, else plain."""
+    """Choose the live output for a terminal, else the plain one."""
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveDisplay(console)
     return PlainDisplay(console)
@@ -239,7 +242,7 @@ def display_for(console: Console) -> Display:
 
 
 def render(scene: Scene, width: int, height: int) -> RenderableType:
-    """The view, no wider and no higher than given (80 x 24 is enough for all of it)."""
+    """Draw the view within a width and a height; 80 x 24 is enough for all of it."""
     width = min(width, WIDTH_MAX)
     narrow = width < NARROW
     parts: list[RenderableType] = [_header(scene, width), Text(""), _numbers(scene, narrow)]
@@ -353,7 +356,7 @@ def _alerts(scene: Scene, narrow: bool, lines: int) -> RenderableType:
 
 
 def truth(scenario: int) -> Text:
-    """What the simulator knows about an alert."""
+    """Format the true scenario of an alert."""
     return Text(scenario_name(scenario), "yellow" if scenario == LEGITIMATE else "green")
 
 
@@ -369,15 +372,15 @@ def _footer(scene: Scene, width: int) -> list[RenderableType]:
 
 
 def _lines(parts: Sequence[RenderableType]) -> int:
-    """Lines that the view's parts take; tables here have no border."""
+    """Count the lines of the view's parts; tables here have no border."""
     return sum(part.row_count if isinstance(part, Table) else 1 for part in parts)
 
 
 # The summary
 
 
-def summary_view(summary: Summary) -> RenderableType:
-    """The summary, for terminal and pipe alike."""
+def summary_view(summary: DemoSummary) -> RenderableType:
+    """Draw the summary, for a terminal or a pipe."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", justify="right", min_width=13)
     grid.add_column()
@@ -392,15 +395,15 @@ def summary_view(summary: Summary) -> RenderableType:
     for index, worker in enumerate(summary.workers):
         grid.add_row("workers" if index == 0 else "", worker)
     good = not summary.faults
-    verdict = Text("every transaction was scored exactly once", "green")
+    result = Text("every transaction was scored exactly once", "green")
     if not good:
-        verdict = Text("; ".join(summary.faults), "bold red")
-    grid.add_row("result", verdict)
+        result = Text("; ".join(summary.faults), "bold red")
+    grid.add_row("result", result)
     return Group(Rule(Text("Summary", "bold"), style="dim", align="left"), Text(""), grid, Text(""))
 
 
 def milliseconds(seconds: float | None) -> str:
-    """For people: 1.8 ms, 250 ms, 12.1 s."""
+    """Format a duration, such as 1.8 ms, 250 ms or 12.1 s."""
     if seconds is None:
         return _DASH
     if seconds >= 10:
@@ -409,7 +412,7 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """For people: 0:07, 1:02:03."""
+    """Format a duration as a clock, such as 0:07 or 1:02:03."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

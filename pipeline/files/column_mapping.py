@@ -1,4 +1,4 @@
-"""Which columns of a file are which fields of a transaction: a TOML file, or a shipped name."""
+"""Column mappings: the columns of a file that hold the fields of a transaction, in TOML."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ EXAMPLE = "example"
 T = TypeVar("T")
 
 OPTIONAL_FIELDS = ("category", "channel", "country")
-"""Of a transaction, in the order of its definition."""
+"""Optional fields of a transaction, in the order of its definition."""
 
-
-FURTHER_FIELDS_MAX = 64
-"""Numeric and categorical fields besides those of a transaction."""
+EXTRA_FIELDS_MAX = 64
+"""Limit of the numeric and categorical fields besides those of a transaction."""
 
 FIELD_NAME_MAX_CHARACTERS = 64
 
 
-class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The file's name for each field; ``label`` and ``scenario`` are the truth, not sent."""
+class ColumnNames(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Column name of each field; ``label`` and ``scenario`` are the truth, which is not sent."""
 
     transaction_id: str | None = None
-    """Replay needs it, training does not."""
+    """Column of the ids; replay needs it, training does not."""
     account_id: str
     merchant_id: str
     amount: str
@@ -45,7 +44,7 @@ class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Constants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Values that every transaction gets."""
+    """Values that all transactions get."""
 
     currency: str | None = None
     category: str | None = None
@@ -54,7 +53,7 @@ class Constants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prefixes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Text put before each id."""
+    """Texts to put before the ids."""
 
     transaction_id: str = ""
     account_id: str = ""
@@ -62,31 +61,31 @@ class Prefixes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TimeForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a time is written: ``unit`` of numbers, ``format`` (strptime) of text, ``zone``."""
+    """Form of a time: ``unit`` of numbers, ``format`` (strptime) of text, and ``zone``."""
 
     unit: Literal["s", "ms", "us", "ns"] | None = None
     format: str | None = None
     zone: str = "UTC"
 
 
-class FurtherFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fields that a transaction carries besides its own: a list of columns, or name to column."""
+class ExtraFieldColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Columns of extra fields: a list of columns, or column by field name."""
 
     numeric: list[str] | dict[str, str] = []
     categorical: list[str] | dict[str, str] = []
 
 
 class ColumnMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A mapping file's content."""
+    """Content of a mapping file for transactions."""
 
-    columns: Columns
-    fields: FurtherFields = FurtherFields()
+    columns: ColumnNames
+    fields: ExtraFieldColumns = ExtraFieldColumns()
     constants: Constants = Constants()
     prefixes: Prefixes = Prefixes()
     time: TimeForm = TimeForm()
 
     def columns_by_field(self) -> dict[str, str]:
-        """Field to the file's column, of the fields that have one."""
+        """Collect the columns by field, of the fields that have one."""
         return {
             field: column
             for field, column in msgspec.structs.asdict(self.columns).items()
@@ -95,17 +94,17 @@ class ColumnMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def numeric(self) -> dict[str, str]:
-        """Name in a transaction to the file's column, of the further numeric fields."""
+        """Columns of the extra numeric fields, by name in a transaction."""
         return _by_name(self.fields.numeric)
 
     @property
     def categorical(self) -> dict[str, str]:
-        """The same of the further categorical fields."""
+        """Columns of the extra categorical fields, by name in a transaction."""
         return _by_name(self.fields.categorical)
 
 
 class LabelColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A file of labels' name for each field."""
+    """Column name of each field in a file of labels."""
 
     transaction_id: str = "transaction_id"
     account_id: str = "account_id"
@@ -114,7 +113,7 @@ class LabelColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     timestamp: str = "timestamp"
     labelled_at: str = "labelled_at"
     merchant_weight: str = "merchant_weight"
-    """A file may be without it."""
+    """Optional column."""
 
 
 class LabelMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,23 +125,23 @@ class LabelMapping(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_label_mapping(path: Path | None) -> LabelMapping:
-    """Read a mapping for a file of labels; without one columns are called as the fields are.
+    """Read a mapping for a file of labels; without a path, columns have the fields' names.
 
     Raises:
-        RecurError: there is no such file, or it is not a mapping; says which key is wrong.
+        RecurError: the file is missing or not a mapping; the message names the wrong key.
     """
     if path is None:
         return LabelMapping()
-    mapping = _decoded(path, LabelMapping)
+    mapping = _decode(path, LabelMapping)
     _check_zone(path, mapping.time)
     return mapping
 
 
 def load_mapping(name: str | Path) -> ColumnMapping:
-    """Read a mapping: a file's path, or the name of a shipped one such as ``handbook``.
+    """Read a mapping from a path, or a shipped one by its name, such as ``handbook``.
 
     Raises:
-        RecurError: there is no such mapping, or it is not one; says which key is wrong.
+        RecurError: the mapping is missing or wrong; the message names the wrong key.
     """
     path = Path(name)
     if not path.is_file():
@@ -153,12 +152,12 @@ def load_mapping(name: str | Path) -> ColumnMapping:
                 f" (`recur replay --example-columns` prints one) or one of {shipped_mappings()}"
             )
         path = shipped
-    mapping = _decoded(path, ColumnMapping)
+    mapping = _decode(path, ColumnMapping)
     _check(path, mapping)
     return mapping
 
 
-def _decoded(path: Path, kind: type[T]) -> T:
+def _decode(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.toml.decode(path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:  # ValidationError is one
@@ -168,12 +167,12 @@ def _decoded(path: Path, kind: type[T]) -> T:
 
 
 def shipped_mappings() -> str:
-    """Names that :func:`load_mapping` knows, comma-separated."""
+    """List the names that :func:`load_mapping` knows, comma-separated."""
     return ", ".join(sorted(path.stem for path in SHIPPED.glob("*.toml") if path.stem != EXAMPLE))
 
 
 def example_mapping() -> str:
-    """A mapping file to copy, with every key explained."""
+    """Read the example mapping, which explains every key."""
     return (SHIPPED / f"{EXAMPLE}.toml").read_text(encoding="utf-8")
 
 
@@ -181,17 +180,17 @@ def _by_name(fields: list[str] | dict[str, str]) -> dict[str, str]:
     return fields if isinstance(fields, dict) else {column: column for column in fields}
 
 
-def _check_further(path: Path, mapping: ColumnMapping) -> None:
-    """Names that a live transaction can carry beside its own fields, none of them twice."""
+def _check_extra_fields(path: Path, mapping: ColumnMapping) -> None:
+    """Check that a transaction can carry the extra fields: their number, names and uniqueness."""
     names = [
         name
         for fields in (mapping.fields.numeric, mapping.fields.categorical)
         for name in fields  # a list may name a column twice
     ]
-    if len(names) > FURTHER_FIELDS_MAX:
+    if len(names) > EXTRA_FIELDS_MAX:
         raise RecurError(
-            f"{path}: {len(names)} columns under [fields]; at most {FURTHER_FIELDS_MAX}: leave"
-            " some out"
+            f"{path}: {len(names)} columns under [fields], and at most {EXTRA_FIELDS_MAX} are"
+            " allowed: remove some"
         )
     taken = {*Transaction.__struct_fields__, "label", "scenario", *FEATURES}
     for name in names:
@@ -203,18 +202,18 @@ def _check_further(path: Path, mapping: ColumnMapping) -> None:
             )
         if name in taken:
             raise RecurError(
-                f"{path}: {name} under [fields] is there already (a field of every transaction, a"
-                " feature, or named twice): leave it out or rename it, as in numeric = { my_"
+                f"{path}: {name} under [fields] exists already (as a field of a transaction, as a"
+                " feature, or twice here): remove it or rename it, as in numeric = { my_"
                 f'{name} = "its column" }}'
             )
         taken.add(name)
 
 
 def _check(path: Path, mapping: ColumnMapping) -> None:
-    _check_further(path, mapping)
+    _check_extra_fields(path, mapping)
     for field, value in msgspec.structs.asdict(mapping.constants).items():
         if value is not None and getattr(mapping.columns, field) is not None:
-            raise RecurError(f"{path}: {field} stands under [columns] and [constants]: keep one")
+            raise RecurError(f"{path}: {field} is under [columns] and under [constants]: keep one")
     if mapping.columns.currency is None and mapping.constants.currency is None:
         raise RecurError(
             f'{path}: no currency: write currency = "EUR" (or another) under [constants],'
@@ -231,6 +230,6 @@ def _check_zone(path: Path, form: TimeForm) -> None:
         ZoneInfo(form.zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise RecurError(
-            f"{path}: time.zone {form.zone!r} is no time zone known here;"
+            f"{path}: time.zone {form.zone!r} is not a known time zone;"
             " write one such as UTC or Europe/Madrid"
         ) from None

@@ -1,8 +1,8 @@
-"""The jars of the embedded Apache Kafka: pinned, fetched once by their Maven coordinates.
+"""The jars of the embedded Apache Kafka: pinned, and fetched once by their Maven coordinates.
 
-They lie in ``$XDG_CACHE_HOME/recur`` (``~/.cache/recur``). Runs that start at the same time wait
-for each other, and a directory of jars appears there only when all of them are in and their
-digest is right. To fetch from a mirror, name it as the repository ``central`` in jgo's settings.
+Their place is ``$XDG_CACHE_HOME/recur`` (``~/.cache/recur``). Runs that start at the same time
+wait for each other. The directory of jars appears there only when it is complete and its digest
+is right. To fetch from a mirror, name it as the repository ``central`` in jgo's settings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.errors import ServiceError
 KAFKA_VERSION = "4.1.2"
 SCALA_VERSION = "2.13"
 SLF4J_VERSION = "1.7.36"
-"""The version that this Kafka's slf4j-api has; the backend must have the same."""
+"""Version of this Kafka's slf4j-api; the logging backend must have the same."""
 
 JARS = {
     "at.yawk.lz4": "lz4-java:1.10.1",
@@ -67,32 +67,34 @@ JARS = {
     "org.xerial.snappy": "snappy-java:1.1.10.7",
     "org.yaml": "snakeyaml:2.4",
 }
-"""Group to its artifacts and versions: what jgo resolves for ``org.apache.kafka:kafka_2.13`` and
-``org.slf4j:slf4j-simple``, written down so that no POM has to be fetched and nothing can change.
-For another version put down what ``jgo.resolve`` finds, and the digest that the error then names.
+"""Artifacts and versions by group: the result of jgo's resolution, pinned here.
+
+It resolved ``org.apache.kafka:kafka_2.13`` and ``org.slf4j:slf4j-simple``. The list saves the
+fetching of POMs and keeps every version fixed. For another version of Kafka, enter the result of
+``jgo.resolve``, and the digest that the error then names.
 """
 
 JARS_SHA256 = "92aab136fc20e69cafef8b2a988eb95336f78e97da4bc92e2099c9abb26d98d7"
-"""Of the lines ``<file name> <SHA-256 of the file>``, sorted, each with a newline."""
+"""Digest of the sorted lines ``<file name> <SHA-256 of the file>``, each with a newline."""
 
 JARS_MEGABYTES = 45
 FETCH_LIMIT_SECONDS = 600.0
-"""How long fetching, or waiting for another run that fetches, may take."""
+"""Limit for fetching, and for waiting while another run fetches."""
 
 _FETCHES_AT_ONCE = 6
 _REQUEST_TIMEOUT_SECONDS = 15
 
 
 def jar_directory(cache: Path | None = None) -> Path:
-    """Directory with Kafka's jars and nothing else but jars; fetches them if they aren't there.
+    """Find the directory with Kafka's jars; fetch them if they are missing.
 
     Progress goes to standard error.
 
     Args:
-        cache: directory that holds the directory of jars; the user's own by default.
+        cache: place of the directory of jars. None: the user's cache.
 
     Raises:
-        ServiceError: the jars can't be fetched or stored, or aren't the pinned ones.
+        ServiceError: the jars cannot be fetched or stored, or they differ from the pinned ones.
     """
     try:
         cache = cache or _user_cache()
@@ -100,7 +102,7 @@ def jar_directory(cache: Path | None = None) -> Path:
         if not _complete(jars):
             cache.mkdir(parents=True, exist_ok=True)
             with _locked(cache / f"{jars.name}.lock"):
-                if not _complete(jars):  # another run may have fetched them meanwhile
+                if not _complete(jars):  # another run may have fetched them by now
                     _fetch_into(jars)
     except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
         raise ServiceError(
@@ -115,7 +117,7 @@ def _user_cache() -> Path:
 
 
 def _coordinates() -> Iterator[tuple[str, str, str]]:
-    """(group, artifact, version) of each jar."""
+    """List group, artifact and version of each jar."""
     for group, artifacts in JARS.items():
         for artifact in artifacts.split():
             name, _, version = artifact.partition(":")
@@ -128,7 +130,7 @@ def _complete(jars: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock on ``path``; it is released even if this process is killed."""
+    """Hold the lock on ``path``; the system releases it if this process is killed."""
     deadline = time.monotonic() + FETCH_LIMIT_SECONDS
     waiting = False
     with path.open("w") as file:
@@ -148,7 +150,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _fetch_into(jars: Path) -> None:
     staging = jars.with_name(f"{jars.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # a run that was killed left it
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
     staging.mkdir()
     try:
         files = _download(staging / "repository", list(_coordinates()))
@@ -157,15 +159,15 @@ def _fetch_into(jars: Path) -> None:
         shutil.rmtree(staging / "repository")
         found = _digest(sorted(staging.iterdir()))
         if found != JARS_SHA256:
-            raise RuntimeError(f"their SHA-256 is {found} and should be {JARS_SHA256}")
-        shutil.rmtree(jars, ignore_errors=True)  # an incomplete one
+            raise RuntimeError(f"their SHA-256 is {found} and must be {JARS_SHA256}")
+        shutil.rmtree(jars, ignore_errors=True)  # it may be incomplete
         staging.rename(jars)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _download(repository: Path, coordinates: Sequence[tuple[str, str, str]]) -> list[Path]:
-    # Imported here: only the first run of all needs it, and it takes a third of a second.
+    # Imported here: only the first run needs it, and the import takes a third of a second.
     from jgo.config import GlobalSettings
     from jgo.maven import MavenContext, PythonResolver
 
@@ -199,7 +201,7 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 class _Progress:
-    """One line on standard error: redrawn on a terminal, else repeated with every 10 MB."""
+    """A line on standard error: redrawn on a terminal, otherwise repeated every 10 MB."""
 
     def __init__(self, files: int) -> None:
         self._deadline = time.monotonic() + FETCH_LIMIT_SECONDS
@@ -212,13 +214,13 @@ class _Progress:
 
     @contextmanager
     def file(self, name: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Progress of one file, as jgo wants it."""
+        """Show the progress of one file, in the form that jgo expects."""
         yield self._add
         with self._lock:
             self._files_done += 1
 
     def cancel(self) -> None:
-        """Make every download under way end with an error."""
+        """Make every running download end with an error."""
         self._deadline = 0.0
 
     def close(self) -> None:
@@ -228,7 +230,7 @@ class _Progress:
 
     def _add(self, size_bytes: int) -> None:
         if time.monotonic() > self._deadline:
-            raise TimeoutError(f"{self._files_done} of {self._files} jars came in time")
+            raise TimeoutError(f"only {self._files_done} of {self._files} jars arrived in time")
         with self._lock:
             self._bytes_done += size_bytes
             step = 500_000 if self._redraw else 10_000_000

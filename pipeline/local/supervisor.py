@@ -1,14 +1,16 @@
-"""A process that ends with its parent, even when the parent is killed with SIGKILL.
+"""A process that ends with its parent, even when SIGKILL ends the parent.
 
-Between the two stands a supervisor: this file, run as a script. It starts the process, holds the
-read end of a pipe from the parent, and ends the process as soon as the pipe closes, however the
-parent went. (``PR_SET_PDEATHSIG`` alone would fire when the *thread* that forked ends, and macOS
-has none; here it only covers the supervisor's own death.) Signals travel through the same pipe,
-one byte each, so that none can reach a stranger who got the number of a process already gone.
+A supervisor stands between the two: this file, run as a script. It starts the process and holds
+the read end of a pipe from the parent. The pipe closes when the parent ends, in any way. Then the
+supervisor ends the process.
 
-Supervisor and process have a session of their own: Ctrl-C in the terminal does not reach them.
+``PR_SET_PDEATHSIG`` alone is not enough: it fires when the *thread* that forked ends, and macOS
+does not have it. Here it only covers the supervisor's own death. Signals travel through the pipe,
+one byte each. So a signal cannot reach another process that got the id of an ended one.
 
-The script runs with ``-I -S`` for a quick start, so this module imports the standard library only.
+Supervisor and process have their own session: Ctrl-C in the terminal does not reach them.
+
+The script runs with ``-I -S`` for a quick start. So this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from types import TracebackType
 from typing import BinaryIO
 
 PARENT_CHECK_SECONDS = 1.0
-"""A pipe that something else inherited stays open: the parent's number is looked at this often."""
+"""Interval of the check of the parent's id. Another process may have inherited the pipe, and
+then the pipe stays open after the parent's end."""
 
 LOCK_WAIT_SECONDS = 3.0
-"""A killed process's children, such as a Redis that rewrites its file, may need a moment to end."""
+"""Time for the children of a killed process to end, such as a Redis that rewrites its file."""
 
 _PR_SET_PDEATHSIG = 1
 _CANNOT_START = 127
@@ -42,19 +45,17 @@ class SupervisedProcess:
     """A running process that does not outlive this one.
 
     Args:
-        command: the program's path and its arguments.
-        log_path: file that standard output and error are appended to. It stays locked while the
-            process or one of its children has it open, so that no other run can use the
-            directory that it lies in.
+        command: path of the program, and its arguments.
+        log_path: file to which standard output and error are appended. It stays locked while the
+            process or one of its children has it open. So no other run can use its directory.
         directory: working directory.
-        environment: all its environment variables; ours when None.
-        remove: directory that is deleted when the process ends because its parent did;
-            the process is then killed at once instead of told to stop.
-        grace_seconds: how long it may take to stop when its parent ended.
+        environment: all its environment variables. None: those of this process.
+        remove: directory to delete when the parent's end ends the process. The process is then
+            killed at once.
+        grace_seconds: time to stop after the parent's end.
 
     Raises:
-        ChildProcessError: the program could not be started, or another run has the log; the
-            message says which.
+        ChildProcessError: the program cannot be started, or another run has the log.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class SupervisedProcess:
         remove: Path | None = None,
         grace_seconds: float = 10.0,
     ) -> None:
-        terms = [str(os.getpid()), str(remove or ""), str(grace_seconds)]
+        arguments = [str(os.getpid()), str(remove or ""), str(grace_seconds)]
         with log_path.open("ab") as log:
             _lock(log)
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, *terms, *command],
+                [sys.executable, "-I", "-S", __file__, *arguments, *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -90,21 +91,21 @@ class SupervisedProcess:
 
     @property
     def supervisor_pid(self) -> int:
-        """Number of the process in between."""
+        """Id of the supervisor's process."""
         return self._supervisor.pid
 
     def poll(self) -> int | None:
-        """Exit status, 128 + n when signal n ended it, or None while it runs."""
+        """Exit status, or 128 + n if signal n ended the process; None while it runs."""
         status = self._supervisor.poll()
         if status is not None:
             self._close_pipe()
         return status
 
     def wait(self, timeout_seconds: float | None = None) -> int:
-        """Wait for its end and return the exit status as :meth:`poll` does.
+        """Wait for the end and return the exit status as :meth:`poll` does.
 
         Raises:
-            TimeoutError: it still runs after ``timeout_seconds``.
+            TimeoutError: the process still runs after ``timeout_seconds``.
         """
         try:
             status = self._supervisor.wait(timeout_seconds)
@@ -114,7 +115,7 @@ class SupervisedProcess:
         return status
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process; nothing happens when it has ended."""
+        """Send a signal to the process; do nothing if it has ended."""
         if self.poll() is None:
             assert self._supervisor.stdin is not None
             try:
@@ -123,7 +124,7 @@ class SupervisedProcess:
                 return  # it ended just now
 
     def stop(self, timeout_seconds: float) -> int:
-        """SIGTERM (after SIGCONT), then SIGKILL if it has not ended in time; the exit status."""
+        """Send SIGCONT and SIGTERM, then SIGKILL after the limit, and return the exit status."""
         self.send_signal(signal.SIGCONT)
         self.send_signal(signal.SIGTERM)
         try:
@@ -132,7 +133,7 @@ class SupervisedProcess:
             return self.kill()
 
     def kill(self) -> int:
-        """SIGKILL; returns the exit status."""
+        """Send SIGKILL and return the exit status."""
         self.send_signal(signal.SIGKILL)
         return self.wait()
 
@@ -160,14 +161,14 @@ def _lock(log: BinaryIO) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ChildProcessError(
-                    f"{log.name} belongs to a process that still runs; end it, or use another"
+                    f"{log.name} belongs to a process that still runs: end it, or use another"
                     " directory"
                 ) from None
         time.sleep(0.05)
 
 
 def supervise(parent_pid: int, remove: str, grace_seconds: float, command: Sequence[str]) -> int:
-    """The supervisor: run ``command`` until it ends or the parent does; returns its status."""
+    """Run ``command`` until it or the parent ends, and return its exit status."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def die_with_supervisor() -> None:
@@ -179,7 +180,7 @@ def supervise(parent_pid: int, remove: str, grace_seconds: float, command: Seque
             command,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
-            preexec_fn=die_with_supervisor,  # safe: this process has one thread yet
+            preexec_fn=die_with_supervisor,  # safe: this process still has one thread
         )
     except OSError as error:
         os.write(1, f"{error}\n".encode())
@@ -187,38 +188,38 @@ def supervise(parent_pid: int, remove: str, grace_seconds: float, command: Seque
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     orphaned = threading.Event()
     threading.Thread(
-        target=_obey,
+        target=_forward_signals,
         args=(process, parent_pid, 0.0 if remove else grace_seconds, orphaned),
         daemon=True,
     ).start()
     os.write(1, f"{process.pid}\n".encode())
     status = process.wait()
     if remove and orphaned.is_set():
-        shutil.rmtree(remove, ignore_errors=True)  # a neighbour may be removing it as well
+        shutil.rmtree(remove, ignore_errors=True)  # another supervisor may be removing it too
     return status if status >= 0 else 128 - status
 
 
-def _obey(
+def _forward_signals(
     process: subprocess.Popen[bytes],
     parent_pid: int,
     grace_seconds: float,
     orphaned: threading.Event,
 ) -> None:
-    """Pass on each signal from the pipe; end the process when the parent is gone."""
+    """Forward each signal from the pipe; end the process when the parent has ended."""
     while True:
         readable, _, _ = select.select([0], [], [], PARENT_CHECK_SECONDS)
         if readable:
-            order = os.read(0, 1)
-            if not order:
+            received = os.read(0, 1)
+            if not received:
                 break
-            process.send_signal(order[0])
+            process.send_signal(received[0])
         elif os.getppid() != parent_pid:
             break
     orphaned.set()
     if grace_seconds:
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGTERM)
-        time.sleep(grace_seconds)  # the main thread ends this process as soon as the child has
+        time.sleep(grace_seconds)  # the main thread exits before, if the child ends in time
     process.kill()
 
 

@@ -1,6 +1,6 @@
-"""Workers as processes of this one: start, wait until ready, read their metrics, stop.
+"""Worker processes on this machine: start, wait until ready, read their metrics, stop.
 
-They are supervised (:mod:`pipeline.local.supervisor`): none outlives this process.
+A supervisor (:mod:`pipeline.local.supervisor`) ends each worker with this process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from pathlib import Path
 
 import pipeline
 from pipeline.errors import ServiceError
-from pipeline.local.services import HOST, free_port
+from pipeline.local.ports import HOST, free_port
 from pipeline.local.supervisor import SupervisedProcess
+from pipeline.local.worker_metrics import Samples, parse_samples
 
 STOP_SECONDS = 20.0
-"""A worker may take so long to finish its micro-batch and leave the group: its own bound
-(RECUR_SHUTDOWN_SECONDS), and what ending takes."""
+"""Limit for a worker to finish its micro-batch and leave the group.
+
+It covers the worker's own limit (RECUR_SHUTDOWN_SECONDS) and the end of its process.
+"""
 
 HTTP_TIMEOUT_SECONDS = 2.0
 POLL_SECONDS = 0.1
@@ -29,15 +32,10 @@ TAIL_LINES = 12
 TAIL_MAX_BYTES = 16_384
 METRICS_MAX_BYTES = 1 << 20
 
-LATENCY = "recur_score_latency_seconds"
-
-Samples = dict[str, float]
-"""Sample name with labels, as /metrics prints it, to its value."""
-
 
 @dataclass
 class WorkerProcess:
-    """One worker; ``samples`` are the metrics it last told, also after its death."""
+    """A worker process; ``samples`` are its last known metrics, also after its death."""
 
     number: int
     process: SupervisedProcess
@@ -49,32 +47,32 @@ class WorkerProcess:
 
     @property
     def name(self) -> str:
-        """For people: worker 1, worker 2."""
+        """Name for people, such as worker 1."""
         return f"worker {self.number}"
 
     @property
     def address(self) -> str:
-        """Of its metrics."""
+        """Address of its metrics."""
         return f"http://{self.host}:{self.port}/metrics"
 
     @property
     def death(self) -> str | None:
-        """How it died without being told to; None while it lives."""
+        """Description of an unexpected end; None while it runs or after a stop."""
         status = self.process.poll()
         if status is None or self.stopping:
             return None
         if status > 128:
-            return f"was ended by {_signal_name(status - 128)}"
+            return f"was killed by {_signal_name(status - 128)}"
         return f"ended with exit status {status}"
 
     @property
     def killed(self) -> bool:
-        """A signal ended it: somebody's doing, not a fault of its own."""
+        """Whether a signal ended it, which is not a fault of its own."""
         status = self.process.poll()
         return status is not None and status > 128
 
     def log_tail(self) -> str:
-        """The last lines of its log."""
+        """Read the last lines of its log."""
         with self.log_path.open("rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - TAIL_MAX_BYTES))
@@ -82,24 +80,24 @@ class WorkerProcess:
         return "\n".join(text.splitlines()[-TAIL_LINES:])
 
     async def ready(self) -> bool:
-        """Whether /ready says so."""
+        """Whether /ready answers with status 200."""
         status, _ = await _get(self.host, self.port, "/ready")
         return status == 200
 
     async def refresh(self) -> None:
-        """Read /metrics; keeps the samples as they were when there is no answer."""
+        """Read /metrics; keep the old samples if there is no answer."""
         status, body = await _get(self.host, self.port, "/metrics")
         if status == 200:
             self.samples = parse_samples(body)
 
     async def stop(self) -> int:
-        """SIGTERM, then SIGKILL if it does not end in time; its exit status."""
+        """Send SIGTERM, then SIGKILL after a limit, and return the exit status."""
         self.stopping = True
         return await asyncio.to_thread(self.process.stop, STOP_SECONDS)
 
 
 def start_worker(number: int, directory: Path, environment: Mapping[str, str]) -> WorkerProcess:
-    """Start ``recur worker`` with these variables besides our own; its log lies in directory.
+    """Start ``recur worker`` with more environment variables; write its log to the directory.
 
     Raises:
         ServiceError: the process cannot be started.
@@ -129,10 +127,10 @@ def start_worker(number: int, directory: Path, environment: Mapping[str, str]) -
 
 
 async def until_ready(workers: Sequence[WorkerProcess], timeout_seconds: float) -> None:
-    """Wait until every worker is ready at the same time: the group has settled.
+    """Wait until all workers are ready at the same time: then the group is stable.
 
     Raises:
-        ServiceError: one died, or they are not ready in time; with the tail of a log.
+        ServiceError: a worker died or is not ready in time. The message ends with its log.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -154,61 +152,12 @@ async def until_ready(workers: Sequence[WorkerProcess], timeout_seconds: float) 
 
 
 async def stop_all(workers: Sequence[WorkerProcess]) -> list[int]:
-    """Stop all at once; their exit statuses."""
+    """Stop all workers at the same time and return their exit statuses."""
     return list(await asyncio.gather(*(worker.stop() for worker in workers)))
 
 
-def parse_samples(text: str) -> Samples:
-    """Samples of a /metrics page.
-
-    >>> parse_samples('# HELP a b\\na_total 3.0\\nb{le="+Inf"} 2.0\\n')
-    {'a_total': 3.0, 'b{le="+Inf"}': 2.0}
-    """
-    samples = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            samples[name] = float(value)
-    return samples
-
-
-def buckets(samples: Samples, name: str) -> dict[float, float]:
-    """Upper bound to cumulative count, of a histogram without other labels."""
-    start = f'{name}_bucket{{le="'
-    return {
-        float(key.removeprefix(start).removesuffix('"}')): value
-        for key, value in samples.items()
-        if key.startswith(start)
-    }
-
-
-def quantile(cumulative: Mapping[float, float], share: float) -> float | None:
-    """The value under which a share of a histogram's observations lies; None without any.
-
-    Between two bounds it is interpolated, as Prometheus does; over the last finite bound it is
-    that bound.
-
-    >>> quantile({0.001: 10, 0.002: 30, float("inf"): 30}, 0.5)
-    0.00125
-    """
-    total = cumulative.get(float("inf"), 0.0)
-    if total <= 0:
-        return None
-    wanted = share * total
-    below_bound, below_count = 0.0, 0.0
-    for bound in sorted(cumulative):
-        count = cumulative[bound]
-        if count >= wanted:
-            if bound == float("inf"):
-                return below_bound
-            inside = (wanted - below_count) / (count - below_count) if count > below_count else 1.0
-            return below_bound + (bound - below_bound) * inside
-        below_bound, below_count = bound, count
-    return below_bound
-
-
 async def _get(host: str, port: int, path: str) -> tuple[int, str]:
-    """Status and body of a GET; status 0 when there is no answer."""
+    """Get a page: its status and body, or status 0 if there is no answer."""
     try:
         async with asyncio.timeout(HTTP_TIMEOUT_SECONDS):
             reader, writer = await asyncio.open_connection(host, port, limit=METRICS_MAX_BYTES)

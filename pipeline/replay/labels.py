@@ -1,7 +1,7 @@
-"""``recur label``: labels to the labels topic, from a file or a single one.
+"""``recur label``: send labels to the labels topic, from a file or a single one.
 
-A file of labels is sent as it stands. Of a file of transactions with their truth, labels are
-made that come so many days late, as in the Fraud Detection Handbook.
+A file of labels is sent unchanged. From a file of transactions with their truth, the command makes
+labels with a delay of some days, as in the Fraud Detection Handbook.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from rich.console import Console
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
-from pipeline.files.reader import LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
+from pipeline.files.label_reader import LabelFile, LabelPart
+from pipeline.files.parsing import DAY_MS, LABEL_UNKNOWN
+from pipeline.files.reader import TransactionFile
 from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.labels import Label, encode_label
-from pipeline.progress import bar_for
-from pipeline.replay.producer import Block, Feed, ahead
+from pipeline.replay.feeding import feed_with_bar
+from pipeline.replay.producer import Block, Feed
 from pipeline.settings import Settings
 from pipeline.timestamps import epoch_ms_of, labelled_time
 from pipeline.units import DAY_MS
 
 SOURCE_FILE = "file"
 SOURCE_HAND = "hand"
-"""Who said so, of labels that a person sends."""
+"""Source of labels that a person sends."""
 
-FRAME_SECONDS = 0.2
 DELAY_DAYS_MAX = 365.0
 OFFSET_DAYS_MAX = 100_000
 FRAUD: Literal["fraud"] = "fraud"
@@ -46,23 +47,23 @@ _SINGLE = ("transaction_id", "account_id", "merchant_id", "label", "timestamp")
 
 @dataclass(frozen=True, slots=True)
 class LabelOptions:
-    """What the person asked for: a file, or the fields of a single label.
+    """Options of the command: a file, or the fields of a single label.
 
     Raises:
-        SettingsError: options that are missing, exclude each other or are out of their bounds.
+        SettingsError: an option is missing or out of bounds, or two exclude each other.
     """
 
     file: Path | None = None
     columns: Path | None = None
-    """A column mapping for a file of labels."""
+    """Column mapping for a file of labels."""
     from_transactions: str | None = None
-    """The file holds transactions with their truth; their column mapping."""
+    """Column mapping for a file of transactions with their truth."""
     delay_days: float = 7.0
-    """Labels made of transactions come so long after them."""
+    """Delay of labels that are made from transactions."""
     legitimate: bool = False
-    """Make labels of legitimate transactions, too."""
+    """Make labels for legitimate transactions, too."""
     offset_days: float = 0.0
-    """Added to every time."""
+    """Days added to every time."""
     transaction_id: str | None = None
     account_id: str | None = None
     merchant_id: str | None = None
@@ -84,12 +85,12 @@ class LabelOptions:
             raise SettingsError(f"FILE and {_option(given[0])} exclude each other: keep one")
         if self.columns is not None and self.from_transactions is not None:
             raise SettingsError(
-                "--columns is for a file of labels, --from-transactions for one of transactions:"
+                "--columns is for a file of labels, --from-transactions for a file of transactions:"
                 " keep one"
             )
         if not 0 <= self.delay_days <= DELAY_DAYS_MAX:
             raise SettingsError(
-                f"--delay-days is {self.delay_days:g}; it must be 0 to {DELAY_DAYS_MAX:g}"
+                f"--delay-days is {self.delay_days:g}; it must be from 0 to {DELAY_DAYS_MAX:g}"
             )
         if not abs(self.offset_days) <= OFFSET_DAYS_MAX:
             raise SettingsError(
@@ -108,14 +109,14 @@ def run_label(options: LabelOptions, settings: Settings, console: Console | None
         0.
 
     Raises:
-        RecurError: the file, its column mapping or a row is wrong, or the broker is away.
+        RecurError: the file, its column mapping or a row is wrong, or the broker is unreachable.
     """
     console = console or Console(highlight=False)
     if options.file is None:
         asyncio.run(_send_one(single_label(options), settings))
         console.print(f"sent 1 label to {settings.topic('labels')}")
         return 0
-    labels = _FileLabels(options, options.file)
+    labels = _LabelsOfFile(options, options.file)
     started = time.monotonic()
     sent = asyncio.run(_send_all(labels, settings, console))
     seconds = max(0.001, time.monotonic() - started)
@@ -127,10 +128,10 @@ def run_label(options: LabelOptions, settings: Settings, console: Console | None
 
 
 def single_label(options: LabelOptions) -> Label:
-    """The label that the options spell out.
+    """Make the label that the options describe.
 
     Raises:
-        SettingsError: one of them is no id or no time, naming it.
+        SettingsError: an option is not an id or not a time; the message names it.
     """
     now_ms = time.time_ns() // 1_000_000
     timestamp_ms = epoch_ms_of(options.timestamp or "", "--timestamp")
@@ -138,7 +139,9 @@ def single_label(options: LabelOptions) -> Label:
     if options.labelled_at is not None:
         labelled_ms = _labelled_ms(options.labelled_at, timestamp_ms)
     if labelled_ms < timestamp_ms:
-        raise SettingsError("the label would be known before the transaction's --timestamp")
+        raise SettingsError(
+            "--labelled-at is before the transaction's --timestamp: correct one of them"
+        )
     for name in ("transaction_id", "account_id", "merchant_id"):
         if not 0 < len(getattr(options, name)) <= ID_MAX_CHARACTERS:
             raise SettingsError(f"{_option(name)} must have 1 to {ID_MAX_CHARACTERS} characters")
@@ -154,7 +157,7 @@ def single_label(options: LabelOptions) -> Label:
 
 
 def _labelled_ms(text: str, timestamp_ms: int) -> int:
-    """Epoch milliseconds of --labelled-at, which may be a date without a time."""
+    """Read --labelled-at, which may be a date without a time, as epoch milliseconds."""
     is_date = _DATE.fullmatch(text) is not None
     labelled_ms = epoch_ms_of(f"{text}T00:00:00Z" if is_date else text, "--labelled-at")
     return labelled_time(timestamp_ms, labelled_ms) if is_date else labelled_ms
@@ -170,10 +173,10 @@ def encode_labels(
     source: str,
     merchant_weights: Sequence[float | None] | None = None,
 ) -> Block:
-    """A block of n labels to send, from equally long columns.
+    """Encode n labels from columns of the same length as a block.
 
     Args:
-        merchant_weights: n, from 0 to 1; None where a label tells none.
+        merchant_weights: n weights from 0 to 1; None: a label without a weight.
     """
     weights = merchant_weights or [None] * len(merchant_ids)
     values = [
@@ -203,8 +206,8 @@ def encode_labels(
     return Block([merchant.encode() for merchant in merchant_ids], values)
 
 
-class _FileLabels:
-    """Labels of a file, in blocks; ``frauds`` counts those handed out that say fraud."""
+class _LabelsOfFile:
+    """Labels of a file, in blocks; ``frauds`` counts the labels of fraud among them."""
 
     def __init__(self, options: LabelOptions, path: Path) -> None:
         self.frauds = 0
@@ -219,8 +222,8 @@ class _FileLabels:
         mapping = load_mapping(options.from_transactions)
         if mapping.columns.label is None:
             raise SettingsError(
-                f"the column mapping {options.from_transactions} names no label: without the truth"
-                " no labels can be made"
+                f"the column mapping {options.from_transactions} has no label: name the column"
+                " with the truth, from which labels are made"
             )
         self._transactions = TransactionFile(
             path, mapping, latest_ms=TIMESTAMP_MAX_MS, allow_unsorted=True
@@ -228,12 +231,12 @@ class _FileLabels:
 
     @property
     def fraction_read(self) -> float:
-        """How much of the file has been read, 0 to 1."""
+        """Share of the file that has been read, 0 to 1."""
         file = self._labels or self._transactions
         return 1.0 if file is None else file.fraction_read
 
     def blocks(self) -> Iterator[Block]:
-        """Encoded, in file order."""
+        """Encode the labels in file order."""
         for part in self._parts():
             self.frauds += int(part.is_fraud.sum())
             yield encode_labels(
@@ -274,17 +277,11 @@ async def _send_one(label: Label, settings: Settings) -> None:
         await feed.send([label.merchant_id.encode()], [encode_label(label)])
 
 
-async def _send_all(labels: _FileLabels, settings: Settings, console: Console) -> int:
-    """How many the broker has."""
+async def _send_all(labels: _LabelsOfFile, settings: Settings, console: Console) -> int:
+    """Send all labels and return the number of acknowledged ones."""
     await ensure_topics(settings)
-    with bar_for(console) as bar:
-        async with Feed(settings, "labels") as feed:
-            feeding = asyncio.ensure_future(feed.run(ahead(labels.blocks())))
-            try:
-                while not feeding.done():
-                    await asyncio.wait([feeding], timeout=FRAME_SECONDS)
-                    bar.show("sending labels", feed.count.acked, labels.fraction_read)
-            finally:
-                feeding.cancel()
-            feeding.result()
-        return feed.count.acked
+    feed = Feed(settings, "labels")
+    await feed_with_bar(
+        feed, labels.blocks(), console, "sending labels", lambda acked: labels.fraction_read
+    )
+    return feed.count.acked

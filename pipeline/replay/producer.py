@@ -1,12 +1,12 @@
-"""Publishes transactions, or labels, to their topic: at a rate, by a timetable, or flat out.
+"""Producer of transactions or labels: at a rate, by a timetable, or at full speed.
 
     async with Feed(settings) as feed:
         await feed.run(ahead(blocks), rate=500, stop=stop)
     feed.count.acked
 
-Records are appended to one batch a partition by hand (about 1.5 µs each); the partition is
-Kafka's default, murmur2 of the key. A record's CreateTime is the wall clock when it is sent.
-At most :data:`UNACKED_MAX_RECORDS` wait for their ack; a slow broker slows the feed down.
+The feed builds one batch for each partition itself, at about 1.5 µs a record. The partition is
+Kafka's default, murmur2 of the key. A record's CreateTime is the time of sending. At most
+:data:`UNACKED_MAX_RECORDS` wait for their ack: a slow broker slows the feed down.
 """
 
 from __future__ import annotations
@@ -34,50 +34,50 @@ from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER
 from pipeline.settings import Settings
 
 BLOCK_TRANSACTIONS = 8192
-"""A good size of a block: large enough for large batches, small enough to stop in."""
+"""Usual size of a block: large enough for large batches, small enough for a quick stop."""
 
 UNACKED_MAX_RECORDS = 65_536
-"""Records that may wait for their acks."""
+"""Limit of the records that wait for their acks."""
 
 RECORD_OVERHEAD_BYTES = 256
-"""What a batch of one record has besides key and value, and more."""
+"""Upper bound of the bytes besides key and value in a batch of one record."""
 
 TICK_SECONDS = 0.005
-"""A paced feed wakes at most this often; at fewer than 200/s each record is sent alone."""
+"""Shortest sleep of a paced feed; under 200/s it sends each record alone."""
 
 BEHIND_MAX_SECONDS = 1.0
-"""A paced feed that is later than this does not hurry after: its timetable moves."""
+"""Delay from which a paced feed moves its timetable instead of catching up."""
 
 REQUEST_TIMEOUT_SECONDS = 30.0
-"""How long a feed waits for a broker that takes nothing."""
+"""Time without an ack after which a feed gives up."""
 
 ABANDON_SECONDS = 2.0
-"""Unacked records of a feed that failed or was cancelled get so long."""
+"""Time for the unacked records of a feed that failed or was cancelled."""
 
 _STAMP_EVERY = 256  # records that share one reading of the clock
-_PARTITION_CACHE_MAX = 262_144  # keys whose partition is remembered
-_STOP_SECONDS = 0.1  # a sleeping feed looks this often whether it shall stop
+_PARTITION_CACHE_MAX = 262_144  # keys whose partition is cached
+_STOP_SECONDS = 0.1  # longest sleep before the next check of the stop event
 
 
 class Block(NamedTuple):
-    """Encoded transactions in the order to send them; the two lists are equally long."""
+    """Encoded records in sending order; the two lists have the same length."""
 
     keys: Sequence[bytes]
     values: Sequence[bytes]
     due_seconds: NDArray[np.float64] | None = None
-    """When each is due, since the feed's start, ascending; None leaves it to the rate."""
+    """Due times since the feed's start, ascending. None: the rate decides."""
 
 
 class _Wire(Transaction, frozen=True, gc=False, omit_defaults=True):
-    """A transaction as it is written: without the optional fields that it lacks."""
+    """Wire format of a transaction: missing optional fields are omitted."""
 
 
 @lru_cache(maxsize=16)
-def _wire_with(names: tuple[str, ...]) -> Any:
-    """:class:`_Wire` with further fields of any names."""
-    attributes = {f"further_{number}": name for number, name in enumerate(names)}
+def _wire_with_extra(names: tuple[str, ...]) -> Any:
+    """Extend :class:`_Wire` by extra fields of any names."""
+    attributes = {f"extra_{number}": name for number, name in enumerate(names)}
     return msgspec.defstruct(
-        "_WireWithFurther",
+        "_WireWithExtraFields",
         [(attribute, float | str | None, None) for attribute in attributes],
         bases=(_Wire,),
         rename=attributes,
@@ -98,30 +98,32 @@ def encode_block(
     currencies: Iterable[str],
     timestamps_ms: Iterable[int],
     *optional: Iterable[str | None],
-    further: Mapping[str, Iterable[float | str | None]] | None = None,
+    extra: Mapping[str, Iterable[float | str | None]] | None = None,
     due_seconds: NDArray[np.float64] | None = None,
 ) -> Block:
-    """A block from equally long columns.
+    """Encode columns of the same length as a block.
 
     Args:
-        optional: category, channel and country in order.
-        further: fields besides a transaction's own, by name; None where one is missing.
+        optional: columns category, channel and country, in this order.
+        extra: columns of extra fields by name; None: missing.
     """
     columns: list[Iterable[Any]] = [transaction_ids, account_ids, merchant_ids, amounts]
     columns += [currencies, timestamps_ms, *optional]
     wire: Any = _Wire
-    if further:
-        without = len(_Wire.__struct_fields__) - len(columns)  # optional ones not given
+    if extra:
+        without = len(_Wire.__struct_fields__) - len(
+            columns
+        )  # optional columns that were not given
         columns += [[None] * len(account_ids)] * without
-        columns += further.values()
-        wire = _wire_with(tuple(further))
+        columns += extra.values()
+        wire = _wire_with_extra(tuple(extra))
     values = [_encode(wire(*row)) for row in zip(*columns, strict=True)]
     return Block([account.encode() for account in account_ids], values, due_seconds)
 
 
 @dataclass(slots=True)
 class FeedCount:
-    """What a feed has sent so far; offsets are those of its topic."""
+    """Counts and offsets of the records that a feed has sent."""
 
     sent: int = 0
     acked: int = 0
@@ -129,20 +131,20 @@ class FeedCount:
     first_offsets: dict[int, int] = field(default_factory=dict)
     last_offsets: dict[int, int] = field(default_factory=dict)
     behind_seconds: float = 0.0
-    """By how much the timetable had to be moved, in all."""
+    """Sum of the delays by which the timetable was moved."""
 
 
 class Feed:
-    """A producer of transactions, or of labels.
+    """A producer of transactions or labels.
+
+    Use it as an asynchronous context manager. Leaving it waits for the acks of all records.
 
     Args:
-        role: whose topic it is.
-        timeout_seconds: the broker takes nothing for so long: the feed gives up.
-
-    Use it as an asynchronous context manager: leaving it waits for the acks of what was sent.
+        role: role of the topic.
+        timeout_seconds: time without an ack after which the feed gives up.
 
     Raises:
-        RecurError: the broker is away or does not take the transactions.
+        RecurError: the broker is unreachable or does not accept the records.
     """
 
     def __init__(
@@ -196,16 +198,16 @@ class Feed:
             if error is None:
                 await self.flush()
         finally:
-            patience = self._timeout_seconds if error is None else ABANDON_SECONDS
+            limit_seconds = self._timeout_seconds if error is None else ABANDON_SECONDS
             try:
-                await asyncio.wait_for(self._producer.stop(), patience)
+                await asyncio.wait_for(self._producer.stop(), limit_seconds)
             except TimeoutError as late:
                 if error is None:
-                    raise self._gave_up() from late
+                    raise self._give_up_error() from late
 
     @property
     def partitions(self) -> int:
-        """Partitions of the topic."""
+        """Number of the topic's partitions."""
         return len(self._partitions)
 
     async def run(
@@ -217,16 +219,19 @@ class Feed:
         history: bool = False,
         stop: asyncio.Event | None = None,
     ) -> None:
-        """Send all blocks; ``history`` marks them as transactions of the past, of any age.
+        """Send all blocks, or those until ``stop`` is set.
 
-        A block with ``due_seconds`` keeps that timetable; another keeps ``rate``
-        (transactions/s), or goes as fast as the broker takes it when that is None. Returns
-        early, everything sent so far handed to the producer, once ``stop`` is set.
+        A block with ``due_seconds`` keeps that timetable. Other blocks keep ``rate``
+        (transactions/s), or go at the broker's speed if it is None.
+
+        Args:
+            warm: mark the records: they build states and raise no alerts.
+            history: mark the records as transactions of the past, which may have any age.
         """
         stop = stop or asyncio.Event()
         timetable = _Timetable(asyncio.get_running_loop().time(), rate)
         async for block in blocks:
-            due = timetable.of(block)
+            due = timetable.due_seconds(block)
             if due is None:
                 await self.send(block.keys, block.values, warm=warm, history=history)
             else:
@@ -269,7 +274,7 @@ class Feed:
         warm: bool = False,
         history: bool = False,
     ) -> None:
-        """Send records now; waits only while too many are unacked."""
+        """Send records now; wait only while too many are unacked."""
         headers = [(WARM_HEADER, b"1")] if warm else []
         if history:
             headers.append((HISTORY_HEADER, b"1"))
@@ -280,7 +285,7 @@ class Feed:
             if len(key) + len(value) > largest:
                 raise RecurError(
                     f"one of the {self._role} has {len(key) + len(value)} bytes, and topic"
-                    f" {self._topic} takes {largest}: leave it out, or raise the topic's"
+                    f" {self._topic} accepts {largest}: remove it, or raise the topic's"
                     f" max.message.bytes; {self.count.acked:,} are acknowledged"
                 )
             if index % _STAMP_EVERY == 0:
@@ -290,15 +295,15 @@ class Feed:
             if builder is None:
                 builder = builders[partition] = self._producer.create_batch()
             if not builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers):
-                await self._hand_over(builder, partition)
+                await self._send_batch(builder, partition)
                 builder = builders[partition] = self._producer.create_batch()
                 builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers)
         for partition, builder in builders.items():
-            await self._hand_over(builder, partition)
+            await self._send_batch(builder, partition)
 
     async def flush(self) -> None:
-        """Wait for the acks of everything sent."""
-        await self._until_unacked_at_most(0)
+        """Wait for the acks of all records that were sent."""
+        await self._limit_unacked(0)
 
     def _partition(self, key: bytes) -> int:
         partition = self._partition_of.get(key)
@@ -309,14 +314,14 @@ class Feed:
             self._partition_of[key] = partition
         return partition
 
-    async def _hand_over(self, builder: Any, partition: int) -> None:
+    async def _send_batch(self, builder: Any, partition: int) -> None:
         builder.close()
         records = builder.record_count()
-        await self._until_unacked_at_most(UNACKED_MAX_RECORDS)
+        await self._limit_unacked(UNACKED_MAX_RECORDS)
         try:
             future = await self._producer.send_batch(builder, self._topic, partition=partition)
         except (kafka_errors.KafkaError, TimeoutError) as error:
-            raise self._gave_up(error) from error
+            raise self._give_up_error(error) from error
         self.count.sent += records
         future.add_done_callback(partial(self._acked, partition, records))
 
@@ -335,7 +340,7 @@ class Feed:
             count.last_offsets[partition] = offset + records - 1
         self._ack_came.set()
 
-    async def _until_unacked_at_most(self, records: int) -> None:
+    async def _limit_unacked(self, records: int) -> None:
         while self.count.sent - self.count.acked > records and self._failure is None:
             self._ack_came.clear()
             try:
@@ -343,29 +348,30 @@ class Feed:
                 async with asyncio.timeout(self._timeout_seconds):
                     await self._ack_came.wait()
             except TimeoutError as error:
-                raise self._gave_up() from error
+                raise self._give_up_error() from error
         if self._failure is not None:
-            raise self._gave_up(self._failure) from self._failure
+            raise self._give_up_error(self._failure) from self._failure
 
-    def _gave_up(self, error: BaseException | None = None) -> RecurError:
-        said = f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
+    def _give_up_error(self, error: BaseException | None = None) -> RecurError:
+        cause = f"no ack for {self._timeout_seconds:g} s" if error is None else type(error).__name__
         if isinstance(error, TOO_LARGE):
-            said += ": the topic's max.message.bytes was lowered meanwhile; start again"
+            cause += ": the topic's max.message.bytes was lowered; start again"
         return RecurError(
-            f"the broker at {self._settings.kafka_bootstrap_servers} does not take {self._role}"
-            f" ({said}); {self.count.acked:,} of {self.count.sent:,} sent ones are acknowledged"
+            f"the broker at {self._settings.kafka_bootstrap_servers} does not accept {self._role}"
+            f" ({cause}); it acknowledged {self.count.acked:,} of the {self.count.sent:,} sent:"
+            " see that it is up"
         )
 
 
 class _Timetable:
-    """When the records of one run are due, by the loop's clock."""
+    """Due times of one run's records, by the event loop's clock."""
 
     def __init__(self, start: float, rate: float | None) -> None:
         self.start = start
         self._rate = rate
         self._counted = 0
 
-    def of(self, block: Block) -> NDArray[np.float64] | None:
+    def due_seconds(self, block: Block) -> NDArray[np.float64] | None:
         if block.due_seconds is not None:
             return block.due_seconds
         if self._rate is None:
@@ -375,7 +381,7 @@ class _Timetable:
 
 
 async def ahead(blocks: Iterable[Block]) -> AsyncIterator[Block]:
-    """The blocks, each made in a thread while the one before it is being sent."""
+    """Make each block in a thread while the caller sends the one before it."""
     iterator: Iterator[Block] = iter(blocks)
     loop = asyncio.get_running_loop()
     pending = loop.run_in_executor(None, next, iterator, None)

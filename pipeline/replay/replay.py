@@ -1,8 +1,8 @@
-"""``recur replay FILE``: a person's own transactions, from a parquet or CSV file.
+"""``recur replay FILE``: send a person's transactions from a Parquet or CSV file.
 
-At the recorded pace times a factor, at a rate, or as fast as the broker takes them. The file is
-read in parts, so it may be of any size. With a report it waits until the workers have scored all
-of it, and tells what came out.
+They go at a multiple of the recorded pace, at a rate, or at the broker's speed. The file is read in
+parts, so it may have any size. With a report, the command waits until the workers have scored all
+transactions, and shows the result.
 """
 
 from __future__ import annotations
@@ -21,20 +21,28 @@ from rich.table import Table
 
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_mapping
+from pipeline.files.parsing import DAY_MS
 from pipeline.files.reader import TransactionFile
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.progress import bar_for
-from pipeline.replay.producer import Block, Feed, ahead, encode_block
-from pipeline.replay.report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
+from pipeline.replay.feeding import feed_with_bar
+from pipeline.replay.producer import Block, Feed, encode_block
+from pipeline.replay.report import (
+    LabelledRows,
+    OutputReaders,
+    SentRows,
+    collect_result,
+    lost,
+    report_rows,
+)
 from pipeline.replay.score_counter import TopicReader
 from pipeline.settings import Settings
 from pipeline.units import DAY_MS
 
 OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
-"""Topics that a report reads, in the order of :class:`Readers`."""
+"""Topics that a report reads, in the order of :class:`OutputReaders`."""
 
-FRAME_SECONDS = 0.2
 PARTITIONS_SHOWN = 16
 OFFSET_DAYS_MAX = 100_000
 FAILED = 1
@@ -43,33 +51,33 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class ReplayOptions:
-    """What the person asked for.
+    """Options of the command.
 
     Raises:
-        SettingsError: options that exclude each other or are out of their bounds.
+        SettingsError: an option is out of bounds, or two exclude each other.
     """
 
     file: Path
     columns: str
-    """A column mapping's file, or the name of a shipped one."""
+    """Path of a column mapping, or the name of a shipped one."""
     rate: float | None = None
-    """Transactions/s; None with no ``speed`` either: as fast as the broker takes them."""
+    """Transactions/s. Without ``rate`` and ``speed``: the broker's speed."""
     speed: float | None = None
-    """The recorded pace times this."""
+    """Multiple of the recorded pace."""
     warm: bool = False
-    """Build states, raise no alerts."""
+    """Build states without raising alerts."""
     limit: int | None = None
-    """Only the first so many usable rows."""
+    """Number of usable rows to send, from the first."""
     offset_days: float = 0.0
-    """Added to every time."""
+    """Days added to every time."""
     skip_unusable: bool = False
-    """Leave out rows that cannot be transactions instead of stopping there."""
+    """Skip rows that cannot be transactions instead of stopping there."""
     allow_unsorted: bool = False
-    """Send rows whose time is before the one above as they stand."""
+    """Send rows with a time before that of the row above."""
     report: bool = False
-    """Wait for the scores and tell what came out."""
+    """Wait for the scores and show the result."""
     report_skip_days: int = 0
-    """Days at the beginning that the report's measures leave out."""
+    """Days at the beginning that the report's measures exclude."""
 
     def __post_init__(self) -> None:
         if self.rate is not None and self.speed is not None:
@@ -77,7 +85,7 @@ class ReplayOptions:
         for name in ("rate", "speed", "limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise SettingsError(f"--{name} is {value:g}; it must be more than 0")
+                raise SettingsError(f"--{name} is {value:g}; it must be over 0")
         if not abs(self.offset_days) <= OFFSET_DAYS_MAX:
             raise SettingsError(
                 f"--offset-days is {self.offset_days:g}; it must be within {OFFSET_DAYS_MAX:,}"
@@ -88,11 +96,10 @@ def run_replay(options: ReplayOptions, settings: Settings, console: Console | No
     """Replay a file.
 
     Returns:
-        0, or 1 when the report found a transaction without a score or with two, or 130 after
-        Ctrl-C.
+        0; 1 if the report found a transaction without a score or with two; 130 after Ctrl-C.
 
     Raises:
-        RecurError: the file, its column mapping or a row is wrong, or the broker is away.
+        RecurError: the file, its column mapping or a row is wrong, or the broker is unreachable.
     """
     console = console or Console(highlight=False)
     file = TransactionFile(
@@ -119,7 +126,7 @@ class _Replay:
         self._seconds = 0.0
 
     async def run(self) -> int:
-        """The exit code. Ctrl-C stops the feed, and a second one the waiting for scores."""
+        """Replay and return the exit code. Ctrl-C stops the feed, a second one the report."""
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(self._run())
 
@@ -141,7 +148,7 @@ class _Replay:
             feed = Feed(self._settings)
             readers = None
             if self._rows is not None:
-                readers = Readers(
+                readers = OutputReaders(
                     *[
                         await stack.enter_async_context(
                             TopicReader(self._settings, role, partitions[role])
@@ -152,33 +159,30 @@ class _Replay:
             try:
                 await self._feed(feed)
             finally:
-                self._tell_sent(feed)
+                self._show_sent(feed)
             if self._rows is None or readers is None:
                 return INTERRUPTED if self._stop.is_set() else 0
             return await self._report(self._rows.first(feed.count.sent), feed, readers)
 
     async def _feed(self, feed: Feed) -> None:
         started = time.monotonic()
-        with bar_for(self._console) as bar:
-            async with feed:
-                feeding = asyncio.ensure_future(
-                    feed.run(
-                        ahead(self._blocks()),
-                        rate=self._options.rate,
-                        warm=self._options.warm,
-                        history=True,
-                        stop=self._stop,
-                    )
-                )
-                while not feeding.done():
-                    await asyncio.wait([feeding], timeout=FRAME_SECONDS)
-                    bar.show("sending", feed.count.acked, self._fraction(feed.count.acked))
-                    self._seconds = time.monotonic() - started
-                feeding.result()
+        try:
+            await feed_with_bar(
+                feed,
+                self._blocks(),
+                self._console,
+                "sending",
+                self._fraction,
+                rate=self._options.rate,
+                warm=self._options.warm,
+                history=True,
+                stop=self._stop,
+            )
+        finally:
             self._seconds = time.monotonic() - started
 
     def _fraction(self, sent: int) -> float:
-        """How much of the file is sent, as well as that is known."""
+        """Estimate the share of the file that has been sent."""
         options, total = self._options, self._file.rows_total
         fractions = [self._file.fraction_read if total is None else sent / max(1, total)]
         if options.limit is not None:
@@ -186,7 +190,7 @@ class _Replay:
         return max(fractions)
 
     def _blocks(self) -> Iterator[Block]:
-        """The file's rows, encoded, with their due times where the pace is the recorded one."""
+        """Encode the file's rows, with due times if they follow the recorded pace."""
         left = self._options.limit
         first_ms = latest_ms = None
         for part in self._file.parts():
@@ -208,7 +212,7 @@ class _Replay:
                 part.currencies,
                 times.tolist(),
                 *part.optional,
-                further=part.further(),
+                extra=part.extra_fields(),
                 due_seconds=due_seconds,
             )
             if left is not None:
@@ -216,25 +220,32 @@ class _Replay:
                 if left <= 0:
                     return
 
-    def _tell_sent(self, feed: Feed) -> None:
+    def _show_sent(self, feed: Feed) -> None:
         count = feed.count
         rate = count.acked / max(0.001, self._seconds)
         verb = "stopped; sent" if self._stop.is_set() else "sent"
         rows = [(verb, f"{count.acked:,} transactions in {self._seconds:.1f} s: {rate:,.0f}/s")]
         if count.sent != count.acked:
-            rows.append(("unknown", f"{count.sent - count.acked:,} without the broker's ack"))
+            rows.append(("not acked", f"{count.sent - count.acked:,}: the broker may have them"))
         rows.append(("by partition", _by_partition(count.acked_by_partition)))
-        left_out = self._file.left_out
-        if left_out.rows:
-            rows.append(("left out", f"{left_out.rows:,} rows, such as"))
-            rows += [("", example) for example in left_out.examples]
+        skipped = self._file.skipped
+        if skipped.rows:
+            rows.append(("skipped", f"{skipped.rows:,} rows, such as"))
+            rows += [("", example) for example in skipped.examples]
         if self._file.unsorted_rows and self._options.allow_unsorted:
-            rows.append(("unsorted", f"{self._file.unsorted_rows:,} rows before the one above"))
+            rows.append(
+                (
+                    "unsorted",
+                    f"{self._file.unsorted_rows:,} rows with a time before that of the row above",
+                )
+            )
         if count.behind_seconds:
-            rows.append(("behind", f"{count.behind_seconds:.1f} s: the pace was too fast"))
+            rows.append(
+                ("behind", f"{count.behind_seconds:.1f} s: the broker or this machine was too slow")
+            )
         self._print(rows)
 
-    async def _report(self, truth: Truth, feed: Feed, readers: Readers) -> int:
+    async def _report(self, sent: LabelledRows, feed: Feed, readers: OutputReaders) -> int:
         last_offsets = feed.count.last_offsets
 
         async def all_applied() -> bool:
@@ -246,11 +257,11 @@ class _Replay:
             def show(what: str, done: int, total: int) -> None:
                 bar.show(what, done, done / max(1, total))
 
-            outcome = await gather_outcome(truth, readers, all_applied, show)
-            show("adding up", outcome.tally.scored, len(truth))
-            rows = report_rows(truth, outcome, self._options.report_skip_days)
+            result = await collect_result(sent, readers, all_applied, show)
+            show("adding up", result.counter.scored, len(sent))
+            rows = report_rows(sent, result, self._options.report_skip_days)
         self._print(rows)
-        if lost(truth, outcome) or outcome.tally.repeated:
+        if lost(sent, result) or result.counter.duplicates:
             return FAILED
         return INTERRUPTED if self._stop.is_set() else 0
 

@@ -1,6 +1,6 @@
-"""What came out of a replay: scored, missing, rejected, and how good the scores are.
+"""Report of a replay: scored, missing and rejected rows, and the quality of the scores.
 
-Keeps about 40 bytes for each row that was sent, and nothing of its content: ids are hashes.
+It keeps about 40 bytes for each row that was sent, and nothing of its content: ids are hashed.
 """
 
 from __future__ import annotations
@@ -22,43 +22,42 @@ from model.metrics import (
     card_precision_at,
 )
 from pipeline.errors import RecurError
-from pipeline.files.reader import LABEL_UNKNOWN, Part
+from pipeline.files.parsing import DAY_MS, LABEL_UNKNOWN
+from pipeline.files.reader import TransactionPart
+from pipeline.files.scenarios import ScenarioNumbers
 from pipeline.messages.decision import DECISIONS
 from pipeline.replay.score_counter import ScoreCounter, TopicReader
 from pipeline.units import DAY_MS
 
 ROWS_MAX = 50_000_000
-"""A report of more rows would take gigabytes."""
-
-SCENARIOS_MAX = 100
-"""Kinds of fraud that are told apart."""
+"""Limit of the rows of a report; more would take gigabytes."""
 
 CARDS_PER_DAY = 100
-"""Of card precision."""
+"""Number of cards a day that card precision considers."""
 
 STALL_SECONDS = 30.0
-"""Nothing was scored for so long: the rest counts as not scored."""
+"""Time without a new score after which the rest counts as not scored."""
 
 COMMIT_SECONDS = 2.0
-"""Nothing was scored for so long: perhaps the workers are done; commits come each second."""
+"""Time without a new score after which the report checks the workers' commits."""
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 class SentRows:
-    """Ids, labels, accounts and days of the rows that were read, in order."""
+    """Ids, accounts, days, labels and scenarios of the rows that were read, in order."""
 
     def __init__(self) -> None:
         self._ids: list[NDArray[np.int64]] = []
         self._accounts: list[NDArray[np.int64]] = []
         self._days: list[NDArray[np.int32]] = []
         self._labels: list[NDArray[np.int8]] = []
-        self._kinds: list[NDArray[np.int8]] = []
-        self._kind_of: dict[str, int] = {}
+        self._scenarios: list[NDArray[np.int8]] = []
+        self._numbers = ScenarioNumbers()
         self._rows = 0
 
-    def add(self, part: Part) -> None:
-        """Remember a part.
+    def add(self, part: TransactionPart) -> None:
+        """Add a part.
 
         Raises:
             RecurError: more than :data:`ROWS_MAX` rows.
@@ -66,43 +65,34 @@ class SentRows:
         count = len(part.transaction_ids)
         self._rows += count
         if self._rows > ROWS_MAX:
-            raise RecurError(f"a report takes at most {ROWS_MAX:,} rows: use --limit, or none")
+            raise RecurError(
+                f"a report can have {ROWS_MAX:,} rows at most: use --limit, or no --report"
+            )
         self._ids.append(_hashes(part.transaction_ids))
         self._accounts.append(_hashes(part.account_ids))
         self._days.append((part.timestamps_ms // DAY_MS).astype(np.int32))
         labels = part.labels
         self._labels.append(np.full(count, LABEL_UNKNOWN, np.int8) if labels is None else labels)
-        kinds = part.scenarios or [None] * count
-        self._kinds.append(np.fromiter(map(self._kind, kinds), np.int8, count))
+        names = part.scenarios or [None] * count
+        self._scenarios.append(np.fromiter(map(self._numbers.number_of, names), np.int8, count))
 
-    def first(self, rows: int) -> Truth:
-        """The truth about the first so many rows: those that were sent."""
-        columns = (self._ids, self._accounts, self._days, self._labels, self._kinds)
-        ids, accounts, days, labels, kinds = (_first(chunks, rows) for chunks in columns)
-        names = {kind: name for name, kind in self._kind_of.items()}
-        return Truth(ids, accounts, days, labels, kinds, names)
-
-    def _kind(self, name: str | None) -> int:
-        if name is None or name in ("", "0"):
-            return 0
-        if name not in self._kind_of and len(self._kind_of) >= SCENARIOS_MAX:
-            raise RecurError(
-                f"the scenario column has more than {SCENARIOS_MAX} values: it names the kind of"
-                " fraud; map another column or none"
-            )
-        return self._kind_of.setdefault(name, len(self._kind_of) + 1)
+    def first(self, rows: int) -> LabelledRows:
+        """Take the first rows: those that were sent."""
+        columns = (self._ids, self._accounts, self._days, self._labels, self._scenarios)
+        ids, accounts, days, labels, scenarios = (_first(chunks, rows) for chunks in columns)
+        return LabelledRows(ids, accounts, days, labels, scenarios, self._numbers.names)
 
 
 @dataclass(slots=True)
-class Truth:
-    """n rows that were sent; ``kinds`` are numbers of scenarios, 0 for none."""
+class LabelledRows:
+    """The n rows that were sent; ``scenarios`` are numbers of scenarios, 0 for none."""
 
     ids: NDArray[np.int64]
     accounts: NDArray[np.int64]
     days: NDArray[np.int32]
     labels: NDArray[np.int8]
-    kinds: NDArray[np.int8]
-    kind_names: dict[int, str]
+    scenarios: NDArray[np.int8]
+    scenario_names: dict[int, str]
     _order: NDArray[np.intp] = field(init=False)
     _sorted_ids: NDArray[np.int64] = field(init=False)
 
@@ -114,19 +104,19 @@ class Truth:
         return len(self.ids)
 
     @property
-    def repeated_ids(self) -> int:
-        """Rows whose transaction id an earlier row has; the worker drops or scores them."""
+    def duplicate_ids(self) -> int:
+        """Number of rows with the id of an earlier row; the worker drops or scores them."""
         return int((np.diff(self._sorted_ids) == 0).sum())
 
     def index_of(self, transaction_ids: Sequence[str]) -> NDArray[np.int64]:
-        """int64[n]: the row of each id, the first one where an id repeats; -1 for none."""
-        wanted = _hashes(transaction_ids)
-        place = np.searchsorted(self._sorted_ids, wanted)
+        """Find the first row of each id as int64[n]; -1: no such row."""
+        hashes = _hashes(transaction_ids)
+        place = np.searchsorted(self._sorted_ids, hashes)
         place[place == len(self)] = 0
         found = self._order[place].astype(np.int64)
         if not len(self):
-            return np.full(len(wanted), -1, np.int64)
-        found[self._sorted_ids[place] != wanted] = -1
+            return np.full(len(hashes), -1, np.int64)
+        found[self._sorted_ids[place] != hashes] = -1
         return found
 
 
@@ -135,45 +125,45 @@ def _first(chunks: Sequence[NDArray[Any]], rows: int) -> NDArray[Any]:
 
 
 def _hashes(names: Sequence[str]) -> NDArray[np.int64]:
-    """Python's own 64-bit hashes: the same within a process, which is all that is needed."""
+    """Hash texts with Python's 64-bit hash, which is stable within this process."""
     return np.fromiter(map(hash, names), np.int64, len(names))
 
 
 @dataclass(slots=True)
-class Outcome:
-    """Everything that came out until nothing more came."""
+class ReplayResult:
+    """Scores, alerts and rejections of the rows that were sent."""
 
-    tally: ScoreCounter
+    counter: ScoreCounter
     alerts: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Number of rejected rows by reason."""
     all_applied: bool = False
-    """The workers' committed offsets are past every row that was sent."""
+    """Whether the workers' committed offsets are past all rows that were sent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Readers:
-    """Of what comes out; there before the first row is sent."""
+class OutputReaders:
+    """Readers of the output topics, started before the first row is sent."""
 
     scores: TopicReader
     alerts: TopicReader
     dead_letters: TopicReader
 
 
-async def gather_outcome(
-    truth: Truth,
-    readers: Readers,
+async def collect_result(
+    sent: LabelledRows,
+    readers: OutputReaders,
     all_applied: Callable[[], Awaitable[bool]],
     show: Callable[[str, int, int], None],
-) -> Outcome:
-    """Wait until every row is scored or rejected, or the workers are past all of them.
+) -> ReplayResult:
+    """Wait until each row is scored or rejected, or the workers are past all rows.
 
     Args:
-        all_applied: whether the workers have committed every row.
-        show: called with what is going on, how many rows are done, and of how many.
+        all_applied: check whether the workers have committed all rows.
+        show: receiver of the progress: activity, number of rows done, number of all rows.
     """
-    outcome = Outcome(ScoreCounter(len(truth), truth.index_of))
-    expected = len(truth) - truth.repeated_ids
+    result = ReplayResult(ScoreCounter(len(sent), sent.index_of))
+    expected = len(sent) - sent.duplicate_ids
     moved_at, before = time.monotonic(), -1
     while True:
         published = await readers.scores.published() + await readers.dead_letters.published()
@@ -182,80 +172,82 @@ async def gather_outcome(
             moved_at, before = time.monotonic(), published
         still_seconds = time.monotonic() - moved_at
         if published >= expected or still_seconds > COMMIT_SECONDS:
-            outcome.all_applied = await all_applied()
-        if outcome.all_applied or still_seconds > STALL_SECONDS:
+            result.all_applied = await all_applied()
+        if result.all_applied or still_seconds > STALL_SECONDS:
             break
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
     async for records in readers.scores.to_end():
-        outcome.tally.add(records)
-        show("counting", outcome.tally.scored, expected)
+        result.counter.add(records)
+        show("counting", result.counter.scored, expected)
     async for records in readers.dead_letters.to_end():
         for record in records:
             reason = dict(record.headers).get("reason", b"unknown")
-            outcome.rejected[reason.decode(errors="replace")] += 1
-    async for records in readers.alerts.to_end():  # offsets count markers of transactions, too
-        outcome.alerts += len(records)
-    return outcome
+            result.rejected[reason.decode(errors="replace")] += 1
+    async for records in readers.alerts.to_end():  # offsets would include transaction markers
+        result.alerts += len(records)
+    return result
 
 
-def report_rows(truth: Truth, outcome: Outcome, skip_days: int = 0) -> list[tuple[str, str]]:
-    """The report, as rows of name and text.
+def report_rows(
+    sent: LabelledRows, result: ReplayResult, skip_days: int = 0
+) -> list[tuple[str, str]]:
+    """Make the report as rows of name and text.
 
     Args:
-        skip_days: days at the beginning that the measures leave out: accounts are new then.
+        skip_days: days at the beginning that the measures exclude, since accounts are new then.
     """
-    tally = outcome.tally
-    flags = Counter(tally.decisions[tally.decisions > 0].tolist())
+    counter = result.counter
+    flags = Counter(counter.decisions[counter.decisions > 0].tolist())
     decided = ", ".join(f"{flags[index]:,} {name}" for index, name in enumerate(DECISIONS) if index)
     rows = [
-        ("scored", f"{tally.scored:,} of {len(truth):,} transactions"),
-        ("not scored", _not_scored(truth, outcome)),
-        ("scored twice", f"{tally.repeated:,}"),
-        ("flagged", f"{tally.flagged.sum():,} ({decided}); {outcome.alerts:,} alerts published"),
+        ("scored", f"{counter.scored:,} of {len(sent):,} transactions"),
+        ("not scored", _not_scored(sent, result)),
+        ("scored twice", f"{counter.duplicates:,}"),
+        ("flagged", f"{counter.flagged.sum():,} ({decided}); {result.alerts:,} alerts published"),
     ]
-    if tally.strangers:
-        rows.append(("others", f"{tally.strangers:,} scores of transactions not sent here"))
-    return rows + _measures(truth, tally, skip_days)
+    if counter.unknown:
+        rows.append(("others", f"{counter.unknown:,} scores of transactions from other senders"))
+    return rows + _measures(sent, counter, skip_days)
 
 
-def lost(truth: Truth, outcome: Outcome) -> int:
-    """Rows that were neither scored nor rejected nor repeats of another row."""
-    accounted = outcome.tally.scored + outcome.rejected.total() + truth.repeated_ids
-    return max(0, len(truth) - accounted)
+def lost(sent: LabelledRows, result: ReplayResult) -> int:
+    """Count the rows that were neither scored nor rejected and do not repeat another id."""
+    accounted = result.counter.scored + result.rejected.total() + sent.duplicate_ids
+    return max(0, len(sent) - accounted)
 
 
-def _not_scored(truth: Truth, outcome: Outcome) -> str:
-    parts = [f"{count:,} rejected for {reason}" for reason, count in outcome.rejected.items()]
-    if truth.repeated_ids:
-        parts.append(f"{truth.repeated_ids:,} repeat another row's transaction id")
-    if missing := lost(truth, outcome):
+def _not_scored(sent: LabelledRows, result: ReplayResult) -> str:
+    parts = [f"{count:,} rejected for {reason}" for reason, count in result.rejected.items()]
+    if sent.duplicate_ids:
+        parts.append(f"{sent.duplicate_ids:,} repeat another row's transaction id")
+    if missing := lost(sent, result):
         parts.append(
-            f"{missing:,} dropped: the accounts' states know their transaction ids"
-            if outcome.all_applied
-            else f"{missing:,} had no score after {STALL_SECONDS:g} s without any: see that workers"
-            " of this group are running"
+            f"{missing:,} dropped: the accounts' states have their transaction ids already"
+            if result.all_applied
+            else f"{missing:,} had no score when no score came for {STALL_SECONDS:g} s: see that"
+            " workers of this group are running"
         )
     return "; ".join(parts) or "0"
 
 
-def _measures(truth: Truth, tally: ScoreCounter, skip_days: int) -> list[tuple[str, str]]:
-    """How good the scores are, over the rows with a label and a score."""
-    if not len(truth):
+def _measures(sent: LabelledRows, counter: ScoreCounter, skip_days: int) -> list[tuple[str, str]]:
+    """Measure the quality of the scores over the rows with a label and a score."""
+    if not len(sent):
         return []
-    use = (truth.labels != LABEL_UNKNOWN) & (tally.times > 0)
-    use &= truth.days >= truth.days.min() + skip_days
+    use = (sent.labels != LABEL_UNKNOWN) & (counter.times > 0)
+    use &= sent.days >= sent.days.min() + skip_days
     if not use.any():
         return [("measures", "none: no scored row has a label")]
-    score, fraud, day = tally.scores[use], truth.labels[use] == 1, truth.days[use]
-    flagged = tally.flagged[use]
+    score, fraud, day = counter.scores[use], sent.labels[use] == 1, sent.days[use]
+    flagged = counter.flagged[use]
     try:
         ap, auc = average_precision(score, fraud), auc_roc(score, fraud)
     except EvaluationError as error:
         return [("measures", f"none: {error}")]
-    cards = np.unique(truth.accounts[use], return_inverse=True)[1]  # small numbers are quicker
+    cards = np.unique(sent.accounts[use], return_inverse=True)[1]  # small numbers are faster
     card_precision = card_precision_at(score, fraud, cards, day.astype(np.int64), CARDS_PER_DAY)
     caught = int((flagged & fraud).sum())
-    precise = f"{caught / flagged.sum():.1%} of what is flagged is fraud" if flagged.any() else ""
+    precise = f"{caught / flagged.sum():.1%} of the flagged rows are fraud" if flagged.any() else ""
     rows = [
         ("measured over", f"{use.sum():,} rows, {fraud.sum():,} frauds ({fraud.mean():.2%})"),
         ("AP", f"{ap:.4f}"),
@@ -263,9 +255,9 @@ def _measures(truth: Truth, tally: ScoreCounter, skip_days: int) -> list[tuple[s
         (f"card precision@{CARDS_PER_DAY}", f"{card_precision:.4f}"),
         ("caught", f"{caught:,} of {fraud.sum():,} frauds ({caught / fraud.sum():.1%}); {precise}"),
     ]
-    for kind, name in sorted(truth.kind_names.items(), key=lambda item: item[1]):
-        of_kind = truth.kinds[use] == kind
-        if of_kind.any():
-            share = flagged[of_kind].mean()
-            rows.append((f"  scenario {name}", f"{share:.1%} of {of_kind.sum():,} flagged"))
+    for number, name in sorted(sent.scenario_names.items(), key=lambda item: item[1]):
+        of_scenario = sent.scenarios[use] == number
+        if of_scenario.any():
+            share = flagged[of_scenario].mean()
+            rows.append((f"  scenario {name}", f"{share:.1%} of {of_scenario.sum():,} flagged"))
     return rows

@@ -1,11 +1,11 @@
-"""Counts what came out: was each transaction scored, once, and how?
+"""Count the scores of transactions: missing, single, duplicate, contradicting.
 
-    async with TopicReader(settings, "scores", partitions) as scores:  # from its end on
+    async with TopicReader(settings, "scores", partitions) as scores:  # starts at the end
         ... transactions are sent ...
-        tally.add(await scores.read())
-    tally.missing, tally.repeated
+        counter.add(await scores.read())
+    counter.missing, counter.duplicates
 
-Reads topics without a consumer group, so that counting disturbs nobody.
+The readers do not use a consumer group, so they cannot disturb one.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from pipeline.messages.decision import DECISIONS
 from pipeline.settings import Settings
 
 READ_MAX_RECORDS = 4096
-"""Records that one read returns at most."""
+"""Limit of the records that one read returns."""
 
 REQUEST_TIMEOUT_SECONDS = 10.0
-"""The broker says nothing for so long: it is away."""
+"""Time without a reply after which the broker counts as unreachable."""
 
 NOT_SCORED = -1
-"""A transaction's place in DECISIONS while it has none."""
+"""Index into DECISIONS of a transaction without a score."""
 
 IndexOf = Callable[[Sequence[str]], NDArray[np.int64]]
-"""Transaction ids to their numbers 0 to n - 1; -1 for one that was not sent."""
+"""Function from transaction ids to their numbers 0 to n - 1, or -1 for unknown ids."""
 
 
-class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """What counting needs of a score."""
+class ScoreFields(msgspec.Struct, frozen=True, gc=False):
+    """Fields of a score that counting needs."""
 
     transaction_id: str
     score: float
     decision: str
 
 
-_decode = msgspec.json.Decoder(Outcome).decode
+_decode = msgspec.json.Decoder(ScoreFields).decode
 _DECISION_INDEX = {name: index for index, name in enumerate(DECISIONS)}
 
 
 class ScoreCounter:
-    """The scores of n transactions that were sent.
+    """Counter of the scores of n transactions that were sent.
 
     Attributes:
-        times: uint8[n], how often each was scored, up to 255.
-        scores: float32[n], the first one of each; NaN before it.
+        times: uint8[n], number of scores of each transaction, up to 255.
+        scores: float32[n], first score of each transaction; NaN before it.
         decisions: int8[n], index into DECISIONS; -1 before the first score.
-        strangers: scores of transactions that are not among the n.
-        contradictions: scores that differ from the first one of the same transaction.
+        unknown: number of scores of transactions that are not among the n.
+        contradictions: number of scores that differ from their transaction's first score.
         last_ms: CreateTime of the latest score, epoch milliseconds.
     """
 
@@ -67,62 +67,63 @@ class ScoreCounter:
         self.times = np.zeros(transactions, np.uint8)
         self.scores = np.full(transactions, np.nan, np.float32)
         self.decisions = np.full(transactions, NOT_SCORED, np.int8)
-        self.strangers = 0
+        self.unknown = 0
         self.contradictions = 0
         self.last_ms = 0
         self._index_of = index_of
 
     def add(self, records: Sequence[Any]) -> NDArray[np.int64]:
-        """Count records of the scores topic; numbers of those scored for the first time."""
+        """Count records of the scores topic; return the newly scored transactions' numbers."""
         if not records:
             return np.empty(0, np.int64)
-        outcomes = [_decode(record.value) for record in records]
+        scores = [_decode(record.value) for record in records]
         self.last_ms = max(self.last_ms, max(record.timestamp for record in records))
-        index = self._index_of([outcome.transaction_id for outcome in outcomes])
-        score = np.array([outcome.score for outcome in outcomes], np.float32)
-        decision = np.array([_DECISION_INDEX[outcome.decision] for outcome in outcomes], np.int8)
+        index = self._index_of([score.transaction_id for score in scores])
+        values = np.array([score.score for score in scores], np.float32)
+        decision = np.array([_DECISION_INDEX[score.decision] for score in scores], np.int8)
         known = index >= 0
-        self.strangers += int((~known).sum())
-        index, score, decision = index[known], score[known], decision[known]
+        self.unknown += int((~known).sum())
+        index, values, decision = index[known], values[known], decision[known]
         numbers, first, counts = np.unique(index, return_index=True, return_counts=True)
         new = self.times[numbers] == 0
         fresh: NDArray[np.int64] = numbers[new]
         place = first[new]
-        self.scores[fresh] = score[place]
+        self.scores[fresh] = values[place]
         self.decisions[fresh] = decision[place]
         self.times[numbers] = np.minimum(self.times[numbers].astype(np.int64) + counts, 255)
-        self.contradictions += int((self.scores[index] != score).sum())
+        self.contradictions += int((self.scores[index] != values).sum())
         return fresh
 
     @property
     def scored(self) -> int:
-        """Transactions with a score."""
+        """Number of transactions with a score."""
         return int(np.count_nonzero(self.times))
 
     @property
     def missing(self) -> int:
-        """Transactions without one."""
+        """Number of transactions without a score."""
         return len(self.times) - self.scored
 
     @property
-    def repeated(self) -> int:
-        """Transactions with more than one."""
+    def duplicates(self) -> int:
+        """Number of transactions with more than one score."""
         return int((self.times > 1).sum())
 
     @property
     def flagged(self) -> NDArray[np.bool_]:
-        """bool[n]: the decision is not to approve."""
+        """Transactions whose decision is not to approve, as bool[n]."""
         return self.decisions > 0
 
 
 class TopicReader:
-    """Reads what is written to a topic from now on.
+    """A reader of the records that are written to a topic after its start.
 
     Args:
-        partitions: how many the topic has; :func:`pipeline.kafka.topics.ensure_topics` tells.
+        partitions: number of the topic's partitions, as
+            :func:`pipeline.kafka.topics.ensure_topics` returns it.
 
     Raises:
-        RecurError: the broker is away.
+        RecurError: the broker is unreachable.
     """
 
     def __init__(self, settings: Settings, role: TopicRole, partitions: int) -> None:
@@ -130,7 +131,7 @@ class TopicReader:
         self.read_records = 0
         self._settings = settings
         self._consumer: Any = None
-        self._ends: Any = None  # asks for offsets; a fetch that waits would hold them up
+        self._ends: Any = None  # for offsets: they would wait behind a fetch
         self._partitions = [TopicPartition(self.topic, number) for number in range(partitions)]
         self._start = 0
 
@@ -150,9 +151,9 @@ class TopicReader:
             ends = await self._ends.end_offsets(self._partitions)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
             await self._stop()
-            raise self._away(error) from error
+            raise self._unreachable_error(error) from error
         self._start = sum(ends.values())
-        self._consumer.assign(self._partitions)  # and at once, before it looks for a position:
+        self._consumer.assign(self._partitions)  # seek at once, before it looks up a position:
         for partition, end in ends.items():
             self._consumer.seek(partition, end)
         return self
@@ -169,29 +170,29 @@ class TopicReader:
         for consumer in (self._consumer, self._ends):
             try:
                 await consumer.stop()
-            except asyncio.CancelledError:  # aiokafka's own, of a fetch that waits for a broker
+            except asyncio.CancelledError:  # from aiokafka, for a fetch that waits for a broker
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
 
     async def published(self) -> int:
-        """Records written since the start, and markers of transactions; one cheap request."""
+        """Count the records and transaction markers since the start, with one cheap request."""
         return sum((await self._end_offsets()).values()) - self._start
 
     async def read(self, timeout_seconds: float = 0.0) -> list[Any]:
-        """Some records that were not read yet; waits so long for the first."""
+        """Read some new records; wait up to the timeout for the first one."""
         try:
             found = await self._consumer.getmany(
                 timeout_ms=round(timeout_seconds * 1000), max_records=READ_MAX_RECORDS
             )
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
-            raise self._away(error) from error
+            raise self._unreachable_error(error) from error
         records = [record for part in found.values() for record in part]
         self.read_records += len(records)
         return records
 
     async def to_end(self) -> AsyncIterator[list[Any]]:
-        """Everything that is there now and was not read yet, some records at a time."""
+        """Read all new records up to the present end, some at a time."""
         ends = await self._end_offsets()
         while await self._behind(ends):
             yield await self.read(timeout_seconds=0.2)
@@ -206,10 +207,10 @@ class TopicReader:
         try:
             ends: dict[TopicPartition, int] = await self._ends.end_offsets(self._partitions)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
-            raise self._away(error) from error
+            raise self._unreachable_error(error) from error
         return ends
 
-    def _away(self, error: BaseException) -> RecurError:
+    def _unreachable_error(self, error: BaseException) -> RecurError:
         return RecurError(
             f"cannot read topic {self.topic} at {self._settings.kafka_bootstrap_servers}"
             f" ({type(error).__name__}): see that the broker is up"

@@ -1,4 +1,4 @@
-"""Simulated days as a stream of transactions, encoded for the transactions topic."""
+"""Stream of simulated transactions, encoded for the transactions topic."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from model.simulator.world import HANDBOOK, World
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, encode_block
 
 CURRENCY = "EUR"
-"""Of the simulator's amounts."""
+"""Currency of the simulator's amounts."""
 
-_KINDS = (np.int64, np.int64, np.int64, np.float64, np.int8)  # of Columns
+_KINDS = (np.int64, np.int64, np.int64, np.float64, np.int8)  # of SimulatedColumns
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Transactions in order of time; arrays of the same length."""
+class SimulatedColumns:
+    """Columns of transactions in order of time; all have the same length."""
 
     timestamp_ms: NDArray[np.int64]
     account: NDArray[np.int64]
     merchant: NDArray[np.int64]
     amount: NDArray[np.float64]
     scenario: NDArray[np.int8]
-    """A place in :data:`model.simulator.world.SCENARIOS`; 0 legitimate."""
+    """Index into :data:`model.simulator.world.SCENARIOS`; 0: legitimate."""
 
     def __len__(self) -> int:
         return len(self.account)
 
-    def sliced(self, start: int, stop: int) -> Columns:
-        """Those from start up to stop."""
-        return Columns(*(column[start:stop] for column in self._all()))
+    def sliced(self, start: int, stop: int) -> SimulatedColumns:
+        """Take the transactions from start to before stop."""
+        return SimulatedColumns(*(column[start:stop] for column in self._all()))
 
     @staticmethod
-    def joined(pieces: Sequence[Columns]) -> Columns:
-        """One after the other."""
+    def joined(pieces: Sequence[SimulatedColumns]) -> SimulatedColumns:
+        """Join pieces in order."""
         empty = [np.empty(0, kind) for kind in _KINDS]
         columns = zip(empty, *(piece._all() for piece in pieces), strict=True)
         joined: list[Any] = [np.concatenate(parts) for parts in columns]
-        return Columns(*joined)
+        return SimulatedColumns(*joined)
 
     def _all(self) -> list[Any]:
         return [getattr(self, column.name) for column in fields(self)]
@@ -54,13 +54,13 @@ class SimulatedTransactions:
     """A piece of the stream; ``first`` is the number of its first transaction."""
 
     first: int
-    columns: Columns
+    columns: SimulatedColumns
 
     def __len__(self) -> int:
         return len(self.columns)
 
     def blocks(self) -> Iterator[Block]:
-        """Encoded, some thousand at a time."""
+        """Encode the transactions, some thousand at a time."""
         for start in range(0, len(self), BLOCK_TRANSACTIONS):
             part = self.columns.sliced(start, start + BLOCK_TRANSACTIONS)
             number = self.first + start
@@ -74,28 +74,28 @@ class SimulatedTransactions:
             )
 
     def index_of(self, transaction_ids: Sequence[str]) -> NDArray[np.int64]:
-        """int64[n]: the position of each id in this piece, -1 for any other."""
+        """Find the positions of ids in this piece as int64[n]; -1: not in this piece."""
         index = np.array([int(name[1:]) for name in transaction_ids], np.int64) - self.first
         index[(index < 0) | (index >= len(self))] = -1
         return index
 
 
 class SimulatedStream:
-    """The simulator's transactions, numbered from 0 without gaps, in pieces of any size."""
+    """Stream of simulated transactions, numbered from 0 without gaps."""
 
     def __init__(
         self, customers: int, terminals: int, start_date: str, seed: int, world: World = HANDBOOK
     ) -> None:
         self._days = Simulator(customers, terminals, start_date, seed, world).days()
-        self._left: list[Columns] = []
+        self._left: list[SimulatedColumns] = []
         self._next = 0
 
     def take_days(self, days: int) -> SimulatedTransactions:
-        """The rest of the present day, if one was begun, and so many whole ones."""
-        return self._handed_out(self._left + [self._day() for _ in range(days)], [])
+        """Take the rest of the present day and a number of whole days."""
+        return self._piece(self._left + [self._day() for _ in range(days)], [])
 
     def take(self, transactions: int) -> SimulatedTransactions:
-        """The next so many."""
+        """Take the next transactions."""
         pieces = list(self._left)
         surplus = sum(map(len, pieces)) - transactions
         while surplus < 0:
@@ -106,14 +106,18 @@ class SimulatedStream:
             last = pieces.pop()
             pieces.append(last.sliced(0, len(last) - surplus))
             left = [last.sliced(len(last) - surplus, len(last))]
-        return self._handed_out(pieces, left)
+        return self._piece(pieces, left)
 
-    def _day(self) -> Columns:
+    def _day(self) -> SimulatedColumns:
         day = next(self._days)
-        return Columns(day.timestamp_ms, day.account, day.merchant, day.amount, day.scenario)
+        return SimulatedColumns(
+            day.timestamp_ms, day.account, day.merchant, day.amount, day.scenario
+        )
 
-    def _handed_out(self, pieces: list[Columns], left: list[Columns]) -> SimulatedTransactions:
+    def _piece(
+        self, pieces: list[SimulatedColumns], left: list[SimulatedColumns]
+    ) -> SimulatedTransactions:
         self._left = left
-        piece = SimulatedTransactions(self._next, Columns.joined(pieces))
+        piece = SimulatedTransactions(self._next, SimulatedColumns.joined(pieces))
         self._next += len(piece)
         return piece

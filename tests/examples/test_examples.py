@@ -15,7 +15,8 @@ from model.training import merchant_weight_fit
 from pipeline.cli.main import recur
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from tests.fakes.running_pipeline import PipelineUnderTest
 
 ROOT = Path(__file__).resolve().parents[2]

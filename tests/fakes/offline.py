@@ -40,7 +40,8 @@ from model.training import merchant_weight_fit
 from model.training.sequences import score_stepwise
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, encode_block
 from pipeline.replay.simulated import CURRENCY, SimulatedStream

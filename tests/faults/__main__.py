@@ -1,7 +1,7 @@
-"""``make faults``: real faults on a real broker, a real Redis and real workers, and a table.
+"""``make faults``: run real faults on a real broker, Redis and workers, and print a table.
 
-Each fault is done to a system of its own under load; then every score is counted, every state
-is computed again from the log, and both are compared with what was sent.
+Each fault disturbs a system of its own under load. Then the run counts every score and computes
+every state again from the log. It compares both with the transactions that were sent.
 
     python -m tests.faults [--list] [--only NAME ...] [--scale X] [--seed N] [--transactional]
 """
@@ -22,12 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.progress import bar_for
-from pipeline.settings import Settings
 from tests.faults.fault import FRAME_SECONDS, Fault, Row, Shared, run_fault
 from tests.faults.registry import FAULTS
 
 PLAIN_WIDTH = 130
-"""Characters of a line where the output goes to no terminal."""
+"""Characters of a line if the output is not a terminal."""
 
 PLAIN_SHOW_SECONDS = 15.0
 
@@ -50,10 +49,10 @@ HEADINGS = (
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table."""
+    """Format a row of the table."""
     verdict = "[red]violated[/]" if row.complaints else "[yellow]late[/]" if row.late else "held"
     times = ["-" if x is None else f"{x:.1f} s" for x in (row.ready, row.lag_gone)]
-    found = row.outcome
+    found = row.invariants
     if found is None:
         return [row.fault.name, "-", "-", "-", "-", "-", *times, "-", verdict]
     return [
@@ -70,7 +69,7 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> Table:
-    """All rows."""
+    """Make the table of all rows."""
     drawn = Table(title="Recur under faults")
     for heading in HEADINGS:
         drawn.add_column(heading, justify="left" if heading in ("fault", "") else "right")
@@ -80,13 +79,13 @@ def table(rows: list[Row]) -> Table:
 
 
 def remarks(row: Row) -> Iterator[str]:
-    """What there is to say besides the table, a line each."""
-    found = row.outcome
+    """List remarks that are not in the table, a line each."""
+    found = row.invariants
     if found is not None:
         checked = found.verification
         yield (
-            f"{checked.right:,} of {checked.accounts:,} accounts as the log says, largest |Δscore|"
-            f" {checked.largest_score:.1g}"
+            f"{checked.right:,} of {checked.accounts:,} accounts agree with the log, largest"
+            f" |Δscore| {checked.largest_score:.1g}"
         )
     yield from row.notes
     if row.late:
@@ -94,11 +93,11 @@ def remarks(row: Row) -> Iterator[str]:
     yield from (f"VIOLATED: {complaint}" for complaint in row.complaints)
 
 
-def tell(row: Row, seconds: float) -> None:
-    """Show a row at once."""
+def show(row: Row, seconds: float) -> None:
+    """Print a row when its fault is done."""
     named = zip(HEADINGS[1:-1], cells(row)[1:-1], strict=True)
-    told = ", ".join(f"{name} [bold]{value}[/]" for name, value in named)
-    console.print(f"{row.fault.name}: {cells(row)[-1]} after {seconds:.0f} s; {told}")
+    values = ", ".join(f"{name} [bold]{value}[/]" for name, value in named)
+    console.print(f"{row.fault.name}: {cells(row)[-1]} after {seconds:.0f} s; {values}")
     for remark in remarks(row):
         console.print(f"  {remark}", style="dim", markup=False)
 
@@ -106,7 +105,7 @@ def tell(row: Row, seconds: float) -> None:
 async def run_all(
     chosen: list[Fault], shared: Shared, scale: float, seed: int, overrides: dict[str, Any]
 ) -> list[Row]:
-    """Do the faults one after the other."""
+    """Run the faults one after the other."""
     rows = []
     for fault in chosen:
         started = time.monotonic()
@@ -121,23 +120,23 @@ async def run_all(
                 seed=seed,
                 overrides=overrides,
             )
-        tell(row, time.monotonic() - started)
+        show(row, time.monotonic() - started)
         rows.append(row)
     return rows
 
 
 @click.command()
-@click.option("--list", "list_them", is_flag=True, help="name the faults and end")
-@click.option("--only", multiple=True, metavar="NAME", help="this fault; may be repeated")
-@click.option("--scale", default=1.0, help="1: each fault in full; 0.1: a tenth of its length")
-@click.option("--seed", default=0, help="of all that is drawn")
+@click.option("--list", "list_them", is_flag=True, help="list the faults and exit")
+@click.option("--only", multiple=True, metavar="NAME", help="run only this fault; may be repeated")
+@click.option("--scale", default=1.0, help="length of each fault; 0.1: a tenth of the full length")
+@click.option("--seed", default=0, help="seed of all random choices")
 @click.option(
-    "--timed", is_flag=True, help="a recovery that takes longer than promised is a violation, too"
+    "--timed", is_flag=True, help="count a recovery that takes longer than promised as a violation"
 )
 @click.option(
     "--transactional",
     is_flag=True,
-    help="workers publish in transactions (RECUR_PROCESSING_GUARANTEE)",
+    help="run workers with RECUR_PROCESSING_GUARANTEE=exactly_once",
 )
 def main(
     list_them: bool,
@@ -147,7 +146,7 @@ def main(
     timed: bool,
     transactional: bool,
 ) -> None:
-    """Do faults to the running system and tell what became of it."""
+    """Run faults on a real system and check its guarantees."""
     faults = {fault.name: fault for fault in FAULTS}
     if list_them:
         for fault in FAULTS:
@@ -158,10 +157,8 @@ def main(
         raise click.UsageError(f"there is no fault {', '.join(sorted(unknown))}; see --list")
     overrides: dict[str, Any] = {}
     if transactional:
-        if "transactional" not in Settings.model_fields:
-            raise click.UsageError("--transactional: this version publishes in no transactions")
-        overrides["transactional"] = True
-    logging.getLogger().setLevel(logging.CRITICAL)  # clients tell of each broker that is away
+        overrides["processing_guarantee"] = "exactly_once"
+    logging.getLogger().setLevel(logging.CRITICAL)  # Kafka clients log each unreachable broker
     console.print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load average"
         f" {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
@@ -172,7 +169,9 @@ def main(
     console.print(table(rows))
     late = [row for row in rows if row.late]
     if late and not timed:
-        console.print("late rows are no violation without --timed: other programs may have run")
+        console.print(
+            "late rows are not violations without --timed: other programs may have slowed the run"
+        )
     if any(row.complaints for row in rows) or (timed and late):
         sys.exit(1)
 

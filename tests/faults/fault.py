@@ -1,4 +1,4 @@
-"""What a fault is, how one is run, and what is said of it."""
+"""Faults, their runs and their results."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.errors import RecurError
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.progress import Bar
-from tests.faults.harness import Recovery, Rig, rigged
-from tests.faults.invariants import Outcome, find_outcome
-from tests.faults.workload import ChangeColumns, ChangeRecords, as_they_are, nothing_else
+from tests.faults.harness import Harness, Recovery, running_harness
+from tests.faults.invariants import Invariants, check_invariants
+from tests.faults.workload import ChangeColumns, ChangeRecords, unchanged_columns, unchanged_records
 
 FRAME_SECONDS = 0.5
 WORKER_DEATH_SECONDS = 15.0
-"""After a worker's death, at the default session time-out of 10 s."""
+"""Limit for the recovery from a worker's death, at the default session timeout of 10 s."""
 
 REDIS_BACK_SECONDS = 5.0
-"""After Redis is back."""
+"""Limit for the recovery after Redis is back."""
 
 Addresses = dict[str, str]
-"""Settings that name broker and Redis."""
+"""Settings with the addresses of broker and Redis."""
 
 
 class Shared:
-    """Broker and Redis of all faults that leave them alone; started when first asked for.
+    """Broker and Redis of all faults that do not disturb them; started at their first use.
 
     Args:
-        kafka, redis: those that run already.
+        kafka: running broker to use.
+        redis: running Redis to use.
     """
 
     def __init__(self, kafka: Kafka | None = None, redis: Redis | None = None) -> None:
@@ -50,10 +52,10 @@ class Shared:
 
     @property
     def kafka(self) -> Kafka:
-        """The broker.
+        """The shared broker.
 
         Raises:
-            ServiceError: it does not start.
+            ServiceError: the broker does not start.
         """
         if self._kafka is None:
             self._kafka = self._stack.enter_context(Kafka())
@@ -61,10 +63,10 @@ class Shared:
 
     @property
     def redis(self) -> Redis:
-        """The Redis.
+        """The shared Redis.
 
         Raises:
-            ServiceError: it does not start.
+            ServiceError: Redis does not start.
         """
         if self._redis is None:
             self._redis = self._stack.enter_context(Redis())
@@ -72,18 +74,18 @@ class Shared:
 
 
 class Fault(ABC):
-    """Something that goes wrong, done to a system under load.
+    """A fault that disturbs a system under load.
 
     Attributes:
-        name: for the command line.
-        what: it is, in a line.
-        workers: how many run.
-        rate: of the load, records/s.
-        history: records that are applied before, in the whole form.
-        ready_within: seconds until the system must be ready again; None where nothing is promised.
-        leaves_zombies: workers wake up that lost their partitions: where nothing fences them,
-            they may publish a score that differs.
-        settings: of the workers, besides the defaults.
+        name: name on the command line.
+        what: description in one line.
+        workers: number of workers.
+        rate: records/s of the workload.
+        history: records that are applied before, at full length.
+        ready_within: promised seconds until the system is ready again. None: no promise.
+        leaves_zombies: whether workers wake up after they lost their partitions. Without fencing
+            they may publish a different score.
+        settings: settings of the workers that differ from the defaults.
     """
 
     name: ClassVar[str]
@@ -97,44 +99,44 @@ class Fault(ABC):
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """The broker and the Redis to do it to, running."""
+        """Run the broker and the Redis of the fault."""
         yield {"kafka_bootstrap_servers": shared.kafka.bootstrap, "redis_url": shared.redis.url}
 
     def change_columns(self) -> ChangeColumns:
-        """What becomes of the transactions before they are encoded."""
-        return as_they_are
+        """Choose the change of the transactions before they are encoded."""
+        return unchanged_columns
 
     def change_records(self) -> ChangeRecords:
-        """What becomes of the records before they are sent."""
-        return nothing_else
+        """Choose the change of the records before they are sent."""
+        return unchanged_records
 
     @abstractmethod
-    async def disturb(self, rig: Rig) -> None:
-        """Do it, as often as it is done, and see that the system recovers.
+    async def disturb(self, harness: Harness) -> None:
+        """Disturb the system, repeatedly if the fault does, and wait for each recovery.
 
         Raises:
-            RecurError: it does not.
+            RecurError: the system does not recover.
         """
 
-    async def check(self, rig: Rig) -> list[str]:
-        """What else is wrong once everything is applied and the workers still run."""
+    async def check(self, harness: Harness) -> list[str]:
+        """Describe other violations when everything is applied and the workers still run."""
         return []
 
 
 @dataclass
 class Row:
-    """What is said of a fault.
+    """Result of a fault, as a row of the table.
 
     Attributes:
-        outcome: None where it was not found out.
-        recoveries: each that was measured.
-        complaints: what contradicts the guarantees.
-        late: a promised recovery took longer than it may.
-        notes: what else there is to say.
+        invariants: counts after the fault. None: the fault ended before they were checked.
+        recoveries: measured recoveries.
+        complaints: violations of the guarantees.
+        late: description of a recovery that took longer than promised.
+        notes: other remarks.
     """
 
     fault: Fault
-    outcome: Outcome | None = None
+    invariants: Invariants | None = None
     recoveries: list[Recovery] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     late: str | None = None
@@ -158,45 +160,49 @@ async def run_fault(
     *,
     show_seconds: float = FRAME_SECONDS,
     workers: int | None = None,
+    rate_max: float = float("inf"),
     scale: float = 1.0,
     seed: int = 0,
     overrides: Mapping[str, Any] = {},
 ) -> Row:
-    """Do a fault to a system of its own and find out what became of it.
+    """Run a fault on a system of its own and check the invariants.
 
     Args:
-        show_seconds: between two updates of the bar.
-        workers: how many run; as many as the fault says when None.
-        scale: 1 for the whole fault, less for a shorter form.
-        seed: of all that is drawn.
-        overrides: settings of the workers that go before the fault's.
+        show_seconds: interval of the bar's updates.
+        workers: number of workers. None: the fault's number.
+        rate_max: limit of the workload's rate, records/s, for a slow machine.
+        scale: length of the fault; 1: full length.
+        seed: seed of all random choices.
+        overrides: settings of the workers that override the fault's.
     """
     row = Row(fault)
     directory = Path(tempfile.mkdtemp(prefix=f"recur-fault-{fault.name}-"))
     try:
         async with fault.services(shared) as addresses:
-            async with rigged(
+            async with running_harness(
                 {**fault.settings, **overrides, **addresses},
                 directory,
                 workers=workers or fault.workers,
-                rate=fault.rate,
+                rate=min(fault.rate, rate_max),
                 scale=scale,
                 seed=seed,
                 history=round(fault.history * scale),
                 change_columns=fault.change_columns(),
                 change_records=fault.change_records(),
-            ) as rig:
-                row.recoveries, row.notes = rig.recoveries, rig.notes
-                showing = asyncio.create_task(_show(fault, rig, bar, show_seconds))
+            ) as harness:
+                row.recoveries, row.notes = harness.recoveries, harness.notes
+                showing = asyncio.create_task(_show(fault, harness, bar, show_seconds))
                 try:
-                    await _do(fault, rig, row)
+                    await _disturb_and_check(fault, harness, row)
                 finally:
                     showing.cancel()
                     await asyncio.gather(showing, return_exceptions=True)
     except RecurError as error:
         row.complaints.append(str(error))
     if fault.ready_within is not None and (row.ready or 0.0) > fault.ready_within:
-        row.late = f"{row.ready:.1f} s until ready again, {fault.ready_within:g} s are promised"
+        row.late = (
+            f"ready again after {row.ready:.1f} s instead of the promised {fault.ready_within:g} s"
+        )
     if row.complaints:
         row.notes.append(f"logs are in {directory}")
     else:
@@ -204,21 +210,21 @@ async def run_fault(
     return row
 
 
-async def _do(fault: Fault, rig: Rig, row: Row) -> None:
-    await fault.disturb(rig)
-    rig.fraction = 1.0
-    await rig.settle()
-    row.complaints += await fault.check(rig)
-    row.notes += sorted(set(rig.crew.ended))
-    await rig.crew.stop()
-    row.outcome = await find_outcome(rig.settings, rig.checkpoint, rig.load)
-    fenced = bool(rig.settings.exactly_once)
-    row.complaints += row.outcome.complaints(allow_conflicts=fault.leaves_zombies and not fenced)
+async def _disturb_and_check(fault: Fault, harness: Harness, row: Row) -> None:
+    await fault.disturb(harness)
+    harness.fraction = 1.0
+    await harness.settle()
+    row.complaints += await fault.check(harness)
+    row.notes += sorted(set(harness.pool.ended))
+    await harness.pool.stop()
+    row.invariants = await check_invariants(harness.settings, harness.checkpoint, harness.workload)
+    fenced = harness.settings.exactly_once
+    row.complaints += row.invariants.complaints(allow_conflicts=fault.leaves_zombies and not fenced)
 
 
-async def _show(fault: Fault, rig: Rig, bar: Bar, seconds: float) -> None:
+async def _show(fault: Fault, harness: Harness, bar: Bar, seconds: float) -> None:
     while True:
-        applied = rig.watch.latest.applied
+        applied = harness.monitor.latest.applied
         if applied is not None:
-            bar.show(fault.name, sum(applied.values()), rig.fraction)
+            bar.show(fault.name, sum(applied.values()), harness.fraction)
         await asyncio.sleep(seconds)

@@ -1,4 +1,4 @@
-"""A system under a fault: its services, its workers, its load, and how it recovers."""
+"""Harness of a fault: services, workers, workload, and the measured recoveries."""
 
 from __future__ import annotations
 
@@ -19,39 +19,45 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings, load_settings
 from pipeline.timestamps import ANY_AGE_SECONDS
-from tests.faults.monitor import Sample, Watch
-from tests.faults.worker_pool import Crew
-from tests.faults.workload import ChangeColumns, ChangeRecords, Load, as_they_are, nothing_else
+from tests.faults.monitor import Monitor, Observation
+from tests.faults.worker_pool import WorkerPool
+from tests.faults.workload import (
+    ChangeColumns,
+    ChangeRecords,
+    Workload,
+    unchanged_columns,
+    unchanged_records,
+)
 
 RECOVERY_LIMIT_SECONDS = 240.0
-"""A system that has not recovered by then never will."""
+"""Limit for a recovery; a system that takes longer counts as stuck."""
 
 LAG_SECONDS = 1.0
-"""The lag is gone once no more waits than arrives in so long."""
+"""Time whose arrivals may wait when the lag counts as gone."""
 
 
 class NoEffectError(RecurError):
-    """A fault did not do what it is to do."""
+    """A fault had no effect."""
 
 
-def require(has_bitten: bool, what: str) -> None:
-    """A fault that did not do what it is to do shows nothing.
+def require_effect(had_effect: bool, what: str) -> None:
+    """Reject a fault that had no effect: it proves nothing.
 
     Raises:
-        NoEffectError: it has not bitten.
+        NoEffectError: the fault had no effect.
     """
-    if not has_bitten:
+    if not had_effect:
         raise NoEffectError(f"the fault had no effect: {what}")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """When something happened.
+    """A moment and the state of the system at that moment.
 
     Attributes:
         at: monotonic seconds.
-        applied: the watermarks then.
-        workers: process numbers of those that ran then.
+        applied: watermarks at that moment.
+        workers: process ids of the workers that ran.
     """
 
     at: float
@@ -61,13 +67,13 @@ class Mark:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How long it took, seconds.
+    """Duration of one recovery, in seconds.
 
     Attributes:
-        ready: until every partition moved again and the workers that ran then were ready. (One
-            that was started since is not waited for, but for the rebalance that it brings.)
-        lag_gone: until no more waited than arrives in a second.
-        applied: records that were applied until then.
+        ready: time until every partition moved again and the workers of the mark were ready.
+            Later workers need not be ready, but their rebalance counts.
+        lag_gone: time until only the arrivals of a second waited.
+        applied: records that were applied in that time.
     """
 
     ready: float
@@ -75,30 +81,32 @@ class Recovery:
     applied: int
 
 
-class Rig:
-    """What a fault has in its hands.
+class Harness:
+    """A running system, and the tools with which a fault disturbs it.
 
     Args:
-        settings: the workers'.
-        checkpoint: theirs.
-        crew, load, watch: workers, transactions, and how they are watched.
-        rate: of the load, records/s.
-        scale: 1 for the whole fault, less for a shorter form.
-        seed: of all that is drawn.
+        settings: settings of the workers.
+        checkpoint: checkpoint of the workers.
+        pool: the workers.
+        workload: the transactions.
+        monitor: observer of workers and partitions.
+        rate: records/s of the workload.
+        scale: length of the fault; 1: full length.
+        seed: seed of all random choices.
 
     Attributes:
-        recoveries: measured so far.
-        notes: what else there is to say about the run.
-        fraction: how much of the fault is done, 0 to 1.
+        recoveries: recoveries measured so far.
+        notes: remarks on the run.
+        fraction: share of the fault that is done, 0 to 1.
     """
 
     def __init__(
         self,
         settings: Settings,
         checkpoint: Checkpoint,
-        crew: Crew,
-        load: Load,
-        watch: Watch,
+        pool: WorkerPool,
+        workload: Workload,
+        monitor: Monitor,
         *,
         rate: float,
         scale: float,
@@ -106,68 +114,68 @@ class Rig:
     ) -> None:
         self.settings = settings
         self.checkpoint = checkpoint
-        self.crew = crew
-        self.load = load
-        self.watch = watch
+        self.pool = pool
+        self.workload = workload
+        self.monitor = monitor
         self.random = random.Random(seed)
         self.recoveries: list[Recovery] = []
         self.notes: list[str] = []
         self.fraction = 0.0
-        self._rate = rate
+        self.rate = rate
         self._scale = scale
 
     def times(self, whole: int, least: int = 1) -> range:
-        """How often, for a fault that is done ``whole`` times."""
+        """Scale the number of repetitions of a fault."""
         return range(max(least, round(whole * self._scale)))
 
     def seconds(self, whole: float, least: float = 1.0) -> float:
-        """For how long, for what takes ``whole`` seconds."""
+        """Scale a duration."""
         return max(least, whole * self._scale)
 
-    async def go_on(self, least: float, most: float | None = None) -> None:
-        """Let the system run for a while, drawn between the two, seconds.
+    async def run_for(self, least: float, most: float | None = None) -> None:
+        """Let the system run for a random time between two limits, in seconds.
 
         Raises:
-            RecurError: the load failed.
+            RecurError: the workload failed.
         """
         await asyncio.sleep(least if most is None else self.random.uniform(least, most))
-        self.load.raise_failure()
+        self.workload.raise_failure()
 
     def any_worker(self) -> WorkerProcess:
-        """One that is alive."""
-        return self.random.choice(self.crew.alive() or self.crew.members)
+        """Choose a living worker."""
+        return self.random.choice(self.pool.alive() or self.pool.members)
 
     async def mark(self) -> Mark:
-        """Now."""
+        """Mark the present moment."""
         at = monotonic()
-        workers = frozenset(worker.process.pid for worker in self.crew.alive())
-        return Mark(at, await self.watch.applied(), workers)
+        workers = frozenset(worker.process.pid for worker in self.pool.alive())
+        return Mark(at, await self.monitor.applied(), workers)
 
     async def recover(self, mark: Mark, *, measured: bool = True) -> None:
-        """Wait until the system works as before, and note how long that took since a mark.
+        """Wait until the system has recovered, and note the time since a mark.
 
         Args:
-            measured: whether it was whole before; else the time is not that of one fault alone.
+            measured: whether the time counts: only if the system was complete before the fault.
 
         Raises:
-            StuckError: it does not.
+            StuckError: the system does not recover in time.
         """
-        first = await self.watch.until(
+        first = await self.monitor.until(
             lambda sample: self._moves(sample, mark),
             "the workers to be ready and every partition to move",
             RECOVERY_LIMIT_SECONDS,
         )
-        last = await self.watch.until(
-            lambda sample: sample.lag is not None and sample.lag <= self._rate * LAG_SECONDS,
-            "the lag to go",
+        last = await self.monitor.until(
+            lambda sample: sample.lag is not None and sample.lag <= self.rate * LAG_SECONDS,
+            "the lag to disappear",
             RECOVERY_LIMIT_SECONDS,
         )
         applied = sum((last.applied or {}).values()) - sum(mark.applied.values())
         if measured:
             self.recoveries.append(Recovery(first.at - mark.at, last.at - mark.at, applied))
 
-    def _moves(self, sample: Sample, mark: Mark) -> bool:
-        """The workers are ready, and every partition has another watermark than at the mark."""
+    def _moves(self, sample: Observation, mark: Mark) -> bool:
+        """Whether the workers are ready and every watermark has changed since the mark."""
         if sample.not_ready & mark.workers or sample.applied is None or sample.ends is None:
             return False
         return all(
@@ -177,19 +185,19 @@ class Rig:
         )
 
     async def settle(self) -> None:
-        """Send no more, and wait until everything is applied.
+        """Stop the workload and wait until everything is applied.
 
         Raises:
-            RecurError: that does not happen.
+            RecurError: records stay unapplied.
         """
-        await self.load.stop()
-        await self.watch.until(
+        await self.workload.stop()
+        await self.monitor.until(
             lambda sample: sample.lag == 0, "everything to be applied", RECOVERY_LIMIT_SECONDS
         )
 
 
 @asynccontextmanager
-async def rigged(
+async def running_harness(
     overrides: Mapping[str, Any],
     directory: Path,
     *,
@@ -198,20 +206,20 @@ async def rigged(
     scale: float,
     seed: int,
     history: int = 0,
-    change_columns: ChangeColumns = as_they_are,
-    change_records: ChangeRecords = nothing_else,
-) -> AsyncIterator[Rig]:
-    """A running system with topics, group and keys of its own; all of it ends with the context.
+    change_columns: ChangeColumns = unchanged_columns,
+    change_records: ChangeRecords = unchanged_records,
+) -> AsyncIterator[Harness]:
+    """Run a system with its own topics, group and keys; leaving the context ends all of it.
 
     Args:
-        overrides: settings besides the defaults; addresses among them.
-        directory: for the workers' logs and files.
-        workers: how many.
-        rate: records/s; the load begins once the workers are ready.
-        history: records that are sent and applied before, as fast as that goes.
+        overrides: settings that differ from the defaults, with the addresses.
+        directory: directory for the workers' logs and files.
+        workers: number of workers.
+        rate: records/s of the workload, which starts when the workers are ready.
+        history: records that are sent and applied before, at full speed.
 
     Raises:
-        RecurError: something does not start.
+        RecurError: a part does not start.
     """
     name = uuid.uuid4().hex[:8]
     overrides = {
@@ -225,20 +233,22 @@ async def rigged(
     checkpoint = load_checkpoint(settings)
     await ensure_topics(settings)
     environment = {f"RECUR_{key.upper()}": str(value) for key, value in overrides.items()}
-    crew = Crew(directory, environment)
-    load = Load(settings, seed, change_columns, change_records)
-    watch = Watch(settings, checkpoint.digest, crew, load.raise_failure)
+    pool = WorkerPool(directory, environment)
+    workload = Workload(settings, seed, change_columns, change_records)
+    monitor = Monitor(settings, checkpoint.digest, pool, workload.raise_failure)
     try:
-        async with watch:
-            await crew.start(workers)
-            await load.start(rate, history)
-            rig = Rig(settings, checkpoint, crew, load, watch, rate=rate, scale=scale, seed=seed)
-            await watch.until(
+        async with monitor:
+            await pool.start(workers)
+            await workload.start(rate, history)
+            harness = Harness(
+                settings, checkpoint, pool, workload, monitor, rate=rate, scale=scale, seed=seed
+            )
+            await monitor.until(
                 lambda s: s.lag is not None and s.lag <= rate * LAG_SECONDS,
-                "the workers to keep up with the load",
+                "the workers to keep up with the workload",
                 RECOVERY_LIMIT_SECONDS,
             )
-            yield rig
+            yield harness
     finally:
-        await load.abandon()
-        await crew.stop()
+        await workload.abandon()
+        await pool.stop()

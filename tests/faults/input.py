@@ -1,4 +1,4 @@
-"""Faults of what comes in: records that are none, repeats, one account, false times, a flood."""
+"""Faults of the input: undecodable records, repeats, a hot account, wrong times, a flood."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 
 from tests.faults.fault import Fault
-from tests.faults.harness import Rig
+from tests.faults.harness import Harness
 from tests.faults.invariants import topic_records
 from tests.faults.workload import (
     NO_TRANSACTION,
     ChangeColumns,
     ChangeRecords,
-    Sent,
+    SentRecords,
     backwards,
     of_one_account,
     sent_twice,
@@ -26,47 +26,48 @@ FLOOD_MAX_TRANSACTIONS = 2_000_000
 
 
 class _Input(Fault):
-    """A fault that lies in the load itself: it runs for a while."""
+    """A fault of the workload itself, which runs for a while."""
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        rests = range(10)
-        for rest in rests:
-            rig.fraction = rest / len(rests)
-            await rig.go_on(rig.seconds(RUN_SECONDS, least=5) / len(rests))
+    async def disturb(self, harness: Harness) -> None:
+        steps = range(10)
+        for step in steps:
+            harness.fraction = step / len(steps)
+            await harness.run_for(harness.seconds(RUN_SECONDS, least=5) / len(steps))
 
 
 class Undecodable(_Input):
-    """Each one goes to the dead-letter topic, and the transactions around it have their scores."""
+    """Undecodable records, which go to the dead-letter topic without harm to their neighbours."""
 
     name = "undecodable"
     what = "half of all records cannot be decoded, and one has 1 MB"
 
     def change_records(self) -> ChangeRecords:
-        """See :class:`Fault`."""
-        return _with_bad_ones()
+        return _with_bad_records()
 
-    async def check(self, rig: Rig) -> list[str]:
-        """See :class:`Fault`."""
-        bad = int((rig.load.numbers_sent() == NO_TRANSACTION).sum())
-        letters = await _count(topic_records(rig.settings, "dead_letter"))
-        return [] if letters == bad else [f"{letters:,} dead letters of {bad:,} bad records"]
+    async def check(self, harness: Harness) -> list[str]:
+        bad = int((harness.workload.numbers_sent() == NO_TRANSACTION).sum())
+        dead_letters = await _count(topic_records(harness.settings, "dead_letter"))
+        return (
+            []
+            if dead_letters == bad
+            else [f"{dead_letters:,} dead letters for {bad:,} bad records"]
+        )
 
 
-def _with_bad_ones() -> ChangeRecords:
-    """After each record a bad one; the very first of them is large."""
+def _with_bad_records() -> ChangeRecords:
+    """Add a bad record after each record; the first bad one is large."""
     large = [b'{"transaction_id":"' + b"9" * LARGE_RECORD_BYTES + b'"}']
 
-    def change(sent: Sent, rng: np.random.Generator) -> Sent:
+    def change(sent: SentRecords, rng: np.random.Generator) -> SentRecords:
         keys: list[bytes] = []
         values: list[bytes] = []
-        kinds = rng.integers(0, len(_SPOILERS), len(sent.keys)).tolist()
+        kinds = rng.integers(0, len(_DAMAGES), len(sent.keys)).tolist()
         for key, value, kind in zip(sent.keys, sent.values, kinds, strict=True):
             keys += [key, key]
-            values += [value, large.pop() if large else _SPOILERS[kind](value)]
+            values += [value, large.pop() if large else _DAMAGES[kind](value)]
         numbers = np.full(2 * len(sent.keys), NO_TRANSACTION, np.int64)
         numbers[::2] = sent.numbers
-        return Sent(keys, values, numbers)
+        return SentRecords(keys, values, numbers)
 
     return change
 
@@ -75,7 +76,7 @@ def _with(**fields: object) -> Callable[[bytes], bytes]:
     return lambda value: json.dumps(json.loads(value) | fields).encode()
 
 
-_SPOILERS: tuple[Callable[[bytes], bytes], ...] = (
+_DAMAGES: tuple[Callable[[bytes], bytes], ...] = (
     lambda value: b"\x00\xff" + value,
     lambda value: value[: len(value) // 2],
     lambda value: b"",
@@ -95,64 +96,59 @@ async def _count(pieces: AsyncIterator[list[object]]) -> int:
 
 
 class SentTwice(_Input):
-    """The second one is dropped by its id, and counted."""
+    """Repeats, which workers drop by their id and count."""
 
     name = "sent-twice"
     what = "10 % of the transactions sent twice by the producer"
 
     def change_records(self) -> ChangeRecords:
-        """See :class:`Fault`."""
         return sent_twice(0.1)
 
-    async def check(self, rig: Rig) -> list[str]:
-        """See :class:`Fault`."""
-        numbers = rig.load.numbers_sent()
+    async def check(self, harness: Harness) -> list[str]:
+        numbers = harness.workload.numbers_sent()
         repeats = len(numbers) - len(np.unique(numbers))
-        dropped = await rig.crew.samples("recur_duplicate_transactions_total")
+        dropped = await harness.pool.samples("recur_duplicate_transactions_total")
         return [] if dropped == repeats else [f"{dropped:,.0f} of {repeats:,} repeats counted"]
 
 
 class HotAccount(_Input):
-    """Its transactions take as many rounds, one after the other."""
+    """A hot account: each of its transactions takes a round of its own."""
 
     name = "hot-account"
     what = "an account with 30 % of all traffic"
 
     def change_columns(self) -> ChangeColumns:
-        """See :class:`Fault`."""
         return of_one_account(0.3)
 
 
 class Backwards(_Input):
-    """Event time that runs backwards counts as no time passed."""
+    """Times that run backwards, which count as no time between."""
 
     name = "backwards"
     what = "timestamps that run backwards, by seconds and by years"
 
     def change_columns(self) -> ChangeColumns:
-        """See :class:`Fault`."""
         return backwards
 
 
 class Flood(Fault):
-    """What cannot be scored at once waits in the log."""
+    """A flood of transactions, which wait in the log until they are scored."""
 
     name = "flood"
-    what = "the producer faster than the workers for a minute, then caught up"
+    what = "the producer faster than the workers for a minute, then normal again"
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        await rig.load.stop()
-        most = round(rig.seconds(FLOOD_MAX_TRANSACTIONS, least=50_000))
-        await rig.load.start(rate=None, most=most)
-        most_waited = 0
-        looks = range(round(rig.seconds(60, least=5)))
-        for look in looks:
-            rig.fraction = look / len(looks)
-            await rig.go_on(1.0)
-            most_waited = max(most_waited, rig.watch.latest.lag or 0)
-        await rig.load.stop()
-        rig.notes.append(f"{most_waited:,} records waited at most")
-        mark = await rig.mark()
-        await rig.load.start(self.rate)
-        await rig.recover(mark)
+    async def disturb(self, harness: Harness) -> None:
+        await harness.workload.stop()
+        limit = round(harness.seconds(FLOOD_MAX_TRANSACTIONS, least=50_000))
+        await harness.workload.start(rate=None, most=limit)
+        waiting_max = 0
+        steps = range(round(harness.seconds(60, least=5)))
+        for step in steps:
+            harness.fraction = step / len(steps)
+            await harness.run_for(1.0)
+            waiting_max = max(waiting_max, harness.monitor.latest.lag or 0)
+        await harness.workload.stop()
+        harness.notes.append(f"at most {waiting_max:,} records waited")
+        mark = await harness.mark()
+        await harness.workload.start(harness.rate)
+        await harness.recover(mark)

@@ -1,4 +1,4 @@
-"""What came out, against what was sent: counted here, and verified as `recur verify` does."""
+"""Invariants after a fault: counts of scores and states, and the result of `recur verify`."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_store import Load as StatesWanted
 from pipeline.storage.state_store import RedisStateStore
-from tests.faults.workload import NO_TRANSACTION, Load
+from tests.faults.workload import NO_TRANSACTION, Workload
 
 READ_RECORDS = 4096
 APPROVE = DECISIONS[0]
 
 
-class _Said(msgspec.Struct, frozen=True, gc=False):
-    """What of a score tells whether it demands an alert."""
+class _ScoreDecision(msgspec.Struct, frozen=True, gc=False):
+    """Fields of a score that decide whether it needs an alert."""
 
     source: str
     decision: str
 
 
-_decode = msgspec.json.Decoder(_Said).decode
+_decode = msgspec.json.Decoder(_ScoreDecision).decode
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of one fault.
+class Invariants:
+    """Counts after one fault that show whether the guarantees held.
 
     Attributes:
-        transactions: distinct ones that the broker took.
-        lost: of them without a score.
-        twice: applications to states beyond one for each transaction.
+        transactions: distinct transactions that the broker accepted.
+        lost: transactions without a score.
+        twice: surplus applications of transactions to states.
         too_few: transactions that no state counts.
-        conflicting: scores that differ from the first one of their transaction.
+        conflicting: scores that differ from the first score of their transaction.
         duplicates: transactions with more than one score.
-        strangers: scores of what is no transaction.
-        alerts_missing: scores that demand an alert which was never published.
-        verification: what `recur verify` finds.
+        unknown: scores of records that are not transactions.
+        alerts_missing: scores that need an alert but have none.
+        verification: result of `recur verify`.
     """
 
     transactions: int
@@ -60,21 +60,21 @@ class Outcome:
     too_few: int
     conflicting: int
     duplicates: int
-    strangers: int
+    unknown: int
     alerts_missing: int
     verification: Verification
 
     def complaints(self, *, allow_conflicts: bool) -> list[str]:
-        """What contradicts the guarantees, each in words."""
+        """Describe each violation of the guarantees."""
         found = self.verification
         wrong = {
             "transactions lost": self.lost,
             "applied twice": self.twice,
             "not in a state": self.too_few,
-            "scores of what is no transaction": self.strangers,
+            "scores of records that are not transactions": self.unknown,
             "alerts missing": self.alerts_missing,
-            "accounts other than the log says": found.different_accounts,
-            "scores missing to recur verify": found.missing,
+            "accounts that differ from the log": found.different_accounts,
+            "scores that recur verify misses": found.missing,
             "scores that recur verify does not expect": found.unexpected,
             "states without log": found.without_log or 0,
             "partitions without a watermark": len(found.lost_partitions),
@@ -89,10 +89,10 @@ class Outcome:
         ]
 
 
-class _NoBar:
-    """The progress of verifying is not shown: it takes seconds."""
+class _SilentBar:
+    """Progress bar that shows nothing, since verifying takes seconds."""
 
-    def __enter__(self) -> _NoBar:
+    def __enter__(self) -> _SilentBar:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,47 +102,49 @@ class _NoBar:
         return None
 
 
-async def find_outcome(settings: Settings, checkpoint: Checkpoint, load: Load) -> Outcome:
-    """Compare a settled system with its load.
+async def check_invariants(
+    settings: Settings, checkpoint: Checkpoint, workload: Workload
+) -> Invariants:
+    """Compare a settled system with its workload.
 
     Raises:
-        RecurError: broker or Redis is away.
+        RecurError: broker or Redis is unreachable.
     """
-    numbers = load.numbers_sent()
+    numbers = workload.numbers_sent()
     expected = np.unique(numbers[numbers != NO_TRANSACTION])
-    tally = ScoreCounter(load.transactions_made(), _numbers_of)
-    demanding: set[str] = set()
+    counter = ScoreCounter(workload.transactions_made(), _numbers_of)
+    alert_sources: set[str] = set()
     async for records in topic_records(settings, "scores"):
-        tally.add(records)
-        said = [_decode(record.value) for record in records]
-        demanding |= {score.source for score in said if score.decision != APPROVE}
+        counter.add(records)
+        scores = [_decode(record.value) for record in records]
+        alert_sources |= {score.source for score in scores if score.decision != APPROVE}
     alerted = {
         decode_alert(record.value).source
         async for records in topic_records(settings, "alerts")
         for record in records
     }
-    is_expected = np.zeros(len(tally.times), bool)
+    is_expected = np.zeros(len(counter.times), bool)
     is_expected[expected] = True
     applied = await _applied_by_account(settings, checkpoint)
-    twice, too_few = _compare_counts(applied, load.transactions_of_accounts())
-    return Outcome(
+    twice, too_few = _compare_counts(applied, workload.transactions_of_accounts())
+    return Invariants(
         transactions=len(expected),
-        lost=int((is_expected & (tally.times == 0)).sum()),
+        lost=int((is_expected & (counter.times == 0)).sum()),
         twice=twice,
         too_few=too_few,
-        conflicting=tally.contradictions,
-        duplicates=tally.repeated,
-        strangers=tally.strangers + int((~is_expected & (tally.times > 0)).sum()),
-        alerts_missing=len(demanding - alerted),
-        verification=await verify(settings, checkpoint, VerifyOptions(), _NoBar()),
+        conflicting=counter.contradictions,
+        duplicates=counter.duplicates,
+        unknown=counter.unknown + int((~is_expected & (counter.times > 0)).sum()),
+        alerts_missing=len(alert_sources - alerted),
+        verification=await verify(settings, checkpoint, VerifyOptions(), _SilentBar()),
     )
 
 
 async def topic_records(settings: Settings, role: TopicRole) -> AsyncIterator[list[Any]]:
-    """Everything committed that a topic holds now, some records at a time.
+    """Read all committed records of a topic, some at a time.
 
     Raises:
-        RecurError: the broker is away.
+        RecurError: the broker is unreachable.
     """
     topic = settings.topic(role)
     open_reader = kafka_readers(settings)
@@ -154,7 +156,7 @@ async def topic_records(settings: Settings, role: TopicRole) -> AsyncIterator[li
 
 
 def _numbers_of(transaction_ids: Sequence[str]) -> NDArray[np.int64]:
-    """Numbers of the simulator's transactions; -1 for any other."""
+    """Find the simulator's numbers of transactions; -1: not from the simulator."""
     return np.array(
         [
             int(name[1:]) if name[:1] == "T" and name[1:].isdigit() else -1
@@ -165,11 +167,11 @@ def _numbers_of(transaction_ids: Sequence[str]) -> NDArray[np.int64]:
 
 
 async def _applied_by_account(settings: Settings, checkpoint: Checkpoint) -> dict[str, int]:
-    """How many transactions each account's states in Redis count."""
+    """Read how many transactions the states in Redis count, by account."""
     architecture = checkpoint.network.architecture
     codec = StateCodec(architecture.layers, architecture.hidden_size)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
-    found: dict[tuple[int, str], int] = {}  # SCAN may name a key twice
+    found: dict[tuple[int, str], int] = {}  # SCAN may return a key twice
     try:
         async for places in store.accounts():
             by_partition: dict[int, list[str]] = {}
@@ -189,7 +191,7 @@ async def _applied_by_account(settings: Settings, checkpoint: Checkpoint) -> dic
 
 
 def _compare_counts(applied: Mapping[str, int], sent: Mapping[str, int]) -> tuple[int, int]:
-    """How many transactions states count too often, and too seldom."""
+    """Count the transactions that states have too often, and those they miss."""
     differences = [
         applied.get(account, 0) - sent.get(account, 0) for account in applied.keys() | sent.keys()
     ]

@@ -1,4 +1,4 @@
-"""Faults of the broker: the only one dies, or one of three."""
+"""Faults of Kafka: the only broker dies, one of three dies, a topic is recreated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from pipeline.kafka.topics import ROLES, admin_client, topic_ids
-from pipeline.local.services import Kafka, KafkaCluster
+from pipeline.local.kafka import Kafka, KafkaCluster
 from pipeline.settings import Settings
 from tests.faults.fault import Addresses, Fault, Shared
-from tests.faults.harness import Rig, require
+from tests.faults.harness import Harness, require_effect
 from tests.faults.monitor import until_true
 
 IN_SYNC_LIMIT_SECONDS = 120.0
@@ -22,31 +22,30 @@ TOPIC_LIMIT_SECONDS = 60.0
 
 
 class BrokerKilled(Fault):
-    """Producers, consumers and the group's coordinator go with it, for some seconds."""
+    """A dead broker, without which nothing can be produced or consumed for some seconds."""
 
     name = "broker-killed"
     what = "the only broker killed and restarted, 3 times"
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """A broker of its own."""
+        """Run a separate broker."""
         with Kafka() as self._broker:
             yield {"kafka_bootstrap_servers": self._broker.bootstrap, "redis_url": shared.redis.url}
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        deaths = rig.times(3)
+    async def disturb(self, harness: Harness) -> None:
+        deaths = harness.times(3)
         for death in deaths:
-            rig.fraction = death / len(deaths)
-            await rig.go_on(1.0, 4.0)
+            harness.fraction = death / len(deaths)
+            await harness.run_for(1.0, 4.0)
             await asyncio.to_thread(self._broker.kill)
-            await rig.go_on(1.0, 4.0)
+            await harness.run_for(1.0, 4.0)
             await asyncio.to_thread(self._broker.start)
-            await rig.recover(await rig.mark())
+            await harness.recover(await harness.mark())
 
 
 class OneOfThreeBrokers(Fault):
-    """The other two have all that was acknowledged, and go on."""
+    """A dead broker of three; the other two have all acknowledged records and go on."""
 
     name = "broker-of-three"
     what = "three brokers (replication 3, min.insync 2), one killed at a time, 6 times"
@@ -54,83 +53,83 @@ class OneOfThreeBrokers(Fault):
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """A cluster of its own."""
+        """Run a separate cluster."""
         with KafkaCluster() as self._cluster:
             yield {
                 "kafka_bootstrap_servers": self._cluster.bootstrap,
                 "redis_url": shared.redis.url,
             }
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        deaths = rig.times(6)
+    async def disturb(self, harness: Harness) -> None:
+        deaths = harness.times(6)
         for death in deaths:
-            rig.fraction = death / len(deaths)
-            await rig.go_on(1.0, 4.0)
+            harness.fraction = death / len(deaths)
+            await harness.run_for(1.0, 4.0)
             node = self._cluster.nodes[death % len(self._cluster.nodes)]
             await asyncio.to_thread(node.kill)
-            await rig.recover(await rig.mark())
+            await harness.recover(await harness.mark())
             await asyncio.to_thread(node.start)
-            await until_in_sync(rig.settings, len(self._cluster.nodes))
+            await until_in_sync(harness.settings, len(self._cluster.nodes))
 
 
-class TopicMadeAgain(Fault):
-    """The offsets of the new log are small, and mean other transactions."""
+class TopicRecreated(Fault):
+    """A recreated topic, whose small offsets belong to other transactions."""
 
     name = "topic-made-again"
-    what = "the transactions topic deleted and made again under running workers, 3 times"
+    what = "the transactions topic deleted and created again under running workers, 3 times"
     settings: ClassVar[Mapping[str, Any]] = {"on_new_log": "begin"}
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        times = rig.times(3)
+    async def disturb(self, harness: Harness) -> None:
+        times = harness.times(3)
         for time in times:
-            rig.fraction = time / len(times)
-            await rig.go_on(2.0, 6.0)
-            await rig.settle()  # what a topic takes with it unread is lost, and nobody's fault
-            await make_again(rig.settings)
-            rig.load.states_begin()
-            await self.when_made_again(rig)
-            mark = await rig.mark()
-            await rig.load.start(self.rate)
-            await rig.recover(mark)
+            harness.fraction = time / len(times)
+            await harness.run_for(2.0, 6.0)
+            await (
+                harness.settle()
+            )  # unread records go with their topic, which is no fault of the workers
+            await recreate_topic(harness.settings)
+            harness.workload.restart_states()
+            await self.when_recreated(harness)
+            mark = await harness.mark()
+            await harness.workload.start(harness.rate)
+            await harness.recover(mark)
 
-    async def when_made_again(self, rig: Rig) -> None:
-        """Done before the first record comes."""
+    async def when_recreated(self, harness: Harness) -> None:
+        """Act before the first record of the new topic."""
 
 
-async def make_again(settings: Settings) -> None:
-    """Delete the transactions topic and make it again, with as many partitions.
+async def recreate_topic(settings: Settings) -> None:
+    """Delete the transactions topic and create it again with the same number of partitions.
 
     Raises:
-        StuckError: the broker does not do it.
-        NoEffectError: it is the same topic.
+        StuckError: the broker takes too long.
+        NoEffectError: the topic is still the same.
     """
     topic = settings.topic("transactions")
     before = (await topic_ids(settings))[topic]
     async with admin_client(settings) as admin:
         await admin.delete_topics([topic])
         await until_true(
-            lambda: _is_there(settings, topic, False), "the topic to go", TOPIC_LIMIT_SECONDS
+            lambda: _exists(settings, topic, False), "the topic to disappear", TOPIC_LIMIT_SECONDS
         )
         await admin.create_topics(
             [NewTopic(topic, settings.topic_partitions, settings.kafka_replication_factor)]
         )
     await until_true(
-        lambda: _is_there(settings, topic, True), "the topic to be there", TOPIC_LIMIT_SECONDS
+        lambda: _exists(settings, topic, True), "the topic to exist", TOPIC_LIMIT_SECONDS
     )
-    require((await topic_ids(settings))[topic] != before, "the topic is the same")
+    require_effect((await topic_ids(settings))[topic] != before, "the topic is the same")
 
 
-async def _is_there(settings: Settings, topic: str, wanted: bool) -> bool:
-    return (topic in await topic_ids(settings)) == wanted
+async def _exists(settings: Settings, topic: str, expected: bool) -> bool:
+    return (topic in await topic_ids(settings)) == expected
 
 
 async def until_in_sync(settings: Settings, replicas: int) -> None:
-    """Return once every partition has all its replicas in sync.
+    """Wait until every partition has all its replicas in sync.
 
     Raises:
-        StuckError: that takes too long.
+        StuckError: the replicas take too long.
     """
     topics = [settings.topic(role) for role in ROLES]
 
@@ -141,7 +140,7 @@ async def until_in_sync(settings: Settings, replicas: int) -> None:
 
 
 async def _replicas_in_sync(settings: Settings, topics: list[str]) -> int:
-    """Of the partition that has the fewest; 0 where no broker tells."""
+    """Find the lowest number of replicas in sync of a partition; 0: no broker answers."""
     admin = AIOKafkaAdminClient(**settings.kafka_client_options())
     try:
         await admin.start()

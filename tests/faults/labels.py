@@ -1,6 +1,4 @@
-"""Labels of unknown merchants, again and again, contradicting each other, and none: many of them,
-or while Redis loses some.
-"""
+"""Faults of labels: many repeated, contradicting and invalid ones, or losses of Redis."""
 
 from __future__ import annotations
 
@@ -14,53 +12,56 @@ from pipeline.replay.producer import Feed
 from pipeline.storage.merchant_profile import Profile, transaction_hash
 from pipeline.storage.merchant_store import RedisMerchantStore
 from tests.faults.fault import Fault
-from tests.faults.harness import Rig
+from tests.faults.harness import Harness
 from tests.faults.monitor import until_true
 from tests.faults.redis import RedisClusterFailover
-from tests.faults.workload import PATIENCE_SECONDS, START_DATE
+from tests.faults.workload import BROKER_LIMIT_SECONDS, START_DATE
 
 LABELS = 200_000
 PIECE_LABELS = 2_000
 MERCHANTS = 400
-"""Unknown ones: no transaction names them."""
+"""Number of merchants that no transaction names."""
 
 TRANSACTIONS_OF_MERCHANT = 5
-"""That are labelled again and again, as fraud or as legitimate."""
+"""Number of a merchant's transactions that get many contradicting labels."""
 
 TRANSACTIONS_LABELLED_ONCE = 100_000
-"""Of a merchant: so many that hardly any is labelled again, which would make up for a loss."""
+"""Number of a merchant's transactions in which repeats are rare.
+
+A repeated label would make up for a lost one.
+"""
 
 PIECES_PER_SECOND = 10
 LABELS_PER_SECOND = 500
 
 NO_LABEL_SHARE = 0.05
-BOOKED_LIMIT_SECONDS = 240.0
+RECORDED_LIMIT_SECONDS = 240.0
 
 _WHEN_MS = int(np.datetime64(START_DATE, "ms").astype(np.int64)) + 10 * 86_400_000
 
 
-class Storm:
-    """Labels that are sent, and what must become of them.
+class LabelSender:
+    """Sender of labels that also checks their effect.
 
     Args:
-        piece: how many are sent together.
-        transactions: of each merchant that are labelled.
+        piece: number of labels that are sent together.
+        transactions: number of each merchant's transactions that are labelled.
     """
 
-    def __init__(self, rig: Rig, piece: int, transactions: int) -> None:
-        self._rig = rig
+    def __init__(self, harness: Harness, piece: int, transactions: int) -> None:
+        self._harness = harness
         self._count = piece
         self._transactions = transactions
         self._truth: dict[tuple[str, str], bool] = {}
-        self._rng = np.random.default_rng(rig.random.getrandbits(32))
+        self._rng = np.random.default_rng(harness.random.getrandbits(32))
 
     async def send(self, feed: Feed) -> None:
-        """Send a piece."""
+        """Send some labels."""
         await feed.send(*self._piece())
-        self._rig.load.raise_failure()
+        self._harness.workload.raise_failure()
 
     def _piece(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys and values; the truth of each transaction is its last label."""
+        """Make keys and values; the truth of each transaction is its last label."""
         rng = self._rng
         merchants = [f"U{n:06d}" for n in rng.integers(0, MERCHANTS, self._count).tolist()]
         which = rng.integers(0, self._transactions, self._count).tolist()
@@ -79,9 +80,9 @@ class Storm:
                 self._truth[merchant, transaction] = fraud
         return list(block.keys), values
 
-    async def until_booked(self) -> None:
-        """Return once the store says of all labels that they are booked."""
-        settings = self._rig.settings
+    async def until_recorded(self) -> None:
+        """Wait until the store has recorded all labels."""
+        settings = self._harness.settings
         topic, partitions = settings.topic("labels"), list(range(settings.topic_partitions))
         store = RedisMerchantStore.from_settings(settings)
         log = KafkaScoreLog(settings)
@@ -89,19 +90,19 @@ class Storm:
         try:
             ends = await log.ends(topic, partitions)
 
-            async def are_booked() -> bool:
-                booked = {partition: await store.booked_to(partition) for partition in ends}
-                return booked == ends
+            async def are_recorded() -> bool:
+                recorded = {partition: await store.booked_to(partition) for partition in ends}
+                return recorded == ends
 
-            await until_true(are_booked, "the labels to be booked", BOOKED_LIMIT_SECONDS)
+            await until_true(are_recorded, "the labels to be recorded", RECORDED_LIMIT_SECONDS)
         finally:
             await log.stop()
             await store.close()
 
     async def check(self) -> list[str]:
-        """What is wrong with the merchants' profiles."""
+        """Describe what is wrong with the merchants' profiles."""
         merchants = sorted({merchant for merchant, _ in self._truth})
-        store = RedisMerchantStore.from_settings(self._rig.settings)
+        store = RedisMerchantStore.from_settings(self._harness.settings)
         try:
             values = await store.load(merchants)
         finally:
@@ -115,58 +116,56 @@ class Storm:
                 if of == merchant and fraud
             ]
             wrong += sorted(fraud.id_hash for fraud in known) != sorted(expected)
-        return [f"{wrong:,} merchants' profiles hold other frauds than labelled"] if wrong else []
+        return [f"{wrong:,} merchants' profiles differ from the labels"] if wrong else []
 
 
 class LabelStorm(Fault):
-    """The last label of a transaction wins, and scores go on as ever."""
+    """A storm of labels; the last label of a transaction wins, and scoring goes on."""
 
     name = "label-storm"
-    what = "200,000 labels of unknown merchants, repeated, contradicting, 5 % of them none"
-    _storm: Storm
+    what = "200,000 labels of unknown merchants, repeated and contradicting, 5 % of them invalid"
+    _labels: LabelSender
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        self._storm = Storm(rig, PIECE_LABELS, TRANSACTIONS_OF_MERCHANT)
-        pieces = range(max(1, round(rig.seconds(LABELS / PIECE_LABELS))))
-        async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
+    async def disturb(self, harness: Harness) -> None:
+        self._labels = LabelSender(harness, PIECE_LABELS, TRANSACTIONS_OF_MERCHANT)
+        pieces = range(max(1, round(harness.seconds(LABELS / PIECE_LABELS))))
+        async with Feed(harness.settings, "labels", timeout_seconds=BROKER_LIMIT_SECONDS) as feed:
             for piece in pieces:
-                rig.fraction = piece / len(pieces)
-                await self._storm.send(feed)
-        mark = await rig.mark()
-        await self._storm.until_booked()
-        await rig.recover(mark)
+                harness.fraction = piece / len(pieces)
+                await self._labels.send(feed)
+        mark = await harness.mark()
+        await self._labels.until_recorded()
+        await harness.recover(mark)
 
-    async def check(self, rig: Rig) -> list[str]:
-        """See :class:`Fault`."""
-        return await self._storm.check()
+    async def check(self, harness: Harness) -> list[str]:
+        return await self._labels.check()
 
 
 class LabelsLost(RedisClusterFailover):
-    """Some merchants' labels are gone with the primary that had them, others' are not."""
+    """Labels that a dead primary of Redis Cluster takes with it."""
 
     name = "labels-lost"
-    what = "such elections while 500 labels a second come, of which some are lost with the primary"
-    _storm: Storm
+    what = "Redis Cluster fails over 3 times and loses some of 500 labels a second"
+    _labels: LabelSender
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        self._storm = Storm(rig, LABELS_PER_SECOND // PIECES_PER_SECOND, TRANSACTIONS_LABELLED_ONCE)
+    async def disturb(self, harness: Harness) -> None:
+        self._labels = LabelSender(
+            harness, LABELS_PER_SECOND // PIECES_PER_SECOND, TRANSACTIONS_LABELLED_ONCE
+        )
         is_over = asyncio.Event()
-        sending = asyncio.create_task(self._send(rig, is_over))
+        sending = asyncio.create_task(self._send(harness, is_over))
         try:
-            await super().disturb(rig)
+            await super().disturb(harness)
         finally:
             is_over.set()
             await sending
-        await self._storm.until_booked()
+        await self._labels.until_recorded()
 
-    async def _send(self, rig: Rig, is_over: asyncio.Event) -> None:
-        async with Feed(rig.settings, "labels", timeout_seconds=PATIENCE_SECONDS) as feed:
+    async def _send(self, harness: Harness, is_over: asyncio.Event) -> None:
+        async with Feed(harness.settings, "labels", timeout_seconds=BROKER_LIMIT_SECONDS) as feed:
             while not is_over.is_set():
-                await self._storm.send(feed)
+                await self._labels.send(feed)
                 await asyncio.sleep(1 / PIECES_PER_SECOND)
 
-    async def check(self, rig: Rig) -> list[str]:
-        """See :class:`Fault`."""
-        return await self._storm.check()
+    async def check(self, harness: Harness) -> list[str]:
+        return await self._labels.check()

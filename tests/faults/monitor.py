@@ -1,4 +1,4 @@
-"""Watches a running system: who is ready, how far each partition is, how much waits."""
+"""Monitor of a running system: ready workers, watermarks of partitions, waiting records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import RedisStateStore
-from tests.faults.worker_pool import Crew
+from tests.faults.worker_pool import WorkerPool
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 ANSWER_SECONDS = 3.0
-"""A look that takes longer tells nothing."""
+"""Limit for an answer of Redis or Kafka; then the value counts as unknown."""
 
 
 class StuckError(RecurError):
@@ -27,14 +27,15 @@ class StuckError(RecurError):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What one look told.
+class Observation:
+    """One observation of the system.
 
     Attributes:
-        began, at: monotonic seconds, of its begin and end.
-        not_ready: process numbers of the workers that shall run and are not ready.
-        applied: the watermark of each partition that has one; None where Redis is away.
-        ends: where each partition's log ends; None where the broker is away.
+        began: start of the observation, in monotonic seconds.
+        at: end of the observation, in monotonic seconds.
+        not_ready: process ids of the workers that are not ready.
+        applied: watermarks by partition. None: Redis is unreachable.
+        ends: end offsets by partition. None: the broker is unreachable.
     """
 
     began: float
@@ -45,13 +46,13 @@ class Sample:
 
     @property
     def lag(self) -> int | None:
-        """Records that are not applied yet; None where that is not known."""
+        """Number of records that are not applied yet; None: unknown."""
         if self.applied is None or self.ends is None:
             return None
         return sum(max(0, end - self.applied.get(p, 0)) for p, end in self.ends.items())
 
     def describe(self) -> str:
-        """For a person who asks what is stuck."""
+        """Describe what is stuck."""
         if self.applied is None or self.ends is None:
             return "Redis does not answer" if self.applied is None else "Kafka does not answer"
         waiting = {p: end - self.applied.get(p, 0) for p, end in self.ends.items()}
@@ -59,32 +60,32 @@ class Sample:
         return f"{len(self.not_ready)} workers are not ready; records wait: {behind or 'none'}"
 
 
-class Watch:
-    """Looks every so often; an async context manager.
+class Monitor:
+    """Observer of a system at short intervals; an async context manager.
 
     Args:
-        settings: name broker and Redis.
+        settings: addresses of broker and Redis.
         model: digest of the checkpoint.
-        crew: the workers.
-        alarm: called with each look; raises what is to end the waiting.
+        pool: the workers.
+        alarm: check that runs with each observation; its error ends the waiting.
     """
 
     def __init__(
-        self, settings: Settings, model: str, crew: Crew, alarm: Callable[[], None]
+        self, settings: Settings, model: str, pool: WorkerPool, alarm: Callable[[], None]
     ) -> None:
-        self.latest = Sample(0.0, monotonic(), frozenset(), None, None)
+        self.latest = Observation(0.0, monotonic(), frozenset(), None, None)
         self._topic = settings.topic("transactions")
         self._partitions = list(range(settings.topic_partitions))
-        self._crew = crew
+        self._pool = pool
         self._alarm = alarm
         self._score_log = KafkaScoreLog(settings)
         self._store = RedisStateStore.from_settings(settings, model)
         self._changed = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Watch:
+    async def __aenter__(self) -> Monitor:
         await self._score_log.start()
-        self._watching = asyncio.create_task(self._watch())
+        self._task = asyncio.create_task(self._observe())
         return self
 
     async def __aexit__(
@@ -93,23 +94,23 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._watching is not None
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
         await self._score_log.stop()
         await self._store.close()
 
     async def applied(self) -> dict[int, int]:
-        """Watermarks now; none where Redis is away."""
+        """Read the watermarks; empty if Redis is unreachable."""
         return await self._applied() or {}
 
     async def until(
-        self, condition: Callable[[Sample], bool], what: str, limit_seconds: float
-    ) -> Sample:
-        """The first look from now on for which the condition holds.
+        self, condition: Callable[[Observation], bool], what: str, limit_seconds: float
+    ) -> Observation:
+        """Wait for an observation from now on that meets the condition.
 
         Raises:
-            StuckError: there is none in time.
+            StuckError: no observation meets it in time.
         """
         start = monotonic()
         while True:
@@ -118,9 +119,9 @@ class Watch:
             if sample.began >= start and condition(sample):
                 return sample
             self._alarm()
-            assert self._watching is not None
-            if self._watching.done():
-                self._watching.result()
+            assert self._task is not None
+            if self._task.done():
+                self._task.result()
             if monotonic() - start > limit_seconds:
                 raise StuckError(f"waited {limit_seconds:g} s for {what}: {sample.describe()}")
             try:
@@ -128,15 +129,15 @@ class Watch:
             except TimeoutError:
                 continue
 
-    async def _watch(self) -> None:
+    async def _observe(self) -> None:
         while True:
             began = monotonic()
             not_ready, applied, ends = await asyncio.gather(
-                self._crew.not_ready(), self._applied(), self._ends()
+                self._pool.not_ready(), self._applied(), self._ends()
             )
-            self.latest = Sample(began, monotonic(), not_ready, applied, ends)
+            self.latest = Observation(began, monotonic(), not_ready, applied, ends)
             self._changed.set()
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _applied(self) -> dict[int, int] | None:
         try:
@@ -157,16 +158,16 @@ class Watch:
 async def until_true(
     condition: Callable[[], Awaitable[bool]], what: str, limit_seconds: float
 ) -> None:
-    """Return once a condition holds.
+    """Wait until a condition holds.
 
     Raises:
-        StuckError: it does not in time.
+        StuckError: it does not hold in time.
     """
     try:
         async with asyncio.timeout(limit_seconds):
             while True:
                 if await condition():
                     return
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
     except TimeoutError as error:
         raise StuckError(f"waited {limit_seconds:g} s for {what}") from error

@@ -1,26 +1,26 @@
-"""A TCP proxy that delays what it passes, holds it back, or sends new clients elsewhere."""
+"""A TCP proxy that delays data, holds it back, or redirects clients."""
 
 from __future__ import annotations
 
 import asyncio
 from types import TracebackType
 
-from pipeline.local.services import HOST, free_port
+from pipeline.local.ports import HOST, free_port
 
 CHUNK_BYTES = 65_536
 CHUNKS_MAX = 256
-"""Of one direction that are on their way; then its sender has to wait."""
+"""Limit of the chunks in flight in one direction; then the sender waits."""
 
 
 class Proxy:
-    """Stands between clients and a server of this machine; an async context manager.
+    """A proxy between clients and a server of this machine; an async context manager.
 
     Args:
-        target_port: of the server.
+        target_port: port of the server.
 
     Attributes:
-        port: for the clients.
-        delay_seconds: each byte takes so long, in each direction.
+        port: port for the clients.
+        delay_seconds: delay of each byte in each direction.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -44,22 +44,22 @@ class Proxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        await self._cut()
+        await self._disconnect()
 
     def hold(self) -> None:
-        """Pass nothing on; connections stay open."""
+        """Hold all data back; connections stay open."""
         self._flows.clear()
 
     def release(self) -> None:
-        """Go on after :meth:`hold`."""
+        """Continue after :meth:`hold`."""
         self._flows.set()
 
-    async def lead_to(self, target_port: int) -> None:
-        """Cut all connections; new ones go to another server."""
+    async def redirect(self, target_port: int) -> None:
+        """Close all connections and send new ones to another server."""
         self._target_port = target_port
-        await self._cut()
+        await self._disconnect()
 
-    async def _cut(self) -> None:
+    async def _disconnect(self) -> None:
         for connection in self._connections:
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -71,7 +71,7 @@ class Proxy:
         try:
             await self._connect(reader, writer)
         except asyncio.CancelledError:
-            # Cut, by us. A handler that ends as cancelled is logged as an error.
+            # Cancelled by _disconnect. asyncio would log a cancelled handler as an error.
             return
         finally:
             self._connections.discard(task)
@@ -81,23 +81,23 @@ class Proxy:
         try:
             there, back = await asyncio.open_connection(HOST, self._target_port)
         except OSError:
-            return  # the server is away, and the client sees its connection closed
-        ways = [
+            return  # the server is unreachable, and the client sees a closed connection
+        directions = [
             asyncio.ensure_future(self._carry(reader, back)),
             asyncio.ensure_future(self._carry(there, writer)),
         ]
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)
             back.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One direction of one connection, until either side closes it."""
+        """Carry one direction of a connection until a side closes it."""
         clock = asyncio.get_running_loop().time
-        on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_MAX)
+        in_flight: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_MAX)
 
         async def take() -> None:
             chunk = b" "
@@ -106,12 +106,12 @@ class Proxy:
                     chunk = await reader.read(CHUNK_BYTES)
                 except OSError:
                     chunk = b""
-                await on_the_way.put((clock() + self.delay_seconds, chunk))
+                await in_flight.put((clock() + self.delay_seconds, chunk))
 
         taking = asyncio.ensure_future(take())
         try:
             while True:
-                due, chunk = await on_the_way.get()
+                due, chunk = await in_flight.get()
                 await asyncio.sleep(max(0.0, due - clock()))
                 await self._flows.wait()
                 if not chunk:

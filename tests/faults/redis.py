@@ -1,4 +1,4 @@
-"""Faults of Redis: it freezes, dies, loses data, fails over, is full, is slow."""
+"""Faults of Redis: it freezes, dies, loses data, fails over, is full, or is slow."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-from pipeline.local.services import HOST, Redis, RedisCluster
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis, RedisCluster
 from tests.faults.fault import REDIS_BACK_SECONDS, Addresses, Fault, Shared
-from tests.faults.harness import Mark, Rig, require
+from tests.faults.harness import Harness, Mark, require_effect
 from tests.faults.monitor import until_true
 from tests.faults.proxy import Proxy
 
@@ -19,7 +20,7 @@ ELECTION_LIMIT_SECONDS = 60.0
 
 
 class OwnRedis(Fault):
-    """A fault of a Redis that no other fault uses."""
+    """A fault with a separate Redis."""
 
     ready_within = REDIS_BACK_SECONDS
     appendonly: ClassVar[bool] = True
@@ -27,151 +28,146 @@ class OwnRedis(Fault):
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """The shared broker and a Redis of its own."""
+        """Run a separate Redis beside the shared broker."""
         with Redis(appendonly=self.appendonly) as self.redis:
             yield {"kafka_bootstrap_servers": shared.kafka.bootstrap, "redis_url": self.redis.url}
 
-    async def restart(self, rig: Rig, *, loses_data: bool = False) -> None:
-        """SIGKILL, and a new start after some seconds; wait until the system has recovered."""
-        before = await rig.watch.applied()
+    async def restart(self, harness: Harness, *, loses_data: bool = False) -> None:
+        """Kill Redis, start it some seconds later, and wait for the recovery."""
+        before = await harness.monitor.applied()
         await asyncio.to_thread(self.redis.kill)
-        await rig.go_on(1.0, 4.0)
+        await harness.run_for(1.0, 4.0)
         await asyncio.to_thread(self.redis.start)
-        mark = await rig.mark()
+        mark = await harness.mark()
         if loses_data:
             require_loss(before, mark)
-        await rig.recover(mark)
+        await harness.recover(mark)
         if loses_data:
-            _tell_replay(rig)
+            _note_replay(harness)
 
     def ask(self, *command: str | int) -> object:
-        """One command's reply."""
+        """Send a command and return the reply."""
         with self.redis.client() as client:
             return client.execute_command(*command)
 
 
 class RedisFrozen(OwnRedis):
-    """Longer than a call may take, so that nobody knows whether the last one was carried out."""
+    """A frozen Redis: workers cannot know whether it executed their last call."""
 
     name = "redis-frozen"
-    what = "Redis stopped (SIGSTOP) for 8 s, 3 times"
+    what = "Redis frozen (SIGSTOP) for 8 s, 3 times"
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        stops = rig.times(3)
+    async def disturb(self, harness: Harness) -> None:
+        stops = harness.times(3)
         for stop in stops:
-            rig.fraction = stop / len(stops)
-            await rig.go_on(1.0, 3.0)
+            harness.fraction = stop / len(stops)
+            await harness.run_for(1.0, 3.0)
             self.redis.pause()
-            await rig.go_on(8.0)
+            await harness.run_for(8.0)
             self.redis.resume()
-            await rig.recover(await rig.mark())
+            await harness.recover(await harness.mark())
 
 
 class RedisKilled(OwnRedis):
-    """Its append-only file has all that it answered."""
+    """A dead Redis, whose append-only file has all acknowledged writes."""
 
     name = "redis-killed"
     what = "Redis killed and restarted with its data, 3 times"
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        deaths = rig.times(3)
+    async def disturb(self, harness: Harness) -> None:
+        deaths = harness.times(3)
         for death in deaths:
-            rig.fraction = death / len(deaths)
-            await rig.go_on(1.0, 3.0)
-            await self.restart(rig)
+            harness.fraction = death / len(deaths)
+            await harness.run_for(1.0, 3.0)
+            await self.restart(harness)
 
 
 class RedisSnapshot(OwnRedis):
-    """States and watermarks go back together, and what followed is replayed."""
+    """A Redis with old data: states and watermarks go back together, and workers replay."""
 
     name = "redis-snapshot"
     what = "Redis killed and restarted with a snapshot that is 30 s old"
     appendonly = False
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        await rig.go_on(2.0, 4.0)
+    async def disturb(self, harness: Harness) -> None:
+        await harness.run_for(2.0, 4.0)
         await asyncio.to_thread(self.ask, "SAVE")
-        await rig.go_on(rig.seconds(30, least=4))
-        rig.fraction = 0.5
-        await self.restart(rig, loses_data=True)
+        await harness.run_for(harness.seconds(30, least=4))
+        harness.fraction = 0.5
+        await self.restart(harness, loses_data=True)
 
 
 class RedisEmpty(OwnRedis):
-    """Everything is computed again from the log; scores stay as they were published."""
+    """A Redis without data: workers compute all states again and keep published scores."""
 
     name = "redis-empty"
     what = "Redis killed and restarted empty, after 300,000 transactions"
     appendonly = False
     history = 300_000
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        await rig.go_on(rig.seconds(10, least=2))
-        await self.restart(rig, loses_data=True)
+    async def disturb(self, harness: Harness) -> None:
+        await harness.run_for(harness.seconds(10, least=2))
+        await self.restart(harness, loses_data=True)
 
 
 def require_loss(before: dict[int, int], mark: Mark) -> None:
-    """A watermark is behind where it was before.
+    """Check that a watermark has gone back.
 
     Raises:
-        NoEffectError: none is.
+        NoEffectError: all watermarks are at least where they were.
     """
     lost = any(mark.applied.get(partition, 0) < offset for partition, offset in before.items())
-    require(lost, "Redis lost nothing")
+    require_effect(lost, "Redis lost nothing")
 
 
-def _tell_replay(rig: Rig) -> None:
-    recovery = rig.recoveries[-1]
+def _note_replay(harness: Harness) -> None:
+    recovery = harness.recoveries[-1]
     rate = recovery.applied / recovery.lag_gone
-    rig.notes.append(
-        f"{recovery.applied:,} records applied again and anew in {recovery.lag_gone:.1f} s:"
+    harness.notes.append(
+        f"{recovery.applied:,} old and new records applied in {recovery.lag_gone:.1f} s:"
         f" {rate:,.0f}/s"
     )
 
 
 class RedisFailover(Fault):
-    """A replica that has not all takes over under the same address."""
+    """A failover to a replica with old data behind the same address."""
 
     name = "redis-failover"
-    what = "the master dies and a replica that lags by 5 s takes over, twice"
+    what = "the primary dies and a replica that lags by 5 s takes over, twice"
     ready_within = REDIS_BACK_SECONDS
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """The shared broker, and the address behind which master and replicas change."""
-        with Redis() as self._master:
-            async with Proxy(self._master.port) as self._address:
+        """Run a Redis behind an address that stays the same over failovers."""
+        with Redis() as self._primary:
+            async with Proxy(self._primary.port) as self._address:
                 yield {
                     "kafka_bootstrap_servers": shared.kafka.bootstrap,
                     "redis_url": f"redis://{HOST}:{self._address.port}/0",
                 }
-                self._master.close()
+                self._primary.close()
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        failovers = rig.times(2)
+    async def disturb(self, harness: Harness) -> None:
+        failovers = harness.times(2)
         for failover in failovers:
-            rig.fraction = failover / len(failovers)
-            async with Proxy(self._master.port) as link:
+            harness.fraction = failover / len(failovers)
+            async with Proxy(self._primary.port) as link:
                 replica = Redis(options={"replicaof": f"{HOST} {link.port}"})
                 await asyncio.to_thread(replica.start)
                 await asyncio.to_thread(_until_linked, replica)
-                await rig.go_on(1.0, 3.0)
+                await harness.run_for(1.0, 3.0)
                 link.hold()
-                await rig.go_on(rig.seconds(5, least=2))
-                before = await rig.watch.applied()
-                await asyncio.to_thread(self._master.close)
+                await harness.run_for(harness.seconds(5, least=2))
+                before = await harness.monitor.applied()
+                await asyncio.to_thread(self._primary.close)
             with replica.client() as client:
                 client.execute_command("REPLICAOF", "NO", "ONE")
-            self._master = replica
-            await self._address.lead_to(replica.port)
-            mark = await rig.mark()
+            self._primary = replica
+            await self._address.redirect(replica.port)
+            mark = await harness.mark()
             require_loss(before, mark)
-            await rig.recover(mark)
-            _tell_replay(rig)
+            await harness.recover(mark)
+            _note_replay(harness)
 
 
 def _until_linked(replica: Redis) -> None:
@@ -180,43 +176,42 @@ def _until_linked(replica: Redis) -> None:
 
 
 class RedisClusterFailover(Fault):
-    """The others elect the replica, which has not all, and clients learn of it from them."""
+    """A failover of Redis Cluster to an elected replica with old data."""
 
     name = "cluster-failover"
-    what = "Redis Cluster elects a replica that lags by 5 s when its master dies, 3 times"
+    what = "Redis Cluster elects a replica that lags by 5 s when its primary dies, 3 times"
     ready_within = REDIS_BACK_SECONDS
     settings: ClassVar[Mapping[str, Any]] = {"redis_cluster": True}
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """The shared broker, and a cluster of its own with a replica for each primary."""
+        """Run a separate cluster with a replica for each primary."""
         with RedisCluster(replicated=True) as self._cluster:
             yield {
                 "kafka_bootstrap_servers": shared.kafka.bootstrap,
                 "redis_url": self._cluster.url,
             }
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        failovers = rig.times(3)
+    async def disturb(self, harness: Harness) -> None:
+        failovers = harness.times(3)
         for failover in failovers:
-            rig.fraction = failover / len(failovers)
-            await rig.go_on(1.0, 3.0)
+            harness.fraction = failover / len(failovers)
+            await harness.run_for(1.0, 3.0)
             primary, replica = await asyncio.to_thread(self._fullest)
             _unlink(replica)
-            await rig.go_on(rig.seconds(5, least=2))
-            before = await rig.watch.applied()
+            await harness.run_for(harness.seconds(5, least=2))
+            before = await harness.monitor.applied()
             await asyncio.to_thread(primary.kill)
             await until_true(partial(_is_elected, replica), "the election", ELECTION_LIMIT_SECONDS)
-            mark = await rig.mark()
+            mark = await harness.mark()
             require_loss(before, mark)
-            await rig.recover(mark)
-            _tell_replay(rig)
+            await harness.recover(mark)
+            _note_replay(harness)
             await asyncio.to_thread(primary.start)
-            await asyncio.to_thread(self._cluster.wait_until_whole)
+            await asyncio.to_thread(self._cluster.wait_until_complete)
 
     def _fullest(self) -> tuple[Redis, Redis]:
-        """The primary with the most keys, and its replica."""
+        """Find the primary with the most keys, and its replica."""
         return max(self._cluster.pairs(), key=lambda pair: _size(pair[0]))
 
 
@@ -226,9 +221,9 @@ def _size(server: Redis) -> int:
 
 
 def _unlink(replica: Redis) -> None:
-    """Cut its link to its primary and let it have no other, so that it falls behind."""
+    """Break a replica's link to its primary for good, so that it falls behind."""
     with replica.client() as client:
-        client.config_set("masteruser", "nobody")  # whom the primary does not let in
+        client.config_set("masteruser", "nobody")  # an unknown user for the primary
         client.config_set("masterauth", "nothing")
         client.execute_command("CLIENT", "KILL", "TYPE", "master")
 
@@ -240,31 +235,30 @@ async def _is_elected(replica: Redis) -> bool:
 
 
 class Eviction(OwnRedis):
-    """Without a word to anybody: some accounts have no state any more, and look new."""
+    """Evicted states: without a message, some accounts have no state and look new."""
 
     name = "eviction"
-    what = "Redis evicts a quarter of what it has, and goes on for 5 s (two policies, twice each)"
+    what = "Redis evicts a quarter of its data and goes on for 5 s (two policies, twice each)"
     history = 50_000
     policies: ClassVar[tuple[str, ...]] = ("volatile-lru", "allkeys-random")
-    # Or workers would have in memory what Redis has lost.
+    # Without these, workers would still have the lost states in memory.
     settings: ClassVar[Mapping[str, Any]] = {"state_cache_size": 0, "micro_batch_max": 300}
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        times = rig.times(4)
+    async def disturb(self, harness: Harness) -> None:
+        times = harness.times(4)
         for number in times:
-            rig.fraction = number / len(times)
-            await rig.go_on(1.0, 3.0)
+            harness.fraction = number / len(times)
+            await harness.run_for(1.0, 3.0)
             policy = self.policies[number % len(self.policies)]
             evicted = await asyncio.to_thread(self.evict, policy)
-            require(evicted > 0, "Redis evicted nothing")
-            rig.notes.append(f"{evicted:,} keys evicted at once by {policy}")
-            await rig.go_on(rig.seconds(5, least=2))
+            require_effect(evicted > 0, "Redis evicted nothing")
+            harness.notes.append(f"{evicted:,} keys evicted at once by {policy}")
+            await harness.run_for(harness.seconds(5, least=2))
             await asyncio.to_thread(self.stop_evicting)
-            await rig.recover(await rig.mark())
+            await harness.recover(await harness.mark())
 
     def evict(self, policy: str) -> int:
-        """Have Redis make room by a policy; how many keys went at once."""
+        """Make Redis evict by a policy and return the number of keys evicted at once."""
         with self.redis.client() as client:
             before = client.info("stats")["evicted_keys"]
             client.config_set("maxmemory-policy", policy)
@@ -273,35 +267,36 @@ class Eviction(OwnRedis):
             return int(client.info("stats")["evicted_keys"] - before)
 
     def stop_evicting(self) -> None:
-        """As an operator does who reads what the workers say."""
+        """Stop the eviction, as an operator does after the workers' messages."""
         with self.redis.client() as client:
             client.config_set("maxmemory-policy", "noeviction")
             client.config_set("maxmemory", 0)
 
 
 class RedisFull(OwnRedis):
-    """Reads go on, and every write is refused."""
+    """A full Redis: reads succeed and writes fail."""
 
     name = "redis-full"
     what = "Redis out of memory (maxmemory with noeviction) for 10 s, 3 times"
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        fills = rig.times(3)
+    async def disturb(self, harness: Harness) -> None:
+        fills = harness.times(3)
         for fill in fills:
-            rig.fraction = fill / len(fills)
-            await rig.go_on(1.0, 3.0)
+            harness.fraction = fill / len(fills)
+            await harness.run_for(1.0, 3.0)
             await asyncio.to_thread(self.ask, "CONFIG", "SET", "maxmemory", "1mb")
-            await rig.go_on(rig.seconds(10, least=4))
-            before = await rig.watch.applied()
-            await rig.go_on(1.0)
-            require(await rig.watch.applied() == before, "Redis saved while it was full")
+            await harness.run_for(harness.seconds(10, least=4))
+            before = await harness.monitor.applied()
+            await harness.run_for(1.0)
+            require_effect(
+                await harness.monitor.applied() == before, "Redis saved while it was full"
+            )
             await asyncio.to_thread(self.ask, "CONFIG", "SET", "maxmemory", "0")
-            await rig.recover(await rig.mark())
+            await harness.recover(await harness.mark())
 
 
 class RedisSlow(Fault):
-    """A micro-batch waits twice for Redis; larger ones make up for it."""
+    """A slow Redis: a micro-batch waits for it twice, and larger batches compensate."""
 
     name = "redis-slow"
     what = "each answer of Redis takes 20 to 400 ms longer, for a minute"
@@ -309,19 +304,18 @@ class RedisSlow(Fault):
 
     @asynccontextmanager
     async def services(self, shared: Shared) -> AsyncIterator[Addresses]:
-        """The shared broker and Redis, this one by a proxy."""
-        async with Proxy(shared.redis.port) as self._way:
+        """Put a proxy before the shared Redis."""
+        async with Proxy(shared.redis.port) as self._proxy:
             yield {
                 "kafka_bootstrap_servers": shared.kafka.bootstrap,
-                "redis_url": f"redis://{HOST}:{self._way.port}/0",
+                "redis_url": f"redis://{HOST}:{self._proxy.port}/0",
             }
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        delays = rig.times(12, least=3)
+    async def disturb(self, harness: Harness) -> None:
+        delays = harness.times(12, least=3)
         for delay in delays:
-            rig.fraction = delay / len(delays)
-            self._way.delay_seconds = rig.random.uniform(0.01, 0.2)
-            await rig.go_on(5.0)
-        self._way.delay_seconds = 0.0
-        await rig.recover(await rig.mark())
+            harness.fraction = delay / len(delays)
+            self._proxy.delay_seconds = harness.random.uniform(0.01, 0.2)
+            await harness.run_for(5.0)
+        self._proxy.delay_seconds = 0.0
+        await harness.recover(await harness.mark())

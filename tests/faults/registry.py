@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.faults.fault import Fault
 from tests.faults.input import Backwards, Flood, HotAccount, SentTwice, Undecodable
-from tests.faults.kafka import BrokerKilled, OneOfThreeBrokers, TopicMadeAgain
+from tests.faults.kafka import BrokerKilled, OneOfThreeBrokers, TopicRecreated
 from tests.faults.labels import LabelsLost, LabelStorm
 from tests.faults.redis import (
     Eviction,
@@ -26,7 +26,7 @@ FAULTS: tuple[Fault, ...] = (
     JoinAndLeave(),
     BrokerKilled(),
     OneOfThreeBrokers(),
-    TopicMadeAgain(),
+    TopicRecreated(),
     RedisFrozen(),
     RedisKilled(),
     RedisSnapshot(),

@@ -1,4 +1,4 @@
-"""Workers that a supervisor keeps running, as an operator's does: who dies is started again."""
+"""Pool of worker processes that restarts dead workers, as an operator's supervisor does."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from signal import SIGCONT, SIGSTOP
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 
 READY_SECONDS = 120.0
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 RESTART_SECONDS = 0.5
-"""Between a worker's death and its new start."""
+"""Pause between a worker's death and its restart."""
 
 
-class Crew:
-    """Worker processes.
+class WorkerPool:
+    """Worker processes that are kept running.
 
     Args:
-        directory: for their logs.
+        directory: directory for their logs.
         environment: their settings.
 
     Attributes:
-        members: those that shall run; one that died is replaced in its place.
-        frozen: members that are stopped with SIGSTOP.
-        ended: of each worker that ended by itself, which one and how.
+        members: workers to keep running; a restarted worker takes the dead one's place.
+        frozen: members that SIGSTOP has stopped.
+        ended: descriptions of the workers that ended by themselves.
     """
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
@@ -37,54 +37,54 @@ class Crew:
         self._numbers = 0
         self._killed: set[int] = set()
         self._is_over = False
-        self._keeping: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Task[None] | None = None
         self._leaving: list[asyncio.Task[int]] = []
 
     async def start(self, count: int) -> None:
-        """So many workers, ready; from now on they are kept running.
+        """Start workers, wait until they are ready, and keep them running.
 
         Raises:
-            ServiceError: one does not become ready.
+            ServiceError: a worker does not become ready.
         """
         for _ in range(count):
             await self.join()
         await until_ready(self.members, READY_SECONDS)
         self._is_over = False
-        self._keeping = asyncio.create_task(self._keep())
+        self._restarting = asyncio.create_task(self._restart_dead())
 
     async def join(self) -> WorkerProcess:
-        """One more worker, which is not ready yet."""
+        """Start one more worker without waiting for it."""
         self._numbers += 1
-        worker = await self._started(self._numbers)
+        worker = await self._start_worker(self._numbers)
         self.members.append(worker)
         return worker
 
     def leave(self, worker: WorkerProcess) -> None:
-        """Tell a worker to stop, with SIGTERM; it is not waited for."""
+        """Stop a worker with SIGTERM without waiting for it."""
         self.members.remove(worker)
         self._leaving.append(asyncio.create_task(worker.stop()))
 
     async def kill(self, worker: WorkerProcess) -> None:
-        """SIGKILL; it will be started again."""
+        """Kill a worker with SIGKILL; it will be restarted."""
         self._killed.add(worker.process.pid)
         await asyncio.to_thread(worker.process.kill)
 
     def freeze(self, worker: WorkerProcess) -> None:
-        """SIGSTOP."""
+        """Freeze a worker with SIGSTOP."""
         self.frozen.append(worker)
         worker.process.send_signal(SIGSTOP)
 
     def thaw(self, worker: WorkerProcess) -> None:
-        """SIGCONT."""
+        """Continue a frozen worker with SIGCONT."""
         worker.process.send_signal(SIGCONT)
         self.frozen.remove(worker)
 
     def alive(self) -> list[WorkerProcess]:
-        """Members whose process runs and is not frozen."""
+        """List the members whose process runs and is not frozen."""
         return [w for w in self.members if w.process.poll() is None and w not in self.frozen]
 
     async def not_ready(self) -> frozenset[int]:
-        """Process numbers of members that are neither frozen nor ready."""
+        """Collect the process ids of members that are neither frozen nor ready."""
         awake = [worker for worker in self.members if worker not in self.frozen]
         ready = await asyncio.gather(*(worker.ready() for worker in awake))
         return frozenset(
@@ -92,23 +92,23 @@ class Crew:
         )
 
     async def samples(self, name: str) -> float:
-        """A metric's sum over the members; they forget it when they die."""
+        """Sum a metric over the members; a restarted worker starts at zero."""
         await asyncio.gather(*(worker.refresh() for worker in self.members))
         return sum(worker.samples.get(name, 0.0) for worker in self.members)
 
     async def stop(self) -> list[int]:
-        """SIGTERM to all of them, and start none again; exit statuses."""
-        if self._keeping is not None:
+        """Stop all workers for good with SIGTERM and return their exit statuses."""
+        if self._restarting is not None:
             self._is_over = True
-            await self._keeping  # not cancelled: a worker that it just started would be lost
-            self._keeping = None
+            await self._restarting  # not cancelled: it may just be starting a worker
+            self._restarting = None
         members, self.members, self.frozen = self.members, [], []
         statuses = await stop_all(members)
         return statuses + list(await asyncio.gather(*self._leaving))
 
-    async def _keep(self) -> None:
+    async def _restart_dead(self) -> None:
         while not self._is_over:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             for worker in list(self.members):
                 if worker.process.poll() is not None and not worker.stopping:
                     await self._replace(worker)
@@ -119,11 +119,11 @@ class Crew:
         if worker in self.frozen:
             self.frozen.remove(worker)
         await asyncio.sleep(RESTART_SECONDS)
-        successor = await self._started(worker.number)
+        successor = await self._start_worker(worker.number)
         if worker in self.members:
             self.members[self.members.index(worker)] = successor
-        else:  # told to leave meanwhile
+        else:  # the worker has left in the meantime
             self._leaving.append(asyncio.create_task(successor.stop()))
 
-    async def _started(self, number: int) -> WorkerProcess:
+    async def _start_worker(self, number: int) -> WorkerProcess:
         return await asyncio.to_thread(start_worker, number, self._directory, self._environment)

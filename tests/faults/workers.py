@@ -3,90 +3,90 @@
 from __future__ import annotations
 
 from tests.faults.fault import WORKER_DEATH_SECONDS, Fault
-from tests.faults.harness import Rig
-from tests.faults.monitor import Sample
+from tests.faults.harness import Harness
+from tests.faults.monitor import Observation
 
 MEMBERS_MIN, MEMBERS_MAX = 1, 4
 WAKE_LIMIT_SECONDS = 120.0
 
 
 class Sigkill(Fault):
-    """Half of the deaths come while the group still recovers from the one before."""
+    """Killed workers; half of the deaths come during the recovery from the one before."""
 
     name = "sigkill"
-    what = "SIGKILL of a worker at random moments, 50 times"
+    what = "SIGKILL to a worker at random moments, 50 times"
     ready_within = WORKER_DEATH_SECONDS
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        deaths = rig.times(50, least=2)
-        was_whole = True
+    async def disturb(self, harness: Harness) -> None:
+        deaths = harness.times(50, least=2)
+        was_complete = True
         for death in deaths:
-            rig.fraction = death / len(deaths)
-            await rig.go_on(0.0, 3.0)
-            await rig.crew.kill(rig.any_worker())
-            mark = await rig.mark()
-            if death != deaths[-1] and rig.random.random() < 0.5:
-                await rig.go_on(0.2, 8.0)
-                was_whole = False
+            harness.fraction = death / len(deaths)
+            await harness.run_for(0.0, 3.0)
+            await harness.pool.kill(harness.any_worker())
+            mark = await harness.mark()
+            if death != deaths[-1] and harness.random.random() < 0.5:
+                await harness.run_for(0.2, 8.0)
+                was_complete = False
             else:
-                await rig.recover(mark, measured=was_whole)
-                await rig.watch.until(_is_whole, "the new worker to be ready", WAKE_LIMIT_SECONDS)
-                was_whole = True
+                await harness.recover(mark, measured=was_complete)
+                await harness.monitor.until(
+                    _is_complete, "the new worker to be ready", WAKE_LIMIT_SECONDS
+                )
+                was_complete = True
 
 
 class Zombie(Fault):
-    """The others take its partitions; then it wakes up, and believes that they are its own."""
+    """A zombie: it wakes up after the others took its partitions and still believes in them."""
 
     name = "zombie"
-    what = "SIGSTOP of a worker for longer than the session time-out, then SIGCONT, 5 times"
+    what = "SIGSTOP to a worker for longer than the session timeout, then SIGCONT, 5 times"
     ready_within = WORKER_DEATH_SECONDS
     leaves_zombies = True
     rate = 6_000.0
-    """So that the zombie has something computed that it has not published."""
+    """Rate at which the zombie has computed scores that it has not published."""
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        sleeps = rig.times(5, least=2)
+    async def disturb(self, harness: Harness) -> None:
+        sleeps = harness.times(5, least=2)
         for sleep in sleeps:
-            rig.fraction = sleep / len(sleeps)
-            await rig.go_on(1.0, 3.0)
-            zombie = rig.any_worker()
-            rig.crew.freeze(zombie)
-            mark = await rig.mark()
-            await rig.recover(mark)
-            await rig.go_on(1.0, 3.0)
-            rig.crew.thaw(zombie)
-            await rig.watch.until(_is_whole, "the woken worker to be ready", WAKE_LIMIT_SECONDS)
+            harness.fraction = sleep / len(sleeps)
+            await harness.run_for(1.0, 3.0)
+            zombie = harness.any_worker()
+            harness.pool.freeze(zombie)
+            mark = await harness.mark()
+            await harness.recover(mark)
+            await harness.run_for(1.0, 3.0)
+            harness.pool.thaw(zombie)
+            await harness.monitor.until(
+                _is_complete, "the woken worker to be ready", WAKE_LIMIT_SECONDS
+            )
 
-    async def check(self, rig: Rig) -> list[str]:
-        """See :class:`Fault`."""
-        foreign = await rig.crew.samples("recur_zombie_scores_total")
-        rig.notes.append(f"{foreign:,.0f} scores of another worker between a worker's own, noticed")
+    async def check(self, harness: Harness) -> list[str]:
+        zombie_scores = await harness.pool.samples("recur_zombie_scores_total")
+        harness.notes.append(f"{zombie_scores:,.0f} zombie scores were counted")
         return []
 
 
-def _is_whole(sample: Sample) -> bool:
+def _is_complete(sample: Observation) -> bool:
     return not sample.not_ready and sample.lag is not None
 
 
 class JoinAndLeave(Fault):
-    """Each change comes before the group has settled after the one before."""
+    """Joining and leaving workers; each change comes before the group is stable again."""
 
     name = "join-leave"
     what = "workers join and leave (SIGTERM) every few seconds, 15 times, one to four of them"
     workers = 2
 
-    async def disturb(self, rig: Rig) -> None:
-        """See :class:`Fault`."""
-        changes = rig.times(15, least=3)
+    async def disturb(self, harness: Harness) -> None:
+        changes = harness.times(15, least=3)
         for change in changes:
-            rig.fraction = change / len(changes)
-            await rig.go_on(1.0, 5.0)
-            members = len(rig.crew.members)
-            leaves = rig.random.random() < 0.5
+            harness.fraction = change / len(changes)
+            await harness.run_for(1.0, 5.0)
+            members = len(harness.pool.members)
+            leaves = harness.random.random() < 0.5
             if members >= MEMBERS_MAX or (leaves and members > MEMBERS_MIN):
-                rig.crew.leave(rig.any_worker())
+                harness.pool.leave(harness.any_worker())
             else:
-                await rig.crew.join()
-        await rig.recover(await rig.mark())
+                await harness.pool.join()
+        await harness.recover(await harness.mark())

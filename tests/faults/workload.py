@@ -1,4 +1,4 @@
-"""The transactions that are sent, and which of them must have a score."""
+"""Workload of a fault: the transactions that are sent, and those that must have a score."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from numpy.typing import NDArray
 
 from model.simulator.handbook import account_id
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead
-from pipeline.replay.simulated import Columns, SimulatedStream, SimulatedTransactions
+from pipeline.replay.simulated import SimulatedColumns, SimulatedStream, SimulatedTransactions
 from pipeline.settings import Settings
 
 CUSTOMERS = 5_000
 TERMINALS = 2_000
 START_DATE = "2018-04-01"
 PIECE_TRANSACTIONS = 500
-"""That are made at once: a fraction of a second of them."""
+"""Transactions made at once: a fraction of a second of the workload."""
 
-PIECE_TRANSACTIONS_FLAT_OUT = BLOCK_TRANSACTIONS
-"""Likewise, where there is no rate."""
+PIECE_TRANSACTIONS_FULL_SPEED = BLOCK_TRANSACTIONS
+"""Transactions made at once if there is no rate."""
 
-PATIENCE_SECONDS = 120.0
-"""So long the broker may be away, and the load goes on when it is back."""
+BROKER_LIMIT_SECONDS = 120.0
+"""Time for which the broker may be unreachable before the workload fails."""
 
 NO_TRANSACTION = -1
-"""Number of a record that must have no score."""
+"""Number of a record that must not have a score."""
 
 
-class Sent(NamedTuple):
-    """Records in the order in which they are sent, in columns of equal length.
+class SentRecords(NamedTuple):
+    """Records in sending order, in columns of the same length.
 
     Attributes:
-        numbers: int64[n], of the transaction; :data:`NO_TRANSACTION` for what is none.
+        numbers: int64[n], number of the transaction, or :data:`NO_TRANSACTION`.
     """
 
     keys: Sequence[bytes]
@@ -43,37 +43,38 @@ class Sent(NamedTuple):
     numbers: NDArray[np.int64]
 
 
-ChangeColumns = Callable[[Columns, np.random.Generator], Columns]
-"""Transactions before they are encoded; as many come out as go in."""
+ChangeColumns = Callable[[SimulatedColumns, np.random.Generator], SimulatedColumns]
+"""Change of transactions before they are encoded; their number stays the same."""
 
-ChangeRecords = Callable[[Sent, np.random.Generator], Sent]
-"""Records before they are sent; others may be added."""
+ChangeRecords = Callable[[SentRecords, np.random.Generator], SentRecords]
+"""Change of records before they are sent; it may add records."""
 
 
-def as_they_are(columns: Columns, rng: np.random.Generator) -> Columns:
-    """No change."""
+def unchanged_columns(columns: SimulatedColumns, rng: np.random.Generator) -> SimulatedColumns:
+    """Change nothing."""
     return columns
 
 
-def nothing_else(sent: Sent, rng: np.random.Generator) -> Sent:
-    """No change."""
+def unchanged_records(sent: SentRecords, rng: np.random.Generator) -> SentRecords:
+    """Change nothing."""
     return sent
 
 
-class Load:
-    """The simulator's transactions; may be stopped and started again.
+class Workload:
+    """Workload of simulated transactions that can be stopped and started again.
 
     Args:
-        seed: of the simulator, and of the changes.
-        change_columns, change_records: what a fault does to them.
+        seed: seed of the simulator and of the changes.
+        change_columns: a fault's change of the transactions.
+        change_records: a fault's change of the records.
     """
 
     def __init__(
         self,
         settings: Settings,
         seed: int,
-        change_columns: ChangeColumns = as_they_are,
-        change_records: ChangeRecords = nothing_else,
+        change_columns: ChangeColumns = unchanged_columns,
+        change_records: ChangeRecords = unchanged_records,
     ) -> None:
         self._settings = settings
         self._stream = SimulatedStream(CUSTOMERS, TERMINALS, START_DATE, seed)
@@ -85,47 +86,47 @@ class Load:
         self._first_run_in_states = 0
 
     async def start(self, rate: float | None, history: int = 0, most: int | None = None) -> None:
-        """Send ``history`` records as fast as the broker takes them, then go on at ``rate``.
+        """Send ``history`` records at full speed, then go on at ``rate``.
 
         Args:
-            rate: records/s; None: as fast as the broker takes them.
-            most: transactions besides the history; None: until it is stopped.
+            rate: records/s. None: full speed.
+            most: limit of transactions after the history. None: until :meth:`stop`.
 
         Raises:
-            RecurError: the broker is away.
+            RecurError: the broker is unreachable.
         """
-        run = _Run(Feed(self._settings, timeout_seconds=PATIENCE_SECONDS))
+        run = _Run(Feed(self._settings, timeout_seconds=BROKER_LIMIT_SECONDS))
         await run.feed.__aenter__()
         self._runs.append(run)
         if history:
-            await run.feed.run(ahead(self._blocks(run, PIECE_TRANSACTIONS_FLAT_OUT, history)))
-        piece = PIECE_TRANSACTIONS_FLAT_OUT if rate is None else PIECE_TRANSACTIONS
+            await run.feed.run(ahead(self._blocks(run, PIECE_TRANSACTIONS_FULL_SPEED, history)))
+        piece = PIECE_TRANSACTIONS_FULL_SPEED if rate is None else PIECE_TRANSACTIONS
         run.feeding = asyncio.create_task(
             run.feed.run(ahead(self._blocks(run, piece, most)), rate=rate, stop=run.stop)
         )
 
     def raise_failure(self) -> None:
-        """Raise what ended the load, if something did.
+        """Raise the error that ended the workload, if one did.
 
         Raises:
-            RecurError: the broker did not take it.
+            RecurError: the broker did not accept the records.
         """
         for run in self._runs:
             if run.feeding is not None and run.feeding.done():
                 run.feeding.result()
 
     async def stop(self) -> None:
-        """Send no more, and wait until the broker has what was sent.
+        """Stop sending and wait until the broker has all sent records.
 
         Raises:
-            RecurError: the broker does not take it.
+            RecurError: the broker does not accept them.
         """
         for run in self._runs:
             run.stop.set()
             await run.end()
 
     async def abandon(self) -> None:
-        """Stop at once, whatever the broker has."""
+        """Stop at once without waiting for acks."""
         for run in self._runs:
             if run.feeding is not None:
                 run.feeding.cancel()
@@ -141,18 +142,18 @@ class Load:
             self._accounts.append(columns.account)
             (block,) = SimulatedTransactions(piece.first, columns).blocks()
             numbers = np.arange(piece.first, piece.first + len(columns))
-            sent = self._change_records(Sent(block.keys, block.values, numbers), self._rng)
+            sent = self._change_records(SentRecords(block.keys, block.values, numbers), self._rng)
             run.numbers.append(sent.numbers)
             yield Block(sent.keys, sent.values)
 
-    def states_begin(self) -> None:
-        """States begin anew with what is sent from now on; the load is stopped."""
+    def restart_states(self) -> None:
+        """Expect states to start with the next records; the workload must be stopped."""
         self._first_run_in_states = len(self._runs)
 
-    # what must have come out ------------------------------------------------------------
+    # expectations -----------------------------------------------------------------------
 
     def numbers_sent(self) -> NDArray[np.int64]:
-        """int64[n]: the number of each record that was sent, in order."""
+        """Numbers of the records that were sent, in order, as int64[n]."""
         nothing = np.empty(0, np.int64)
         return np.concatenate([nothing, *(run.numbers_sent() for run in self._runs)])
 
@@ -161,11 +162,11 @@ class Load:
         return np.concatenate([np.empty(0, np.int64), *(run.numbers_sent() for run in runs)])
 
     def transactions_made(self) -> int:
-        """Those of the stream that were made, sent or not: numbers are less than this."""
+        """Count the transactions that were made, sent or not; all numbers are lower."""
         return sum(map(len, self._accounts))
 
     def transactions_of_accounts(self) -> dict[str, int]:
-        """How many distinct transactions of each account must be in its state."""
+        """Count the distinct transactions that each account's state must have."""
         numbers = self._numbers_in_states()
         distinct = np.unique(numbers[numbers != NO_TRANSACTION])
         accounts = np.concatenate([*self._accounts, np.empty(0, np.int64)])[distinct]
@@ -178,7 +179,7 @@ class Load:
 
 @dataclass
 class _Run:
-    """From a start to a stop; what was made and not sent then is never sent."""
+    """A run from a start to a stop; unsent transactions of a run are never sent."""
 
     feed: Feed
     numbers: list[NDArray[np.int64]] = field(default_factory=list)
@@ -186,10 +187,10 @@ class _Run:
     feeding: asyncio.Task[None] | None = None
 
     async def end(self) -> None:
-        """Wait for its end and for the acks.
+        """Wait for the run's end and for the acks.
 
         Raises:
-            RecurError: the broker does not take it.
+            RecurError: the broker does not accept the records.
         """
         if self.feeding is None:
             return
@@ -202,14 +203,14 @@ class _Run:
         await self.feed.__aexit__(None, None, None)
 
     def numbers_sent(self) -> NDArray[np.int64]:
-        """int64[n]: of the records that were sent, in order."""
+        """Numbers of the records that were sent, in order, as int64[n]."""
         return np.concatenate([np.empty(0, np.int64), *self.numbers])[: self.feed.count.sent]
 
 
 def of_one_account(share: float) -> ChangeColumns:
-    """This share of all transactions becomes one account's."""
+    """Move a share of all transactions to one account."""
 
-    def change(columns: Columns, rng: np.random.Generator) -> Columns:
+    def change(columns: SimulatedColumns, rng: np.random.Generator) -> SimulatedColumns:
         account = columns.account.copy()
         account[rng.random(len(account)) < share] = 0
         return replace(columns, account=account)
@@ -217,18 +218,18 @@ def of_one_account(share: float) -> ChangeColumns:
     return change
 
 
-def backwards(columns: Columns, rng: np.random.Generator) -> Columns:
-    """Times within a piece run backwards, and a piece may lie years before the one before it."""
+def backwards(columns: SimulatedColumns, rng: np.random.Generator) -> SimulatedColumns:
+    """Reverse the times of a piece, and move some pieces back by years."""
     years_ms = int(rng.integers(0, 3)) * 365 * 86_400_000
     return replace(columns, timestamp_ms=columns.timestamp_ms[::-1] - years_ms)
 
 
 def sent_twice(share: float) -> ChangeRecords:
-    """This share of all records is sent a second time at once, as a producer does that retries."""
+    """Send a share of all records twice, as a producer that retries does."""
 
-    def change(sent: Sent, rng: np.random.Generator) -> Sent:
+    def change(sent: SentRecords, rng: np.random.Generator) -> SentRecords:
         order = np.repeat(np.arange(len(sent.keys)), 1 + (rng.random(len(sent.keys)) < share))
-        return Sent(
+        return SentRecords(
             [sent.keys[i] for i in order.tolist()],
             [sent.values[i] for i in order.tolist()],
             sent.numbers[order],

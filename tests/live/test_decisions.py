@@ -18,7 +18,8 @@ from model.reasons import REASONS, REASONS_MAX
 from pipeline.admin.inspect_account import account_lines, describe, load_view
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.scores import Score, decode_alert
 from pipeline.worker.preflight import check_services

@@ -20,7 +20,9 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from model.transaction import Transaction
 from pipeline.audit.verifier import VerifyOptions, verify
-from pipeline.local.services import Kafka, Redis, RedisCluster, free_port
+from pipeline.local.kafka import Kafka
+from pipeline.local.ports import free_port
+from pipeline.local.redis import Redis, RedisCluster
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.messages.transactions import WARM_HEADER, encode_transaction

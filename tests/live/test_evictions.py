@@ -16,7 +16,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from model.transaction import Transaction
-from pipeline.local.services import HOST, Kafka, Redis, RedisCluster
+from pipeline.local.kafka import Kafka
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis, RedisCluster
 from pipeline.local.workers import WorkerProcess
 from pipeline.scoring.evictions import EvictedError, Evictions
 from pipeline.scoring.health import Health

@@ -19,7 +19,8 @@ from pipeline.admin import rebuild_merchants
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import StartupError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.messages.scores import stored_weight
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed

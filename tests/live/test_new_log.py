@@ -19,7 +19,8 @@ from pipeline.errors import StartupError
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import TopicRole, ensure_topics, topic_ids
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.messages.transactions import encode_transaction

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from tests.fakes.offline import TOLERANCE, Log, run
 
 

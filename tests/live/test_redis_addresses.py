@@ -12,7 +12,9 @@ import pytest
 import redis.exceptions
 
 from pipeline.errors import RecurError
-from pipeline.local.services import HOST, Kafka, Redis, RedisCluster
+from pipeline.local.kafka import Kafka
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 from pipeline.storage.state_store import Load, RedisStateStore, Save

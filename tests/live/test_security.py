@@ -22,7 +22,8 @@ from pipeline.errors import RecurError
 from pipeline.kafka.acl import NEEDS
 from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
-from pipeline.local.services import HOST, Redis
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis
 from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.messages.scores import decode_score
 from pipeline.messages.transactions import encode_transaction

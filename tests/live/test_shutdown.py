@@ -21,7 +21,9 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
 from pipeline.kafka.group_errors import group_refusal
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import HOST, Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.ports import HOST
+from pipeline.local.redis import Redis
 from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.settings import load_settings
 from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE, ShutdownTimer

@@ -23,7 +23,8 @@ from pipeline.admin.repartition import partition_of, repartition_lines
 from pipeline.cli.main import recur
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.kafka.topics import add_partitions
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.scoring.partitions import check_watermark

@@ -18,7 +18,8 @@ import pytest
 from model.transaction import Transaction
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.transactional_producer import TransactionalProducer
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.messages.transactions import encode_transaction

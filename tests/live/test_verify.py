@@ -25,7 +25,8 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.cli import main as cli
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.messages.scores import Score
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys

@@ -13,7 +13,8 @@ from model.features.account import AccountHistory
 from pipeline.admin.inspect_account import AccountView, describe, load_view
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import redis_client

@@ -1,4 +1,4 @@
-"""The demo's labels: every fraud becomes known once, when simulated time has come so far."""
+"""Each fraud of the demo becomes known once, after its delay in simulated time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.demo.labels import LateLabels
+from pipeline.demo.labels import DelayedLabels
 from pipeline.replay.producer import Feed
 from pipeline.replay.simulated import SimulatedStream
 
 DAY_MS = 86_400_000
 
 
-class Sent:
-    """What a feed was given."""
+class FakeFeed:
+    """Feed that keeps the labels it gets."""
 
     def __init__(self) -> None:
         self.labels: list[dict[str, Any]] = []
@@ -31,8 +31,8 @@ class Sent:
 def test_each_fraud_becomes_known_once_and_not_before_its_time() -> None:
     stream = SimulatedStream(300, 200, "2020-01-01", seed=3)
     pieces = [stream.take_days(4), stream.take_days(5)]
-    sent = Sent()
-    labels = LateLabels(cast(Feed, sent), 2 * DAY_MS)
+    sent = FakeFeed()
+    labels = DelayedLabels(cast(Feed, sent), 2 * DAY_MS)
     begin = int(pieces[0].columns.timestamp_ms[0]) // DAY_MS * DAY_MS
 
     async def run() -> None:

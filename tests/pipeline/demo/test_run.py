@@ -1,4 +1,4 @@
-"""The demo ends well, counts every score, and leaves nothing behind, even when interrupted."""
+"""The demo succeeds, counts every score, and leaves nothing behind, even when interrupted."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.demo.run import INTERRUPTED, DemoOptions
@@ -24,7 +25,7 @@ TIMEOUT_SECONDS = 180
 
 
 class Run:
-    """A short demo as a process, its output in a pipe."""
+    """A short demo as a process, with its output in a pipe."""
 
     def __init__(self, directory: Path, **options: object) -> None:
         self.mark = f"RECUR-TEST-{uuid.uuid4().hex}"
@@ -45,36 +46,33 @@ class Run:
         )
 
     def until(self, text: str) -> str:
-        """Read on until a line has this text; all that was read."""
+        """Read until a line has this text, and return what was read."""
         assert self.process.stdout is not None
         read = ""
         for line in self.process.stdout:
             read += line
             if text in line:
                 return read
-        raise AssertionError(f"{text!r} did not come:\n{read}")
+        raise AssertionError(f"{text!r} was not printed:\n{read}")
 
     def end(self) -> str:
-        """The rest of the output."""
+        """Read the rest of the output."""
         return self.process.communicate(timeout=TIMEOUT_SECONDS)[0]
 
     def left_running(self) -> list[str]:
-        """Processes that the demo started and that still run."""
-        if not Path("/proc").exists():
-            table = subprocess.run(["ps", "-axEww"], capture_output=True, text=True, check=True)
-            return [line for line in table.stdout.splitlines() if self.mark in line]
+        """List the processes of the demo that still run."""
         found = []
-        for place in Path("/proc").glob("[0-9]*"):
+        for process in psutil.process_iter():
             try:
-                if self.mark.encode() in (place / "environ").read_bytes():
-                    found.append((place / "cmdline").read_text())
-            except OSError:
-                continue  # it has ended, or is another user's
+                if process.environ().get("TEST_MARK") == self.mark:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue  # it has ended, or belongs to another user
         return found
 
     def assert_nothing_left(self) -> None:
-        """Neither processes nor files."""
-        deadline = time.monotonic() + 60  # moments, but on a busy machine
+        """Check that no process and no file is left."""
+        deadline = time.monotonic() + 60  # a moment, but on a busy machine
         while self.left_running() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert self.left_running() == []
@@ -106,7 +104,7 @@ def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Pa
 
 @pytest.mark.live
 @pytest.mark.parametrize("moment", ["starting Kafka", "starting 1 worker", "live "])
-def test_ctrl_c_ends_it_at_any_time_and_leaves_nothing(moment: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_demo_at_any_time_and_leaves_nothing(moment: str, tmp_path: Path) -> None:
     run = Run(tmp_path, transactions=1_000, rate=200, seconds=60, history_days=0, workers=1)
     run.until(moment)
     run.process.send_signal(signal.SIGINT)
@@ -146,18 +144,18 @@ def test_a_worker_that_cannot_start_shows_the_end_of_its_log(
     assert run.left_running() == []
 
 
-def test_whatever_is_lost_double_or_without_its_alert_is_a_fault() -> None:
+def test_lost_duplicate_and_unalerted_transactions_are_faults() -> None:
     transactions = SimulatedStream(50, 1000, "2020-01-01", seed=1).take(6)
-    tally = ScoreCounter(6, transactions.index_of)
-    phase = Phase("live", transactions, tally, 0, 0, 0)
-    tally.times[:] = 1
-    tally.decisions[:] = [2, 1, 0, 0, 0, 0]
+    counter = ScoreCounter(6, transactions.index_of)
+    phase = Phase("live", transactions, counter, 0, 0, 0)
+    counter.times[:] = 1
+    counter.decisions[:] = [2, 1, 0, 0, 0, 0]
     phase.alerted[:2] = True
     assert phase.faults() == []
 
     phase.alerted[1] = False
-    tally.times[3:] = [0, 0, 2]
-    tally.strangers = 7
+    counter.times[3:] = [0, 0, 2]
+    counter.unknown = 7
     phase.rejected = 1
     assert phase.faults() == [
         "1 never scored (live)",

@@ -10,18 +10,18 @@ from rich.console import Console
 from pipeline.demo.gauges import Latency, Rates
 from pipeline.demo.view import (
     AlertLine,
-    Caught,
+    DemoSummary,
+    DetectionRate,
     LiveDisplay,
     PlainDisplay,
     Scene,
-    Summary,
     clock,
     display_for,
     milliseconds,
     render,
     summary_view,
 )
-from pipeline.local.workers import LATENCY
+from pipeline.local.worker_metrics import LATENCY
 
 ALERT = AlertLine(1_534_334_400_000, "A0001234", "M0001234", 1812.4, 0.973, "decline", 2)
 
@@ -29,7 +29,7 @@ ALERT = AlertLine(1_534_334_400_000, "A0001234", "M0001234", 1812.4, 0.973, "dec
 def scene(alerts: int = 20) -> Scene:
     return Scene(
         phase="live",
-        explained="one second here is 75 minutes there",
+        explained="one second here is 75 simulated minutes",
         done=0.4,
         progress="6,012 of 15,000 scored",
         rate_in=500.0,
@@ -50,9 +50,9 @@ def scene(alerts: int = 20) -> Scene:
     )
 
 
-SUMMARY = Summary(
+SUMMARY = DemoSummary(
     [("transactions", "408,253: lost 0, scored twice 0, rejected 0"), ("live", "15,000 at 500/s")],
-    [Caught("amount over 220", 12, 13), Caught("stolen card", 0, 0)],
+    [DetectionRate("amount over 220", 12, 13), DetectionRate("stolen card", 0, 0)],
     ["worker 1: 203,102 transactions"],
     [],
 )
@@ -84,11 +84,11 @@ def test_80_by_24_shows_everything() -> None:
         assert shown in text
 
 
-def test_the_number_of_alerts_does_not_move_what_stands_below_them() -> None:
+def test_the_number_of_alerts_does_not_move_the_lines_below() -> None:
     assert len(drawn(80, 24, 0)) == len(drawn(80, 24, 5)) == len(drawn(80, 24, 20))
 
 
-def test_plain_output_is_text_only_and_seldom() -> None:
+def test_plain_output_is_text_without_many_lines() -> None:
     file = io.StringIO()
     display = display_for(Console(file=file, width=80))
     assert isinstance(display, PlainDisplay)
@@ -96,7 +96,7 @@ def test_plain_output_is_text_only_and_seldom() -> None:
     display.done("workers", "ready")
     for _ in range(50):
         display.show(scene())
-    display.note("worker 1 was ended by SIGKILL", bad=True)
+    display.note("worker 1 was killed by SIGKILL", bad=True)
     display.summary(SUMMARY)
     display.close()
     text = file.getvalue()
@@ -107,7 +107,7 @@ def test_plain_output_is_text_only_and_seldom() -> None:
     assert "\r" not in text
 
 
-def test_a_terminal_gets_the_live_view_and_it_is_taken_away_at_the_end() -> None:
+def test_a_terminal_gets_the_live_view_until_the_end() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, height=24, force_terminal=True, color_system=None)
     display = display_for(console)
@@ -118,13 +118,13 @@ def test_a_terminal_gets_the_live_view_and_it_is_taken_away_at_the_end() -> None
     display.summary(SUMMARY)
     display.close()
 
-    assert "\x1b[2K" in file.getvalue()  # lines erased
+    assert "\x1b[2K" in file.getvalue()  # erased lines
     assert "15,000 transactions" in file.getvalue()
 
 
-def test_a_summary_with_faults_says_so_instead() -> None:
+def test_a_summary_with_faults_names_them() -> None:
     file = io.StringIO()
-    bad = Summary(
+    bad = DemoSummary(
         SUMMARY.rows, [], [], ["3 never scored (burst)", "1 scored more than once (live)"]
     )
     Console(file=file, width=80).print(summary_view(bad))
@@ -133,19 +133,19 @@ def test_a_summary_with_faults_says_so_instead() -> None:
     assert "exactly once" not in file.getvalue()
 
 
-def test_numbers_read_well() -> None:
+def test_durations_are_formatted_for_people() -> None:
     assert [milliseconds(s) for s in (None, 0.0018, 0.0999, 0.25, 3.2, 12.14)] == [
         "–", "1.8 ms", "99.9 ms", "250 ms", "3,200 ms", "12.1 s",
     ]  # fmt: skip
     assert [clock(s) for s in (7, 61.9, 3723)] == ["0:07", "1:01", "1:02:03"]
 
 
-def test_latency_counts_from_its_beginning_and_keeps_what_a_dead_worker_told() -> None:
+def test_latency_counts_from_its_reset_and_keeps_the_counts_of_a_dead_worker() -> None:
     class Worker:
         def __init__(self, *counts: int) -> None:
-            self.tell(*counts)
+            self.set_counts(*counts)
 
-        def tell(self, *counts: int) -> None:
+        def set_counts(self, *counts: int) -> None:
             bounds = ("0.001", "0.01", "+Inf")
             self.samples = {
                 f'{LATENCY}_bucket{{le="{le}"}}': float(n)
@@ -155,16 +155,16 @@ def test_latency_counts_from_its_beginning_and_keeps_what_a_dead_worker_told() -
     first, second = Worker(100, 100, 100), Worker(0, 0, 0)
     latency = Latency([first, second])  # type: ignore[list-item]
     assert latency.overall(0.5) is not None
-    latency.begin()
+    latency.reset()
     assert latency.overall(0.5) is None
-    first.tell(100, 110, 110)
-    second.tell(0, 10, 10)
+    first.set_counts(100, 110, 110)
+    second.set_counts(0, 10, 10)
 
     assert latency.overall(0.5) == pytest.approx(0.0055)
-    assert latency.lately(1.0) == pytest.approx(0.01)
+    assert latency.recent(1.0) == pytest.approx(0.01)
 
 
-def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_cover_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("pipeline.demo.gauges.time.monotonic", lambda: now[0])
     rates = Rates(0, 0)

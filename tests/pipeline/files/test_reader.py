@@ -1,4 +1,4 @@
-"""A person's own files become transactions, or a message that names the row."""
+"""A person's files become transactions, or an error that names the row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import ColumnMapping, example_mapping, load_mapping
-from pipeline.files.reader import REPEAT_WINDOW_IDS, Part, TransactionFile
+from pipeline.files.reader import REPEAT_WINDOW_IDS, TransactionFile, TransactionPart
 
 MAPPING = """
 [columns]
@@ -43,7 +43,7 @@ def mapping(directory: Path, columns: str = "", time: str = "") -> ColumnMapping
 
 
 def table(**changes: Any) -> pa.Table:
-    """Three good rows, a minute apart, with columns changed or added."""
+    """Three good rows, a minute apart, with changed or added columns."""
     columns: dict[str, Any] = {
         "id": [1, 2, 3],
         "card": [17, 18, 17],
@@ -54,7 +54,7 @@ def table(**changes: Any) -> pa.Table:
     return pa.table(columns | changes)
 
 
-def parts(source: pa.Table, directory: Path, **options: Any) -> list[Part]:
+def parts(source: pa.Table, directory: Path, **options: Any) -> list[TransactionPart]:
     path = directory / "file.parquet"
     pq.write_table(source, path)
     mapping_options = {k: options.pop(k) for k in ("columns", "time") if k in options}
@@ -157,34 +157,34 @@ def test_offset_days_move_every_time(tmp_path: Path) -> None:
         ({"at": [None, None, None]}, "timestamp"),
         ({"id": [1.0, 2.0, 3.0]}, "transaction_id: its column holds double"),
         ({"sum": [True, False, True], "id": [[1], [2], [3]]}, "transaction_id: its column holds"),
-        ({"at": [1, 2, 3]}, 'say in the column mapping what the numbers count, as in [time] unit'),
+        ({"at": [1, 2, 3]}, 'write the unit of the numbers in the column mapping'),
     ],
 )  # fmt: skip
-def test_an_unusable_value_is_refused_with_its_row_number(
+def test_an_unusable_value_is_rejected_with_its_row_number(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     assert message in complaint(table(**changes), tmp_path)
 
 
-def test_rows_in_the_future_are_refused_with_the_option_that_helps(tmp_path: Path) -> None:
+def test_rows_in_the_future_are_rejected_with_the_option_that_helps(tmp_path: Path) -> None:
     future = [datetime(2999, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
 
     assert "--offset-days" in complaint(table(at=future), tmp_path)
 
 
-def test_milliseconds_that_a_worker_takes_for_seconds_are_refused_but_not_for_training(
+def test_milliseconds_like_seconds_are_rejected_but_not_for_training(
     tmp_path: Path,
 ) -> None:
     source = table(at=[1_534_334_400 + second for second in range(3)], TX_FRAUD=[0, 1, 0])
-    said = complaint(source, tmp_path, time='unit = "ms"')
-    assert "row 1: timestamp is in 1970" in said
-    assert "correct [time] unit" in said
+    error = complaint(source, tmp_path, time='unit = "ms"')
+    assert "row 1: timestamp is in 1970" in error
+    assert "correct [time] unit" in error
     assert len(parts(source, tmp_path, time='unit = "s"')) == 1
     options: dict[str, Any] = {"columns": 'label = "TX_FRAUD"', "for_training": True}
     assert len(parts(source, tmp_path, time='unit = "ms"', **options)) == 1
 
 
-def test_unusable_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
+def test_unusable_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "file.parquet"
     pq.write_table(table(sum=[1.0, -2.0, 3.0]), path)
     file = TransactionFile(path, mapping(tmp_path), skip_unusable=True)
@@ -192,21 +192,21 @@ def test_unusable_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
 
     assert part.rows.tolist() == [1, 3]
     assert part.amounts == [1.0, 3.0]
-    assert file.left_out.rows == 1
-    assert file.left_out.examples == ["row 2: amount is negative"]
+    assert file.skipped.rows == 1
+    assert file.skipped.examples == ["row 2: amount is negative"]
 
 
-def test_rows_out_of_order_are_refused_or_sent_as_they_stand(tmp_path: Path) -> None:
+def test_unsorted_rows_are_rejected_or_sent_unsorted(tmp_path: Path) -> None:
     backwards = table(at=[datetime(2018, 8, day, tzinfo=UTC) for day in (15, 17, 16)])
 
-    said = complaint(backwards, tmp_path)
-    assert "row 3" in said
-    assert "--allow-unsorted" in said
+    error = complaint(backwards, tmp_path)
+    assert "row 3" in error
+    assert "--allow-unsorted" in error
     (part,) = parts(backwards, tmp_path, allow_unsorted=True)
     assert part.rows.tolist() == [1, 2, 3]
 
 
-def test_order_and_repeats_are_seen_across_parts(tmp_path: Path) -> None:
+def test_order_and_repeats_are_checked_across_parts(tmp_path: Path) -> None:
     count = 20_000
     ids = [str(number) for number in range(count)]
     source = pa.table(
@@ -229,11 +229,11 @@ def test_order_and_repeats_are_seen_across_parts(tmp_path: Path) -> None:
     assert count < REPEAT_WINDOW_IDS
 
 
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
-    said = complaint(table().drop_columns(["card"]), tmp_path)
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path: Path) -> None:
+    error = complaint(table().drop_columns(["card"]), tmp_path)
 
-    assert "has no column card (account_id)" in said
-    assert "id, shop, sum, at" in said
+    assert "has no column card (account_id)" in error
+    assert "id, shop, sum, at" in error
 
 
 @pytest.mark.parametrize("name", ["file.csv", "file.csv.gz", "file.tsv"])
@@ -261,7 +261,7 @@ def test_csv_is_read_as_text_so_that_ids_keep_their_zeros(name: str, tmp_path: P
         (["1,2,x,,2018-08-15"], "row 1: amount is missing"),
     ],
 )
-def test_a_wrong_csv_row_is_named_by_its_number_and_not_quoted(
+def test_a_wrong_csv_row_is_named_by_number_without_its_content(
     lines: list[str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RecurError, match=message) as error:
@@ -273,13 +273,13 @@ def test_a_wrong_csv_row_is_named_by_its_number_and_not_quoted(
     ("name", "content", "message"),
     [
         ("absent.parquet", None, "there is no file"),
-        ("notes.doc", b"hello", "is neither parquet nor CSV"),
+        ("notes.doc", b"hello", "is neither Parquet nor CSV"),
         ("empty.csv", b"", "cannot be read: Empty CSV file"),
         ("cut.parquet", b"PAR1 and then nothing", "cannot be read"),
         ("latin.csv", b"id,card,shop,sum,at\n1,2,caf\xe9,1,2018-08-15\n", "not UTF-8"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_in_one_line(
+def test_an_unreadable_file_gives_an_error_of_one_line(
     name: str, content: bytes | None, message: str, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -301,9 +301,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         tracemalloc.start()
         for _ in TransactionFile(path, mapping(tmp_path)).parts():
             pass
-        _, most = tracemalloc.get_traced_memory()
+        _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        return most
+        return peak_bytes
 
     assert peak(160_000) < 1.3 * peak(80_000)
 
@@ -315,13 +315,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         ("not TOML", "mapping.toml"),
         (MAPPING.format(columns='colour = "red"', time=""), "unknown field `colour`"),
         (MAPPING.format(columns='currency = "cur"', time=""), "keep one"),
-        (MAPPING.format(columns="", time='zone = "Mars/Olympus"'), "no time zone known here"),
+        (MAPPING.format(columns="", time='zone = "Mars/Olympus"'), "is not a known time zone"),
         (MAPPING.format(columns="", time='unit = "h"'), "Invalid enum value"),
         (MAPPING.format(columns="", time="").replace('currency = "EUR"', ""), "no currency"),
         (MAPPING.format(columns="", time="").replace('"EUR"', '"euro"'), "ISO 4217"),
     ],
 )
-def test_a_wrong_mapping_is_refused_with_the_key_that_is_wrong(
+def test_a_wrong_mapping_is_rejected_with_its_wrong_key(
     text: str, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "mapping.toml"
@@ -332,7 +332,7 @@ def test_a_wrong_mapping_is_refused_with_the_key_that_is_wrong(
     assert "\n" not in str(error.value)
 
 
-def test_shipped_mappings_are_found_by_name_and_the_example_is_one() -> None:
+def test_shipped_mappings_and_the_example_are_found_by_name() -> None:
     assert load_mapping("handbook").columns.transaction_id == "TRANSACTION_ID"
     assert load_mapping("example").columns.account_id == "card"
     assert "recur replay FILE" in example_mapping()
@@ -340,49 +340,49 @@ def test_shipped_mappings_are_found_by_name_and_the_example_is_one() -> None:
         load_mapping("nothing")
 
 
-FURTHER = """
+EXTRA = """
 [fields]
 numeric = ["age"]
 categorical = { occupation = "job" }
 """
 
 
-def test_further_fields_are_read_under_their_names_and_may_be_missing(tmp_path: Path) -> None:
+def test_extra_fields_are_read_under_their_names_and_may_be_missing(tmp_path: Path) -> None:
     source = table(age=[31.5, None, 1e13], job=["nurse", "", None], id=["a", "b", "c"])
-    (part,) = parts(source, tmp_path, columns=FURTHER)
+    (part,) = parts(source, tmp_path, columns=EXTRA)
 
     np.testing.assert_array_equal(part.numeric["age"], [31.5, np.nan, np.nan])
     assert part.categorical == {"occupation": ["nurse", None, None]}
-    assert part.further() == {"age": [31.5, None, None], "occupation": ["nurse", None, None]}
-    assert part.first(1).further() == {"age": [31.5], "occupation": ["nurse"]}
+    assert part.extra_fields() == {"age": [31.5, None, None], "occupation": ["nurse", None, None]}
+    assert part.first(1).extra_fields() == {"age": [31.5], "occupation": ["nurse"]}
 
 
-def test_the_fields_of_a_csv_file_are_text_or_numbers_as_the_mapping_says(tmp_path: Path) -> None:
+def test_the_mapping_decides_whether_csv_fields_are_text_or_numbers(tmp_path: Path) -> None:
     path = tmp_path / "file.csv"
     path.write_text(
         "id,card,shop,sum,at,age,job\n1,2,3,1.0,2018-08-15,040,007\n1,2,3,1,2018-08-15,x,9\n"
     )
-    lenient = TransactionFile(path, mapping(tmp_path, FURTHER), skip_unusable=True)
+    lenient = TransactionFile(path, mapping(tmp_path, EXTRA), skip_unusable=True)
     (part,) = lenient.parts()
 
-    assert part.further() == {"age": [40.0], "occupation": ["007"]}
-    assert "row 2: age is not a number" in lenient.left_out.examples
+    assert part.extra_fields() == {"age": [40.0], "occupation": ["007"]}
+    assert "row 2: age is not a number" in lenient.skipped.examples
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ('numeric = ["amount"]', "amount under [fields] is there already"),
-        ('numeric = ["amount_to_mean"]', "amount_to_mean under [fields] is there already"),
-        ('numeric = ["age"]\ncategorical = ["age"]', "age under [fields] is there already"),
-        ('categorical = ["a", "a"]', "a under [fields] is there already"),
+        ('numeric = ["amount"]', "amount under [fields] exists already"),
+        ('numeric = ["amount_to_mean"]', "amount_to_mean under [fields] exists already"),
+        ('numeric = ["age"]\ncategorical = ["age"]', "age under [fields] exists already"),
+        ('categorical = ["a", "a"]', "a under [fields] exists already"),
         ('numeric = [""]', "cannot be a field's name"),
         ('categorical = { "a\\nb" = "job" }', "cannot be a field's name"),
-        (f"numeric = {[f'n{i}' for i in range(65)]}", "65 columns under [fields]; at most 64"),
+        (f"numeric = {[f'n{i}' for i in range(65)]}", "65 columns under [fields], and at most 64"),
         ("number = []", "unknown field `number`"),
     ],
 )
-def test_further_fields_that_a_transaction_cannot_carry_are_refused(
+def test_extra_fields_that_a_transaction_cannot_carry_are_rejected(
     fields: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RecurError) as error:
@@ -391,9 +391,9 @@ def test_further_fields_that_a_transaction_cannot_carry_are_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_column_of_a_further_field_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_column_of_an_extra_field_is_named(tmp_path: Path) -> None:
     assert "has no column job (occupation)" in complaint(
-        table(age=[1, 2, 3]), tmp_path, columns=FURTHER
+        table(age=[1, 2, 3]), tmp_path, columns=EXTRA
     )
 
 
@@ -408,13 +408,13 @@ def test_training_needs_a_label_and_no_transaction_id_and_replay_the_reverse(
 
     (part,) = TransactionFile(path, labelled, for_training=True).parts()
     assert (len(part), part.transaction_ids) == (3, [])
-    with pytest.raises(RecurError, match="names no transaction_id, which replay needs"):
+    with pytest.raises(RecurError, match="has no transaction_id, which replay needs"):
         TransactionFile(path, labelled)
-    with pytest.raises(RecurError, match="names no label, which training needs"):
+    with pytest.raises(RecurError, match="has no label, which training needs"):
         TransactionFile(path, mapping(tmp_path), for_training=True)
 
 
-def test_training_takes_rows_in_any_order_and_repeats(tmp_path: Path) -> None:
+def test_training_accepts_unsorted_rows_and_repeats(tmp_path: Path) -> None:
     source = table(id=[1, 1, 1], at=table()["at"].to_pylist()[::-1], fraud=[0, 1, 0])
     path = tmp_path / "file.parquet"
     pq.write_table(source, path)

@@ -1,4 +1,4 @@
-"""`recur train --data`: anyone's file becomes a checkpoint, or a line that says what to do."""
+"""`recur train --data`: a person's file becomes a checkpoint, or an error with advice."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from model.training.sequences import Sequences, score_stepwise
 from pipeline.cli.main import recur
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import load_mapping
+from pipeline.files.scenarios import ScenarioNumbers
 from pipeline.files.training_data import FileData
 
 MAPPING = """
@@ -91,10 +92,10 @@ def complaint(directory: Path, source: pa.Table, *options: str, **mapping: str) 
 
 
 @pytest.mark.slow
-def test_a_file_with_fields_in_any_order_becomes_a_checkpoint_that_a_worker_can_use(
+def test_a_file_with_fields_in_any_order_becomes_a_usable_checkpoint(
     tmp_path: Path,
 ) -> None:
-    """Its stepwise scores, from the raw values of live transactions, are those of the metrics."""
+    """Scores from the raw values of live transactions agree with the metrics of the training."""
     source = transactions(accounts=40, count=8_000, days=60, bursts=60)
     rng = np.random.default_rng(0)
     shuffled = source.take(rng.permutation(source.num_rows))
@@ -145,7 +146,7 @@ def test_a_file_with_fields_in_any_order_becomes_a_checkpoint_that_a_worker_can_
 
 
 @pytest.mark.slow
-def test_labels_that_are_unknown_are_left_out_of_every_count(tmp_path: Path) -> None:
+def test_unknown_labels_are_excluded_from_every_count(tmp_path: Path) -> None:
     fraud = [None if i % 3 == 0 else i % 25 == 1 for i in range(2000)]
     result = run(tmp_path, table(fraud=fraud))
     assert result.exit_code == 0, result.output
@@ -164,30 +165,30 @@ def test_labels_that_are_unknown_are_left_out_of_every_count(tmp_path: Path) -> 
         ({"fraud": [1] * 2000}, "all labels say fraud: both classes are needed"),
         ({"fraud": [None] * 2000}, "no transaction has a label"),
         ({"fraud": [1] * 5 + [0] * 1995}, "the training days 3 to 27 have 0 frauds"),
-        ({"fraud": ["perhaps"] * 2000}, "row 1: label is none of 1, 0, true"),
+        ({"fraud": ["perhaps"] * 2000}, "row 1: label must be 1, 0, true"),
         ({"sum": [1.0] * 1999 + [float("nan")]}, "row 2,000: amount is missing or not finite"),
         ({"at": [START] * 2000}, "the data span 1 days; training needs 8 or more"),
         ({"shop": [1.5] * 2000}, "merchant_id: its column holds double; ids must be text"),
     ],
 )
-def test_data_that_cannot_be_trained_on_get_one_line_that_says_what_to_do(
+def test_data_without_a_possible_training_give_an_error_with_advice(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     assert message in complaint(tmp_path, table(**changes))
 
 
-def test_an_empty_file_a_missing_column_and_several_currencies_are_said(tmp_path: Path) -> None:
+def test_an_empty_file_a_missing_column_and_several_currencies_are_errors(tmp_path: Path) -> None:
     assert "has no usable rows" in complaint(tmp_path, table().slice(0, 0))
     assert "has no column fraud (label); its columns are" in complaint(
         tmp_path, table().drop_columns("fraud")
     )
     currencies = ["EUR"] * 1990 + ["USD"] * 10
-    said = complaint(tmp_path, table(cur=currencies), columns='currency = "cur"', constants="")
-    assert "amounts in several currencies (1,990 in EUR, 10 in USD so far)" in said
-    assert "convert them" in said
+    error = complaint(tmp_path, table(cur=currencies), columns='currency = "cur"', constants="")
+    assert "amounts in several currencies (1,990 in EUR, 10 in USD so far)" in error
+    assert "convert the others" in error
 
 
-def test_a_mapping_without_a_label_and_options_that_do_not_fit_are_refused(
+def test_a_mapping_without_a_label_and_wrong_options_are_rejected(
     tmp_path: Path,
 ) -> None:
     file, mapping = written(tmp_path, table())
@@ -196,19 +197,19 @@ def test_a_mapping_without_a_label_and_options_that_do_not_fit_are_refused(
     result = CliRunner().invoke(
         recur, ["train", out, "--data", str(file), "--columns", str(mapping)]
     )
-    assert "names no label, which training needs" in str(result.exception)
+    assert "has no label, which training needs" in str(result.exception)
     result = CliRunner().invoke(recur, ["train", out, "--data", str(file)])
     assert "takes --data and --columns together" in str(result.exception)
-    said = complaint(tmp_path, table(), "--train-until", "2020-03-30")
-    assert "leaves no room for each of training, validation and test" in said
+    error = complaint(tmp_path, table(), "--train-until", "2020-03-30")
+    assert "leaves no room for each of training, validation and test" in error
     assert "train_until is 'soon'" in complaint(tmp_path, table(), "--train-until", "soon")
 
 
 @pytest.mark.slow
-def test_unusable_rows_are_left_out_if_that_is_wanted(tmp_path: Path) -> None:
+def test_unusable_rows_are_skipped_on_request(tmp_path: Path) -> None:
     result = run(tmp_path, table(sum=[-1.0, *[1.0] * 1999]), "--skip-unusable")
     assert result.exit_code == 0, result.output
-    assert "1 left out, such as row 1: amount is negative" in result.stderr
+    assert "1 skipped, such as row 1: amount is negative" in result.stderr
 
 
 def test_the_identity_of_a_file_changes_with_the_file_and_its_mapping(tmp_path: Path) -> None:
@@ -231,3 +232,12 @@ def test_kinds_of_fraud_are_numbered(tmp_path: Path) -> None:
     )
     with pytest.raises(RecurError, match="more than 100 values"):
         FileData(file, load_mapping(mapping)).write(tmp_path / "e", lambda done, note: None)
+
+
+def test_whole_and_other_names_of_scenarios_never_share_a_number() -> None:
+    numbers = ScenarioNumbers()
+
+    assert [numbers.number_of(name) for name in ("stolen", "1", "2", "", None, "1")] == [
+        1, 2, 3, 0, 0, 2,
+    ]  # fmt: skip
+    assert numbers.names == {1: "stolen", 2: "1", 3: "2"}

@@ -27,7 +27,8 @@ from pipeline.kafka.decompression_limit import (
     uncompressed_size,
 )
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.settings import load_settings
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions
 

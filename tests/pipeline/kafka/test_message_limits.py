@@ -16,7 +16,8 @@ from pipeline.kafka.message_limits import LARGEST_OUTPUT_BYTES, MessageLimits
 from pipeline.kafka.producer import AppendResult, KafkaProducer, Outgoing, PartOutput
 from pipeline.kafka.topics import TopicRole, admin_client, batch_limits, ensure_topics
 from pipeline.kafka.transactional_producer import TransactionalProducer
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings, load_settings
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until

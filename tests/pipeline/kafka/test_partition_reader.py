@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 
 from pipeline.kafka.partition_reader import KafkaPartitionReader, PartitionReaderError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.settings import Settings, load_settings
 
 

@@ -30,8 +30,11 @@ from pipeline.kafka.producer import (
 )
 from pipeline.kafka.score_log import KafkaScoreLog, LoggedScore, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
-from pipeline.kafka.transactional_producer import PartitionProducer, TransactionalProducer
-from pipeline.local.services import Kafka
+from pipeline.kafka.transactional_producer import (
+    PartitionProducer,
+    TransactionalProducer,
+)
+from pipeline.local.kafka import Kafka
 from pipeline.scoring.partitions import ALL_SOURCES
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (

@@ -13,7 +13,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from pipeline.errors import StartupError
 from pipeline.kafka.topics import LOGS, ROLES, TopicRole, check_retention, ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.settings import Settings, load_settings
 
 

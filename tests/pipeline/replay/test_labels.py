@@ -1,4 +1,4 @@
-"""``recur label``: what is sent is what the file or the person says, or nothing is sent."""
+"""``recur label``: labels are sent exactly as given, or an error is raised."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from pipeline.cli.main import recur
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import LabelColumns, LabelMapping, TimeForm, load_label_mapping
-from pipeline.files.reader import LabelFile, LabelPart
+from pipeline.files.label_reader import LabelFile, LabelPart
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.messages.labels import Label, decode_label
 from pipeline.replay.labels import LabelOptions, run_label, single_label
 from pipeline.settings import Settings, load_settings
@@ -40,7 +40,7 @@ def settings(kafka: Kafka) -> Settings:
 
 
 def sent(settings: Settings) -> list[tuple[Label, int, int]]:
-    """What is in the labels topic, each decoded as a worker does."""
+    """Read the labels topic and decode the labels as a worker does."""
 
     async def read() -> list[Any]:
         partitions = (await ensure_topics(settings))["labels"]
@@ -60,7 +60,7 @@ def sent(settings: Settings) -> list[tuple[Label, int, int]]:
     return sorted(labels, key=lambda label: label[0].transaction_id)
 
 
-def test_a_file_of_labels_is_sent_as_it_stands(
+def test_a_file_of_labels_is_sent_unchanged(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "labels.csv"
@@ -78,8 +78,8 @@ def test_a_file_of_labels_is_sent_as_it_stands(
     assert "sent 3 labels, 2 of them fraud" in capsys.readouterr().out
 
 
-def test_a_date_in_a_file_on_the_day_of_the_payment_is_not_before_it(tmp_path: Path) -> None:
-    """In the mapping's time zone, of a column of texts."""
+def test_a_date_on_the_day_of_the_payment_is_not_before_it(tmp_path: Path) -> None:
+    """The column holds texts, and the mapping has a time zone."""
     file, mapping = tmp_path / "labels.csv", tmp_path / "columns.toml"
     rows = ["t1,A1,M1,fraud,2024-05-01 23:30:00,2024-05-01", "t2,A1,M1,fraud,2024-05-01 10:00:00,"]
     file.write_text("\n".join([LABELS_CSV.splitlines()[0], *rows]) + "2024-05-02\n")
@@ -107,14 +107,14 @@ def test_columns_of_other_names_are_mapped(settings: Settings, tmp_path: Path) -
 
 
 def parts_of(tmp_path: Path, text: str, mapping: LabelMapping | None = None) -> LabelPart:
-    """A file's labels, read and not sent."""
+    """Read a file's labels without sending them."""
     file = tmp_path / "labels.csv"
     file.write_text(text)
     (part,) = LabelFile(file, mapping or LabelMapping()).parts()
     return part
 
 
-def test_a_file_may_tell_how_far_merchants_explain_frauds(tmp_path: Path) -> None:
+def test_a_file_may_have_merchant_weights(tmp_path: Path) -> None:
     lines = LABELS_CSV.splitlines()
     texts = ("merchant_weight", "0.25", "", "1")
     text = "\n".join(f"{line},{weight}" for line, weight in zip(lines, texts, strict=True))
@@ -151,7 +151,7 @@ HANDBOOK_CSV = f"""{HANDBOOK_COLUMNS}
 
 
 @pytest.mark.parametrize(("legitimate", "expected"), [(False, ["2", "3"]), (True, ["1", "2", "3"])])
-def test_labels_are_made_of_a_file_of_transactions(
+def test_labels_are_made_from_a_file_of_transactions(
     settings: Settings, tmp_path: Path, legitimate: bool, expected: list[str]
 ) -> None:
     file = tmp_path / "transactions.csv"
@@ -171,7 +171,7 @@ def test_labels_are_made_of_a_file_of_transactions(
         assert late - then == 7 * DAY_MS
 
 
-def test_a_single_label_is_spelled_out_on_the_command_line(
+def test_a_single_label_comes_from_the_command_line(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECUR_KAFKA_BOOTSTRAP_SERVERS", settings.kafka_bootstrap_servers)
@@ -212,7 +212,7 @@ SINGLE: dict[str, Any] = {
         ({"columns": Path("a"), "from_transactions": "handbook"}, "keep one"),
     ],
 )
-def test_what_is_missing_or_wrong_is_named(changes: dict[str, Any], message: str) -> None:
+def test_missing_and_wrong_options_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         single_label(LabelOptions(**(SINGLE | changes)))
 
@@ -222,7 +222,7 @@ def test_a_single_label_may_have_a_date_on_the_day_of_the_payment() -> None:
     assert label.labelled_at == label.timestamp == 1_714_557_600_000
 
 
-def test_without_file_and_options_it_says_what_it_needs() -> None:
+def test_a_command_without_file_and_options_names_the_required_ones() -> None:
     with pytest.raises(SettingsError, match="needs FILE, or for a single label"):
         LabelOptions()
 
@@ -230,7 +230,7 @@ def test_without_file_and_options_it_says_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("t4,A1,M1,maybe,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z", "row 4: label is none of"),
+        ("t4,A1,M1,maybe,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z", "row 4: label must be"),
         ("t4,A1,M1,,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z", "row 4: label is empty"),
         ("t4,A1,M1,1,2024-05-01T12:00:00Z,soon", "row 4: labelled_at is not"),
         ("t4,A1,M1,1,2024-05-01T12:00:00Z,2024-04-08T12:00:00Z", "row 4: labelled_at is before"),
@@ -239,7 +239,7 @@ def test_without_file_and_options_it_says_what_it_needs() -> None:
         ("t4,A1,,1,2024-05-01T12:00:00Z,2024-05-08T12:00:00Z", "row 4: merchant_id is empty"),
     ],
 )
-def test_a_row_that_is_no_label_is_named(
+def test_a_row_that_is_not_a_label_is_named(
     settings: Settings, tmp_path: Path, line: str, message: str
 ) -> None:
     file = tmp_path / "labels.csv"
@@ -249,7 +249,7 @@ def test_a_row_that_is_no_label_is_named(
         run_label(LabelOptions(file=file), settings)
 
 
-def test_a_file_without_the_columns_says_which(settings: Settings, tmp_path: Path) -> None:
+def test_a_missing_column_is_named(settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "labels.csv"
     file.write_text("transaction_id,account_id,merchant_id,label,timestamp\n")
 
@@ -257,7 +257,7 @@ def test_a_file_without_the_columns_says_which(settings: Settings, tmp_path: Pat
         run_label(LabelOptions(file=file), settings)
 
 
-def test_transactions_without_the_truth_make_no_labels(tmp_path: Path, settings: Settings) -> None:
+def test_transactions_without_truth_cannot_make_labels(tmp_path: Path, settings: Settings) -> None:
     file, mapping = tmp_path / "transactions.csv", tmp_path / "columns.toml"
     file.write_text("id,card,shop,amount,time\n")
     mapping.write_text(
@@ -265,5 +265,5 @@ def test_transactions_without_the_truth_make_no_labels(tmp_path: Path, settings:
         'amount = "amount"\ntimestamp = "time"\n[constants]\ncurrency = "EUR"\n'
     )
 
-    with pytest.raises(SettingsError, match="names no label"):
+    with pytest.raises(SettingsError, match="has no label"):
         run_label(LabelOptions(file=file, from_transactions=str(mapping)), settings)

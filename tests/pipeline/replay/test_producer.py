@@ -1,4 +1,4 @@
-"""Transactions reach the log once, in order and on time, and never too many wait at once."""
+"""Transactions reach the log once, in order and on time; unacked records stay bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from model.transaction import Transaction
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER, decode_transaction
 from pipeline.replay.producer import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
 from pipeline.replay.simulated import SimulatedStream
@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 120.0
 
 @pytest.fixture
 def settings(kafka: Kafka) -> Settings:
-    """Topics of one's own."""
+    """Settings with topics for one test."""
     return settings_for(kafka)
 
 
@@ -56,17 +56,17 @@ async def blocks(*given: Block) -> AsyncIterator[Block]:
 
 
 async def read_all(settings: Settings, count: int) -> list[Any]:
-    """So many records of the transactions topic, and whatever more there is."""
+    """Read the transactions topic and check its number of records."""
     topic = settings.topic("transactions")
     consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap_servers)
     await consumer.start()
     try:
-        places = [TopicPartition(topic, number) for number in range(settings.topic_partitions)]
-        ends = await consumer.end_offsets(places)
+        partitions = [TopicPartition(topic, number) for number in range(settings.topic_partitions)]
+        ends = await consumer.end_offsets(partitions)
         assert sum(ends.values()) == count
-        consumer.assign(places)
-        for place in places:
-            consumer.seek(place, 0)
+        consumer.assign(partitions)
+        for partition in partitions:
+            consumer.seek(partition, 0)
         records: list[Any] = []
         async with asyncio.timeout(TIMEOUT_SECONDS):
             while len(records) < count:
@@ -77,7 +77,7 @@ async def read_all(settings: Settings, count: int) -> list[Any]:
         await consumer.stop()
 
 
-def test_every_transaction_arrives_once_and_in_the_order_of_its_account(settings: Settings) -> None:
+def test_every_transaction_arrives_once_and_in_order_of_its_account(settings: Settings) -> None:
     async def run() -> tuple[list[Any], Feed]:
         await ensure_topics(settings)
         async with Feed(settings) as feed:
@@ -100,7 +100,7 @@ def test_every_transaction_arrives_once_and_in_the_order_of_its_account(settings
         assert offsets[-1] == feed.count.last_offsets[partition]
 
 
-def test_a_key_lies_where_any_kafka_producer_would_put_it(settings: Settings) -> None:
+def test_a_key_has_the_same_partition_as_with_any_kafka_producer(settings: Settings) -> None:
     async def run() -> list[Any]:
         await ensure_topics(settings)
         mine = block(100, accounts=100)
@@ -112,14 +112,14 @@ def test_a_key_lies_where_any_kafka_producer_would_put_it(settings: Settings) ->
                 await producer.send(settings.topic("transactions"), value, key)
         return await read_all(settings, 200)
 
-    places: dict[bytes, set[int]] = {}
+    found: dict[bytes, set[int]] = {}
     for record in asyncio.run(run()):
-        places.setdefault(record.key, set()).add(record.partition)
-    assert len(places) == 100
-    assert all(len(found) == 1 for found in places.values())
+        found.setdefault(record.key, set()).add(record.partition)
+    assert len(found) == 100
+    assert all(len(partitions) == 1 for partitions in found.values())
 
 
-def test_only_a_warm_feed_marks_its_records(settings: Settings) -> None:
+def test_only_a_warm_feed_marks_its_records_as_warm(settings: Settings) -> None:
     async def run() -> list[Any]:
         await ensure_topics(settings)
         async with Feed(settings) as feed:
@@ -144,7 +144,7 @@ def test_a_feed_of_history_marks_its_records_at_any_pace(settings: Settings) -> 
     assert sorted(found) == sorted([[HISTORY_HEADER], [WARM_HEADER, HISTORY_HEADER]] * 5)
 
 
-def test_a_rate_is_kept_and_records_carry_the_time_they_were_sent(settings: Settings) -> None:
+def test_a_rate_is_kept_and_records_have_their_sending_time(settings: Settings) -> None:
     begun_ms = 0
 
     async def run() -> list[Any]:
@@ -182,7 +182,7 @@ def test_a_timetable_is_kept(settings: Settings) -> None:
     assert stamps[2] - begun_ms >= 599
 
 
-def test_a_stopped_feed_ends_and_knows_what_it_sent(settings: Settings) -> None:
+def test_a_stopped_feed_ends_and_knows_its_sent_records(settings: Settings) -> None:
     async def run() -> int:
         await ensure_topics(settings)
         stop = asyncio.Event()
@@ -198,7 +198,7 @@ def test_a_stopped_feed_ends_and_knows_what_it_sent(settings: Settings) -> None:
 
 
 @pytest.mark.live
-def test_a_broker_that_stands_still_holds_the_feed_and_loses_nothing() -> None:
+def test_a_paused_broker_stops_the_feed_without_loss() -> None:
     many = [block(8192, first=8192 * number) for number in range(24)]
 
     async def run(kafka: Kafka) -> int:
@@ -211,17 +211,17 @@ def test_a_broker_that_stands_still_holds_the_feed_and_loses_nothing() -> None:
             feeding = asyncio.ensure_future(feed.run(blocks(*many[1:])))
             await asyncio.sleep(2)
             assert not feeding.done()
-            most = feed.count.sent - feed.count.acked
+            unacked = feed.count.sent - feed.count.acked
             kafka.resume()
             await feeding
         await read_all(settings, 24 * 8192)
-        return most
+        return unacked
 
     with Kafka() as kafka:
         assert asyncio.run(run(kafka)) <= UNACKED_MAX_RECORDS + 8192
 
 
-def test_no_broker_is_one_line_that_names_the_address() -> None:
+def test_a_missing_broker_gives_an_error_of_one_line_with_the_address() -> None:
     async def run() -> None:
         settings = load_settings(kafka_bootstrap_servers="127.0.0.1:9", startup_timeout_seconds=1)
         async with Feed(settings):
@@ -234,7 +234,7 @@ def test_no_broker_is_one_line_that_names_the_address() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_blocks_made_ahead_come_in_order_and_their_errors_come_through() -> None:
+def test_blocks_made_ahead_keep_their_order_and_raise_their_errors() -> None:
     def made() -> Iterator[Block]:
         yield block(1)
         yield block(2)
@@ -251,7 +251,7 @@ def test_blocks_made_ahead_come_in_order_and_their_errors_come_through() -> None
     assert sizes == [1, 2]
 
 
-def test_what_is_encoded_is_a_transaction_without_fields_that_it_lacks() -> None:
+def test_an_encoded_transaction_omits_missing_fields() -> None:
     made = encode_block(
         ["t1"], ["a1"], ["m1"], [0.1], ["EUR"], [5], ["5411"], [None], ["ES"]
     )  # fmt: skip
@@ -265,11 +265,11 @@ def test_what_is_encoded_is_a_transaction_without_fields_that_it_lacks() -> None
     )
 
 
-def test_further_fields_are_encoded_beside_a_transactions_own_and_left_out_where_missing() -> None:
-    further: dict[str, Any] = {"age": [31.5, None], "the job": ["nurse", None]}
+def test_extra_fields_are_encoded_and_omitted_where_missing() -> None:
+    extra: dict[str, Any] = {"age": [31.5, None], "the job": ["nurse", None]}
     made = encode_block(
         ["t1", "t2"], ["a1", "a2"], ["m1"] * 2, [0.1] * 2, ["EUR"] * 2, [5] * 2, ["5411", None],
-        further=further,
+        extra=extra,
     )  # fmt: skip
 
     assert made.values == [

@@ -1,4 +1,4 @@
-"""A file of one's own goes through broker and worker, and what is reported is what came out."""
+"""A person's file goes through broker and worker, and the report shows the real result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.errors import RecurError, SettingsError
-from pipeline.local.services import Kafka, Redis
+from pipeline.local.kafka import Kafka
+from pipeline.local.redis import Redis
 from pipeline.local.workers import start_worker, stop_all, until_ready
 from pipeline.replay.replay import INTERRUPTED, ReplayOptions, run_replay
 from pipeline.settings import Settings, load_settings
@@ -53,7 +54,7 @@ def settings_for(environment: dict[str, str]) -> Settings:
 def worker(
     kafka: Kafka, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """A running worker's settings, as environment variables."""
+    """Settings of a running worker, as environment variables."""
     environment = environment_for(kafka, redis_server)
     process = start_worker(1, tmp_path_factory.mktemp("worker"), environment)
     try:
@@ -64,7 +65,7 @@ def worker(
 
 
 def handbook_file(directory: Path, rows: int, **changes: Any) -> Path:
-    """Transactions in the Handbook's columns, one a minute; each 20th is a large fraud."""
+    """Write transactions in the Handbook's columns, one a minute; every 20th is a large fraud."""
     rng = np.random.default_rng(rows)
     fraud = np.arange(rows) % 20 == 19
     prefix = uuid.uuid4().hex[:8]
@@ -83,13 +84,13 @@ def handbook_file(directory: Path, rows: int, **changes: Any) -> Path:
 
 
 def replayed(options: ReplayOptions, settings: Settings) -> tuple[int, str]:
-    """Exit code, and what was printed, spaces made one."""
+    """Replay and return the exit code and the output, with single spaces."""
     file = io.StringIO()
     code = run_replay(options, settings, Console(file=file, width=200))
     return code, re.sub(" +", " ", file.getvalue())
 
 
-def test_what_is_reported_is_what_came_out(worker: dict[str, str], tmp_path: Path) -> None:
+def test_the_report_shows_the_real_result(worker: dict[str, str], tmp_path: Path) -> None:
     path = handbook_file(tmp_path, 2000)
     code, text = replayed(ReplayOptions(path, "handbook", report=True), settings_for(worker))
 
@@ -101,12 +102,12 @@ def test_what_is_reported_is_what_came_out(worker: dict[str, str], tmp_path: Pat
     assert "measured over 2,000 rows, 100 frauds (5.00%)" in text
     flagged = int(re.findall(r"flagged ([\d,]+) \(", text)[0].replace(",", ""))
     alerts = int(re.findall(r"; ([\d,]+) alerts", text)[0].replace(",", ""))
-    assert flagged == alerts >= 50  # the shipped model knows that 900 is much
+    assert flagged == alerts >= 50  # 900 is a large amount for the shipped model
     assert float(re.findall(r"AP ([\d.]+)", text)[0]) > 0.5
     assert re.search(r"scenario 1 [\d.]+% of 100 flagged", text)
 
 
-def test_warm_rows_are_scored_and_raise_no_alert(worker: dict[str, str], tmp_path: Path) -> None:
+def test_warm_rows_are_scored_without_alerts(worker: dict[str, str], tmp_path: Path) -> None:
     path = handbook_file(tmp_path, 400)
     options = ReplayOptions(path, "handbook", warm=True, report=True, report_skip_days=0)
     code, text = replayed(options, settings_for(worker))
@@ -124,12 +125,12 @@ def test_rows_sent_twice_are_reported_as_dropped(worker: dict[str, str], tmp_pat
     code, text = replayed(options, settings_for(worker))
 
     assert code == 1
-    assert "not scored 30 dropped: the accounts' states know their transaction ids" in text
+    assert "not scored 30 dropped: the accounts' states have their transaction ids" in text
 
 
 def test_rejected_rows_are_reported_by_reason(worker: dict[str, str], tmp_path: Path) -> None:
     path = handbook_file(tmp_path, 20)
-    mapping = (ROOT / "pipeline" / "mappings" / "handbook.toml").read_text()
+    mapping = (ROOT / "pipeline" / "files" / "mappings" / "handbook.toml").read_text()
     dollars = tmp_path / "dollars.toml"
     dollars.write_text(mapping.replace('"EUR"', '"USD"'))
     code, text = replayed(ReplayOptions(path, str(dollars), report=True), settings_for(worker))
@@ -154,7 +155,7 @@ def test_a_limit_a_speed_and_a_rate_are_kept(
         assert time.monotonic() - started >= 1.0
 
 
-def test_without_workers_the_report_says_that_nothing_was_scored(
+def test_without_workers_the_report_names_the_missing_scores(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.replay.report.STALL_SECONDS", 3.0)
@@ -163,10 +164,10 @@ def test_without_workers_the_report_says_that_nothing_was_scored(
     code, text = replayed(options, settings_for(environment_for(kafka, redis_server)))
 
     assert code == 1
-    assert "10 had no score after 3 s without any: see that workers of this group" in text
+    assert "10 had no score when no score came for 3 s: see that workers of this group" in text
 
 
-def test_an_unusable_row_stops_the_replay_and_can_be_left_out(
+def test_an_unusable_row_stops_the_replay_and_can_be_skipped(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     amounts = [5.0] * 9 + [-1.0]
@@ -179,11 +180,11 @@ def test_an_unusable_row_stops_the_replay_and_can_be_left_out(
 
     assert code == 0
     assert "sent 9 transactions" in text
-    assert "left out 1 rows" in text
+    assert "skipped 1 rows" in text
     assert "row 10: amount is negative" in text
 
 
-def test_ctrl_c_stops_the_feed_and_tells_how_many_were_sent(
+def test_ctrl_c_stops_the_feed_and_shows_the_number_sent(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     path = handbook_file(tmp_path, 10_000)

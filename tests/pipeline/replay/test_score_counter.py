@@ -1,4 +1,4 @@
-"""Counting what came out: a lost, a double and a changed score are all seen."""
+"""The counter finds lost, duplicate and changed scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaProducer
 from pipeline.errors import RecurError
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.topics import ensure_topics
-from pipeline.local.services import Kafka
+from pipeline.local.kafka import Kafka
 from pipeline.replay.score_counter import ScoreCounter, TopicReader
 from pipeline.settings import load_settings
 
@@ -36,32 +36,32 @@ def index_of(names: Sequence[str]) -> Any:
     return np.array([int(name) if int(name) < 4 else -1 for name in names], np.int64)
 
 
-def test_lost_double_changed_and_strange_scores_are_all_counted() -> None:
-    tally = ScoreCounter(4, index_of)
-    first = tally.add([score("0", 0.5, "decline"), score("2", 0.25), score("0", 0.5, "decline")])
-    second = tally.add([score("2", 0.75), score("3", 0.125, "review"), score("9", 1.0)])
+def test_lost_duplicate_changed_and_unknown_scores_are_counted() -> None:
+    counter = ScoreCounter(4, index_of)
+    first = counter.add([score("0", 0.5, "decline"), score("2", 0.25), score("0", 0.5, "decline")])
+    second = counter.add([score("2", 0.75), score("3", 0.125, "review"), score("9", 1.0)])
 
     assert first.tolist() == [0, 2]
     assert second.tolist() == [3]
-    assert tally.times.tolist() == [2, 0, 2, 1]
-    assert (tally.scored, tally.missing, tally.repeated) == (3, 1, 2)
-    assert (tally.contradictions, tally.strangers) == (1, 1)
-    assert tally.scores[[0, 2, 3]].tolist() == [0.5, 0.25, 0.125]
-    assert tally.flagged.tolist() == [True, False, False, True]
-    assert tally.last_ms == 5
-    assert tally.add([]).tolist() == []
+    assert counter.times.tolist() == [2, 0, 2, 1]
+    assert (counter.scored, counter.missing, counter.duplicates) == (3, 1, 2)
+    assert (counter.contradictions, counter.unknown) == (1, 1)
+    assert counter.scores[[0, 2, 3]].tolist() == [0.5, 0.25, 0.125]
+    assert counter.flagged.tolist() == [True, False, False, True]
+    assert counter.last_ms == 5
+    assert counter.add([]).tolist() == []
 
 
-def test_a_count_of_scores_does_not_wrap_round() -> None:
-    tally = ScoreCounter(4, index_of)
+def test_a_count_of_scores_does_not_overflow() -> None:
+    counter = ScoreCounter(4, index_of)
     for _ in range(3):
-        tally.add([score("1", 0.5)] * 100)
+        counter.add([score("1", 0.5)] * 100)
 
-    assert tally.times[1] == 255
-    assert tally.repeated == 1
+    assert counter.times[1] == 255
+    assert counter.duplicates == 1
 
 
-def test_a_reader_sees_what_is_written_after_its_start_and_nothing_else(kafka: Kafka) -> None:
+def test_a_reader_reads_only_records_written_after_its_start(kafka: Kafka) -> None:
     settings = load_settings(
         kafka_bootstrap_servers=kafka.bootstrap,
         topic_prefix=f"{uuid.uuid4().hex[:8]}-",
@@ -92,7 +92,7 @@ def test_a_reader_sees_what_is_written_after_its_start_and_nothing_else(kafka: K
     assert committed == {}
 
 
-def test_no_broker_is_one_line_that_names_the_topic() -> None:
+def test_a_missing_broker_gives_an_error_of_one_line_with_the_topic() -> None:
     async def run() -> None:
         async with TopicReader(load_settings(kafka_bootstrap_servers="127.0.0.1:9"), "scores", 1):
             raise AssertionError("there is no broker")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from redis.cluster import RedisCluster as ClusterClient
 
 from model.features.merchant import BUCKETS
-from pipeline.local.services import Redis, RedisCluster
+from pipeline.local.redis import Redis, RedisCluster
 from pipeline.messages.decision import DECISIONS
 from pipeline.settings import load_settings
 from pipeline.storage.client import RIGHTS, StoreForbiddenError, StoreUnavailableError

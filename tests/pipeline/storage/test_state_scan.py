@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from pipeline.local.services import Redis, RedisCluster
+from pipeline.local.redis import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import StateCodec, Watermark
 from pipeline.storage.state_scan import StateScan

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from redis.cluster import RedisCluster as ClusterClient
 
-from pipeline.local.services import Redis, RedisCluster
+from pipeline.local.redis import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import Keys
