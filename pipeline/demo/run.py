@@ -35,7 +35,6 @@ from pipeline.demo.stage import Stage
 from pipeline.demo.summary import DemoResult, summarize
 from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
-from pipeline.files.parsing import DAY_MS
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.embedded import Services, embedded
 from pipeline.local.kafka_jars import jar_directory

@@ -16,8 +16,8 @@ from model.transaction import AMOUNT_MAX, ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import TimeForm
 from pipeline.timestamps import labelled_time
+from pipeline.units import DAY_MS
 
-DAY_MS = 86_400_000
 LABEL_UNKNOWN = -1
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}

@@ -24,7 +24,6 @@ from model.transaction import TIMESTAMP_MAX_MS
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import OPTIONAL_FIELDS, ColumnMapping
 from pipeline.files.parsing import (
-    DAY_MS,
     RowFaults,
     finite_or_nan,
     parse_amounts,

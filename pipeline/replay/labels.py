@@ -22,7 +22,7 @@ from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
 from pipeline.files.label_reader import LabelFile, LabelPart
-from pipeline.files.parsing import DAY_MS, LABEL_UNKNOWN
+from pipeline.files.parsing import LABEL_UNKNOWN
 from pipeline.files.reader import TransactionFile
 from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.labels import Label, encode_label

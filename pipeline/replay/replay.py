@@ -21,7 +21,6 @@ from rich.table import Table
 
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_mapping
-from pipeline.files.parsing import DAY_MS
 from pipeline.files.reader import TransactionFile
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.topics import TopicRole, ensure_topics

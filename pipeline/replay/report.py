@@ -22,7 +22,7 @@ from model.metrics import (
     card_precision_at,
 )
 from pipeline.errors import RecurError
-from pipeline.files.parsing import DAY_MS, LABEL_UNKNOWN
+from pipeline.files.parsing import LABEL_UNKNOWN
 from pipeline.files.reader import TransactionPart
 from pipeline.files.scenarios import ScenarioNumbers
 from pipeline.messages.decision import DECISIONS
