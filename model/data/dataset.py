@@ -25,6 +25,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from model.units import DAY_MS
+
 UNKNOWN, LEGITIMATE, FRAUD = -1, 0, 1
 """Labels."""
 
@@ -37,7 +39,6 @@ TEXTS_MAX = 100_000
 TEXT_MAX_CHARACTERS = 64
 """A longer text counts as missing, in training as in the worker."""
 
-DAY_MS = 86_400_000
 
 _CHUNK_ROWS = 1 << 18
 _DESCRIPTION = "dataset.json"

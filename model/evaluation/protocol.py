@@ -21,9 +21,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.training.settings import TrainingError
 from model.training.split import Split
+from model.units import DAY_MS, DAY_SECONDS
 
 ProtocolName = Literal["handbook", "split"]
 Rows = NDArray[np.intp]
@@ -187,14 +188,14 @@ def day_of(text: str) -> int:
         found = date.fromisoformat(text)
     except ValueError as error:
         raise ProtocolError(f"{text[:40]!r} is no date such as 2018-08-15") from error
-    return int(datetime(found.year, found.month, found.day, tzinfo=UTC).timestamp()) // 86_400
+    return int(datetime(found.year, found.month, found.day, tzinfo=UTC).timestamp()) // DAY_SECONDS
 
 
 def iso_date(day: int) -> str:
     """>>> iso_date(17758)
     '2018-08-15'
     """
-    return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
+    return datetime.fromtimestamp(day * DAY_SECONDS, UTC).date().isoformat()
 
 
 def _days_of(log: Dataset) -> tuple[int, int]:

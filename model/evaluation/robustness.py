@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.protocol import Fold, days_of, iso_date
 from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.metrics import average_precision
 from model.training.sequences import one_core_each
+from model.units import DAY_MS
 
 WEEK_DAYS = 7
 THREADS = 2

@@ -16,8 +16,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.features.account import Float32
+from model.units import DAY_MS, HOUR_MS
 
 WINDOW_DAYS = (1, 7, 30)
 
@@ -30,7 +31,6 @@ WINDOW_INPUTS: tuple[str, ...] = (
 )
 """Names of the columns that :func:`window_inputs` gives."""
 
-_HOUR_MS = 3_600_000
 _NIGHT_UNTIL_HOUR = 6
 _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _SATURDAY = 5
@@ -46,7 +46,7 @@ def window_inputs(log: Dataset, label_delay_days: float = 7.0) -> Float32:
     inputs = np.empty((len(log), len(WINDOW_INPUTS)), np.float32)
     inputs[:, 0] = log.amount
     inputs[:, 1] = (log.timestamp_ms // DAY_MS + _MONDAY_OFFSET) % 7 >= _SATURDAY
-    inputs[:, 2] = log.timestamp_ms % DAY_MS // _HOUR_MS <= _NIGHT_UNTIL_HOUR
+    inputs[:, 2] = log.timestamp_ms % DAY_MS // HOUR_MS <= _NIGHT_UNTIL_HOUR
     cards = _Past(log.account, log.timestamp_ms, log.amount)
     terminals = _Past(log.merchant, log.timestamp_ms, log.is_fraud.astype(np.float64))
     column = 3

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features.merchant import MERCHANT_FEATURES
+from model.units import DAY_MS, HOUR_MS
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -71,12 +72,10 @@ USUAL_COUNT_MAX = 100
 USUAL_PRIOR_COUNT = 1.0
 """The usual amount starts at the usual of all accounts, which counts as this many payments."""
 
-_DAY_MS = 86_400_000
-_HOUR_MS = 3_600_000
 _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _COUNT_MAX = np.uint32(2**32 - 1)
 _WINDOWS = len(WINDOW_DAYS)
-_DECAY_PER_MS = np.array([-1.0 / (days * _DAY_MS) for days in WINDOW_DAYS])[:, None]  # [3, 1]
+_DECAY_PER_MS = np.array([-1.0 / (days * DAY_MS) for days in WINDOW_DAYS])[:, None]  # [3, 1]
 
 
 class AmountScale(msgspec.Struct, frozen=True):
@@ -222,8 +221,8 @@ def observe(
     raw = np.empty((len(ACCOUNT_FEATURES), n), np.float32)
     raw[0] = amount
     np.divide(elapsed_ms, 1000.0, out=raw[1], casting="same_kind")
-    days, ms_of_day = np.divmod(timestamp_ms, _DAY_MS)
-    np.divide(ms_of_day, _HOUR_MS, out=raw[2], casting="same_kind")
+    days, ms_of_day = np.divmod(timestamp_ms, DAY_MS)
+    np.divide(ms_of_day, HOUR_MS, out=raw[2], casting="same_kind")
     raw[3] = (days + _MONDAY_OFFSET) % 7
     count = history.count + (history.count != _COUNT_MAX)
     raw[4] = count
@@ -547,7 +546,7 @@ class FeatureSpec(msgspec.Struct, frozen=True):
     @property
     def label_delay_ms(self) -> int:
         """The label delay in milliseconds."""
-        return round(self.label_delay_days * _DAY_MS)
+        return round(self.label_delay_days * DAY_MS)
 
     @property
     def embedded(self) -> tuple[Field, ...]:

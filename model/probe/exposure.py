@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
 from model.features.account import Float64, Int64
-from model.probe.histories import (
-    DAY_MS,
-    HOUR_MS,
-    NOW_MS,
-    History,
-    found_histories,
-    replay,
-)
+from model.probe.histories import NOW_MS, History, found_histories, replay
 from model.probe.scorer import (
     LARGE_MERCHANT,
     SMALL_MERCHANT,
@@ -37,6 +30,7 @@ from model.probe.scorer import (
     States,
 )
 from model.thresholds import Goal, OperatingPoints, ThresholdsError
+from model.units import DAY_MS, HOUR_MS, MINUTE_MS
 
 AMOUNT_LEAST = 0.01
 AMOUNT_MOST = 100_000.0
@@ -53,7 +47,6 @@ TARGET_RATE = 0.002
 TARGET_TIMES_USUAL = 3.0
 """The aim: at this share of false positives the medians stay under three times the usual."""
 
-MINUTE_MS = 60_000
 _MERCHANTS = (LARGE_MERCHANT, SMALL_MERCHANT, UNKNOWN_MERCHANT)
 _BISECTIONS = 8
 _SEARCH_EVERY = 3

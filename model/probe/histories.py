@@ -17,13 +17,11 @@ from model.features.account import FeatureSpec, Float32, Float64, Int64, field_c
 from model.features.merchant import Labels, observe_merchant_log
 from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, States
 from model.simulator.handbook import Simulator
+from model.units import DAY_MS, HOUR_MS, SECOND_MS
 
 NOW_MS = 1_715_774_400_000
 """A Wednesday, 2024-05-15 12:00 UTC: when the catalogue's next payments are made."""
 
-SECOND_MS = 1000
-HOUR_MS = 3_600_000
-DAY_MS = 24 * HOUR_MS
 
 LOG_ROWS_MAX = 2_000_000
 """Of a longer log only the last transactions are looked at."""

@@ -30,6 +30,7 @@ from model.features.merchant import (
     present_bucket,
 )
 from model.training.sequences import one_core_each
+from model.units import DAY_MS
 
 CHUNK = 1024
 """Variants that are scored at once: larger products do not fit the cache."""
@@ -37,7 +38,7 @@ CHUNK = 1024
 THREADS = 2
 """Chunks that are scored at once, each on one core; see :func:`one_core_each`."""
 
-BUCKETS_PER_DAY = 86_400_000 // BUCKET_MS
+BUCKETS_PER_DAY = DAY_MS // BUCKET_MS
 
 Rows = NDArray[np.intp]
 

@@ -19,10 +19,7 @@ from model.data.dataset import Dataset
 from model.features.account import Float32, Float64, Int64
 from model.probe.exposure import Exposure, ExposureSettings, measure_exposure
 from model.probe.histories import (
-    DAY_MS,
-    HOUR_MS,
     LONGEST,
-    SECOND_MS,
     History,
     catalogue,
     found_histories,
@@ -39,6 +36,7 @@ from model.probe.scorer import (
     ProbeScorer,
     States,
 )
+from model.units import DAY_MS, DAY_SECONDS, HOUR_MS, SECOND_MS
 
 TOLERANCE_ABSOLUTE = 1e-4
 TOLERANCE_RELATIVE = 1e-3
@@ -592,7 +590,7 @@ class _Sweeps:
 
     def pause(self, amount: Float64, context: str) -> Curves:
         """Seconds since the last payment."""
-        seconds = np.round(np.geomspace(1.0, 400 * 86_400.0, 60))
+        seconds = np.round(np.geomspace(1.0, 400.0 * DAY_SECONDS, 60))
         last = np.array(
             [h.timestamp_ms[-1] if len(h) else h.next_ms - DAY_MS for h in self.histories]
         )

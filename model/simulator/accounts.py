@@ -6,9 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator.payments import (
-    DAY_MS,
-    HOUR_MS,
-    MINUTE_MS,
     Floats,
     Ints,
     Payments,
@@ -20,6 +17,7 @@ from model.simulator.payments import (
     within,
 )
 from model.simulator.world import FLEET, HOUSEHOLD, World
+from model.units import DAY_MS, HOUR_MS, MINUTE_MS
 
 HANDBOOK_KIND = -1
 """The kind of accounts that pay as the Handbook's customers do."""

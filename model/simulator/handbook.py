@@ -36,7 +36,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator.payments import DAY_MS, Payments
+from model.simulator.payments import Payments
 from model.simulator.reach import MAP_SIZE, Reach
 from model.simulator.wide_world import WideSimulation
 from model.simulator.world import (
@@ -50,6 +50,7 @@ from model.simulator.world import (
     TERMINALS_COMPROMISED_PER_DAY,
     World,
 )
+from model.units import DAY_MS
 
 MEAN_AMOUNT_RANGE = (5.0, 100.0)
 RATE_RANGE_PER_DAY = (0.0, 4.0)

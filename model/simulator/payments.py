@@ -9,10 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator.world import LEGITIMATE, Range
-
-DAY_MS = 86_400_000
-HOUR_MS = 3_600_000
-MINUTE_MS = 60_000
+from model.units import DAY_MS
 
 TO_DRAW = -1
 """In place of a merchant that is not drawn yet."""

@@ -11,8 +11,6 @@ import numpy as np
 
 from model.simulator.accounts import Accounts
 from model.simulator.payments import (
-    HOUR_MS,
-    MINUTE_MS,
     Floats,
     Ints,
     Payments,
@@ -33,6 +31,7 @@ from model.simulator.world import (
     TAKEOVER,
     World,
 )
+from model.units import HOUR_MS, MINUTE_MS
 
 AMOUNT_MAX = 100_000.0
 """EUR; no theft is over it."""

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.network import Network
 from model.training.logistic import fit_logistic
 from model.training.sequences import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
+from model.units import DAY_MS
 
 COMPROMISED_DAYS = 7
 """So long after a fraud an account counts as compromised."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from model.training.settings import TrainingError, TrainingSettings
+from model.units import DAY_MS
 
 DAYS_MIN = 8
 """Of data: each period needs a day or two."""
@@ -13,8 +14,6 @@ DAYS_MIN = 8
 WARM_UP_DAYS_MAX = 14
 VALIDATION_DAYS_MAX = 60
 HELD_OUT_DAYS_MAX = 120
-
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.protocol import (
     Fold,
     ProtocolError,
@@ -18,6 +18,7 @@ from model.evaluation.protocol import (
     iso_date,
     split_fold,
 )
+from model.units import DAY_MS
 
 FIRST = day_of("2018-04-01")
 

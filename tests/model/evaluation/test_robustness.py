@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint, Header
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.protocol import Fold
 from model.evaluation.robustness import (
     FAULTS,
@@ -21,6 +21,7 @@ from model.evaluation.robustness import (
 from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
 from model.network import Architecture, Network
 from model.training.sequences import score_unrolled
+from model.units import DAY_MS
 from tests.fakes.datasets import rows_of
 
 ACCOUNTS, STEPS = 12, 50

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.windows import WINDOW_DAYS, WINDOW_INPUTS, window_inputs
+from model.units import DAY_MS
 from tests.fakes.datasets import rows_of
 
 

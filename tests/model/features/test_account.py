@@ -43,8 +43,8 @@ from model.features.account import (
 )
 from model.features.merchant import Labels, observe_merchant_log
 from model.training.inputs import fitted_spec
+from model.units import DAY_MS
 
-DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000  # 2018-04-01, a Sunday
 
 SCALE = AmountScale(floor=2.0, usual=40.0)

@@ -24,8 +24,8 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
+from model.units import DAY_MS
 
-DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000
 DELAY_MS = 2 * DAY_MS
 BUCKETS_A_DAY = DAY_MS // BUCKET_MS

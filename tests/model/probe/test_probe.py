@@ -30,7 +30,6 @@ from model.probe.exposure import (
     variants,
 )
 from model.probe.histories import (
-    DAY_MS,
     NOW_MS,
     History,
     catalogue,
@@ -53,6 +52,7 @@ from model.probe.sweeps import (
     short_probe,
 )
 from model.training.sequences import score_stepwise
+from model.units import DAY_MS
 from pipeline.cli.main import main
 
 SHIPPED = Path(pipeline.__file__).parent / "checkpoints" / "default.safetensors"

@@ -32,11 +32,11 @@ from model.simulator.world import (
     WIDE,
 )
 from model.training.train import TrainingSettings, simulate
+from model.units import DAY_MS, HOUR_MS
 from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
 
 CUSTOMERS, TERMINALS, DAYS = 3_000, 6_000, 150
-DAY_MS, HOUR_MS = 86_400_000, 3_600_000
 HANDBOOK_DIGEST = "00d1da53068b3c9c806cb6d3ea4142574e85482d416ad895794fa823295d0ee6"
 """Of the Handbook's world, customers 200, terminals 500, seed 7, the first 30 days."""
 

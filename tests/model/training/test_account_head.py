@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.metrics import auc_roc, expected_calibration_error
 from model.network import Architecture, Network
 from model.training.account_head import (
@@ -21,6 +21,7 @@ from model.training.account_head import (
 )
 from model.training.calibration import fold, platt
 from model.training.sequences import Sequences, TensorInputs
+from model.units import DAY_MS
 
 
 @pytest.fixture(autouse=True, scope="module")

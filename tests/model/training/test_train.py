@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.features.account import (
     ACCOUNT_FEATURES,
     FRAUD_AGES,
@@ -50,6 +50,7 @@ from model.training.train import (
     simulate,
     train,
 )
+from model.units import DAY_MS
 from pipeline.progress import TrainingProgress
 
 ROOT = Path(__file__).parents[3]
