@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import ACCOUNT_FEATURES, FeatureSpec
+from model.features.account import ACCOUNT_FEATURES
+from model.features.spec import FeatureSpec
 from model.network import Network
 from model.simulator.handbook import Simulator, account_id, merchant_id
 from pipeline.checkpoint import load_checkpoint

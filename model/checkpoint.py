@@ -18,14 +18,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from model.features.account import (
-    OUTLIER,
-    Encoder,
-    FeatureSpec,
-    FeatureSpecError,
-    Float32,
-    Float64,
-)
+from model.features.account import OUTLIER, Float32, Float64
+from model.features.spec import Encoder, FeatureSpec, FeatureSpecError
 from model.network import Architecture, Network
 
 FORMAT_VERSION = 3

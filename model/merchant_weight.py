@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.features.merchant import WEIGHT_MAX
 
-OWN_SIZE = 32
+HIDDEN_SIZE = 32
 """Hidden units of the network."""
 
 REMEMBERED_WEIGHT = 63
@@ -37,8 +37,8 @@ class MerchantWeightNetwork(nn.Module):
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(inputs, OWN_SIZE)
-        self.explained = nn.Linear(OWN_SIZE, 1)
+        self.hidden = nn.Linear(inputs, HIDDEN_SIZE)
+        self.explained = nn.Linear(HIDDEN_SIZE, 1)
         self.rest = nn.Parameter(torch.zeros(1))
 
     def log_risk(self, own: Tensor) -> Tensor:

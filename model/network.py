@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features.account import Role, own_columns
+from model.features.spec import Role, payment_columns
 from model.merchant_weight import MerchantWeightNetwork
 
 SIZE_MAX = 4096
@@ -193,8 +193,8 @@ class Network(nn.Module):
         self.logit = nn.Linear(a.head_size, 1)
         self.amount_logit = nn.Linear(rising, 1, bias=False)
         self.fraud_logit = nn.Linear(rising, 1, bias=False)
-        self._own_columns = own_columns(a.roles)
-        self.own = MerchantWeightNetwork(max(1, len(self._own_columns)))
+        self._payment_columns = payment_columns(a.roles)
+        self.own = MerchantWeightNetwork(max(1, len(self._payment_columns)))
         self.verdict = nn.Linear(a.hidden_size, 1)
         self._roles = a.roles + ("own",) * embedded
         self._any_fraud = a.roles.index("any_fraud") if "any_fraud" in a.roles else None
@@ -282,13 +282,13 @@ class Network(nn.Module):
 
     def merchant_weight(self, inputs: Tensor) -> NDArray[np.uint8]:
         """[n, I] -> uint8[n]: how far a fraud of each says something about its merchant."""
-        return self.own.merchant_weight(self.own_inputs(inputs))
+        return self.own.merchant_weight(self.payment_inputs(inputs))
 
-    def own_inputs(self, inputs: Tensor) -> Tensor:
+    def payment_inputs(self, inputs: Tensor) -> Tensor:
         """[n, I] -> [n, own]: the inputs of the payment and its account."""
-        return inputs[:, self._own_columns]
+        return inputs[:, self._payment_columns]
 
-    def verdict_logit(self, hidden: Tensor) -> Tensor:
+    def account_logit(self, hidden: Tensor) -> Tensor:
         """[n, L, H] -> [n]: the logit that an account is compromised, from its last state."""
         return cast("Tensor", self.verdict(hidden[:, -1]).squeeze(-1))
 

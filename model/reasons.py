@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import TAIL_MAX, Amounts, Checkpoint
-from model.features.account import FeatureSpec, Float32, Float64, Int64, rounds_of
+from model.features.account import Float32, Float64, Int64, rounds_of
+from model.features.spec import FeatureSpec
 
 REASONS: Mapping[str, str] = {
     "amount_unusual": "the amount is far over what this account usually spends",

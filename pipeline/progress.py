@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from model.training.train import Report
+    from model.training.settings import Report
 
 PLAIN_LINE_SECONDS = 2.0
 

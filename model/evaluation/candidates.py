@@ -26,21 +26,22 @@ from model.data.dataset import Dataset
 from model.evaluation.lightgbm_reference import TREES, fit_boosted
 from model.evaluation.protocol import Fold, iso_date
 from model.evaluation.windows import WINDOW_INPUTS, window_inputs
-from model.features.account import FeatureSpec, Field, Float32
+from model.features.account import Float32
+from model.features.spec import FeatureSpec, Field
 from model.merchant_weight import MerchantWeightNetwork
 from model.metrics import average_precision
 from model.network import Cell, Network
-from model.training.account_head import fit_verdict, is_compromised, states_of, verdict_scores
+from model.training.account_head import account_scores, fit_account_head, is_compromised, states_of
 from model.training.calibration import fold as fold_calibration
 from model.training.calibration import platt
 from model.training.feature_table import EncodedInputs, field_values, restarted_inputs
 from model.training.inputs import chosen_fields
 from model.training.loop import device_of, fit
+from model.training.period_metrics import choose_thresholds
 from model.training.preparation import Prepared, prepare, write_raw_for
 from model.training.resume import TrainingState
 from model.training.sequences import Sequences, unrolled_logits
 from model.training.settings import TrainingSettings
-from model.training.train import choose_thresholds
 
 TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
 """What a transaction shows by itself, besides its further fields."""
@@ -246,7 +247,7 @@ def train_network(
         return trained
     truth = is_compromised(dataset, material.sequences)[states.row]
     learned = np.flatnonzero(np.isin(states.row, fold.trained_rows(dataset)))
-    fit_verdict(network, states.taken(learned), truth[learned])
+    fit_account_head(network, states.taken(learned), truth[learned])
     header = Header(
         architecture=network.architecture,
         features=spec,
@@ -259,7 +260,7 @@ def train_network(
     return dataclasses.replace(
         trained,
         checkpoint=Checkpoint(network, header),
-        verdicts=Verdicts(states.row, verdict_scores(network, states), truth),
+        verdicts=Verdicts(states.row, account_scores(network, states), truth),
     )
 
 
@@ -277,7 +278,7 @@ def score_given(checkpoint: Checkpoint, material: Material, fold: Fold) -> Train
         _parameters(network),
         _timed(network, inputs),
         checkpoint,
-        Verdicts(states.row, verdict_scores(network, states), truth),
+        Verdicts(states.row, account_scores(network, states), truth),
     )
 
 

@@ -9,7 +9,7 @@ from model.checkpoint import Checkpoint
 from model.evaluation.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
 from model.evaluation.protocol import HANDBOOK_FOLDS
 from model.evaluation.results import Results, Summary, table
-from model.features.account import FeatureSpec
+from model.features.spec import FeatureSpec
 from model.reasons import SCENARIO_REASONS
 from model.simulator.world import scenario_name
 from model.training.account_head import COMPROMISED_DAYS, EVERY

@@ -33,7 +33,8 @@ from model.evaluation.candidates import (
 from model.evaluation.lightgbm_reference import PARAMETERS, TREES, lightgbm
 from model.evaluation.protocol import Fold, ProtocolName, days_of
 from model.evaluation.run_cache import CACHE_FORMAT, Run, RunCache
-from model.features.account import DEFINITION, INPUTS, Float32
+from model.features.account import DEFINITION, Float32
+from model.features.spec import INPUTS
 from model.training.loop import RECIPE, device_of
 from model.training.preparation import Prepared
 from model.training.settings import Report, Reporter, TrainingSettings

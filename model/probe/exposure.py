@@ -26,8 +26,8 @@ from model.probe.scorer import (
     SMALL_MERCHANT,
     UNKNOWN_MERCHANT,
     ProbeScorer,
+    ProbeStates,
     Rows,
-    States,
 )
 from model.thresholds import Goal, OperatingPoints, ThresholdsError
 from model.units import DAY_MS, HOUR_MS, MINUTE_MS
@@ -316,7 +316,7 @@ class Thief:
     def __init__(
         self,
         scorer: ProbeScorer,
-        states: States,
+        states: ProbeStates,
         accounts: Sequence[History],
         monotone: bool = True,
     ) -> None:
@@ -370,7 +370,7 @@ class Thief:
                 step: int = step,
                 rows: Rows = rows,
                 now: Int64 = now,
-                before: States = before,
+                before: ProbeStates = before,
                 of_merchant: NDArray[np.float32] = of_merchant,
             ) -> None:
                 largest[rows[due]] = self.largest_under(
@@ -408,7 +408,7 @@ class Thief:
         return np.asarray(np.floor(amount / self._least) * self._least)
 
     def largest_under(
-        self, states: States, now_ms: Int64, merchant: NDArray[np.float32], threshold: float
+        self, states: ProbeStates, now_ms: Int64, merchant: NDArray[np.float32], threshold: float
     ) -> Float64:
         """Largest amount [n] of each account's next payment with a score under the threshold.
 
@@ -441,7 +441,9 @@ class Thief:
             high[open_rows[~passed]] = middle[~passed]
         return low
 
-    def _best_merchant(self, states: States, rows: Rows, now_ms: Int64, threshold: float) -> Rows:
+    def _best_merchant(
+        self, states: ProbeStates, rows: Rows, now_ms: Int64, threshold: float
+    ) -> Rows:
         """For each row the merchant at which the first payment can be the largest."""
         taken = states.take(rows)
         largest = [

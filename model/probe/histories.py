@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from model.data.dataset import FRAUD, LEGITIMATE, Dataset
-from model.features.account import FeatureSpec, Float32, Float64, Int64, field_column
+from model.features.account import Float32, Float64, Int64
 from model.features.merchant import Labels, observe_merchant_log
-from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, States
+from model.features.spec import FeatureSpec, field_column
+from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, ProbeStates
 from model.simulator.handbook import Simulator
 from model.units import DAY_MS, HOUR_MS, SECOND_MS
 
@@ -185,8 +186,8 @@ def _unusual(longest: int) -> list[History]:
     ]
 
 
-def replay(scorer: ProbeScorer, histories: Sequence[History]) -> tuple[States, list[Float32]]:
-    """States of the accounts after their histories, and the scores of their payments."""
+def replay(scorer: ProbeScorer, histories: Sequence[History]) -> tuple[ProbeStates, list[Float32]]:
+    """ProbeStates of the accounts after their histories, and the scores of their payments."""
     usual = scorer.merchants([USUAL_MERCHANT], NOW_MS)
     order = np.array(sorted(range(len(histories)), key=lambda i: -len(histories[i])), np.intp)
     lengths = np.array([len(histories[i]) for i in order], np.int64)

@@ -1,6 +1,6 @@
 """Scores of what an account might do next: many variants of a transaction in one batch.
 
-Everything that a probe knows of features and network goes through this module. States are what
+Everything that a probe knows of features and network goes through this module. ProbeStates are what
 a worker holds: histories, and hidden states rounded to float16 after each step.
 """
 
@@ -116,8 +116,8 @@ def merchant_raw(merchants: Sequence[Merchant], now_ms: int, label_delay_ms: int
 
 
 @dataclass
-class States:
-    """States of n accounts.
+class ProbeStates:
+    """ProbeStates of n accounts.
 
     Attributes:
         history: what the features remember.
@@ -132,13 +132,13 @@ class States:
     def __len__(self) -> int:
         return len(self.history)
 
-    def take(self, rows: Rows) -> States:
+    def take(self, rows: Rows) -> ProbeStates:
         """Copies of those rows, in that order."""
-        return States(
+        return ProbeStates(
             self.history.take(rows), self.hidden[torch.from_numpy(rows)], self.fields[rows]
         )
 
-    def put(self, rows: Rows, other: States) -> None:
+    def put(self, rows: Rows, other: ProbeStates) -> None:
         """Overwrites those rows by the rows of ``other``."""
         self.history.put(rows, other.history)
         self.hidden[torch.from_numpy(rows)] = other.hidden
@@ -182,18 +182,18 @@ class ProbeScorer:
         """Raw features [m, M] of merchants."""
         return merchant_raw(merchants, now_ms, self.spec.label_delay_ms)
 
-    def empty(self, n: int) -> States:
-        """States of n accounts without a transaction; further fields are missing."""
+    def empty(self, n: int) -> ProbeStates:
+        """ProbeStates of n accounts without a transaction; further fields are missing."""
         fields = np.array(
             [np.nan if field.kind == "numeric" else 0.0 for field in self.spec.fields], np.float32
         )
-        return States(
+        return ProbeStates(
             AccountHistory.empty(n),
             self.checkpoint.network.empty_hidden(n),
             np.tile(fields, (n, 1)),
         )
 
-    def usual(self, states: States) -> Float64:
+    def usual(self, states: ProbeStates) -> Float64:
         """What is usual for each account [n]: the lesser of its usual and its mean amount.
 
         It is at least the floor of amounts. From it on more money must not lower a score.
@@ -205,7 +205,7 @@ class ProbeScorer:
         return np.maximum(usual, scale.floor)
 
     def raw(
-        self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
+        self, states: ProbeStates, amount: Float64, timestamp_ms: Int64, merchant: Float32
     ) -> Float32:
         """Raw features [n, R] of each account's next transaction.
 
@@ -216,7 +216,7 @@ class ProbeScorer:
 
     def scores(
         self,
-        states: States,
+        states: ProbeStates,
         rows: Rows,
         amount: Float64,
         timestamp_ms: Int64,
@@ -241,8 +241,8 @@ class ProbeScorer:
         return scores
 
     def advance(
-        self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
-    ) -> tuple[Float32, States]:
+        self, states: ProbeStates, amount: Float64, timestamp_ms: Int64, merchant: Float32
+    ) -> tuple[Float32, ProbeStates]:
         """Scores [n] of a transaction of each account, and the states after it."""
         scores = np.empty(len(states), np.float32)
         after = states.take(np.arange(len(states)))
@@ -256,7 +256,7 @@ class ProbeScorer:
             )
             scores[chunk], hidden = self._step(raw, taken.hidden)
             rounded = hidden.to(torch.float16).to(torch.float32)
-            after.put(rows, States(history, rounded, taken.fields))
+            after.put(rows, ProbeStates(history, rounded, taken.fields))
 
         self._each_chunk(len(states), advance)
         return scores, after
@@ -280,7 +280,7 @@ class ProbeScorer:
                 pass
 
     def _observed(
-        self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
+        self, states: ProbeStates, amount: Float64, timestamp_ms: Int64, merchant: Float32
     ) -> tuple[Float32, AccountHistory]:
         of_account, history = observe(states.history, amount, timestamp_ms, self.spec.scale)
         of_merchant = np.broadcast_to(merchant, (len(amount), merchant.shape[1]))

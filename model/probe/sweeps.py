@@ -34,7 +34,7 @@ from model.probe.scorer import (
     Frauds,
     Merchant,
     ProbeScorer,
-    States,
+    ProbeStates,
 )
 from model.units import DAY_MS, DAY_SECONDS, HOUR_MS, SECOND_MS
 
@@ -511,7 +511,7 @@ class _Sweeps:
         self,
         scorer: ProbeScorer,
         histories: Sequence[History],
-        states: States,
+        states: ProbeStates,
         settings: ProbeSettings,
     ) -> None:
         self.scorer = scorer
@@ -720,7 +720,7 @@ class _Sweeps:
 
 
 def _large_payments(
-    scorer: ProbeScorer, histories: Sequence[History], states: States, review: float
+    scorer: ProbeScorer, histories: Sequence[History], states: ProbeStates, review: float
 ) -> LargePayments:
     """Large payments after each history, at its usual pace and at a usual merchant."""
     amounts = np.array(LARGE_AMOUNTS, np.float64) * scorer.scale

@@ -35,7 +35,7 @@ Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class States:
+class AccountStates:
     """Hidden states after some of a log's transactions.
 
     Attributes:
@@ -46,9 +46,9 @@ class States:
     row: Rows
     hidden: Tensor
 
-    def taken(self, chosen: Rows) -> States:
+    def take(self, chosen: Rows) -> AccountStates:
         """Some of them."""
-        return States(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
+        return AccountStates(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
 
 
 def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
@@ -72,8 +72,8 @@ def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
     return found
 
 
-def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> States:
-    """States after every :data:`EVERY`-th transaction of each account."""
+def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> AccountStates:
+    """AccountStates after every :data:`EVERY`-th transaction of each account."""
     network.eval()
     groups = np.argsort(-sequences.length, kind="stable")
 
@@ -93,11 +93,13 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> States:
     with one_core_each(2) as pool:
         parts = [p for ps in pool.map(unroll, range(0, len(groups), UNROLL_ACCOUNTS)) for p in ps]
     if not parts:
-        return States(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
-    return States(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return AccountStates(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
+    return AccountStates(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
-def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]) -> None:
+def fit_account_head(
+    network: Network, states: AccountStates, compromised: NDArray[np.bool_]
+) -> None:
     """Fits ``network.verdict`` by logistic regression, in place.
 
     Args:
@@ -107,7 +109,7 @@ def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]
     if len(compromised) > FIT_MAX:
         rng = np.random.default_rng(len(compromised))
         chosen = np.sort(rng.choice(len(compromised), FIT_MAX, replace=False))
-        states = states.taken(chosen)
+        states = states.take(chosen)
         compromised = compromised[chosen]
     if not len(compromised):
         return
@@ -123,9 +125,9 @@ def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]
         network.verdict.bias.copy_(torch.from_numpy(weights[-1:]))
 
 
-def verdict_scores(network: Network, states: States) -> NDArray[np.float32]:
+def account_scores(network: Network, states: AccountStates) -> NDArray[np.float32]:
     """Probability [m] that the account is compromised."""
     device = network.verdict.weight.device
     with torch.inference_mode():
-        logits = network.verdict_logit(states.hidden[:, None].to(device))
+        logits = network.account_logit(states.hidden[:, None].to(device))
         return np.asarray(torch.sigmoid(logits).cpu().numpy())

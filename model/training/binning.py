@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS_MAX = 7
+EDGES_MAX = 7
 """Thresholds of one feature."""
 
 LEAF_MIN = 100
@@ -21,10 +21,10 @@ GAIN_MIN_NATS = 10.0
 Float64 = NDArray[np.float64]
 
 
-def learned_steps(
+def learn_bin_edges(
     values: NDArray[np.float32],
     is_fraud: NDArray[np.bool_],
-    steps_max: int = STEPS_MAX,
+    edges_max: int = EDGES_MAX,
     leaf_min: int = LEAF_MIN,
     gain_min_nats: float = GAIN_MIN_NATS,
 ) -> tuple[float, ...]:
@@ -39,7 +39,7 @@ def learned_steps(
         is_fraud: [N].
 
     >>> values = np.arange(1000, dtype=np.float32)
-    >>> learned_steps(values, values >= 700)
+    >>> learn_bin_edges(values, values >= 700)
     (699.5,)
     """
     there = ~np.isnan(values)
@@ -49,7 +49,7 @@ def learned_steps(
     count, frauds, first, last = _runs(values, is_fraud)
     parts = [_best_split(count, frauds, 0, len(first), leaf_min)]
     found: list[int] = []  # runs that begin over a threshold
-    while len(found) < steps_max:
+    while len(found) < edges_max:
         gain, at, begin, end = parts.pop(parts.index(max(parts)))
         if gain < gain_min_nats:
             break

@@ -47,6 +47,6 @@ def _shift(z: NDArray[np.float64], is_fraud: NDArray[np.bool_]) -> float:
     return (low + high) / 2
 
 
-def fold(network: Network, scale: float, shift: float) -> None:
+def fold_into_output_layer(network: Network, scale: float, shift: float) -> None:
     """Make the network's logits ``scale * logit + shift``, in place."""
     network.scale_logits(scale, shift)

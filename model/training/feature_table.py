@@ -22,17 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.data.dataset import Dataset, DatasetError
-from model.features.account import (
-    ACCOUNT_FEATURES,
-    FEATURES,
-    AmountScale,
-    Encoder,
-    FeatureSpec,
-    Field,
-    field_column,
-    observe_log,
-)
+from model.features.account import ACCOUNT_FEATURES, observe_log
+from model.features.amount_scale import AmountScale
 from model.features.merchant import WEIGHT_MAX, Labels, observe_merchant_log
+from model.features.spec import FEATURES, Encoder, FeatureSpec, Field, field_column
 from model.training.sequences import Sequences
 
 GROUP_TRANSACTIONS = 2_000_000

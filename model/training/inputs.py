@@ -13,18 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
-from model.features.account import (
+from model.features.account import ACCOUNT_FEATURES
+from model.features.amount_scale import AmountScale
+from model.features.merchant import MERCHANT_FEATURES
+from model.features.spec import (
+    ACCOUNT_INPUTS,
     AMOUNTS,
-    INPUTS,
-    AmountScale,
+    MERCHANT_INPUTS,
     FeatureSpec,
     Field,
     Input,
     ranges_of,
 )
-from model.training.binning import learned_steps
+from model.training.binning import learn_bin_edges
 
-STEP_FEATURES = (
+BINNED_FEATURES = (
     "amount",
     "amount_to_mean",
     "amount_to_usual",
@@ -150,32 +153,64 @@ def fitted_spec(
     label_delay_days: float = 7.0,
     scale: AmountScale = DEFAULT_SCALE,
 ) -> FeatureSpec:
-    """The inputs of a new network.
+    """Choose and fit the inputs of a new network.
 
     Args:
         raw: [n, R] of labelled transactions of the training period, or a sample of them.
         is_fraud: [n].
         fields: as in the columns of ``raw``.
-        scale: by which ``raw`` was computed.
+        scale: the scale by which ``raw`` was computed.
+    """
+    spec = payment_spec(raw, is_fraud, fields, label_delay_days, scale)
+    return with_merchant_inputs(spec, raw, is_fraud)
+
+
+def payment_spec(
+    raw: Float32,
+    is_fraud: NDArray[np.bool_],
+    fields: tuple[Field, ...],
+    label_delay_days: float,
+    scale: AmountScale,
+) -> FeatureSpec:
+    """Choose and fit the inputs of payment and account; see :func:`fitted_spec`.
+
+    The merchants' columns of ``raw`` may still be empty.
     """
     spec = FeatureSpec(label_delay_days=label_delay_days, fields=fields, scale=scale)
-    spec = msgspec.structs.replace(spec, ranges=ranges_of(raw, spec))
-    column = {name: raw[:, place] for place, name in enumerate(spec.names)}
     inputs = [
         msgspec.structs.replace(i, unit=scale.floor)
         if i.feature in AMOUNTS and i.transform == "log1p"
         else i
-        for i in INPUTS
+        for i in ACCOUNT_INPUTS
     ]
-    for name in STEP_FEATURES:
-        inputs += _steps(name, learned_steps(column[name], is_fraud))
-    spec = msgspec.structs.replace(spec, inputs=tuple(inputs)).fitted(raw)
+    names = [name for name in BINNED_FEATURES if name in ACCOUNT_FEATURES]
+    inputs += _bins(spec, names, raw, is_fraud)
+    spec = msgspec.structs.replace(spec, inputs=tuple(inputs), ranges=ranges_of(raw, spec))
+    spec = spec.fitted(raw)
     more: list[Input] = []
     for field in fields:
         if field.kind == "numeric":
-            more += _numeric_inputs(field.name, column[field.name], is_fraud)
+            more += _numeric_inputs(field.name, raw[:, spec.names.index(field.name)], is_fraud)
     more += [Input(field.name, "category") for field in fields if field.kind == "categorical"]
     return msgspec.structs.replace(spec, inputs=(*spec.inputs, *more))
+
+
+def with_merchant_inputs(
+    spec: FeatureSpec, raw: Float32, is_fraud: NDArray[np.bool_]
+) -> FeatureSpec:
+    """Add the inputs of the merchant to a :func:`payment_spec` of the same transactions."""
+    names = [name for name in BINNED_FEATURES if name in MERCHANT_FEATURES]
+    inputs = (*MERCHANT_INPUTS, *_bins(spec, names, raw, is_fraud))
+    ranges = ranges_of(raw, spec)
+    merchant = msgspec.structs.replace(spec, inputs=inputs, ranges=ranges).fitted(raw).inputs
+    payment = [i for i in spec.inputs if i.feature in ACCOUNT_FEATURES]
+    given, bins = payment[: len(ACCOUNT_INPUTS)], payment[len(ACCOUNT_INPUTS) :]
+    ordered = (
+        *(*given, *merchant[: len(MERCHANT_INPUTS)]),
+        *(*bins, *merchant[len(MERCHANT_INPUTS) :]),
+        *(i for i in spec.inputs if i.feature not in ACCOUNT_FEATURES),
+    )
+    return msgspec.structs.replace(spec, inputs=ordered, ranges=ranges)
 
 
 def embedding_sizes(spec: FeatureSpec) -> tuple[tuple[int, int], ...]:
@@ -188,6 +223,15 @@ def embedding_sizes(spec: FeatureSpec) -> tuple[tuple[int, int], ...]:
     """
     codes = [1 + len(field.vocabulary) for field in spec.embedded]
     return tuple((n, min(EMBEDDING_SIZE_MAX, 2 + round(n**0.5))) for n in codes)
+
+
+def _bins(
+    spec: FeatureSpec, names: Sequence[str], raw: Float32, is_fraud: NDArray[np.bool_]
+) -> list[Input]:
+    inputs: list[Input] = []
+    for name in names:
+        inputs += _steps(name, learn_bin_edges(raw[:, spec.names.index(name)], is_fraud))
+    return inputs
 
 
 def _steps(name: str, thresholds: tuple[float, ...]) -> list[Input]:
@@ -211,7 +255,7 @@ def _numeric_inputs(name: str, values: Float32, is_fraud: NDArray[np.bool_]) -> 
     else:
         quantiles = np.quantile(there, np.linspace(0, 1, QUANTILE_STEPS + 2)[1:-1])
         inputs += _steps(name, tuple(np.unique(quantiles.astype(np.float32)).tolist()))
-    return inputs + _steps(name, learned_steps(values, is_fraud))
+    return inputs + _steps(name, learn_bin_edges(values, is_fraud))
 
 
 def _scaled(transform: str, name: str, values: NDArray[np.float64]) -> Input:

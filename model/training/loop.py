@@ -75,7 +75,7 @@ Rows = NDArray[np.intp]
 Bools = NDArray[np.bool_]
 
 
-class Truth(Protocol):
+class LabelledLog(Protocol):
     """What fitting needs of N labelled transactions in order of time."""
 
     @property
@@ -106,7 +106,7 @@ def device_of(settings: TrainingSettings) -> torch.device:
 def fit(
     network: Network,
     inputs: Tensor | Inputs,
-    truth: Truth,
+    truth: LabelledLog,
     split: Split,
     settings: TrainingSettings,
     report: Reporter = lambda _: None,
@@ -142,7 +142,7 @@ class _Fitting:
         self,
         network: Network,
         views: Sequence[tuple[Inputs, Sequences]],
-        truth: Truth,
+        truth: LabelledLog,
         split: Split,
         settings: TrainingSettings,
     ) -> None:

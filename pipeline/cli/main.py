@@ -101,7 +101,7 @@ def train(
     from model.checkpoint import CheckpointError
     from model.probe.sweeps import short_probe
     from model.simulator.handbook import SimulatorError
-    from model.training.train import TrainingError, TrainingSettings
+    from model.training.settings import TrainingError, TrainingSettings
     from model.training.train import train as train_network
     from pipeline.files.column_mapping import load_mapping
     from pipeline.files.training_data import FileData

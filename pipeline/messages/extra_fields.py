@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features.account import Field, field_column
+from model.features.spec import Field, field_column
 from model.transaction import Transaction
 
 NUMBER_MAX = 1e12

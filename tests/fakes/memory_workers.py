@@ -20,15 +20,8 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import (
-    ACCOUNT_INPUTS,
-    FEATURES,
-    INPUTS,
-    AccountHistory,
-    FeatureSpec,
-    Input,
-    observe,
-)
+from model.features.account import AccountHistory, observe
+from model.features.spec import ACCOUNT_INPUTS, FEATURES, INPUTS, FeatureSpec, Input
 from model.network import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild

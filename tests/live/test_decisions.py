@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import ACCOUNT_INPUTS, FeatureSpec, Field, Input
+from model.features.spec import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
 from pipeline.admin.inspect_account import account_lines, describe, look_at
@@ -142,7 +142,7 @@ async def assert_the_account_can_be_looked_at(system: PipelineUnderTest) -> None
     fitted = system.scorer.checkpoint.with_header(metrics={"verdict_auc": 0.9})
     view = await look_at(system.settings, fitted, "A")
     hidden = torch.from_numpy(view.state.hidden).float()
-    expected = float(torch.sigmoid(fitted.network.verdict_logit(hidden)))
+    expected = float(torch.sigmoid(fitted.network.account_logit(hidden)))
     assert view.verdict == pytest.approx(expected)
     text = "\n".join(describe(view, fitted, ttl_days=30.0))
     assert f"with probability {expected:.3f} (AUC 0.900 on days held out)" in text

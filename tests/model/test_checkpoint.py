@@ -28,7 +28,7 @@ from model.checkpoint import (
     Header,
     Thresholds,
 )
-from model.features.account import FEATURES, FeatureSpec, Input
+from model.features.spec import FEATURES, FeatureSpec, Input
 from model.network import Architecture, Network
 
 

@@ -93,7 +93,9 @@ def test_a_weight_is_the_share_of_the_rest_and_small_ones_are_kept() -> None:
     with torch.no_grad():
         network.hidden.weight.fill_(1.0)
         network.hidden.bias.fill_(0.0)
-        network.explained.weight.fill_(1 / merchant_weight.OWN_SIZE)  # f(x) = x of x over 0, less 8
+        network.explained.weight.fill_(
+            1 / merchant_weight.HIDDEN_SIZE
+        )  # f(x) = x of x over 0, less 8
         network.explained.bias.fill_(-8.0)
         network.rest.fill_(-5.0)
     x = np.array([0.0, 3.0, 5.0, 8.0, 20.0])

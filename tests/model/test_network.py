@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.features.account import Role
+from model.features.spec import Role
 from model.network import Architecture, Cell, Network
 
 INPUTS = 17

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.checkpoint import Amounts, Checkpoint, Header
-from model.features.account import FEATURES, INPUTS, FeatureSpec, Field, Input
+from model.features.spec import FEATURES, INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import (
     EXPLAINED_AT_ONCE,

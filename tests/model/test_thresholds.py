@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import INPUTS, FeatureSpec
+from model.features.spec import INPUTS, FeatureSpec
 from model.metrics import operating_points
 from model.network import Architecture, Network
 from model.thresholds import OperatingPoints, Wishes

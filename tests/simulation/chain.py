@@ -20,8 +20,8 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from model.checkpoint import Checkpoint, Thresholds
-from model.features.account import INPUTS
 from model.features.merchant import WEIGHT_MAX
+from model.features.spec import INPUTS
 from model.reasons import Reason
 from pipeline.scoring.scorer import MicroBatch, Scorer, note_applied
 from pipeline.storage.account_state import AccountStates

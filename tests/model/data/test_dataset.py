@@ -21,21 +21,16 @@ from model.data.dataset import (
     Rows,
     text_keys,
 )
-from model.features.account import (
-    ACCOUNT_FEATURES,
-    FEATURES,
-    Encoder,
-    FeatureSpec,
-    Field,
-    field_column,
-    observe_log,
-)
+from model.features.account import ACCOUNT_FEATURES, observe_log
+from model.features.spec import FEATURES, Encoder, FeatureSpec, Field, field_column
 from model.training import feature_table as raw_features
 from model.training.feature_table import EncodedInputs, open_raw, restarted_inputs, write_raw
 from model.training.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
 from model.training.sequences import Sequences
-from model.training.train import SimulatedData, TrainingSettings, observe_all, simulate
+from model.training.settings import TrainingSettings
+from model.training.source import SimulatedData
 from tests.fakes.datasets import simulated_dataset
+from tests.model.simulated_log import observe_all, simulate
 
 
 def rows(n: int, seed: int = 0, **changes: Any) -> Rows:

@@ -31,7 +31,7 @@ from model.evaluation.plots import precision_recall_curve
 from model.evaluation.protocol import split_fold
 from model.evaluation.results import MEASURES, in_figures, summarise
 from model.evaluation.run_cache import Run, RunCache
-from model.features.account import Field
+from model.features.spec import Field
 from model.training.loop import RECIPE
 from model.training.settings import Report, TrainingSettings
 from pipeline.cli import main as cli

@@ -18,7 +18,8 @@ from model.evaluation.robustness import (
     measure_robustness,
     score_with_faults,
 )
-from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
+from model.features.account import Float32, observe_log
+from model.features.spec import FEATURES, Encoder, FeatureSpec
 from model.network import Architecture, Network
 from model.training.sequences import score_unrolled
 from model.units import DAY_MS

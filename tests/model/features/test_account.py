@@ -15,33 +15,35 @@ from hypothesis import strategies as st
 
 from model.features.account import (
     ACCOUNT_FEATURES,
+    OUTLIER,
+    WINDOW_DAYS,
+    AccountHistory,
+    Float32,
+    Float64,
+    Int64,
+    observe,
+    observe_log,
+    rounds_of,
+)
+from model.features.amount_scale import AmountScale
+from model.features.merchant import Labels, observe_merchant_log
+from model.features.spec import (
     ACCOUNT_INPUTS,
     AMOUNT_FEATURES,
     FEATURES,
     INPUTS,
-    OUTLIER,
     RANGE_RANK,
     SIGNED,
-    WINDOW_DAYS,
-    AccountHistory,
-    AmountScale,
     Encoder,
     FeatureSpec,
     FeatureSpecError,
     Field,
-    Float32,
-    Float64,
     Input,
-    Int64,
     Role,
     Transform,
     field_column,
-    observe,
-    observe_log,
     ranges_of,
-    rounds_of,
 )
-from model.features.merchant import Labels, observe_merchant_log
 from model.training.inputs import fitted_spec
 from model.units import DAY_MS
 

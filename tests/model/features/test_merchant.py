@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.features.account import FRAUD_FEATURES, Float32, Int64
+from model.features.account import Float32, Int64
 from model.features.merchant import (
     BUCKET_MS,
     BUCKETS,
@@ -24,6 +24,7 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
+from model.features.spec import FRAUD_FEATURES
 from model.units import DAY_MS
 
 START_MS = 1_522_540_800_000

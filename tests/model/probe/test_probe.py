@@ -15,8 +15,9 @@ import pipeline
 import pipeline.cli.probe
 from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
 from model.evaluation.lightgbm_reference import MissingRequirementError
-from model.features.account import AmountScale, FeatureSpec, Input, Role
+from model.features.amount_scale import AmountScale
 from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
+from model.features.spec import FeatureSpec, Input, Role
 from model.metrics import OPERATING_POINT
 from model.network import Architecture, Network
 from model.probe.exposure import (

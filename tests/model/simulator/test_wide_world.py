@@ -31,10 +31,11 @@ from model.simulator.world import (
     TAKEOVER,
     WIDE,
 )
-from model.training.train import TrainingSettings, simulate
+from model.training.settings import TrainingSettings
 from model.units import DAY_MS, HOUR_MS
 from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
+from tests.model.simulated_log import simulate
 
 CUSTOMERS, TERMINALS, DAYS = 3_000, 6_000, 150
 HANDBOOK_DIGEST = "00d1da53068b3c9c806cb6d3ea4142574e85482d416ad895794fa823295d0ee6"

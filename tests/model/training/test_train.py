@@ -21,37 +21,22 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
-from model.features.account import (
-    ACCOUNT_FEATURES,
-    FRAUD_AGES,
-    AccountHistory,
-    FeatureSpec,
-    Float32,
-    Float64,
-    Role,
-    observe,
-)
+from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, Float64, observe
 from model.features.merchant import MERCHANT_FEATURES, Labels, observe_merchant_log
+from model.features.spec import FRAUD_AGES, FeatureSpec, Role
 from model.metrics import average_precision
 from model.network import Network
 from model.simulator.handbook import SimulatorError
-from model.training.loop import RECIPE
+from model.training.loop import RECIPE, fit
+from model.training.period_metrics import choose_thresholds
 from model.training.resume import Position
 from model.training.sequences import Sequences, TensorInputs, score_stepwise, score_unrolled
-from model.training.train import (
-    Log,
-    Report,
-    Split,
-    TrainingError,
-    TrainingSettings,
-    choose_thresholds,
-    fit,
-    observe_all,
-    simulate,
-    train,
-)
+from model.training.settings import Report, TrainingError, TrainingSettings
+from model.training.split import Split
+from model.training.train import train
 from model.units import DAY_MS
 from pipeline.progress import TrainingProgress
+from tests.model.simulated_log import SimulatedLog, observe_all, simulate
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = Path(__file__).parents[3] / "pipeline" / "checkpoints" / "default.safetensors"
@@ -87,7 +72,7 @@ def network_of(settings: TrainingSettings, inputs: int) -> Network:
     return Network(replace(architecture, inputs=inputs, roles=roles))
 
 
-def raw_as_trained(log: Log, checkpoint: Checkpoint) -> Float32:
+def raw_as_trained(log: SimulatedLog, checkpoint: Checkpoint) -> Float32:
     """Raw features of a log in which the checkpoint weighs the known frauds."""
     spec = checkpoint.header.features
     raw = observe_all(log, spec)
@@ -210,7 +195,7 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
     weights = []
     for later_truth in (log.is_fraud, ~log.is_fraud):
         is_fraud = np.where(log.day < split.validation, log.is_fraud, later_truth)
-        changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
+        changed = SimulatedLog(**(vars(log) | {"is_fraud": is_fraud}))
         inputs[log.day >= split.validation] = torch.randn(1)
         torch.manual_seed(0)
         network = network_of(settings, 3)
@@ -251,7 +236,7 @@ def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
     bit[1:] = bit[:1]  # shown once, at the first step; asked at every later one
     shown = np.zeros((steps, accounts), np.float32)
     shown[0] = np.where(bit[0], 1.0, -1.0)
-    log = Log(
+    log = SimulatedLog(
         day=np.repeat(np.arange(steps), accounts),
         timestamp_ms=np.arange(steps * accounts),
         account=account,
@@ -313,7 +298,7 @@ def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
     is_fraud = np.zeros(len(log), np.bool_)
     is_fraud[validation[::20]] = True
     scores = np.clip(rng.normal(0.3 + 0.4 * is_fraud, 0.1), 0, 1).astype(np.float32)
-    changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
+    changed = SimulatedLog(**(vars(log) | {"is_fraud": is_fraud}))
     assert len(log) > n
     chosen = choose_thresholds(changed, scores, split, SMALL)
     legitimate = scores[validation][~is_fraud[validation]]
@@ -365,7 +350,8 @@ import sys
 from pathlib import Path
 import model.training.loop
 from model.training.train import TrainingSettings, train
-model.training.loop.SAVE_EVERY_SECONDS = 0.0
+from model.training.settings import TrainingSettings
+from model.training.train import train
 settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
     layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))
@@ -594,7 +580,7 @@ def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16(
     assert np.abs(rounded - exact).max() < 0.02
 
 
-def histories_of(log: Log, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
+def histories_of(log: SimulatedLog, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
     """What a worker remembers of each account at the end of a log, and the hidden."""
     raw = raw_as_trained(log, checkpoint)
     _, history, hidden = score_stepwise(

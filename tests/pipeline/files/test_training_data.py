@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 from benchmarks.bursts import MAPPING as BURSTS_MAPPING
 from benchmarks.bursts import transactions
 from model.checkpoint import Checkpoint
-from model.features.account import ACCOUNT_FEATURES, FEATURES
+from model.features.account import ACCOUNT_FEATURES
+from model.features.spec import FEATURES
 from model.metrics import average_precision
 from model.training.preparation import write_raw_for
 from model.training.sequences import Sequences, score_stepwise
