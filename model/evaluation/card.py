@@ -170,11 +170,10 @@ Tested in all: {tested["transactions"]:,} transactions, {tested["frauds"]:,} of 
 
 def _comparison(results: Results, plots: Sequence[str]) -> str:
     headings, rows = table(results)
-    verdict = (
-        "The verdict on the account (many to one) is asked of the last state after every "
-        f"{EVERY}th of an account's transactions and after its last: had the account a fraud "
-        f"within {COMPROMISED_DAYS} days? Its measures are over these questions."
-        if any(network.verdict for network in results.networks)
+    account_head = (
+        f"The account head scores the account's state after every {EVERY}th of its transactions: "
+        f"did the account have a fraud within the last {COMPROMISED_DAYS} days?"
+        if any(network.account_head for network in results.networks)
         else ""
     )
     meanings = [
@@ -191,7 +190,7 @@ def _comparison(results: Results, plots: Sequence[str]) -> str:
 
 {_markdown_table(headings, rows)}
 
-{" ".join(text for text in (over.strip(), verdict) if text)}
+{" ".join(text for text in (over.strip(), account_head) if text)}
 
 {chr(10).join(meanings)}
 

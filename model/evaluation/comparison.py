@@ -22,10 +22,10 @@ from model import metrics as evaluation
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
 from model.evaluation.candidates import (
+    CandidateResult,
     Material,
     NetworkKind,
     Show,
-    Trained,
     score_given,
     train_network,
     train_reference,
@@ -36,7 +36,7 @@ from model.evaluation.run_cache import CACHE_FORMAT, Run, RunCache
 from model.features.account import DEFINITION, Float32
 from model.features.spec import INPUTS
 from model.training.loop import RECIPE, device_of
-from model.training.preparation import Prepared
+from model.training.recipe import TrainingData
 from model.training.settings import Report, Reporter, TrainingSettings
 
 RECALL_FALSE_POSITIVE_RATE = 0.001
@@ -212,7 +212,7 @@ class Comparer:
         self._given = given
         self._cache = None if cache is None else RunCache(cache)
         self._digest = log.digest()
-        self._prepared: tuple[Fold, Prepared] | None = None  # of the present fold
+        self._data: tuple[Fold, int, TrainingData] | None = None  # of the present fold and seed
 
     def compare(
         self, protocol: ProtocolName, folds: Sequence[Fold], report: Reporter = lambda _: None
@@ -255,8 +255,8 @@ class Comparer:
             days = fold.train_until - fold.log_from
             if self._given is not None:
                 yield _Job(GIVEN, fold, 0, days)
-            for network in self._settings.networks:
-                for seed in range(1, self._settings.seeds + 1):
+            for seed in range(1, self._settings.seeds + 1):  # the networks of a seed share inputs
+                for network in self._settings.networks:
                     yield _Job(network, fold, seed, days)
 
     def _kept_or_run(
@@ -267,8 +267,8 @@ class Comparer:
         if kept is not None:
             run, scores, checkpoint = kept
             return run, scores, self._given if job.network == GIVEN else checkpoint
-        trained = self._train(job, key, show)
-        log, scores = self.material.dataset, trained.scores[rows]
+        result = self._train(job, key, show)
+        log, scores = self.material.dataset, result.scores[rows]
         threshold = evaluation.threshold_at_false_positive_rate(
             scores, log.is_fraud[rows], RECALL_FALSE_POSITIVE_RATE
         )
@@ -276,17 +276,17 @@ class Comparer:
             network=job.network,
             fold=job.fold.name,
             seed=job.seed,
-            seconds=trained.seconds,
-            parameters=trained.parameters,
-            microseconds=trained.microseconds,
+            seconds=result.seconds,
+            parameters=result.parameters,
+            microseconds=result.microseconds,
             metrics=measure(scores, log, rows),
             recall_by_scenario=evaluation.recall_by_scenario(scores, log.scenario[rows], threshold),
-            verdict=_measure_verdict(trained, log, rows),
+            account_head=_measure_account_head(result, log, rows),
         )
         if self._cache is not None:
-            own = None if job.network == GIVEN else trained.checkpoint
+            own = None if job.network == GIVEN else result.checkpoint
             self._cache.put(key, run, scores, own)
-        return run, scores, trained.checkpoint
+        return run, scores, result.checkpoint
 
     def _key(self, job: _Job) -> str:
         """A file's name: what is in it, and a digest of everything that decides it."""
@@ -306,7 +306,7 @@ class Comparer:
         digest = hashlib.sha256(msgspec.json.encode(decides, order="deterministic"))
         return f"{job.network}-{job.fold.name}-{job.seed}-{digest.hexdigest()[:12]}"
 
-    def _train(self, job: _Job, key: str, show: Show) -> Trained:
+    def _train(self, job: _Job, key: str, show: Show) -> CandidateResult:
         settings = self._settings
         if job.network == GIVEN:
             assert self._given is not None
@@ -315,35 +315,37 @@ class Comparer:
             return train_reference(
                 self.material, job.fold, settings.label_delay_days, job.seed, show, settings.trees
             )
-        prepared = self._prepared_of(job.fold, lambda share, note: show(SPEC_SHARE * share, note))
+        training = dataclasses.replace(
+            settings.training, seed=job.seed, label_delay_days=float(settings.label_delay_days)
+        )
         return train_network(
             KINDS[job.network],
             self.material,
             job.fold,
-            prepared,
-            dataclasses.replace(settings.training, seed=job.seed),
+            self._prepared(job.fold, training, lambda share, note: show(SPEC_SHARE * share, note)),
+            training,
             lambda share, note: show(SPEC_SHARE + (1 - SPEC_SHARE) * share, note),
             None if self._cache is None else self._cache.state(key),
         )
 
-    def _prepared_of(self, fold: Fold, show: Show) -> Prepared:
-        """What the networks of a fold share."""
-        if self._prepared is None or self._prepared[0] != fold:
-            prepared = self.material.prepared(fold, self._settings.label_delay_days, show)
-            self._prepared = fold, prepared
-        return self._prepared[1]
+    def _prepared(self, fold: Fold, training: TrainingSettings, show: Show) -> TrainingData:
+        """Return the data that the networks of a fold and seed share."""
+        if self._data is None or self._data[:2] != (fold, training.seed):
+            self._data = fold, training.seed, self.material.prepared(fold, training, show)
+        return self._data[2]
 
 
-def _measure_verdict(trained: Trained, log: Dataset, rows: NDArray[np.intp]) -> dict[str, float]:
-    """Of the verdicts that were asked for after the rows; none where all accounts are alike."""
-    if trained.verdicts is None:
+def _measure_account_head(
+    result: CandidateResult, log: Dataset, rows: NDArray[np.intp]
+) -> dict[str, float]:
+    """Measure the account head after the rows; nothing if all accounts are of one class."""
+    if result.accounts is None:
         return {}
-    asked = np.flatnonzero(np.isin(trained.verdicts.row, rows))
-    truth = trained.verdicts.truth[asked]
+    measured = np.flatnonzero(np.isin(result.accounts.row, rows))
+    truth = result.accounts.truth[measured]
     if not truth.any() or truth.all():
         return {}
-    # In order of days, as measures by day expect neither more nor less.
-    return measure(trained.verdicts.score[asked], log, trained.verdicts.row[asked], truth)
+    return measure(result.accounts.score[measured], log, result.accounts.row[measured], truth)
 
 
 def _check_fields(given: Checkpoint, log: Dataset) -> None:

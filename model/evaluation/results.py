@@ -35,8 +35,8 @@ MEASURES: dict[str, str] = {
 }
 """Measures by name, with the heading of their column."""
 
-VERDICT_TITLE = "  its verdict on the account"
-"""Many to one: is the account compromised now? By the last state; measured over accounts."""
+ACCOUNT_HEAD_TITLE = "  its account head"
+"""Row of the account head, which scores whether the account is compromised."""
 
 FINE = ("calibration_error", "brier_score")
 """Measures that are small numbers, and the smaller the better."""
@@ -63,7 +63,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         seconds: of training, mean of a run.
         microseconds: see :class:`model.evaluation.run_cache.Run`.
         recall_by_scenario: mean over folds and seeds.
-        verdict: of a GRU, the measures of the verdict on accounts, mean of the runs.
+        account_head: measures of the account head, mean of the runs; only of a GRU.
     """
 
     network: str
@@ -75,7 +75,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     microseconds: float = 0.0
     recall_by_scenario: dict[int, float] = {}
-    verdict: dict[str, float] = {}
+    account_head: dict[str, float] = {}
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,13 +189,15 @@ def summarise(network: str, runs: Sequence[Run]) -> Summary:
             s: float(np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario]))
             for s in scenarios
         },
-        verdict=_verdict(runs),
+        account_head=_account_head(runs),
     )
 
 
-def _verdict(runs: Sequence[Run]) -> dict[str, float]:
-    told = [run.verdict for run in runs if run.verdict]
-    return {name: float(np.mean([t[name] for t in told])) for name in MEASURES} if told else {}
+def _account_head(runs: Sequence[Run]) -> dict[str, float]:
+    measured = [run.account_head for run in runs if run.account_head]
+    if not measured:
+        return {}
+    return {name: float(np.mean([m[name] for m in measured])) for name in MEASURES}
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -216,9 +218,9 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{network.microseconds:.2f}",
             ]
         )
-        if network.network in (GIVEN, DESCRIBED) and network.verdict:
-            measures = [in_figures(name, network.verdict[name]) for name in MEASURES]
-            rows.append([VERDICT_TITLE, *measures, "–", "–", "–"])
+        if network.network in (GIVEN, DESCRIBED) and network.account_head:
+            measures = [in_figures(name, network.account_head[name]) for name in MEASURES]
+            rows.append([ACCOUNT_HEAD_TITLE, *measures, "–", "–", "–"])
     for title, published in results.published.items():
         found = [in_figures(n, published[n]) if n in published else "–" for n in MEASURES]
         rows.append([title, *found, "–", "–", "–"])

@@ -13,7 +13,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.features.account import Float32
 from model.training.resume import TrainingState
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """Version of the files; another one counts as not there."""
 
 _UNUSABLE = (
@@ -34,7 +34,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
             it was not timed.
         metrics: see :func:`model.evaluation.comparison.measure`.
         recall_by_scenario: at a threshold of few false positives, by the scenario's number.
-        verdict: the same measures of the verdict on accounts from their last state; of a GRU.
+        account_head: the same measures of the account head; only of a GRU.
     """
 
     network: str
@@ -45,7 +45,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     microseconds: float
     metrics: dict[str, float]
     recall_by_scenario: dict[int, float] = {}
-    verdict: dict[str, float] = {}
+    account_head: dict[str, float] = {}
 
 
 class RunCache:

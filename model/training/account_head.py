@@ -35,7 +35,7 @@ Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class AccountStates:
+class SampledStates:
     """Hidden states after some of a log's transactions.
 
     Attributes:
@@ -46,9 +46,9 @@ class AccountStates:
     row: Rows
     hidden: Tensor
 
-    def take(self, chosen: Rows) -> AccountStates:
+    def take(self, chosen: Rows) -> SampledStates:
         """Some of them."""
-        return AccountStates(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
+        return SampledStates(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
 
 
 def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
@@ -72,8 +72,8 @@ def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
     return found
 
 
-def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> AccountStates:
-    """AccountStates after every :data:`EVERY`-th transaction of each account."""
+def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> SampledStates:
+    """SampledStates after every :data:`EVERY`-th transaction of each account."""
     network.eval()
     groups = np.argsort(-sequences.length, kind="stable")
 
@@ -93,12 +93,12 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> Account
     with one_core_each(2) as pool:
         parts = [p for ps in pool.map(unroll, range(0, len(groups), UNROLL_ACCOUNTS)) for p in ps]
     if not parts:
-        return AccountStates(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
-    return AccountStates(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return SampledStates(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
+    return SampledStates(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
 def fit_account_head(
-    network: Network, states: AccountStates, compromised: NDArray[np.bool_]
+    network: Network, states: SampledStates, compromised: NDArray[np.bool_]
 ) -> None:
     """Fits ``network.verdict`` by logistic regression, in place.
 
@@ -125,7 +125,7 @@ def fit_account_head(
         network.verdict.bias.copy_(torch.from_numpy(weights[-1:]))
 
 
-def account_scores(network: Network, states: AccountStates) -> NDArray[np.float32]:
+def account_scores(network: Network, states: SampledStates) -> NDArray[np.float32]:
     """Probability [m] that the account is compromised."""
     device = network.verdict.weight.device
     with torch.inference_mode():

@@ -30,6 +30,7 @@ from model.features.account import Float32
 from model.features.spec import FeatureSpec
 from model.network import Cell, Network
 from model.training.account_head import (
+    SampledStates,
     account_scores,
     fit_account_head,
     is_compromised,
@@ -213,10 +214,15 @@ def make_checkpoint(
     return Checkpoint(fitted.network.cpu(), header), accounts
 
 
-def score_accounts(network: Network, inputs: EncodedInputs, data: TrainingData) -> AccountScores:
-    """Apply the account head of a trained network up to the end of the held-out days."""
-    states = states_of(network, inputs, data.sequences_to_end)
-    truth = is_compromised(data.dataset, data.sequences)[states.row]
+def score_accounts(
+    network: Network, states: SampledStates, dataset: Dataset, sequences: Sequences
+) -> AccountScores:
+    """Apply the account head of a network to its states after some of the transactions.
+
+    Args:
+        sequences: of all transactions of the data set.
+    """
+    truth = is_compromised(dataset, sequences)[states.row]
     return AccountScores(states.row, account_scores(network, states), truth)
 
 
@@ -273,7 +279,7 @@ def _fit_account_head(fitted: FittedNetwork, data: TrainingData) -> AccountScore
     day = data.dataset.day[states.row]
     rows = np.flatnonzero((day >= split.training) & (day < split.gap))
     fit_account_head(network, states.take(rows), truth[rows])
-    return AccountScores(states.row, account_scores(network, states), truth)
+    return score_accounts(network, states, data.dataset, data.sequences)
 
 
 def _measure_account_head(accounts: AccountScores, data: TrainingData) -> dict[str, float]:

@@ -173,15 +173,15 @@ def test_a_checkpoint_that_may_have_seen_the_test_is_told_of(
         assert f"# Model card: Recur {trained.digest}" in card
 
 
-def test_the_verdict_and_the_reasons_are_measured(
+def test_the_account_head_and_the_reasons_are_measured(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
     output, results = evaluated
     (gru,) = (n for n in results["networks"] if n["network"] == "gru")
-    assert set(gru["verdict"]) == set(MEASURES)
-    assert gru["verdict"]["auc_roc"] > 0.55
+    assert set(gru["account_head"]) == set(MEASURES)
+    assert gru["account_head"]["auc_roc"] > 0.55
     card = (output / "model_card.md").read_text(encoding="utf-8")
-    assert "its verdict on the account" in card
+    assert "its account head" in card
     assert set(results["first_reasons_agree"]) <= {"1", "2", "3"}
     assert results["first_reasons_agree"]
     assert "\n## Reasons\n" in card
@@ -419,7 +419,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 def test_kinds_are_named_once() -> None:
     assert len({kind.title for kind in KINDS.values()}) == len(KINDS)
     with pytest.raises(ComparisonError, match="there is no network"):
-        ComparisonSettings(networks=("verdict",))
+        ComparisonSettings(networks=("perceptron",))
 
 
 def test_a_checkpoint_with_fields_that_the_data_lack_is_refused(

@@ -13,7 +13,7 @@ from model.metrics import auc_roc, expected_calibration_error
 from model.network import Architecture, Network
 from model.training.account_head import (
     EVERY,
-    AccountStates,
+    SampledStates,
     account_scores,
     fit_account_head,
     is_compromised,
@@ -97,7 +97,7 @@ def test_the_head_is_fitted_to_the_states_whatever_the_share(share: float) -> No
     hidden = torch.randn(4000, 5)
     hidden[torch.from_numpy(compromised), 2] += 2.0
     network = Network(Architecture(inputs=3, hidden_size=5))
-    states = AccountStates(np.arange(4000), hidden)
+    states = SampledStates(np.arange(4000), hidden)
 
     fit_account_head(network, states, compromised)
 

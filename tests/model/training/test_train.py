@@ -349,7 +349,6 @@ RESUMED = """
 import sys
 from pathlib import Path
 import model.training.loop
-from model.training.train import TrainingSettings, train
 from model.training.settings import TrainingSettings
 from model.training.train import train
 settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
