@@ -1,16 +1,15 @@
-"""What the network sees of a transaction: raw named features, and their encoding as inputs.
+"""The features of an account: what its past payments tell about the next one.
 
-One implementation serves training, evaluation and the worker. It works on *rounds*: arrays
-of transactions of distinct accounts, one row each. A row's result never depends on the other
-rows or on how many there are, so a stream cut into micro-batches anywhere gives the same bits.
+Training, evaluation and the worker share this implementation. It works on *rounds*: arrays with one
+transaction each of distinct accounts. The result of a row depends on no other row and not on their
+number. So micro-batches of any size give the same bits.
 
     history, amount, timestamp_ms  --observe-->  raw columns of the account, history after
     profiles, timestamp_ms         --observe_merchants-->  raw columns of the merchant
-    the transaction's own fields   --field_columns-->  raw columns of further fields
-    raw [n, R]                     --encode--->  inputs [n, I]
+    fields of the transaction      --field_column-->  raw columns of the extra fields
+    raw [n, R]                     --Encoder-->  inputs [n, I]
 
-``raw`` is what a person can read (euros, seconds, counts) and what a score records;
-``inputs`` is what the network takes, by a :class:`FeatureSpec` that its checkpoint carries.
+The merchant is in :mod:`model.features.merchant`, the rest in :mod:`model.features.spec`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ UInt8 = NDArray[np.uint8]
 UInt32 = NDArray[np.uint32]
 
 WINDOW_DAYS = (1, 7, 30)
-"""Time constants of the decayed aggregates, days: after so long a transaction weighs 1/e."""
+"""Time constants of the decayed aggregates, days. A transaction that old weighs 1/e."""
 
 ACCOUNT_FEATURES: tuple[str, ...] = (
     "amount",  # in the checkpoint's currency
@@ -55,16 +54,16 @@ DEFINITION = 4
 """Version of what :func:`observe` computes; part of a checkpoint's digest."""
 
 OUTLIER = 2.5
-"""A payment of more than this many times the usual amount is an outlier.
+"""Multiple of the usual amount above which a payment is an outlier.
 
-It counts as so much, or as the account's mean of the last day if that is more: a second payment
-of the same kind is none."""
+An outlier enters the means as this multiple, or as the account's mean of the last day if that is
+more. So a second payment of the same size is no outlier."""
 
 USUAL_COUNT_MAX = 100
-"""About how many of an account's last payments the usual amount is a mean of."""
+"""Approximate number of last payments over which the usual amount is a mean."""
 
 USUAL_PRIOR_COUNT = 1.0
-"""The usual amount starts at the usual of all accounts, which counts as this many payments."""
+"""Weight, in payments, of the usual amount of all accounts in a new account's usual amount."""
 
 _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _COUNT_MAX = np.uint32(2**32 - 1)
@@ -74,16 +73,17 @@ _DECAY_PER_MS = np.array([-1.0 / (days * DAY_MS) for days in WINDOW_DAYS])[:, No
 
 @dataclass
 class AccountHistory:
-    """What the features remember of each of n accounts, as a struct of arrays.
+    """The histories of n accounts, as a struct of arrays.
 
     Attributes:
         last_event_ms: [n] latest event time, epoch milliseconds; meaningless at count 0.
-        count: [n] transactions seen; stays at 2**32 - 1 once there.
-        decayed_count: [n, 3] transactions, each weighing exp(-age / window) at
-            ``last_event_ms``; a window of each of :data:`WINDOW_DAYS`.
-        decayed_amount: [n, 3] amounts, weighed the same; without outliers but in the first.
-        usual_amount: [n] running mean of the amount without its outliers; 0 at count 0.
-        usual_count: [n] payments that it is of, up to :data:`USUAL_COUNT_MAX`.
+        count: [n] transactions seen; it stops at 2**32 - 1.
+        decayed_count: [n, 3] sum of exp(-age / window) over the transactions, at
+            ``last_event_ms``, for each of :data:`WINDOW_DAYS`.
+        decayed_amount: [n, 3] amounts with the same weights. Outliers count in full only in the
+            first window.
+        usual_amount: [n] running mean of the amount without outliers; 0 at count 0.
+        usual_count: [n] payments in that mean, up to :data:`USUAL_COUNT_MAX`.
     """
 
     last_event_ms: Int64
@@ -95,7 +95,7 @@ class AccountHistory:
 
     @classmethod
     def empty(cls, n: int) -> AccountHistory:
-        """Histories of n accounts that have made no transaction.
+        """Return the histories of n accounts without a transaction.
 
         >>> AccountHistory.empty(2).count.tolist()
         [0, 0]
@@ -113,11 +113,11 @@ class AccountHistory:
         return len(self.count)
 
     def take(self, rows: NDArray[np.intp] | slice) -> AccountHistory:
-        """Those rows, in that order: copies, or views if ``rows`` is a slice."""
+        """Return these rows in this order: copies, or views if ``rows`` is a slice."""
         return AccountHistory(*(getattr(self, name)[rows] for name in HISTORY_COLUMNS))
 
     def put(self, rows: NDArray[np.intp] | slice, other: AccountHistory) -> None:
-        """Overwrites those rows by the rows of ``other``."""
+        """Overwrite these rows with the rows of ``other``."""
         for name in HISTORY_COLUMNS:
             getattr(self, name)[rows] = getattr(other, name)
 
@@ -128,16 +128,16 @@ HISTORY_COLUMNS = tuple(field.name for field in fields(AccountHistory))
 def observe(
     history: AccountHistory, amount: Float64, timestamp_ms: Int64, scale: AmountScale
 ) -> tuple[Float32, AccountHistory]:
-    """Features of one transaction of each of n distinct accounts, and their histories after.
+    """Compute the features of one transaction of each of n distinct accounts.
 
-    Event time that runs backwards counts as no time passed, and ``last_event_ms`` stays. With the
-    history fixed, only the columns :data:`AMOUNT_FEATURES` depend on the amount.
+    If event time runs backwards, no time passes and ``last_event_ms`` stays. For a given history
+    only the columns :data:`model.features.spec.AMOUNT_FEATURES` depend on the amount.
 
     Args:
         history: n accounts before the transaction; not changed.
         amount: [n] at least 0, in the checkpoint's currency.
         timestamp_ms: [n] event time, epoch milliseconds, at least 0.
-        scale: of the checkpoint.
+        scale: scale of amounts of the checkpoint.
 
     Returns:
         raw: [n, A] the columns of :data:`ACCOUNT_FEATURES`.
@@ -169,7 +169,7 @@ def observe(
     some_first = bool(first.any())
     last_event_ms = np.maximum(history.last_event_ms, timestamp_ms)
     elapsed_ms = last_event_ms - history.last_event_ms
-    # Columns of [n, .] arrays are worked on as rows of [., n]: inner loops of n, not of 3.
+    # Transposed to [., n], so that inner loops run over n and not over 3.
     decay = np.exp(elapsed_ms * _DECAY_PER_MS).astype(np.float32)  # [3, n]
     count_before = history.decayed_count.T  # [3, n]
     amount_before = history.decayed_amount.T  # [3, n]
@@ -185,8 +185,8 @@ def observe(
     count_after = raw[5:8]
     np.multiply(count_before, decay, out=count_after)
     count_after += np.float32(1.0)
-    # The decay since the last transaction is in both and cancels. A count before is at least
-    # 1 unless it is the first: the last transaction weighs 1 at last_event_ms.
+    # The decay since the last transaction cancels. A count is at least 1 after the first
+    # transaction, because the last one weighs 1 at last_event_ms.
     np.divide(amount_before, np.maximum(count_before, np.float32(1.0)), out=raw[8:11])
     raw[12] = history.usual_amount
     if some_first:
@@ -197,7 +197,7 @@ def observe(
     np.divide(raw[0], np.maximum(raw[12], floor), out=raw[13])
     np.maximum(raw[11], raw[13], out=raw[14])
 
-    # What enters the means: not a card check, nor all of an outlier.
+    # A card check does not enter the means, and an outlier only in part.
     within = np.minimum(raw[0], np.maximum(np.float32(OUTLIER) * raw[12], raw[8]))
     checks = raw[0] < floor
     entered = np.empty((_WINDOWS, n), np.float32)
@@ -223,16 +223,16 @@ def observe(
 def observe_log(
     account: Int64, amount: Float64, timestamp_ms: Int64, scale: AmountScale
 ) -> Float32:
-    """Accounts' features of a whole log, from empty histories: training and evaluation.
+    """Compute the features of accounts for a whole log, from empty histories.
 
-    Round r holds the r-th transaction of each account that has one, so N transactions cost
-    as many calls of :func:`observe` as the busiest account has transactions.
+    Round r holds the r-th transaction of every account that has one. So the number of calls of
+    :func:`observe` is the number of transactions of the busiest account.
 
     Args:
-        account: [N] whole numbers, any; the log is in order of event time.
+        account: [N] any whole numbers; the log is in order of event time.
         amount: [N].
         timestamp_ms: [N].
-        scale: of the checkpoint.
+        scale: scale of amounts of the checkpoint.
 
     Returns:
         raw: [N, A] in the order of the log.
@@ -249,10 +249,10 @@ def observe_log(
 
 
 def rounds_of(account: Int64) -> list[NDArray[np.intp]]:
-    """Rows of a log by round: the r-th array holds each account's r-th transaction.
+    """Group the rows of a log into rounds: array r holds each account's r-th transaction.
 
-    Accounts stand in the same order in every round, the ones with most transactions first,
-    so the accounts of a round are the first ones of the round before.
+    Accounts have the same order in every round, by falling number of transactions. So the accounts
+    of a round are the first ones of the previous round.
 
     >>> [rows.tolist() for rows in rounds_of(np.array([7, 9, 9, 7, 9]))]
     [[1, 0], [2, 3], [4]]

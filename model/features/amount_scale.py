@@ -11,12 +11,12 @@ Int64 = NDArray[np.int64]
 
 
 class AmountScale(msgspec.Struct, frozen=True):
-    """What amounts mean in the currency of a checkpoint, from its training data.
+    """Small and usual amounts in the currency of a checkpoint, from its training data.
 
     Attributes:
-        floor: no ratio has a denominator under it. A payment under it, such as a card check of
-            0.00 or 0.01, does not change what counts as usual.
-        usual: the usual amount of an account without a payment yet.
+        floor: smallest denominator of a ratio. A payment below it, such as a card check of 0.00
+            or 0.01, does not change the usual amount.
+        usual: usual amount of an account without a payment.
     """
 
     floor: float = 1.0
@@ -24,12 +24,12 @@ class AmountScale(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, account: Int64 | NDArray[np.int32], amount: Float64) -> AmountScale:
-        """The scale of a log: quantiles of its accounts' mean amounts.
+        """Compute the scale of a log from quantiles of its accounts' mean amounts.
 
-        The floor is a fifth of what the fifth percentile of accounts spends.
+        The floor is a fifth of the mean amount of the fifth percentile of accounts.
 
         Args:
-            account: [N] whole numbers, any.
+            account: [N] any whole numbers.
             amount: [N].
 
         >>> AmountScale.of(np.array([1, 1, 2]), np.array([10.0, 30.0, 40.0]))

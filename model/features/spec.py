@@ -32,12 +32,12 @@ FieldKind = Literal["numeric", "categorical"]
 
 
 class Field(msgspec.Struct, frozen=True):
-    """A further field of the transaction that a checkpoint looks at.
+    """An extra field of the transaction that a checkpoint uses.
 
     Attributes:
-        name: of the field in the transaction's JSON (``category`` is one).
-        kind: a number, or a text of which there are few.
-        vocabulary: the texts that training knew; every other one counts as unknown.
+        name: name of the field in the transaction's JSON, such as ``category``.
+        kind: numeric, or categorical for one of a few texts.
+        vocabulary: the texts known from training; all others count as unknown.
     """
 
     name: str
@@ -48,8 +48,9 @@ class Field(msgspec.Struct, frozen=True):
 def field_column(
     field: Field,
 ) -> Callable[[Iterable[float | str | bool | None]], Float32]:
-    """What makes a raw column [n] of a field's values: numbers, NaN where there is none; or of
-    each text 1 + its place in the vocabulary, 0 where it is unknown.
+    """Return a function that makes a raw column [n] of a field's values.
+
+    A missing number is NaN. A text is 1 + its place in the vocabulary, or 0 if it is unknown.
 
     >>> column = field_column(Field("category", "categorical", ("food", "fuel")))
     >>> column(["fuel", None, "toys"])
@@ -62,7 +63,7 @@ def field_column(
 
 
 def category_text(value: object) -> str:
-    """A category as text; true and false as files have them."""
+    """Return a category as text; booleans are written as in files."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -73,7 +74,9 @@ Role = Literal["own", "amount", "merchant", "frauds", "fraud_ages", "any_fraud",
 
 
 def payment_columns(roles: Sequence[Role]) -> list[int]:
-    """Places of the inputs that tell of the payment and its account, not of the merchant.
+    """Return the places of the payment inputs: those of the payment and its account.
+
+    The role is named ``own`` in checkpoints.
 
     >>> payment_columns(("own", "merchant", "amount"))
     [0, 2]
@@ -84,21 +87,20 @@ def payment_columns(roles: Sequence[Role]) -> list[int]:
 class Input(msgspec.Struct, frozen=True):
     """One input of the network: ``(transform(feature) - mean) / deviation``.
 
-    Before it is transformed, a value beyond the feature's range, or over ``at_most``, counts as
-    the nearest one within.
+    Before the transform, a value outside the feature's range or over ``at_most`` is clipped.
 
     Attributes:
         feature: a name among the columns of ``raw``.
-        transform: ``log1p`` of value / unit (of values under 0 as 0), ``linear``, ``as_is``
-            (linear, but not standardised), ``is_first`` (1 where the
-            value is negative, else 0), ``sin`` or ``cos`` of a value that runs round in
-            ``period``, ``step`` (1 from ``threshold`` on, else 0), ``is_missing`` (1 where
-            there is no value, else 0), or ``category`` (the code, for an embedding).
-        mean, deviation: of the transformed value over the training period.
+        transform: ``log1p`` of value / unit (negative values count as 0), ``linear``, ``as_is``
+            (linear, but not standardised), ``is_first`` (1 if the value is negative, else 0),
+            ``sin`` or ``cos`` of a value that repeats after ``period``, ``step`` (1 from
+            ``threshold`` on, else 0), ``is_missing`` (1 without a value, else 0), or ``category``
+            (the code, for an embedding).
+        mean, deviation: those of the transformed value over the training period.
         period: only for ``sin`` and ``cos``, in units of the feature.
         threshold: only for ``step``, in units of the feature.
         unit: only for ``log1p``, in units of the feature.
-        at_most: in units of the feature; None: no bound but the range.
+        at_most: upper bound in units of the feature. None: only the range bounds it.
     """
 
     feature: str
@@ -112,11 +114,11 @@ class Input(msgspec.Struct, frozen=True):
 
     @property
     def role(self) -> Role:
-        """What the network may make of it.
+        """Role of the input in the network.
 
-        ``amount`` and ``frauds``: more of it never lowers the score. ``any_fraud``: 0 where no
-        fraud of the merchant is known. ``fraud_ages``: matters only where one is. The others
-        may matter in any way.
+        A higher ``amount`` or ``frauds`` never lowers the score. ``any_fraud`` is 0 if no fraud of
+        the merchant is known. ``fraud_ages`` matters only if one is known. The others may have any
+        effect.
         """
         if self.transform == "category":
             return "category"
@@ -130,7 +132,7 @@ class Input(msgspec.Struct, frozen=True):
 
 
 AMOUNT_FEATURES = ("amount", "amount_to_mean", "amount_to_usual", "amount_to_least")
-"""Features that rise with the transaction's amount; the other ones do not depend on it."""
+"""Features that rise with the transaction's amount. No other feature depends on it."""
 
 FRAUD_FEATURES = (
     "merchant_known_frauds",
@@ -147,18 +149,20 @@ FRAUD_AGES = (
     "merchant_legitimate_days",
     "merchant_streak_days",
 )
-"""Features that depend on when the merchant's known frauds were."""
+"""Features that depend on the times of the merchant's known frauds."""
 
 SMALL_SHARE = 1.0
-"""A payment under this share of both the usual amount and the mean (or of the floor) may
-be suspicious for being small, as a card test is. Above it more money never lowers the score."""
+"""Share of the usual amount and the mean (or of the floor) below which a payment is small.
+
+A small payment may be suspicious, as a card test is. Above it more money never lowers the score."""
 
 SMALL_UNIT = 0.001
-"""Of that share, on a logarithmic scale: a cent and a euro of an account that usually spends 50."""
+"""Unit of that share on a logarithmic scale. It separates a cent from a euro for an account that
+usually spends 50."""
 
 
 SCALED: tuple[Transform, ...] = ("log1p", "linear")
-"""Transforms whose values are standardised; the others are of small range as they are."""
+"""Transforms whose values are standardised. The others already have a small range."""
 
 ACCOUNT_INPUTS: tuple[Input, ...] = (
     Input("amount", "log1p"),
@@ -204,32 +208,31 @@ MERCHANT_INPUTS: tuple[Input, ...] = (
     Input("merchant_known_frauds", "as_is", at_most=1.0),
 )
 INPUTS = ACCOUNT_INPUTS + MERCHANT_INPUTS
-"""The inputs of a new network, before :meth:`FeatureSpec.fit`.
+"""The inputs of a new network, before :meth:`FeatureSpec.fitted`.
 
-The amount is there twice: on the logarithmic scale, and linear. A feature's range is what
-training saw, and no less: what is rare and far out is what matters.
+The amount is an input on a logarithmic and on a linear scale. The range of a feature is the whole
+range of the training, because rare extremes matter most.
 """
 
 AMOUNTS = ("amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d", "usual_amount")
-"""Features in the checkpoint's currency: on a logarithmic scale their unit is the floor."""
+"""Features in the checkpoint's currency. Their unit on a logarithmic scale is the floor."""
 
 SIGNED = ("seconds_since_last", *FRAUD_AGES)
-"""Features whose -1 says that there is no value; it is within every range."""
+"""Features where -1 stands for "no value"; it is within every range."""
 
 
 class FeatureSpec(msgspec.Struct, frozen=True):
-    """How raw features become inputs; a checkpoint carries it in its header.
+    """Specification of how raw features become inputs; part of a checkpoint's header.
 
     Attributes:
-        inputs: in the order of the columns that :class:`Encoder` gives; categories last.
+        inputs: in the order of the columns of :class:`Encoder`; categories last.
         definition: :data:`DEFINITION` of the code that computed the training features.
         window_days: its :data:`WINDOW_DAYS`.
-        label_delay_days: merchants' risk is measured up to so long ago.
-        fields: further fields of the transaction, each a column of ``raw`` after
-            :data:`FEATURES`.
-        scale: what amounts mean in the checkpoint's currency.
-        ranges: of each column of ``raw``, the lowest and the highest value that training saw
-            (:func:`ranges_of`); beyond it an input saturates. Empty: no bounds.
+        label_delay_days: age of a transaction at which its label is known.
+        fields: extra fields of the transaction, each a column of ``raw`` after :data:`FEATURES`.
+        scale: scale of amounts in the checkpoint's currency.
+        ranges: lowest and highest value of each column of ``raw`` in training
+            (:func:`ranges_of`); inputs are clipped to them. Empty: no bounds.
     """
 
     inputs: tuple[Input, ...] = INPUTS
@@ -242,7 +245,7 @@ class FeatureSpec(msgspec.Struct, frozen=True):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The roles of the inputs, but of categories."""
+        """Roles of the inputs other than categories."""
         return tuple(i.role for i in self.inputs if i.transform != "category")
 
     @property
@@ -252,7 +255,7 @@ class FeatureSpec(msgspec.Struct, frozen=True):
 
     @property
     def uses_merchants(self) -> bool:
-        """Whether an input looks at the merchant's profile."""
+        """Whether an input needs the merchant's profile."""
         return any(i.feature in MERCHANT_FEATURES for i in self.inputs)
 
     @property
@@ -267,12 +270,12 @@ class FeatureSpec(msgspec.Struct, frozen=True):
         return tuple(by_name[i.feature] for i in self.inputs if i.transform == "category")
 
     def fitted(self, raw: Float32) -> FeatureSpec:
-        """The same with each input's mean and deviation over ``raw`` [N, R].
+        """Return the specification with mean and deviation of each input over ``raw`` [N, R].
 
-        Only log1p and linear inputs have them; a value that is missing is left out.
+        Only log1p and linear inputs have them. Missing values are left out.
         """
         plain = tuple(msgspec.structs.replace(i, mean=0.0, deviation=1.0) for i in self.inputs)
-        # NaNs are kept for the mean, so the encoder's own treatment of them does not serve.
+        # encode() would replace missing values; the mean must leave them out.
         encoded = Encoder(msgspec.structs.replace(self, inputs=plain)).transformed(raw)  # [I, N]
         inputs = []
         for i, values in zip(plain, encoded, strict=True):
@@ -289,18 +292,18 @@ class FeatureSpec(msgspec.Struct, frozen=True):
 
 
 LABEL_DELAY_MAX_DAYS = 30.0
-"""A profile is 38 days deep: what is left is the time that risk is measured over."""
+"""Longest label delay. A profile covers 38 days; the rest of it is the time to measure risk."""
 
 DEVIATION_MIN = 1e-3
-"""An input of smaller deviation is not stretched to one; of an amount, in units of the floor."""
+"""Smallest deviation by which an input is divided; for an amount, in units of the floor."""
 
 
 class FeatureSpecError(ValueError):
-    """A feature specification that this version cannot compute; the message says why."""
+    """This version cannot compute a feature specification; the message says why."""
 
 
 class Encoder:
-    """A :class:`FeatureSpec` made ready to run: ``encode(raw [n, R]) -> inputs [n, I]``.
+    """Encoder of a :class:`FeatureSpec`: ``encode(raw [n, R]) -> inputs [n, I]``.
 
     Raises:
         FeatureSpecError: the specification needs what this version does not compute.
@@ -344,9 +347,9 @@ class Encoder:
         self._may_miss = any(field.kind == "numeric" for field in spec.fields)
 
     def encode(self, raw: Float32) -> Float32:
-        """Inputs [n, I], contiguous, of raw features [n, R]; each row for itself.
+        """Encode raw features [n, R] to contiguous inputs [n, I], each row independently.
 
-        A missing value is 0, as the mean is.
+        A missing value becomes 0, the mean.
         """
         inputs = self.transformed(raw)
         inputs *= self._scale
@@ -356,14 +359,14 @@ class Encoder:
         return np.ascontiguousarray(inputs.T)
 
     def outside(self, raw: Float32) -> NDArray[np.bool_] | None:
-        """Which raw features [n, R] are beyond their range; None where none is."""
+        """Return which raw features [n, R] are out of their range; None if all are within."""
         if not self._is_bounded:
             return None
         beyond: NDArray[np.bool_] = (raw < self._low) | (raw > self._high)
         return beyond if beyond.any() else None
 
     def transformed(self, raw: Float32) -> Float32:
-        """Inputs [I, n] before they are standardised; NaN where a value is missing."""
+        """Return the inputs [I, n] before standardisation; NaN for a missing value."""
         inputs = raw.T[self._column]  # [I, n]
         if self._is_clipped:
             np.clip(inputs, self._least, self._most, out=inputs)
@@ -382,15 +385,16 @@ class Encoder:
 
 
 RANGE_RANK = 20
-"""A range ends at the value that this many transactions of the training pass or reach, so that no
-few odd ones widen it; of few transactions, one in a thousand."""
+"""Number of training transactions at or beyond each end of a range.
+
+So a few odd values do not widen it. With few transactions it is one in a thousand."""
 
 
 def ranges_of(raw: Float32, spec: FeatureSpec) -> tuple[tuple[float, float], ...]:
-    """The range of each raw feature over transactions ``raw`` [N, R] of the training period.
+    """Return the range of each raw feature over transactions ``raw`` [N, R] of the training.
 
-    A missing value and the -1 of :data:`SIGNED` features are left out. A feature that runs round,
-    a category, and one without values have no bounds.
+    Missing values and the -1 of :data:`SIGNED` features are left out. Periodic features, categories
+    and features without values have no bounds.
     """
     categories = {field.name for field in spec.fields if field.kind == "categorical"}
     unbounded = {"hour_of_day", "day_of_week", *categories}
@@ -410,11 +414,11 @@ def ranges_of(raw: Float32, spec: FeatureSpec) -> tuple[tuple[float, float], ...
 
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-"""No bound: JSON has no infinity."""
+"""Stands for "no bound", because JSON has no infinity."""
 
 
 def _bounds(spec: FeatureSpec) -> tuple[Float32, Float32]:
-    """Lowest and highest value [R] of each raw feature."""
+    """Return the lowest and highest value [R] of each raw feature."""
     ranges = spec.ranges or ((-_FLOAT32_MAX, _FLOAT32_MAX),) * len(spec.names)
     low, high = np.array(ranges, np.float64).T
     low = np.where(low <= -_FLOAT32_MAX, -np.inf, low)
@@ -423,7 +427,7 @@ def _bounds(spec: FeatureSpec) -> tuple[Float32, Float32]:
 
 
 def _slice_or_rows(chosen: NDArray[np.bool_]) -> slice | NDArray[np.intp] | None:
-    """The rows chosen: as a slice (views cost less) where they lie side by side."""
+    """Return the chosen rows, as a slice if they are consecutive, because views cost less."""
     rows = np.flatnonzero(chosen)
     if len(rows) == 0:
         return None
@@ -469,7 +473,7 @@ def _check(spec: FeatureSpec) -> None:
 
 
 def _check_input(number: int, i: Input, names: Sequence[str], kinds: dict[str, FieldKind]) -> None:
-    """One input, by its place among the others and the names and kinds of the columns."""
+    """Check one input; ``number`` is its place among the inputs."""
     if i.feature not in names:
         raise FeatureSpecError(
             f"input {number} needs the feature {i.feature[:64]!r}; known are {', '.join(names)}"

@@ -1,8 +1,8 @@
-"""The verdict on an account (many to one): is it compromised now?
+"""The account head: the probability that an account is compromised now (many to one).
 
-A linear head on the account's last hidden, fitted when the network is trained and its hidden
-states do not change any more. The truth: one of the account's transactions in the seven days up
-to now, the last one included, is fraud.
+The head is linear on the account's last hidden state. It is fitted after the network, when the
+hidden states no longer change. An account counts as compromised if one of its transactions of the
+last seven days, including the present one, is fraud.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from model.training.sequences import UNROLL_ACCOUNTS, Inputs, Sequences, one_cor
 from model.units import DAY_MS
 
 COMPROMISED_DAYS = 7
-"""So long after a fraud an account counts as compromised."""
+"""Days after a fraud during which the account counts as compromised."""
 
 EVERY = 8
-"""A verdict is asked for after every so many transactions of an account."""
+"""Number of transactions of an account between two applications of the head."""
 
 FIT_MAX = 200_000
-"""Verdicts that the head is fitted to; of more a random sample."""
+"""Most states to which the head is fitted. Above it, a random sample."""
 
 PENALTY = 1e-4
 
@@ -36,23 +36,23 @@ Rows = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class SampledStates:
-    """Hidden states after some of a log's transactions.
+    """Hidden states after some of the transactions of a log.
 
     Attributes:
-        row: [m] of the log.
-        hidden: [m, H] of the last layer, after that transaction.
+        row: [m] rows of these transactions.
+        hidden: [m, H] state of the last layer after each of them.
     """
 
     row: Rows
     hidden: Tensor
 
     def take(self, chosen: Rows) -> SampledStates:
-        """Some of them."""
+        """Return the states at these places."""
         return SampledStates(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
 
 
 def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
-    """[N] in the order of the log: the account had a fraud in the last days, or has one now.
+    """Return for each transaction [N] whether its account is compromised, by row of the log.
 
     Memory: 24 bytes for each transaction.
     """
@@ -60,12 +60,12 @@ def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
     times = dataset.timestamp_ms[row]
     never = np.int64(-(2**62))
     fraud_ms = np.where(dataset.is_fraud[row], times, never)
-    # Between accounts time starts anew: an offset for each keeps maxima apart.
+    # The running maximum must not cross accounts: an offset for each keeps them apart.
     account = np.repeat(np.arange(len(sequences.length)), sequences.length)
     span = np.int64(times.max() - times.min() + 1) if len(times) else np.int64(1)
     first = times.min() if len(times) else np.int64(0)
     keyed = np.where(fraud_ms == never, np.int64(-1), fraud_ms - first) + account * span
-    latest = np.maximum.accumulate(keyed) - account * span  # under 0: none of this account
+    latest = np.maximum.accumulate(keyed) - account * span  # under 0: the account had no fraud yet
     compromised = (latest >= 0) & (times - first - latest <= COMPROMISED_DAYS * DAY_MS)
     found = np.empty(len(row), np.bool_)
     found[row] = compromised
@@ -85,7 +85,9 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> Sampled
             for position, there in sequences.chunks(group, EVERY):
                 before = None if hidden is None else hidden[: len(position)]
                 _, hidden = network.unroll(inputs.at(position), before)
-                whole = np.flatnonzero(there[:, -1])  # the hidden of others ran on
+                whole = np.flatnonzero(
+                    there[:, -1]
+                )  # shorter accounts were padded, their states are wrong
                 rows = sequences.row[position[whole, -1]]
                 found.append((rows, hidden[torch.from_numpy(whole)][:, -1].cpu()))
         return found
@@ -100,11 +102,12 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> Sampled
 def fit_account_head(
     network: Network, states: SampledStates, compromised: NDArray[np.bool_]
 ) -> None:
-    """Fits ``network.verdict`` by logistic regression, in place.
+    """Fit the account head by logistic regression, in place.
 
     Args:
-        states: m of them.
-        compromised: [m] the truth of each; of one class only, the head says that class.
+        network: its attribute ``verdict`` is the head; checkpoints store it by that name.
+        states: m hidden states.
+        compromised: [m] the truth of each. If all are equal, the head predicts that class.
     """
     if len(compromised) > FIT_MAX:
         rng = np.random.default_rng(len(compromised))
@@ -126,7 +129,7 @@ def fit_account_head(
 
 
 def account_scores(network: Network, states: SampledStates) -> NDArray[np.float32]:
-    """Probability [m] that the account is compromised."""
+    """Return the probability [m] that the account is compromised."""
     device = network.verdict.weight.device
     with torch.inference_mode():
         logits = network.account_logit(states.hidden[:, None].to(device))
