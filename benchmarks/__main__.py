@@ -28,7 +28,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from model.checkpoint import Checkpoint, Header, Thresholds
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.account import ACCOUNT_FEATURES
 from model.features.spec import FeatureSpec
 from model.network import Network
@@ -316,7 +316,7 @@ def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
         Header(
             architecture=architecture,
             features=FeatureSpec(inputs),
-            thresholds=Thresholds(review=1.0, decline=1.0),
+            thresholds=CheckpointThresholds(review=1.0, decline=1.0),
         ),
     )
 

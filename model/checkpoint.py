@@ -65,7 +65,7 @@ class CheckpointError(Exception):
         )
 
 
-class Thresholds(msgspec.Struct, frozen=True):
+class CheckpointThresholds(msgspec.Struct, frozen=True):
     """Lowest scores of the decisions ``review`` and ``decline``."""
 
     review: Probability = 0.5
@@ -125,7 +125,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     architecture: Architecture
     features: FeatureSpec
     currency: Annotated[str, msgspec.Meta(min_length=3, max_length=3)] = CURRENCY
-    thresholds: Thresholds = Thresholds()
+    thresholds: CheckpointThresholds = CheckpointThresholds()
     metrics: dict[str, float] = {}
     training: dict[str, Any] = {}
     operating_points: list[list[float]] = []
@@ -141,7 +141,7 @@ class Checkpoint:
         network: its parameters do not change any more.
         header: see :class:`Header`.
         digest: 12 hex digits over everything that decides scores and states: weights,
-            architecture and feature specification. Thresholds and metrics are not included.
+            architecture and feature specification. Thresholds and metrics are not.
 
     Raises:
         CheckpointError: the header does not fit the network, or a weight is not finite.

@@ -51,7 +51,7 @@ class MerchantWeightNetwork(nn.Module):
         return torch.log(-torch.expm1(neither))
 
     def merchant_weight(self, payment: Tensor) -> NDArray[np.uint8]:
-        """Return r / p in parts of :data:`~model.features.merchant.WEIGHT_MAX`: [n, P] -> uint8[n]."""
+        """Return r / p in parts of :data:`WEIGHT_MAX`: [n, P] -> uint8[n]."""
         with torch.inference_mode():
             share = torch.exp(F.logsigmoid(self.rest) - self.log_risk(payment))
         whole = share.clamp(0.0, 1.0).mul(WEIGHT_MAX).round().numpy().astype(np.uint8)

@@ -46,31 +46,31 @@ from model.training.sequences import Sequences, unrolled_logits
 from model.training.settings import TrainingSettings
 
 TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
-"""What a transaction shows by itself, besides its further fields."""
+"""Features of a transaction by itself, besides its extra fields."""
 
 BATCH_TRANSACTIONS = 512
-"""Transactions that are timed together."""
+"""Size of the batch that is timed."""
 
 TIMED_BATCHES = 40
 TIMED_ROUNDS = 5
-"""Of so many rounds of batches the quickest counts: the others were disturbed."""
+"""Rounds of batches; the fastest counts because the machine disturbs the others."""
 
 CPU = torch.device("cpu")
 
 Rows = NDArray[np.intp]
 Show = Callable[[float, str], None]
-"""Called with the share that is done, and a figure worth reading or nothing."""
+"""Function that is called with the share done and a figure to show, or nothing."""
 
 
 @dataclass(frozen=True)
 class NetworkKind:
-    """One of the networks that are compared; each scores every transaction.
+    """Kind of network in a comparison.
 
     Attributes:
-        title: in tables and plots.
+        title: title in tables and plots.
         cell, layers: see :class:`model.network.Architecture`.
-        alone: sees the transaction alone, neither account nor merchant.
-        cost: time of its training to that of a GRU, about.
+        alone: whether it sees the transaction alone, without account and merchant.
+        cost: approximate time of its training, relative to a GRU.
     """
 
     title: str
@@ -245,9 +245,9 @@ def train_reference(
     show: Show = lambda share, note: None,
     trees: int = TREES,
 ) -> CandidateResult:
-    """LightGBM on exact windows, and the further fields that networks look at.
+    """Train LightGBM on exact windows and the extra fields that networks use.
 
-    It learns from the days that networks validate on, too.
+    It also learns from the days on which networks are validated.
 
     Raises:
         model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is not installed.
@@ -277,9 +277,9 @@ def train_reference(
 
 
 def _timed(network: Network, inputs: EncodedInputs) -> float:
-    """Microseconds for each transaction of a batch of distinct accounts on one core.
+    """Measure the microseconds for a transaction in a batch of distinct accounts, on one core.
 
-    Of the network alone: features, Kafka and Redis are not in it.
+    Only the network is timed, without features, Kafka and Redis.
     """
     position = np.arange(BATCH_TRANSACTIONS) % len(inputs)
     batch = inputs.at(position).cpu()  # [n, I]
@@ -295,7 +295,7 @@ def _timed(network: Network, inputs: EncodedInputs) -> float:
 
 
 def _parameters(network: Network) -> int:
-    """Those that a score depends on: the verdict's are not among them."""
+    """Count the parameters on which a score depends."""
     return sum(
         weight.numel()
         for name, weight in network.named_parameters()

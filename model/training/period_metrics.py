@@ -1,4 +1,4 @@
-"""Thresholds from the validation days, and metrics of the held-out days."""
+"""CheckpointThresholds from the validation days, and metrics of the held-out days."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import metrics as evaluation
-from model.checkpoint import Thresholds
+from model.checkpoint import CheckpointThresholds
 from model.data.dataset import Dataset
 from model.features.account import Float32
 from model.training.loop import LabelledLog
@@ -25,7 +25,7 @@ def labelled_rows(log: LabelledLog, begin: int, end: int) -> NDArray[np.intp]:
 
 def choose_thresholds(
     log: LabelledLog, scores: Float32, split: Split, settings: TrainingSettings
-) -> Thresholds:
+) -> CheckpointThresholds:
     """Choose the thresholds on the validation days.
 
     The review threshold is the lowest score at which at most ``review_false_positive_rate`` of
@@ -42,7 +42,7 @@ def choose_thresholds(
         scored, is_fraud, settings.decline_precision, ALERTS_MIN
     )
     review = min(review, 1.0)
-    return Thresholds(review=review, decline=max(review, min(decline, 1.0)))
+    return CheckpointThresholds(review=review, decline=max(review, min(decline, 1.0)))
 
 
 def validation_operating_points(
@@ -73,7 +73,7 @@ def validation_counts(dataset: Dataset, split: Split) -> dict[str, float]:
 
 
 def measure_held_out(
-    log: Dataset, scores: Float32, split: Split, thresholds: Thresholds
+    log: Dataset, scores: Float32, split: Split, thresholds: CheckpointThresholds
 ) -> dict[str, float]:
     """Measure the scores on the labelled transactions of the held-out days.
 

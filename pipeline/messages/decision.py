@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.checkpoint import Thresholds as ShippedThresholds
+from model.checkpoint import CheckpointThresholds
 from pipeline.settings import Settings
 
 DECISIONS = ("approve", "review", "decline")
@@ -33,7 +33,7 @@ class Thresholds:
         )
 
 
-def thresholds_of(settings: Settings, shipped: ShippedThresholds) -> Thresholds:
+def thresholds_of(settings: Settings, shipped: CheckpointThresholds) -> Thresholds:
     """The checkpoint's thresholds, each replaced by a setting where there is one."""
     review = shipped.review if settings.review_threshold is None else settings.review_threshold
     if settings.decline_threshold is None:

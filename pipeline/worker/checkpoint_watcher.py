@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from model.checkpoint import Checkpoint, CheckpointError, Thresholds
+from model.checkpoint import Checkpoint, CheckpointError, CheckpointThresholds
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ class CheckpointWatcher:
         thresholds: its header's when it was loaded.
     """
 
-    def __init__(self, path: Path, digest: str, thresholds: Thresholds) -> None:
+    def __init__(self, path: Path, digest: str, thresholds: CheckpointThresholds) -> None:
         self._path = path
         self._digest = digest
         self._thresholds = thresholds
         self._seen: object = "nothing"
 
-    def look(self) -> Thresholds | None:
+    def look(self) -> CheckpointThresholds | None:
         """The file's thresholds if they are new; None if there is nothing to do.
 
         A file with another model, or one that cannot be read, is logged once and changes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint, Header, Thresholds
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.spec import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
@@ -50,7 +50,7 @@ def checkpoint_with_fields(seed: int = 3, **changes: Any) -> Checkpoint:
     header: dict[str, Any] = {
         "architecture": architecture,
         "features": features,
-        "thresholds": Thresholds(0.0, 1.0),
+        "thresholds": CheckpointThresholds(0.0, 1.0),
     } | changes
     return Checkpoint(network, Header(**header))
 
@@ -165,7 +165,9 @@ def test_new_thresholds_in_the_checkpoint_s_file_decide_without_a_restart(
             assert await gauge(worker, "review") == 0.0
             await system.send_records([record(0, "A", **MORE[0])])
             await system.until_applied()
-            load_checkpoint(system.settings).with_header(thresholds=Thresholds(1.0, 1.0)).save(path)
+            load_checkpoint(system.settings).with_header(
+                thresholds=CheckpointThresholds(1.0, 1.0)
+            ).save(path)
 
             async def changed() -> bool:
                 return await gauge(worker, "review") == 1.0
@@ -176,7 +178,9 @@ def test_new_thresholds_in_the_checkpoint_s_file_decide_without_a_restart(
 
             path.write_bytes(b"not a checkpoint")
             await asyncio.sleep(1)
-            checkpoint_with_fields(seed=4).with_header(thresholds=Thresholds(0.0, 0.1)).save(path)
+            checkpoint_with_fields(seed=4).with_header(
+                thresholds=CheckpointThresholds(0.0, 0.1)
+            ).save(path)
             await asyncio.sleep(1)
             assert await gauge(worker, "review") == 1.0, "of another model's thresholds none counts"
             text = worker.log_path.read_text()

@@ -25,8 +25,8 @@ from model.checkpoint import (
     MESSAGE_MAX,
     Checkpoint,
     CheckpointError,
+    CheckpointThresholds,
     Header,
-    Thresholds,
 )
 from model.features.spec import FEATURES, FeatureSpec, Input
 from model.network import Architecture, Network
@@ -93,7 +93,7 @@ def test_the_digest_follows_weights_features_and_architecture_but_not_thresholds
     first = checkpoint()
     assert len(first.digest) == 12
     assert int(first.digest, 16) >= 0
-    same = first.with_header(thresholds=Thresholds(0.2, 0.3), metrics={})
+    same = first.with_header(thresholds=CheckpointThresholds(0.2, 0.3), metrics={})
     assert same.digest == first.digest
     others = [checkpoint(seed=1), checkpoint(layers=2), checkpoint(mean=0.5)]
     assert len({first.digest, *(other.digest for other in others)}) == 4

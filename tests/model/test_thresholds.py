@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from model.checkpoint import Checkpoint, Header, Thresholds
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.spec import INPUTS, FeatureSpec
 from model.metrics import operating_points
 from model.network import Architecture, Network
-from model.thresholds import OperatingPoints, Wishes
+from model.thresholds import OperatingPoints, ThresholdGoals
 from pipeline.cli.main import main, recur
 from pipeline.errors import RecurError
 
@@ -48,7 +48,7 @@ def checkpoint(**changes: object) -> Checkpoint:
     )
     fraud = float(DATA.amount[DATA.is_fraud].sum())
     header = {
-        "thresholds": Thresholds(review=0.4, decline=0.8),
+        "thresholds": CheckpointThresholds(review=0.4, decline=0.8),
         "operating_points": operating_points(DATA.score, DATA.is_fraud, DATA.amount, DAYS),
         "validation": {
             "days": DAYS,
@@ -77,7 +77,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def written(file: Path) -> Thresholds:
+def written(file: Path) -> CheckpointThresholds:
     return Checkpoint.load(file).header.thresholds
 
 
@@ -114,11 +114,11 @@ def test_a_threshold_of_which_nothing_is_said_stays_unless_review_passes_decline
     file: Path,
 ) -> None:
     run(file, "--review", "threshold=0.6")
-    assert written(file) == Thresholds(0.6, 0.8)
+    assert written(file) == CheckpointThresholds(0.6, 0.8)
     run(file, "--decline", "threshold=0.7")
-    assert written(file) == Thresholds(0.6, 0.7)
+    assert written(file) == CheckpointThresholds(0.6, 0.7)
     run(file, "--review", "threshold=0.9")
-    assert written(file) == Thresholds(0.9, 0.9)
+    assert written(file) == CheckpointThresholds(0.9, 0.9)
 
 
 def cost(review: float, decline: float, per_review: float, per_decline: float) -> float:
@@ -250,4 +250,4 @@ def test_help_explains_with_examples() -> None:
 def test_nothing_is_chosen_where_nothing_is_wished() -> None:
     points = OperatingPoints(checkpoint().header)
 
-    assert Wishes().choose(points, Thresholds(0.4, 0.8)) is None
+    assert ThresholdGoals().choose(points, CheckpointThresholds(0.4, 0.8)) is None

@@ -13,7 +13,7 @@ import torch
 
 import pipeline
 import pipeline.cli.probe
-from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
+from model.checkpoint import Amounts, Checkpoint, CheckpointThresholds, Header
 from model.evaluation.lightgbm_reference import MissingRequirementError
 from model.features.amount_scale import AmountScale
 from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
@@ -122,7 +122,7 @@ def toy(
         Header(
             architecture=architecture,
             features=spec,
-            thresholds=Thresholds(REVIEW, 0.9),
+            thresholds=CheckpointThresholds(REVIEW, 0.9),
             amounts=Amounts((0.0, median), 0.5),
         ),
     )
