@@ -154,8 +154,9 @@ def _protocol(results: Results) -> str:
     )
     if results.protocol == "handbook":
         rule = (
-            f"The protocol of the Fraud Detection Handbook (chapters 5 to 7): "
-            f"{HANDBOOK_FOLDS} folds a week apart, with seven days each of training, delay and test. A card leaves the "
+            "The protocol of the Fraud Detection Handbook (chapters 5 to 7): "
+            f"{HANDBOOK_FOLDS} folds a week apart, with seven days each of training, delay and "
+            "test. A card leaves the "
             f"test on the day its fraud becomes known. {rule}"
         )
     tested = results.tested
