@@ -1,4 +1,4 @@
-"""Networks compared on simulated transactions, small and quick, through the command line."""
+"""The comparison of networks on a few simulated transactions, also by the command line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SIMULATED = {"customers": 200, "terminals": 500, "days": 60}
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other in small operations crawl on a busy machine."""
+    """Use one thread, because threads that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +65,7 @@ def log() -> Dataset:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Everything once: the folder that it wrote, and results.json."""
+    """Evaluate all networks once; return the output folder and results.json."""
     output = tmp_path_factory.mktemp("evaluated") / "new folder"
     run_evaluate(EvaluateOptions(output=output, training=SMALL | SIMULATED, trees=40))
     return output, json.loads((output / "results.json").read_text())
@@ -99,7 +99,9 @@ def test_what_a_network_sees_and_remembers_shows_in_what_it_finds(
     assert [parameters[n] for n in order] == sorted(parameters[n] for n in order)
 
 
-def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_the_results_describe_the_data_and_the_folds(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
     _, results = evaluated
     assert results["folds"] == {
         "split": "trained to 2018-04-30, tested 2018-05-08 to 2018-05-30",
@@ -110,7 +112,7 @@ def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any
     assert len(results["robustness"]["weeks"]) == 4
 
 
-def test_the_card_and_the_plots_are_there_and_say_what_they_must(
+def test_card_and_plots_are_written_with_all_sections(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
     output, results = evaluated
@@ -149,7 +151,7 @@ def test_the_gru_of_a_comparison_is_a_checkpoint_of_its_scores(
     assert run.seconds == 0
 
 
-def test_a_checkpoint_that_may_have_seen_the_test_is_told_of(
+def test_a_checkpoint_that_may_have_seen_the_test_gets_a_caution(
     evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     output, results = evaluated
@@ -211,13 +213,13 @@ def test_the_same_command_trains_nothing_again_and_another_network_only_that(
     assert trained == {"vanilla RNN, split, seed 1"}
     assert again[0] == first[0]
     for file in (tmp_path / "runs").glob("*.npz"):
-        file.write_bytes(file.read_bytes()[:100])  # cut off
+        file.write_bytes(file.read_bytes()[:100])  # truncated
     third, trained = compare("transaction")
     assert trained == {"feed-forward, transaction alone, split, seed 1"}
     assert third[0].metrics == first[0].metrics
 
 
-def test_what_another_version_of_training_has_kept_is_trained_anew(
+def test_a_cached_training_of_another_recipe_is_trained_again(
     log: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ComparisonSettings(
@@ -236,11 +238,11 @@ def test_what_another_version_of_training_has_kept_is_trained_anew(
     assert len(list((tmp_path / "runs").glob("*.npz"))) == 2
 
 
-def test_lightgbm_sees_the_further_fields_that_networks_see(log: Dataset, tmp_path: Path) -> None:
-    """A category whose first and third texts of four are fraud's: its code's order says little."""
+def test_lightgbm_gets_the_extra_fields_that_networks_get(log: Dataset, tmp_path: Path) -> None:
+    """The first and third of four texts mark fraud, so the order of the codes is no help."""
     rng = np.random.default_rng(1)
-    told = log.is_fraud & (rng.random(len(log)) < 0.8)
-    code = np.where(told, 2 * rng.integers(0, 2, len(log)), 2 * rng.integers(0, 2, len(log)) + 1)
+    marked = log.is_fraud & (rng.random(len(log)) < 0.8)
+    code = np.where(marked, 2 * rng.integers(0, 2, len(log)), 2 * rng.integers(0, 2, len(log)) + 1)
     fields = dataclasses.replace(
         log,
         categorical={"kind": code.astype(np.int32)},
@@ -275,7 +277,7 @@ def test_progress_rises_to_1(log: Dataset, tmp_path: Path) -> None:
 def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(
     log: Dataset, tmp_path: Path
 ) -> None:
-    """What LightGBM and a network learn ends with the fold's training days."""
+    """LightGBM and networks learn only from the training days of the fold."""
     fold = split_fold(log)
     later = np.flatnonzero(log.timestamp_ms >= (fold.test_until - 7) * 86_400_000)
     label = log.label.copy()
@@ -334,7 +336,7 @@ def test_a_curve_of_precision_and_recall_is_that_of_its_thresholds() -> None:
 
 @pytest.fixture
 def file(log: Dataset, tmp_path: Path) -> Path:
-    """The log as a file in the handbook's columns."""
+    """Write the log to a file with the Handbook's columns."""
     table = pa.table(
         {
             "TRANSACTION_ID": np.arange(len(log)),
@@ -383,7 +385,7 @@ def test_the_command_compares_on_a_file_by_the_handbooks_folds(
         (["--seeds", "0"], "seeds is 0"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(
+def test_an_impossible_option_is_reported_in_a_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--customers", "60", "--terminals", "60", "--days", "40"]
@@ -394,7 +396,7 @@ def test_what_cannot_be_is_told_in_a_line(
     assert message in error
 
 
-def test_what_is_not_installed_is_told_before_anything_is_trained(
+def test_a_missing_requirement_is_reported_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> None:
@@ -410,13 +412,13 @@ def test_what_is_not_installed_is_told_before_anything_is_trained(
         plots.require_matplotlib()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecurError, match="cannot make the folder"):
         run_evaluate(EvaluateOptions(output=tmp_path / "file" / "out", training=SIMULATED))
 
 
-def test_kinds_are_named_once() -> None:
+def test_kinds_have_unique_titles() -> None:
     assert len({kind.title for kind in KINDS.values()}) == len(KINDS)
     with pytest.raises(ComparisonError, match="there is no network"):
         ComparisonSettings(networks=("perceptron",))

@@ -1,4 +1,4 @@
-"""The verdict on an account: its truth, its fit, and the calibration of scores."""
+"""The account head: its truth and its fit; and the calibration of scores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_account_is_compromised_for_seven_days_from_its_own_fraud_on() -> Non
     assert found.tolist() == [False, False, True, True, False, True, False, False]
 
 
-def test_truth_of_random_accounts_is_the_definition() -> None:
+def test_the_truth_of_random_accounts_matches_the_definition() -> None:
     rng = np.random.default_rng(0)
     n = 400
     data = dataset(

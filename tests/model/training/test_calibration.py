@@ -1,4 +1,4 @@
-"""Calibration: logits that mean what they say, and never turned round."""
+"""Calibration: scores become probabilities and their order is never reversed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.training.calibration import SCALE_RANGE, fold_into_output_layer, plat
 def test_the_scale_is_over_0_whatever_the_labels_are(
     seed: int, slope: float, spread: float
 ) -> None:
-    """Also where frauds have the lower scores: what rises must go on rising."""
+    """This also holds if frauds have the lower scores, because rising parts must stay rising."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(2, 400))
     logits = rng.normal(-2.0, spread, n).astype(np.float32)

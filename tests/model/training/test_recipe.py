@@ -35,7 +35,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_evaluation_measures_the_very_network_that_training_ships(
+def test_evaluation_measures_exactly_the_network_that_training_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merchant_weight_fit, "UPDATES", 200)  # enough to differ by seed
@@ -58,5 +58,5 @@ def test_evaluation_measures_the_very_network_that_training_ships(
     for name, weight in shipped.network.state_dict().items():
         assert torch.equal(weight, weights[name]), name
     assert evaluated.digest == shipped.digest
-    assert evaluated.header.training != shipped.header.training  # each says how it was made
+    assert evaluated.header.training != shipped.header.training  # each records how it was made
     assert evaluated.with_header(training={}).header == shipped.with_header(training={}).header
