@@ -5,17 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator.payments import (
-    Floats,
-    Ints,
-    Payments,
-    check_amounts,
-    chosen,
-    log_uniform,
-    numbered,
-    whole,
-    within,
-)
+from model.simulator import draws
+from model.simulator.payments import Floats, Ints, Payments
 from model.simulator.world import FLEET, HOUSEHOLD, World
 from model.units import DAY_MS, HOUR_MS, MINUTE_MS
 
@@ -65,21 +56,21 @@ class Accounts:
         self._low, self._high = np.zeros(n), np.full(n, np.inf)
         for number, kind in enumerate(world.kinds):
             of = np.flatnonzero(self.kind == number)
-            self.median[of] = log_uniform(rng, *kind.median, len(of))
-            self.rate_per_day[of] = log_uniform(rng, *kind.rate, len(of))
+            self.median[of] = draws.log_uniform(rng, *kind.median, len(of))
+            self.rate_per_day[of] = draws.log_uniform(rng, *kind.rate, len(of))
             self.spread[of] = rng.uniform(*kind.spread, len(of))
-            self.spread[of[chosen(rng, kind.fixed_price, len(of))]] = 0.0
+            self.spread[of[draws.events(rng, kind.fixed_price, len(of))]] = 0.0
             if kind.bounds is not None:
                 self._low[of], self._high[of] = kind.bounds
         self._noon_ms = rng.normal(13.5, 2.5, n) * HOUR_MS
         self._hours_ms = rng.uniform(1.5, 5.0, n) * HOUR_MS
-        self._fleet_pause_ms = log_uniform(rng, *FLEET_PAUSE_SECONDS, n) * 1000
+        self._fleet_pause_ms = draws.log_uniform(rng, *FLEET_PAUSE_SECONDS, n) * 1000
         self._begin = np.zeros(n, np.int64)
-        late = chosen(rng, world.late_accounts, n)
+        late = draws.events(rng, world.late_accounts, n)
         self._begin[late] = 1 + rng.exponential(world.late_days, len(late)).astype(np.int64)
         self._first_check = rng.random(n) < world.first_checks
         self._of_thief_days = np.zeros(n, np.int64)
-        thief = late[chosen(rng, world.fraud_accounts, len(late))]
+        thief = late[draws.events(rng, world.fraud_accounts, len(late))]
         self._of_thief_days[thief] = rng.integers(*FRAUD_ACCOUNT_DAYS, len(thief), endpoint=True)
         self._silent_until = np.zeros(n, np.int64)
         self._journey_until = np.zeros(n, np.int64)
@@ -126,14 +117,14 @@ class Accounts:
     def live(self, day: int, rng: np.random.Generator) -> None:
         """Begin today's silences, journeys and changes of level."""
         n, world = len(self), self._world
-        silent = chosen(rng, world.silences, n)
-        self._silent_until[silent] = day + whole(rng, world.silence_days, len(silent))
-        away = chosen(rng, world.journeys, n)
-        self._journey_until[away] = day + whole(rng, world.journey_days, len(away))
+        silent = draws.events(rng, world.silences, n)
+        self._silent_until[silent] = day + draws.whole_numbers(rng, world.silence_days, len(silent))
+        away = draws.events(rng, world.journeys, n)
+        self._journey_until[away] = day + draws.whole_numbers(rng, world.journey_days, len(away))
         self._journey_ms[away] = rng.uniform(-10 * HOUR_MS, 10 * HOUR_MS, len(away))
-        moved = chosen(rng, world.level_changes, n)
+        moved = draws.events(rng, world.level_changes, n)
         moved = moved[(self.kind[moved] != HANDBOOK_KIND) & (self._high[moved] == np.inf)]
-        level = self._level[moved] * log_uniform(rng, *world.level_factor, len(moved))
+        level = self._level[moved] * draws.log_uniform(rng, *world.level_factor, len(moved))
         self._level[moved] = np.clip(level, *LEVEL_RANGE)
 
     def honest(self, day: int, handbook: Payments, rng: np.random.Generator) -> Payments:
@@ -149,14 +140,16 @@ class Accounts:
         usual = np.repeat(wide, rng.poisson(self.rate_per_day[wide]))
         seldom = np.minimum(self.rate_per_day, 1.0)
         possible = wide[self.usual[wide] * self._world.large_factor[1] < HONEST_MAX]
-        large = possible[chosen(rng, self._world.large_purchases * seldom[possible])]
-        factor = log_uniform(rng, *self._world.large_factor, len(large))
+        large = possible[draws.events(rng, self._world.large_purchases * seldom[possible])]
+        factor = draws.log_uniform(rng, *self._world.large_factor, len(large))
         here = np.flatnonzero(awake)
-        check = here[chosen(rng, self._world.checks, len(here))]
-        check_times = whole(rng, CHECK_TIMES, len(check))
-        check_of, _ = numbered(check_times)
-        check_ms = within(rng, check_times, rng.integers(MINUTE_MS, HOUR_MS, len(check)))
-        check_amount = check_amounts(rng, len(check))[check_of]
+        check = here[draws.events(rng, self._world.checks, len(here))]
+        check_times = draws.whole_numbers(rng, CHECK_TIMES, len(check))
+        check_of, _ = draws.group_members(check_times)
+        check_ms = draws.times_within(
+            rng, check_times, rng.integers(MINUTE_MS, HOUR_MS, len(check))
+        )
+        check_amount = draws.check_amounts(rng, len(check))[check_of]
         parts = [
             handbook.at(awake[handbook.account]),
             Payments.of(usual, self._hours(usual, rng), self._amounts(usual, rng)),
@@ -172,7 +165,7 @@ class Accounts:
         first_ms = self._hours(first, rng)
         since = np.zeros(len(self), np.int64)
         since[first] = first_ms + 1  # no payment comes before an account's first check
-        checks = Payments.of(first, first_ms, check_amounts(rng, len(first)))
+        checks = Payments.of(first, first_ms, draws.check_amounts(rng, len(first)))
         return Payments.joined([checks, paid.at(paid.time_ms >= since[paid.account])])
 
     def count(self, day: int, paid: Payments) -> None:
@@ -205,20 +198,22 @@ class Accounts:
     def _fleets(self, awake: NDArray[np.bool_], rng: np.random.Generator) -> Payments:
         """Draw bursts of fleet accounts: payments every few seconds for minutes or hours."""
         fleet = np.flatnonzero(awake & np.isin(self.kind, self._numbers(FLEET)))
-        fleet = fleet[chosen(rng, FLEET_BURSTS_PER_DAY, len(fleet))]
-        duration = log_uniform(rng, *FLEET_BURST_MINUTES, len(fleet)) * MINUTE_MS
+        fleet = fleet[draws.events(rng, FLEET_BURSTS_PER_DAY, len(fleet))]
+        duration = draws.log_uniform(rng, *FLEET_BURST_MINUTES, len(fleet)) * MINUTE_MS
         count = (duration / self._fleet_pause_ms[fleet]).astype(np.int64)
         account = np.repeat(fleet, count)
-        time_ms = within(rng, count, duration.astype(np.int64))
+        time_ms = draws.times_within(rng, count, duration.astype(np.int64))
         return Payments.of(account, time_ms, self._amounts(account, rng))
 
     def _sprees(self, wide: Ints, seldom: Floats, rng: np.random.Generator) -> Payments:
         """Draw afternoons of shopping: several payments within two hours."""
-        spree = wide[chosen(rng, self._world.sprees * seldom[wide])]
-        count = whole(rng, self._world.spree_payments, len(spree))
-        account = spree[numbered(count)[0]]
+        spree = wide[draws.events(rng, self._world.sprees * seldom[wide])]
+        count = draws.whole_numbers(rng, self._world.spree_payments, len(spree))
+        account = spree[draws.group_members(count)[0]]
         duration = rng.integers(20 * MINUTE_MS, 2 * HOUR_MS, len(spree))
-        return Payments.of(account, within(rng, count, duration), self._amounts(account, rng))
+        return Payments.of(
+            account, draws.times_within(rng, count, duration), self._amounts(account, rng)
+        )
 
     def _moved(self, day: int, paid: Payments) -> Payments:
         """Shift the times of accounts on a journey, who live in another time zone."""

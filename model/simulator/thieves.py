@@ -9,18 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from model.simulator import draws
 from model.simulator.accounts import Accounts
-from model.simulator.payments import (
-    Floats,
-    Ints,
-    Payments,
-    check_amounts,
-    chosen,
-    log_uniform,
-    numbered,
-    whole,
-    within,
-)
+from model.simulator.payments import Floats, Ints, Payments
 from model.simulator.world import (
     BURST,
     CARD_TEST,
@@ -78,18 +69,18 @@ class PatientThieves:
     def pay(self, day: int, begun: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
         """Return the payments of a day, including those of thefts that begin today."""
         n = len(begun)
-        self._until[begun] = day + whole(rng, PATIENT_DAYS, n)
-        self._factor[begun] = log_uniform(rng, *PATIENT_FACTOR, n)
-        self._payments[begun] = log_uniform(rng, *PATIENT_PAYMENTS, n)
+        self._until[begun] = day + draws.whole_numbers(rng, PATIENT_DAYS, n)
+        self._factor[begun] = draws.log_uniform(rng, *PATIENT_FACTOR, n)
+        self._payments[begun] = draws.log_uniform(rng, *PATIENT_PAYMENTS, n)
         victim = np.flatnonzero(self._until > day)
         count = np.maximum(1, rng.poisson(self._payments[victim]))
-        group, number = numbered(count)
+        group, number = draws.group_members(count)
         rise = rng.uniform(*PATIENT_RISE, len(victim))[group] ** number
         amount = usual[victim][group] * self._factor[victim][group] * rise
         amount = amount * np.exp(PATIENT_SPREAD * rng.standard_normal(len(group)))
         amount = _under(np.full(len(group), AMOUNT_MAX), amount, rng)
         hours = rng.uniform(*PATIENT_HOURS, len(victim))
-        time_ms = within(rng, count, (hours * HOUR_MS).astype(np.int64))
+        time_ms = draws.times_within(rng, count, (hours * HOUR_MS).astype(np.int64))
         return Payments.of(victim[group], time_ms, amount, PATIENT)
 
 
@@ -126,45 +117,47 @@ def thefts(
 def _tests_and_drains(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
     """Draw thefts of one to five tests of the card, then rising payments."""
     n = len(victim)
-    tests, drains = whole(rng, TESTS, n), whole(rng, DRAINS, n)
-    group, number = numbered(tests + drains)
+    tests, drains = draws.whole_numbers(rng, TESTS, n), draws.whole_numbers(rng, DRAINS, n)
+    group, number = draws.group_members(tests + drains)
     test = np.where(
-        rng.random(n) < TESTS_OF_NOTHING, check_amounts(rng, n), rng.uniform(*SMALL_TEST, n)
+        rng.random(n) < TESTS_OF_NOTHING, draws.check_amounts(rng, n), rng.uniform(*SMALL_TEST, n)
     )
-    first = usual[victim] * log_uniform(rng, *DRAIN_FACTOR, n)
+    first = usual[victim] * draws.log_uniform(rng, *DRAIN_FACTOR, n)
     rise = rng.uniform(*DRAIN_RISE, n)
-    most = log_uniform(rng, *DRAIN_MAX, n)
+    most = draws.log_uniform(rng, *DRAIN_MAX, n)
     step = np.maximum(number - tests[group], 0)
     amount = _under(most[group], first[group] * rise[group] ** step, rng)
     amount = np.where(number < tests[group], test[group], amount)
     seconds = _several_hours(n, rng)
-    return Payments.of(victim[group], within(rng, tests + drains, seconds), amount, CARD_TEST)
+    return Payments.of(
+        victim[group], draws.times_within(rng, tests + drains, seconds), amount, CARD_TEST
+    )
 
 
 def _takeovers(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
-    count = whole(rng, TAKEOVER_PAYMENTS, len(victim))
-    group, _ = numbered(count)
-    factor = log_uniform(rng, *TAKEOVER_FACTOR, len(victim))[group]
+    count = draws.whole_numbers(rng, TAKEOVER_PAYMENTS, len(victim))
+    group, _ = draws.group_members(count)
+    factor = draws.log_uniform(rng, *TAKEOVER_FACTOR, len(victim))[group]
     amount = usual[victim][group] * factor * np.exp(0.4 * rng.standard_normal(len(group)))
     amount = _under(np.full(len(group), AMOUNT_MAX), amount, rng)
-    time_ms = within(rng, count, _several_hours(len(victim), rng))
+    time_ms = draws.times_within(rng, count, _several_hours(len(victim), rng))
     return Payments.of(victim[group], time_ms, amount, TAKEOVER)
 
 
 def _bursts(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
     """Draw bursts of payments of about the usual amount within an hour."""
-    count = whole(rng, BURST_PAYMENTS, len(victim))
-    group, _ = numbered(count)
+    count = draws.whole_numbers(rng, BURST_PAYMENTS, len(victim))
+    group, _ = draws.group_members(count)
     amount = usual[victim][group] * np.exp(BURST_SPREAD * rng.standard_normal(len(group)))
     duration = rng.integers(5 * MINUTE_MS, HOUR_MS, len(victim))
-    return Payments.of(victim[group], within(rng, count, duration), amount, BURST)
+    return Payments.of(victim[group], draws.times_within(rng, count, duration), amount, BURST)
 
 
 def _small(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
-    count = whole(rng, SMALL_PAYMENTS, len(victim))
-    group, _ = numbered(count)
+    count = draws.whole_numbers(rng, SMALL_PAYMENTS, len(victim))
+    group, _ = draws.group_members(count)
     amount = usual[victim][group] * rng.uniform(*SMALL_FACTOR, len(group))
-    time_ms = within(rng, count, _several_hours(len(victim), rng))
+    time_ms = draws.times_within(rng, count, _several_hours(len(victim), rng))
     return Payments.of(victim[group], time_ms, np.maximum(amount, 0.01), SMALL_AMOUNTS)
 
 
@@ -183,7 +176,7 @@ def _huge_victims(
         [
             rng.choice(possible, min(count[0], len(possible)), replace=False),
             rng.choice(young, min(count[1], len(young)), replace=False),
-            checked[chosen(rng, world.huge_after_check, len(checked))],
+            checked[draws.events(rng, world.huge_after_check, len(checked))],
         ]
     )
 
@@ -191,22 +184,22 @@ def _huge_victims(
 def _huge(victim: Ints, usual: Floats, rng: np.random.Generator) -> Payments:
     """Draw single payments of at least five times the usual amount, evenly on a log scale."""
     low, high = HUGE_FACTOR
-    factor = log_uniform(rng, low, np.minimum(high, AMOUNT_MAX / usual[victim]), len(victim))
-    time_ms = within(rng, np.ones(len(victim), np.int64), np.full(len(victim), HOUR_MS))
+    factor = draws.log_uniform(rng, low, np.minimum(high, AMOUNT_MAX / usual[victim]), len(victim))
+    time_ms = draws.times_within(rng, np.ones(len(victim), np.int64), np.full(len(victim), HOUR_MS))
     return Payments.of(victim, time_ms, usual[victim] * factor, HUGE_PAYMENT)
 
 
 def _new(account: Ints, accounts: Accounts, rng: np.random.Generator) -> Payments:
     """Draw the payments on accounts that a thief opened; half begin with a card check."""
     n = len(account)
-    count = whole(rng, NEW_ACCOUNT_PAYMENTS, n)
+    count = draws.whole_numbers(rng, NEW_ACCOUNT_PAYMENTS, n)
     checked = (accounts.payments[account] == 0) & (rng.random(n) < 0.5)
-    group, number = numbered(count + checked)
-    level = log_uniform(rng, *NEW_ACCOUNT_AMOUNT, n)[group]
+    group, number = draws.group_members(count + checked)
+    level = draws.log_uniform(rng, *NEW_ACCOUNT_AMOUNT, n)[group]
     amount = level * np.exp(0.5 * rng.standard_normal(len(group)))
     is_check = checked[group] & (number == 0)
-    amount = np.where(is_check, check_amounts(rng, len(group)), amount)
-    time_ms = within(rng, count + checked, _several_hours(n, rng))
+    amount = np.where(is_check, draws.check_amounts(rng, len(group)), amount)
+    time_ms = draws.times_within(rng, count + checked, _several_hours(n, rng))
     return Payments.of(account[group], time_ms, amount, NEW_ACCOUNT)
 
 
@@ -218,4 +211,4 @@ def _under(most: Floats, amount: Floats, rng: np.random.Generator) -> Floats:
 
 def _several_hours(size: int, rng: np.random.Generator) -> Ints:
     """Draw durations [size] from ten minutes to eight hours, in milliseconds."""
-    return log_uniform(rng, 10 * MINUTE_MS, 8 * HOUR_MS, size).astype(np.int64)
+    return draws.log_uniform(rng, 10 * MINUTE_MS, 8 * HOUR_MS, size).astype(np.int64)

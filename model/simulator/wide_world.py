@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from model.simulator import draws
 from model.simulator.accounts import HANDBOOK_KIND, Accounts
-from model.simulator.payments import TO_DRAW, Floats, Ints, Payments, chosen, log_uniform, whole
+from model.simulator.payments import TO_DRAW, Floats, Ints, Payments
 from model.simulator.reach import Reach
 from model.simulator.thieves import PatientThieves, thefts
 from model.simulator.world import (
@@ -68,7 +69,7 @@ class WideSimulation:
         rank = rng.permutation(shops) + 1.0
         self._visits = rank**-world.shop_exponent * np.exp(rng.normal(0, 0.3, shops))
         self._open_day = np.zeros(shops, np.int64)
-        late = chosen(rng, world.late_shops, shops)
+        late = draws.events(rng, world.late_shops, shops)
         self._open_day[late] = 1 + rng.exponential(world.late_days, len(late)).astype(np.int64)
         self._open_day[np.argmax(self._visits)] = 0
         self._skimmed_until = np.zeros(terminals, np.int64)
@@ -132,7 +133,7 @@ class WideSimulation:
             (self._skimmed_until, self._world.skimmed_terminals, TERMINAL_COMPROMISED_DAYS),
             (self._stolen_until, self._world.stolen_cards, CUSTOMER_COMPROMISED_DAYS),
         ):
-            until[chosen(rng, rate, len(until))] = day + days
+            until[draws.events(rng, rate, len(until))] = day + days
         if day:  # no shop's size is known on the first day
             self._begin_in_part(day, shares, rng)
         is_handbook = self.accounts.kind[paid.account] == HANDBOOK_KIND
@@ -158,8 +159,8 @@ class WideSimulation:
         by_size = self._shops(int(count[0]), shares, rng) - self._terminals
         begun = np.concatenate([by_size, rng.integers(size, size=count[1])])
         visits = self._visits[begun] / shares[-1] * self._shop_payments  # a day
-        share = log_uniform(rng, *IN_PART_SHARE, len(begun))
+        share = draws.log_uniform(rng, *IN_PART_SHARE, len(begun))
         share = np.minimum(share, IN_PART_FRAUDS / np.maximum(visits, 1e-9))
         share = np.maximum(share, IN_PART_SHARE[0])
         self._in_part_share[begun] = np.where(visits < SMALL_SHOP, 1.0, share)
-        self._in_part_until[begun] = day + whole(rng, IN_PART_DAYS, len(begun))
+        self._in_part_until[begun] = day + draws.whole_numbers(rng, IN_PART_DAYS, len(begun))
