@@ -5,8 +5,8 @@
         dataset = writer.finish("EUR")
 
 Each column is a file mapped into memory, so the operating system loads only the parts in use.
-:meth:`DatasetWriter.finish` takes up to 40 bytes of memory for each transaction (the order and the
-keys to sort), and so does a training (the order by account and the scores).
+:meth:`DatasetWriter.finish` takes up to 40 bytes of memory for each transaction, for the order and
+the keys to sort. A training takes as much, for the order by account and the scores.
 """
 
 from __future__ import annotations

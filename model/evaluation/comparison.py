@@ -361,6 +361,6 @@ def _check_fields(given: Checkpoint, log: Dataset) -> None:
     there = {*log.numeric, *log.categorical}
     if missing := [f.name for f in given.header.features.fields if f.name not in there]:
         raise ComparisonError(
-            f"the checkpoint looks at the fields {', '.join(missing)}, which the data do not "
+            f"the checkpoint uses the fields {', '.join(missing)}, which the data do not "
             "have: map columns to them"
         )

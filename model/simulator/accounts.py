@@ -216,7 +216,7 @@ class Accounts:
         )
 
     def _moved(self, day: int, paid: Payments) -> Payments:
-        """Shift the times of accounts on a journey, who live in another time zone."""
+        """Shift the times of accounts on a journey, which are in another time zone."""
         shift = np.where(self.on_journey(paid.account, day), self._journey_ms[paid.account], 0)
         return Payments(
             paid.account,

@@ -81,9 +81,9 @@ Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
 
-CONSTANT = "always the same"
-OF_ACCOUNT = "little but which of the few accounts it is"
-"""Reasons to leave a field out, as the end of "not used, since they say ..."."""
+CONSTANT = "their value never changes"
+OF_ACCOUNT = "they identify one of few accounts"
+"""Reasons to leave fields out, for messages."""
 
 
 def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict[str, str]]:

@@ -132,7 +132,7 @@ class _Training:
             notes.append(f"{written.unsorted:,} were not in order of time: sorted")
         if written.repeated:
             notes.append(f"{written.repeated:,} rows were repeats: dropped")
-        self._keep_in_sight(_READ, ", ".join(note for note in notes if note))
+        self._report_lasting(_READ, ", ".join(note for note in notes if note))
         return Dataset.open(folder)
 
     def _prepared(self, dataset: Dataset) -> TrainingData:
@@ -150,12 +150,12 @@ class _Training:
             dataset, sequences, split, self._settings, self._folder / _RAW, show
         )
         left_out = data.prepared.left_out
-        for content in sorted(set(left_out.values())):
-            names = ", ".join(name for name, found in left_out.items() if found == content)
-            self._keep_in_sight(_READ, f"not used, since they say {content}: {names}")
+        for reason in sorted(set(left_out.values())):
+            names = ", ".join(name for name, found in left_out.items() if found == reason)
+            self._report_lasting(_READ, f"fields not used because {reason}: {names}")
         return data
 
-    def _keep_in_sight(self, done: float, note: str) -> None:
+    def _report_lasting(self, done: float, note: str) -> None:
         if note:
             self._report(Report("reading transactions", done, note, lasting=True))
 

@@ -116,7 +116,7 @@ def test_a_file_with_fields_in_any_order_becomes_a_checkpoint_that_a_worker_can_
     assert [f.name for f in header.features.fields] == [
         "distance", "category",
     ]  # fmt: skip
-    assert "which of the few accounts it is: lat, long, merch_lat" in result.stderr
+    assert "they identify one of few accounts: lat, long, merch_lat" in result.stderr
     assert "customers" not in header.training
     assert header.metrics["average_precision"] > 0.5
 
