@@ -1,6 +1,6 @@
 """The further fields of a transaction that a checkpoint looks at: decoded, then as raw columns.
 
-Which they are stands in the checkpoint (:class:`model.features.account.Field`), so the type that a
+Which they are stands in the checkpoint (:class:`model.features.spec.Field`), so the type that a
 record's JSON is decoded into is made at the start.
 """
 
@@ -84,7 +84,7 @@ class FurtherFields:
         return cast("type[Transaction]", made)
 
     def columns(self, transactions: Sequence[Transaction]) -> NDArray[np.float32]:
-        """Raw columns float32[n, K], as :func:`model.features.account.field_column` makes them."""
+        """Raw columns float32[n, K], as :func:`model.features.spec.field_column` makes them."""
         table = np.empty((len(transactions), len(self._columns)), np.float32)
         for i, (value_of, column) in enumerate(self._columns):
             table[:, i] = column(map(value_of, transactions))
