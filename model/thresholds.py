@@ -224,9 +224,8 @@ class OperatingPoints:
         review = np.array([self._cost_of_review(costs, p) for p in self._points])
         decline = np.array([self._cost_of_decline(costs, p) for p in self._points])
         total = review[:, None] + decline[None, :]  # [review, decline]
-        total[np.triu_indices(len(total), 1)] = (
-            np.inf
-        )  # the decline threshold must not be below review
+        # The decline threshold must not be below review.
+        total[np.triu_indices(len(total), 1)] = np.inf
         r, d = np.unravel_index(int(np.argmin(total)), total.shape)
         return CheckpointThresholds(self._points[r].threshold, self._points[d].threshold)
 

@@ -53,9 +53,8 @@ def window_inputs(log: Dataset, label_delay_days: float = 7.0) -> Float32:
     for days in WINDOW_DAYS:
         count, amount = cards.within(0, days * DAY_MS)
         inputs[:, column] = count
-        inputs[:, column + 1] = (
-            amount / count
-        )  # at least 1: the window includes the transaction itself
+        # At least 1: the window includes the transaction itself.
+        inputs[:, column + 1] = amount / count
         column += 2
     for days in WINDOW_DAYS:
         count, frauds = terminals.within(delay_ms, days * DAY_MS)

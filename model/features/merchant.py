@@ -206,9 +206,8 @@ def _features(
 
     Array columns are closed buckets: column i is bucket present - DEPTH + i.
     """
-    labelled = DEPTH - -(
-        -label_delay_ms // BUCKET_MS
-    )  # labels of the columns before it have arrived
+    # Labels of the columns before it have arrived.
+    labelled = DEPTH - -(-label_delay_ms // BUCKET_MS)
     counts = _closed_counts(profiles, row, present)  # [n, DEPTH]
     raw = np.empty((len(MERCHANT_FEATURES), len(row)), np.float32)
     raw[:3] = (counts.astype(np.float32) @ _IN_WINDOW).T

@@ -34,9 +34,8 @@ class Reach:
         end = np.searchsorted(flat, last, side="right")
         end[outside] = begin[outside]
         self._begin = begin
-        self._ends = np.cumsum(
-            end - begin, axis=1
-        )  # [customers, 3] candidates up to the end of each run
+        # [customers, 3] candidates up to the end of each run.
+        self._ends = np.cumsum(end - begin, axis=1)
 
     def any(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Return whether each customer reaches a terminal: by some draws, then by all terminals."""

@@ -85,9 +85,8 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> Sampled
             for position, there in sequences.chunks(group, EVERY):
                 before = None if hidden is None else hidden[: len(position)]
                 _, hidden = network.unroll(inputs.at(position), before)
-                whole = np.flatnonzero(
-                    there[:, -1]
-                )  # shorter accounts were padded, their states are wrong
+                # Shorter accounts were padded, their states are wrong.
+                whole = np.flatnonzero(there[:, -1])
                 rows = sequences.row[position[whole, -1]]
                 found.append((rows, hidden[torch.from_numpy(whole)][:, -1].cpu()))
         return found

@@ -108,7 +108,7 @@ def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict
         varied = not missing.all() and np.nanmin(there) < np.nanmax(there)
         if not varied and not MISSING_MIN <= missing.sum() <= len(missing) - MISSING_MIN:
             left_out[name] = CONSTANT
-        elif varied and _tells_accounts_apart(account[~missing], there[~missing]):
+        elif varied and _number_identifies_accounts(account[~missing], there[~missing]):
             left_out[name] = OF_ACCOUNT
         else:
             kept.append(Field(name, "numeric"))
@@ -117,18 +117,17 @@ def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict
         vocabulary, unknown = _vocabulary(dataset.texts[name], coded)
         if len(vocabulary) + (unknown >= TEXT_COUNT_MIN) <= 1:
             left_out[name] = CONSTANT
-        elif _names_accounts(account, coded):
+        elif _text_identifies_accounts(account, coded):
             left_out[name] = OF_ACCOUNT
         else:
             kept.append(Field(name, "categorical", vocabulary))
     return tuple(kept), left_out
 
 
-def _tells_accounts_apart(account: NDArray[np.int32], values: Float32) -> bool:
+def _number_identifies_accounts(account: NDArray[np.int32], values: Float32) -> bool:
     """Whether a numeric field varies almost only between accounts, and the accounts are few."""
-    ranks = np.unique(values, return_inverse=True)[1].astype(
-        np.float64
-    )  # ranks, because tails would dominate
+    # Ranks, because the tails of the values would dominate.
+    ranks = np.unique(values, return_inverse=True)[1].astype(np.float64)
     count = np.bincount(account)
     accounts = int((count > 0).sum())
     if not 1 < accounts <= ACCOUNTS_FEW or len(values) < 2 * accounts:
@@ -138,7 +137,7 @@ def _tells_accounts_apart(account: NDArray[np.int32], values: Float32) -> bool:
     return within <= (1 - BETWEEN_ACCOUNTS_SHARE) * float(np.square(ranks - ranks.mean()).sum())
 
 
-def _names_accounts(account: NDArray[np.int32], codes: NDArray[np.int32]) -> bool:
+def _text_identifies_accounts(account: NDArray[np.int32], codes: NDArray[np.int32]) -> bool:
     """Whether a categorical field has many texts and one text for almost every account."""
     accounts = len(np.unique(account))
     if not 1 < accounts <= ACCOUNTS_FEW or len(codes) < 2 * accounts:
