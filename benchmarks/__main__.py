@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import promptness
-from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import ACCOUNT_FEATURES, FeatureSpec
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
+from model.features.account import ACCOUNT_FEATURES
+from model.features.spec import FeatureSpec
 from model.network import Network
 from model.simulator.handbook import Simulator, account_id, merchant_id
 from pipeline.checkpoint import load_checkpoint
@@ -320,7 +321,7 @@ def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
         Header(
             architecture=architecture,
             features=FeatureSpec(inputs),
-            thresholds=Thresholds(review=1.0, decline=1.0),
+            thresholds=CheckpointThresholds(review=1.0, decline=1.0),
         ),
     )
 

@@ -19,8 +19,9 @@ import redis.asyncio as redis_asyncio
 import torch
 
 from model.checkpoint import Checkpoint
-from model.features.account import FEATURES, HISTORY_COLUMNS, AccountHistory, observe
+from model.features.account import HISTORY_COLUMNS, AccountHistory, observe
 from model.features.merchant import MERCHANT_FEATURES
+from model.features.spec import FEATURES
 from pipeline.settings import SHIPPED_CHECKPOINT
 
 TAKE_MAX = 1000

@@ -1,4 +1,4 @@
 """The fraud model: transactions, features, networks, training, evaluation, simulator.
 
-Pure computation: nothing here knows Kafka, Redis or the running pipeline.
+It only computes: no module imports Kafka, Redis or the running pipeline.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints: a network, how its inputs are computed, and what is known about it.
+"""Checkpoints: a network with the specification of its inputs and its metrics.
 
-A checkpoint is one safetensors file. Its weights are the tensors; everything else is a JSON
-header in the file's metadata under the key ``recur``. Nothing is ever unpickled.
+A checkpoint is one safetensors file. The tensors are the weights. Everything else is a JSON header
+in the metadata of the file, under the key ``recur``. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -18,21 +18,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from model.features.account import (
-    OUTLIER,
-    Encoder,
-    FeatureSpec,
-    FeatureSpecError,
-    Float32,
-    Float64,
-)
+from model.features.account import OUTLIER, Float32, Float64
+from model.features.spec import Encoder, FeatureSpec, FeatureSpecError
 from model.network import Architecture, Network
 
 FORMAT_VERSION = 3
 """Version of the header and of the tensors' names."""
 
 HEADER_MAX_BYTES = 1 << 20
-"""Longest safetensors header, with the JSON header in it."""
+"""Largest safetensors header, including the JSON header."""
 
 FILE_MAX_BYTES = 1 << 30
 """Largest checkpoint file."""
@@ -40,7 +34,7 @@ FILE_MAX_BYTES = 1 << 30
 DIGEST_DIGITS = 12
 
 TAIL_MAX = 20
-"""Of :class:`Amounts`: a payment in a million is as rare as need be told."""
+"""Largest length of :attr:`Amounts.tail`: one payment in a million is rare enough."""
 
 CURRENCY = "EUR"
 """Currency of the simulator's amounts."""
@@ -61,7 +55,7 @@ MESSAGE_MAX = 1000
 class CheckpointError(Exception):
     """A file is not a checkpoint that this version can run; the message says why.
 
-    A message may quote the file, which may be anything: it is one line, of bounded length.
+    The message may quote a file with any content, so it is one line of bounded length.
     """
 
     def __init__(self, message: str) -> None:
@@ -71,8 +65,8 @@ class CheckpointError(Exception):
         )
 
 
-class Thresholds(msgspec.Struct, frozen=True):
-    """Scores from which on a decision is ``review`` and ``decline``."""
+class CheckpointThresholds(msgspec.Struct, frozen=True):
+    """Lowest scores of the decisions ``review`` and ``decline``."""
 
     review: Probability = 0.5
     decline: Probability = 0.9
@@ -83,11 +77,11 @@ class Thresholds(msgspec.Struct, frozen=True):
 
 
 class Amounts(msgspec.Struct, frozen=True):
-    """How amounts spread over the training period, to say which ones are rare.
+    """Spread of the amounts in the training period, by which rare ones are recognised.
 
     Attributes:
-        tail: amounts that a share of 1, 1/2, 1/4 and so on of all transactions reaches.
-        deviation: of an account's amounts, as a share of what it usually spends.
+        tail: amounts reached by a share of 1, 1/2, 1/4 and so on of all transactions.
+        deviation: deviation of an account's amounts, relative to its usual amount.
     """
 
     tail: tuple[float, ...] = ()
@@ -95,7 +89,7 @@ class Amounts(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, amount: Float32 | Float64, to_usual: Float32 | Float64) -> Amounts:
-        """From [N] amounts, and [N] amounts as multiples of their accounts' usual ones.
+        """Compute the spread of [N] amounts and their ratios [N] to the usual amounts.
 
         >>> Amounts.of(np.arange(8.0), np.array([0.5, 1.5] * 4))
         Amounts(tail=(0.0, 3.5, 5.25), deviation=0.5)
@@ -108,30 +102,30 @@ class Amounts(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint says about its network.
+    """Header of a checkpoint.
 
     Attributes:
         format_version: :data:`FORMAT_VERSION` of the code that wrote it.
         architecture: sizes of the network.
-        features: how raw features become the network's inputs.
-        currency: ISO 4217 code of the amounts that it was trained on.
-        thresholds: chosen on the validation period.
-        metrics: name to value, measured on the held-out period.
+        features: specification of the inputs.
+        currency: ISO 4217 code of the amounts in the training data.
+        thresholds: chosen on the validation days.
+        metrics: values by name, measured on the held-out days. The account head's are named
+            ``verdict_auc`` and ``verdict_ap``.
         training: the settings of the training, with its seed, and ``model.training.loop.RECIPE``.
-        operating_points: what each of up to 200 thresholds is worth on the validation days, by
-            falling threshold; the columns are those of
-            :func:`model.metrics.operating_points`.
-        validation: what those are measured on: ``days``, ``transactions``, ``frauds``,
+        operating_points: rows of :func:`model.metrics.operating_points` on the validation days,
+            by falling threshold.
+        validation: counts of the validation days: ``days``, ``transactions``, ``frauds``,
             ``fraud_amount_per_day`` and ``legitimate_amount_per_day``.
-        amounts: for the reasons of alerts.
-        data_digest: of the transactions that it was trained on (12 hex digits).
+        amounts: spread of the amounts, for the reasons of alerts.
+        data_digest: digest of the training data (12 hex digits).
     """
 
     format_version: int = FORMAT_VERSION
     architecture: Architecture
     features: FeatureSpec
     currency: Annotated[str, msgspec.Meta(min_length=3, max_length=3)] = CURRENCY
-    thresholds: Thresholds = Thresholds()
+    thresholds: CheckpointThresholds = CheckpointThresholds()
     metrics: dict[str, float] = {}
     training: dict[str, Any] = {}
     operating_points: list[list[float]] = []
@@ -144,10 +138,10 @@ class Checkpoint:
     """A network in evaluation mode with its header.
 
     Attributes:
-        network: parameters do not change any more.
+        network: its parameters do not change any more.
         header: see :class:`Header`.
-        digest: 12 hex digits over what decides a score and a state: weights, architecture and
-            feature specification; not thresholds nor metrics.
+        digest: 12 hex digits over everything that decides scores and states: weights,
+            architecture and feature specification. Thresholds and metrics are not.
 
     Raises:
         CheckpointError: the header does not fit the network, or a weight is not finite.
@@ -158,7 +152,7 @@ class Checkpoint:
             raise CheckpointError("the header's architecture is not the network's")
         if header.architecture.cell != "gru":
             raise CheckpointError(f"a checkpoint holds a GRU, not {header.architecture.cell!r}")
-        try:  # first: it names what is wrong of an input
+        try:  # first, because its message names the wrong input
             self._encoder = Encoder(header.features)
         except FeatureSpecError as error:
             raise CheckpointError(str(error)) from error
@@ -171,19 +165,19 @@ class Checkpoint:
         self.digest = _digest(network, header)
 
     def encode(self, raw: Float32) -> Float32:
-        """The network's inputs [n, I] of raw features [n, F] (`observe`)."""
+        """Encode raw features [n, R] to the inputs [n, I] of the network."""
         return self._encoder.encode(raw)
 
     def outside(self, raw: Float32) -> NDArray[np.bool_] | None:
-        """Which raw features [n, F] are beyond what training saw; None where none is."""
+        """Return which raw features [n, R] are out of the training's range; None if none is."""
         return self._encoder.outside(raw)
 
     def with_header(self, **changes: Any) -> Checkpoint:
-        """The same network with other thresholds, metrics and so on."""
+        """Return a checkpoint of the same network with changed entries of the header."""
         return Checkpoint(self.network, msgspec.structs.replace(self.header, **changes))
 
     def save(self, path: Path) -> None:
-        """Writes the file: all of it or nothing, and the same bytes for the same checkpoint.
+        """Write the file completely or not at all; equal checkpoints give equal bytes.
 
         Raises:
             CheckpointError: the header is too long, or the file cannot be written.
@@ -209,12 +203,12 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Reads and checks a checkpoint file.
+        """Read and check a checkpoint file.
 
         Raises:
-            CheckpointError: no such file, not safetensors, no or too long a header, another
-                format version, features this version does not compute, tensors that are not
-                the architecture's.
+            CheckpointError: there is no such file; it is not safetensors; its header is missing or
+                too long; its format version is another; this version cannot compute its
+                features; or its tensors do not fit the architecture.
         """
         content = _read(path)
         header = _header(content, path)
@@ -222,7 +216,7 @@ class Checkpoint:
             weights = safetensors.torch.load(content)
         except (SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-        with torch.device("meta"):  # shapes without memory, until the tensors are known to fit
+        with torch.device("meta"):  # shapes only, until the tensors are known to fit
             network = Network(header.architecture)
         _check_tensors(weights, network, path)
         network.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
@@ -233,7 +227,7 @@ class Checkpoint:
 
 
 def _check_inputs(header: Header) -> None:
-    """The feature specification gives what the network takes."""
+    """Check that the feature specification fits the network."""
     architecture, features = header.architecture, header.features
     codes = tuple(codes for codes, _ in architecture.embeddings)
     numbers = len(features.roles)
@@ -253,7 +247,7 @@ def _check_inputs(header: Header) -> None:
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)  # read() makes room for as much as it is asked for
+            size = file.seek(0, os.SEEK_END)  # read() allocates as much as it is asked for
             if size > FILE_MAX_BYTES:
                 raise CheckpointError(f"{path} is over the limit of {FILE_MAX_BYTES} bytes")
             file.seek(0)
@@ -304,7 +298,7 @@ def _header(content: bytes, path: Path) -> Header:
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format version {version}; this version of Recur reads "
-                f"{FORMAT_VERSION}: train it anew, or install the version that wrote it"
+                f"{FORMAT_VERSION}: train it again, or install the version that wrote it"
             )
         return msgspec.json.decode(text, type=Header)
     except (*_NOT_JSON, ValueError) as error:

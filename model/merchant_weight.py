@@ -1,14 +1,14 @@
-"""How far a transaction explains its own fraud: what a known fraud says about its merchant.
+"""The merchant weight of a fraud: the degree to which its merchant explains it.
 
-Most frauds have one of two causes: something about the payment itself (the amount, the account),
-or a merchant that was compromised. Only the second says something about the merchant's other
-payments. A small network estimates the probability of fraud from the payment and its account
-alone. It is the sum of what these explain and of a constant rest r, which they do not:
+Most frauds have one of two causes: the payment itself (its amount, its account), or a compromised
+merchant. Only the second cause concerns the other payments at the merchant. A small network
+estimates the probability of fraud from the payment and its account alone. The probability combines
+an explained part with a constant rest r:
 
     p(x) = r + (1 - r) sigmoid(f(x))
 
-By Bayes' rule r / p(x) of the frauds like x belong to the rest. That is the *merchant weight* of
-the transaction: with it a known fraud counts at its merchant (:mod:`model.features.merchant`).
+By Bayes' rule a share r / p(x) of the frauds like x belongs to the rest. This share is the merchant
+weight, with which a known fraud counts at its merchant (:mod:`model.features.merchant`).
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ from torch import Tensor, nn
 
 from model.features.merchant import WEIGHT_MAX
 
-OWN_SIZE = 32
+HIDDEN_SIZE = 32
 """Hidden units of the network."""
 
 REMEMBERED_WEIGHT = 63
-"""A stored weight over it counts in full. So only few transactions have one to be remembered."""
+"""Largest weight that is stored as it is; a greater one becomes the full weight.
+
+So the weights of only few transactions must be remembered."""
 
 
 class MerchantWeightNetwork(nn.Module):
-    """Probability of fraud as far as the payment and its account explain it, and the rest.
+    """Network for the probability of fraud from the payment and its account, and the rest.
 
     Args:
-        inputs: numbers of the payment and its account.
+        inputs: number of payment inputs.
     """
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(inputs, OWN_SIZE)
-        self.explained = nn.Linear(OWN_SIZE, 1)
+        self.hidden = nn.Linear(inputs, HIDDEN_SIZE)
+        self.explained = nn.Linear(HIDDEN_SIZE, 1)
         self.rest = nn.Parameter(torch.zeros(1))
 
-    def log_risk(self, own: Tensor) -> Tensor:
-        """[n, I] -> [n]: the logarithm of p."""
-        z = self.explained(F.relu(self.hidden(own))).squeeze(-1)
-        # p = 1 - (1 - r)(1 - s): the payment's cause and the rest are independent.
+    def log_risk(self, payment: Tensor) -> Tensor:
+        """Return the logarithm of p: [n, P] -> [n]."""
+        z = self.explained(F.relu(self.hidden(payment))).squeeze(-1)
+        # p = 1 - (1 - r)(1 - s), because the two causes are independent.
         neither = F.logsigmoid(-self.rest) + F.logsigmoid(-z)
         return torch.log(-torch.expm1(neither))
 
-    def merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
-        """[n, I] -> uint8[n]: r / p, in parts of :data:`model.features.merchant.WEIGHT_MAX`."""
+    def merchant_weight(self, payment: Tensor) -> NDArray[np.uint8]:
+        """Return r / p in parts of :data:`WEIGHT_MAX`: [n, P] -> uint8[n]."""
         with torch.inference_mode():
-            share = torch.exp(F.logsigmoid(self.rest) - self.log_risk(own))
+            share = torch.exp(F.logsigmoid(self.rest) - self.log_risk(payment))
         whole = share.clamp(0.0, 1.0).mul(WEIGHT_MAX).round().numpy().astype(np.uint8)
         whole[whole > REMEMBERED_WEIGHT] = WEIGHT_MAX
         return whole

@@ -1,7 +1,7 @@
-"""How good scores are: ranking measures, and what a review budget catches.
+"""Metrics of scores: ranking, calibration, and results within a review budget.
 
-NumPy only. ``scores`` [N] are any numbers, higher is more suspicious; ``is_fraud`` [N] is the
-truth. Transactions with equal scores stand or fall together: no measure depends on their order.
+They need NumPy only. ``scores`` [N] may be any numbers; a higher one is more suspicious.
+``is_fraud`` [N] is the truth. No metric depends on the order of transactions with equal scores.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Whole = NDArray[np.int64] | NDArray[np.int32]
 
 
 class EvaluationError(ValueError):
-    """A measure is not defined for these transactions; the message says why."""
+    """A metric is not defined for these transactions; the message says why."""
 
 
 def auc_roc(scores: Scores, is_fraud: Truth) -> float:
-    """Probability that a fraud scores higher than a legitimate transaction, ties counting half.
+    """Return the probability that a fraud scores above a legitimate transaction; ties count half.
 
     Raises:
         EvaluationError: one class only.
@@ -36,7 +36,7 @@ def auc_roc(scores: Scores, is_fraud: Truth) -> float:
 
 
 def average_precision(scores: Scores, is_fraud: Truth) -> float:
-    """Sum over thresholds of (recall gained) x (precision there): area under the PR curve.
+    """Return the area under the precision-recall curve: the sum of precision x recall gained.
 
     Raises:
         EvaluationError: one class only.
@@ -52,9 +52,9 @@ def average_precision(scores: Scores, is_fraud: Truth) -> float:
 
 
 def threshold_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) -> float:
-    """Lowest score at or over which at most ``rate`` of the legitimate transactions lie.
+    """Return the lowest threshold that at most ``rate`` of the legitimate transactions reach.
 
-    It is a score that occurs; infinity if even the highest holds too many.
+    It is one of the scores, or infinity if too many reach even the highest one.
 
     Raises:
         EvaluationError: one class only.
@@ -69,13 +69,16 @@ def threshold_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: floa
 def threshold_at_precision(
     scores: Scores, is_fraud: Truth, precision: float, alerts_min: int = 1
 ) -> float:
-    """Lowest score at or over which the share of fraud is at least ``precision``.
+    """Return the lowest threshold at which the share of fraud is at least ``precision``.
 
     Args:
-        alerts_min: so many transactions must lie at or over it, or the share is chance.
+        scores: [N].
+        is_fraud: [N].
+        precision: the least share of fraud among the alerts.
+        alerts_min: fewest transactions at or over the threshold; with fewer the share is chance.
 
     Returns:
-        A score that occurs; infinity if there is none.
+        One of the scores; infinity if none fits.
     """
     thresholds = _distinct_descending(scores)
     false, true = _cumulated(scores, is_fraud)
@@ -85,7 +88,7 @@ def threshold_at_precision(
 
 
 def recall_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) -> float:
-    """Share of fraud caught where at most ``rate`` of the legitimate transactions raise an alert.
+    """Return the recall at the threshold that at most ``rate`` of legitimate transactions reach.
 
     Raises:
         EvaluationError: one class only.
@@ -95,9 +98,9 @@ def recall_at_false_positive_rate(scores: Scores, is_fraud: Truth, rate: float) 
 
 
 def precision_at(scores: Scores, is_fraud: Truth, day: Whole, k: int = 100) -> float:
-    """Share of fraud among the k highest transactions of a day, mean over days.
+    """Return the share of fraud among the k highest scores of a day, averaged over days.
 
-    Of the transactions that tie at the k-th place each counts in part.
+    Transactions that tie at the k-th place count in part.
     """
     return float(
         np.mean([_top_share(scores[day == d], is_fraud[day == d], k) for d in np.unique(day)])
@@ -112,16 +115,19 @@ def card_precision_at(
     k: int = 100,
     known_fraudulent: Whole | None = None,
 ) -> float:
-    """Card precision top-k of the Fraud Detection Handbook (its chapter 4), mean over days.
+    """Return the card precision top-k of the Fraud Detection Handbook (chapter 4).
 
-    Each day the cards are ranked by their highest score of that day; the measure is the share
-    of the top k that have a fraud that day. A card found so leaves the days after it.
+    Each day the cards are ranked by their highest score. The day's precision is the share of the
+    top k cards that have a fraud on that day. A card found in this way leaves the later days. The
+    result is the mean over days.
 
     Args:
+        scores: [N].
+        is_fraud: [N].
         account: [N] the card of each transaction.
         day: [N] whole numbers.
-        k: cards that can be looked at in a day.
-        known_fraudulent: cards left out from the beginning, such as those whose fraud was
+        k: number of cards that can be reviewed in a day.
+        known_fraudulent: cards that are left out from the start, such as those with a fraud
             known before the first day.
     """
     if not len(scores):
@@ -148,13 +154,15 @@ def card_precision_at(
 
 
 def expected_calibration_error(scores: Scores, is_fraud: Truth, bins: int = 15) -> float:
-    """How far scores are from the share of fraud among those that have them (ECE).
+    """Return the expected calibration error (ECE) of probabilities.
 
-    The mean over transactions of abs(mean score - share of fraud) of their bin, in ``bins``
-    bins of equal width (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+    It is the mean over transactions of abs(mean score - share of fraud) of their bin. The bins have
+    equal width (Guo et al., "On Calibration of Modern Neural Networks", 2017).
 
     Args:
-        scores: probabilities in [0, 1].
+        scores: [N] probabilities in [0, 1].
+        is_fraud: [N].
+        bins: number of bins.
 
     Raises:
         EvaluationError: no transactions, or a score outside [0, 1].
@@ -170,7 +178,7 @@ def expected_calibration_error(scores: Scores, is_fraud: Truth, bins: int = 15) 
 
 
 def brier_score(scores: Scores, is_fraud: Truth) -> float:
-    """Mean squared difference of probability and truth.
+    """Return the mean squared difference of probability and truth.
 
     Raises:
         EvaluationError: no transactions, or a score outside [0, 1].
@@ -184,7 +192,7 @@ def brier_score(scores: Scores, is_fraud: Truth) -> float:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Transactions by score, in b bins of equal width that hold any.
+    """Transactions by score in b non-empty bins of equal width.
 
     Attributes:
         count: [b] transactions.
@@ -198,7 +206,7 @@ class Reliability:
 
 
 def reliability(scores: Scores, is_fraud: Truth, bins: int = 15) -> Reliability:
-    """What a reliability diagram shows; bins without transactions are left out.
+    """Compute the bins of a reliability diagram; empty bins are left out.
 
     Raises:
         EvaluationError: no transactions, or a score outside [0, 1].
@@ -224,7 +232,7 @@ OPERATING_POINT = (
     "fraud_amount_caught_per_day",
     "legitimate_amount_flagged_per_day",
 )
-"""What the numbers of a row of :func:`operating_points` are."""
+"""Names of the columns of :func:`operating_points`."""
 
 
 def operating_points(
@@ -234,14 +242,17 @@ def operating_points(
     days: float,
     points_max: int = 200,
 ) -> list[list[float]]:
-    """What alerts at or over a threshold catch and cost: rows of :data:`OPERATING_POINT`.
+    """Measure the alerts at each of some thresholds: rows of :data:`OPERATING_POINT`.
 
-    The thresholds are scores that occur, highest first. Half of them are even steps of recall,
-    the others even steps of the logarithm of the alerts; the last one is the lowest score.
+    The thresholds are scores, highest first; the last one is the lowest score. Half of them are
+    evenly spaced in recall, the others in the logarithm of the number of alerts.
 
     Args:
+        scores: [N].
+        is_fraud: [N].
         amount: [N] in the currency's main unit.
-        days: length of the period in which the transactions were made.
+        days: length of the period of the transactions.
+        points_max: most thresholds.
 
     Raises:
         EvaluationError: one class only, or no time.
@@ -288,7 +299,7 @@ def operating_points(
 def recall_by_scenario(
     scores: Scores, scenario: NDArray[np.int8], threshold: float
 ) -> dict[int, float]:
-    """Share of each fraud scenario's transactions at or over the threshold.
+    """Return the share of each fraud scenario's transactions at or over the threshold.
 
     >>> recall_by_scenario(np.array([.9, .2, .8]), np.array([1, 1, 0], np.int8), .5)
     {1: 0.5}
@@ -304,7 +315,7 @@ def _check_probabilities(scores: Scores) -> None:
     if not len(scores):
         raise EvaluationError("no transactions: calibration is a mean over them")
     lowest, highest = float(scores.min()), float(scores.max())
-    if not (lowest >= 0 and highest <= 1):  # NaN neither
+    if not (lowest >= 0 and highest <= 1):  # also False for NaN
         raise EvaluationError(
             f"scores reach from {lowest:g} to {highest:g}; calibration needs probabilities "
             "in [0, 1]"
@@ -316,9 +327,9 @@ def _distinct_descending(scores: Scores) -> NDArray[np.float64]:
 
 
 def _cumulated(scores: Scores, is_fraud: Truth) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Legitimate and fraudulent transactions at or over each distinct score, highest first.
+    """Count legitimate and fraudulent transactions at or over each distinct score.
 
-    Both begin with a 0 for a threshold over all scores.
+    The scores fall. Both counts begin with a 0 for a threshold over all scores.
     """
     _, place = np.unique(-scores, return_inverse=True)
     steps = int(place.max()) + 1 if len(place) else 0

@@ -1,10 +1,10 @@
-"""The network: embeddings, input layer -> GRU (stacked); head on the state before and the input.
+"""The network: embeddings and an input layer, a GRU, and a head on state and input.
 
-The same parameters run in two ways that agree to 1e-5: :meth:`Network.step` advances n
-accounts by one transaction each (the worker), :meth:`Network.unroll` runs whole sequences
-(training and evaluation).
+The same parameters run in two ways, which agree to 1e-5. :meth:`Network.step` advances n accounts
+by one transaction each, as the worker does. :meth:`Network.unroll` runs whole sequences, for
+training and evaluation.
 
-Other cells than a GRU are there to compare with; only a GRU runs stepwise.
+Cells other than the GRU exist only for comparison, and only a GRU runs stepwise.
 
 Shapes: n accounts, T transactions each, I inputs with the category codes last, X input layer,
 L layers, H hidden, D head.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features.account import Role, own_columns
+from model.features.spec import Role, payment_columns
 from model.merchant_weight import MerchantWeightNetwork
 
 SIZE_MAX = 4096
@@ -33,7 +33,7 @@ LAYERS_MAX = 8
 """Most recurrent layers."""
 
 EMBEDDINGS_MAX = 64
-"""Most categories that are embedded."""
+"""Most embedded categories."""
 
 VOCABULARY_MAX = 100_000
 """Most codes of one category."""
@@ -47,14 +47,15 @@ class Architecture:
     """Sizes of a :class:`Network`.
 
     Attributes:
-        inputs: numbers in; the codes of ``embeddings`` come on top of them.
-        cell: what is recurrent; ``none`` makes a feed-forward network of one transaction.
-        embeddings: for each category its codes and the size of its vectors.
-        rising_size: units each for what rises with the amount, and with known frauds; even.
-        roles: of each of the inputs; empty: all are ``own``.
+        inputs: number of numeric inputs; the codes of ``embeddings`` follow them.
+        cell: recurrent layer; ``none`` makes a feed-forward network of one transaction.
+        embeddings: number of codes and size of the vectors of each category.
+        rising_size: units of the part that rises with the amount, and of the part that rises with
+            known frauds; even.
+        roles: role of each input; empty: all are ``own``.
 
     Raises:
-        ValueError: a size is out of its bounds; the message names it.
+        ValueError: a size is out of bounds; the message names it.
     """
 
     inputs: int
@@ -99,10 +100,10 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A GRU layer's weights laid out for one step; H hidden, X what comes from below.
+    """Weights of a GRU layer, laid out for one step; H hidden, X input from the layer below.
 
-    The gates r and z take one product of [below, hidden]; torch.gru_cell takes two products of
-    all three gates and twice the temporaries, which at n = 2,000 no longer fit the cache.
+    One product of [below, hidden] gives the gates r and z. torch.gru_cell computes two products of
+    all three gates with twice the temporaries, which do not fit the cache at n = 2,000.
     """
 
     gates: Tensor  # [X + H, 2 H], r and z
@@ -114,7 +115,7 @@ class _Cell:
 
     @classmethod
     def of(cls, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> _Cell:
-        """From nn.GRU's weights: rows of r, z and n, one under the other."""
+        """Rearrange the weights of nn.GRU, which stacks the rows of r, z and n."""
         w_ih, w_hh, b_ih, b_hh = (w.detach() for w in (w_ih, w_hh, b_ih, b_hh))
         rz = 2 * w_hh.shape[1]
         return cls(
@@ -127,7 +128,7 @@ class _Cell:
         )
 
     def step(self, below: Tensor, hidden: Tensor) -> Tensor:
-        """[n, X], [n, H] -> [n, H]: h' = n + z (h - n), n = tanh(W x + r (U h))."""
+        """Compute h' = n + z (h - n) with n = tanh(W x + r (U h)): [n, X], [n, H] -> [n, H]."""
         joined = torch.cat((below, hidden), 1)  # [n, X + H]
         r, z = torch.addmm(self.gates_bias, joined, self.gates).sigmoid_().chunk(2, 1)  # [n, H]
         recurrent = torch.addmm(self.new_hidden_bias, hidden, self.new_hidden)  # [n, H]
@@ -136,8 +137,9 @@ class _Cell:
 
 
 def _embedding(codes: int, size: int) -> nn.Embedding:
-    """As nn.Embedding makes it; on the meta device without values, for torch imports compiler
-    and symbolic algebra to draw none there: that takes seconds.
+    """Make an nn.Embedding, without random values on the meta device.
+
+    To draw values there, torch would import its compiler, which takes seconds.
     """
     weight = torch.empty(codes, size)
     if not weight.is_meta:
@@ -146,19 +148,22 @@ def _embedding(codes: int, size: int) -> nn.Embedding:
 
 
 class Network(nn.Module):
-    """Fraud logits of each transaction, given the account's hidden state before it.
+    """Network for the fraud logit of each transaction, given the account's hidden state.
 
-    The logit is a sum of three parts, each of the state before and of the transaction:
+    The logit is a sum of three parts, each a function of the state before and the transaction:
 
-    - ``context``: of everything but the amount over what is usual and known frauds;
-    - ``amount``: rises with the inputs of role ``amount``;
-    - ``frauds``: at least 0, and 0 where no fraud of the merchant is known; rises with the inputs
-      of roles ``amount`` and ``frauds``, by which also the merchant's fraud ages matter.
+    - ``context`` uses everything except the amount above usual and the known frauds;
+    - ``amount`` rises with the inputs of role ``amount``;
+    - ``frauds`` is at least 0, and 0 if no fraud of the merchant is known. It rises with the inputs
+      of roles ``amount`` and ``frauds``. Only this part sees the ages of the merchant's frauds.
 
-    So with the history fixed more money or more known frauds never lower the score: the weights
-    on these ways are taken by their absolute value, and what follows them rises, too (a partially
-    monotone network, as Runje and Shankaranarayana 2023 make them). The recurrent layer, which
-    carries the history on, sees all inputs freely.
+    For a given history, more money or more known frauds never lower the score. The weights of
+    these paths count by their absolute value, and their activations rise (a partially monotone
+    network, Runje and Shankaranarayana 2023). The recurrent layer sees all inputs without
+    restriction.
+
+    Two attributes keep the names by which checkpoints store their tensors: ``own`` is the merchant
+    weight network, ``verdict`` the account head.
     """
 
     _free_mask: Tensor
@@ -186,15 +191,15 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(a.dropout)
         self.free_layer = nn.Linear(width, a.input_size)
         rising = a.rising_size
-        # Rows: the context's head, then what amount and frauds get of the context.
+        # Rows: the head of the context, then the context's contribution to amount and frauds.
         self.head = nn.Linear(recurrent_size + a.input_size, a.head_size + 2 * rising)
         self.amount_layer = nn.Linear(width, rising, bias=False)
         self.fraud_layer = nn.Linear(width, rising, bias=False)
         self.logit = nn.Linear(a.head_size, 1)
         self.amount_logit = nn.Linear(rising, 1, bias=False)
         self.fraud_logit = nn.Linear(rising, 1, bias=False)
-        self._own_columns = own_columns(a.roles)
-        self.own = MerchantWeightNetwork(max(1, len(self._own_columns)))
+        self._payment_columns = payment_columns(a.roles)
+        self.own = MerchantWeightNetwork(max(1, len(self._payment_columns)))
         self.verdict = nn.Linear(a.hidden_size, 1)
         self._roles = a.roles + ("own",) * embedded
         self._any_fraud = a.roles.index("any_fraud") if "any_fraud" in a.roles else None
@@ -210,19 +215,19 @@ class Network(nn.Module):
         self._packed: _Packed | None = None
 
     def train(self, mode: bool = True) -> Network:
-        """Training or (``eval()``) evaluation; :meth:`step` takes the weights as they are then."""
+        """Set training or evaluation mode; :meth:`step` uses the weights at this time."""
         self._cells = []
         self._packed = None
         return super().train(mode)
 
     def empty_hidden(self, n: int) -> Tensor:
-        """Hidden states [n, L, H] of n accounts that have made no transaction: zeros."""
+        """Return the hidden states [n, L, H] of n accounts without a transaction: zeros."""
         a = self.architecture
         size = a.hidden_size * (2 if a.cell == "lstm" else 1)
         return torch.zeros(n, a.layers, size, device=self.logit.weight.device)
 
     def step(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One transaction of each of n accounts, by a GRU; no gradients.
+        """Advance n accounts by one transaction each; only for a GRU, without gradients.
 
         Args:
             inputs: [n, I] float32.
@@ -253,11 +258,11 @@ class Network(nn.Module):
         return logits, stacked  # [n], [n, L, H]
 
     def unroll(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """T transactions of each of n accounts; every one is scored (many to many).
+        """Run T transactions of each of n accounts and score each of them (many to many).
 
         Args:
             inputs: [n, T, I] float32.
-            hidden: [n, L, H] before the first; none for new accounts.
+            hidden: [n, L, H] before the first. None: new accounts.
 
         Returns:
             logits: [n, T].
@@ -281,27 +286,27 @@ class Network(nn.Module):
         return self._logits(earlier, x), after.transpose(0, 1)
 
     def merchant_weight(self, inputs: Tensor) -> NDArray[np.uint8]:
-        """[n, I] -> uint8[n]: how far a fraud of each says something about its merchant."""
-        return self.own.merchant_weight(self.own_inputs(inputs))
+        """Return the merchant weight of each transaction, if it is fraud: [n, I] -> uint8[n]."""
+        return self.own.merchant_weight(self.payment_inputs(inputs))
 
-    def own_inputs(self, inputs: Tensor) -> Tensor:
-        """[n, I] -> [n, own]: the inputs of the payment and its account."""
-        return inputs[:, self._own_columns]
+    def payment_inputs(self, inputs: Tensor) -> Tensor:
+        """Return the inputs of the payment and its account: [n, I] -> [n, P]."""
+        return inputs[:, self._payment_columns]
 
-    def verdict_logit(self, hidden: Tensor) -> Tensor:
-        """[n, L, H] -> [n]: the logit that an account is compromised, from its last state."""
+    def account_logit(self, hidden: Tensor) -> Tensor:
+        """Return the logit that an account is compromised, from its state: [n, L, H] -> [n]."""
         return cast("Tensor", self.verdict(hidden[:, -1]).squeeze(-1))
 
     def scale_logits(self, scale: float, shift: float) -> None:
-        """Make the logits ``scale * logit + shift``, in place; the scale must be over 0."""
-        assert scale > 0, "a falling calibration would turn what rises"
+        """Change logits to ``scale * logit + shift``, in place; the scale must be over 0."""
+        assert scale > 0, "a negative scale would reverse the parts that rise"
         with torch.no_grad():
             for layer in (self.logit, self.amount_logit, self.fraud_logit):
                 layer.weight.mul_(scale)
             self.logit.bias.mul_(scale).add_(shift)
 
     def _embedded(self, inputs: Tensor) -> Tensor:
-        """[..., I] -> [..., width]: categories as vectors."""
+        """Replace categories by their vectors: [..., I] -> [..., width]."""
         if not self.architecture.embeddings:
             return inputs
         numbers = self.architecture.inputs
@@ -320,7 +325,7 @@ class Network(nn.Module):
         return weight.abs() * self._fraud_mask + weight * self._ages_mask
 
     def _logits(self, hidden: Tensor | None, x: Tensor) -> Tensor:
-        """[..., H], [..., width] -> [...]."""
+        """Compute the logits: [..., H], [..., width] -> [...]."""
         free = F.relu(F.linear(x, self._free_weight(), self.free_layer.bias))
         joined = free if hidden is None else torch.cat((hidden, free), -1)  # [..., H + X]
         head = self.head(self.dropout(joined))  # [..., D + 2 M]
@@ -333,7 +338,7 @@ class Network(nn.Module):
     def _sum(
         self, head: Tensor, context: Tensor, amount: Tensor, frauds: Tensor, x: Tensor
     ) -> Tensor:
-        """[..., D + 2 M], output weights, [..., width] -> [...]: the parts' sum."""
+        """Add the three parts: [..., D + 2 M], output weights, [..., width] -> [...]."""
         size, rising = self.architecture.head_size, self.architecture.rising_size
         logit = F.relu(head[..., :size]) @ context + self.logit.bias
         logit = logit + _rise(head[..., size : size + rising]) @ amount
@@ -344,19 +349,19 @@ class Network(nn.Module):
 
 
 def _rise(z: Tensor) -> Tensor:
-    """Rising functions, at least 0: half of the units without an upper end, half with one."""
+    """Apply rising functions of at least 0: half of them unbounded, half bounded."""
     open_end, closed_end = z.chunk(2, -1)
     return torch.cat((F.relu(open_end), torch.sigmoid(closed_end)), -1)
 
 
 def _columns(roles: Sequence[str], *wanted: str) -> Tensor:
-    # On the CPU, where the network is made without values, too.
+    # On the CPU even if the network itself is made on the meta device.
     return torch.tensor([float(role in wanted) for role in roles], device="cpu")
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A network's layers around its GRU, laid out for one step."""
+    """Layers around the GRU, laid out for one step."""
 
     first: Tensor  # [width, 2 X + 2 M]: to the GRU, free, amount, frauds
     first_bias: Tensor
@@ -369,7 +374,7 @@ class _Packed:
 
     @classmethod
     def of(cls, network: Network) -> _Packed:
-        """From the network's weights as they are."""
+        """Copy the present weights of the network."""
         with torch.no_grad():
             rising = torch.zeros(2 * network.architecture.rising_size)
             rows = (

@@ -1,15 +1,14 @@
-"""Why an alert was raised: up to three reasons from a closed set, with weights.
+"""The reasons of an alert: up to three from a closed set, with weights.
 
-A reason's weight is how far the logit falls when what it is about is made ordinary: the same
-network is asked again, in one batch, with a group of the raw features replaced by typical
-values, the hidden before the transaction as it was; for ``history``, with the features as they
-were and the hidden of an account never seen.
+The weight of a reason is the fall of the logit when its group of raw features is replaced by
+typical values. The network scores all these variants in one batch. The hidden state before the
+transaction stays the same. For ``history`` the features stay and the hidden state is that of a new
+account.
 
     raw [n, R], hidden before [n, L, H]  --Explainer.explain-->  reasons of n transactions
 
-What the amount is worth is shared between ``amount_high`` and ``amount_unusual`` by surprise:
-how rare so high an amount is among all accounts' payments, and how rare for one who usually
-spends what this account does.
+The weight of the amount is split between ``amount_high`` and ``amount_unusual`` by surprise: the
+rarity of the amount among all payments, and its rarity for an account with this usual amount.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import TAIL_MAX, Amounts, Checkpoint
-from model.features.account import FeatureSpec, Float32, Float64, Int64, rounds_of
+from model.features.account import Float32, Float64, Int64, rounds_of
+from model.features.spec import FeatureSpec
 
 REASONS: Mapping[str, str] = {
     "amount_unusual": "the amount is far over what this account usually spends",
@@ -33,19 +33,19 @@ REASONS: Mapping[str, str] = {
     "time": "the hour or the day of the week is unusual for a payment",
     "history": "the account's payments before this one look like fraud",
 }
-"""The closed set: each code with its text. Of equal weights the first one comes first."""
+"""The closed set of reasons: text by code. Reasons of equal weight are in this order."""
 
 REASONS_MAX = 3
 """Most reasons of an alert."""
 
 WEIGHT_MIN = 0.05
-"""A reason that is less of the whole is not worth a person's time, unless it is the only one."""
+"""Smallest weight of a shown reason, unless it is the only one."""
 
 TINY = 1e-12
-"""What is divided by is at least this, in any currency."""
+"""Smallest denominator, in any currency."""
 
 EXPLAINED_AT_ONCE = 256
-"""Most transactions in one batch, each of which asks the network seven times."""
+"""Most transactions in one batch; the network scores seven variants of each."""
 
 _CODES = tuple(REASONS)
 _GROUPS = ("amount", "merchant_risky", "new_merchant", "velocity", "time", "history")
@@ -53,10 +53,12 @@ _LOG_AMOUNT = ("amount", "log1p")
 _TIME = _GROUPS.index("time")
 _HISTORY = _GROUPS.index("history")
 _DEGREES_OF_FREEDOM = 8
-"""Of the Student distribution of an account's amounts: its usual amount is known roughly."""
+"""Degrees of freedom of the Student distribution of an account's amounts.
+
+The distribution has heavy tails because the usual amount is known only roughly."""
 
 _PARETO_EXPONENT = 2.0
-"""How the tail of amounts goes on beyond the highest quantile known."""
+"""Exponent of the tail of amounts beyond the highest known quantile."""
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -64,7 +66,7 @@ class Reason(msgspec.Struct, frozen=True):
 
     Attributes:
         code: a key of :data:`REASONS`.
-        weight: its share of the shown reasons, over 0; they sum to 1.
+        weight: share of the total, over 0; the weights of the shown reasons sum to 1.
     """
 
     code: str
@@ -72,7 +74,7 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class Explainer:
-    """Finds the reasons of transactions that one checkpoint scored.
+    """Explainer of the scores of one checkpoint.
 
     Args:
         checkpoint: on the CPU.
@@ -92,11 +94,11 @@ class Explainer:
         self._has_categories = bool(category) and category[0].kind == "categorical"
 
     def explain(self, raw: Float32, hidden: NDArray[np.floating]) -> list[list[Reason]]:
-        """Reasons of n transactions, the weightiest first; at least one, at most three.
+        """Return one to three reasons for each of n transactions, by falling weight.
 
         Args:
             raw: [n, R] the raw features.
-            hidden: [n, L, H] of their accounts before them.
+            hidden: [n, L, H] hidden states of the accounts before the transactions.
         """
         found: list[list[Reason]] = []
         for start in range(0, len(raw), EXPLAINED_AT_ONCE):
@@ -105,12 +107,12 @@ class Explainer:
         return found
 
     def falls(self, raw: Float32, hidden: NDArray[np.floating]) -> Float64:
-        """How far the logit falls [n, codes] without each code, in the order of REASONS."""
+        """Return the fall of the logit [n, codes] without each code, in the order of REASONS."""
         n = len(raw)
-        asked = np.repeat(raw[None], 1 + len(_GROUPS), axis=0)  # [1 + groups, n, R]
-        self._make_ordinary(asked)
-        inputs = self._checkpoint.encode(asked.reshape(-1, raw.shape[1]))
-        # An hour has no typical value: the middle of the circle is none, and all alike.
+        variants = np.repeat(raw[None], 1 + len(_GROUPS), axis=0)  # [1 + groups, n, R]
+        self._make_ordinary(variants)
+        inputs = self._checkpoint.encode(variants.reshape(-1, raw.shape[1]))
+        # No hour is typical. Zero is the centre of the circle, equally far from every hour.
         inputs[(1 + _TIME) * n : (2 + _TIME) * n, self._waves] = 0.0
         before = np.repeat(hidden[None].astype(np.float32), 1 + len(_GROUPS), axis=0)
         before[1 + _HISTORY] = 0.0
@@ -123,15 +125,15 @@ class Explainer:
         unusual = self._unusual_share(raw)
         return np.column_stack((fall[0] * unusual, fall[0] * (1.0 - unusual), *fall[1:]))
 
-    def _make_ordinary(self, asked: Float32) -> None:
-        """Replace each group's features in its part of [1 + groups, n, R]."""
+    def _make_ordinary(self, variants: Float32) -> None:
+        """Replace the features of each group in its variant of [1 + groups, n, R]."""
         at, typical = self._column, self._typical
-        raw = asked[0]
-        amount, risky, new, velocity = asked[1:5]
-        own = raw[:, at["usual_amount"]]
-        amount[:, at["amount"]] = own
+        raw = variants[0]
+        amount, risky, new, velocity = variants[1:5]
+        usual = raw[:, at["usual_amount"]]
+        amount[:, at["amount"]] = usual
         for name in ("usual_amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d"):
-            amount[:, at[name]] = own
+            amount[:, at[name]] = usual
         amount[
             :, [at[name] for name in ("amount_to_mean", "amount_to_usual", "amount_to_least")]
         ] = 1.0
@@ -153,17 +155,17 @@ class Explainer:
         for name in ("seconds_since_last", "count_1d", "count_7d", "count_30d"):
             velocity[:, at[name]] = typical[name]
 
-        if self._has_categories:  # 0 is a category that training did not know, 1 its commonest
+        if self._has_categories:  # 0 is an unknown category, 1 the most frequent one
             category = raw[:, at["category"]]
             new[:, at["category"]] = np.where(category == 0, 1, category)
             risky[:, at["category"]] = np.where(category == 0, 0, 1)
 
     def _unusual_share(self, raw: Float32) -> Float64:
-        """How much of the amount's part is that it is unusual for the account, [n], 0 to 1."""
+        """Return the share [n] of the amount's weight that is due to the account, 0 to 1."""
         amount = raw[:, self._column["amount"]].astype(np.float64)
         usual = raw[:, self._column["usual_amount"]].astype(np.float64)
         usual = np.maximum(usual, self._checkpoint.header.features.scale.floor)
-        # At its first transaction nothing is unusual for an account, only for all of them.
+        # At an account's first transaction no amount is unusual for the account itself.
         usual = np.where(raw[:, self._column["transactions_seen"]] > 1, usual, amount)
         for_account = surprise_for_account(amount, usual, self._amounts.deviation)
         for_anyone = surprise_for_anyone(amount, np.asarray(self._amounts.tail))
@@ -173,10 +175,11 @@ class Explainer:
 
 
 def surprise_for_anyone(amount: Float64, tail: Float64) -> Float64:
-    """-log of the share of payments that are as high, [n], in nats.
+    """Return -log of the share of payments that reach each amount [n], in nats.
 
     Args:
-        tail: amounts that a share of 1, 1/2, 1/4 and so on of all payments reaches.
+        amount: [n].
+        tail: amounts reached by a share of 1, 1/2, 1/4 and so on of all payments.
     """
     if len(tail) == 0:
         return np.zeros(len(amount))
@@ -187,13 +190,15 @@ def surprise_for_anyone(amount: Float64, tail: Float64) -> Float64:
 
 
 def surprise_for_account(amount: Float64, usual: Float64, deviation: float) -> Float64:
-    """-log of the chance of an amount as high from one who usually spends ``usual``, in nats.
+    """Return -log of the probability that the account pays this much or more, in nats.
 
-    The chance is that of a Student distribution with 8 degrees of freedom, so that it is one
-    half at the usual amount, which at an account's first transaction is its own.
+    The distribution is a Student distribution with 8 degrees of freedom around the usual amount. So
+    the probability is one half at the usual amount.
 
     Args:
-        deviation: of an account's amounts, as a share of what it usually spends.
+        amount: [n].
+        usual: [n] usual amounts of the accounts.
+        deviation: deviation of an account's amounts, relative to its usual amount.
 
     >>> surprise_for_account(np.array([10.0, 30.0, 100.0]), np.full(3, 20.0), 0.5).round(1)
     array([ 0.7,  1.8, 10.7])
@@ -209,7 +214,7 @@ def surprise_for_account(amount: Float64, usual: Float64, deviation: float) -> F
 
 
 def _typical(spec: FeatureSpec) -> dict[str, float]:
-    """A value in the middle of each raw feature, from the means of the inputs."""
+    """Return a typical value of each raw feature, from the means of the inputs."""
     values = dict.fromkeys(spec.names, 0.0)
     for i in spec.inputs:
         if i.transform == "linear":
@@ -221,7 +226,7 @@ def _typical(spec: FeatureSpec) -> dict[str, float]:
 
 
 def _lognormal(spec: FeatureSpec) -> Amounts:
-    """For a checkpoint that does not say how amounts spread: what its inputs' scale tells."""
+    """Estimate the spread of amounts from the inputs, for a checkpoint without it."""
     scale = [
         (i.mean, i.deviation, i.unit)
         for i in spec.inputs
@@ -236,7 +241,7 @@ def _lognormal(spec: FeatureSpec) -> Amounts:
 
 
 def _reasons(falls: Float64) -> list[Reason]:
-    """The weightiest codes [codes]; the falls that are none count as nothing."""
+    """Return the reasons of greatest weight; negative falls count as 0."""
     order = np.argsort(-falls, kind="stable")[:REASONS_MAX]
     counted = np.maximum(falls[order], 0.0)
     counted[counted < WEIGHT_MIN * counted.sum()] = 0.0
@@ -253,15 +258,16 @@ def _reasons(falls: Float64) -> list[Reason]:
 def explain_log(
     checkpoint: Checkpoint, account: Int64, raw: Float32, chosen: NDArray[np.bool_]
 ) -> list[list[Reason]]:
-    """Reasons of chosen transactions of a whole log, as a worker gives them.
+    """Return the reasons of chosen transactions of a whole log, as a worker gives them.
 
     Args:
-        account: [N] the log is in order of time.
-        raw: [N, R].
-        chosen: [N] whose reasons to give.
+        checkpoint: on the CPU.
+        account: [N]; the log is in order of time.
+        raw: [N, R] the raw features.
+        chosen: [N] whether to explain the transaction.
 
     Returns:
-        reasons of each chosen one, in the order of the log.
+        The reasons of each chosen transaction, in the order of the log.
     """
     network = checkpoint.network
     rounds = rounds_of(account)
@@ -271,23 +277,23 @@ def explain_log(
     with torch.inference_mode():
         for rows in rounds:
             before = hidden[: len(rows)]
-            asked = np.flatnonzero(chosen[rows])
-            kept[place[rows[asked]]] = before[asked]
+            explained = np.flatnonzero(chosen[rows])
+            kept[place[rows[explained]]] = before[explained]
             inputs = torch.from_numpy(checkpoint.encode(raw[rows]))
             hidden[: len(rows)] = network.step(inputs, before)[1].half().float()
     return Explainer(checkpoint).explain(raw[chosen], kept.numpy())
 
 
 SCENARIO_REASONS: Mapping[int, str] = {1: "amount_high", 2: "merchant_risky", 3: "amount_unusual"}
-"""Which reason is the truth in each fraud scenario of the Handbook and of the simulator."""
+"""True reason of each fraud scenario of the Handbook and of the simulator."""
 
 
 def reason_agreement(first: Sequence[str], scenario: NDArray[np.integer]) -> dict[int, float]:
-    """Share of each scenario's transactions whose first reason is that of the scenario.
+    """Return the share of each scenario's transactions whose first reason is the true one.
 
     Args:
         first: n codes.
-        scenario: [n], 0 where there is none.
+        scenario: [n] number of the scenario; 0 without one.
 
     >>> reason_agreement(["amount_high", "history", "time"], np.array([1, 1, 0]))
     {1: 0.5}

@@ -1,8 +1,8 @@
-"""Thresholds from what a person can state: a budget of alerts, a precision, or costs.
+"""Choice of thresholds by a budget of alerts, a precision, or costs.
 
-A checkpoint carries its operating points: what each of some 200 thresholds was worth on the
-validation days (:func:`model.metrics.operating_points`). A :class:`Goal` or :class:`Costs`
-picks among them; what is then expected is what was seen on those days.
+A checkpoint carries its operating points: the results of about 200 thresholds on the validation
+days (:func:`model.metrics.operating_points`). A :class:`Goal` or :class:`Costs` picks one of them.
+The expected results are those of the validation days.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from model.checkpoint import Header, Thresholds
+from model.checkpoint import CheckpointThresholds, Header
 
 ALERTS_MIN = 20
-"""A precision is believed on no fewer alerts of the validation days."""
+"""Fewest alerts of the validation days on which a precision is trusted."""
 
 GoalKind = Literal["alerts-per-day", "false-positive-rate", "precision", "threshold"]
 
@@ -25,16 +25,16 @@ _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
 class ThresholdsError(ValueError):
-    """What was asked cannot be had from this checkpoint; the message says why and what can."""
+    """A checkpoint cannot fulfil the request; the message says why and what is possible."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What one threshold shall do; the lowest threshold that does it catches the most.
+    """Goal of one threshold; the lowest threshold that reaches it catches the most fraud.
 
     Attributes:
-        kind: at most so many alerts a day, at most such a share of the legitimate transactions
-            flagged, at least such a share of the alerts fraud, or the threshold itself.
+        kind: the most alerts a day, the largest share of legitimate transactions flagged, the
+            smallest share of fraud among alerts, or the threshold itself.
         value: alerts a day, or a share from 0 to 1.
     """
 
@@ -43,10 +43,10 @@ class Goal:
 
     @classmethod
     def parse(cls, text: str) -> Goal:
-        """From ``kind=number`` or, for shares, ``kind=number%``.
+        """Parse ``kind=number`` or, for shares, ``kind=number%``.
 
         Raises:
-            ThresholdsError: it is not one; the message says what is.
+            ThresholdsError: the text is no goal; the message names the goals.
 
         >>> Goal.parse("alerts-per-day=100"), Goal.parse("precision=90%").value
         (Goal(kind='alerts-per-day', value=100.0), 0.9)
@@ -57,15 +57,15 @@ class Goal:
                 return cls.of(kind, number)
         raise ThresholdsError(
             f"a goal is one of {', '.join(f'{kind}=NUMBER' for kind in get_args(GoalKind))}; "
-            f"{text!r} is none"
+            f"{text!r} is not"
         )
 
     @classmethod
     def of(cls, kind: GoalKind, number: str) -> Goal:
-        """Of this kind, the number still as text.
+        """Make a goal of this kind from a number as text.
 
         Raises:
-            ThresholdsError: it is no number, or out of its bounds.
+            ThresholdsError: the text is no number, or it is out of bounds.
         """
         value, is_share = _number(number)
         if kind == "alerts-per-day":
@@ -81,7 +81,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Price:
-    """What one mistake costs: an amount, a share of the payment's amount, or both.
+    """Cost of one mistake: an amount, a share of the payment's amount, or both.
 
     >>> Price.parse("2.50"), Price.parse("100%")
     (Price(amount=2.5, share=0.0), Price(amount=0.0, share=1.0))
@@ -92,10 +92,10 @@ class Price:
 
     @classmethod
     def parse(cls, text: str) -> Price:
-        """From ``12.50`` (an amount) or ``80%`` (of the payment's amount).
+        """Parse ``12.50`` (an amount) or ``80%`` (of the payment's amount).
 
         Raises:
-            ThresholdsError: it is neither.
+            ThresholdsError: the text is neither.
         """
         value, is_share = _number(text)
         if value is None:
@@ -105,7 +105,10 @@ class Price:
 
 @dataclass(frozen=True)
 class Costs:
-    """In the checkpoint's currency: of a missed fraud, a review and a declined good payment."""
+    """Costs of a missed fraud, a review, and a declined legitimate payment.
+
+    They are in the checkpoint's currency.
+    """
 
     missed: Price
     review: Price
@@ -118,13 +121,15 @@ class Costs:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What one threshold was worth on the validation days.
+    """Results of one threshold on the validation days.
 
     Attributes:
-        alerts_per_day: transactions at or over it.
-        recall: share of the frauds among them; ``false_positive_rate`` of the legitimate.
-        precision: share of the alerts that are fraud.
-        fraud_amount_per_day, legitimate_amount_per_day: of the alerts, in the currency.
+        threshold: the lowest score of an alert.
+        alerts_per_day: transactions at or over the threshold.
+        recall: share of the frauds that raise an alert.
+        false_positive_rate: share of the legitimate transactions that raise an alert.
+        precision: share of fraud among the alerts.
+        fraud_amount_per_day, legitimate_amount_per_day: amounts of the alerts, in the currency.
     """
 
     threshold: float
@@ -137,13 +142,13 @@ class OperatingPoint:
 
 
 class OperatingPoints:
-    """A checkpoint's operating points, by falling threshold, and what they were measured on.
+    """Operating points of a checkpoint, by falling threshold.
 
     Args:
-        header: of the checkpoint.
+        header: header of the checkpoint.
 
     Raises:
-        ThresholdsError: the header carries none.
+        ThresholdsError: the header carries no operating points.
     """
 
     def __init__(self, header: Header) -> None:
@@ -153,7 +158,7 @@ class OperatingPoints:
         if not rows or table is None or not (np.diff(table[:, 0]) < 0).all():
             raise ThresholdsError(
                 "the checkpoint carries no operating points, since an older version or other "
-                "code wrote it: train it anew with `recur train`, or set the thresholds with "
+                "code wrote it: train it again with `recur train`, or set the thresholds with "
                 "RECUR_REVIEW_THRESHOLD and RECUR_DECLINE_THRESHOLD"
             )
         needed = {
@@ -166,9 +171,9 @@ class OperatingPoints:
         if missing := sorted(needed - header.validation.keys()):
             raise ThresholdsError(
                 f"the checkpoint does not say its validation's {', '.join(missing)}: train it "
-                "anew with `recur train`"
+                "again with `recur train`"
             )
-        if table[0, 0] < 1.0:  # nothing is at or over 1
+        if table[0, 0] < 1.0:  # no score reaches 1
             table = np.vstack(([1.0, 0, 0, 0, 1, 0, 0], table))
         self.currency = header.currency
         self.days = header.validation["days"]
@@ -179,7 +184,7 @@ class OperatingPoints:
         self._points = [OperatingPoint(*row) for row in table.tolist()]
 
     def at(self, threshold: float) -> OperatingPoint:
-        """What a threshold is worth: linear between the points around it."""
+        """Return the results of a threshold, interpolated between the nearest points."""
         rising = self._table[::-1]
         _, alerts, recall, rate, _, caught, flagged = (
             float(np.interp(threshold, rising[:, 0], column)) for column in rising.T
@@ -188,10 +193,10 @@ class OperatingPoints:
         return OperatingPoint(threshold, alerts, recall, rate, precision, caught, flagged)
 
     def lowest(self, goal: Goal) -> OperatingPoint:
-        """The lowest threshold that reaches the goal.
+        """Return the lowest threshold that reaches the goal.
 
         Raises:
-            ThresholdsError: none does; the message says how near one comes.
+            ThresholdsError: no threshold reaches it; the message gives the nearest result.
         """
         if goal.kind == "threshold":
             return self.at(goal.value)
@@ -214,28 +219,29 @@ class OperatingPoints:
             )
         return reached[-1]
 
-    def cheapest(self, costs: Costs) -> Thresholds:
-        """The two thresholds whose expected cost a day is the lowest."""
+    def cheapest(self, costs: Costs) -> CheckpointThresholds:
+        """Return the two thresholds with the lowest expected cost a day."""
         review = np.array([self._cost_of_review(costs, p) for p in self._points])
         decline = np.array([self._cost_of_decline(costs, p) for p in self._points])
         total = review[:, None] + decline[None, :]  # [review, decline]
-        total[np.triu_indices(len(total), 1)] = np.inf  # a decline threshold under review's
+        # The decline threshold must not be below review.
+        total[np.triu_indices(len(total), 1)] = np.inf
         r, d = np.unravel_index(int(np.argmin(total)), total.shape)
-        return Thresholds(self._points[r].threshold, self._points[d].threshold)
+        return CheckpointThresholds(self._points[r].threshold, self._points[d].threshold)
 
-    def cost_per_day(self, costs: Costs, thresholds: Thresholds) -> float:
-        """Expected cost a day, if a review tells the truth, in the currency."""
+    def cost_per_day(self, costs: Costs, thresholds: CheckpointThresholds) -> float:
+        """Return the expected cost a day in the currency, if every review finds the truth."""
         return self._cost_of_review(costs, self.at(thresholds.review)) + self._cost_of_decline(
             costs, self.at(thresholds.decline)
         )
 
     def cost_of_nothing_per_day(self, costs: Costs) -> float:
-        """What all the fraud would cost a day, in the currency."""
+        """Return the cost of all fraud a day, in the currency."""
         nothing = OperatingPoint(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)
         return self._cost_of_review(costs, nothing)
 
     def _cost_of_review(self, costs: Costs, point: OperatingPoint) -> float:
-        """Of what is missed, and of looking at all alerts."""
+        """Return the cost a day of missed fraud and of reviewing all alerts."""
         missed = (1.0 - point.recall) * self.frauds / self.days
         return (
             costs.missed.amount * missed
@@ -244,7 +250,7 @@ class OperatingPoints:
         )
 
     def _cost_of_decline(self, costs: Costs, point: OperatingPoint) -> float:
-        """Of declined good payments, less the reviews that declining saves."""
+        """Return the cost a day of declined legitimate payments, less the reviews saved."""
         good = point.false_positive_rate * (self.transactions - self.frauds) / self.days
         return (
             costs.decline.amount * good
@@ -254,20 +260,22 @@ class OperatingPoints:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a person asks of the two thresholds: a goal for each, or costs, or nothing."""
+class ThresholdGoals:
+    """Goals of the two thresholds, or costs that decide both, or neither."""
 
     review: Goal | None = None
     decline: Goal | None = None
     costs: Costs | None = None
 
     @classmethod
-    def parse(cls, options: Mapping[str, str | None]) -> Wishes:
-        """From texts by name: ``review`` and ``decline`` (goals), ``alerts_per_day`` and so on
-        (of the review threshold), ``cost_missed``, ``cost_review``, ``cost_decline``.
+    def parse(cls, options: Mapping[str, str | None]) -> ThresholdGoals:
+        """Parse command-line options by name.
+
+        ``review`` and ``decline`` are goals. ``alerts_per_day`` and the like are goals of the
+        review threshold. ``cost_missed``, ``cost_review`` and ``cost_decline`` are costs.
 
         Raises:
-            ThresholdsError: a text is wrong, or they contradict each other.
+            ThresholdsError: a text is wrong, or two options contradict each other.
         """
         given = {name: text for name, text in options.items() if text is not None}
         reviews = [Goal.parse(given["review"])] if "review" in given else []
@@ -286,8 +294,10 @@ class Wishes:
             raise ThresholdsError("give goals or costs, not both: costs decide both thresholds")
         return cls(review, decline, costs)
 
-    def choose(self, points: OperatingPoints, now: Thresholds) -> Thresholds | None:
-        """The thresholds that do it; None if nothing is wished.
+    def choose(
+        self, points: OperatingPoints, now: CheckpointThresholds
+    ) -> CheckpointThresholds | None:
+        """Return the thresholds that reach the goals; None without goals and costs.
 
         Raises:
             ThresholdsError: a goal cannot be reached.
@@ -298,7 +308,7 @@ class Wishes:
             return None
         review = points.lowest(self.review).threshold if self.review else now.review
         decline = points.lowest(self.decline).threshold if self.decline else now.decline
-        return Thresholds(review, max(review, decline))
+        return CheckpointThresholds(review, max(review, decline))
 
 
 def _costs(given: Mapping[str, str]) -> Costs | None:
@@ -316,11 +326,11 @@ def _costs(given: Mapping[str, str]) -> Costs | None:
 
 def report(
     points: OperatingPoints,
-    before: Thresholds,
-    after: Thresholds | None = None,
+    before: CheckpointThresholds,
+    after: CheckpointThresholds | None = None,
     costs: Costs | None = None,
 ) -> Iterator[str]:
-    """Lines of a table: what is expected of thresholds, and of those that replace them."""
+    """Yield the lines of a table with the expected results of the thresholds."""
     currency = points.currency
     rows: list[tuple[str, ...]] = [
         ("", "", "threshold", "alerts", "fraud", "false", "alerts", currency, currency),
@@ -339,11 +349,12 @@ def report(
         yield ("  " + "  ".join(cells)).rstrip()
     yield ""
     if costs is not None:
-        told = [f"{points.cost_per_day(costs, before):,.0f} before"]
+        totals = [f"{points.cost_per_day(costs, before):,.0f} before"]
         if after is not None:
-            told.append(f"{points.cost_per_day(costs, after):,.0f} after")
+            totals.append(f"{points.cost_per_day(costs, after):,.0f} after")
         nothing = points.cost_of_nothing_per_day(costs)
-        yield f"  Cost in {currency} a day: {', '.join(told)}, {nothing:,.0f} if nothing were done."
+        costs_text = ", ".join(totals)
+        yield f"  Cost in {currency} a day: {costs_text}, {nothing:,.0f} if nothing were done."
     yield (
         f"  Expected from {points.days:g} validation days with {points.transactions:,.0f} "
         f"transactions, {points.frauds:,.0f} of them fraud."
@@ -351,7 +362,7 @@ def report(
     yield "  Amounts are of a day. The review rows hold what is declined, too."
 
 
-def _cells(points: OperatingPoints, thresholds: Thresholds, name: str) -> Sequence[str]:
+def _cells(points: OperatingPoints, thresholds: CheckpointThresholds, name: str) -> Sequence[str]:
     point = points.at(getattr(thresholds, name))
     return (
         f"{point.threshold:.4f}",
@@ -365,7 +376,7 @@ def _cells(points: OperatingPoints, thresholds: Thresholds, name: str) -> Sequen
 
 
 def _number(text: str) -> tuple[float | None, bool]:
-    """The number in a text, None if there is none, and whether it was per cent."""
+    """Return the number in a text, or None, and whether it was per cent."""
     text = text.strip()
     is_share = text.endswith("%")
     digits = text.removesuffix("%").rstrip()

@@ -1,4 +1,4 @@
-"""A decoded card payment: the one type that training, simulator and pipeline share."""
+"""A decoded card payment, the type that training, simulator and pipeline share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ID_MAX_CHARACTERS = 256
 """Longest transaction, account or merchant id."""
 
 AMOUNT_MAX = 1e12
-"""Largest amount; keeps infinities out, which JSON writes as 1e999."""
+"""Largest amount. It excludes infinity, which JSON can write as 1e999."""
 
 TIMESTAMP_MAX_MS = 253_402_300_799_999
 """Last millisecond of the year 9999."""
@@ -25,10 +25,10 @@ ShortText = Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class Transaction(msgspec.Struct, frozen=True, gc=False):
-    """One payment, as the transactions topic carries it (JSON, UTF-8).
+    """One payment, as in the transactions topic (JSON, UTF-8).
 
-    ``timestamp`` is RFC 3339 text with a zone or integer epoch milliseconds;
-    :func:`epoch_ms` gives one form of it. Unknown fields are ignored.
+    ``timestamp`` is RFC 3339 text with a zone, or integer epoch milliseconds; :func:`epoch_ms`
+    converts both. Unknown fields are ignored.
 
     >>> payment = msgspec.json.decode(
     ...     b'{"transaction_id":"t1","account_id":"a1","merchant_id":"m1",'
@@ -51,7 +51,7 @@ class Transaction(msgspec.Struct, frozen=True, gc=False):
 
 
 def epoch_ms(timestamp: int | datetime) -> int:
-    """Milliseconds since 1970-01-01 UTC."""
+    """Return the milliseconds since 1970-01-01 UTC."""
     if isinstance(timestamp, int):
         return timestamp
     return round(timestamp.timestamp() * 1000)

@@ -21,7 +21,7 @@ _SCORING = f"{_CLIENTS} pipeline.scoring"
 
 ROOMS = {
     "model": "model.features",
-    "model.features": "",
+    "model.features": "model",
     "model.data": _MODEL_FOR_LIVE,
     "model.simulator": _MODEL_FOR_LIVE,
     "model.training": f"{_MODEL_FOR_LIVE} model.data model.simulator",

@@ -1,1 +1,1 @@
-"""Transactions on disk, as training reads them."""
+"""Labelled transactions on disk, the input of training."""

@@ -1,13 +1,12 @@
-"""Labelled transactions on disk: what a training reads, of any size that fits the disk.
+"""Labelled transactions on disk, the input of a training; the disk limits their number.
 
     with DatasetWriter(folder, numeric=("age",), categorical=("category",)) as writer:
         writer.append(Rows(...))     # some thousand at a time, in any order
         dataset = writer.finish("EUR")
 
-Each column is a file of its own, mapped into memory: the operating system holds in memory what
-is in use, and drops it again. Held in memory for good is nothing for each transaction; while
-writing, :meth:`DatasetWriter.finish` takes up to 40 bytes for each transaction (an order, keys
-to be sorted), and so does a training (its order by account, scores).
+Each column is a file mapped into memory, so the operating system loads only the parts in use.
+:meth:`DatasetWriter.finish` takes up to 40 bytes of memory for each transaction, for the order and
+the keys to sort. A training takes as much, for the order by account and the scores.
 """
 
 from __future__ import annotations
@@ -25,19 +24,20 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from model.units import DAY_MS
+
 UNKNOWN, LEGITIMATE, FRAUD = -1, 0, 1
 """Labels."""
 
 MISSING = -1
-"""Code of a categorical field that is missing, or of one text too many."""
+"""Code of a missing categorical value, or of a text over :data:`TEXTS_MAX`."""
 
 TEXTS_MAX = 100_000
-"""Different texts of a categorical field that are told apart; the rest counts as missing."""
+"""Most different texts of a categorical field; the rest counts as missing."""
 
 TEXT_MAX_CHARACTERS = 64
-"""A longer text counts as missing, in training as in the worker."""
+"""Longest text, in training and in the worker; a longer one counts as missing."""
 
-DAY_MS = 86_400_000
 
 _CHUNK_ROWS = 1 << 18
 _DESCRIPTION = "dataset.json"
@@ -66,20 +66,20 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """N labelled transactions in order of time, none of them twice.
+    """N labelled transactions in order of time, without repeats.
 
     Attributes:
         account, merchant: [N] codes of 0, 1, 2 ...
         amount: [N] in ``currency``.
         timestamp_ms: [N] ascending.
         label: [N] :data:`FRAUD`, :data:`LEGITIMATE` or :data:`UNKNOWN`.
-        scenario: [N] kind of fraud, 0 where there is none or it is not known.
-        numeric: further fields by name, [N]; NaN: missing.
-        categorical: further fields by name, [N] places in ``texts``; :data:`MISSING`.
-        texts: of each categorical field.
+        scenario: [N] kind of fraud; 0 if legitimate or unknown.
+        numeric: extra fields by name, [N]; NaN is missing.
+        categorical: extra fields by name, [N] places in ``texts``, or :data:`MISSING`.
+        texts: texts of each categorical field.
         currency: ISO 4217.
-        unsorted: rows that came before the one above in the source, and were sorted.
-        repeated: rows that were there already, and were dropped.
+        unsorted: rows of the source that were earlier than the row before; they were sorted.
+        repeated: repeated rows of the source; they were dropped.
     """
 
     account: Int32
@@ -100,29 +100,29 @@ class Dataset:
 
     @property
     def is_fraud(self) -> NDArray[np.bool_]:
-        """[N]; what is not known counts as legitimate."""
+        """[N] whether it is fraud; without a label it counts as legitimate."""
         return np.asarray(self.label == FRAUD)
 
     @property
     def is_labelled(self) -> NDArray[np.bool_]:
-        """[N]."""
+        """[N] whether the label is known."""
         return np.asarray(self.label != UNKNOWN)
 
     @property
     def day(self) -> Int64:
-        """[N] whole UTC days since that of the first transaction."""
+        """[N] whole UTC days since the day of the first transaction."""
         days: Int64 = self.timestamp_ms // DAY_MS
         return np.asarray(days - days[0])
 
     def columns(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Every column with its name."""
+        """Yield every column with its name."""
         for name in ("account", "merchant", "amount", "timestamp_ms", "label", "scenario"):
             yield name, getattr(self, name)
         yield from self.numeric.items()
         yield from self.categorical.items()
 
     def digest(self) -> str:
-        """12 hex digits of the SHA-256 of all columns."""
+        """Return 12 hex digits of the SHA-256 of all columns."""
         digest = hashlib.sha256()
         for name, column in self.columns():
             digest.update(f"{name}{column.dtype.str}".encode())
@@ -134,26 +134,28 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
-        """What a :class:`DatasetWriter` has finished in ``folder``.
+        """Open a finished data set of a :class:`DatasetWriter`.
 
         Raises:
-            DatasetError: it has not, or some of it is gone.
+            DatasetError: the folder is unfinished, or parts of it are missing.
         """
         try:
-            said = msgspec.json.decode((folder / _DESCRIPTION).read_bytes(), type=_Description)
-            return _opened(folder, said)
+            description = msgspec.json.decode(
+                (folder / _DESCRIPTION).read_bytes(), type=_Description
+            )
+            return _opened(folder, description)
         except (OSError, ValueError, msgspec.DecodeError) as error:
             raise DatasetError(f"{folder} holds no whole dataset: {error}") from error
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some transactions as they are read: n in every column, as in :class:`Dataset`.
+    """Transactions as a source reads them: n in every column, as in :class:`Dataset`.
 
     Attributes:
         account, merchant: [n] keys (:func:`text_keys`) of the ids.
-        categorical: [n] texts; None: missing.
-        key: [n] keys of the transaction ids, by which repeats are found; without them rows are
+        categorical: [n] texts; None is missing.
+        key: [n] keys of the transaction ids, which identify repeats. Without them rows are
             repeats if all their columns are equal.
     """
 
@@ -169,7 +171,7 @@ class Rows:
 
 
 def text_keys(texts: Sequence[str]) -> Keys:
-    """64-bit keys of ids: the same text, the same key; no text is held.
+    """Return 64-bit keys of ids; equal texts have equal keys.
 
     >>> text_keys(["a", "b", "a"]).tolist()[0] == text_keys(["a"]).tolist()[0]
     True
@@ -179,7 +181,7 @@ def text_keys(texts: Sequence[str]) -> Keys:
 
 
 class _Texts:
-    """Texts of a categorical field to codes in order of appearance."""
+    """Codes of the texts of a categorical field, in order of appearance."""
 
     def __init__(self) -> None:
         self.code: dict[str | None, int] = {None: MISSING}
@@ -192,7 +194,7 @@ class _Texts:
         return np.fromiter((code.get(text, MISSING) for text in texts), np.int32, len(texts))
 
     def texts(self) -> list[str]:
-        """By code."""
+        """Return the texts by code."""
         found = {code: text for text, code in self.code.items() if text is not None}
         return [found.get(code, "") for code in range(len(self.code) - 1)]
 
@@ -208,7 +210,7 @@ class _Description(msgspec.Struct, frozen=True):
 
 
 class DatasetWriter:
-    """Writes a :class:`Dataset` into an empty folder; leaving it removes what is half done.
+    """Writer of a :class:`Dataset` into an empty folder; an unfinished one is removed.
 
     Raises:
         DatasetError: the folder cannot be written, or the disk is full.
@@ -246,7 +248,7 @@ class DatasetWriter:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def append(self, rows: Rows) -> None:
-        """Writes some transactions."""
+        """Write some transactions."""
         columns: dict[str, NDArray[Any]] = {
             name: getattr(rows, name) for name in _COLUMNS if name != "key"
         }
@@ -267,7 +269,9 @@ class DatasetWriter:
         self._rows += len(times)
 
     def finish(self, currency: str) -> Dataset:
-        """Sorts by time (rows of the same time stay in their order), drops repeats, opens it.
+        """Sort by time, drop repeats and open the data set.
+
+        Rows of the same time keep their order.
 
         Raises:
             DatasetError: there are no transactions, or the disk is full.
@@ -281,7 +285,7 @@ class DatasetWriter:
             for name in self._kinds:
                 self._rewrite(name, kept)
             (self._folder / "key").unlink()
-            said = _Description(
+            description = _Description(
                 rows=self._rows if kept is None else len(kept),
                 currency=currency,
                 numeric=self._numeric,
@@ -290,17 +294,17 @@ class DatasetWriter:
                 unsorted=self._unsorted,
                 repeated=0 if kept is None else self._rows - len(kept),
             )
-            (self._folder / _DESCRIPTION).write_bytes(msgspec.json.encode(said))
+            (self._folder / _DESCRIPTION).write_bytes(msgspec.json.encode(description))
         except OSError as error:
             raise _cannot_write(self._folder, error) from error
         self._finished = True
-        return _opened(self._folder, said)
+        return _opened(self._folder, description)
 
     def _column(self, name: str) -> NDArray[Any]:
         return np.asarray(np.memmap(self._folder / name, self._kinds[name], mode="r"))
 
     def _order(self) -> Int64 | None:
-        """Rows in order of time without repeats; None where that is how they are."""
+        """Return the rows in order of time without repeats; None if they already are."""
         first = np.unique(self._column("key"), return_index=True)[1]
         if len(first) == self._rows and not self._unsorted:
             return None
@@ -323,7 +327,7 @@ class DatasetWriter:
 
 
 def _kinds(numeric: int, categorical: int) -> dict[str, Any]:
-    """File name to type of its values, while it is written."""
+    """Return the type of the values in each file, by name, while they are written."""
     return (
         _COLUMNS
         | {f"numeric-{number}": np.float32 for number in range(numeric)}
@@ -331,26 +335,32 @@ def _kinds(numeric: int, categorical: int) -> dict[str, Any]:
     )
 
 
-def _opened(folder: Path, said: _Description) -> Dataset:
-    kinds = _kinds(len(said.numeric), len(said.categorical)) | dict.fromkeys(_CODED, np.int32)
+def _opened(folder: Path, description: _Description) -> Dataset:
+    kinds = _kinds(len(description.numeric), len(description.categorical)) | dict.fromkeys(
+        _CODED, np.int32
+    )
 
     def column(name: str) -> NDArray[Any]:
-        return np.asarray(np.memmap(folder / name, kinds[name], mode="r", shape=(said.rows,)))
+        return np.asarray(
+            np.memmap(folder / name, kinds[name], mode="r", shape=(description.rows,))
+        )
 
-    own = {name: column(name) for name in _COLUMNS if name != "key"}
+    columns = {name: column(name) for name in _COLUMNS if name != "key"}
     return Dataset(
-        **own,
-        numeric={name: column(f"numeric-{n}") for n, name in enumerate(said.numeric)},
-        categorical={name: column(f"categorical-{n}") for n, name in enumerate(said.categorical)},
-        texts=dict(zip(said.categorical, said.texts, strict=True)),
-        currency=said.currency,
-        unsorted=said.unsorted,
-        repeated=said.repeated,
+        **columns,
+        numeric={name: column(f"numeric-{n}") for n, name in enumerate(description.numeric)},
+        categorical={
+            name: column(f"categorical-{n}") for n, name in enumerate(description.categorical)
+        },
+        texts=dict(zip(description.categorical, description.texts, strict=True)),
+        currency=description.currency,
+        unsorted=description.unsorted,
+        repeated=description.repeated,
     )
 
 
 def _mixed(columns: list[NDArray[Any]]) -> Keys:
-    """A 64-bit key of each row over all its columns (the finalizer of splitmix64, chained)."""
+    """Return a 64-bit key of each row over all columns (chained finalizers of splitmix64)."""
     key = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
         wide = column.astype(np.float64) if column.dtype.kind == "f" else column.astype(np.int64)

@@ -1,9 +1,8 @@
-"""The candidates of a comparison: one network, or trees, trained on one fold.
+"""The candidates of a comparison: a network or boosted trees, trained on one fold.
 
-    material (dataset, raw features on disk) + fold -> Trained: scores of the log, seconds, speed
+    material (data set, raw features on disk) + fold -> scores of the log, seconds, speed
 
-A network is trained as :mod:`model.training.train` does it: inputs chosen and fitted on the
-training days, the best of its last epochs and its calibration from the validation days.
+Networks are trained by :mod:`model.training.recipe`, as `recur train` trains them.
 """
 
 from __future__ import annotations
@@ -21,53 +20,57 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.checkpoint import Amounts, Checkpoint, Header
+from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
 from model.evaluation.lightgbm_reference import TREES, fit_boosted
 from model.evaluation.protocol import Fold, iso_date
 from model.evaluation.windows import WINDOW_INPUTS, window_inputs
-from model.features.account import FeatureSpec, Field, Float32
+from model.features.account import Float32
+from model.features.spec import FeatureSpec, Field
 from model.merchant_weight import MerchantWeightNetwork
-from model.metrics import average_precision
 from model.network import Cell, Network
-from model.training.account_head import fit_verdict, is_compromised, states_of, verdict_scores
-from model.training.calibration import fold as fold_calibration
-from model.training.calibration import platt
-from model.training.feature_table import EncodedInputs, field_values, restarted_inputs
+from model.training.account_head import states_of
+from model.training.feature_table import EncodedInputs, field_values
 from model.training.inputs import chosen_fields
-from model.training.loop import device_of, fit
-from model.training.preparation import Prepared, prepare, write_raw_for
+from model.training.preparation import write_raw_for
+from model.training.recipe import (
+    AccountScores,
+    TrainingData,
+    fit_network,
+    make_checkpoint,
+    prepare_training,
+    score_accounts,
+)
 from model.training.resume import TrainingState
 from model.training.sequences import Sequences, unrolled_logits
 from model.training.settings import TrainingSettings
-from model.training.train import choose_thresholds
 
 TRANSACTION_FEATURES = ("amount", "hour_of_day", "day_of_week")
-"""What a transaction shows by itself, besides its further fields."""
+"""Features of a transaction by itself, besides its extra fields."""
 
 BATCH_TRANSACTIONS = 512
-"""Transactions that are timed together."""
+"""Size of the batch that is timed."""
 
 TIMED_BATCHES = 40
 TIMED_ROUNDS = 5
-"""Of so many rounds of batches the quickest counts: the others were disturbed."""
+"""Rounds of batches; the fastest counts because the machine disturbs the others."""
 
 CPU = torch.device("cpu")
 
 Rows = NDArray[np.intp]
 Show = Callable[[float, str], None]
-"""Called with the share that is done, and a figure worth reading or nothing."""
+"""Function that is called with the share done and a figure to show, or nothing."""
 
 
 @dataclass(frozen=True)
 class NetworkKind:
-    """One of the networks that are compared; each scores every transaction.
+    """Kind of network in a comparison.
 
     Attributes:
-        title: in tables and plots.
+        title: title in tables and plots.
         cell, layers: see :class:`model.network.Architecture`.
-        alone: sees the transaction alone, neither account nor merchant.
-        cost: time of its training to that of a GRU, about.
+        alone: whether it sees the transaction alone, without account and merchant.
+        cost: approximate time of its training, relative to a GRU.
     """
 
     title: str
@@ -78,28 +81,16 @@ class NetworkKind:
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """What the last state says of accounts, asked after some transactions.
+class CandidateResult:
+    """Scores of one trained candidate, with the costs of its training and scoring.
 
     Attributes:
-        row: [m] the transactions after which it was asked.
-        score: [m] probability that the account is compromised.
-        truth: [m] whether it is.
-    """
-
-    row: Rows
-    score: Float32
-    truth: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What came out of a training.
-
-    Attributes:
-        scores: [N] of the log; NaN after the fold's test.
-        checkpoint: of a GRU.
-        verdicts: of a GRU, the fold's test days and before.
+        scores: [N] by row of the log; NaN after the test of the fold.
+        seconds: time of the training; 0 if nothing was trained.
+        parameters: trained numbers on which a score depends.
+        microseconds: time to score a transaction, see :data:`BATCH_TRANSACTIONS`.
+        checkpoint: only of a GRU.
+        accounts: scores of the account head up to the end of the test; only of a GRU.
     """
 
     scores: Float32
@@ -107,83 +98,77 @@ class Trained:
     parameters: int
     microseconds: float
     checkpoint: Checkpoint | None = None
-    verdicts: Verdicts | None = None
+    accounts: AccountScores | None = None
 
 
 class Material:
-    """A dataset and what is computed of it once: raw features, windows.
+    """A data set with its raw features and windows, each computed once.
 
     Args:
-        folder: for raw features, about 180 bytes for each transaction.
+        dataset: the transactions.
+        folder: for raw features, about 180 bytes for each transaction, fold and seed.
     """
 
     def __init__(self, dataset: Dataset, folder: Path) -> None:
         self.dataset = dataset
         self.sequences = Sequences(dataset.account)
         self._folder = folder
-        self._place = np.empty(len(dataset), np.intp)
-        self._place[self.sequences.row] = np.arange(len(dataset))
+        self._position = np.empty(len(dataset), np.intp)
+        self._position[self.sequences.row] = np.arange(len(dataset))
         self._raw: dict[str, Float32] = {}
         self._windows: dict[tuple[tuple[Field, ...], float], Float32] = {}
 
+    @property
+    def restarted_path(self) -> Path:
+        """File for the inputs of restarted accounts; each training overwrites it."""
+        return self._folder / "raw-restarted"
+
     def inputs(
-        self, spec: FeatureSpec, own: MerchantWeightNetwork, device: torch.device = CPU
+        self, spec: FeatureSpec, merchant_weight: MerchantWeightNetwork, device: torch.device = CPU
     ) -> EncodedInputs:
-        """The inputs by a specification, with frauds weighed by an own risk."""
-        return EncodedInputs(self._raw_by_position(spec, own), spec, device)
+        """Return the inputs by the specification and the merchant weights of a checkpoint."""
+        return EncodedInputs(self._raw_by_position(spec, merchant_weight), spec, device)
 
-    def restarted(
-        self, inputs: EncodedInputs, fold: Fold, seed: int, show: Show
-    ) -> tuple[EncodedInputs, Sequences]:
-        """See :func:`model.training.feature_table.restarted_inputs`; the ones before are gone."""
-        validated = int(fold.validated_rows(self.dataset)[0])
-        path = self._folder / "raw-restarted"
-        return restarted_inputs(
-            *(self.dataset, self.sequences, inputs, validated, path, seed),
-            lambda done: show(0.0, f"features of new accounts, {done:.0%} done"),
-        )
+    def raw_of(
+        self, spec: FeatureSpec, merchant_weight: MerchantWeightNetwork
+    ) -> Callable[[Rows], Float32]:
+        """Return a function that gives the raw features [m, R] of rows [m] of the log."""
+        raw = self._raw_by_position(spec, merchant_weight)
+        return lambda rows: raw[self._position[rows]]
 
-    def raw_of(self, spec: FeatureSpec, own: MerchantWeightNetwork) -> Callable[[Rows], Float32]:
-        """Gives the raw features [m, R] of rows [m] of the log."""
-        raw = self._raw_by_position(spec, own)
-        return lambda rows: raw[self._place[rows]]
-
-    def prepared(self, fold: Fold, label_delay_days: float, show: Show) -> Prepared:
-        """What the fold's networks share; raw features are computed once."""
-        path = self._folder / f"raw-{fold.name}-{label_delay_days:g}"
-        prepared = prepare(
-            self.dataset,
-            self.sequences,
-            fold.learned_rows(self.dataset),
-            label_delay_days,
-            path,
-            0,
-            show,
-        )
-        self._raw[_raw_key(prepared.spec, prepared.own)] = prepared.raw
-        return prepared
+    def prepared(self, fold: Fold, settings: TrainingSettings, show: Show) -> TrainingData:
+        """Return the data of a fold and seed; their raw features are computed once."""
+        path = self._folder / f"raw-{fold.name}-{settings.label_delay_days:g}-{settings.seed}"
+        data = prepare_training(self.dataset, self.sequences, fold.split, settings, path, show)
+        key = _raw_key(data.prepared.spec, data.prepared.merchant_weight)
+        self._raw[key] = data.prepared.raw
+        return data
 
     def windows(self, fields: tuple[Field, ...], label_delay_days: float) -> Float32:
-        """[N, 15 + fields] see :func:`window_inputs`; then the further fields."""
+        """Return :func:`window_inputs` [N, 15], followed by the extra fields."""
         key = fields, label_delay_days
         if key not in self._windows:
             everywhere = np.arange(len(self.dataset))
-            further = [field_values(self.dataset, field)(everywhere)[:, None] for field in fields]
+            extra = [field_values(self.dataset, field)(everywhere)[:, None] for field in fields]
             windows = window_inputs(self.dataset, label_delay_days)
-            self._windows[key] = np.hstack((windows, *further))
+            self._windows[key] = np.hstack((windows, *extra))
         return self._windows[key]
 
-    def _raw_by_position(self, spec: FeatureSpec, own: MerchantWeightNetwork) -> Float32:
-        key = _raw_key(spec, own)
+    def _raw_by_position(
+        self, spec: FeatureSpec, merchant_weight: MerchantWeightNetwork
+    ) -> Float32:
+        key = _raw_key(spec, merchant_weight)
         if key not in self._raw:
             path = self._folder / f"raw-{len(self._raw)}"
-            self._raw[key] = write_raw_for(self.dataset, self.sequences, spec, own, path)
+            self._raw[key] = write_raw_for(
+                self.dataset, self.sequences, spec, merchant_weight, path
+            )
         return self._raw[key]
 
 
-def _raw_key(spec: FeatureSpec, own: MerchantWeightNetwork) -> str:
-    """Says what raw features depend on."""
-    weights = [parameter.numpy().tobytes() for parameter in own.state_dict().values()]
+def _raw_key(spec: FeatureSpec, merchant_weight: MerchantWeightNetwork) -> str:
+    """Digest everything that decides the raw features."""
+    weights = [parameter.numpy().tobytes() for parameter in merchant_weight.state_dict().values()]
     decides = [spec.fields, spec.label_delay_days, spec.scale, spec.inputs, *weights]
     return hashlib.sha256(msgspec.msgpack.encode(decides)).hexdigest()
 
@@ -192,92 +177,63 @@ def train_network(
     kind: NetworkKind,
     material: Material,
     fold: Fold,
-    prepared: Prepared,
+    data: TrainingData,
     settings: TrainingSettings,
     show: Show = lambda share, note: None,
     state: TrainingState | None = None,
-) -> Trained:
-    """A network of this kind, trained and calibrated on the fold's days.
+) -> CandidateResult:
+    """Train a network of this kind by the recipe of `recur train`.
 
     Args:
-        prepared: all inputs; a network that sees the transaction alone takes some of them.
-        state: where an interrupted training goes on.
+        kind: the network; one that sees the transaction alone gets some of the inputs only.
+        material: the data set.
+        fold: the days to train on.
+        data: the prepared data of the fold.
+        settings: the settings of the training.
+        show: called with the share done and a figure.
+        state: progress of an interrupted training, which continues from there.
     """
-    dataset, spec, own = material.dataset, prepared.spec, prepared.own
-    if kind.alone:
-        seen = (*TRANSACTION_FEATURES, *(field.name for field in spec.fields))
-        chosen = tuple(i for i in spec.inputs if i.feature in seen)
-        spec = msgspec.structs.replace(spec, inputs=chosen)
-    device = device_of(settings)
-    inputs = EncodedInputs(prepared.raw, spec, device)
-    until_test = material.sequences.before(fold.end_row(dataset))
     settings = dataclasses.replace(settings, layers=kind.layers)
-    architecture = dataclasses.replace(settings.architecture(spec), cell=kind.cell)
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        network = Network(architecture)
-    if not kind.alone:
-        network.own.load_state_dict(own.state_dict())
-    fit(
-        network.to(device),
-        inputs,
-        dataset,
-        fold.split,
+    fields = (field.name for field in data.prepared.spec.fields)
+    fitted = fit_network(
+        data,
         settings,
-        lambda r: show(0.95 * r.done, r.note),
-        sequences=material.sequences,
-        restarted=material.restarted(inputs, fold, settings.seed, show),
-        validate=_validation(material, fold, inputs),
+        material.restarted_path,
+        cell=kind.cell,
+        features=(*TRANSACTION_FEATURES, *fields) if kind.alone else None,
+        report=lambda r: show(0.95 * r.done, r.note),
         state=state,
     )
-    network.eval()
-    logits = unrolled_logits(network, inputs, until_test)
-    validated = fold.validated_rows(dataset)
-    scale, shift = platt(logits[validated], dataset.is_fraud[validated])
-    fold_calibration(network, scale, shift)
-    seconds = time.perf_counter() - began
-    scores = torch.sigmoid(torch.from_numpy(scale * logits + shift)).numpy()
     show(0.96, "")
-    states = states_of(network, inputs, until_test) if kind.cell == "gru" else None
-    network.cpu()
-    trained = Trained(scores, seconds, _parameters(network), _timed(network, inputs))
-    if states is None:
-        return trained
-    truth = is_compromised(dataset, material.sequences)[states.row]
-    learned = np.flatnonzero(np.isin(states.row, fold.trained_rows(dataset)))
-    fit_verdict(network, states.taken(learned), truth[learned])
-    header = Header(
-        architecture=network.architecture,
-        features=spec,
-        currency=dataset.currency,
-        training={"seed": settings.seed, "train_until": iso_date(fold.train_until)},
-        thresholds=choose_thresholds(dataset, scores, fold.split, settings),
-        amounts=_amounts(material, prepared, fold.learned_rows(dataset)),
-        data_digest=dataset.digest(),
-    )
-    return dataclasses.replace(
-        trained,
-        checkpoint=Checkpoint(network, header),
-        verdicts=Verdicts(states.row, verdict_scores(network, states), truth),
+    checkpoint, accounts = None, None
+    if kind.cell == "gru":
+        training = {"seed": settings.seed, "train_until": iso_date(fold.train_until)}
+        checkpoint, accounts = make_checkpoint(fitted, data, settings, training)
+    network = fitted.network.cpu()
+    return CandidateResult(
+        fitted.scores,
+        fitted.seconds,
+        _parameters(network),
+        _timed(network, fitted.inputs),
+        checkpoint,
+        accounts,
     )
 
 
-def score_given(checkpoint: Checkpoint, material: Material, fold: Fold) -> Trained:
-    """The scores of a checkpoint that was trained elsewhere."""
+def score_given(checkpoint: Checkpoint, material: Material, fold: Fold) -> CandidateResult:
+    """Score with a checkpoint that was trained elsewhere."""
     dataset, network = material.dataset, checkpoint.network
     inputs = material.inputs(checkpoint.header.features, network.own)
     until_test = material.sequences.before(fold.end_row(dataset))
     logits = unrolled_logits(network, inputs, until_test)
     states = states_of(network, inputs, until_test)
-    truth = is_compromised(dataset, material.sequences)[states.row]
-    return Trained(
+    return CandidateResult(
         torch.sigmoid(torch.from_numpy(logits)).numpy(),
         0.0,
         _parameters(network),
         _timed(network, inputs),
         checkpoint,
-        Verdicts(states.row, verdict_scores(network, states), truth),
+        score_accounts(network, states, dataset, material.sequences),
     )
 
 
@@ -288,10 +244,10 @@ def train_reference(
     seed: int,
     show: Show = lambda share, note: None,
     trees: int = TREES,
-) -> Trained:
-    """LightGBM on exact windows, and the further fields that networks look at.
+) -> CandidateResult:
+    """Train LightGBM on exact windows and the extra fields that networks use.
 
-    It learns from the days that networks validate on, too.
+    It also learns from the days on which networks are validated.
 
     Raises:
         model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is not installed.
@@ -312,7 +268,7 @@ def train_reference(
     end = fold.end_row(dataset)
     scores[:end] = boosted.score(windows[:end])
     batch = windows[rows[-BATCH_TRANSACTIONS:]]
-    return Trained(
+    return CandidateResult(
         scores,
         seconds,
         boosted.parameters,
@@ -321,9 +277,9 @@ def train_reference(
 
 
 def _timed(network: Network, inputs: EncodedInputs) -> float:
-    """Microseconds for each transaction of a batch of distinct accounts on one core.
+    """Measure the microseconds for a transaction in a batch of distinct accounts, on one core.
 
-    Of the network alone: features, Kafka and Redis are not in it.
+    Only the network is timed, without features, Kafka and Redis.
     """
     position = np.arange(BATCH_TRANSACTIONS) % len(inputs)
     batch = inputs.at(position).cpu()  # [n, I]
@@ -338,31 +294,8 @@ def _timed(network: Network, inputs: EncodedInputs) -> float:
         return _microseconds(step, len(batch))
 
 
-def _validation(
-    material: Material, fold: Fold, inputs: EncodedInputs
-) -> Callable[[Network], float]:
-    """Average precision on the fold's validation days."""
-    dataset = material.dataset
-    rows = fold.validated_rows(dataset)
-    is_fraud = dataset.is_fraud[rows]
-    until = material.sequences.before(int(rows[-1]) + 1)
-
-    def validate(network: Network) -> float:
-        return average_precision(unrolled_logits(network, inputs, until)[rows], is_fraud)
-
-    return validate
-
-
-def _amounts(material: Material, prepared: Prepared, rows: Rows) -> Amounts:
-    """How amounts spread in those rows: the reasons of alerts need it."""
-    spec = prepared.spec
-    raw = material.raw_of(spec, prepared.own)(rows)
-    amount, to_usual = (raw[:, spec.names.index(n)] for n in ("amount", "amount_to_usual"))
-    return Amounts.of(amount.astype(np.float64), to_usual.astype(np.float64))
-
-
 def _parameters(network: Network) -> int:
-    """Those that a score depends on: the verdict's are not among them."""
+    """Count the parameters on which a score depends."""
     return sum(
         weight.numel()
         for name, weight in network.named_parameters()

@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was trained on, what it does, and its limits."""
+"""The model card: a model's description, data, performance and limits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import groupby
 from model.checkpoint import Checkpoint
 from model.evaluation.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
 from model.evaluation.protocol import HANDBOOK_FOLDS
-from model.evaluation.results import Results, Summary, table
-from model.features.account import FeatureSpec
+from model.evaluation.results import NetworkSummary, Results, table
+from model.features.spec import FeatureSpec
 from model.reasons import SCENARIO_REASONS
 from model.simulator.world import scenario_name
 from model.training.account_head import COMPROMISED_DAYS, EVERY
@@ -34,10 +34,11 @@ MEANINGS = {
 
 
 def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[str] = ()) -> str:
-    """The card in Markdown.
+    """Write the card in Markdown.
 
     Args:
-        checkpoint: the model that the card is about; none tells of the comparison only.
+        results: the results of a comparison.
+        checkpoint: the model of the card. None: the card covers the comparison only.
         plots: names of the image files beside the card.
     """
     described = _described(results, checkpoint)
@@ -58,8 +59,8 @@ def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
-def _described(results: Results, checkpoint: Checkpoint | None) -> Summary:
-    """The network that the card is about, or the best one."""
+def _described(results: Results, checkpoint: Checkpoint | None) -> NetworkSummary:
+    """Return the network of the card, or the best one."""
     by_name = {network.network: network for network in results.networks}
     for name in (GIVEN, "gru"):
         if checkpoint is not None and name in by_name:
@@ -80,7 +81,7 @@ def _model(checkpoint: Checkpoint) -> str:
 
 A recurrent network that gives each card transaction a probability of fraud, from the
 transaction, the account's history and the merchant's recent past. An account's history is a
-hidden of {a.layers} x {a.hidden_size} numbers, which each of its transactions advances once.
+hidden state of {a.layers} x {a.hidden_size} numbers, which each of its transactions updates once.
 
 {
         _markdown_table(
@@ -103,8 +104,8 @@ hidden of {a.layers} x {a.hidden_size} numbers, which each of its transactions a
         )
     }
 
-Meant for: ranking payments for review, and declining the worst of them, in a stream. Not meant
-for: deciding about a person, or anything else than single payments."""
+Intended use: ranking the payments of a stream for review, and declining the worst of them. Not
+intended: decisions about people, or about anything other than single payments."""
 
 
 def _inputs(spec: FeatureSpec) -> str:
@@ -115,9 +116,8 @@ def _inputs(spec: FeatureSpec) -> str:
         rows.append([f"`{feature}`", ", ".join(seen)])
     return f"""## Inputs
 
-Computed the same way in training and in the worker (`model/features/account.py`,
-`model/features/merchant.py`). Of a merchant only time buckets that are closed, and labels that
-arrived in them, are seen: nothing looks ahead.
+Training and worker compute them by the same code (`model/features`). The model sees only closed
+time buckets of a merchant, and the labels that arrived in them, so nothing looks ahead.
 
 {_markdown_table(["feature", "as"], rows)}"""
 
@@ -136,12 +136,12 @@ fraud ({data["frauds"] / data["transactions"]:.2%}), {data["accounts"]:,} accoun
         text += "\n\n" + "\n".join(f"- Caution: {caution}." for caution in results.cautions)
     digest = checkpoint.header.data_digest
     if digest == data["digest"] and not results.cautions:
-        return text + "\n\nThe model was trained on the part of it that the protocol says."
+        return text + "\n\nThe model was trained on the training days of the protocol."
     rows = [[f"`{name}`", str(value)] for name, value in sorted(checkpoint.header.training.items())]
     return f"""{text}
 
-The model was trained on other data, or on this read in another way: digest
-`{digest or "unknown"}`. That none of the test days was among them cannot be seen from it.
+The model was trained on other data, or on the same data read in another way: digest
+`{digest or "unknown"}`. The digest does not show whether they include days of the test.
 
 {_markdown_table(["training", ""], rows) if rows else ""}"""
 
@@ -149,14 +149,15 @@ The model was trained on other data, or on this read in another way: digest
 def _protocol(results: Results) -> str:
     lines = [f"- {name}: {text}" for name, text in results.folds.items()]
     rule = (
-        "Each network learns from all days up to a fold's training, minus a warm-up, and is "
-        "measured on the fold's test; what lies between is the time that labels take."
+        "Each network learns from all days up to the end of a fold's training, minus a warm-up. It "
+        "is measured on the fold's test. The days between them are the label delay."
     )
     if results.protocol == "handbook":
         rule = (
-            f"The Fraud Detection Handbook's (chapters 5 to 7): {HANDBOOK_FOLDS} folds a week "
-            "apart, seven days of training, delay and test each; a card whose fraud is known "
-            f"leaves the test from that day on. {rule}"
+            "The protocol of the Fraud Detection Handbook (chapters 5 to 7): "
+            f"{HANDBOOK_FOLDS} folds a week apart, with seven days each of training, delay and "
+            "test. A card leaves the "
+            f"test on the day its fraud becomes known. {rule}"
         )
     tested = results.tested
     return f"""## Protocol
@@ -170,11 +171,10 @@ Tested in all: {tested["transactions"]:,} transactions, {tested["frauds"]:,} of 
 
 def _comparison(results: Results, plots: Sequence[str]) -> str:
     headings, rows = table(results)
-    verdict = (
-        "The verdict on the account (many to one) is asked of the last state after every "
-        f"{EVERY}th of an account's transactions and after its last: had the account a fraud "
-        f"within {COMPROMISED_DAYS} days? Its measures are over these questions."
-        if any(network.verdict for network in results.networks)
+    account_head = (
+        f"The account head scores the account's state after every {EVERY}th of its transactions: "
+        f"did the account have a fraud within the last {COMPROMISED_DAYS} days?"
+        if any(network.account_head for network in results.networks)
         else ""
     )
     meanings = [
@@ -191,7 +191,7 @@ def _comparison(results: Results, plots: Sequence[str]) -> str:
 
 {_markdown_table(headings, rows)}
 
-{" ".join(text for text in (over.strip(), verdict) if text)}
+{" ".join(text for text in (over.strip(), account_head) if text)}
 
 {chr(10).join(meanings)}
 
@@ -219,8 +219,7 @@ def _reasons(results: Results) -> str:
     ]
     return f"""## Reasons
 
-Of the frauds caught at that threshold, how often the first reason of the alert is what made
-the fraud:
+Share of the frauds caught at that threshold whose first reason is the cause of the fraud:
 
 {_markdown_table(["kind", "reason", "share"], rows)}"""
 
@@ -243,8 +242,8 @@ def _robustness(results: Results) -> str:
     ]
     return f"""## Robustness
 
-Average precision stepwise as in a worker, {found.average_precision:.4f} without faults, and what
-each fault of the accounts' states costs:
+Average precision of scoring step by step as a worker does is {found.average_precision:.4f} without
+faults. Cost of each fault of the account states:
 
 {_markdown_table(["fault", "AP", "AP lost"], faults)}
 
@@ -257,9 +256,9 @@ def _thresholds(checkpoint: Checkpoint) -> str:
     thresholds = checkpoint.header.thresholds
     return f"""## Thresholds
 
-A score of {thresholds.review:.4g} or more is reviewed, one of {thresholds.decline:.4g} or more
-declined. `recur thresholds` sets them from a budget of alerts, a share of false positives, a
-precision or costs."""
+A transaction is reviewed at a score of {thresholds.review:.4g} or more, and declined at
+{thresholds.decline:.4g} or more. `recur thresholds` sets both by a budget of alerts, a false
+positive rate, a precision or costs."""
 
 
 def _behaviour(checkpoint: Checkpoint) -> str:
@@ -286,32 +285,32 @@ def _behaviour(checkpoint: Checkpoint) -> str:
             )
     return f"""## Behaviour outside the data
 
-By the short form of `recur probe`; multiples are lower bounds.
+Measured by the short form of `recur probe`. Multiples are lower bounds.
 
 {_markdown_table(["what", "found"], rows)}"""
 
 
-def _limits(results: Results, described: Summary) -> str:
+def _limits(results: Results, described: NetworkSummary) -> str:
     worst = min(described.recall_by_scenario.items(), key=lambda i: i[1], default=None)
     blind = ""
     if worst is not None:
         kind = scenario_name(worst[0])
         blind = (
-            f"- It finds least of the kind “{kind}”: {worst[1]:.1%} at "
+            f"- It finds the smallest share of the kind “{kind}”: {worst[1]:.1%} at "
             f"{RECALL_FALSE_POSITIVE_RATE:.1%} false positives.\n"
         )
     return f"""## Limits
 
-- Data like the Fraud Detection Handbook's are simulated; real fraud is more varied and changes
+- Data like the Fraud Detection Handbook's are simulated. Real fraud is more varied and changes
   when it is found. Train and measure on your own transactions before you trust a score.
-- Scores are probabilities as long as the share and the kinds of fraud stay as they were in
-  training (ECE {described.mean["calibration_error"]:.5f} here).
-{blind}- A fraud at a merchant is not known before its label arrives, some days later; until then
-  only the account's own history speaks.
-- An account's first transactions are scored without a history, and all of them after a loss of
-  all states.
-- It has not been examined for differences between groups of people; it sees no attribute of a
-  person, but amounts, times and merchants can stand for one."""
+- Scores are probabilities only while the share and the kinds of fraud are those of the training
+  (ECE {described.mean["calibration_error"]:.5f} here).
+{blind}- A fraud at a merchant is unknown until its label arrives, some days later. Until then the
+  score depends on the account's history alone.
+- The first transactions of an account are scored without a history. After a loss of all states
+  this holds for all accounts.
+- It was not examined for differences between groups of people. It sees no attribute of a person,
+  but amounts, times and merchants can be proxies for one."""
 
 
 def _share(value: float | None) -> str:

@@ -1,9 +1,9 @@
-"""Networks compared on the same transactions, inputs and folds.
+"""The comparison of networks on the same transactions, inputs and folds.
 
-    dataset -> for each fold, network and seed: train, score the test, measure
+    data set -> for each fold, network and seed: train, score the test, measure
 
-What was trained is kept in a folder, so that a comparison that was interrupted, or that gets
-another network, goes on where it was.
+Finished trainings stay in a folder. A comparison that was interrupted, or that gets another
+network, continues from there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from model import metrics as evaluation
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
 from model.evaluation.candidates import (
+    CandidateResult,
     Material,
     NetworkKind,
     Show,
-    Trained,
     score_given,
     train_network,
     train_reference,
@@ -33,25 +33,26 @@ from model.evaluation.candidates import (
 from model.evaluation.lightgbm_reference import PARAMETERS, TREES, lightgbm
 from model.evaluation.protocol import Fold, ProtocolName, days_of
 from model.evaluation.run_cache import CACHE_FORMAT, Run, RunCache
-from model.features.account import DEFINITION, INPUTS, Float32
+from model.features.account import DEFINITION, Float32
+from model.features.spec import INPUTS
 from model.training.loop import RECIPE, device_of
-from model.training.preparation import Prepared
+from model.training.recipe import TrainingData
 from model.training.settings import Report, Reporter, TrainingSettings
 
 RECALL_FALSE_POSITIVE_RATE = 0.001
-"""At the threshold with so many false positives recall by scenario is measured."""
+"""False positive rate of the threshold at which recall by scenario is measured."""
 
 DAILY_REVIEW = 100
-"""Cards, or transactions, that a day's review has room for."""
+"""Number of cards or transactions that can be reviewed in a day."""
 
 REFERENCE = "lightgbm"
 GIVEN = "checkpoint"
 DESCRIBED = "gru"
-"""The network that the model card describes where no checkpoint is given."""
+"""Network that the model card describes if no checkpoint is given."""
 
 
 class ComparisonError(ValueError):
-    """A comparison cannot be made; the message says why and what to change."""
+    """A comparison is impossible; the message says why and what to change."""
 
 
 KINDS: dict[str, NetworkKind] = {
@@ -63,11 +64,11 @@ KINDS: dict[str, NetworkKind] = {
     "gru-2": NetworkKind("GRU, 2 layers", "gru", layers=2, cost=1.8),
     "gru-3": NetworkKind("GRU, 3 layers", "gru", layers=3, cost=2.6),
 }
-"""By the name that the command line takes."""
+"""Kinds of networks by their name on the command line."""
 
 REFERENCE_COST = 0.2
 SPEC_SHARE = 0.03
-"""Of a network's time, to compute and choose its inputs; at its fold's first network."""
+"""Share of a network's time that the preparation of its inputs takes."""
 
 TITLES: dict[str, str] = {
     **{name: kind.title for name, kind in KINDS.items()},
@@ -75,19 +76,22 @@ TITLES: dict[str, str] = {
     GIVEN: "checkpoint",
 }
 NETWORKS: tuple[str, ...] = (*KINDS, REFERENCE)
-"""All that can be asked for."""
+"""Names of all networks that can be compared."""
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """What is compared, and how it is trained.
+    """Settings of a comparison.
 
     Attributes:
-        training: only what shapes and trains a network is used, not what is simulated.
-        trees: of LightGBM.
+        networks: names of the networks to compare.
+        seeds: number of trainings of each network.
+        label_delay_days: time until a label is known.
+        training: settings of the network and its training; the simulation's are not used.
+        trees: number of trees of LightGBM.
 
     Raises:
-        ComparisonError: a value is out of its bounds; the message names it.
+        ComparisonError: a value is out of bounds; the message names it.
     """
 
     networks: tuple[str, ...] = NETWORKS
@@ -108,13 +112,12 @@ class ComparisonSettings:
 
 @dataclass
 class Comparison:
-    """All runs, with the scores that plots are made of.
+    """Runs of a comparison, with the scores for plots.
 
     Attributes:
-        rows: by fold, the rows of the log that were measured.
-        scores: by network, fold and seed, the scores of these rows.
-        checkpoints: by fold, of the network to describe: the checkpoint that was given, or the
-            GRU of the first seed.
+        rows: measured rows of the log, by fold.
+        scores: scores of these rows, by network, fold and seed.
+        checkpoints: checkpoint to describe, by fold: the given one, or the GRU of the first seed.
     """
 
     protocol: ProtocolName
@@ -125,12 +128,12 @@ class Comparison:
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
 
     def networks(self) -> list[str]:
-        """Those that ran, in the order of :data:`TITLES`."""
+        """Return the names of the networks that ran, in the order of :data:`TITLES`."""
         ran = {run.network for run in self.runs}
         return [name for name in TITLES if name in ran]
 
     def of(self, network: str) -> list[Run]:
-        """A network's runs."""
+        """Return the runs of a network."""
         return [run for run in self.runs if run.network == network]
 
 
@@ -140,10 +143,13 @@ def measure(
     rows: NDArray[np.intp],
     truth: NDArray[np.bool_] | None = None,
 ) -> dict[str, float]:
-    """What the scores [n] of ``rows`` [n] of the log are worth, by name.
+    """Measure the scores of some rows of the log; the metrics are by name.
 
     Args:
-        truth: [n] what the scores are about, if not whether the transaction is fraud.
+        scores: [n].
+        log: the transactions.
+        rows: [n] rows of the log.
+        truth: [n] truth of the scores. None: whether the transaction is fraud.
 
     Raises:
         model.metrics.EvaluationError: one class only.
@@ -172,7 +178,7 @@ class _Job:
     fold: Fold
     seed: int
     days: int
-    """That it learns from: what its time goes by."""
+    """Days that it learns from; its time is proportional to them."""
 
     @property
     def cost(self) -> float:
@@ -185,15 +191,17 @@ class _Job:
 
 
 class Comparer:
-    """Trains, scores and measures on one dataset.
+    """Comparer of networks on one data set.
 
     Args:
-        work: folder for what is computed of the dataset once; the caller removes it.
-        cache: folder of what was trained; none keeps nothing.
-        given: a checkpoint to compare with the networks that are trained here.
+        log: the transactions.
+        settings: what to compare.
+        work: folder for raw features; the caller removes it.
+        cache: folder for finished trainings. None: they are not kept.
+        given: a checkpoint to compare with the networks trained here.
 
     Raises:
-        ComparisonError: the checkpoint looks at fields that the dataset does not have.
+        ComparisonError: the checkpoint uses fields that the data set does not have.
     """
 
     def __init__(
@@ -211,20 +219,22 @@ class Comparer:
         self._given = given
         self._cache = None if cache is None else RunCache(cache)
         self._digest = log.digest()
-        self._prepared: tuple[Fold, Prepared] | None = None  # of the present fold
+        self._data: tuple[Fold, int, TrainingData] | None = None  # of the present fold and seed
 
     def compare(
         self, protocol: ProtocolName, folds: Sequence[Fold], report: Reporter = lambda _: None
     ) -> Comparison:
-        """Every network on every fold with every seed.
+        """Run every network on every fold with every seed.
 
         Args:
+            protocol: name of the protocol.
+            folds: its folds.
             report: called often, from this thread; see :mod:`pipeline.progress`.
 
         Raises:
-            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is asked for and
-                not there.
-            model.training.settings.TrainingError: a training cannot go on.
+            model.evaluation.lightgbm_reference.MissingRequirementError: LightGBM is to be
+                compared but is not installed.
+            model.training.settings.TrainingError: a training cannot continue.
             model.data.dataset.DatasetError: the disk is full.
         """
         jobs = list(self._jobs(folds))
@@ -254,8 +264,8 @@ class Comparer:
             days = fold.train_until - fold.log_from
             if self._given is not None:
                 yield _Job(GIVEN, fold, 0, days)
-            for network in self._settings.networks:
-                for seed in range(1, self._settings.seeds + 1):
+            for seed in range(1, self._settings.seeds + 1):  # the networks of a seed share inputs
+                for network in self._settings.networks:
                     yield _Job(network, fold, seed, days)
 
     def _kept_or_run(
@@ -266,8 +276,8 @@ class Comparer:
         if kept is not None:
             run, scores, checkpoint = kept
             return run, scores, self._given if job.network == GIVEN else checkpoint
-        trained = self._train(job, key, show)
-        log, scores = self.material.dataset, trained.scores[rows]
+        result = self._train(job, key, show)
+        log, scores = self.material.dataset, result.scores[rows]
         threshold = evaluation.threshold_at_false_positive_rate(
             scores, log.is_fraud[rows], RECALL_FALSE_POSITIVE_RATE
         )
@@ -275,20 +285,20 @@ class Comparer:
             network=job.network,
             fold=job.fold.name,
             seed=job.seed,
-            seconds=trained.seconds,
-            parameters=trained.parameters,
-            microseconds=trained.microseconds,
+            seconds=result.seconds,
+            parameters=result.parameters,
+            microseconds=result.microseconds,
             metrics=measure(scores, log, rows),
             recall_by_scenario=evaluation.recall_by_scenario(scores, log.scenario[rows], threshold),
-            verdict=_measure_verdict(trained, log, rows),
+            account_head=_measure_account_head(result, log, rows),
         )
         if self._cache is not None:
-            own = None if job.network == GIVEN else trained.checkpoint
-            self._cache.put(key, run, scores, own)
-        return run, scores, trained.checkpoint
+            checkpoint = None if job.network == GIVEN else result.checkpoint
+            self._cache.put(key, run, scores, checkpoint)
+        return run, scores, result.checkpoint
 
     def _key(self, job: _Job) -> str:
-        """A file's name: what is in it, and a digest of everything that decides it."""
+        """Return a file name: the run, and a digest of everything that decides it."""
         decides: list[object] = [CACHE_FORMAT, RECIPE, DEFINITION, INPUTS, self._digest]
         decides.append(dataclasses.astuple(job))
         settings = self._settings
@@ -305,7 +315,7 @@ class Comparer:
         digest = hashlib.sha256(msgspec.json.encode(decides, order="deterministic"))
         return f"{job.network}-{job.fold.name}-{job.seed}-{digest.hexdigest()[:12]}"
 
-    def _train(self, job: _Job, key: str, show: Show) -> Trained:
+    def _train(self, job: _Job, key: str, show: Show) -> CandidateResult:
         settings = self._settings
         if job.network == GIVEN:
             assert self._given is not None
@@ -314,41 +324,43 @@ class Comparer:
             return train_reference(
                 self.material, job.fold, settings.label_delay_days, job.seed, show, settings.trees
             )
-        prepared = self._prepared_of(job.fold, lambda share, note: show(SPEC_SHARE * share, note))
+        training = dataclasses.replace(
+            settings.training, seed=job.seed, label_delay_days=float(settings.label_delay_days)
+        )
         return train_network(
             KINDS[job.network],
             self.material,
             job.fold,
-            prepared,
-            dataclasses.replace(settings.training, seed=job.seed),
+            self._prepared(job.fold, training, lambda share, note: show(SPEC_SHARE * share, note)),
+            training,
             lambda share, note: show(SPEC_SHARE + (1 - SPEC_SHARE) * share, note),
             None if self._cache is None else self._cache.state(key),
         )
 
-    def _prepared_of(self, fold: Fold, show: Show) -> Prepared:
-        """What the networks of a fold share."""
-        if self._prepared is None or self._prepared[0] != fold:
-            prepared = self.material.prepared(fold, self._settings.label_delay_days, show)
-            self._prepared = fold, prepared
-        return self._prepared[1]
+    def _prepared(self, fold: Fold, training: TrainingSettings, show: Show) -> TrainingData:
+        """Return the data that the networks of a fold and seed share."""
+        if self._data is None or self._data[:2] != (fold, training.seed):
+            self._data = fold, training.seed, self.material.prepared(fold, training, show)
+        return self._data[2]
 
 
-def _measure_verdict(trained: Trained, log: Dataset, rows: NDArray[np.intp]) -> dict[str, float]:
-    """Of the verdicts that were asked for after the rows; none where all accounts are alike."""
-    if trained.verdicts is None:
+def _measure_account_head(
+    result: CandidateResult, log: Dataset, rows: NDArray[np.intp]
+) -> dict[str, float]:
+    """Measure the account head after the rows; nothing if all accounts are of one class."""
+    if result.accounts is None:
         return {}
-    asked = np.flatnonzero(np.isin(trained.verdicts.row, rows))
-    truth = trained.verdicts.truth[asked]
+    measured = np.flatnonzero(np.isin(result.accounts.row, rows))
+    truth = result.accounts.truth[measured]
     if not truth.any() or truth.all():
         return {}
-    # In order of days, as measures by day expect neither more nor less.
-    return measure(trained.verdicts.score[asked], log, trained.verdicts.row[asked], truth)
+    return measure(result.accounts.score[measured], log, result.accounts.row[measured], truth)
 
 
 def _check_fields(given: Checkpoint, log: Dataset) -> None:
     there = {*log.numeric, *log.categorical}
     if missing := [f.name for f in given.header.features.fields if f.name not in there]:
         raise ComparisonError(
-            f"the checkpoint looks at the fields {', '.join(missing)}, which the data do not "
+            f"the checkpoint uses the fields {', '.join(missing)}, which the data do not "
             "have: map columns to them"
         )

@@ -1,6 +1,6 @@
-"""The outside reference: gradient boosting on the handbook's exact windows.
+"""The outside reference: gradient boosting on the exact windows of the Handbook.
 
-LightGBM is not one of Recur's requirements, but of its extra ``evaluate``.
+LightGBM is a requirement of the extra ``evaluate`` only.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PARAMETERS: dict[str, Any] = {
     "feature_fraction": 0.7,
     "bagging_fraction": 0.8,
     "bagging_freq": 1,
-    "max_delta_step": 1.0,  # where fraud is rare and plain, leaves run away without a bound
+    "max_delta_step": 1.0,  # with rare and obvious fraud, leaf values would grow without bound
     "deterministic": True,
-    "num_threads": 1,  # of several each waits for the slowest, and they crawl on a busy machine
+    "num_threads": 1,  # several threads wait for the slowest one on a busy machine
     "verbosity": -1,
 }
 
@@ -36,10 +36,10 @@ class MissingRequirementError(RuntimeError):
 
 
 def lightgbm() -> ModuleType:
-    """The module, if it is installed.
+    """Return the module LightGBM.
 
     Raises:
-        MissingRequirementError: it is not, or its library cannot be loaded.
+        MissingRequirementError: it is not installed, or its library cannot be loaded.
     """
     try:
         import lightgbm as module
@@ -53,20 +53,20 @@ def lightgbm() -> ModuleType:
 
 
 class BoostedTrees:
-    """Trees that score transactions one by one."""
+    """Trained trees that score single transactions."""
 
     def __init__(self, booster: Any) -> None:
         self._booster = booster
 
     @property
     def parameters(self) -> int:
-        """Splits (a feature and a threshold each) and leaves of all trees."""
+        """Number of leaves, split features and split thresholds of all trees."""
         tables = self._booster.dump_model()["tree_info"]
         leaves = sum(int(table["num_leaves"]) for table in tables)
         return leaves + 2 * (leaves - len(tables))
 
     def score(self, inputs: Float32) -> Float32:
-        """Scores [n] of inputs [n, I], on one core."""
+        """Score inputs [n, I] on one core."""
         scores = self._booster.predict(inputs, num_threads=1)
         return np.asarray(scores, np.float32)
 
@@ -79,11 +79,15 @@ def fit_boosted(
     trees: int = TREES,
     categories: Sequence[int] = (),
 ) -> tuple[BoostedTrees, float]:
-    """Trees trained on inputs [n, I], and the seconds that it took.
+    """Train trees on inputs [n, I]; return them and the seconds that it took.
 
     Args:
-        report: called after each tree with the share that is done and nothing to note.
-        categories: columns of ``inputs`` whose numbers are codes.
+        inputs: [n, I].
+        is_fraud: [n].
+        seed: seed of LightGBM.
+        report: called after each tree with the share done and an empty note.
+        trees: number of trees.
+        categories: columns of ``inputs`` that hold codes of categories.
 
     Raises:
         MissingRequirementError: LightGBM is not installed.

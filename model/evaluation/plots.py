@@ -1,6 +1,6 @@
 """Plots of a comparison as PNG files: precision and recall, and calibration.
 
-matplotlib is not one of Recur's requirements, but of its extra ``evaluate``.
+matplotlib is a requirement of the extra ``evaluate`` only.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 SIZE_INCHES = (8.0, 7.0)
 DOTS_PER_INCH = 120
 POINTS_MAX = 2000
-"""Of a curve: more cannot be seen."""
+"""Most points of a curve; more would not be visible."""
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Colours of Okabe and Ito, which colour-blind people can distinguish.
 _COLOURS = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#888888"),
     "#000000",
@@ -34,11 +34,13 @@ _COLOURS = (
 
 
 def require_matplotlib() -> None:
-    """Raises:
-    MissingRequirementError: it is not installed.
+    """Check that matplotlib is installed.
+
+    Raises:
+        MissingRequirementError: it is not installed.
     """
     try:
-        import matplotlib  # noqa: F401 - only whether it is there
+        import matplotlib  # noqa: F401 - only to see whether it is installed
     except ImportError as error:
         raise MissingRequirementError(
             f"matplotlib cannot be loaded ({error}): install the extra that it belongs to, "
@@ -47,7 +49,7 @@ def require_matplotlib() -> None:
 
 
 def plot_precision_recall(comparison: Comparison, log: Dataset, path: Path) -> None:
-    """Precision by recall of each network: all folds together, the first seed."""
+    """Plot precision by recall of each network, for all folds and the first seed."""
     figure, axes = _figure("recall: share of fraud found", "precision: share of fraud in alerts")
     for network, colour in _coloured(comparison):
         scores, is_fraud = _pooled(comparison, log, network)
@@ -72,7 +74,10 @@ def plot_precision_recall(comparison: Comparison, log: Dataset, path: Path) -> N
 
 
 def plot_calibration(comparison: Comparison, log: Dataset, path: Path) -> None:
-    """Share of fraud by score of each network, in 15 bins; a bin's area is its transactions."""
+    """Plot the share of fraud by score of each network, in 15 bins.
+
+    The area of a bin grows with its transactions.
+    """
     figure, axes = _figure("mean score of a bin", "share of fraud in the bin")
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="calibrated")
     for network, colour in _coloured(comparison):
@@ -99,9 +104,9 @@ def plot_calibration(comparison: Comparison, log: Dataset, path: Path) -> None:
 def precision_recall_curve(
     scores: Scores, is_fraud: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Recall and precision at thresholds from the highest score to the lowest.
+    """Return recall and precision at thresholds from the highest score to the lowest.
 
-    At most about :data:`POINTS_MAX` points, evenly spaced in recall.
+    There are at most about :data:`POINTS_MAX` points, evenly spaced in recall.
 
     >>> precision_recall_curve(np.array([.9, .8, .8], np.float32), np.array([True, False, True]))
     (array([0.5, 1. ]), array([1.        , 0.66666667]))
@@ -131,7 +136,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _coloured(comparison: Comparison) -> list[tuple[str, str]]:
-    """The networks that ran, each with the colour that it has in every plot."""
+    """Return the networks that ran, each with its colour, which is the same in all plots."""
     names = list(TITLES)
     return [(n, _COLOURS[names.index(n) % len(_COLOURS)]) for n in comparison.networks()]
 
@@ -145,7 +150,7 @@ def _title(comparison: Comparison) -> str:
 def _pooled(
     comparison: Comparison, log: Dataset, network: str
 ) -> tuple[Float32, NDArray[np.bool_]]:
-    """Scores and truth of all folds, one after the other, of the network's first seed."""
+    """Return scores and truth of all folds, one after the other, for the first seed."""
     seed = min(run.seed for run in comparison.of(network))
     names = [fold.name for fold in comparison.folds]
     return (

@@ -1,15 +1,15 @@
-"""Which transactions networks learn from and which they are measured on.
+"""The protocols of evaluation: which days train a network and which days test it.
 
-A protocol is a few folds; a fold's days in order: warm-up (seen, not scored), training, with its
-last days for validation, the days in which labels are still on their way, test.
+A protocol consists of folds. The days of a fold in order: warm-up (seen, not scored), training with
+validation at its end, a delay in which labels arrive, test.
 
     split     one long fold: the later half of the log is the test
-    handbook  the Fraud Detection Handbook's (chapters 5 to 7): four folds a week apart, each
-              with a week of training, one of delay and one of test; cards known to be
-              fraudulent leave the test day by day
+    handbook  the protocol of the Fraud Detection Handbook (chapters 5 to 7): four folds a week
+              apart, each with a week of training, one of delay and one of test; cards known to
+              be fraudulent leave the test day by day
 
-A network may learn from everything before a fold's delay, as a streaming model would; the
-handbook's training week then only says which cards are known.
+A network may learn from everything before a fold's delay, as a streaming model would. The
+Handbook's training week then only decides which cards are known.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.training.settings import TrainingError
 from model.training.split import Split
+from model.units import DAY_MS, DAY_SECONDS
 
 ProtocolName = Literal["handbook", "split"]
 Rows = NDArray[np.intp]
 
 HANDBOOK_START = "2018-08-15"
-"""First day of the handbook's latest training week."""
+"""First day of the Handbook's last training week."""
 
 HANDBOOK_FOLDS = 4
 WEEK_DAYS = 7
@@ -41,15 +42,15 @@ class ProtocolError(ValueError):
 
 @dataclass(frozen=True)
 class Fold:
-    """Days are UTC days since 1970-01-01; a period ends before the day that it is until.
+    """One split of a log. Days are UTC days since 1970-01-01; an end is exclusive.
 
     Attributes:
-        name: short, unique in its protocol.
-        log_from: the log's first day.
-        train_until: labels of the days before it are learned from.
-        test_from, test_until: the measured days.
-        known_from: frauds from this day on, once their label has arrived, make their card
-            known, and it leaves the test; none if no card does.
+        name: short name, unique in its protocol.
+        log_from: first day of the log.
+        train_until: end of the days whose labels are learned from.
+        test_from, test_until: begin and end of the measured days.
+        known_from: first day whose frauds make a card known. A known card leaves the test when
+            the label arrives. None: no card leaves.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Fold:
 
     @property
     def split(self) -> Split:
-        """The same as a training has it: days from the log's first on.
+        """The same periods as a training counts them, in days from the first day of the log.
 
         Raises:
             model.training.settings.TrainingError: there are too few days for all periods.
@@ -74,7 +75,9 @@ class Fold:
         )
 
     def describe(self) -> str:
-        """>>> Fold("split", 17622, 17713, 17720, 17805).describe()
+        """Describe the fold in words.
+
+        >>> Fold("split", 17622, 17713, 17720, 17805).describe()
         'trained to 2018-06-30, tested 2018-07-08 to 2018-09-30'
         """
         last_trained, first, last = (
@@ -83,27 +86,26 @@ class Fold:
         return f"trained to {last_trained}, tested {first} to {last}"
 
     def trained_rows(self, log: Dataset) -> Rows:
-        """Rows that are learned from in any way, the last ones by validation."""
+        """Return the rows of training and validation."""
         return self._rows(log, self.log_from + self.split.training, self.train_until)
 
     def learned_rows(self, log: Dataset) -> Rows:
-        """Rows that count in a network's loss."""
+        """Return the rows that count in a network's loss."""
         split = self.split
         return self._rows(log, self.log_from + split.training, self.log_from + split.validation)
 
     def validated_rows(self, log: Dataset) -> Rows:
-        """Rows by which a network's best epoch and calibration are chosen."""
+        """Return the rows that decide a network's best epoch and calibration."""
         return self._rows(log, self.log_from + self.split.validation, self.train_until)
 
     def end_row(self, log: Dataset) -> int:
-        """The first row after the test."""
+        """Return the first row after the test."""
         return int(np.searchsorted(log.timestamp_ms, self.test_until * DAY_MS))
 
     def tested_rows(self, log: Dataset) -> Rows:
-        """Rows that are measured; those of cards that are known by then are left out.
+        """Return the measured rows, without those of known cards.
 
-        The handbook's rule: on a test day the frauds of the days up to one before it less the
-        delay are known, the delay being what lies between training and test.
+        By the Handbook's rule a fraud is known one day after the delay between training and test.
         """
         rows = self._rows(log, self.test_from, self.test_until)
         if self.known_from is None:
@@ -120,7 +122,7 @@ class Fold:
         return np.asarray(rows[day[rows] < known_on[place]])
 
     def _rows(self, log: Dataset, begin: int, end: int) -> Rows:
-        """Labelled rows of those days."""
+        """Return the labelled rows of these days."""
         first, last = np.searchsorted(log.timestamp_ms, [begin * DAY_MS, end * DAY_MS])
         return np.asarray(np.flatnonzero(log.is_labelled[first:last]) + first)
 
@@ -132,15 +134,18 @@ def split_fold(
     test_until: str | None = None,
     label_delay_days: int = 7,
 ) -> Fold:
-    """One fold over the whole log. A period ends before the day that it is until.
+    """Make one fold over the whole log; the ends of periods are exclusive.
 
     Args:
-        train_until: no label from then on is learned from; by default half of the days are.
-        test_from: by default the day on which all labels of the training have arrived.
-        test_until: nothing from then on is measured; by default the log's end.
+        log: the transactions.
+        train_until: end of the days that are learned from. None: half of the days.
+        test_from: first measured day. None: the day when all labels of the training arrived.
+        test_until: end of the measured days. None: the end of the log.
+        label_delay_days: time until a label is known.
 
     Raises:
-        ProtocolError: a date is none, out of the log or out of order, or a period has no fraud.
+        ProtocolError: a text is no date, a date is out of the log or out of order, or a period
+            has no fraud.
     """
     first, last = _days_of(log)
     until = first + (last + 1 - first) // 2 if train_until is None else day_of(train_until)
@@ -150,10 +155,11 @@ def split_fold(
 
 
 def handbook_folds(log: Dataset, start: str = HANDBOOK_START) -> list[Fold]:
-    """The handbook's four folds, the earliest first.
+    """Make the Handbook's four folds, the earliest first.
 
     Args:
-        start: first day of the latest training week; the others step back by a week.
+        log: the transactions.
+        start: first day of the last training week; each other fold is a week earlier.
 
     Raises:
         ProtocolError: the log does not hold all of these days.
@@ -175,26 +181,30 @@ def handbook_folds(log: Dataset, start: str = HANDBOOK_START) -> list[Fold]:
 
 
 def days_of(log: Dataset) -> NDArray[np.int64]:
-    """[N] the UTC day of each transaction since 1970-01-01."""
+    """Return the UTC day of each transaction [N] since 1970-01-01."""
     return log.timestamp_ms // DAY_MS
 
 
 def day_of(text: str) -> int:
-    """>>> day_of("2018-08-15")
+    """Return the UTC day of a date, since 1970-01-01.
+
+    >>> day_of("2018-08-15")
     17758
     """
     try:
         found = date.fromisoformat(text)
     except ValueError as error:
         raise ProtocolError(f"{text[:40]!r} is no date such as 2018-08-15") from error
-    return int(datetime(found.year, found.month, found.day, tzinfo=UTC).timestamp()) // 86_400
+    return int(datetime(found.year, found.month, found.day, tzinfo=UTC).timestamp()) // DAY_SECONDS
 
 
 def iso_date(day: int) -> str:
-    """>>> iso_date(17758)
+    """Return the date of a UTC day since 1970-01-01.
+
+    >>> iso_date(17758)
     '2018-08-15'
     """
-    return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
+    return datetime.fromtimestamp(day * DAY_SECONDS, UTC).date().isoformat()
 
 
 def _days_of(log: Dataset) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Whether the reasons of alerts name what made the fraud, where that is known."""
+"""The check of alert reasons against the known causes of fraud."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ def first_reasons_agree(
     scores: Float32,
     false_positive_rate: float,
 ) -> dict[int, float]:
-    """Share of the caught frauds of each scenario whose first reason is that of the scenario.
+    """Return the share of caught frauds whose first reason is that of their scenario.
 
     Memory: the raw features of the whole log.
 
     Args:
-        raw_of: gives the raw features [m, R] of rows [m] of the log, as the checkpoint sees it.
-        scores: of the fold's tested rows.
-        false_positive_rate: caught is what scores at least the threshold of this rate.
+        checkpoint: the model.
+        log: the transactions.
+        raw_of: gives the raw features [m, R] of rows [m] of the log for this checkpoint.
+        fold: its test is checked.
+        scores: scores of the tested rows.
+        false_positive_rate: rate of the threshold from which a fraud counts as caught.
 
     Returns:
-        by scenario; nothing where the data's scenarios have no known reason.
+        Shares by scenario; only scenarios with a known reason.
     """
     rows = fold.tested_rows(log)
     threshold = threshold_at_false_positive_rate(scores, log.is_fraud[rows], false_positive_rate)

@@ -1,4 +1,4 @@
-"""The results of a comparison, as they are printed, written to results.json and told in a card."""
+"""The results of a comparison, for the table, results.json and the model card."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ MEASURES: dict[str, str] = {
 }
 """Measures by name, with the heading of their column."""
 
-VERDICT_TITLE = "  its verdict on the account"
-"""Many to one: is the account compromised now? By the last state; measured over accounts."""
+ACCOUNT_HEAD_TITLE = "  its account head"
+"""Row of the account head, which scores whether the account is compromised."""
 
 FINE = ("calibration_error", "brier_score")
-"""Measures that are small numbers, and the smaller the better."""
+"""Measures with small values, where smaller is better."""
 
 PUBLISHED: dict[ProtocolName, dict[str, dict[str, float]]] = {
     "handbook": {
@@ -51,19 +51,19 @@ PUBLISHED: dict[ProtocolName, dict[str, dict[str, float]]] = {
     },
     "split": {},
 }
-"""What the Fraud Detection Handbook states for its own protocol, on its own data."""
+"""Published figures of the Fraud Detection Handbook, by its own protocol on its own data."""
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """A network over all its folds and seeds.
+class NetworkSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """NetworkSummary of a network over all folds and seeds.
 
     Attributes:
-        mean: of each measure.
-        deviation: of each measure over seeds, of the mean over folds; none of one seed.
-        seconds: of training, mean of a run.
+        mean: mean of each measure.
+        deviation: deviation over seeds of each measure's mean over folds; empty for one seed.
+        seconds: mean time of a training.
         microseconds: see :class:`model.evaluation.run_cache.Run`.
         recall_by_scenario: mean over folds and seeds.
-        verdict: of a GRU, the measures of the verdict on accounts, mean of the runs.
+        account_head: measures of the account head, mean of the runs; only of a GRU.
     """
 
     network: str
@@ -75,21 +75,22 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     microseconds: float = 0.0
     recall_by_scenario: dict[int, float] = {}
-    verdict: dict[str, float] = {}
+    account_head: dict[str, float] = {}
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a comparison found.
+    """Results of a comparison.
 
     Attributes:
-        protocol: and its folds in words.
-        data: what it was measured on.
-        published: measures of others by what they are.
-        robustness: none where it was not measured.
-        first_reasons_agree: of the described model's caught frauds, by scenario, the share
-            whose first reason is what made them.
-        cautions: what makes a figure worth less than it looks.
-        tested: transactions and frauds of all folds' tests.
+        protocol: name of the protocol.
+        folds: folds in words, by name.
+        data: description of the data.
+        published: published figures by title.
+        robustness: None if it was not measured.
+        first_reasons_agree: share of the described model's caught frauds whose first reason is
+            the true one, by scenario.
+        cautions: reasons to trust a figure less.
+        tested: number of transactions and frauds in all tests.
     """
 
     format_version: int = RESULTS_FORMAT
@@ -98,7 +99,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any]
     tested: dict[str, int]
     settings: dict[str, Any]
-    networks: list[Summary]
+    networks: list[NetworkSummary]
     published: dict[str, dict[str, float]]
     runs: list[Run]
     robustness: Robustness | None = None
@@ -115,10 +116,15 @@ def results_of(
     robustness: Robustness | None = None,
     first_reasons_agree: dict[int, float] | None = None,
 ) -> Results:
-    """The results of a comparison on a log.
+    """Collect the results of a comparison.
 
     Args:
-        source: where the log is from, in a few words.
+        comparison: the runs.
+        log: the transactions.
+        settings: the settings of the comparison.
+        source: the origin of the log, in a few words.
+        robustness: results of :func:`model.evaluation.robustness.measure_robustness`.
+        first_reasons_agree: results of :mod:`model.evaluation.reason_check`.
     """
     first, last = days_of(log)[[0, -1]].tolist()
     rows = np.concatenate(list(comparison.rows.values()))
@@ -147,7 +153,7 @@ def results_of(
 
 
 def cautions(comparison: Comparison, log: Dataset) -> list[str]:
-    """What is to be said about a checkpoint that was given: it may have seen the test."""
+    """Return a caution for each fold whose test the given checkpoint may have learned from."""
     found = []
     for fold in comparison.folds:
         checkpoint = comparison.checkpoints.get(fold.name)
@@ -164,8 +170,8 @@ def cautions(comparison: Comparison, log: Dataset) -> list[str]:
     return found
 
 
-def summarise(network: str, runs: Sequence[Run]) -> Summary:
-    """A network's runs, together."""
+def summarise(network: str, runs: Sequence[Run]) -> NetworkSummary:
+    """Summarise the runs of a network."""
     seeds = sorted({run.seed for run in runs})
     mean, deviation = {}, {}
     for measure in MEASURES:
@@ -176,7 +182,7 @@ def summarise(network: str, runs: Sequence[Run]) -> Summary:
         if len(seeds) > 1:
             deviation[measure] = float(np.std(of_seed, ddof=1))
     scenarios = sorted({s for run in runs for s in run.recall_by_scenario})
-    return Summary(
+    return NetworkSummary(
         network=network,
         title=TITLES[network],
         runs=len(runs),
@@ -189,17 +195,19 @@ def summarise(network: str, runs: Sequence[Run]) -> Summary:
             s: float(np.mean([r.recall_by_scenario[s] for r in runs if s in r.recall_by_scenario]))
             for s in scenarios
         },
-        verdict=_verdict(runs),
+        account_head=_account_head(runs),
     )
 
 
-def _verdict(runs: Sequence[Run]) -> dict[str, float]:
-    told = [run.verdict for run in runs if run.verdict]
-    return {name: float(np.mean([t[name] for t in told])) for name in MEASURES} if told else {}
+def _account_head(runs: Sequence[Run]) -> dict[str, float]:
+    measured = [run.account_head for run in runs if run.account_head]
+    if not measured:
+        return {}
+    return {name: float(np.mean([m[name] for m in measured])) for name in MEASURES}
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of text: a network each, then what others published."""
+    """Return headings and rows of the table: a row for each network, then published figures."""
     headings = ["network", *MEASURES.values(), "train s", "parameters", "µs/tx"]
     rows = []
     for network in results.networks:
@@ -216,9 +224,9 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{network.microseconds:.2f}",
             ]
         )
-        if network.network in (GIVEN, DESCRIBED) and network.verdict:
-            measures = [in_figures(name, network.verdict[name]) for name in MEASURES]
-            rows.append([VERDICT_TITLE, *measures, "–", "–", "–"])
+        if network.network in (GIVEN, DESCRIBED) and network.account_head:
+            measures = [in_figures(name, network.account_head[name]) for name in MEASURES]
+            rows.append([ACCOUNT_HEAD_TITLE, *measures, "–", "–", "–"])
     for title, published in results.published.items():
         found = [in_figures(n, published[n]) if n in published else "–" for n in MEASURES]
         rows.append([title, *found, "–", "–", "–"])
@@ -226,7 +234,9 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def in_figures(measure: str, value: float, deviation: float | None = None) -> str:
-    """>>> in_figures("average_precision", 0.78642), in_figures("brier_score", 0.003141)
+    """Format a measure for tables.
+
+    >>> in_figures("average_precision", 0.78642), in_figures("brier_score", 0.003141)
     ('.786', '.00314')
     >>> in_figures("average_precision", 0.78642, 0.0021), in_figures("auc_roc", 1.0)
     ('.786 ±.002', '1.000')

@@ -1,7 +1,7 @@
-"""What a stream's mishaps cost: a log scored a step at a time, as a worker does, with faults.
+"""The cost of faults: a log scored step by step as a worker does, with disturbed states.
 
-Only the accounts' states are disturbed. Merchant profiles are shared by all accounts, count at
-least once and are right but for a micro-batch at a crash; their features are taken as given.
+Only account states are disturbed. Merchant profiles belong to all accounts and are wrong by at most
+a micro-batch after a crash, so their features stay as they are.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.protocol import Fold, days_of, iso_date
 from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.metrics import average_precision
 from model.training.sequences import one_core_each
+from model.units import DAY_MS
 
 WEEK_DAYS = 7
 THREADS = 2
-"""Faults that are tried at once."""
+"""Number of faults that are tried in parallel."""
 
 RawOf = Callable[[NDArray[np.intp]], Float32]
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong with account states.
+    """Faults of account states.
 
     Attributes:
-        title: in tables.
-        hidden_dtype: the hidden is rounded to it after each step.
-        expire_days: a state that was silent for longer starts anew; none keeps it for ever.
-        twice_share: of the transactions are applied to the state twice (and scored once).
-        lost_share: of the transactions change no state: the write was lost.
-        wiped_ms: all states are lost at this time, epoch milliseconds.
-        seed: of which transactions are hit.
+        title: title in tables.
+        hidden_dtype: type to which hidden states are rounded after each step.
+        expire_days: a state that is idle for longer is dropped. None: no state is dropped.
+        twice_share: share of transactions that are applied to the state twice (and scored once).
+        lost_share: share of transactions whose state update is lost.
+        wiped_ms: time at which all states are lost, epoch milliseconds.
+        seed: decides which transactions are affected.
     """
 
     title: str
@@ -58,11 +59,11 @@ FAULTS: tuple[Faults, ...] = (
     Faults("1 % of transactions applied twice", twice_share=0.01),
     Faults("1 % of state writes lost", lost_share=0.01),
 )
-"""Each may cost less than .001 of average precision."""
+"""Faults to measure. Each must cost less than .001 of average precision."""
 
 
 class FaultCost(msgspec.Struct, frozen=True):
-    """Average precision on the test with a fault, and how much less that is than without."""
+    """Average precision on the test with a fault, and the loss by the fault."""
 
     title: str
     average_precision: float
@@ -70,7 +71,7 @@ class FaultCost(msgspec.Struct, frozen=True):
 
 
 class Week(msgspec.Struct, frozen=True):
-    """A week of the test: average precision with all states, and with all lost at its start."""
+    """Average precision in a week of the test, with all states and after their loss."""
 
     first_day: str
     frauds: int
@@ -79,12 +80,12 @@ class Week(msgspec.Struct, frozen=True):
 
 
 class Robustness(msgspec.Struct, frozen=True):
-    """What faults cost.
+    """Costs of faults.
 
     Attributes:
-        average_precision: stepwise and without faults.
-        faults: each by itself.
-        weeks: after all states were lost at the start of the test.
+        average_precision: average precision without faults.
+        faults: cost of each fault by itself.
+        weeks: weeks after the loss of all states at the start of the test.
     """
 
     average_precision: float
@@ -95,19 +96,22 @@ class Robustness(msgspec.Struct, frozen=True):
 def score_with_faults(
     checkpoint: Checkpoint, log: Dataset, raw_of: RawOf, faults: Faults, end: int | None = None
 ) -> Float32:
-    """Scores [n] of a log's first n transactions, stepwise in rounds, from empty account states.
+    """Score the first n transactions of a log step by step, from empty account states.
 
     Args:
-        raw_of: gives the raw features [m, R] of rows [m] of the log. The account's columns are
-            computed again, from disturbed states; the others are taken from there.
-        end: how many transactions; all by default.
+        checkpoint: on the CPU.
+        log: the transactions.
+        raw_of: gives the raw features [m, R] of rows [m] of the log. The columns of the account
+            are computed again from the disturbed states.
+        faults: the faults of the states.
+        end: number n of transactions. None: all.
     """
     n_scored = len(log) if end is None else end
     rounds = rounds_of(log.account[:n_scored].astype(np.int64))
     n = len(rounds[0]) if rounds else 0
     history = AccountHistory.empty(n)
     hidden = checkpoint.network.empty_hidden(n)
-    wiped = np.zeros(n, np.bool_)  # has had its first transaction after the wipe
+    wiped = np.zeros(n, np.bool_)  # True after the account's first transaction since the wipe
     rng = np.random.default_rng(faults.seed)
     twice = rng.random(n_scored) < faults.twice_share
     lost = rng.random(n_scored) < faults.lost_share
@@ -127,7 +131,7 @@ def score_with_faults(
 
     with torch.inference_mode():
         for rows in rounds:
-            account = np.arange(len(rows))  # accounts stand in the same order in each round
+            account = np.arange(len(rows))  # accounts have the same order in each round
             gone = _gone(history.take(account), wiped, log.timestamp_ms[rows], faults)
             history.put(gone, AccountHistory.empty(len(gone)))
             hidden[torch.from_numpy(gone)] = 0.0
@@ -147,7 +151,7 @@ def score_with_faults(
 def _gone(
     history: AccountHistory, wiped: NDArray[np.bool_], timestamp_ms: NDArray[np.int64], f: Faults
 ) -> NDArray[np.intp]:
-    """Accounts of a round whose state is not there any more; notes in ``wiped`` who was wiped."""
+    """Return the accounts of a round whose state is gone, and mark the wiped ones."""
     gone = np.zeros(len(history), np.bool_)
     if f.expire_days is not None:
         silent_ms = timestamp_ms - history.last_event_ms
@@ -166,11 +170,14 @@ def measure_robustness(
     fold: Fold,
     show: Callable[[float, str], None] = lambda share, note: None,
 ) -> Robustness:
-    """What each of :data:`FAULTS` costs on a fold's test, and all states lost at its start.
+    """Measure the cost of each of :data:`FAULTS`, and of the loss of all states, on a test.
 
     Args:
-        raw_of: gives the raw features [m, R] of rows [m] of the log, as the checkpoint sees it.
-        show: called with the share that is done and what is going on.
+        checkpoint: on the CPU.
+        log: the transactions.
+        raw_of: gives the raw features [m, R] of rows [m] of the log for this checkpoint.
+        fold: its test is measured; all states are lost at its start.
+        show: called with the share done and the current step.
     """
     end = fold.end_row(log)
     rows = fold.tested_rows(log)
@@ -203,7 +210,7 @@ def _weeks(
     with_states: Float32,
     states_lost: Float32,
 ) -> list[Week]:
-    """The test's weeks that have fraud; the last one may be short."""
+    """Measure the weeks of the test that have fraud; the last one may be short."""
     weeks = []
     for first in range(fold.test_from, fold.test_until, WEEK_DAYS):
         chosen = (day >= first) & (day < first + WEEK_DAYS)

@@ -1,4 +1,4 @@
-"""What was trained and measured, kept in a folder by what decided it."""
+"""The cache of trained and measured networks, by everything that decides them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.features.account import Float32
 from model.training.resume import TrainingState
 
-CACHE_FORMAT = 3
-"""Version of the files; another one counts as not there."""
+CACHE_FORMAT = 4
+"""Version of the files. A file of another version is ignored."""
 
 _UNUSABLE = (
     *(ValueError, KeyError, OSError, zipfile.BadZipFile),
@@ -23,18 +23,18 @@ _UNUSABLE = (
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One network trained once on one fold, and what its scores are worth.
+    """One network trained once on one fold, with its metrics.
 
     Attributes:
         network: a name of :data:`model.evaluation.comparison.TITLES`.
-        fold: of the protocol.
-        seconds: of training; 0 where nothing was trained.
-        parameters: trained numbers; of trees their splits and leaves.
-        microseconds: for a transaction in a batch on one core, of the network alone; 0 where
-            it was not timed.
+        fold: name of the fold.
+        seed: seed of the training.
+        seconds: time of the training; 0 if nothing was trained.
+        parameters: number of trained parameters; for trees their splits and leaves.
+        microseconds: time of the network for a transaction in a batch on one core.
         metrics: see :func:`model.evaluation.comparison.measure`.
-        recall_by_scenario: at a threshold of few false positives, by the scenario's number.
-        verdict: the same measures of the verdict on accounts from their last state; of a GRU.
+        recall_by_scenario: recall at few false positives, by number of the scenario.
+        account_head: the same measures of the account head; only of a GRU.
     """
 
     network: str
@@ -45,24 +45,24 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     microseconds: float
     metrics: dict[str, float]
     recall_by_scenario: dict[int, float] = {}
-    verdict: dict[str, float] = {}
+    account_head: dict[str, float] = {}
 
 
 class RunCache:
-    """Runs with their scores and, of a GRU, its checkpoint.
+    """Folder of runs with their scores and, for a GRU, its checkpoint.
 
     Args:
-        folder: made when something is kept.
+        folder: made at the first write.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, key: str) -> tuple[Run, Float32, Checkpoint | None] | None:
-        """What was kept under the key; none if it is not there whole, or of another version."""
+        """Return the run under the key; None if it is missing, incomplete or of another version."""
         path = self._folder / f"{key}.npz"
         try:
-            # The file is opened here: of one that is cut off np.load forgets to close it.
+            # Opened here, because np.load does not close a truncated file.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 run = msgspec.json.decode(kept["run"].tobytes(), type=Run)
                 scores = kept["scores"]
@@ -70,18 +70,18 @@ class RunCache:
             checkpoint = Checkpoint.load(weights) if weights.exists() else None
         except FileNotFoundError:
             return None
-        except _UNUSABLE:  # cut off by a full disk, or of another version: made again
+        except _UNUSABLE:  # truncated by a full disk, or of another version: train again
             path.unlink(missing_ok=True)
             return None
         return run, scores, checkpoint
 
     def state(self, key: str) -> TrainingState:
-        """Where a training that is interrupted leaves how far it is."""
+        """Return the file with the progress of an interrupted training."""
         self._folder.mkdir(parents=True, exist_ok=True)
         return TrainingState(self._folder / f"{key}.state")
 
     def put(self, key: str, run: Run, scores: Float32, checkpoint: Checkpoint | None) -> None:
-        """Keeps a run; its scores are written last, and whole or not at all."""
+        """Keep a run; the scores are written last, completely or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             checkpoint.save(self._folder / f"{key}.safetensors")

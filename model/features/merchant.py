@@ -1,17 +1,17 @@
-"""What a merchant's recent past says: counts of transactions and known frauds, in time buckets.
+"""The features of a merchant: recent transactions and known frauds, in time buckets.
 
-A *profile* holds a merchant's transactions in each bucket of three hours and its known frauds.
-A transaction looks only at closed buckets, and at labels that arrived in closed buckets: so it
-does not matter which of a bucket's transactions is scored first, nor by whom, and a log and a
-live stream give the same features.
+A *profile* holds a merchant's known frauds and its number of transactions in each bucket of three
+hours. A transaction sees only closed buckets, and only labels that arrived in closed buckets. So
+the order of scoring within a bucket does not matter, and a log and a live stream give the same
+features.
 
     profiles, transactions' rows and times  --observe_merchants-->  raw [m, M]
 
-Labels come late. Up to ``label_delay`` ago a transaction that is not known as fraud counts as
-legitimate; of later ones nothing is known, so risk is measured over windows that end there.
+Labels come late. A transaction older than ``label_delay`` without a fraud label counts as
+legitimate. Nothing is known about later ones, so the windows of risk end there.
 
-A known fraud has a *weight* from 0 to 1: how far the merchant explains it
-(:mod:`model.merchant_weight`). Sums of frauds are sums of weights. Ages look only at frauds of at
+A known fraud has a *weight* from 0 to 1: the degree to which the merchant explains it
+(:mod:`model.merchant_weight`). Sums of frauds are sums of weights. Ages consider only frauds of at
 least :data:`STRONG_WEIGHT`.
 """
 
@@ -22,32 +22,37 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.units import DAY_MS, HOUR_MS, MINUTE_MS
+
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Rows = NDArray[np.intp]
 
-BUCKET_MS = 3 * 3_600_000
-"""Width of a time bucket, milliseconds. With six hours average precision was .0016 lower on the
-Handbook's data (docs/model.md), with a day .006 lower than that."""
+BUCKET_MS = 3 * HOUR_MS
+"""Width of a time bucket, milliseconds.
+
+On the Handbook's data average precision was .0016 lower with six hours, and another .006 lower
+with a day (docs/model.md)."""
 
 BUCKETS = 320
-"""Buckets that a profile has room for: 40 days."""
+"""Capacity of a profile in buckets: 40 days."""
 
 DEPTH = 304
-"""Closed buckets that features look at: 38 days. The room left is for the open bucket and for
-transactions that come up to 45 hours late."""
+"""Closed buckets that the features cover: 38 days.
 
-SETTLE_MS = 60_000
-"""A bucket counts as closed so long after its end, when every worker has counted what is in it."""
+The rest of the capacity is for the open bucket and for transactions up to 45 hours late."""
+
+SETTLE_MS = MINUTE_MS
+"""Time after a bucket's end when it closes; by then all workers have counted its transactions."""
 
 COUNT_MAX = 65_535
-"""A bucket's count stays there."""
+"""Largest count of a bucket."""
 
 WEIGHT_MAX = 255
-"""The weight of a fraud that only its merchant explains, as the whole number that is stored."""
+"""Stored weight of a fraud that only its merchant explains."""
 
 STRONG_WEIGHT = 128
-"""Frauds of at least this stored weight count for the ages of a merchant's frauds."""
+"""Smallest stored weight of a fraud that counts for the ages of a merchant's frauds."""
 
 MERCHANT_FEATURES: tuple[str, ...] = (
     "merchant_count_1d",  # transactions in the last day, week, 30 days
@@ -75,39 +80,41 @@ WITHOUT_KNOWN_FRAUDS: dict[str, float] = {
     "merchant_streak_frauds": 0.0,
     "merchant_streak_days": -1.0,
 }
-"""Features of a merchant of which no fraud is known, and that is almost every one."""
+"""Features of a merchant without a known fraud, as almost all merchants are."""
 
-_WINDOW_BUCKETS = tuple(days * 86_400_000 // BUCKET_MS for days in (1, 7, 30))
+_WINDOW_BUCKETS = tuple(days * DAY_MS // BUCKET_MS for days in (1, 7, 30))
 _IN_WINDOW = (np.arange(DEPTH)[:, None] >= DEPTH - np.array(_WINDOW_BUCKETS)).astype(np.float32)
-"""[DEPTH, 3] which closed buckets are in the windows that end now. Counts of 30 days are whole
-numbers that a float32 holds, so a product with it is exact, and quick."""
+"""[DEPTH, 3] closed buckets in each window that ends now.
 
-_BUCKET_DAYS = np.float32(BUCKET_MS / 86_400_000)
+A float32 holds counts of 30 days exactly, so a product with it is exact, and fast."""
+
+_BUCKET_DAYS = np.float32(BUCKET_MS / DAY_MS)
 _NONE = np.float32(-1.0)
 
 
 def bucket_of(timestamp_ms: Int64) -> Int64:
-    """The bucket in which a transaction counts, or a label arrives."""
+    """Return the bucket of each transaction or label arrival."""
     return timestamp_ms // BUCKET_MS
 
 
 def present_bucket(timestamp_ms: Int64) -> Int64:
-    """The first bucket that a transaction does not look at."""
+    """Return the first bucket that each transaction does not see."""
     return (timestamp_ms - SETTLE_MS) // BUCKET_MS
 
 
 @dataclass
 class MerchantProfiles:
-    """Profiles of n merchants as columns.
+    """Profiles of n merchants, as columns.
 
     Attributes:
-        head: int64[n], the newest bucket that ``counts`` holds; -1 of a merchant never seen.
-        counts: uint16[n, BUCKETS], transactions of bucket j at j % BUCKETS, for j in
+        head: int64[n], newest bucket in ``counts``; -1 for a merchant never seen.
+        counts: uint16[n, BUCKETS], number of transactions of bucket j at j % BUCKETS, for j in
             (head - BUCKETS, head].
         fraud_row: intp[k], the row of each known fraud, ascending.
         fraud_bucket: int64[k], the bucket of its transaction.
         fraud_known: int64[k], the bucket in which its label arrived.
-        fraud_weight: uint8[k], how far the merchant explains it, up to :data:`WEIGHT_MAX`.
+        fraud_weight: uint8[k], degree to which the merchant explains it, up to
+            :data:`WEIGHT_MAX`.
     """
 
     head: Int64
@@ -119,7 +126,7 @@ class MerchantProfiles:
 
     @classmethod
     def empty(cls, n: int) -> MerchantProfiles:
-        """Profiles of n merchants never seen."""
+        """Return the profiles of n merchants never seen."""
         nothing = np.zeros(0, np.int64)
         return cls(
             np.full(n, -1, np.int64),
@@ -136,12 +143,12 @@ class MerchantProfiles:
 
 @dataclass(frozen=True)
 class Labels:
-    """Frauds of a log that become known.
+    """Frauds of a log with the arrival of their labels.
 
     Attributes:
-        row: intp[k], which transaction of the log.
-        arrival_ms: int64[k], when its label arrives, epoch milliseconds.
-        weight: uint8[k], how far its merchant explains it; None: each counts in full.
+        row: intp[k], row of the transaction.
+        arrival_ms: int64[k], arrival of its label, epoch milliseconds.
+        weight: uint8[k], degree to which the merchant explains it. None: each has full weight.
     """
 
     row: Rows
@@ -156,10 +163,13 @@ class Labels:
         delay_ms: int,
         weight: NDArray[np.uint8] | None = None,
     ) -> Labels:
-        """Every fraud of a log, known ``delay_ms`` after its transaction.
+        """Return every fraud of a log, known ``delay_ms`` after its transaction.
 
         Args:
-            weight: uint8[N] of the log's transactions.
+            is_fraud: [N].
+            timestamp_ms: [N].
+            delay_ms: time until a label arrives.
+            weight: uint8[N] weights of the transactions.
         """
         row = np.flatnonzero(is_fraud)
         return cls(row, timestamp_ms[row] + delay_ms, None if weight is None else weight[row])
@@ -168,13 +178,13 @@ class Labels:
 def observe_merchants(
     profiles: MerchantProfiles, row: Rows, timestamp_ms: Int64, label_delay_ms: int
 ) -> Float32:
-    """Features of m transactions, each from the profile of its merchant.
+    """Compute the features of m transactions from the profiles of their merchants.
 
     Args:
-        profiles: as they are in, or after, the transactions' present buckets; not changed.
-        row: [m] the transaction's merchant in ``profiles``.
+        profiles: in, or after, the present buckets of the transactions; not changed.
+        row: [m] row of the transaction's merchant in ``profiles``.
         timestamp_ms: [m] event time, epoch milliseconds.
-        label_delay_ms: after so long a transaction without a label is taken for legitimate.
+        label_delay_ms: age at which a transaction without a label counts as legitimate.
 
     Returns:
         raw: [m, M] the columns of :data:`MERCHANT_FEATURES`.
@@ -182,19 +192,22 @@ def observe_merchants(
     present = present_bucket(timestamp_ms)
     if len(row) == 0:
         return np.empty((0, len(MERCHANT_FEATURES)), np.float32)
-    # Merchants with many transactions in the same bucket are looked at once.
+    # Each merchant is computed once for each bucket, whatever its number of transactions.
     first = int(present.min())
     key = row * (int(present.max()) - first + 1) + (present - first)
     _, where, place = np.unique(key, return_index=True, return_inverse=True)
-    return _look(profiles, row[where], present[where], label_delay_ms)[place]
+    return _features(profiles, row[where], present[where], label_delay_ms)[place]
 
 
-def _look(profiles: MerchantProfiles, row: Rows, present: Int64, label_delay_ms: int) -> Float32:
-    """Features [n, M] of profiles ``row`` [n], seen from their present buckets [n].
+def _features(
+    profiles: MerchantProfiles, row: Rows, present: Int64, label_delay_ms: int
+) -> Float32:
+    """Compute the features [n, M] of profiles ``row`` [n] in their present buckets [n].
 
-    Columns of the arrays in here are closed buckets: column i is bucket present - DEPTH + i.
+    Array columns are closed buckets: column i is bucket present - DEPTH + i.
     """
-    labelled = DEPTH - -(-label_delay_ms // BUCKET_MS)  # columns before it have had their labels
+    # Labels of the columns before it have arrived.
+    labelled = DEPTH - -(-label_delay_ms // BUCKET_MS)
     counts = _closed_counts(profiles, row, present)  # [n, DEPTH]
     raw = np.empty((len(MERCHANT_FEATURES), len(row)), np.float32)
     raw[:3] = (counts.astype(np.float32) @ _IN_WINDOW).T
@@ -205,7 +218,7 @@ def _look(profiles: MerchantProfiles, row: Rows, present: Int64, label_delay_ms:
     raw[11] = _NONE
     rated, frauds = _known_frauds(profiles, row, present)
     if len(rated):
-        raw[3:, rated] = _look_at_frauds(counts[rated], frauds, labelled)
+        raw[3:, rated] = _fraud_features(counts[rated], frauds, labelled)
     return np.ascontiguousarray(raw.T)
 
 
@@ -214,9 +227,9 @@ class _KnownFrauds:
     """Known frauds of r merchants in each closed bucket.
 
     Attributes:
-        number: int32[r, DEPTH] all of them.
-        weight: float32[r, DEPTH] their weights, added up.
-        strong: float32[r, DEPTH] the weights of the strong ones.
+        number: int32[r, DEPTH] number of frauds.
+        weight: float32[r, DEPTH] sum of their weights.
+        strong: float32[r, DEPTH] sum of the weights of the strong ones.
     """
 
     number: NDArray[np.int32]
@@ -225,7 +238,7 @@ class _KnownFrauds:
 
 
 def _closed_counts(profiles: MerchantProfiles, row: Rows, present: Int64) -> NDArray[np.uint16]:
-    """Transactions [n, DEPTH] in each closed bucket."""
+    """Return the number of transactions [n, DEPTH] in each closed bucket."""
     counts = np.empty((len(row), DEPTH), np.uint16)
     for bucket in np.unique(present).tolist():  # almost always one or two
         chosen = np.flatnonzero(present == bucket)
@@ -234,7 +247,7 @@ def _closed_counts(profiles: MerchantProfiles, row: Rows, present: Int64) -> NDA
         ring = profiles.counts[row[chosen]]
         counts[chosen, :before_end] = ring[:, start : start + before_end]
         counts[chosen, before_end:] = ring[:, : DEPTH - before_end]
-    # The ring holds buckets (head - BUCKETS, head]; its other places are of another time.
+    # The ring holds buckets (head - BUCKETS, head]; its other entries are older ones.
     ahead = profiles.head[row] - present
     if (ahead < -1).any() or (ahead >= BUCKETS - DEPTH).any():
         column = np.arange(DEPTH)
@@ -247,7 +260,7 @@ def _closed_counts(profiles: MerchantProfiles, row: Rows, present: Int64) -> NDA
 def _known_frauds(
     profiles: MerchantProfiles, row: Rows, present: Int64
 ) -> tuple[Rows, _KnownFrauds]:
-    """Which of n have known frauds, [r], and these frauds."""
+    """Return the merchants with known frauds, [r] of n, and these frauds."""
     zeros = np.zeros((0, DEPTH), np.float32)
     nothing = np.zeros(0, np.intp), _KnownFrauds(zeros.astype(np.int32), zeros, zeros)
     if len(profiles.fraud_row) == 0:
@@ -275,18 +288,19 @@ def _known_frauds(
     )
 
 
-def _look_at_frauds(counts: NDArray[np.uint16], frauds: _KnownFrauds, labelled: int) -> Float32:
-    """Features from the third on, [M - 3, r], of r merchants with known frauds.
+def _fraud_features(counts: NDArray[np.uint16], frauds: _KnownFrauds, labelled: int) -> Float32:
+    """Compute the features from the third on, [M - 3, r], of r merchants with known frauds.
 
     Args:
         counts: [r, DEPTH] transactions.
-        labelled: columns before it have had their labels.
+        frauds: their known frauds.
+        labelled: the labels of the columns before it have arrived.
     """
     raw = np.empty((len(MERCHANT_FEATURES) - 3, len(counts)), np.float32)
     for i, window in enumerate(_WINDOW_BUCKETS):
         inside = slice(max(labelled - window, 0), labelled)
         known = frauds.weight[:, inside].sum(axis=1, dtype=np.float32)
-        # Transactions are counted at least once and can be lost: a rate is at most 1.
+        # A crash can lose or repeat counts, so the rate is limited to 1.
         seen = counts[:, inside].sum(axis=1, dtype=np.float32)
         raw[i] = known / np.maximum(np.maximum(seen, known), 1)
     raw[3] = frauds.weight.sum(axis=1)
@@ -305,7 +319,7 @@ def _look_at_frauds(counts: NDArray[np.uint16], frauds: _KnownFrauds, labelled: 
 
 
 def _days_since_last(there: NDArray[np.bool_]) -> Float32:
-    """Days [n] from each row's last True column's bucket to the present one; -1 if there is none.
+    """Return the days [n] since the bucket of each row's last True column; -1 without one.
 
     Args:
         there: [n, columns], the first columns of the closed buckets.
@@ -319,14 +333,14 @@ def _days_since_last(there: NDArray[np.bool_]) -> Float32:
 def observe_merchant_log(
     merchant: Int64, timestamp_ms: Int64, labels: Labels, label_delay_ms: int
 ) -> Float32:
-    """Features of a whole log of transactions, from empty profiles: training and evaluation.
+    """Compute the features of merchants for a whole log, from empty profiles.
 
     Memory: 640 bytes for each merchant.
 
     Args:
-        merchant: [N] whole numbers, any.
+        merchant: [N] any whole numbers.
         timestamp_ms: [N] ascending.
-        labels: the log's frauds that become known, and when.
+        labels: the frauds of the log and the arrival of their labels.
         label_delay_ms: see :func:`observe_merchants`.
 
     Returns:
@@ -337,8 +351,8 @@ def observe_merchant_log(
         return raw
     names, code = np.unique(merchant, return_inverse=True)
     ring = np.zeros((len(names), BUCKETS), np.uint16)
-    head = bucket_of(timestamp_ms[:1])[0]  # the newest bucket that the ring has room for
-    arrived = _Arrived(code, timestamp_ms, labels)
+    head = bucket_of(timestamp_ms[:1])[0]  # newest bucket in the ring
+    arrived = _ArrivedLabels(code, timestamp_ms, labels)
     present = present_bucket(timestamp_ms)
     counted = 0
     starts = np.flatnonzero(np.diff(present, prepend=present[0] - 1))
@@ -358,7 +372,7 @@ def observe_merchant_log(
 
 
 def _count(ring: NDArray[np.uint16], head: int, code: Rows, bucket: Int64) -> int:
-    """Counts transactions in the ring of all merchants; the newest bucket it then holds."""
+    """Count transactions in the ring of all merchants, and return its newest bucket."""
     if len(code) == 0:
         return head
     newest = int(bucket[-1])
@@ -372,8 +386,8 @@ def _count(ring: NDArray[np.uint16], head: int, code: Rows, bucket: Int64) -> in
     return max(head, newest)
 
 
-class _Arrived:
-    """The known frauds of a log, as far as their labels have arrived."""
+class _ArrivedLabels:
+    """The frauds of a log in the order in which their labels arrive."""
 
     def __init__(self, code: Rows, timestamp_ms: Int64, labels: Labels) -> None:
         order = np.argsort(labels.arrival_ms, kind="stable")
@@ -386,7 +400,7 @@ class _Arrived:
             self._weight = labels.weight[order]
 
     def before(self, bucket: int, there: Rows) -> tuple[Rows, Int64, Int64, NDArray[np.uint8]]:
-        """Frauds of merchants ``there`` (ascending) known before a bucket, as in a profile."""
+        """Return the frauds of merchants ``there`` (ascending) known before a bucket."""
         end = np.searchsorted(self._known, bucket)
         recent = np.flatnonzero(self._bucket[:end] >= bucket - DEPTH)
         place = np.searchsorted(there, self._code[recent])

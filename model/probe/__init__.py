@@ -1,1 +1,1 @@
-"""`recur probe`: sweeps of inputs, and what a thief can take."""
+"""`recur probe`: sweeps of inputs, and the exposure to thieves."""

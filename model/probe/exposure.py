@@ -1,12 +1,12 @@
-"""The most that a thief who knows the model can take from an account and raise no alert.
+"""The exposure: the most that a thief who knows the model can take without an alert.
 
-The thief chooses when to pay, how much, and at which merchant. At each moment the largest amount
-with a score under the threshold is found by bisection, for all accounts and plans in one batch.
-A plan says when to pay and which share of that largest amount: smaller payments first let the
-usual amount rise without suspicion. Plans are tried on some accounts, the best are varied, and
-the best of all are carried out on every account. What is found is a lower bound.
+The thief chooses the times, amounts and merchants. Bisection finds the largest amount with a score
+below the threshold, for all accounts and plans in one batch. A plan consists of times and shares of
+that largest amount. Smaller payments first can raise the usual amount without suspicion. All plans
+are tried on some accounts, the best plans are varied, and the best of all are run on every account.
+The result is a lower bound.
 
-The owner pays nothing meanwhile, and a merchant's profile does not notice the thief.
+The owner makes no payments meanwhile, and the thief does not change a merchant's profile.
 """
 
 from __future__ import annotations
@@ -20,61 +20,54 @@ from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
 from model.features.account import Float64, Int64
-from model.probe.histories import (
-    DAY_MS,
-    HOUR_MS,
-    NOW_MS,
-    History,
-    found_histories,
-    replay,
-)
+from model.probe.histories import NOW_MS, History, found_histories, replay
 from model.probe.scorer import (
     LARGE_MERCHANT,
     SMALL_MERCHANT,
     UNKNOWN_MERCHANT,
     ProbeScorer,
+    ProbeStates,
     Rows,
-    States,
 )
 from model.thresholds import Goal, OperatingPoints, ThresholdsError
+from model.units import DAY_MS, HOUR_MS, MINUTE_MS
 
 AMOUNT_LEAST = 0.01
 AMOUNT_MOST = 100_000.0
-"""Smallest and largest payment that the thief tries, euros. The largest is a bound."""
+"""Smallest and largest payment of the thief, euros. The largest is a bound."""
 
 PAYMENTS_PER_DAY_MAX = 200
 PAYMENTS_PER_WEEK_MAX = 200
-"""A thief makes no more payments. A plan that still pays with its last one is at a bound."""
+"""Most payments of a thief. A plan whose last payment succeeds is at a bound."""
 
 FALSE_POSITIVE_RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-"""Of the curve."""
+"""False positive rates of the points of the curve."""
 
 TARGET_RATE = 0.002
 TARGET_TIMES_USUAL = 3.0
-"""The aim: at this share of false positives the medians stay under three times the usual."""
+"""Target: at this false positive rate the medians stay below three times the usual spending."""
 
-MINUTE_MS = 60_000
 _MERCHANTS = (LARGE_MERCHANT, SMALL_MERCHANT, UNKNOWN_MERCHANT)
 _BISECTIONS = 8
 _SEARCH_EVERY = 3
-"""Of payments under an hour apart, each such one's largest amount is searched for."""
+"""Number of payments, less than an hour apart, between two searches for the largest amount."""
 _SAME_RATE = 0.03
-"""A rate this near, relatively, is the same point of the curve."""
+"""Relative difference below which two rates are the same point of the curve."""
 _COARSE, _FINE = 8, 26
 
 Show = Callable[[float, str], None]
 
 
-class Taken(msgspec.Struct, frozen=True):
-    """What can be taken from accounts in some time.
+class AccountLoss(msgspec.Struct, frozen=True):
+    """Loss of accounts to the thief in a day or a week.
 
     Attributes:
         days: 1 or 7.
-        median, p99: over accounts, as multiples of what the account usually spends in that time.
-        median_amount, p99_amount: over accounts, in the currency.
-        at_bound: share of accounts whose plan met a bound: more may be possible.
+        median, p99: quantiles over accounts, in multiples of the usual spending in that time.
+        median_amount, p99_amount: quantiles over accounts, in the currency.
+        at_bound: share of accounts whose plan reached a bound, so that more may be possible.
         payments: median number of payments.
-        plan: the plan that was best for most accounts.
+        plan: name of the best plan for most accounts.
     """
 
     days: int
@@ -91,26 +84,29 @@ class Point(msgspec.Struct, frozen=True):
     """Exposure at a threshold.
 
     Attributes:
-        false_positive_rate: of legitimate payments, on the checkpoint's validation days.
-        day, week: what can be taken.
+        threshold: the threshold.
+        false_positive_rate: its rate on the checkpoint's validation days.
+        day, week: losses in a day and in a week.
     """
 
     threshold: float
     false_positive_rate: float
-    day: Taken
-    week: Taken
+    day: AccountLoss
+    week: AccountLoss
 
 
 class Exposure(msgspec.Struct, frozen=True):
-    """What a probe found of a checkpoint's exposure.
+    """Exposure of a checkpoint.
 
     Attributes:
-        accounts: how many were attacked.
-        payments: legitimate ones of these accounts, ``flagged`` the share at or over review.
-        plans: tried.
-        review: at the review threshold.
-        curve: at thresholds of other shares of false positives.
-        target: the point at :data:`TARGET_RATE`; none if the checkpoint does not tell.
+        accounts: number of attacked accounts.
+        payments: number of legitimate payments of these accounts.
+        flagged: share of these payments at or over the review threshold.
+        spent_per_day: median of the usual spending a day.
+        plans: number of plans tried.
+        review: point at the review threshold.
+        curve: points at other false positive rates.
+        target: point at :data:`TARGET_RATE`; None if the rate is unknown.
     """
 
     accounts: int
@@ -124,13 +120,13 @@ class Exposure(msgspec.Struct, frozen=True):
 
     @property
     def target_met(self) -> bool | None:
-        """Whether the median of day and week stays within the aim; none if it is not known."""
+        """Whether the medians of day and week meet the target; None if unknown."""
         if self.target is None:
             return None
         return max(self.target.day.median, self.target.week.median) <= TARGET_TIMES_USUAL
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a checkpoint's header."""
+        """Return the metrics for a checkpoint's header."""
         if self.review is None:
             return {}
         return {
@@ -140,7 +136,7 @@ class Exposure(msgspec.Struct, frozen=True):
         }
 
     def lines(self) -> Iterator[str]:
-        """The exposure at review in a line or two."""
+        """Yield the exposure at the review threshold as lines of text."""
         if self.review is None:
             yield "exposure: not measured, for no account has enough payments"
             return
@@ -161,15 +157,17 @@ class Exposure(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class ExposureSettings:
-    """How much the search tries.
+    """Settings of the search for the exposure.
 
     Attributes:
-        accounts: attacked in the end; ``tried`` of them by every plan.
-        random_plans: besides those that are given.
-        varied: variants of each of the best plans.
-        kept: plans that every account is attacked by; ``kept_curve`` at the curve's thresholds.
-        rates: shares of false positives of the curve.
-        payments_max: of a plan.
+        accounts: number of attacked accounts.
+        tried: number of accounts on which every plan is tried.
+        random_plans: number of random plans, besides the given ones.
+        varied: number of variants of each of the best plans.
+        kept: number of plans that are run on every account.
+        kept_curve: number of plans at the other thresholds of the curve.
+        rates: false positive rates of the curve.
+        payments_max: most payments of a plan.
     """
 
     accounts: int = 200
@@ -183,7 +181,7 @@ class ExposureSettings:
 
     @classmethod
     def short(cls) -> ExposureSettings:
-        """Some seconds' worth."""
+        """Return settings that take some seconds."""
         return cls(
             accounts=60,
             tried=6,
@@ -197,18 +195,18 @@ class ExposureSettings:
 
 
 PAYMENTS_MIN = 5
-"""Accounts with fewer payments have no usual spending."""
+"""Fewest payments of an account with a usual spending."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When the thief pays, and which share of the largest amount under the threshold.
+    """Plan of a thief: times, and shares of the largest amount below the threshold.
 
     Attributes:
-        name: in tables.
-        at_ms: [k] after the attack's begin, ascending.
+        name: name in tables.
+        at_ms: [k] time after the start of the attack, ascending.
         share: [k] over 0, at most 1.
-        limited: whether the plan would go on, had payments no bound.
+        limited: whether only the bound of payments ends the plan.
     """
 
     name: str
@@ -222,12 +220,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Attack:
-    """What each plan takes from each account.
+    """Result of p plans on n accounts.
 
     Attributes:
-        amount: [n, p].
-        payments: [n, p].
-        at_bound: [n, p] whether a bound was met, so that more may be possible.
+        amount: [n, p] amount taken.
+        payments: [n, p] number of payments.
+        at_bound: [n, p] whether a bound was reached, so that more may be possible.
     """
 
     amount: Float64
@@ -242,12 +240,14 @@ def measure_exposure(
     monotone: bool = True,
     show: Show = lambda done, note: None,
 ) -> Exposure:
-    """The exposure of a checkpoint over a sample of a log's accounts.
+    """Measure the exposure of a checkpoint on a sample of a log's accounts.
 
     Args:
-        log: accounts with known fraud are left out.
-        monotone: whether the score never falls with the amount; else amounts are tried closely.
-        show: called with the share that is done.
+        scorer: scorer of the checkpoint.
+        log: the transactions; accounts with a known fraud are left out.
+        settings: the settings of the search.
+        monotone: whether the score never falls with the amount; otherwise a finer grid is used.
+        show: called with the share done and the current step.
     """
     accounts = found_histories(
         log, scorer.spec, settings.accounts, payments_min=PAYMENTS_MIN, flagged=False
@@ -289,9 +289,9 @@ def measure_exposure(
 def _thresholds(
     scorer: ProbeScorer, settings: ExposureSettings, legitimate: NDArray[np.float32]
 ) -> tuple[list[tuple[float, float]], float]:
-    """Thresholds with their false positive rates, and the rate of the review threshold.
+    """Return thresholds with their false positive rates, and the rate of the review threshold.
 
-    They come from the header's operating points; without those from the accounts' payments.
+    They come from the operating points of the header. Without these they come from the payments.
     """
     header = scorer.checkpoint.header
     review = header.thresholds.review
@@ -304,18 +304,18 @@ def _thresholds(
     for rate in settings.rates:
         try:
             threshold = points.lowest(Goal("false-positive-rate", rate)).threshold
-        except ThresholdsError:  # no threshold has so few: the curve begins later
+        except ThresholdsError:  # no threshold has so low a rate
             continue
         found.append((threshold, rate))
     return found, points.at(review).false_positive_rate
 
 
 class Thief:
-    """Attacks accounts by plans.
+    """Thief who attacks accounts by plans.
 
     Args:
-        scorer: of the checkpoint that the thief knows.
-        states: [n] of the accounts.
+        scorer: scorer of the checkpoint that the thief knows.
+        states: states of n accounts.
         accounts: [n] their histories.
         monotone: see :func:`measure_exposure`.
     """
@@ -323,7 +323,7 @@ class Thief:
     def __init__(
         self,
         scorer: ProbeScorer,
-        states: States,
+        states: ProbeStates,
         accounts: Sequence[History],
         monotone: bool = True,
     ) -> None:
@@ -345,7 +345,7 @@ class Thief:
         threshold: float,
         show: Callable[[float], None] = lambda done: None,
     ) -> Attack:
-        """What each plan takes from each of these accounts, with scores under the threshold."""
+        """Run each plan on each of these accounts, with scores below the threshold."""
         n, p = len(accounts), len(plans)
         states = self.states.take(np.tile(accounts, p))  # row = plan * n + account
         start = np.tile(self._start_ms[accounts], p)
@@ -377,7 +377,7 @@ class Thief:
                 step: int = step,
                 rows: Rows = rows,
                 now: Int64 = now,
-                before: States = before,
+                before: ProbeStates = before,
                 of_merchant: NDArray[np.float32] = of_merchant,
             ) -> None:
                 largest[rows[due]] = self.largest_under(
@@ -385,7 +385,7 @@ class Thief:
                 )
                 searched[rows[due]] = step
 
-            # Between payments a minute apart little changes: the last amount often passes again.
+            # The largest amount changes little within minutes, so the last one often passes again.
             is_due = (step - searched[rows] >= _SEARCH_EVERY) | (now - last_ms[rows] >= HOUR_MS)
             search(np.flatnonzero(is_due))
             share = shares[which, step]
@@ -411,16 +411,17 @@ class Thief:
         return Attack(taken.reshape(p, n).T, payments.reshape(p, n).T, at_bound.reshape(p, n).T)
 
     def _whole(self, amount: Float64) -> Float64:
-        """Amounts in whole cents, or what stands for them in the currency."""
+        """Round amounts down to whole cents, or the like in the currency."""
         return np.asarray(np.floor(amount / self._least) * self._least)
 
     def largest_under(
-        self, states: States, now_ms: Int64, merchant: NDArray[np.float32], threshold: float
+        self, states: ProbeStates, now_ms: Int64, merchant: NDArray[np.float32], threshold: float
     ) -> Float64:
-        """Largest amount [n] of each account's next payment with a score under the threshold.
+        """Find the largest amount [n] of a next payment with a score below the threshold.
 
-        Amounts of a grid, then bisection between the largest that passes and the next one. It is
-        within two per cent, and passes; 0 where none of the grid does.
+        A grid is searched first, then bisection between its largest passing amount and the next
+        one. The result passes and is within two per cent of the largest. It is 0 if no amount of
+        the grid passes.
         """
         n = len(states)
         usual = self.scorer.usual(states)
@@ -448,8 +449,10 @@ class Thief:
             high[open_rows[~passed]] = middle[~passed]
         return low
 
-    def _best_merchant(self, states: States, rows: Rows, now_ms: Int64, threshold: float) -> Rows:
-        """For each row the merchant at which the first payment can be the largest."""
+    def _best_merchant(
+        self, states: ProbeStates, rows: Rows, now_ms: Int64, threshold: float
+    ) -> Rows:
+        """Return for each row the merchant that allows the largest first payment."""
         taken = states.take(rows)
         largest = [
             self.largest_under(taken, now_ms, np.tile(raw, (len(rows), 1)), threshold)
@@ -459,7 +462,7 @@ class Thief:
 
 
 class _Search:
-    """The best plans for a day and for a week."""
+    """Search for the best plans for a day and for a week."""
 
     def __init__(self, thief: Thief, settings: ExposureSettings) -> None:
         self._thief = thief
@@ -471,7 +474,7 @@ class _Search:
         self.tried = 0
 
     def whole(self, threshold: float, rate: float, show: Show) -> Point:
-        """Tries all plans, varies the best, and attacks every account by the best of all."""
+        """Try all plans, vary the best ones, and run the best of all on every account."""
         taken = {}
         for number, days in enumerate((1, 7)):
             name = "a day" if days == 1 else "a week"
@@ -499,7 +502,7 @@ class _Search:
         return Point(threshold, rate, taken[1], taken[7])
 
     def point(self, threshold: float, rate: float, show: Show) -> Point:
-        """Attacks every account by the plans that were best at review."""
+        """Run the best plans of the review threshold on every account."""
         taken = {}
         for number, days in enumerate((1, 7)):
 
@@ -513,7 +516,7 @@ class _Search:
 
     def _taken(
         self, days: int, plans: Sequence[Plan], threshold: float, show: Callable[[float], None]
-    ) -> Taken:
+    ) -> AccountLoss:
         attack = self._thief.attack(self._accounts, plans, threshold, show)
         every = np.arange(len(self._accounts))
         best = attack.amount.argmax(axis=1)
@@ -521,7 +524,7 @@ class _Search:
         usual = np.maximum(self._thief.spent_per_day * days, self._thief.scorer.scale * 0.01)
         times = amount / usual
         most = int(np.bincount(best, minlength=len(plans)).argmax())
-        return Taken(
+        return AccountLoss(
             days=days,
             median=_rounded(np.median(times)),
             p99=_rounded(np.quantile(times, 0.99)),
@@ -538,22 +541,22 @@ def _rounded(value: float) -> float:
 
 
 def _covering(attack: Attack, plans: Sequence[Plan], count: int) -> list[Plan]:
-    """The plans that together take the most: each one adds what the ones before it miss."""
-    # Shares of the best: an account that spends much would decide alone.
+    """Choose the plans that together take the most, one after the other."""
+    # Relative to the best plan; otherwise accounts with high spending would decide alone.
     worth = attack.amount / np.maximum(attack.amount.max(axis=1, keepdims=True), 1e-9)
     covered = np.zeros(len(worth))
     chosen: list[int] = []
     for _ in range(min(count, len(plans))):
         gain = np.maximum(worth - covered[:, None], 0.0).sum(axis=0)
         gain[chosen] = -1.0
-        gain -= 1e-6 * np.array([len(plan) for plan in plans])  # the shorter one of equals
+        gain -= 1e-6 * np.array([len(plan) for plan in plans])  # of equal plans the shorter one
         chosen.append(int(gain.argmax()))
         covered = np.maximum(covered, worth[:, chosen[-1]])
     return [plans[i] for i in chosen]
 
 
 _RAMPS = (1.0, 0.6, 0.2)
-"""Shares of the largest amount that are taken before the last tenth of a plan."""
+"""Shares of the largest amount in a plan before its last tenth."""
 
 _STARTS = {
     "by day": 10 * HOUR_MS,
@@ -580,7 +583,7 @@ _WEEK_SPACINGS = {
 
 
 def given_plans(days: int, payments_max: int = PAYMENTS_PER_WEEK_MAX) -> list[Plan]:
-    """Plans of even spacing, greedy or ramping, by day, at night or after a silence.
+    """Return plans of even spacing, by day, at night or after a silence.
 
     >>> [len(plan) for plan in given_plans(1) if "by day, 60 %" in plan.name]
     [2, 8, 24, 144, 200]
@@ -615,7 +618,7 @@ def given_plans(days: int, payments_max: int = PAYMENTS_PER_WEEK_MAX) -> list[Pl
 def random_plans(
     days: int, count: int, rng: np.random.Generator, payments_max: int = PAYMENTS_PER_WEEK_MAX
 ) -> list[Plan]:
-    """Plans with drawn pauses and shares."""
+    """Draw plans with random pauses and shares."""
     plans = []
     for number in range(count):
         typical = np.exp(rng.uniform(np.log(2 * MINUTE_MS), np.log(days * 6 * HOUR_MS)))
@@ -629,7 +632,7 @@ def random_plans(
 
 
 def variants(plan: Plan, count: int, rng: np.random.Generator) -> list[Plan]:
-    """The plan with some payments left out and other shares."""
+    """Draw variants of a plan with fewer payments and other shares."""
     found = []
     for number in range(count):
         kept = np.flatnonzero(rng.random(len(plan)) < rng.choice([0.5, 0.8, 1.0]))

@@ -1,6 +1,6 @@
-"""Histories that a probe looks at: a catalogue, and accounts found in a log.
+"""Histories for a probe: a catalogue, and accounts of a log.
 
-Amounts of the catalogue are in euros and scaled to the checkpoint's currency.
+Amounts of the catalogue are euros, scaled to the checkpoint's currency.
 """
 
 from __future__ import annotations
@@ -13,46 +13,45 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from model.data.dataset import FRAUD, LEGITIMATE, Dataset
-from model.features.account import FeatureSpec, Float32, Float64, Int64, field_column
+from model.features.account import Float32, Float64, Int64
 from model.features.merchant import Labels, observe_merchant_log
-from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, States
+from model.features.spec import FeatureSpec, field_column
+from model.probe.scorer import USUAL_MERCHANT, ProbeScorer, ProbeStates
 from model.simulator.handbook import Simulator
+from model.units import DAY_MS, HOUR_MS, SECOND_MS
 
 NOW_MS = 1_715_774_400_000
-"""A Wednesday, 2024-05-15 12:00 UTC: when the catalogue's next payments are made."""
+"""Time of the catalogue's next payments: Wednesday, 2024-05-15 12:00 UTC."""
 
-SECOND_MS = 1000
-HOUR_MS = 3_600_000
-DAY_MS = 24 * HOUR_MS
 
 LOG_ROWS_MAX = 2_000_000
-"""Of a longer log only the last transactions are looked at."""
+"""Most transactions of a log that are used, the last ones."""
 
 PAYMENTS_MAX = 2_000
-"""Of a longer history only the last payments are looked at."""
+"""Most payments of a history that are used, the last ones."""
 
 LONGEST = 1_500
 """Payments of the oldest account of the catalogue."""
 
 CARD_CHECKS = (0.0, 0.01, 1.0)
-"""What a card is checked with, by shops and by thieves."""
+"""Amounts of card checks, by shops and by thieves."""
 
 Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
 class History:
-    """What an account has done, k payments.
+    """History of an account: k payments.
 
     Attributes:
-        name: in tables.
-        group: histories of the same idea.
+        name: name in tables.
+        group: name of a group of similar histories.
         amount: [k] in the checkpoint's currency.
         timestamp_ms: [k] ascending.
-        pause_ms: from the last payment to the one that is probed.
-        merchant: [k, M] raw features; none: of a usual merchant.
-        fields: [k, F] raw columns of further fields; none: missing.
-        flagged: whether it holds a known fraud.
+        pause_ms: time from the last payment to the probed one.
+        merchant: [k, M] raw features of the merchants. None: a usual merchant.
+        fields: [k, F] raw columns of extra fields. None: they are missing.
+        flagged: whether it has a known fraud.
     """
 
     name: str
@@ -69,12 +68,12 @@ class History:
 
     @property
     def next_ms(self) -> int:
-        """When the next payment is made."""
+        """Time of the next payment, epoch milliseconds."""
         return NOW_MS if not len(self) else int(self.timestamp_ms[-1]) + self.pause_ms
 
     @property
     def spent_per_day(self) -> float:
-        """Mean rate times mean amount, over its own time and at least a week."""
+        """Mean amount spent a day over the length of the history, at least a week."""
         if not len(self):
             return 0.0
         days = (self.next_ms - int(self.timestamp_ms[0])) / DAY_MS
@@ -82,18 +81,18 @@ class History:
 
 
 def paying(name: str, group: str, amounts: ArrayLike, every_ms: int, pause_ms: int) -> History:
-    """Payments at an even pace, of which the next is made at :data:`NOW_MS`."""
+    """Make a history of regular payments; the next one is at :data:`NOW_MS`."""
     amount: Float64 = np.asarray(amounts, np.float64)
     times = NOW_MS - pause_ms - every_ms * np.arange(len(amount) - 1, -1, -1, dtype=np.int64)
     return History(name, group, amount, times, pause_ms)
 
 
 def catalogue(scale: float, longest: int = LONGEST) -> list[History]:
-    """The histories that every checkpoint is probed with.
+    """Return the histories with which every checkpoint is probed.
 
     Args:
-        scale: multiplies amounts in euros.
-        longest: payments of the oldest account.
+        scale: factor of amounts in euros.
+        longest: number of payments of the oldest account.
     """
     histories = [
         *_steady(),
@@ -130,7 +129,7 @@ def _ranges() -> list[History]:
 
 
 def _card_checks() -> list[History]:
-    """A check as the first payment, probed as the second, fourth and eighth; and later checks."""
+    """Return histories with a card check as the first payment or a later one."""
     found = []
     for name in _LEVELS:
         for check in CARD_CHECKS:
@@ -187,8 +186,8 @@ def _unusual(longest: int) -> list[History]:
     ]
 
 
-def replay(scorer: ProbeScorer, histories: Sequence[History]) -> tuple[States, list[Float32]]:
-    """States of the accounts after their histories, and the scores of their payments."""
+def replay(scorer: ProbeScorer, histories: Sequence[History]) -> tuple[ProbeStates, list[Float32]]:
+    """Apply histories; return the states after them and the scores of their payments."""
     usual = scorer.merchants([USUAL_MERCHANT], NOW_MS)
     order = np.array(sorted(range(len(histories)), key=lambda i: -len(histories[i])), np.intp)
     lengths = np.array([len(histories[i]) for i in order], np.int64)
@@ -221,7 +220,7 @@ def replay(scorer: ProbeScorer, histories: Sequence[History]) -> tuple[States, l
 
 
 def simulated_log(customers: int, days: int, scale: float, seed: int = 0) -> Dataset:
-    """The simulator's first days, amounts scaled."""
+    """Simulate some days, with scaled amounts."""
     simulator = Simulator(customers, 2 * customers, "2024-01-01", seed)
     drawn = list(islice(simulator.days(), days))
     is_fraud = np.concatenate([d.is_fraud for d in drawn])
@@ -243,16 +242,18 @@ def found_histories(
     flagged: bool = True,
     seed: int = 0,
 ) -> list[History]:
-    """Histories of a log's accounts: a bounded sample of all lengths and levels.
+    """Sample histories of all lengths and levels from the accounts of a log.
 
-    Accounts are sorted by length and level and taken at even steps. Of a log of more than
-    :data:`LOG_ROWS_MAX` transactions only the last ones are looked at.
+    Accounts are sorted by length and level, and picked at regular steps. Only the last
+    :data:`LOG_ROWS_MAX` transactions of the log are used.
 
     Args:
-        count: the most histories to take.
-        payments_min: accounts with fewer payments are left out.
-        flagged: take accounts with a known fraud, too.
-        seed: of the order of accounts that are alike.
+        log: the transactions.
+        spec: specification of the features.
+        count: most histories.
+        payments_min: fewest payments of an account.
+        flagged: whether to include accounts with a known fraud.
+        seed: decides the order of similar accounts.
     """
     first = max(0, len(log) - LOG_ROWS_MAX)
     rows = np.arange(first, len(log))
@@ -294,7 +295,7 @@ def found_histories(
 
 
 def _spread(length: Int64, level: Float64, count: int, seed: int) -> Rows:
-    """At most ``count`` of n accounts, spread over all lengths and levels."""
+    """Pick at most ``count`` of n accounts, spread over all lengths and levels."""
     n = len(length)
     if n <= count:
         return np.arange(n)

@@ -1,6 +1,6 @@
 """The plot of a probe as a PNG file: scores by sweep, and exposure by false positives.
 
-matplotlib is not one of Recur's requirements, but of its extra ``evaluate``.
+matplotlib is a requirement of the extra ``evaluate`` only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SCORE_LEAST = 1e-6
 
 
 def plot_probe(result: ProbeResult, path: Path) -> None:
-    """Writes the plot; matplotlib must be there."""
+    """Write the plot; matplotlib must be installed."""
     from matplotlib.figure import Figure
 
     sweeps = list(dict.fromkeys(curve.sweep for curve in result.curves))
     sweeps.sort(key=lambda sweep: sweep != AMOUNT_SWEEP)
     panels = len(sweeps) + 1
     rows = -(-panels // COLUMNS)
-    # Of fixed margins: to find them takes longer than all the rest.
+    # Fixed margins, because computing them takes longer than everything else.
     figure = Figure(figsize=(PANEL_INCHES[0] * COLUMNS, PANEL_INCHES[1] * rows), dpi=DOTS_PER_INCH)
     figure.subplots_adjust(
         left=0.05, right=0.985, top=1 - 0.18 / rows, bottom=0.36 / rows, hspace=0.32, wspace=0.17

@@ -1,7 +1,7 @@
-"""Scores of what an account might do next: many variants of a transaction in one batch.
+"""Scores of possible next transactions of accounts: many variants in one batch.
 
-Everything that a probe knows of features and network goes through this module. States are what
-a worker holds: histories, and hidden states rounded to float16 after each step.
+Probes reach features and network only through this module. The states are those of a worker:
+histories, and hidden states rounded to float16 after each step.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from model.features.merchant import (
     present_bucket,
 )
 from model.training.sequences import one_core_each
+from model.units import DAY_MS
 
 CHUNK = 1024
-"""Variants that are scored at once: larger products do not fit the cache."""
+"""Number of variants in a batch; larger products do not fit the cache."""
 
 THREADS = 2
-"""Chunks that are scored at once, each on one core; see :func:`one_core_each`."""
+"""Chunks that are scored in parallel, each on one core; see :func:`one_core_each`."""
 
-BUCKETS_PER_DAY = 86_400_000 // BUCKET_MS
+BUCKETS_PER_DAY = DAY_MS // BUCKET_MS
 
 Rows = NDArray[np.intp]
 
@@ -48,9 +49,9 @@ class Frauds:
 
     Attributes:
         days_ago: age of the bucket.
-        known_days_ago: when the labels arrived.
-        count: frauds.
-        among: transactions that the bucket holds at least, the frauds included.
+        known_days_ago: days since the labels arrived.
+        count: number of frauds.
+        among: least number of transactions in the bucket, frauds included.
     """
 
     days_ago: float
@@ -61,12 +62,12 @@ class Frauds:
 
 @dataclass(frozen=True)
 class Merchant:
-    """A merchant as its profile shows it.
+    """A merchant with the profile that its attributes describe.
 
     Attributes:
-        per_day: transactions, spread evenly over the day's buckets.
-        age_days: since its first transaction; 0 is a merchant never seen.
-        frauds: known ones.
+        per_day: transactions a day, spread evenly over the buckets.
+        age_days: days since its first transaction; 0 is a merchant never seen.
+        frauds: known frauds.
     """
 
     per_day: float
@@ -81,7 +82,7 @@ LARGE_MERCHANT = Merchant(500_000.0)
 
 
 def merchant_raw(merchants: Sequence[Merchant], now_ms: int, label_delay_ms: int) -> Float32:
-    """Raw features [m, M] of merchants, as a transaction at ``now_ms`` sees them."""
+    """Compute the raw features [m, M] of merchants for a transaction at ``now_ms``."""
     present = int(present_bucket(np.array([now_ms]))[0])
     head = int(bucket_of(np.array([now_ms]))[0])
     counts = np.zeros((len(merchants), BUCKETS), np.int64)
@@ -115,13 +116,13 @@ def merchant_raw(merchants: Sequence[Merchant], now_ms: int, label_delay_ms: int
 
 
 @dataclass
-class States:
+class ProbeStates:
     """States of n accounts.
 
     Attributes:
-        history: what the features remember.
+        history: histories of the features.
         hidden: [n, L, H] float32, rounded to float16.
-        fields: [n, F] raw columns of further fields, as the next transaction has them.
+        fields: [n, F] raw columns of the extra fields of the next transaction.
     """
 
     history: AccountHistory
@@ -131,21 +132,21 @@ class States:
     def __len__(self) -> int:
         return len(self.history)
 
-    def take(self, rows: Rows) -> States:
-        """Copies of those rows, in that order."""
-        return States(
+    def take(self, rows: Rows) -> ProbeStates:
+        """Return copies of these rows in this order."""
+        return ProbeStates(
             self.history.take(rows), self.hidden[torch.from_numpy(rows)], self.fields[rows]
         )
 
-    def put(self, rows: Rows, other: States) -> None:
-        """Overwrites those rows by the rows of ``other``."""
+    def put(self, rows: Rows, other: ProbeStates) -> None:
+        """Overwrite these rows with the rows of ``other``."""
         self.history.put(rows, other.history)
         self.hidden[torch.from_numpy(rows)] = other.hidden
         self.fields[rows] = other.fields
 
 
 class ProbeScorer:
-    """A checkpoint's scores of transactions that accounts might make.
+    """Scorer of possible transactions by one checkpoint.
 
     Args:
         checkpoint: on the CPU.
@@ -165,7 +166,7 @@ class ProbeScorer:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Keep each product on one core and score several chunks at once."""
+        """Score several chunks in parallel, each on one core."""
         with one_core_each(THREADS) as self._pool:
             try:
                 yield
@@ -174,28 +175,28 @@ class ProbeScorer:
 
     @property
     def states_ranges(self) -> bool:
-        """Whether the checkpoint says how far each of its inputs reaches."""
+        """Whether the checkpoint states ranges of its inputs."""
         return bool(self._ranges)
 
     def merchants(self, merchants: Sequence[Merchant], now_ms: int) -> Float32:
-        """Raw features [m, M] of merchants."""
+        """Compute the raw features [m, M] of merchants."""
         return merchant_raw(merchants, now_ms, self.spec.label_delay_ms)
 
-    def empty(self, n: int) -> States:
-        """States of n accounts without a transaction; further fields are missing."""
+    def empty(self, n: int) -> ProbeStates:
+        """Return the states of n accounts without a transaction; extra fields are missing."""
         fields = np.array(
             [np.nan if field.kind == "numeric" else 0.0 for field in self.spec.fields], np.float32
         )
-        return States(
+        return ProbeStates(
             AccountHistory.empty(n),
             self.checkpoint.network.empty_hidden(n),
             np.tile(fields, (n, 1)),
         )
 
-    def usual(self, states: States) -> Float64:
-        """What is usual for each account [n]: the lesser of its usual and its mean amount.
+    def usual(self, states: ProbeStates) -> Float64:
+        """Return the lesser of the usual and the mean amount of each account [n].
 
-        It is at least the floor of amounts. From it on more money must not lower a score.
+        It is at least the floor of amounts. Above it more money must not lower a score.
         """
         history, scale = states.history, self.spec.scale
         mean = history.decayed_amount[:, -1] / np.maximum(history.decayed_count[:, -1], 1.0)
@@ -204,27 +205,34 @@ class ProbeScorer:
         return np.maximum(usual, scale.floor)
 
     def raw(
-        self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
+        self, states: ProbeStates, amount: Float64, timestamp_ms: Int64, merchant: Float32
     ) -> Float32:
-        """Raw features [n, R] of each account's next transaction.
+        """Compute the raw features [n, R] of each account's next transaction.
 
         Args:
-            merchant: [n, M], or [1, M] of one merchant for all.
+            states: of n accounts.
+            amount: [n].
+            timestamp_ms: [n].
+            merchant: [n, M], or [1, M] for one merchant.
         """
         return self._observed(states, amount, timestamp_ms, merchant)[0]
 
     def scores(
         self,
-        states: States,
+        states: ProbeStates,
         rows: Rows,
         amount: Float64,
         timestamp_ms: Int64,
         merchant: Float32,
     ) -> Float32:
-        """Scores [m] of m variants, each the next transaction of a row of ``states``.
+        """Score m variants of the next transaction.
 
         Args:
-            merchant: [m, M], or [1, M] of one merchant for all.
+            states: of n accounts.
+            rows: [m] account of each variant.
+            amount: [m].
+            timestamp_ms: [m].
+            merchant: [m, M], or [1, M] for one merchant.
         """
         scores = np.empty(len(rows), np.float32)
 
@@ -240,9 +248,9 @@ class ProbeScorer:
         return scores
 
     def advance(
-        self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
-    ) -> tuple[Float32, States]:
-        """Scores [n] of a transaction of each account, and the states after it."""
+        self, states: ProbeStates, amount: Float64, timestamp_ms: Int64, merchant: Float32
+    ) -> tuple[Float32, ProbeStates]:
+        """Apply a transaction of each account; return the scores [n] and the states after it."""
         scores = np.empty(len(states), np.float32)
         after = states.take(np.arange(len(states)))
 
@@ -255,18 +263,18 @@ class ProbeScorer:
             )
             scores[chunk], hidden = self._step(raw, taken.hidden)
             rounded = hidden.to(torch.float16).to(torch.float32)
-            after.put(rows, States(history, rounded, taken.fields))
+            after.put(rows, ProbeStates(history, rounded, taken.fields))
 
         self._each_chunk(len(states), advance)
         return scores, after
 
     def outside(self, raw: Float32) -> NDArray[np.bool_]:
-        """Which raw features [n, R] lie past the checkpoint's ranges; none if it states none."""
+        """Return which raw features [n, R] are out of the checkpoint's ranges."""
         with np.errstate(invalid="ignore"):
             return np.asarray((raw < self._low) | (raw > self._high))
 
     def range_of(self, name: str) -> tuple[float, float]:
-        """Lowest and highest value of a raw feature that the network distinguishes."""
+        """Return the lowest and highest value of a raw feature before its input is clipped."""
         return self._ranges.get(name, (-np.inf, np.inf))
 
     def _each_chunk(self, rows: int, work: Callable[[int], None]) -> None:
@@ -279,7 +287,7 @@ class ProbeScorer:
                 pass
 
     def _observed(
-        self, states: States, amount: Float64, timestamp_ms: Int64, merchant: Float32
+        self, states: ProbeStates, amount: Float64, timestamp_ms: Int64, merchant: Float32
     ) -> tuple[Float32, AccountHistory]:
         of_account, history = observe(states.history, amount, timestamp_ms, self.spec.scale)
         of_merchant = np.broadcast_to(merchant, (len(amount), merchant.shape[1]))
@@ -297,9 +305,9 @@ def _part(merchant: Float32, chunk: slice) -> Float32:
 
 
 def currency_scale(checkpoint: Checkpoint) -> float:
-    """What an amount in euros is multiplied by: a power of ten, 1 where the median is about 40.
+    """Return the factor from euros to the checkpoint's currency, a power of ten.
 
-    A catalogue of amounts then reads as people of that currency write them.
+    It is 1 if the median amount is about 40. Amounts of the catalogue then look natural.
     """
     amounts = checkpoint.header.amounts
     if amounts is None or len(amounts.tail) < 2 or not amounts.tail[1] > 0:
@@ -308,7 +316,7 @@ def currency_scale(checkpoint: Checkpoint) -> float:
 
 
 def _ranges(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:
-    """Ranges by the names of raw features; empty if the checkpoint states none."""
+    """Return the ranges by names of raw features; empty if the checkpoint states none."""
     stated = getattr(checkpoint.header.features, "ranges", None)
     if not stated:
         return {}

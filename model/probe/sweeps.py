@@ -1,7 +1,7 @@
-"""A test of behaviour: how scores move when one thing changes and the history stays.
+"""The probe of behaviour: changes of the score when one value of a transaction changes.
 
-Sweeps go over a catalogue of histories. Where more money, or more known frauds at the merchant,
-lowers the score by more than rounding, that is a violation. Other sweeps are shown only.
+Each sweep changes one value for a catalogue of histories. It is a violation if more money or more
+known frauds at the merchant lower the score by more than rounding. Other sweeps are only shown.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from model.data.dataset import Dataset
 from model.features.account import Float32, Float64, Int64
 from model.probe.exposure import Exposure, ExposureSettings, measure_exposure
 from model.probe.histories import (
-    DAY_MS,
-    HOUR_MS,
     LONGEST,
-    SECOND_MS,
     History,
     catalogue,
     found_histories,
@@ -37,8 +34,9 @@ from model.probe.scorer import (
     Frauds,
     Merchant,
     ProbeScorer,
-    States,
+    ProbeStates,
 )
+from model.units import DAY_MS, DAY_SECONDS, HOUR_MS, SECOND_MS
 
 TOLERANCE_ABSOLUTE = 1e-4
 TOLERANCE_RELATIVE = 1e-3
@@ -50,19 +48,19 @@ TOLERANCE = (
 )
 
 REQUIRED_FROM = 1.0
-"""The score must not fall with amounts from this share of what is usual on."""
+"""Multiple of the usual amount from which the score must not fall."""
 
 AMOUNT_MAX = 100_000.0
-"""Largest amount that is tried, euros."""
+"""Largest probed amount, euros."""
 
 LARGE_AMOUNTS = (250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000)
-"""Large payments, euros."""
+"""Amounts of large payments, euros."""
 
 LARGE_TIMES_USUAL = 10.0
-"""A payment is large where it is over ten times the usual amount."""
+"""Multiple of the usual amount above which a payment is large."""
 
 FALLS_MAX = 2_000
-"""Falls that a result keeps; all are counted."""
+"""Most falls in a result; all are counted."""
 
 CURVES_OF = (
     "no payment yet",
@@ -76,7 +74,7 @@ CURVES_OF = (
     "silent for ten weeks",
     "old account",
 )
-"""Histories whose curves a result keeps, for the plot."""
+"""Histories whose curves are in a result, for the plot."""
 
 AMOUNT_SWEEP = "amount"
 FRAUDS_SWEEP = "known frauds"
@@ -86,13 +84,15 @@ Rows = NDArray[np.intp]
 
 
 class Fall(msgspec.Struct, frozen=True):
-    """A score that falls where it must not: the largest fall of one curve.
+    """A forbidden fall of the score: the largest of one curve.
 
     Attributes:
-        history: its name.
-        sweep: what changes, ``context`` what stays.
-        from_value, to_value: of what changes.
-        falls: steps down that the curve has.
+        history: name of the history.
+        sweep: the value that changes.
+        context: the values that stay.
+        from_value, to_value: value before and after the fall.
+        from_score, to_score: score before and after the fall.
+        falls: number of falls in the curve.
     """
 
     history: str
@@ -106,17 +106,17 @@ class Fall(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> float:
-        """How far the score falls."""
+        """Size of the fall."""
         return self.from_score - self.to_score
 
 
 class OutOfRange(msgspec.Struct, frozen=True):
-    """Where a raw feature leaves the checkpoint's range, which saturates it.
+    """A raw feature that leaves the checkpoint's range, so that its input is clipped.
 
     Attributes:
-        sweep: what changes.
-        first_value: the first value at which a history's feature is outside.
-        histories: how many histories leave the range.
+        sweep: the value that changes.
+        first_value: smallest value at which the feature of a history is outside.
+        histories: number of histories that leave the range.
     """
 
     sweep: str
@@ -131,8 +131,8 @@ class LargeRow(msgspec.Struct, frozen=True):
     """Scores of large payments after one history.
 
     Attributes:
-        score: of each of the amounts; none where it is no large payment for the account.
-        under_smaller: whether it is under review and under the score of a smaller amount.
+        score: score of each amount; None if it is no large payment for the account.
+        under_smaller: whether the score is below review and below that of a smaller amount.
     """
 
     history: str
@@ -146,10 +146,11 @@ class LargePayments(msgspec.Struct, frozen=True):
     """Payments of over ten times the usual amount, by history.
 
     Attributes:
-        amounts: in the checkpoint's currency.
-        tried, approved: how many, and how many have a score under review.
-        under_a_hundredth: approved ones with a score under .01.
-        under_smaller: approved ones whose score is under that of a smaller amount: failures.
+        amounts: amounts in the checkpoint's currency.
+        tried: number of large payments.
+        approved: those with a score below review.
+        under_a_hundredth: approved ones with a score below .01.
+        under_smaller: approved ones that score below a smaller amount; these are failures.
     """
 
     amounts: list[float]
@@ -176,15 +177,15 @@ class Curve(msgspec.Struct, frozen=True):
 
 
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a probe of a checkpoint found.
+    """Result of the probe of a checkpoint.
 
     Attributes:
         form: ``full`` or ``short``.
-        scale: what amounts in euros were multiplied by.
-        histories: how many were probed.
-        scores: how many scores the sweeps computed.
-        violations: curves in which a score falls where it must not.
-        falls: the largest of them.
+        scale: factor from euros to the checkpoint's currency.
+        histories: number of probed histories.
+        scores: number of scores in the sweeps.
+        violations: number of curves with a forbidden fall.
+        falls: the largest falls.
         states_ranges: whether the checkpoint states ranges of its inputs.
     """
 
@@ -208,11 +209,11 @@ class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint violates what must hold."""
+        """Whether the checkpoint breaks a rule."""
         return self.violations > 0 or self.large.under_smaller > 0
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a checkpoint's header."""
+        """Return the metrics for a checkpoint's header."""
         return {
             "probe_violations": float(self.violations),
             "probe_large_payments_caught": self.large.caught,
@@ -221,7 +222,7 @@ class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     def lines(self) -> Iterator[str]:
-        """The result in some lines of text."""
+        """Yield the result as lines of text."""
         yield (
             f"probe ({self.form}): {self.violations:,} violations in {self.histories:,} histories"
             if self.violations
@@ -239,7 +240,7 @@ class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe_fall(fall: Fall) -> str:
-    """One line.
+    """Describe a fall in one line.
 
     >>> describe_fall(Fall("15 x 5", "amount", "usual", 90.0, 500.0, 0.52, 0.0, 3))
     '15 x 5 (usual): from amount 90 to 500 the score falls from 0.52 to 0'
@@ -252,14 +253,18 @@ def describe_fall(fall: Fall) -> str:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How much a probe tries.
+    """Settings of a probe.
 
     Attributes:
-        amounts: amounts of a sweep.
-        contexts: contexts of the amount's sweep, of those that there are.
-        repeats: payments of the count's sweep.
-        found: histories that are taken from a person's data.
-        longest: payments of the oldest account.
+        form: ``full`` or ``short``.
+        amounts: number of amounts in a sweep.
+        contexts: number of contexts of the amount sweep.
+        fraud_cases: number of contexts of the sweep of known frauds.
+        repeats: number of payments in the count sweep.
+        found: most histories from the user's data.
+        longest: number of payments of the oldest account.
+        exposure: settings of the exposure.
+        customers, days: size of the simulated log, without data of the user.
     """
 
     form: str = "full"
@@ -289,7 +294,7 @@ SHORT = ProbeSettings(
 
 
 def short_probe(checkpoint: Checkpoint) -> ProbeResult:
-    """The short form, which ends a training."""
+    """Run the short form of the probe, as after a training."""
     return probe(checkpoint, SHORT)
 
 
@@ -299,12 +304,13 @@ def probe(
     log: Dataset | None = None,
     show: Show = lambda done, note: None,
 ) -> ProbeResult:
-    """Probes a checkpoint.
+    """Probe a checkpoint.
 
     Args:
         checkpoint: on the CPU.
-        log: a person's own transactions; simulated ones, if there are none.
-        show: called with the share that is done and what is done.
+        settings: the settings of the probe.
+        log: transactions of the user. None: simulated ones.
+        show: called with the share done and the current step.
     """
     scorer = ProbeScorer(checkpoint)
     with scorer.working():
@@ -323,7 +329,7 @@ def _probe(
     states, _ = replay(scorer, histories)
     show(0.05, "sweeps")
     sweeps = _Sweeps(scorer, histories, states, settings)
-    found = _Found(sweeps)
+    found = _Findings(sweeps)
     for number, curves in enumerate(sweeps.all()):
         found.add(curves)
         show(0.05 + 0.3 * min(1.0, number / sweeps.expected), f"sweeps: {curves.sweep}")
@@ -361,14 +367,15 @@ def _probe(
 
 @dataclass(frozen=True)
 class Curves:
-    """Scores of h histories while one thing takes v values.
+    """Scores of h histories for v values of one sweep.
 
     Attributes:
-        sweep: what changes, ``context`` what stays.
-        values: [v], or [h, v] where they differ by history.
+        sweep: the value that changes.
+        context: the values that stay.
+        values: [v], or [h, v] if they differ by history.
         scores: [h, v].
-        outside: [h, v, R] raw features past the checkpoint's ranges; none if it has none.
-        required: [h, v] values from which on the score must not fall; none: anywhere.
+        outside: [h, v, R] raw features out of the checkpoint's ranges. None: it has none.
+        required: [h, v] where the score must not fall. None: it may fall everywhere.
     """
 
     sweep: str
@@ -380,14 +387,14 @@ class Curves:
 
 
 def allowed_fall(score: Float64) -> Float64:
-    """How far a score may fall by rounding; see :data:`TOLERANCE`."""
+    """Return the fall of a score that rounding may cause; see :data:`TOLERANCE`."""
     return np.clip(score * TOLERANCE_RELATIVE, TOLERANCE_LEAST, TOLERANCE_ABSOLUTE)
 
 
 def falls_of(curves: Curves, names: Sequence[str]) -> list[Fall]:
-    """The largest fall of each history, where the score must not fall.
+    """Return the largest forbidden fall of each history.
 
-    A score is compared with the highest one of any smaller value.
+    A score is compared with the highest one of all smaller values.
     """
     if curves.required is None:
         return []
@@ -415,8 +422,8 @@ def falls_of(curves: Curves, names: Sequence[str]) -> list[Fall]:
     return found
 
 
-class _Found:
-    """What the sweeps have shown so far."""
+class _Findings:
+    """Results of the sweeps so far."""
 
     def __init__(self, sweeps: _Sweeps) -> None:
         self._names = [h.name for h in sweeps.histories]
@@ -469,14 +476,14 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Context:
-    """What stays while the amount changes: time since the last payment, and the merchant."""
+    """Values that stay while the amount changes: merchant, pause and hour."""
 
     name: str
     merchant: Merchant = USUAL_MERCHANT
     pause_ms: int | None = None
-    """None: as usual for the history."""
+    """Time since the last payment. None: as usual for the history."""
     hour: float | None = None
-    """None: as it comes."""
+    """Hour of the payment. None: given by the pause."""
 
 
 _KNOWN = (Frauds(8, 1, 3, 4),)
@@ -500,20 +507,20 @@ FRAUD_DAYS: dict[str, tuple[tuple[float, float], ...]] = {
     "of 30 days ago, known for 20": ((30.0, 20.0),),
     "of three days, 8 to 10 days ago": ((8.0, 1.0), (9.0, 1.0), (10.0, 1.0)),
 }
-"""Days of the frauds, and how long each is known."""
+"""Age of the frauds and days since their labels arrived, by context."""
 
 FRAUD_SIZES = (1.0, 50.0, 10_000.0)
 FRAUD_TIMES_USUAL = (1.0, 5.0, 50.0)
 
 
 class _Sweeps:
-    """All curves of a probe."""
+    """All sweeps of a probe."""
 
     def __init__(
         self,
         scorer: ProbeScorer,
         histories: Sequence[History],
-        states: States,
+        states: ProbeStates,
         settings: ProbeSettings,
     ) -> None:
         self.scorer = scorer
@@ -529,7 +536,7 @@ class _Sweeps:
         )
 
     def all(self) -> Iterator[Curves]:
-        """Each sweep in each of its contexts."""
+        """Run each sweep in each of its contexts."""
         yield from self.amount()
         yield from self.known_frauds()
         for times, context in ((1.0, "the usual amount"), (10.0, "ten times the usual amount")):
@@ -543,7 +550,7 @@ class _Sweeps:
         yield from self.count()
 
     def amount(self) -> Iterator[Curves]:
-        """Rising amounts, from nothing to the largest."""
+        """Raise the amount from nothing to the largest."""
         scale = self.scorer.scale
         values = np.concatenate(([0.0], np.geomspace(0.01, AMOUNT_MAX, self._settings.amounts - 1)))
         values = np.round(values * scale, 10)
@@ -561,7 +568,7 @@ class _Sweeps:
             )
 
     def known_frauds(self) -> Iterator[Curves]:
-        """More known frauds in the same buckets of a merchant, from none on."""
+        """Raise the number of known frauds in the same buckets of a merchant."""
         values = np.array(FRAUD_COUNTS, np.float64)
         cases = [
             (size, days, times)
@@ -591,8 +598,8 @@ class _Sweeps:
             )
 
     def pause(self, amount: Float64, context: str) -> Curves:
-        """Seconds since the last payment."""
-        seconds = np.round(np.geomspace(1.0, 400 * 86_400.0, 60))
+        """Change the seconds since the last payment."""
+        seconds = np.round(np.geomspace(1.0, 400.0 * DAY_SECONDS, 60))
         last = np.array(
             [h.timestamp_ms[-1] if len(h) else h.next_ms - DAY_MS for h in self.histories]
         )
@@ -600,33 +607,33 @@ class _Sweeps:
         return self._over_times("pause, seconds", context, seconds, times, amount)
 
     def hour(self, amount: Float64, context: str) -> Curves:
-        """Hours of a day."""
+        """Change the hour of the day."""
         hours = np.arange(0, 24, 0.5)
         midnight = -(-self._next_ms // DAY_MS) * DAY_MS
         times = midnight[:, None] + (hours * HOUR_MS).astype(np.int64)
         return self._over_times("hour of the day", context, hours, times, amount)
 
     def weekday(self, amount: Float64, context: str) -> Curves:
-        """Days of a week, from Monday on."""
+        """Change the weekday, from Monday."""
         days = np.arange(7)
         of_week = (self._next_ms // DAY_MS + 3) % 7
         times = self._next_ms[:, None] + (days + (7 - of_week[:, None])) * DAY_MS
         return self._over_times("weekday", context, days.astype(np.float64), times, amount)
 
     def merchant_age(self, amount: Float64, context: str) -> Curves:
-        """Days since a merchant's first payment."""
+        """Change the days since the merchant's first payment."""
         ages = np.array([0, 0.125, 0.25, 0.5, 1, 2, 3, 5, 7, 8, 9, 10, 14, 21, 28, 35, 38, 40])
         merchants = [Merchant(USUAL_MERCHANT.per_day, float(age)) for age in ages]
         return self._by_merchant("merchant's age, days", context, ages, merchants, amount)
 
     def merchant_size(self, amount: Float64, context: str) -> Curves:
-        """Payments a day at a merchant."""
+        """Change the merchant's payments a day."""
         sizes = np.round(np.geomspace(1, 500_000, 40))
         merchants = [Merchant(float(size)) for size in sizes]
         return self._by_merchant("merchant's payments a day", context, sizes, merchants, amount)
 
     def year_without_label(self, amount: Float64, context: str) -> Curves:
-        """Days since a merchant's last label, which told of five frauds."""
+        """Change the days since the merchant's last label, which marked five frauds."""
         days = np.array([1, 2, 3, 5, 7, 10, 14, 21, 28, 35, 37, 38, 39, 45, 60, 90, 180, 365.0])
         merchants = [
             Merchant(USUAL_MERCHANT.per_day, frauds=(Frauds(float(d) + 7, float(d), 5, 10),))
@@ -635,7 +642,7 @@ class _Sweeps:
         return self._by_merchant("days since the last label", context, days, merchants, amount)
 
     def count(self) -> Iterator[Curves]:
-        """The usual payment again and again: its score, and that of ten times as much."""
+        """Repeat the usual payment; score it and one of ten times the amount."""
         repeats = self._settings.repeats
         values = np.arange(1.0, repeats + 1)
         for pause_ms, context in ((HOUR_MS, "every hour"), (60 * SECOND_MS, "every minute")):
@@ -669,7 +676,7 @@ class _Sweeps:
         return times
 
     def _raw(self, merchant: Merchant) -> Float32:
-        """[1, M]. Histories end at any time, but a merchant looks the same at each of them."""
+        """Return the merchant's raw features [1, M], which are the same at every time."""
         return self.scorer.merchants([merchant], self.histories[0].next_ms)
 
     def _over_times(
@@ -709,7 +716,7 @@ class _Sweeps:
         merchant: Float32,
         required: NDArray[np.bool_] | None = None,
     ) -> Curves:
-        """Curves of amounts and times [h, v], merchants [h * v, M] or [1, M]."""
+        """Score amounts and times [h, v] at merchants [h * v, M] or [1, M]."""
         h, v = amount.shape
         rows = np.repeat(np.arange(h), v)
         flat_amount, flat_times = amount.ravel(), times.ravel()
@@ -722,12 +729,12 @@ class _Sweeps:
 
 
 def _large_payments(
-    scorer: ProbeScorer, histories: Sequence[History], states: States, review: float
+    scorer: ProbeScorer, histories: Sequence[History], states: ProbeStates, review: float
 ) -> LargePayments:
-    """Large payments after each history, at its usual pace and at a usual merchant."""
+    """Score large payments after each history, at its usual pace and a usual merchant."""
     amounts = np.array(LARGE_AMOUNTS, np.float64) * scorer.scale
     usual = scorer.usual(states)
-    smaller = np.geomspace(1.0, 2.0, 2)  # what is usual, and twice that
+    smaller = np.geomspace(1.0, 2.0, 2)  # the usual amount, and twice that
     grid = np.hstack((usual[:, None] * smaller, np.tile(amounts, (len(histories), 1))))
     times = np.array([h.next_ms for h in histories], np.int64)
     merchant = scorer.merchants([USUAL_MERCHANT], histories[0].next_ms)
@@ -735,7 +742,7 @@ def _large_payments(
     scores = scorer.scores(
         states, np.repeat(np.arange(h), v), grid.ravel(), np.repeat(times, v), merchant
     ).reshape(h, v)
-    # What is smaller than usual may score anything.
+    # Amounts below usual may have any score.
     counted = np.where(grid >= REQUIRED_FROM * usual[:, None], scores, -np.inf)
     order = np.argsort(grid, axis=1, kind="stable")
     ordered = np.take_along_axis(counted, order, 1).astype(np.float64)

@@ -4,26 +4,26 @@ The rules (Le Borgne, Siblini, Lebichot, Bontempi: "Reproducible Machine Learnin
 Card Fraud Detection - Practical Handbook", chapter 3, "Transaction data simulator"):
 
 - Customers and terminals lie uniformly on a map of 100 x 100. A customer pays at terminals
-  within a radius of 5, each as likely as the other; one without any makes no transaction.
-- A customer's mean amount is U(5, 100) and the deviation half of it; its rate is U(0, 4) a day.
+  within a radius of 5, all equally likely. A customer without one makes no transaction.
+- A customer's mean amount is U(5, 100); the deviation is half of it. Its rate is U(0, 4) a day.
 - Each day a customer makes Poisson(rate) transactions, at times normal around noon with a
-  deviation of 20,000 s. What falls out of the day is dropped.
-- Amounts are normal; a negative one is drawn again from U(0, 2 mean).
+  deviation of 20,000 s. Times outside the day are dropped.
+- Amounts are normal; a negative one is redrawn from U(0, 2 mean).
 - Fraud 1: an amount over 220.
-- Fraud 2: each day two terminals are drawn; all their transactions that day and the next 27
+- Fraud 2: each day two terminals are drawn. All their transactions on that day and the next 27
   are fraud.
-- Fraud 3: each day three customers are drawn; that day and the next 13 each of their
-  transactions, with a probability of 1/3, has its amount times 5 and is fraud.
+- Fraud 3: each day three customers are drawn. On that day and the next 13, each of their
+  transactions is fraud with probability 1/3, and its amount is multiplied by 5.
 
-Where rules overlap the one with the higher number names the scenario, and the amount of
-fraud 1 is the one before it is multiplied.
+If rules overlap, the higher number names the scenario. Fraud 1 depends on the amount before it is
+multiplied.
 
-That is the world :data:`model.simulator.world.HANDBOOK`. :data:`model.simulator.world.WIDE` has
-further accounts,
-shops and kinds of fraud beside it: see :mod:`model.simulator.world`.
+These rules are the world :data:`model.simulator.world.HANDBOOK`. The world
+:data:`model.simulator.world.WIDE` has more accounts, shops and kinds of fraud.
 
-It streams: a day at a time, in memory bounded by customers and terminals. A day is drawn from
-the seed, its number and what came before, so a stream's beginning does not depend on its end.
+The simulator streams a day at a time, in memory bounded by customers and terminals. The seed, the
+number of the day and the days before decide a day. So the beginning of a stream does not depend on
+its end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator.payments import DAY_MS, Payments
+from model.simulator.payments import Payments
 from model.simulator.reach import MAP_SIZE, Reach
 from model.simulator.wide_world import WideSimulation
 from model.simulator.world import (
@@ -50,6 +50,7 @@ from model.simulator.world import (
     TERMINALS_COMPROMISED_PER_DAY,
     World,
 )
+from model.units import DAY_MS
 
 MEAN_AMOUNT_RANGE = (5.0, 100.0)
 RATE_RANGE_PER_DAY = (0.0, 4.0)
@@ -74,14 +75,15 @@ class DayOfTransactions:
     """The transactions of one day, in order of time: columns of the same length.
 
     Attributes:
-        day: 0 is the start date.
-        transaction_id: counts from 0 through the whole stream.
+        day: number of the day; 0 is the start date.
+        transaction_id: counts from 0 over the whole stream.
         timestamp_ms: epoch milliseconds.
         account: 0 up to customers; see :func:`account_id`.
         merchant: 0 up to terminals; see :func:`merchant_id`.
         amount: EUR, rounded to cents.
-        is_fraud: the truth.
-        scenario: the kind of fraud, a place in :data:`SCENARIOS` of the world; 0 legitimate.
+        is_fraud: whether it is fraud.
+        scenario: the kind of fraud, a place in :data:`model.simulator.world.SCENARIOS`; 0 is
+            legitimate.
     """
 
     day: int
@@ -98,21 +100,27 @@ class DayOfTransactions:
 
 
 def account_id(account: int) -> str:
-    """>>> account_id(1234)
+    """Return the id of an account.
+
+    >>> account_id(1234)
     'A0001234'
     """
     return f"A{account:07d}"
 
 
 def merchant_id(merchant: int) -> str:
-    """>>> merchant_id(123)
+    """Return the id of a merchant.
+
+    >>> merchant_id(123)
     'M0000123'
     """
     return f"M{merchant:07d}"
 
 
 def transaction_id(number: int) -> str:
-    """>>> transaction_id(5)
+    """Return the id of a transaction.
+
+    >>> transaction_id(5)
     'T000000005'
     """
     return f"T{number:09d}"
@@ -126,10 +134,10 @@ class Simulator:
         terminals: 1 or more.
         start_date: first day, ISO 8601; days are UTC days.
         seed: 0 or more; the same seed gives the same stream.
-        world: which accounts, merchants and frauds there are.
+        world: the simulated accounts, merchants and frauds.
 
     Raises:
-        SimulatorError: an argument is out of its bounds.
+        SimulatorError: an argument is out of bounds.
 
     >>> first = next(Simulator(customers=50, terminals=1000, seed=1).days())
     >>> first.day, account_id(int(first.account[0])), bool((np.diff(first.timestamp_ms) >= 0).all())
@@ -169,11 +177,11 @@ class Simulator:
         self._rate_per_day[~self._reaches] = 0.0
 
     def days(self) -> Iterator[DayOfTransactions]:
-        """The days from the first on, without end. Each call starts at the first."""
+        """Yield the days without end; each call starts at the first."""
         return self._wide_days() if self.world.is_wide else self._handbook_days()
 
     def wide_world(self) -> WideSimulation:
-        """The wide world as it is before its first day."""
+        """Return the wide world before its first day."""
         rng = np.random.default_rng([self.seed, _WIDE_POPULATION_STREAM])
         shops = self.terminals - self._on_map
         mean, reach, reaches = self._mean_amount, self._reach, self._reaches
@@ -186,7 +194,7 @@ class Simulator:
             rng = np.random.default_rng([self.seed, _WIDE_DAY_STREAM, day])
             account, time_ms, amount = self._payments(rng)
             follows = wide.accounts.follows_handbook[account]
-            # Cents are rounded at the end only: of an amount times 5 they would be a trace.
+            # Rounded at the end only: five times a rounded amount would be a trace of fraud.
             amount = np.abs(amount + rng.uniform(-0.005, 0.005, len(amount)))
             handbook = Payments.of(account, time_ms, amount).at(follows)
             paid = wide.day(day, handbook, rng)
@@ -227,7 +235,7 @@ class Simulator:
             day += 1
 
     def _day(self, day: int, transactions: int, paid: Payments) -> DayOfTransactions:
-        """Payments in order of time as a day that ``transactions`` came before."""
+        """Make a day of payments in order of time; ``transactions`` is the number before it."""
         return DayOfTransactions(
             day=day,
             transaction_id=np.arange(transactions, transactions + len(paid)),
@@ -242,7 +250,7 @@ class Simulator:
     def _payments(
         self, rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """A day's accounts, milliseconds since midnight and amounts, in order of time."""
+        """Draw accounts, milliseconds since midnight and amounts of a day, in order of time."""
         account = np.repeat(np.arange(self.customers), rng.poisson(self._rate_per_day))
         time_ms = np.floor(
             rng.normal(NOON_SECONDS, TIME_DEVIATION_SECONDS, len(account)) * 1000

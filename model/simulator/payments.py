@@ -1,4 +1,4 @@
-"""Columns of simulated payments before they are put in order of time."""
+"""Columns of simulated payments that are not yet in order of time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator.world import LEGITIMATE, Range
-
-DAY_MS = 86_400_000
-HOUR_MS = 3_600_000
-MINUTE_MS = 60_000
+from model.simulator.world import LEGITIMATE
 
 TO_DRAW = -1
-"""In place of a merchant that is not drawn yet."""
+"""Placeholder for a merchant that is not drawn yet."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -46,12 +42,12 @@ class Payments:
     def of(
         cls, account: Ints, time_ms: Ints, amount: Floats, scenario: int = LEGITIMATE
     ) -> Payments:
-        """All of one scenario, at merchants that are to be drawn."""
+        """Make payments of one scenario whose merchants are still to be drawn."""
         n = len(account)
         return cls(account, time_ms, amount, np.full(n, TO_DRAW), np.full(n, scenario, np.int8))
 
     def at(self, rows: NDArray[np.bool_] | Ints) -> Payments:
-        """Those at the given places."""
+        """Return the payments at the given places."""
         return Payments(
             self.account[rows],
             self.time_ms[rows],
@@ -62,7 +58,7 @@ class Payments:
 
     @staticmethod
     def joined(parts: Sequence[Payments]) -> Payments:
-        """One after the other; there is at least one part."""
+        """Concatenate one or more parts."""
         return Payments(
             np.concatenate([p.account for p in parts]),
             np.concatenate([p.time_ms for p in parts]),
@@ -70,51 +66,3 @@ class Payments:
             np.concatenate([p.merchant for p in parts]),
             np.concatenate([p.scenario for p in parts]),
         )
-
-
-def log_uniform(
-    rng: np.random.Generator, low: float | Floats, high: float | Floats, size: int
-) -> Floats:
-    """[size] even on the logarithmic scale."""
-    drawn: Floats = np.exp(rng.uniform(np.log(low), np.log(high), size))
-    return drawn
-
-
-def whole(rng: np.random.Generator, bounds: Range, size: int) -> Ints:
-    """[size] whole numbers, even on the logarithmic scale, both ends among them."""
-    low, high = bounds
-    return np.floor(log_uniform(rng, low, high + 1, size)).astype(np.int64)
-
-
-def chosen(rng: np.random.Generator, rate: float | Floats, size: int | None = None) -> Ints:
-    """The places to which something happens, where each has this probability of it.
-
-    Args:
-        rate: for all of them, or [n] for each.
-        size: how many, where there is one rate for all.
-    """
-    return np.flatnonzero(rng.random(np.shape(rate) if size is None else size) < rate)
-
-
-def numbered(count: Ints) -> tuple[Ints, Ints]:
-    """Members of groups of these sizes: the group of each, and its number within the group.
-
-    >>> numbered(np.array([2, 0, 1]))
-    (array([0, 0, 2]), array([0, 1, 0]))
-    """
-    group = np.repeat(np.arange(len(count)), count)
-    return group, np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
-
-
-def within(rng: np.random.Generator, count: Ints, duration_ms: Ints) -> Ints:
-    """Times since midnight of series of payments: each in order, in so long, in one day."""
-    duration_ms = np.minimum(duration_ms, DAY_MS - 1)
-    start = rng.uniform(0, DAY_MS - duration_ms)
-    group, number = numbered(count)
-    share = (number + rng.random(len(group))) / count[group]
-    return np.minimum(start[group] + share * duration_ms[group], DAY_MS - 1).astype(np.int64)
-
-
-def check_amounts(rng: np.random.Generator, size: int) -> Floats:
-    """[size] amounts of card checks: nothing, a cent or one euro."""
-    return rng.choice([0.0, 0.01, 1.0], size, p=[0.5, 0.15, 0.35])

@@ -1,4 +1,4 @@
-"""Terminals on a map, drawn within a radius of those who pay there."""
+"""Terminals on a map, drawn within a radius of each customer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ MAP_SIZE = 100.0
 RADIUS = 5.0
 
 _DRAWS_BEFORE_LOOKING_AT_ALL = 40
-_CELLS = int(MAP_SIZE / RADIUS)  # a side; what a customer reaches is in 3 x 3 of them
+_CELLS = int(MAP_SIZE / RADIUS)  # a side; 3 x 3 cells hold all terminals in reach of a customer
 
 
 class Reach:
-    """Draws terminals within the radius of customers, without a list of them per customer.
+    """Sampler of terminals within the radius of customers, without a list per customer.
 
-    Terminals are sorted by cell of a grid; what a customer can reach lies in three runs of
-    neighbouring cells, from which terminals are drawn until one is near enough.
+    Terminals are sorted by cell of a grid. The terminals in reach of a customer lie in three runs
+    of neighbouring cells. Terminals are drawn from these until one is near enough.
     """
 
     def __init__(self, customers: NDArray[np.float64], terminals: NDArray[np.float64]) -> None:
@@ -25,19 +25,20 @@ class Reach:
         self._place = terminals[self._terminal]
         self._customers = customers
         flat = (cell[:, 0] * _CELLS + cell[:, 1])[self._terminal]
-        own = _cell(customers)
-        row = own[:, :1] + np.array([-1, 0, 1])  # [customers, 3]
+        home = _cell(customers)
+        row = home[:, :1] + np.array([-1, 0, 1])  # [customers, 3]
         outside = (row < 0) | (row >= _CELLS)
-        first = row * _CELLS + np.maximum(own[:, 1:] - 1, 0)
-        last = row * _CELLS + np.minimum(own[:, 1:] + 1, _CELLS - 1)
+        first = row * _CELLS + np.maximum(home[:, 1:] - 1, 0)
+        last = row * _CELLS + np.minimum(home[:, 1:] + 1, _CELLS - 1)
         begin = np.searchsorted(flat, first, side="left")
         end = np.searchsorted(flat, last, side="right")
         end[outside] = begin[outside]
         self._begin = begin
-        self._ends = np.cumsum(end - begin, axis=1)  # [customers, 3] candidates up to each run
+        # [customers, 3] candidates up to the end of each run.
+        self._ends = np.cumsum(end - begin, axis=1)
 
     def any(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """[customers] whether a terminal is within reach: some draws, then a look at all."""
+        """Return whether each customer reaches a terminal: by some draws, then by all terminals."""
         reaches = np.zeros(len(self._customers), np.bool_)
         waiting = np.flatnonzero(self._ends[:, 2])
         for _ in range(_DRAWS_BEFORE_LOOKING_AT_ALL):
@@ -51,7 +52,7 @@ class Reach:
         return reaches
 
     def draw(self, account: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """[n] a terminal for each account; each account must reach one."""
+        """Draw a terminal for each account [n]; each account must reach one."""
         merchant = np.empty(len(account), np.int64)
         waiting = np.arange(len(account))
         while len(waiting):
@@ -65,7 +66,7 @@ class Reach:
     def _position(
         self, customer: NDArray[np.int64], candidate: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Grid positions of the customers' k-th candidates."""
+        """Return the grid positions of the customers' k-th candidates."""
         ends = self._ends[customer]
         run = (candidate[:, None] >= ends[:, :2]).sum(axis=1)
         before = np.where(run > 0, ends[np.arange(len(run)), run - 1], 0)

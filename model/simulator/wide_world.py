@@ -1,8 +1,8 @@
 """The wide world: the Handbook's customers, other accounts, shops of all sizes, and thieves.
 
-Its options, and what each means, are in :mod:`model.simulator.world`. There are no refunds: an
-amount is 0 or more in Recur's transactions. What is carried from day to day is bounded by accounts
-and merchants, and a day is drawn from that, the seed and its number.
+The options are described in :mod:`model.simulator.world`. There are no refunds, because an amount
+is 0 or more in Recur's transactions. The number of accounts and merchants bounds the state between
+days. The state, the seed and the number of the day decide the day's payments.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from model.simulator import draws
 from model.simulator.accounts import HANDBOOK_KIND, Accounts
-from model.simulator.payments import TO_DRAW, Floats, Ints, Payments, chosen, log_uniform, whole
+from model.simulator.payments import TO_DRAW, Floats, Ints, Payments
 from model.simulator.reach import Reach
 from model.simulator.thieves import PatientThieves, thefts
 from model.simulator.world import (
@@ -28,27 +29,27 @@ from model.simulator.world import (
 )
 
 THIEVES_AT_TERMINALS = 0.25
-"""Share of thieves' payments at terminals of the map; the others are at shops."""
+"""Share of the thieves' payments at terminals of the map; the others are at shops."""
 
 SMALL_SHOP = 3.0
-"""Payments a day: of a shop with fewer a compromise takes all, of another a part."""
+"""Payments a day below which a compromise affects all payments of a shop, not a part."""
 IN_PART_DAYS = (4.0, 28.0)
 IN_PART_SHARE = (0.01, 0.3)
 IN_PART_FRAUDS = 10.0
-"""A day, about the most of one shop, as long as its share is in bounds."""
+"""Approximate most frauds a day at one shop, while the share stays in bounds."""
 
 
 class WideSimulation:
-    """The stream of the wide world, a day at a time.
+    """Simulation of the wide world, a day at a time.
 
     Args:
         rng: draws the population.
-        handbook_mean: [customers] EUR, the mean amount of the Handbook's customers.
-        reach: of every customer, to the terminals of the map.
+        handbook_mean: [customers] mean amount of the Handbook's customers, EUR.
+        reach: terminals of the map in reach of each customer.
         reaches: [customers] whether a terminal is in reach.
-        terminals: how many merchants lie on the map.
-        shops: how many do not; 1 or more.
-        world: its options.
+        terminals: number of merchants on the map.
+        shops: number of other merchants; 1 or more.
+        world: options of the world.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class WideSimulation:
         rank = rng.permutation(shops) + 1.0
         self._visits = rank**-world.shop_exponent * np.exp(rng.normal(0, 0.3, shops))
         self._open_day = np.zeros(shops, np.int64)
-        late = chosen(rng, world.late_shops, shops)
+        late = draws.events(rng, world.late_shops, shops)
         self._open_day[late] = 1 + rng.exponential(world.late_days, len(late)).astype(np.int64)
         self._open_day[np.argmax(self._visits)] = 0
         self._skimmed_until = np.zeros(terminals, np.int64)
@@ -76,13 +77,15 @@ class WideSimulation:
         self._in_part_until = np.zeros(shops, np.int64)
         self._in_part_share = np.zeros(shops)
         self._patient = PatientThieves(len(handbook_mean))
-        self._shop_payments = 0.0  # a day, smoothed
+        self._shop_payments = 0.0  # smoothed, a day
 
     def day(self, day: int, handbook: Payments, rng: np.random.Generator) -> Payments:
-        """A day's payments in order of time, with amounts of whole cents.
+        """Return the payments of a day in order of time, with amounts in whole cents.
 
         Args:
-            handbook: what the Handbook's customers pay, at its terminals.
+            day: number of the day.
+            handbook: payments of the Handbook's customers.
+            rng: draws the day.
         """
         self.accounts.live(day, rng)
         shares = np.cumsum(self._visits * (self._open_day <= day))
@@ -101,7 +104,7 @@ class WideSimulation:
         return in_order
 
     def _shops(self, count: int, shares: Floats, rng: np.random.Generator) -> Ints:
-        """[count] open shops, each by its share of visits."""
+        """Draw open shops [count] in proportion to their visits."""
         place = np.searchsorted(shares, rng.random(count) * shares[-1], side="right")
         shop: Ints = self._terminals + np.minimum(place, len(shares) - 1)
         return shop
@@ -109,7 +112,7 @@ class WideSimulation:
     def _at_merchants(
         self, day: int, paid: Payments, shares: Floats, rng: np.random.Generator
     ) -> Payments:
-        """The same with merchants: shops, terminals in reach, and on journeys any."""
+        """Draw the merchants: shops, terminals in reach, and any terminal on a journey."""
         account = paid.account
         is_handbook = self.accounts.kind[account] == HANDBOOK_KIND
         share = np.where(is_handbook, self._world.handbook_shop_payments, self._world.shop_payments)
@@ -125,13 +128,13 @@ class WideSimulation:
     def _compromised(
         self, day: int, paid: Payments, shares: Floats, rng: np.random.Generator
     ) -> Payments:
-        """The Handbook's three kinds of fraud, and shops that are compromised in part."""
+        """Add the Handbook's three kinds of fraud, and partly compromised shops."""
         for until, rate, days in (
             (self._skimmed_until, self._world.skimmed_terminals, TERMINAL_COMPROMISED_DAYS),
             (self._stolen_until, self._world.stolen_cards, CUSTOMER_COMPROMISED_DAYS),
         ):
-            until[chosen(rng, rate, len(until))] = day + days
-        if day:  # before, no shop's size is known
+            until[draws.events(rng, rate, len(until))] = day + days
+        if day:  # no shop's size is known on the first day
             self._begin_in_part(day, shares, rng)
         is_handbook = self.accounts.kind[paid.account] == HANDBOOK_KIND
         scenario, amount = paid.scenario.copy(), paid.amount.copy()
@@ -150,14 +153,14 @@ class WideSimulation:
         return Payments(paid.account, paid.time_ms, amount, paid.merchant, scenario)
 
     def _begin_in_part(self, day: int, shares: Floats, rng: np.random.Generator) -> None:
-        """Half of the shops that are compromised are drawn by their size, half at random."""
+        """Begin compromises of shops; half of the shops are drawn by size, half evenly."""
         size = len(self._visits)
         count = rng.poisson(self._world.shops_in_part * size / 2, 2)
         by_size = self._shops(int(count[0]), shares, rng) - self._terminals
         begun = np.concatenate([by_size, rng.integers(size, size=count[1])])
         visits = self._visits[begun] / shares[-1] * self._shop_payments  # a day
-        share = log_uniform(rng, *IN_PART_SHARE, len(begun))
+        share = draws.log_uniform(rng, *IN_PART_SHARE, len(begun))
         share = np.minimum(share, IN_PART_FRAUDS / np.maximum(visits, 1e-9))
         share = np.maximum(share, IN_PART_SHARE[0])
         self._in_part_share[begun] = np.where(visits < SMALL_SHOP, 1.0, share)
-        self._in_part_until[begun] = day + whole(rng, IN_PART_DAYS, len(begun))
+        self._in_part_until[begun] = day + draws.whole_numbers(rng, IN_PART_DAYS, len(begun))

@@ -1,8 +1,8 @@
-"""The worlds that the simulator knows: what accounts, merchants and thieves do, and how often.
+"""The simulated worlds: behaviour of accounts, merchants and thieves, with its rates.
 
-:data:`HANDBOOK` has the published rules of the Fraud Detection Handbook and nothing else.
-:data:`WIDE` keeps them for half of the accounts, and adds what they lack: other amounts and
-rates, accounts that begin and fall silent, card checks, and further kinds of fraud.
+:data:`HANDBOOK` has exactly the published rules of the Fraud Detection Handbook. :data:`WIDE` uses
+them for half of the accounts. It adds other amounts and rates, accounts that open and fall silent,
+card checks, and more kinds of fraud.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCENARIOS = (
     "merchant in part",
     "patient thief",
 )
-"""What the numbers of scenarios mean: 0 is legitimate, 1 to 3 are the Handbook's kinds of fraud."""
+"""Names of the scenarios by number: 0 is legitimate, 1 to 3 are the Handbook's frauds."""
 
 (
     LEGITIMATE,
@@ -46,7 +46,7 @@ SCENARIOS = (
 
 
 def scenario_name(number: int) -> str:
-    """For people: what a scenario is, or its number where the data are a person's own.
+    """Return the name of a scenario, or its number if it is not one of the simulator's.
 
     >>> scenario_name(3), scenario_name(77)
     ('stolen card', 'scenario 77')
@@ -64,22 +64,22 @@ CUSTOMER_FRAUD_FACTOR = 5.0
 """The Handbook's rules of fraud; see :mod:`model.simulator.handbook`."""
 
 Range = tuple[float, float]
-"""From, to."""
+"""Lower and upper end."""
 
 
 @dataclass(frozen=True)
 class AccountKind:
-    """A kind of account. Ranges are those that each account draws its own value from.
+    """A kind of account. Each account draws its values from the ranges.
 
     Attributes:
-        name: for documents and tests.
-        share: of the accounts that do not follow the Handbook.
-        median: EUR, of the account's payments; evenly on the logarithmic scale.
-        spread: deviation of an amount's natural logarithm.
-        rate: payments a day; evenly on the logarithmic scale.
-        bounds: EUR; an amount outside is drawn again, evenly between them. None: no bounds, and
-            the account's level changes.
-        fixed_price: share of such accounts whose payments are all of the same amount.
+        name: name in documents and tests.
+        share: share of the accounts that do not follow the Handbook.
+        median: median payment, EUR; drawn evenly on a logarithmic scale.
+        spread: deviation of the natural logarithm of an amount.
+        rate: payments a day; drawn evenly on a logarithmic scale.
+        bounds: bounds of an amount, EUR; an amount outside is redrawn evenly between them.
+            None: no bounds, and the level of the account changes.
+        fixed_price: share of these accounts whose payments all have the same amount.
     """
 
     name: str
@@ -93,45 +93,46 @@ class AccountKind:
 
 @dataclass(frozen=True)
 class World:
-    """What a simulated world has. A rate of 0 leaves a behaviour out.
+    """Options of a simulated world. Rates are for an account and day; 0 omits a behaviour.
 
     Attributes:
-        name: as on the command line.
+        name: name on the command line.
         handbook_accounts: share of accounts that pay as the Handbook's customers do.
-        map_terminals: share of merchants that are the Handbook's terminals: on the map, each as
-            likely as the other. The others are shops that every account reaches.
-        kinds: of the other accounts; their shares add up to 1.
-        shop_payments: share of the other accounts' payments that go to shops.
-        handbook_shop_payments: the same of the Handbook's customers.
-        shop_exponent: the shop of rank r is visited in proportion to r to the minus this.
+        map_terminals: share of merchants that are terminals of the Handbook's map, all equally
+            likely. The others are shops in reach of every account.
+        kinds: kinds of the other accounts; their shares add up to 1.
+        shop_payments: share of payments at shops, for the other accounts.
+        handbook_shop_payments: share of payments at shops, for the Handbook's customers.
+        shop_exponent: exponent e; the shop of rank r has visits in proportion to r ** -e.
         late_shops: share of the shops that open during the log.
-        late_accounts: share of the accounts that begin during the log.
-        late_days: mean days from the log's begin to such a begin, of shops and accounts.
-        first_checks: share of accounts whose first payment is a shop's card check.
-        checks: honest card checks (0.00, 0.01 or 1.00) of an account a day; some come twice.
-        silences: honest silences that an account begins a day.
-        silence_days: how long they are.
-        level_changes: changes of an account's level (its usual amount) a day.
-        level_factor: what a change multiplies it with.
-        large_purchases: honest purchases far over the usual, of an account a day; fewer of those
-            that pay less than once a day, as of sprees.
-        large_factor: how many times the usual they are.
-        journeys: journeys that an account begins a day: merchants anywhere, other hours.
-        journey_days: how long they are.
-        sprees: honest series of payments within two hours, of an account a day.
-        spree_payments: how many.
-        skimmed_terminals: share of the map's terminals that begin a day to be compromised. (In
-            the Handbook's own world it is a number, whatever the terminals are.)
-        stolen_cards: share of the accounts whose card is stolen a day; the same holds.
-        card_tests: thefts that test the card first, per account a day, as are the next four.
-        takeovers: thefts from accounts that were silent for three weeks or more.
-        bursts: of many payments of about the usual amount within an hour.
-        small_frauds: thefts of some payments under the usual amount.
-        huge_payments: single payments of 5 to 3,000 times the usual, to 100,000 EUR.
-        huge_after_check: the same as a share of the accounts whose only payment is a check, a day.
-        fraud_accounts: share of the accounts beginning during the log that a thief opened.
-        patient_thieves: thefts over one to seven days, of many payments not far over the usual.
-        shops_in_part: share of shops that begin a day to be compromised in part.
+        late_accounts: share of the accounts that open during the log.
+        late_days: mean days until such a shop or account opens.
+        first_checks: share of accounts whose first payment is a card check by a shop.
+        checks: rate of honest card checks (0.00, 0.01 or 1.00); some are repeated.
+        silences: rate of honest silences.
+        silence_days: length of a silence.
+        level_changes: rate of changes of an account's level, its usual amount.
+        level_factor: factor of a change of level.
+        large_purchases: rate of honest purchases far above usual; lower for accounts that pay
+            less than once a day, as for sprees.
+        large_factor: multiple of the usual amount of a large purchase.
+        journeys: rate of journeys, with merchants anywhere and other hours.
+        journey_days: length of a journey.
+        sprees: rate of honest series of payments within two hours.
+        spree_payments: number of payments in a spree.
+        skimmed_terminals: share of the map's terminals that become compromised a day. The
+            Handbook's own world has a fixed number instead.
+        stolen_cards: share of the accounts whose card is stolen a day; fixed there, too.
+        card_tests: rate of thefts that test the card first.
+        takeovers: rate of thefts from accounts that were silent for three weeks or more.
+        bursts: rate of thefts of many usual payments within an hour.
+        small_frauds: rate of thefts of some payments below the usual amount.
+        huge_payments: rate of single payments of 5 to 3,000 times the usual amount, up to
+            100,000 EUR.
+        huge_after_check: daily share of huge payments among accounts with only card checks.
+        fraud_accounts: share of thieves among the accounts that open during the log.
+        patient_thieves: rate of thefts over one to seven days, of many payments near the usual.
+        shops_in_part: share of shops that become partly compromised a day.
     """
 
     name: WorldName
@@ -170,12 +171,12 @@ class World:
 
     @property
     def is_wide(self) -> bool:
-        """Whether there is more than the Handbook's rules."""
+        """Whether the world has more than the Handbook's rules."""
         return self.name != "handbook"
 
 
 HOUSEHOLD, FLEET = "household", "fleet"
-"""Kinds with rules of their own: payments of several sorts; and one every few seconds, at times."""
+"""Kinds with special rules: a household has several sorts of payments, a fleet has bursts."""
 
 KINDS = (
     AccountKind("transit", 0.14, (0.8, 4.0), (0.1, 0.4), (1.5, 8.0), (0.5, 6.0), 0.3),

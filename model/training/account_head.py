@@ -1,8 +1,8 @@
-"""The verdict on an account (many to one): is it compromised now?
+"""The account head: the probability that an account is compromised now (many to one).
 
-A linear head on the account's last hidden, fitted when the network is trained and its hidden
-states do not change any more. The truth: one of the account's transactions in the seven days up
-to now, the last one included, is fraud.
+The head is linear on the account's last hidden state. It is fitted after the network, when the
+hidden states no longer change. An account counts as compromised if one of its transactions of the
+last seven days, including the present one, is fraud.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.network import Network
 from model.training.logistic import fit_logistic
 from model.training.sequences import UNROLL_ACCOUNTS, Inputs, Sequences, one_core_each
+from model.units import DAY_MS
 
 COMPROMISED_DAYS = 7
-"""So long after a fraud an account counts as compromised."""
+"""Days after a fraud during which the account counts as compromised."""
 
 EVERY = 8
-"""A verdict is asked for after every so many transactions of an account."""
+"""Number of transactions of an account between two applications of the head."""
 
 FIT_MAX = 200_000
-"""Verdicts that the head is fitted to; of more a random sample."""
+"""Most states to which the head is fitted. Above it, a random sample."""
 
 PENALTY = 1e-4
 
@@ -34,24 +35,24 @@ Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class States:
-    """Hidden states after some of a log's transactions.
+class SampledStates:
+    """Hidden states after some of the transactions of a log.
 
     Attributes:
-        row: [m] of the log.
-        hidden: [m, H] of the last layer, after that transaction.
+        row: [m] rows of these transactions.
+        hidden: [m, H] state of the last layer after each of them.
     """
 
     row: Rows
     hidden: Tensor
 
-    def taken(self, chosen: Rows) -> States:
-        """Some of them."""
-        return States(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
+    def take(self, chosen: Rows) -> SampledStates:
+        """Return the states at these places."""
+        return SampledStates(self.row[chosen], self.hidden[torch.from_numpy(chosen)])
 
 
 def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
-    """[N] in the order of the log: the account had a fraud in the last days, or has one now.
+    """Return for each transaction [N] whether its account is compromised, by row of the log.
 
     Memory: 24 bytes for each transaction.
     """
@@ -59,20 +60,20 @@ def is_compromised(dataset: Dataset, sequences: Sequences) -> NDArray[np.bool_]:
     times = dataset.timestamp_ms[row]
     never = np.int64(-(2**62))
     fraud_ms = np.where(dataset.is_fraud[row], times, never)
-    # Between accounts time starts anew: an offset for each keeps maxima apart.
+    # The running maximum must not cross accounts: an offset for each keeps them apart.
     account = np.repeat(np.arange(len(sequences.length)), sequences.length)
     span = np.int64(times.max() - times.min() + 1) if len(times) else np.int64(1)
     first = times.min() if len(times) else np.int64(0)
     keyed = np.where(fraud_ms == never, np.int64(-1), fraud_ms - first) + account * span
-    latest = np.maximum.accumulate(keyed) - account * span  # under 0: none of this account
+    latest = np.maximum.accumulate(keyed) - account * span  # under 0: the account had no fraud yet
     compromised = (latest >= 0) & (times - first - latest <= COMPROMISED_DAYS * DAY_MS)
     found = np.empty(len(row), np.bool_)
     found[row] = compromised
     return found
 
 
-def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> States:
-    """States after every :data:`EVERY`-th transaction of each account."""
+def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> SampledStates:
+    """SampledStates after every :data:`EVERY`-th transaction of each account."""
     network.eval()
     groups = np.argsort(-sequences.length, kind="stable")
 
@@ -84,7 +85,8 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> States:
             for position, there in sequences.chunks(group, EVERY):
                 before = None if hidden is None else hidden[: len(position)]
                 _, hidden = network.unroll(inputs.at(position), before)
-                whole = np.flatnonzero(there[:, -1])  # the hidden of others ran on
+                # Shorter accounts were padded, their states are wrong.
+                whole = np.flatnonzero(there[:, -1])
                 rows = sequences.row[position[whole, -1]]
                 found.append((rows, hidden[torch.from_numpy(whole)][:, -1].cpu()))
         return found
@@ -92,21 +94,24 @@ def states_of(network: Network, inputs: Inputs, sequences: Sequences) -> States:
     with one_core_each(2) as pool:
         parts = [p for ps in pool.map(unroll, range(0, len(groups), UNROLL_ACCOUNTS)) for p in ps]
     if not parts:
-        return States(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
-    return States(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return SampledStates(np.zeros(0, np.intp), torch.zeros(0, network.architecture.hidden_size))
+    return SampledStates(np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
-def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]) -> None:
-    """Fits ``network.verdict`` by logistic regression, in place.
+def fit_account_head(
+    network: Network, states: SampledStates, compromised: NDArray[np.bool_]
+) -> None:
+    """Fit the account head by logistic regression, in place.
 
     Args:
-        states: m of them.
-        compromised: [m] the truth of each; of one class only, the head says that class.
+        network: its attribute ``verdict`` is the head; checkpoints store it by that name.
+        states: m hidden states.
+        compromised: [m] the truth of each. If all are equal, the head predicts that class.
     """
     if len(compromised) > FIT_MAX:
         rng = np.random.default_rng(len(compromised))
         chosen = np.sort(rng.choice(len(compromised), FIT_MAX, replace=False))
-        states = states.taken(chosen)
+        states = states.take(chosen)
         compromised = compromised[chosen]
     if not len(compromised):
         return
@@ -122,9 +127,9 @@ def fit_verdict(network: Network, states: States, compromised: NDArray[np.bool_]
         network.verdict.bias.copy_(torch.from_numpy(weights[-1:]))
 
 
-def verdict_scores(network: Network, states: States) -> NDArray[np.float32]:
-    """Probability [m] that the account is compromised."""
+def account_scores(network: Network, states: SampledStates) -> NDArray[np.float32]:
+    """Return the probability [m] that the account is compromised."""
     device = network.verdict.weight.device
     with torch.inference_mode():
-        logits = network.verdict_logit(states.hidden[:, None].to(device))
+        logits = network.account_logit(states.hidden[:, None].to(device))
         return np.asarray(torch.sigmoid(logits).cpu().numpy())

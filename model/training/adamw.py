@@ -1,7 +1,8 @@
-"""AdamW (Loshchilov and Hutter 2019) over a network's parameters.
+"""The optimizer AdamW (Loshchilov and Hutter 2019).
 
-As torch.optim's, whose first use imports a compiler and takes seconds; and its state is two
-tensors for each parameter, which a file can hold.
+Kept by hand because it was measured: the first use of torch.optim imports a compiler and takes
+seconds. The updates are the same. The state is two tensors for each parameter, which a training
+saves to resume.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ EPSILON = 1e-8
 
 
 class AdamW:
-    """Updates parameters in place; one without a gradient stays as it is.
+    """AdamW; it updates parameters in place and skips those without a gradient.
 
     Attributes:
-        learning_rate: of the next update.
-        updates: made so far.
-        mean, square: of each parameter's gradient, decayed.
+        learning_rate: rate of the next update.
+        updates: number of updates so far.
+        mean, square: decayed mean and square of each parameter's gradient.
     """
 
     def __init__(self, parameters: Sequence[Tensor], weight_decay: float) -> None:
@@ -34,7 +35,7 @@ class AdamW:
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor | None], norm_max: float) -> None:
-        """One step by these gradients, shortened to ``norm_max`` together."""
+        """Make one step by these gradients, whose common norm is clipped to ``norm_max``."""
         there = [g for g in gradients if g is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in there]))
         shortened = torch.clamp(norm_max / (norm + 1e-6), max=1.0)

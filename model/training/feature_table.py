@@ -1,12 +1,11 @@
-"""Raw features of a whole dataset, on disk, account by account; and the inputs read from them.
+"""Raw features of a whole data set on disk, and the inputs encoded from them.
 
-The columns are those of :mod:`model.features.account`, computed by the same functions as in the
-worker, for some accounts (or merchants) at a time. A training reads a stretch of each of some dozen
-accounts at once, so that account by account is the order in which they lie.
+The same functions as in the worker compute the columns, for a group of accounts or merchants at a
+time. The table is ordered by account, because a training reads consecutive transactions of a few
+dozen accounts at once.
 
-Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and for each transaction 32 bytes
-(where it lies, and whose it is). A merchant's transactions are worked on together, however many
-they are.
+Memory: about 300 bytes for each of :data:`GROUP_TRANSACTIONS`, and 32 bytes for each transaction
+(its position and its account). All transactions of one merchant are processed together.
 """
 
 from __future__ import annotations
@@ -22,27 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.data.dataset import Dataset, DatasetError
-from model.features.account import (
-    ACCOUNT_FEATURES,
-    FEATURES,
-    AmountScale,
-    Encoder,
-    FeatureSpec,
-    Field,
-    field_column,
-    observe_log,
-)
+from model.features.account import ACCOUNT_FEATURES, observe_log
+from model.features.amount_scale import AmountScale
 from model.features.merchant import WEIGHT_MAX, Labels, observe_merchant_log
+from model.features.spec import FEATURES, Encoder, FeatureSpec, Field, field_column
 from model.training.sequences import Sequences
 
 GROUP_TRANSACTIONS = 2_000_000
-"""Whole accounts, or merchants, are worked on together up to so many transactions."""
+"""Most transactions in a group of whole accounts or merchants."""
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
 Weigh = Callable[[Float32, Rows], NDArray[np.uint8]]
-"""Gives the merchant weights [m] of frauds at positions [m] of raw features [N, R], in which the
-merchants' columns are still empty."""
+"""Function that gives the merchant weights [m] of frauds at positions [m] of raw features [N, R].
+
+The merchants' columns are still empty when it is called."""
 
 
 def write_raw(
@@ -53,19 +46,20 @@ def write_raw(
     weigh: Weigh | None = None,
     show: Callable[[float], None] = lambda _: None,
 ) -> Float32:
-    """Compute raw features, and map the file that holds them into memory.
+    """Compute the raw features of all transactions into a file mapped into memory.
 
-    Labels become known ``spec.label_delay_days`` after their transaction.
+    A label becomes known ``spec.label_delay_days`` after its transaction.
 
     Args:
-        sequences: of the dataset's accounts.
-        spec: its fields, scale and label delay count; its inputs do not.
+        dataset: the transactions.
+        sequences: the transactions of each account.
+        spec: specification; only its fields, scale and label delay matter here.
         path: file to write.
-        weigh: how far frauds count at their merchants; None: in full.
-        show: called with the share that is done.
+        weigh: gives the merchant weights of frauds. None: each fraud has the full weight.
+        show: called with the share done.
 
     Returns:
-        raw: [N, R] in the order of ``sequences.row``, for reading only.
+        raw: [N, R] read-only, in the order of ``sequences.row``.
 
     Raises:
         DatasetError: the file cannot be written, or the disk is full.
@@ -84,12 +78,12 @@ def write_raw(
 
 
 def open_raw(path: Path, dataset: Dataset, spec: FeatureSpec) -> Float32:
-    """What :func:`write_raw` has written."""
+    """Open the file that :func:`write_raw` wrote."""
     return _open(path, (len(dataset), len(spec.names)))
 
 
 def _written(path: Path, shape: tuple[int, int], fill: Callable[[Float32], None]) -> Float32:
-    """A file of float32, whole or not at all, mapped for reading."""
+    """Write a file of float32 completely or not at all, and map it for reading."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -118,17 +112,18 @@ def restarted_inputs(
     seed: int,
     show: Callable[[float], None] = lambda _: None,
 ) -> tuple[EncodedInputs, Sequences]:
-    """Inputs and sequences of the same log, had each account's state been lost once.
+    """Compute inputs and sequences of the same log in which each account restarts once.
 
-    Only such a log shows what accounts without a past look like, where all of them are there from
-    the beginning.
+    If all accounts exist from the first day, only such a log shows accounts without a history.
 
     Args:
-        sequences: of the dataset's accounts.
-        inputs: of the whole log.
-        until_row: states are lost at transactions before this row of the log.
+        dataset: the transactions.
+        sequences: the transactions of each account.
+        inputs: inputs of the unchanged log.
+        until_row: accounts restart at transactions before this row of the log.
         path: file to write.
-        show: called with the share that is done.
+        seed: decides where each account restarts.
+        show: called with the share done.
 
     Raises:
         DatasetError: the file cannot be written, or the disk is full.
@@ -191,7 +186,10 @@ def _fields(dataset: Dataset, sequences: Sequences, spec: FeatureSpec, raw: Floa
 
 
 def field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
-    """As :func:`model.features.account.field_column` gives them, of some rows."""
+    """Return a function that gives the raw column of a field for some rows.
+
+    The values are those of :func:`model.features.spec.field_column`.
+    """
     if field.kind == "numeric":
         numbers = dataset.numeric[field.name]
         return lambda rows: np.asarray(numbers[rows])
@@ -201,7 +199,9 @@ def field_values(dataset: Dataset, field: Field) -> Callable[[Rows], Float32]:
 
 
 def _groups(lengths: NDArray[np.intp] | NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Begin and end of runs of whole accounts, each up to :data:`GROUP_TRANSACTIONS` long.
+    """Yield begin and end of groups of whole accounts.
+
+    A group has at most :data:`GROUP_TRANSACTIONS` transactions, or is one longer account.
 
     >>> list(_groups(np.array([1_500_000, 400_000, 200_000, 3_000_000])))
     [(0, 1900000), (1900000, 2100000), (2100000, 5100000)]
@@ -211,14 +211,14 @@ def _groups(lengths: NDArray[np.intp] | NDArray[np.int64]) -> Iterator[tuple[int
     while begin < (ends[-1] if len(ends) else 0):
         last = int(np.searchsorted(ends, begin + GROUP_TRANSACTIONS, side="right")) - 1
         end = int(ends[last]) if last >= 0 and ends[last] > begin else begin
-        if end == begin:  # one that is longer than a group
+        if end == begin:  # one account that is longer than a group
             end = int(ends[np.searchsorted(ends, begin, side="right")])
         yield begin, end
         begin = end
 
 
 class EncodedInputs:
-    """Inputs that are encoded when they are asked for (a :class:`Inputs`)."""
+    """Inputs that are encoded at each access (a :class:`Inputs`)."""
 
     def __init__(self, raw: Float32, spec: FeatureSpec, device: torch.device) -> None:
         self._raw = raw
@@ -232,13 +232,13 @@ class EncodedInputs:
         return len(self._raw)
 
     def with_accounts(self, accounts: Float32) -> EncodedInputs:
-        """The same inputs but for the accounts' features [N, A], in the same order."""
+        """Return the same inputs with other features of the accounts [N, A], in the same order."""
         other = copy.copy(self)
         other._accounts = accounts
         return other
 
     def at(self, position: NDArray[np.intp]) -> Tensor:
-        """[..., I] of positions [...]."""
+        """Return the inputs [..., I] at positions [...]."""
         raw = self._raw[position.ravel()]
         if self._accounts is not None:
             raw[:, : len(ACCOUNT_FEATURES)] = self._accounts[position.ravel()]

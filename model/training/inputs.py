@@ -1,7 +1,7 @@
-"""Which inputs a new network gets, and their statistics: all that a training period decides.
+"""The inputs of a new network and their statistics, chosen by the training period.
 
-fields = chosen_fields(dataset, rows)            further fields worth a look
-spec = fitted_spec(raw, is_fraud, fields, 7.0)   inputs with steps, means and deviations
+fields = chosen_fields(dataset, rows)            extra fields that are informative
+spec = fitted_spec(raw, is_fraud, fields, 7.0)   inputs with bins, means and deviations
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
-from model.features.account import (
+from model.features.account import ACCOUNT_FEATURES
+from model.features.amount_scale import AmountScale
+from model.features.merchant import MERCHANT_FEATURES
+from model.features.spec import (
+    ACCOUNT_INPUTS,
     AMOUNTS,
-    INPUTS,
-    AmountScale,
+    MERCHANT_INPUTS,
     FeatureSpec,
     Field,
     Input,
     ranges_of,
 )
-from model.training.binning import learned_steps
+from model.training.binning import learn_bin_edges
 
-STEP_FEATURES = (
+BINNED_FEATURES = (
     "amount",
     "amount_to_mean",
     "amount_to_usual",
@@ -33,38 +36,42 @@ STEP_FEATURES = (
     "merchant_oldest_fraud_days",
     "merchant_streak_days",
 )
-"""Features, besides numeric fields, whose steps are looked for."""
+"""Features that are binned, besides numeric fields."""
 
 VOCABULARY_MAX = 1000
-"""Texts of a categorical field that have a vector of their own, the most frequent ones."""
+"""Most texts of a categorical field that have an embedding; the most frequent ones have."""
 
 TEXT_COUNT_MIN = 20
-"""A rarer text counts as unknown, so that what is unknown is trained, too."""
+"""Fewest occurrences of an embedded text. Rarer ones train the vector of unknown texts."""
 
 EMBEDDING_SIZE_MAX = 16
 
 CENTRAL_PERCENTILES = (0.5, 99.5)
-"""A numeric field's mean and deviation are taken over the values in between."""
+"""Percentiles between which a numeric field's mean and deviation are measured."""
 
 HEAVY_TAIL_DEVIATIONS = 30.0
-"""A numeric field with values so far out is not a linear input: one value could drown the rest."""
+"""Deviations from the mean beyond which a numeric field is no linear input.
+
+Otherwise one value could dominate all others."""
 
 QUANTILE_STEPS = 9
-"""Of a heavy-tailed field with values under 0."""
+"""Number of bin edges of a heavy-tailed field with negative values."""
 
 BETWEEN_ACCOUNTS_SHARE = 0.95
-"""Of a field's variance: with more it says which account it is, more than what happens there."""
+"""Share of a field's variance between accounts above which the field identifies accounts."""
 
 ACCOUNTS_FEW = 20_000
-"""So few accounts a network can learn by heart by such a field: it is left out. With positions,
-ages and occupations of 400 accounts average precision was .949, without .956 (validation .937 and
-.953; data of benchmarks/bursts.py, one seed)."""
+"""Number of accounts up to which a field that identifies them is left out.
+
+A network can memorise that many. With positions, ages and occupations of 400 accounts average
+precision was .949, without them .956 (validation .937 and .953; data of benchmarks/bursts.py, one
+seed)."""
 
 TEXTS_PER_ACCOUNT = 0.1
-"""The same of a categorical field that is constant for each account, with more texts than this."""
+"""Texts per account above which a categorical field identifies accounts, if it is constant."""
 
 MISSING_MIN = 20
-"""Missing values from which on that a value is missing is an input."""
+"""Fewest missing values of a field for which "is missing" becomes an input."""
 
 _FLOAT32_RESOLUTION = 1e-6
 
@@ -74,19 +81,23 @@ Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
 
-CONSTANT = "always the same"
-OF_ACCOUNT = "little but which of the few accounts it is"
-"""What a field says that is left out."""
+CONSTANT = "their value never changes"
+OF_ACCOUNT = "they identify one of few accounts"
+"""Reasons to leave fields out, for messages."""
 
 
 def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict[str, str]]:
-    """The dataset's fields that are worth a look, and what those say that are left out, by name.
+    """Choose the extra fields that are informative.
 
-    A field is left out that has not two different values (or frequent texts), or that tells few
-    accounts apart and little else, as a position or a birthday does.
+    A field is left out if it has fewer than two different values or frequent texts. It is also
+    left out if it identifies one of few accounts, as a position or a birthday does.
 
     Args:
-        rows: of the training period.
+        dataset: the transactions.
+        rows: rows of the training period.
+
+    Returns:
+        The chosen fields, and the reason for each left-out field by name.
     """
     kept: list[Field] = []
     left_out: dict[str, str] = {}
@@ -97,7 +108,7 @@ def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict
         varied = not missing.all() and np.nanmin(there) < np.nanmax(there)
         if not varied and not MISSING_MIN <= missing.sum() <= len(missing) - MISSING_MIN:
             left_out[name] = CONSTANT
-        elif varied and _tells_accounts_apart(account[~missing], there[~missing]):
+        elif varied and _number_identifies_accounts(account[~missing], there[~missing]):
             left_out[name] = OF_ACCOUNT
         else:
             kept.append(Field(name, "numeric"))
@@ -106,16 +117,17 @@ def chosen_fields(dataset: Dataset, rows: Rows) -> tuple[tuple[Field, ...], dict
         vocabulary, unknown = _vocabulary(dataset.texts[name], coded)
         if len(vocabulary) + (unknown >= TEXT_COUNT_MIN) <= 1:
             left_out[name] = CONSTANT
-        elif _names_accounts(account, coded):
+        elif _text_identifies_accounts(account, coded):
             left_out[name] = OF_ACCOUNT
         else:
             kept.append(Field(name, "categorical", vocabulary))
     return tuple(kept), left_out
 
 
-def _tells_accounts_apart(account: NDArray[np.int32], values: Float32) -> bool:
-    """Whether almost all of a numeric field's variance lies between accounts, and these are few."""
-    ranks = np.unique(values, return_inverse=True)[1].astype(np.float64)  # whatever its tails
+def _number_identifies_accounts(account: NDArray[np.int32], values: Float32) -> bool:
+    """Whether a numeric field varies almost only between accounts, and the accounts are few."""
+    # Ranks, because the tails of the values would dominate.
+    ranks = np.unique(values, return_inverse=True)[1].astype(np.float64)
     count = np.bincount(account)
     accounts = int((count > 0).sum())
     if not 1 < accounts <= ACCOUNTS_FEW or len(values) < 2 * accounts:
@@ -125,8 +137,8 @@ def _tells_accounts_apart(account: NDArray[np.int32], values: Float32) -> bool:
     return within <= (1 - BETWEEN_ACCOUNTS_SHARE) * float(np.square(ranks - ranks.mean()).sum())
 
 
-def _names_accounts(account: NDArray[np.int32], codes: NDArray[np.int32]) -> bool:
-    """Whether a categorical field is constant for almost every account, with many texts."""
+def _text_identifies_accounts(account: NDArray[np.int32], codes: NDArray[np.int32]) -> bool:
+    """Whether a categorical field has many texts and one text for almost every account."""
     accounts = len(np.unique(account))
     if not 1 < accounts <= ACCOUNTS_FEW or len(codes) < 2 * accounts:
         return False
@@ -135,7 +147,7 @@ def _names_accounts(account: NDArray[np.int32], codes: NDArray[np.int32]) -> boo
 
 
 def _vocabulary(texts: Sequence[str], codes: NDArray[np.int32]) -> tuple[tuple[str, ...], int]:
-    """The frequent texts, most frequent first, and how many transactions have another or none."""
+    """Return the frequent texts by falling frequency, and the number of other transactions."""
     count = np.bincount(codes[codes >= 0], minlength=len(texts))
     frequent = np.argsort(-count, kind="stable")[:VOCABULARY_MAX]
     frequent = frequent[count[frequent] >= TEXT_COUNT_MIN]
@@ -150,36 +162,69 @@ def fitted_spec(
     label_delay_days: float = 7.0,
     scale: AmountScale = DEFAULT_SCALE,
 ) -> FeatureSpec:
-    """The inputs of a new network.
+    """Choose and fit the inputs of a new network.
 
     Args:
         raw: [n, R] of labelled transactions of the training period, or a sample of them.
         is_fraud: [n].
-        fields: as in the columns of ``raw``.
-        scale: by which ``raw`` was computed.
+        fields: the extra fields, as in the columns of ``raw``.
+        label_delay_days: time until a label is known.
+        scale: the scale by which ``raw`` was computed.
+    """
+    spec = payment_spec(raw, is_fraud, fields, label_delay_days, scale)
+    return with_merchant_inputs(spec, raw, is_fraud)
+
+
+def payment_spec(
+    raw: Float32,
+    is_fraud: NDArray[np.bool_],
+    fields: tuple[Field, ...],
+    label_delay_days: float,
+    scale: AmountScale,
+) -> FeatureSpec:
+    """Choose and fit the inputs of payment and account; see :func:`fitted_spec`.
+
+    The merchants' columns of ``raw`` may still be empty.
     """
     spec = FeatureSpec(label_delay_days=label_delay_days, fields=fields, scale=scale)
-    spec = msgspec.structs.replace(spec, ranges=ranges_of(raw, spec))
-    column = {name: raw[:, place] for place, name in enumerate(spec.names)}
     inputs = [
         msgspec.structs.replace(i, unit=scale.floor)
         if i.feature in AMOUNTS and i.transform == "log1p"
         else i
-        for i in INPUTS
+        for i in ACCOUNT_INPUTS
     ]
-    for name in STEP_FEATURES:
-        inputs += _steps(name, learned_steps(column[name], is_fraud))
-    spec = msgspec.structs.replace(spec, inputs=tuple(inputs)).fitted(raw)
+    names = [name for name in BINNED_FEATURES if name in ACCOUNT_FEATURES]
+    inputs += _bins(spec, names, raw, is_fraud)
+    spec = msgspec.structs.replace(spec, inputs=tuple(inputs), ranges=ranges_of(raw, spec))
+    spec = spec.fitted(raw)
     more: list[Input] = []
     for field in fields:
         if field.kind == "numeric":
-            more += _numeric_inputs(field.name, column[field.name], is_fraud)
+            more += _numeric_inputs(field.name, raw[:, spec.names.index(field.name)], is_fraud)
     more += [Input(field.name, "category") for field in fields if field.kind == "categorical"]
     return msgspec.structs.replace(spec, inputs=(*spec.inputs, *more))
 
 
+def with_merchant_inputs(
+    spec: FeatureSpec, raw: Float32, is_fraud: NDArray[np.bool_]
+) -> FeatureSpec:
+    """Add the inputs of the merchant to a :func:`payment_spec` of the same transactions."""
+    names = [name for name in BINNED_FEATURES if name in MERCHANT_FEATURES]
+    inputs = (*MERCHANT_INPUTS, *_bins(spec, names, raw, is_fraud))
+    ranges = ranges_of(raw, spec)
+    merchant = msgspec.structs.replace(spec, inputs=inputs, ranges=ranges).fitted(raw).inputs
+    payment = [i for i in spec.inputs if i.feature in ACCOUNT_FEATURES]
+    given, bins = payment[: len(ACCOUNT_INPUTS)], payment[len(ACCOUNT_INPUTS) :]
+    ordered = (
+        *(*given, *merchant[: len(MERCHANT_INPUTS)]),
+        *(*bins, *merchant[len(MERCHANT_INPUTS) :]),
+        *(i for i in spec.inputs if i.feature not in ACCOUNT_FEATURES),
+    )
+    return msgspec.structs.replace(spec, inputs=ordered, ranges=ranges)
+
+
 def embedding_sizes(spec: FeatureSpec) -> tuple[tuple[int, int], ...]:
-    """Codes and size of the vectors of each category.
+    """Return the number of codes and the embedding size of each category.
 
     >>> spec = FeatureSpec(fields=(Field("category", "categorical", tuple("abcdefgh")),),
     ...                    inputs=(*INPUTS, Input("category", "category")))
@@ -190,12 +235,21 @@ def embedding_sizes(spec: FeatureSpec) -> tuple[tuple[int, int], ...]:
     return tuple((n, min(EMBEDDING_SIZE_MAX, 2 + round(n**0.5))) for n in codes)
 
 
+def _bins(
+    spec: FeatureSpec, names: Sequence[str], raw: Float32, is_fraud: NDArray[np.bool_]
+) -> list[Input]:
+    inputs: list[Input] = []
+    for name in names:
+        inputs += _steps(name, learn_bin_edges(raw[:, spec.names.index(name)], is_fraud))
+    return inputs
+
+
 def _steps(name: str, thresholds: tuple[float, ...]) -> list[Input]:
     return [Input(name, "step", threshold=threshold) for threshold in thresholds]
 
 
 def _numeric_inputs(name: str, values: Float32, is_fraud: NDArray[np.bool_]) -> list[Input]:
-    """Of a numeric field: its value on a scale that suits it, steps, and whether it is missing."""
+    """Return the inputs of a numeric field: scaled value, bins, and whether it is missing."""
     missing = np.isnan(values)
     inputs = [Input(name, "is_missing")] if missing.sum() >= MISSING_MIN else []
     there = values[~missing].astype(np.float64)
@@ -211,17 +265,17 @@ def _numeric_inputs(name: str, values: Float32, is_fraud: NDArray[np.bool_]) -> 
     else:
         quantiles = np.quantile(there, np.linspace(0, 1, QUANTILE_STEPS + 2)[1:-1])
         inputs += _steps(name, tuple(np.unique(quantiles.astype(np.float32)).tolist()))
-    return inputs + _steps(name, learned_steps(values, is_fraud))
+    return inputs + _steps(name, learn_bin_edges(values, is_fraud))
 
 
 def _scaled(transform: str, name: str, values: NDArray[np.float64]) -> Input:
-    """Mean and deviation of the values between :data:`CENTRAL_PERCENTILES`."""
+    """Return an input with mean and deviation of the values in :data:`CENTRAL_PERCENTILES`."""
     transformed = np.log1p(values) if transform == "log1p" else values
     central = np.clip(transformed, *np.percentile(transformed, CENTRAL_PERCENTILES))
     mean, deviation = float(central.mean()), float(central.std())
-    if deviation <= _FLOAT32_RESOLUTION * abs(mean):  # but for a few values it is constant
+    if deviation <= _FLOAT32_RESOLUTION * abs(mean):  # constant except for a few values
         deviation = float(transformed.std())
-    # float32 has seven digits: what differs less is noise and is not stretched.
+    # float32 has seven digits: smaller differences are noise and must not be amplified.
     least = max(_FLOAT32_RESOLUTION * abs(mean), 1e-30)
     return Input(
         name,
@@ -232,5 +286,5 @@ def _scaled(transform: str, name: str, values: NDArray[np.float64]) -> Input:
 
 
 def _deviations(transformed: NDArray[np.float64], scaled: Input) -> float:
-    """How far out the furthest value is."""
+    """Return the distance of the furthest value, in deviations."""
     return float(np.abs((transformed - scaled.mean) / scaled.deviation).max())

@@ -1,12 +1,12 @@
-"""Fitting a network: truncated back-propagation through time, on every core that helps.
+"""The training loop: truncated back-propagation through time.
 
-A batch of accounts runs through its history in chunks; the hidden goes on from chunk to chunk,
-the gradient does not. A batch is shared out in slices of accounts, a thread for each, whose
-gradients are added up in a fixed order: so two cores halve the time, and the result depends
-neither on the number of cores nor on which thread is first.
+A batch of accounts runs through its history in chunks. The hidden state passes from chunk to chunk;
+the gradient does not. A batch is split into slices of accounts, with a thread for each slice. The
+gradients of the slices are added in a fixed order. So two cores halve the time, and the result does
+not depend on the number of cores or the order of the threads.
 
-Random numbers are drawn from the seed and the place in the training (epoch, batch, chunk,
-slice) alone. So a training that was interrupted goes on as if it had not been.
+Random numbers depend only on the seed and the position in the training (epoch, batch, chunk,
+slice). An interrupted training therefore continues exactly as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -36,38 +36,41 @@ from model.training.settings import Report, Reporter, TrainingError, TrainingSet
 from model.training.split import Split
 
 RECIPE = 4
-"""Version of what is made of the same data and settings, such as how many epochs are the default:
-what another version has trained, or begun to, is trained anew."""
+"""Version of the recipe: the weights that the same data and settings give.
+
+Cached or unfinished trainings of another version are not used."""
 
 EPOCHS = 12
-"""On the Handbook's data 8 are enough; fraud in bursts on 1,000 accounts gains (docs/model.md)."""
+"""Default number of epochs. The Handbook's data need 8; bursts on 1,000 accounts gain by more
+(docs/model.md)."""
 
 EPOCHS_MAX = 40
 UPDATES_MIN = 4000
-"""Updates that a training of few data makes up for by more epochs."""
+"""Fewest updates of a training; with few data it runs more epochs to reach them."""
 
 ACCOUNTS_PER_BATCH = 32
 ACCOUNTS_PER_BATCH_MIN = 8
 EPOCH_UPDATES_MIN = 400
-"""Updates in an epoch; where the data are few, batches are smaller instead. The number of updates
-is what counts: on the Handbook's data 256 accounts in a batch came to an average precision of
-.767, 64 to .794 and 32 to .796 with 6 epochs, and to .798 with 8."""
+"""Fewest updates in an epoch; with few data the batches are smaller to reach them.
+
+The number of updates decides the quality. On the Handbook's data and 6 epochs, average precision
+was .767 with 256 accounts in a batch, .794 with 64 and .796 with 32. With 8 epochs it was .798."""
 
 GRADIENT_NORM_MAX = 1.0
 RISE_SHARE = 0.02
-"""Share of the training in which the learning rate rises, before it falls as a cosine."""
+"""Share of the training in which the learning rate rises; then it falls as a cosine."""
 
 LENGTH_JITTER = 0.1
-"""Accounts of about the same length train together; about: within so much of it."""
+"""Random relative change of an account's length before accounts are batched by length."""
 
 SLICES = 2
-"""Of a batch. A fixed number, so that the same training gives the same network anywhere."""
+"""Slices of a batch: fixed, so that a training gives the same network on any machine."""
 
 CATEGORY_UNKNOWN_SHARE = 0.01
-"""Of the categories, replaced by the unknown one while training, so that it is learned, too."""
+"""Share of the categories that training replaces by the unknown one, to train its vector."""
 
 VALIDATED_SHARE = 0.5
-"""Of the epochs, the last ones: after each the network is validated, and the best one is kept."""
+"""Share of the epochs, at the end, after which the network is validated; the best one is kept."""
 
 SAVE_EVERY_SECONDS = 30.0
 
@@ -75,24 +78,32 @@ Rows = NDArray[np.intp]
 Bools = NDArray[np.bool_]
 
 
-class Truth(Protocol):
-    """What fitting needs of N labelled transactions in order of time."""
+class LabelledLog(Protocol):
+    """N labelled transactions in order of time, as far as fitting needs them."""
 
     @property
-    def account(self) -> NDArray[np.int32] | NDArray[np.int64]: ...
+    def account(self) -> NDArray[np.int32] | NDArray[np.int64]:
+        """[N] code of the account."""
+        ...
 
     @property
-    def day(self) -> NDArray[np.int64]: ...
+    def day(self) -> NDArray[np.int64]:
+        """[N] days since the first transaction's day."""
+        ...
 
     @property
-    def is_fraud(self) -> Bools: ...
+    def is_fraud(self) -> Bools:
+        """[N] whether it is fraud; False without a label."""
+        ...
 
     @property
-    def is_labelled(self) -> Bools: ...
+    def is_labelled(self) -> Bools:
+        """[N] whether the label is known."""
+        ...
 
 
 def device_of(settings: TrainingSettings) -> torch.device:
-    """What a training computes on: a GPU, if there is one and the settings do not say otherwise.
+    """Return the device of a training: a GPU if there is one, unless the settings forbid it.
 
     Raises:
         TrainingError: the settings ask for a GPU, and PyTorch finds none.
@@ -106,7 +117,7 @@ def device_of(settings: TrainingSettings) -> torch.device:
 def fit(
     network: Network,
     inputs: Tensor | Inputs,
-    truth: Truth,
+    truth: LabelledLog,
     split: Split,
     settings: TrainingSettings,
     report: Reporter = lambda _: None,
@@ -116,16 +127,20 @@ def fit(
     validate: Callable[[Network], float] | None = None,
     state: TrainingState | None = None,
 ) -> None:
-    """Fits the network's parameters to the training days, in place.
+    """Fit the network's parameters to the training days, in place.
 
     Args:
+        network: a new network.
         inputs: [N, I] in the order of the log, on the network's device; or account by account.
-        report: ``done`` is the share of the fitting.
-        sequences: of the accounts, where they are at hand.
-        restarted: inputs and sequences of the same log with accounts that begin anew; every
-            other epoch learns from these.
-        validate: how good a network is; of the last epochs the best one is kept. None: the last.
-        state: where to go on, and to save how far it is.
+        truth: the labelled transactions.
+        split: the periods; only training days count in the loss.
+        settings: the settings of the training.
+        report: called often; ``done`` is the share of the fitting.
+        sequences: the transactions of each account, if known.
+        restarted: inputs and sequences of the same log with restarted accounts. Every other epoch
+            learns from these.
+        validate: measures a network; the best of the last epochs is kept. None: the last one is.
+        state: progress of an interrupted fitting; it is also saved there.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -142,7 +157,7 @@ class _Fitting:
         self,
         network: Network,
         views: Sequence[tuple[Inputs, Sequences]],
-        truth: Truth,
+        truth: LabelledLog,
         split: Split,
         settings: TrainingSettings,
     ) -> None:
@@ -162,7 +177,7 @@ class _Fitting:
         self._epochs = settings.epochs or min(
             EPOCHS_MAX, max(EPOCHS, math.ceil(UPDATES_MIN / max(1, updates)))
         )
-        # Layers have their own dropout between them, which draws from the global generator.
+        # Dropout between layers draws from the global generator, which threads would share.
         several = settings.layers == 1 and self._device.type == "cpu"
         self._slices = SLICES if several else 1
         self._optimizer = AdamW(self._parameters, settings.weight_decay)
@@ -231,7 +246,7 @@ class _Fitting:
         return self._views[epoch % len(self._views)]
 
     def _batches(self, epoch: int) -> list[Rows]:
-        """Accounts of about the same length together, in random order."""
+        """Return batches of accounts of similar length, in random order."""
         rng = np.random.default_rng([self._settings.seed, epoch])
         _, sequences = self._view(epoch)
         length = sequences.length
@@ -250,7 +265,7 @@ class _Fitting:
         dropout: _SeedableDropout,
         pool: ThreadPoolExecutor,
     ) -> None:
-        """One batch of accounts, an update for each chunk."""
+        """Train on one batch of accounts, with an update for each chunk."""
         inputs, sequences = self._view(place[0])
         slices = [_Slice(self._network, inputs, dropout) for _ in range(self._slices)]
         runs = [
@@ -296,11 +311,11 @@ class _Job:
     """A chunk of a slice: [n, T] in every array.
 
     Attributes:
-        position: of the inputs.
+        position: positions of the inputs.
         fraud: 0 or 1.
-        weight: which transactions are learned from.
-        scored: how many are, in the whole batch's chunk.
-        seed: of dropout.
+        weight: whether the transaction counts in the loss.
+        scored: number of transactions that count, in this chunk of the whole batch.
+        seed: seed of dropout.
     """
 
     position: Rows
@@ -311,7 +326,7 @@ class _Job:
 
 
 class _Slice:
-    """Some of a batch's accounts on their way through their history."""
+    """Some accounts of a batch, with their hidden states so far."""
 
     def __init__(self, network: Network, inputs: Inputs, dropout: _SeedableDropout) -> None:
         self._network = network
@@ -320,7 +335,7 @@ class _Slice:
         self._hidden: Tensor | None = None
 
     def advance(self, job: _Job | None) -> tuple[float, Sequence[Tensor | None]] | None:
-        """Loss (its share of the batch's mean) and gradients of one chunk."""
+        """Return the loss (its share of the batch's mean) and the gradients of one chunk."""
         if job is None:
             return None
         before = None if self._hidden is None else self._hidden[: len(job.position)].detach()
@@ -348,7 +363,7 @@ class _Slice:
 
 
 class _SeedableDropout(nn.Dropout):
-    """Dropout whose random numbers belong to the thread, not to the process."""
+    """Dropout with a random generator for each thread."""
 
     def __init__(self, p: float, whole: bool) -> None:
         super().__init__(p)
@@ -356,15 +371,16 @@ class _SeedableDropout(nn.Dropout):
         self._whole = whole
 
     def seed(self, seed: int, device: torch.device) -> torch.Generator:
-        """This thread's generator, begun anew."""
+        """Seed this thread's generator and return it."""
         generator: torch.Generator | None = getattr(self._local, "generator", None)
         if generator is None:
             generator = self._local.generator = torch.Generator(device)
-        if self._whole:  # what draws from the global generator, too
+        if self._whole:  # dropout between layers uses the global generator
             torch.manual_seed(seed)
         return generator.manual_seed(seed)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drop inputs at random while training."""
         if not self.training or self.p == 0:
             return input
         kept = torch.empty_like(input).bernoulli_(1 - self.p, generator=self._local.generator)
@@ -384,13 +400,13 @@ def _seedable_dropout(network: Network) -> Iterator[_SeedableDropout]:
 
 
 def _seed(seed: int, epoch: int, batch: int, chunk: int, number: int) -> int:
-    """A seed for a place in the training."""
+    """Return a seed for a position in the training."""
     mixed = np.random.SeedSequence([seed, epoch, batch, chunk, number]).generate_state(2)
     return int(mixed[0]) << 31 | int(mixed[1]) >> 1
 
 
 def _updates(sequences: Sequences, accounts: int, chunk_steps: int) -> int:
-    """Updates in an epoch, about."""
+    """Estimate the updates in an epoch."""
     longest_first = np.sort(sequences.length)[::-1]
     return int(np.ceil(longest_first[::accounts] / chunk_steps).sum())
 
@@ -405,6 +421,6 @@ def _accounts_per_batch(sequences: Sequences, chunk_steps: int) -> int:
 
 
 def _rise_and_fall(done: float) -> float:
-    """The learning rate as a share of the highest one."""
+    """Return the learning rate as a share of the highest one."""
     rising = min(1.0, (done + 1e-3) / RISE_SHARE)
     return rising * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,4 +1,4 @@
-"""Fits the network of merchant weights (:mod:`model.merchant_weight`)."""
+"""Fitting of the merchant weight network (:mod:`model.merchant_weight`)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ BATCH = 1024
 UPDATES = 4000
 LEARNING_RATE = 3e-3
 EXPLAINED_START = -3.0
-"""The logit of what payments explain begins so far under that of the share of fraud, and the rest
-at it. So what no input explains stays with the rest: a constant could be either."""
+"""Initial logit of the explained part, relative to that of the share of fraud.
+
+The rest starts at the share of fraud itself. A constant probability could belong to either part;
+this start leaves it with the rest."""
 
 GRADIENT_NORM_MAX = 1.0
 REPORT_EVERY = 100
 
 
 def fit_merchant_weight(
-    own_at: Callable[[NDArray[np.intp]], Tensor],
+    inputs_at: Callable[[NDArray[np.intp]], Tensor],
     is_fraud: NDArray[np.bool_],
     inputs: int,
     seed: int,
@@ -33,9 +35,11 @@ def fit_merchant_weight(
     """Fit the network to n labelled transactions of the training period, in seconds.
 
     Args:
-        own_at: gives the inputs [m, I] of transactions [m], on the CPU.
+        inputs_at: gives the payment inputs [m, I] of transactions [m], on the CPU.
         is_fraud: [n].
-        show: called with the share that is done.
+        inputs: number I of payment inputs.
+        seed: decides the first weights and the batches.
+        show: called with the share done.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,7 +55,7 @@ def fit_merchant_weight(
     for update in range(UPDATES):
         rows = rng.integers(0, len(is_fraud), BATCH)
         optimizer.learning_rate = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * update / UPDATES))
-        log_p = network.log_risk(own_at(rows))
+        log_p = network.log_risk(inputs_at(rows))
         log_not = torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))
         fraud = truth[rows]
         loss = -(fraud * log_p + (1 - fraud) * log_not).mean()

@@ -1,6 +1,6 @@
-"""How far a training has come, in a file beside its output, so that it goes on where it stopped.
+"""Saved progress of a training, from which an interrupted one continues.
 
-One safetensors file: the tensors of network and optimizer, and a few numbers as JSON.
+It is one safetensors file: the tensors of network and optimizer, and a few numbers as JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _NETWORK, _BEST, _MEAN, _SQUARE = "network.", "best.", "mean.", "square."
 
 
 class Position(msgspec.Struct, frozen=True):
-    """Where a training is.
+    """Position of a training.
 
     Attributes:
-        epoch, batch: what comes next.
-        best_epoch: the best so far by ``best``; -1 while none is measured.
-        best: average precision on the validation period.
-        updates: of the optimizer so far.
+        epoch, batch: the next batch.
+        best_epoch: the best epoch so far; -1 before the first validation.
+        best: its average precision on the validation period.
+        updates: updates of the optimizer so far.
     """
 
     epoch: int = 0
@@ -38,7 +38,7 @@ class Position(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The file that holds the state of one training."""
+    """File with the state of one training."""
 
     path: Path
 
@@ -49,7 +49,7 @@ class TrainingState:
         position: Position,
         best: dict[str, Tensor],
     ) -> None:
-        """Writes all of it or nothing."""
+        """Write the file completely or not at all."""
         tensors = {_NETWORK + name: value for name, value in network.state_dict().items()}
         tensors |= {_BEST + name: value for name, value in best.items()}
         tensors |= {f"{_MEAN}{number}": value for number, value in enumerate(optimizer.mean)}
@@ -63,7 +63,7 @@ class TrainingState:
         partial.replace(self.path)
 
     def load(self, network: Network, optimizer: AdamW) -> tuple[Position, dict[str, Tensor]]:
-        """Puts the saved state into network and optimizer; the beginning if there is none."""
+        """Load the saved state into network and optimizer; nothing without a file."""
         if not self.path.is_file():
             return Position(), {}
         with safetensors.safe_open(self.path, "pt") as file:

@@ -1,7 +1,7 @@
-"""Scores of a whole log of transactions, offline: by unrolling, or a step at a time.
+"""Offline scores of a whole log, by unrolling or one transaction at a time.
 
-:func:`score_unrolled` is the fast way (training, evaluation). :func:`score_stepwise` does what
-a worker does, with its rounding, and so says what any worker must come to.
+:func:`score_unrolled` is the fast way, for training and evaluation. :func:`score_stepwise` computes
+exactly what a worker computes, with its rounding, and is the reference for tests and audits.
 """
 
 from __future__ import annotations
@@ -33,24 +33,26 @@ UNROLL_ACCOUNTS = 256
 
 
 UNROLL_THREADS = 2
-"""Groups of accounts that are unrolled at once. Each on one core: a recurrent network's products
-are too small to share out, and threads that wait for each other crawl on a busy machine."""
+"""Groups of accounts that are unrolled in parallel, each on one core.
+
+The products of a recurrent network are too small to split. Threads that wait for each other are
+slow on a busy machine."""
 
 
 class Inputs(Protocol):
-    """The network's inputs, account by account (positions in :attr:`Sequences.row`)."""
+    """Inputs of the network by position, account by account (see :attr:`Sequences.row`)."""
 
     def at(self, position: NDArray[np.intp]) -> Tensor:
-        """[..., I] of positions [...]; the caller may change it."""
+        """Return the inputs [..., I] at positions [...]; the caller may change them."""
         ...
 
 
 class TensorInputs:
-    """Inputs that are held in memory.
+    """Inputs held in memory.
 
     Args:
         inputs: [N, I] in the order of the log.
-        sequences: of its accounts.
+        sequences: the transactions of each account.
     """
 
     def __init__(self, inputs: Tensor, sequences: Sequences) -> None:
@@ -58,16 +60,17 @@ class TensorInputs:
         self._row = sequences.row
 
     def at(self, position: NDArray[np.intp]) -> Tensor:
+        """Return the inputs [..., I] at positions [...]."""
         return self._inputs[torch.from_numpy(self._row[position]).to(self._inputs.device)]
 
 
 class Sequences:
-    """Transactions of a log as one sequence per account: where to find them.
+    """Transactions of a log as one sequence for each account.
 
     Attributes:
         row: [N] rows of the log, account by account, each in order of time.
         start: [accounts] position in ``row`` of each account's first transaction.
-        length: [accounts] its transactions.
+        length: [accounts] number of its transactions.
     """
 
     def __init__(self, account: Int64 | NDArray[np.int32]) -> None:
@@ -76,24 +79,25 @@ class Sequences:
         self.start = np.cumsum(self.length) - self.length
 
     def before(self, row: int) -> Sequences:
-        """Only the transactions before a row of the log; positions stay what they are."""
+        """Return only the transactions before a row of the log; positions stay the same."""
         there = np.concatenate(([0], np.cumsum(self.row < row)))
         length = there[self.start + self.length] - there[self.start]
         return self._with(self.start, length)
 
     def restarted(self, within: NDArray[np.intp], seed: int) -> Sequences:
-        """Each account's transactions in two parts, the second of an account without a past.
+        """Split each account's transactions in two; the second part has no history.
 
         Args:
-            within: [accounts] the second part begins at a random one of so many first
-                transactions, or after them.
+            within: [accounts] the second part begins at a random transaction among the first
+                ``within``, or after them.
+            seed: decides where the second parts begin.
         """
         cut = np.random.default_rng(seed).integers(0, within, endpoint=True)
         start = np.stack((self.start, self.start + cut), 1).ravel()
         return self._with(start, np.stack((cut, self.length - cut), 1).ravel())
 
     def _with(self, start: NDArray[np.intp], length: NDArray[np.intp]) -> Sequences:
-        """Other sequences of the same rows; positions stay what they are."""
+        """Return other sequences of the same rows; positions stay the same."""
         other = Sequences.__new__(Sequences)
         other.row, other.start, other.length = self.row, start, length
         return other
@@ -101,11 +105,14 @@ class Sequences:
     def chunks(
         self, accounts: NDArray[np.intp], steps: int
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.bool_]]]:
-        """Cuts the accounts' sequences into chunks of ``steps``, from the beginning on.
+        """Cut the accounts' sequences into chunks of ``steps`` transactions.
 
-        The longest sequence comes first, so those that go on are the first rows of the chunk
-        before. Yields positions in ``row`` [n, steps] and whether a transaction is there
-        [n, steps]; where none is, the position is the account's last.
+        The longest sequence comes first, so accounts that continue are the first rows of the
+        previous chunk.
+
+        Yields:
+            Positions [n, steps] in ``row``, and whether there is a transaction [n, steps]. Without
+            one the position is the account's last.
         """
         accounts = accounts[np.argsort(-self.length[accounts], kind="stable")]
         start, length = self.start[accounts], self.length[accounts]
@@ -120,13 +127,13 @@ class Sequences:
 def score_unrolled(
     network: Network, inputs: Tensor, account: Int64, sequences: Sequences | None = None
 ) -> Float32:
-    """Scores [N] of a log in order of time, in the order of the log.
+    """Score a log in order of time; the scores [N] are in the order of the log.
 
     Args:
         network: in evaluation mode.
         inputs: [N, I] on the network's device.
         account: [N].
-        sequences: of ``account``, if they are at hand.
+        sequences: the sequences of ``account``, if known.
     """
     sequences = sequences or Sequences(account)
     logits = unrolled_logits(network, TensorInputs(inputs, sequences), sequences)
@@ -134,10 +141,12 @@ def score_unrolled(
 
 
 def unrolled_logits(network: Network, inputs: Inputs, sequences: Sequences) -> Float32:
-    """Logits [N] in the order of the log; NaN where ``sequences`` leave transactions out.
+    """Compute the logits [N] in the order of the log; NaN for transactions in no sequence.
 
     Args:
         network: in evaluation mode.
+        inputs: the inputs by position.
+        sequences: the transactions to score.
     """
     logits = np.full(len(sequences.row), np.nan, np.float32)
     longest_first = np.argsort(-sequences.length, kind="stable")
@@ -159,9 +168,9 @@ def unrolled_logits(network: Network, inputs: Inputs, sequences: Sequences) -> F
 
 @contextmanager
 def one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose operations keep to one core each."""
+    """Open a pool of threads in which each operation uses one core."""
     intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # of threads that begin from here on, too
+    torch.set_num_threads(1)  # also applies to threads that start from here on
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="unroll") as pool:
             yield pool
@@ -177,23 +186,23 @@ def score_stepwise(
     others: Float32 | None = None,
     hidden_dtype: torch.dtype = torch.float16,
 ) -> tuple[Float32, AccountHistory, Tensor]:
-    """What a worker computes of a log, from empty account states, in one thread's order.
+    """Score a log exactly as a worker does, from empty account states.
 
     Args:
         checkpoint: on the CPU.
-        account: [N] the log is in the order in which it is applied.
+        account: [N] in the order in which the transactions are applied.
         amount: [N].
         timestamp_ms: [N].
-        others: [N, R - A] the columns of ``raw`` after the account's; zeros if there are none.
-        hidden_dtype: the hidden is rounded to it after each step.
+        others: [N, R - A] raw columns after those of the account. None: zeros.
+        hidden_dtype: type to which hidden states are rounded after each step.
 
     Returns:
         scores: [N] in the order of the log.
-        history: of each account, in ascending order of ``account``.
-        hidden: [accounts, L, H] float32, the same order.
+        history: history of each account, by ascending ``account``.
+        hidden: [accounts, L, H] float32, by ascending ``account``.
     """
     rounds = rounds_of(account)
-    order = account[rounds[0]] if rounds else account  # of the accounts in every round
+    order = account[rounds[0]] if rounds else account  # accounts have this order in every round
     history = AccountHistory.empty(len(order))
     hidden = checkpoint.network.empty_hidden(len(order))
     scores = np.empty(len(account), np.float32)

@@ -1,4 +1,4 @@
-"""What decides a training, and how it tells how far it is."""
+"""The settings of a training, and the reports of its progress."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from model.features.account import LABEL_DELAY_MAX_DAYS, FeatureSpec
+from model.features.spec import LABEL_DELAY_MAX_DAYS, FeatureSpec
 from model.network import Architecture
 from model.simulator.world import WORLDS, WorldName
 from model.training.inputs import embedding_sizes
 
 TRANSACTIONS_MAX = 100_000_000
-"""Most transactions to simulate; on disk they take about 260 bytes each."""
+"""Most simulated transactions; each takes about 260 bytes on disk."""
 
 
 class TrainingError(ValueError):
-    """Training cannot begin or go on; the message says why and what to change."""
+    """Training cannot start or continue; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """All that decides a trained checkpoint, besides the data.
+    """Settings that, together with the data, decide a checkpoint.
 
     Raises:
-        TrainingError: a value is out of its bounds; the message names it.
+        TrainingError: a value is out of bounds; the message names it.
     """
 
     customers: int = 5000
@@ -33,17 +33,18 @@ class TrainingSettings:
     days: int = 183
     start_date: str = "2018-04-01"
     world: WorldName = "wide"
-    """Which accounts, merchants and frauds are simulated: see :mod:`model.simulator.world`."""
+    """Simulated accounts, merchants and frauds: see :mod:`model.simulator.world`."""
     seed: int = 1
-    """Of data, weights and dropout. Not the simulator's default: that stays data never seen."""
+    """Seed of data, weights and dropout. Data of the simulator's default seed stay unseen."""
 
     train_until: str | None = None
-    """ISO 8601, a date or a time (UTC unless it names a zone): no label from then on is learned
-    from. None: by the length of the data."""
+    """Date or time (ISO 8601, UTC without a zone) from which no label is learned from.
+
+    None: chosen by the length of the data."""
     test_from: str | None = None
-    """ISO 8601: metrics are measured from then on. None: when the labels have arrived."""
+    """Date or time (ISO 8601) from which metrics are measured. None: when the labels arrived."""
     label_delay_days: float = 7.0
-    """How long after a transaction it is known whether it was fraud."""
+    """Days after a transaction until its label is known."""
 
     hidden_size: int = 128
     layers: int = 1
@@ -52,17 +53,17 @@ class TrainingSettings:
     dropout: float = 0.1
 
     epochs: int | None = None
-    """None: 12, more where the data are few."""
+    """Number of epochs. None: 12, or more with few data."""
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     chunk_steps: int = 64
     accounts_per_batch: int | None = None
-    """None: 32, fewer where that would make few updates."""
+    """Accounts in a batch. None: 32, or fewer if an epoch would have few updates."""
 
     review_false_positive_rate: float = 0.002
-    """Of the legitimate transactions at most this share is reviewed or declined."""
+    """Largest share of the legitimate transactions that is reviewed or declined."""
     decline_precision: float = 0.9
-    """Of the declined transactions at least this share is fraud."""
+    """Smallest share of fraud among the declined transactions."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -106,7 +107,7 @@ class TrainingSettings:
                 )
 
     def architecture(self, spec: FeatureSpec) -> Architecture:
-        """The network's sizes for these inputs."""
+        """Return the sizes of the network for these inputs."""
         return Architecture(
             inputs=len(spec.roles),
             input_size=self.input_size,
@@ -119,7 +120,7 @@ class TrainingSettings:
         )
 
     def moment_ms(self, name: Literal["train_until", "test_from"] | str) -> int | None:
-        """``train_until`` or ``test_from`` in epoch milliseconds; None where it is left open."""
+        """Return ``train_until`` or ``test_from`` in epoch milliseconds; None if it is not set."""
         text = getattr(self, name)
         if text is None:
             return None
@@ -136,13 +137,13 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """How far the training is, for who watches.
+    """Progress of a training.
 
     Attributes:
-        stage: what is being done.
-        done: share of the whole training, 0 to 1, in time.
-        note: a figure worth reading, or nothing.
-        lasting: the note is to be kept in sight, not only until the next one.
+        stage: the current step.
+        done: share of the total time that has passed, 0 to 1.
+        note: a figure to show, or nothing.
+        lasting: whether the note stays visible after the next report.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""The periods of a data set: warm-up, training, validation, a gap for labels, held out."""
+"""The periods of a data set: warm-up, training, validation, gap, held out."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import math
 from dataclasses import dataclass
 
 from model.training.settings import TrainingError, TrainingSettings
+from model.units import DAY_MS
 
 DAYS_MIN = 8
-"""Of data: each period needs a day or two."""
+"""Fewest days of data; each period needs one or two."""
 
 WARM_UP_DAYS_MAX = 14
 VALIDATION_DAYS_MAX = 60
 HELD_OUT_DAYS_MAX = 120
-
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)
 class Split:
     """First day of each period, counted from the first day of the data.
 
-    A period ends where the next begins: warm-up (seen, not scored), training, validation
-    (calibration, thresholds, the best epoch), a gap in which labels are still on their way,
-    held out (metrics).
+    A period ends where the next begins. The warm-up fills the histories and counts in no loss. The
+    training days are learned from. The validation days decide the best epoch, the calibration and
+    the thresholds. In the gap the last labels arrive. The held-out days give the metrics.
 
     >>> Split.of(183)
     Split(training=14, validation=132, gap=146, held_out=153, end=183)
@@ -47,13 +46,13 @@ class Split:
         until_day: int | None = None,
         from_day: int | None = None,
     ) -> Split:
-        """A sixth held out, a thirteenth for validation, within bounds that are named above.
+        """Hold out a sixth of the days and validate on a thirteenth, within the bounds above.
 
         Args:
-            days: of data.
-            label_delay_days: length of the gap; shorter under 183 days of data.
-            until_day: where the gap begins, if it is given.
-            from_day: where the held-out period begins, if it is given.
+            days: days of data.
+            label_delay_days: length of the gap; it is shorter with fewer than 183 days of data.
+            until_day: first day of the gap, if it is given.
+            from_day: first held-out day, if it is given.
 
         Raises:
             TrainingError: too few days, or no room for a period.
@@ -84,11 +83,12 @@ class Split:
 
     @classmethod
     def chosen(cls, settings: TrainingSettings, first_ms: int, days: int) -> Split:
-        """The split that the settings ask for.
+        """Return the split that the settings define.
 
         Args:
-            first_ms: of the data's first transaction, epoch milliseconds.
-            days: of data.
+            settings: the settings of the training.
+            first_ms: time of the first transaction, epoch milliseconds.
+            days: days of data.
         """
 
         def day_of(name: str) -> int | None:

@@ -139,7 +139,7 @@ def _risk(checkpoint: Checkpoint, state: AccountStates) -> float | None:
     if ACCOUNT_HEAD_METRIC not in checkpoint.header.metrics:
         return None
     with torch.inference_mode():
-        logit = checkpoint.network.verdict_logit(torch.from_numpy(state.hidden).float())
+        logit = checkpoint.network.account_logit(torch.from_numpy(state.hidden).float())
     return float(torch.sigmoid(logit))
 
 

@@ -40,7 +40,7 @@ from model.evaluation.robustness import Robustness, measure_robustness
 from model.probe.sweeps import short_probe
 from model.simulator.handbook import SimulatorError
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
-from model.training.train import DataSource, SimulatedData
+from model.training.source import DataSource, SimulatedData
 from pipeline.cli.options import EXAMPLE_HINT
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping

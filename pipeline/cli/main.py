@@ -251,12 +251,12 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
     new thresholds some seconds later.
     """  # noqa: D301 - to click a backspace means: do not wrap this paragraph
     from model.checkpoint import Checkpoint, CheckpointError
-    from model.thresholds import OperatingPoints, ThresholdsError, Wishes, report
+    from model.thresholds import OperatingPoints, ThresholdGoals, ThresholdsError, report
 
     try:
         loaded = Checkpoint.load(checkpoint)
         points, before = OperatingPoints(loaded.header), loaded.header.thresholds
-        wanted = Wishes.parse(wishes)
+        wanted = ThresholdGoals.parse(wishes)
         after = wanted.choose(points, before)
     except (CheckpointError, ThresholdsError) as error:
         raise RecurError(str(error)) from error

@@ -13,7 +13,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.data.dataset import Dataset, DatasetError
 from model.evaluation.lightgbm_reference import MissingRequirementError
 from model.evaluation.plots import require_matplotlib
-from model.probe.exposure import TARGET_RATE, TARGET_TIMES_USUAL, Exposure, Point, Taken
+from model.probe.exposure import TARGET_RATE, TARGET_TIMES_USUAL, AccountLoss, Exposure, Point
 from model.probe.plots import plot_probe
 from model.probe.sweeps import FULL, SHORT, LargePayments, ProbeResult, describe_fall, probe
 from model.training.settings import Report, Reporter
@@ -243,7 +243,7 @@ def _print_exposure(exposure: Exposure, console: Console) -> None:
 
 
 def _point_rows(point: Point, name: str) -> list[list[str]]:
-    def row(taken: Taken, time: str, first: str) -> list[str]:
+    def row(taken: AccountLoss, time: str, first: str) -> list[str]:
         return [
             first,
             f"{point.false_positive_rate:.3%}" if first else "",

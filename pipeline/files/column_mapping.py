@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
-from model.features.account import FEATURES
+from model.features.spec import FEATURES
 from model.transaction import Transaction
 from pipeline.errors import RecurError
 

@@ -41,6 +41,7 @@ from pipeline.files.sources import (
     without_content,
 )
 from pipeline.timestamps import look_like_seconds
+from pipeline.units import DAY_MS
 
 REPEAT_WINDOW_IDS = 65_536
 """Number of rows within which a second use of a transaction id is found."""

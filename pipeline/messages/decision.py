@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.checkpoint import Thresholds
+from model.checkpoint import CheckpointThresholds
 from pipeline.settings import Settings
 
 Decision = Literal["approve", "review", "decline"]
@@ -35,7 +35,7 @@ class DecisionThresholds:
         )
 
 
-def thresholds_of(settings: Settings, shipped: Thresholds) -> DecisionThresholds:
+def thresholds_of(settings: Settings, shipped: CheckpointThresholds) -> DecisionThresholds:
     """Take the checkpoint's thresholds; a setting replaces each that it gives."""
     review = shipped.review if settings.review_threshold is None else settings.review_threshold
     if settings.decline_threshold is None:

@@ -1,6 +1,6 @@
 """Extra fields of a transaction that a checkpoint reads: decoded, then as raw columns.
 
-The checkpoint names them (:class:`model.features.account.Field`). So the type that a record's JSON
+The checkpoint names them (:class:`model.features.spec.Field`). So the type that a record's JSON
 is decoded into is made at the start.
 """
 
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.features.account import Field, field_column
+from model.features.spec import Field, field_column
 from model.transaction import Transaction
 
 NUMBER_MAX = 1e12
@@ -84,7 +84,7 @@ class ExtraFields:
         return cast("type[Transaction]", made)
 
     def columns(self, transactions: Sequence[Transaction]) -> NDArray[np.float32]:
-        """Make raw columns float32[n, K] with :func:`model.features.account.field_column`."""
+        """Make raw columns float32[n, K] with :func:`model.features.spec.field_column`."""
         table = np.empty((len(transactions), len(self._columns)), np.float32)
         for i, (value_of, column) in enumerate(self._columns):
             table[:, i] = column(map(value_of, transactions))

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.features.account import ACCOUNT_FEATURES, FEATURES, observe, rounds_of
+from model.features.account import ACCOUNT_FEATURES, observe, rounds_of
 from model.features.merchant import WEIGHT_MAX
+from model.features.spec import FEATURES
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
 from pipeline.units import DAY_MS
@@ -358,7 +359,7 @@ class Scorer:
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
             # Rounded after each step, so that where a micro-batch ends leaves no trace.
             after16 = hidden.half().numpy()
-            own = self.checkpoint.network.own_inputs(inputs)
+            own = self.checkpoint.network.payment_inputs(inputs)
         if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
             raise ComputationError("the score is no number")
         states.history.put(rows, after)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from model.checkpoint import Checkpoint, CheckpointError, Thresholds
+from model.checkpoint import Checkpoint, CheckpointError, CheckpointThresholds
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ class CheckpointWatcher:
         thresholds: thresholds of the loaded header.
     """
 
-    def __init__(self, path: Path, digest: str, thresholds: Thresholds) -> None:
+    def __init__(self, path: Path, digest: str, thresholds: CheckpointThresholds) -> None:
         self._path = path
         self._digest = digest
         self._thresholds = thresholds
         self._seen: object = "not read yet"
 
-    def new_thresholds(self) -> Thresholds | None:
+    def new_thresholds(self) -> CheckpointThresholds | None:
         """Return the file's thresholds if they are new; None if there is nothing to do.
 
         A file with another model or an unreadable file is logged once, and changes nothing. The

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from model.checkpoint import Checkpoint
-from model.features.account import FeatureSpec
+from model.features.spec import FeatureSpec
 from pipeline.errors import StartupError
 from pipeline.kafka.acl import check_permissions
 from pipeline.kafka.message_limits import MessageLimits

@@ -19,16 +19,9 @@ import torch
 import xxhash
 from prometheus_client import CollectorRegistry
 
-from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import (
-    ACCOUNT_INPUTS,
-    FEATURES,
-    INPUTS,
-    AccountHistory,
-    FeatureSpec,
-    Input,
-    observe,
-)
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
+from model.features.account import AccountHistory, observe
+from model.features.spec import ACCOUNT_INPUTS, FEATURES, INPUTS, FeatureSpec, Input
 from model.network import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
@@ -96,7 +89,7 @@ def small_checkpoint(
     header = Header(
         architecture=architecture,
         features=FeatureSpec(inputs),
-        thresholds=Thresholds(review=0.3, decline=0.6),
+        thresholds=CheckpointThresholds(review=0.3, decline=0.6),
     )
     return Checkpoint(network, header)
 

@@ -28,13 +28,15 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint, Header
-from model.features.account import AmountScale, Encoder, FeatureSpec, observe_log, ranges_of
+from model.features.account import observe_log
+from model.features.amount_scale import AmountScale
 from model.features.merchant import (
     MERCHANT_FEATURES,
     Labels,
     bucket_of,
     observe_merchant_log,
 )
+from model.features.spec import Encoder, FeatureSpec, ranges_of
 from model.network import Architecture, Network
 from model.training import merchant_weight_fit
 from model.training.sequences import score_stepwise
@@ -152,7 +154,7 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
         network = Network(architecture)
     with torch.no_grad():
         network.logit.weight *= 4
-    own = network.own_inputs(torch.from_numpy(Encoder(features).encode(raw)))
+    own = network.payment_inputs(torch.from_numpy(Encoder(features).encode(raw)))
     with mock.patch.object(merchant_weight_fit, "UPDATES", OWN_UPDATES):
         network.own = merchant_weight_fit.fit_merchant_weight(
             lambda rows: own[torch.from_numpy(rows)], log.is_fraud, own.shape[1], seed

@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 
 from model.checkpoint import Checkpoint, CheckpointError, Header
-from model.features.account import ACCOUNT_INPUTS, FEATURES, FeatureSpec, Field, Input
 from model.features.merchant import MERCHANT_FEATURES, observe_merchants
+from model.features.spec import ACCOUNT_INPUTS, FEATURES, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
 from pipeline.errors import RejectedError

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import ACCOUNT_INPUTS, FeatureSpec, Field, Input
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
+from model.features.spec import ACCOUNT_INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import REASONS, REASONS_MAX
 from pipeline.admin.inspect_account import account_lines, describe, load_view
@@ -51,7 +51,7 @@ def checkpoint_with_fields(seed: int = 3, **changes: Any) -> Checkpoint:
     header: dict[str, Any] = {
         "architecture": architecture,
         "features": features,
-        "thresholds": Thresholds(0.0, 1.0),
+        "thresholds": CheckpointThresholds(0.0, 1.0),
     } | changes
     return Checkpoint(network, Header(**header))
 
@@ -143,7 +143,7 @@ async def assert_the_account_can_be_looked_at(system: PipelineUnderTest) -> None
     fitted = system.scorer.checkpoint.with_header(metrics={"verdict_auc": 0.9})
     view = await load_view(system.settings, fitted, "A")
     hidden = torch.from_numpy(view.state.hidden).float()
-    expected = float(torch.sigmoid(fitted.network.verdict_logit(hidden)))
+    expected = float(torch.sigmoid(fitted.network.account_logit(hidden)))
     assert view.risk == pytest.approx(expected)
     text = "\n".join(describe(view, fitted, ttl_days=30.0))
     assert f"with probability {expected:.3f} (AUC 0.900 on days held out)" in text
@@ -166,7 +166,9 @@ def test_new_thresholds_in_the_checkpoint_s_file_decide_without_a_restart(
             assert await gauge(worker, "review") == 0.0
             await system.send_records([record(0, "A", **MORE[0])])
             await system.until_applied()
-            load_checkpoint(system.settings).with_header(thresholds=Thresholds(1.0, 1.0)).save(path)
+            load_checkpoint(system.settings).with_header(
+                thresholds=CheckpointThresholds(1.0, 1.0)
+            ).save(path)
 
             async def changed() -> bool:
                 return await gauge(worker, "review") == 1.0
@@ -177,7 +179,9 @@ def test_new_thresholds_in_the_checkpoint_s_file_decide_without_a_restart(
 
             path.write_bytes(b"not a checkpoint")
             await asyncio.sleep(1)
-            checkpoint_with_fields(seed=4).with_header(thresholds=Thresholds(0.0, 0.1)).save(path)
+            checkpoint_with_fields(seed=4).with_header(
+                thresholds=CheckpointThresholds(0.0, 0.1)
+            ).save(path)
             await asyncio.sleep(1)
             assert await gauge(worker, "review") == 1.0, "of another model's thresholds none counts"
             text = worker.log_path.read_text()

@@ -1,4 +1,4 @@
-"""Checkpoint files: what is written is read, and nothing else is."""
+"""Checkpoint files: they survive a round trip, and all other files are rejected."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from model.checkpoint import (
     MESSAGE_MAX,
     Checkpoint,
     CheckpointError,
+    CheckpointThresholds,
     Header,
-    Thresholds,
 )
-from model.features.account import FEATURES, FeatureSpec, Input
+from model.features.spec import FEATURES, FeatureSpec, Input
 from model.network import Architecture, Network
 
 
@@ -45,7 +45,7 @@ def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, object]], None]) -> Path:
-    """The checkpoint with its JSON header changed by hand."""
+    """Change the JSON header of a checkpoint by hand."""
     content = path.read_bytes()
     weights = safetensors.torch.load(content)
     length = int.from_bytes(content[:8], "little")
@@ -93,19 +93,19 @@ def test_the_digest_follows_weights_features_and_architecture_but_not_thresholds
     first = checkpoint()
     assert len(first.digest) == 12
     assert int(first.digest, 16) >= 0
-    same = first.with_header(thresholds=Thresholds(0.2, 0.3), metrics={})
+    same = first.with_header(thresholds=CheckpointThresholds(0.2, 0.3), metrics={})
     assert same.digest == first.digest
     others = [checkpoint(seed=1), checkpoint(layers=2), checkpoint(mean=0.5)]
     assert len({first.digest, *(other.digest for other in others)}) == 4
 
 
-def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.safetensors: No such file"):
         Checkpoint.load(tmp_path / "none.safetensors")
 
 
 class Payload:
-    """Does harm when it is unpickled."""
+    """Object that does harm when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -134,7 +134,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
 def test_archives_are_refused_by_their_form_and_nothing_unpickles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader that fell back to torch.load, zipfile or NumPy's loader would run what is in it."""
+    """A fallback to torch.load, zipfile or NumPy's loader would run code in the file."""
     mark = tmp_path / "harm"
 
     def forbidden(*_: object, **__: object) -> None:
@@ -154,7 +154,7 @@ def test_archives_are_refused_by_their_form_and_nothing_unpickles(
 
 
 def test_no_module_of_the_product_can_unpickle() -> None:
-    """Neither checkpoints nor anything else that comes from outside is ever unpickled."""
+    """Nothing from outside is ever unpickled, not even checkpoints."""
     unpickling = re.compile(
         r"(?<!safetensors\.)\btorch\.load\(|\bnp\.load\((?!.*allow_pickle=False)"
         r"|\bimport (pickle|dill|joblib|marshal)"
@@ -257,7 +257,7 @@ DEEP = '{"a":' * 10_000
     ],
 )
 def test_a_header_that_breaks_parsers_is_refused(tmp_path: Path, header: bytes) -> None:
-    """Bytes that are no UTF-8 and nesting without end are errors of their own kind."""
+    """Invalid UTF-8 and endless nesting raise other errors than invalid JSON."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_of(header))
     with pytest.raises(CheckpointError, match="header"):
@@ -278,10 +278,10 @@ def test_a_header_that_breaks_parsers_is_refused(tmp_path: Path, header: bytes) 
         ([1] * 1000, [0, 4]),
     ],
 )
-def test_tensors_that_declare_the_impossible_are_refused_without_their_memory(
+def test_tensors_of_impossible_size_are_rejected_without_allocating_them(
     file: Path, shape: list[float], offsets: list[int]
 ) -> None:
-    """A shape is a claim of the file's: nothing is allocated for it."""
+    """A shape is only a claim of the file, so no memory may be allocated for it."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -296,8 +296,8 @@ def test_tensors_that_declare_the_impossible_are_refused_without_their_memory(
         tracemalloc.stop()
 
 
-def test_what_a_message_quotes_of_a_file_is_one_bounded_line(file: Path) -> None:
-    """It goes to logs and terminals, and whoever made the file chose it."""
+def test_a_quote_of_a_file_in_a_message_is_one_bounded_line(file: Path) -> None:
+    """An attacker chooses the content of a file, and messages go to logs and terminals."""
     evil = "\x1b[2J\n" + "x" * 100_000
     for change in (
         {"currency": evil},
@@ -340,7 +340,7 @@ def test_weights_that_are_not_finite_are_refused(file: Path) -> None:
         Checkpoint.load(file)
 
 
-def test_a_file_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         checkpoint().save(tmp_path / "file" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What payments explain of their own fraud: how far a fraud counts at its merchant."""
+"""The merchant weight: frauds that the payment explains count little at the merchant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Fraud = NDArray[np.bool_]
 
 @pytest.fixture(autouse=True)
 def _fewer_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fifth of a training's: these data are easy."""
+    """Use a fifth of a training's updates, because these data are easy."""
     monkeypatch.setattr(merchant_weight_fit, "UPDATES", 800)
 
 
@@ -37,7 +37,7 @@ def noise(seed: int, columns: int = 4) -> Tensor:
 
 
 def test_frauds_that_the_amount_explains_weigh_little_and_the_others_fully() -> None:
-    """Half of the frauds are over an amount; the other half are anywhere."""
+    """Half of the frauds are over an amount; the others have any amount."""
     rng = np.random.default_rng(0)
     inputs = noise(0)
     by_amount = inputs[:, 0].numpy() > 2.5
@@ -46,7 +46,7 @@ def test_frauds_that_the_amount_explains_weigh_little_and_the_others_fully() -> 
     weight = fitted(inputs, by_amount | by_nothing).merchant_weight(inputs)
 
     assert by_amount.sum() > 150
-    # Near the amount where fraud begins it is not certain which of them a fraud is.
+    # Near the limit of the amount the cause of a fraud is uncertain.
     far_over = inputs[:, 0].numpy() > 2.7
     assert np.mean(weight[far_over] < 0.15 * WEIGHT_MAX) > 0.9
     assert np.mean(weight[by_nothing] == WEIGHT_MAX) > 0.9
@@ -89,12 +89,12 @@ def test_data_of_one_class_give_finite_weights(
 
 
 def test_a_weight_is_the_share_of_the_rest_and_small_ones_are_kept() -> None:
-    """With logits f and r: r / p, p = 1 - (1 - r)(1 - s)."""
+    """The weight is r / p with p = 1 - (1 - r)(1 - s) and logits f and r."""
     network = MerchantWeightNetwork(1)
     with torch.no_grad():
         network.hidden.weight.fill_(1.0)
         network.hidden.bias.fill_(0.0)
-        network.explained.weight.fill_(1 / merchant_weight.OWN_SIZE)  # f(x) = x of x over 0, less 8
+        network.explained.weight.fill_(1 / merchant_weight.HIDDEN_SIZE)  # f(x) = max(x, 0) - 8
         network.explained.bias.fill_(-8.0)
         network.rest.fill_(-5.0)
     x = np.array([0.0, 3.0, 5.0, 8.0, 20.0])
@@ -106,8 +106,8 @@ def test_a_weight_is_the_share_of_the_rest_and_small_ones_are_kept() -> None:
     np.testing.assert_array_equal(found, np.where(kept, np.round(exact), WEIGHT_MAX))
 
 
-def test_amounts_divisible_by_5_cents_are_not_told_from_their_neighbours() -> None:
-    """Frauds are at such amounts alone, as those of stolen cards in the Handbook's data are."""
+def test_amounts_divisible_by_5_cents_cannot_be_recognised() -> None:
+    """All frauds have such amounts, as those of stolen cards in the Handbook's data."""
     rng = np.random.default_rng(6)
     cents = rng.integers(100, 20_000, N)
     is_fraud = rng.random(N) < 0.05

@@ -1,4 +1,4 @@
-"""Measures against cases worked out by hand, and against slow definitions."""
+"""Metrics, compared with cases worked out by hand and with slow definitions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FRAUD = np.array([True, True, False, False, True, False])
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Both classes, with ties."""
+    """Draw scores with ties, and both classes."""
     size = draw(st.integers(2, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     is_fraud = rng.random(size) < 0.4
@@ -122,7 +122,7 @@ def test_one_class_only_is_refused(truth: bool) -> None:
         average_precision(SCORES, np.full(6, truth))
 
 
-def test_calibration_error_and_brier_score_are_their_definitions() -> None:
+def test_calibration_error_and_brier_score_match_their_definitions() -> None:
     rng = np.random.default_rng(3)
     scores = rng.random(5000).astype(np.float32) ** 3
     is_fraud = rng.random(5000) < scores**1.2
@@ -134,7 +134,7 @@ def test_calibration_error_and_brier_score_are_their_definitions() -> None:
     assert brier_score(scores, is_fraud) == pytest.approx(((scores - is_fraud) ** 2).mean())
 
 
-def test_scores_that_are_the_truth_are_calibrated_and_a_score_of_one_has_a_bin() -> None:
+def test_true_probabilities_are_calibrated_and_a_score_of_1_has_a_bin() -> None:
     truth = np.array([True, False, True])
     assert expected_calibration_error(truth.astype(np.float64), truth) == 0
     assert brier_score(truth.astype(np.float64), truth) == 0
@@ -143,7 +143,7 @@ def test_scores_that_are_the_truth_are_calibrated_and_a_score_of_one_has_a_bin()
             measure(np.array([]), np.array([], np.bool_))
 
 
-def test_operating_points_say_what_a_threshold_catches_and_costs() -> None:
+def test_operating_points_count_the_alerts_of_each_threshold() -> None:
     rng = np.random.default_rng(5)
     is_fraud = rng.random(3000) < 0.05
     normal = rng.normal(0.2 + 0.4 * is_fraud, 0.15)

@@ -1,4 +1,4 @@
-"""The network: stepwise and unrolled are one function."""
+"""The network: stepwise and unrolled runs agree, and its score is monotone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.features.account import Role
+from model.features.spec import Role
 from model.network import Architecture, Cell, Network
 
 INPUTS = 17
@@ -43,7 +43,7 @@ ROLES: tuple[Role, ...] = (
 def test_more_money_and_more_known_frauds_never_lower_the_score(
     seed: int, roles: tuple[Role, ...], falls_without: bool
 ) -> None:
-    """Whatever the weights are, and with the history and everything else fixed."""
+    """This holds for any weights, if history and all other inputs are fixed."""
     torch.manual_seed(seed)
     net = Network(Architecture(INPUTS, roles=ROLES)).eval()
     for parameter in net.parameters():
@@ -59,7 +59,7 @@ def test_more_money_and_more_known_frauds_never_lower_the_score(
     logits = logits.view(200, 50)
     assert (logits.diff(dim=1) >= -1e-3).all()
     assert (logits[:, -1] - logits[:, 0] > 1e-2).float().mean() > 0.9
-    if falls_without:  # none known: no age of a fraud matters, and the score is at its least
+    if falls_without:  # none known: fraud ages do not matter, and the score is lowest
         none = inputs.clone()
         none[:, :, any_fraud] = 0.0
         least, _ = net.step(none[:, 0], hidden[::50])
@@ -94,7 +94,7 @@ def test_stepwise_and_unrolled_outputs_agree(layers: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_sequence_goes_on_from_the_hidden_where_it_was_cut(layers: int) -> None:
+def test_a_cut_sequence_continues_from_its_hidden_state(layers: int) -> None:
     net = network(layers, hidden_size=16)
     inputs = torch.randn(4, 30, INPUTS)
     whole, last = net.unroll(inputs)
@@ -104,7 +104,7 @@ def test_a_sequence_goes_on_from_the_hidden_where_it_was_cut(layers: int) -> Non
     torch.testing.assert_close(hidden, last, atol=1e-5, rtol=1e-5)
 
 
-def test_a_step_leaves_the_hidden_it_was_given_unchanged() -> None:
+def test_a_step_leaves_the_given_hidden_state_unchanged() -> None:
     net = network(2, hidden_size=8)
     hidden = torch.randn(3, 2, 8)
     before = hidden.clone()
@@ -158,15 +158,17 @@ def test_a_category_changes_the_score_by_its_own_vector_only() -> None:
     logits, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     assert logits[0] != logits[1]
     torch.testing.assert_close(logits[1], logits[2])  # last bits depend on the place in a batch
-    cast(nn.Embedding, net.embeddings[0]).weight.data[2] += 1.0  # of a code that none of them has
+    cast(nn.Embedding, net.embeddings[0]).weight.data[2] += (
+        1.0  # changes the vector of an unused code
+    )
     again, _ = net.step(torch.cat((numbers, codes), 1), net.empty_hidden(3))
     torch.testing.assert_close(again, logits)
 
 
-def test_an_embedding_begins_as_torchs_own_and_costs_nothing_without_memory(
+def test_an_embedding_starts_as_torchs_and_is_fast_on_the_meta_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On the meta device torch would import its compiler to draw no numbers: seconds at a start."""
+    """There torch would import its compiler to draw values, which takes seconds."""
     architecture = Architecture(2, 4, 4, embeddings=((5, 3), (4, 2)))
     torch.manual_seed(3)
     network = Network(architecture)

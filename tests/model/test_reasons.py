@@ -1,4 +1,4 @@
-"""Reasons of alerts: the right code comes first where the reason is known."""
+"""Reasons of alerts: the right code comes first if the cause is known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.checkpoint import Amounts, Checkpoint, Header
-from model.features.account import FEATURES, INPUTS, FeatureSpec, Field, Input
+from model.features.spec import FEATURES, INPUTS, FeatureSpec, Field, Input
 from model.network import Architecture, Network
 from model.reasons import (
     EXPLAINED_AT_ONCE,
@@ -59,7 +59,7 @@ TYPICAL = {
 
 
 def raw_of(**changes: float) -> NDArray[np.float32]:
-    """An ordinary transaction, [R], but for what is changed."""
+    """Make an ordinary transaction [R] with some changed features."""
     values = TYPICAL | changes
     return np.array([values.get(name, 0.0) for name in FEATURES], np.float32)
 
@@ -73,12 +73,13 @@ def payment(amount: float, usual: float) -> NDArray[np.float32]:
 
 
 def additive(weights: dict[tuple[str, str], float], hidden_weight: float = 0.0) -> Checkpoint:
-    """A network whose logit is a sum of inputs, and of the first number of the hidden.
+    """Make a network whose logit is a sum of inputs and of the first hidden number.
 
-    What depends on known frauds counts where one is known.
+    The part of known frauds counts only if a fraud is known.
 
     Args:
-        weights: by feature and transform; over 0 of amounts and of frauds.
+        weights: weights by feature and transform; over 0 for amounts and frauds.
+        hidden_weight: weight of the first hidden number.
     """
     inputs = tuple(
         msgspec.structs.replace(
@@ -97,8 +98,8 @@ def additive(weights: dict[tuple[str, str], float], hidden_weight: float = 0.0) 
             parameter.zero_()
         network.free_layer.weight[:n] = torch.eye(n)
         network.free_layer.weight[n:] = -torch.eye(n)  # ReLU(x) - ReLU(-x) = x
-        network.head.bias[0] = 100.0  # never under 0
-        network.head.bias[1] = 100.0  # of the first unit that rises with the amount
+        network.head.bias[0] = 100.0  # never below 0
+        network.head.bias[1] = 100.0  # the first unit that rises with the amount
         network.logit.weight.fill_(1.0)
         network.amount_logit.weight[0, 0] = 1.0
         network.fraud_logit.weight[0, 0] = 1.0
@@ -116,7 +117,7 @@ def additive(weights: dict[tuple[str, str], float], hidden_weight: float = 0.0) 
 
 
 def keep_hidden(network: Network) -> None:
-    """Z = 1: the hidden of size 4 after a transaction is the one before it."""
+    """Set the gate z to 1, so that a transaction leaves the hidden state of size 4 unchanged."""
     bias = network.get_parameter("recurrent.bias_ih_l0")
     bias[4:8] = 20.0
 
@@ -161,15 +162,15 @@ def test_the_group_that_raises_the_score_is_the_reason(
     assert explain(additive(weights), raw_of(**changes)) == {code: 1.0}
 
 
-def test_what_the_hidden_adds_is_the_account_s_history() -> None:
+def test_the_contribution_of_the_hidden_state_is_the_history() -> None:
     assert explain(additive({}, hidden_weight=2.0), raw_of(), before=1.0) == {"history": 1.0}
 
 
 @pytest.mark.parametrize(
     ("amount", "usual", "first"),
     [
-        (230.0, 95.0, "amount_high"),  # 2.4 times the usual one; rarer among all accounts
-        (60.0, 10.0, "amount_unusual"),  # ordinary for others, six times one's own
+        (230.0, 95.0, "amount_high"),  # 2.4 times the usual amount; rarer among all accounts
+        (60.0, 10.0, "amount_unusual"),  # ordinary among all accounts, six times the usual amount
         (500.0, 80.0, "amount_unusual"),
         (900.0, 500.0, "amount_high"),
     ],
@@ -186,8 +187,8 @@ def test_an_amount_is_high_or_unusual_by_which_is_the_greater_surprise(
 
 
 def test_an_account_s_first_amount_is_compared_with_all_accounts() -> None:
-    """Nothing is usual for it yet, so only how high it is for anyone can be a surprise."""
-    raw = payment(400.0, 40.0)  # what is usual for everyone
+    """It has no usual amount yet, so only the rarity among all accounts counts."""
+    raw = payment(400.0, 40.0)  # the usual amount of all accounts
     raw[COLUMN["transactions_seen"]] = 1.0
 
     reasons = explain(additive({("amount", "log1p"): 2.0}), raw)
@@ -224,7 +225,7 @@ def test_a_reason_that_counts_for_little_is_left_out_and_one_there_always_is() -
 def test_a_category_is_rare_or_risky_against_the_commonest(
     code: int, effect: dict[int, float], expected: str
 ) -> None:
-    """Unknown or rare is 0, the commonest 1: nothing is more ordinary than that."""
+    """Code 0 is unknown or rare, and code 1 the most frequent category."""
     architecture = Architecture(
         1, 2, 4, head_size=1, dropout=0.0, embeddings=((4, 1),), roles=("amount",)
     )
@@ -236,7 +237,7 @@ def test_a_category_is_rare_or_risky_against_the_commonest(
             network.get_parameter("embeddings.0.weight")[place] = value
         network.free_layer.weight[0, 1] = 1.0
         network.head.weight[0, 4] = 1.0
-        network.head.weight[0, 0] = 0.1  # a little of the hidden
+        network.head.weight[0, 0] = 0.1  # a small part of the hidden state
         network.logit.weight.fill_(1.0)
         keep_hidden(network)
     spec = FeatureSpec(
@@ -306,7 +307,7 @@ def dict_of(reasons: list[Reason]) -> dict[str, float]:
     return {reason.code: reason.weight for reason in reasons}
 
 
-def test_a_missing_number_among_further_fields_does_no_harm() -> None:
+def test_a_missing_number_in_an_extra_field_does_no_harm() -> None:
     architecture = Architecture(2, 2, 4, head_size=2, roles=("amount", "own"))
     spec = FeatureSpec(
         (Input("amount", "log1p"), Input("age", "linear")), fields=(Field("age", "numeric"),)
@@ -369,7 +370,7 @@ def test_amounts_say_what_share_of_payments_is_as_high() -> None:
     assert Amounts.of(amount[:0], amount[:0]) == Amounts()
 
 
-def test_without_the_spread_of_amounts_the_inputs_scale_tells_what_is_high() -> None:
+def test_without_the_spread_of_amounts_the_scale_of_inputs_decides_what_is_high() -> None:
     torch.manual_seed(0)
     architecture = Architecture(1, 2, 4, head_size=1, roles=("amount",))
     spec = FeatureSpec((Input("amount", "log1p", mean=3.5, deviation=1.0),))

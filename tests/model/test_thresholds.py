@@ -1,4 +1,4 @@
-"""`recur thresholds`: the chosen thresholds do on the validation days what a person asked for."""
+"""`recur thresholds`: the chosen thresholds reach their goals on the validation days."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from model.checkpoint import Checkpoint, Header, Thresholds
-from model.features.account import INPUTS, FeatureSpec
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
+from model.features.spec import INPUTS, FeatureSpec
 from model.metrics import operating_points
 from model.network import Architecture, Network
-from model.thresholds import OperatingPoints, Wishes
+from model.thresholds import OperatingPoints, ThresholdGoals
 from pipeline.cli.main import main, recur
 from pipeline.errors import RecurError
 
@@ -24,7 +24,7 @@ DAYS = 7.0
 
 @dataclass
 class Validation:
-    """Validation days of a detector that is good, not perfect."""
+    """Validation days of a good but imperfect detector."""
 
     score: NDArray[np.float32]
     is_fraud: NDArray[np.bool_]
@@ -48,7 +48,7 @@ def checkpoint(**changes: object) -> Checkpoint:
     )
     fraud = float(DATA.amount[DATA.is_fraud].sum())
     header = {
-        "thresholds": Thresholds(review=0.4, decline=0.8),
+        "thresholds": CheckpointThresholds(review=0.4, decline=0.8),
         "operating_points": operating_points(DATA.score, DATA.is_fraud, DATA.amount, DAYS),
         "validation": {
             "days": DAYS,
@@ -77,7 +77,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def written(file: Path) -> Thresholds:
+def written(file: Path) -> CheckpointThresholds:
     return Checkpoint.load(file).header.thresholds
 
 
@@ -86,23 +86,21 @@ def alerts_per_day(threshold: float) -> float:
 
 
 @pytest.mark.parametrize("budget", [5, 20, 100.5, 800])
-def test_at_most_so_many_alerts_a_day_are_raised_and_not_far_fewer(
-    file: Path, budget: float
-) -> None:
+def test_the_budget_of_alerts_is_kept_and_nearly_used(file: Path, budget: float) -> None:
     run(file, "--alerts-per-day", budget, "--decline", "precision=0.9")
 
     assert budget * 0.85 < alerts_per_day(written(file).review) <= budget
 
 
 @pytest.mark.parametrize("text", ["0.002", "0.2%", "0.2 %"])
-def test_at_most_such_a_share_of_legitimate_transactions_is_flagged(file: Path, text: str) -> None:
+def test_the_false_positive_rate_is_kept(file: Path, text: str) -> None:
     run(file, "--review", f"false-positive-rate={text}")
 
     rate = (DATA.score[~DATA.is_fraud] >= np.float32(written(file).review)).mean()
     assert 0.0016 < rate <= 0.002
 
 
-def test_the_precision_asked_for_is_reached_at_the_decline_threshold(file: Path) -> None:
+def test_the_precision_is_reached_at_the_decline_threshold(file: Path) -> None:
     run(file, "--review", "alerts-per-day=200", "--decline", "precision=90%")
 
     over = DATA.score >= np.float32(written(file).decline)
@@ -110,19 +108,19 @@ def test_the_precision_asked_for_is_reached_at_the_decline_threshold(file: Path)
     assert over.sum() >= 20
 
 
-def test_a_threshold_of_which_nothing_is_said_stays_unless_review_passes_decline(
+def test_a_threshold_without_a_goal_stays_unless_review_passes_decline(
     file: Path,
 ) -> None:
     run(file, "--review", "threshold=0.6")
-    assert written(file) == Thresholds(0.6, 0.8)
+    assert written(file) == CheckpointThresholds(0.6, 0.8)
     run(file, "--decline", "threshold=0.7")
-    assert written(file) == Thresholds(0.6, 0.7)
+    assert written(file) == CheckpointThresholds(0.6, 0.7)
     run(file, "--review", "threshold=0.9")
-    assert written(file) == Thresholds(0.9, 0.9)
+    assert written(file) == CheckpointThresholds(0.9, 0.9)
 
 
 def cost(review: float, decline: float, per_review: float, per_decline: float) -> float:
-    """By the transactions themselves; a missed fraud costs its amount."""
+    """Compute the cost from the transactions; a missed fraud costs its amount."""
     missed = DATA.amount[DATA.is_fraud & (DATA.score < np.float32(review))].sum()
     declined = DATA.score >= np.float32(decline)
     reviewed = (DATA.score >= np.float32(review)) & ~declined
@@ -131,7 +129,7 @@ def cost(review: float, decline: float, per_review: float, per_decline: float) -
 
 
 @pytest.mark.parametrize(("per_review", "per_decline"), [(4, 30), (1, 500), (50, 10), (5000, 5000)])
-def test_costs_choose_thresholds_than_which_none_are_much_cheaper(
+def test_costs_choose_thresholds_close_to_the_cheapest(
     file: Path, per_review: float, per_decline: float
 ) -> None:
     output = run(file, "--cost-review", per_review, "--cost-decline", per_decline)
@@ -154,7 +152,7 @@ def test_expected_values_are_those_of_the_validation_days(file: Path) -> None:
         assert point.precision == pytest.approx(DATA.is_fraud[over].mean(), abs=0.02)
 
 
-def test_weights_and_digest_stay_and_the_table_says_what_it_is_of(file: Path) -> None:
+def test_weights_and_digest_stay_and_the_table_names_its_data(file: Path) -> None:
     before = Checkpoint.load(file)
 
     output = run(file, "--alerts-per-day", 50)
@@ -168,7 +166,7 @@ def test_weights_and_digest_stay_and_the_table_says_what_it_is_of(file: Path) ->
     assert sorted(p.name for p in file.parent.iterdir()) == [file.name]
 
 
-def test_a_dry_run_and_no_wish_write_nothing(file: Path) -> None:
+def test_a_dry_run_and_no_goal_write_nothing(file: Path) -> None:
     content = file.read_bytes()
 
     assert "after" in run(file, "--alerts-per-day", 50, "--dry-run")
@@ -194,7 +192,7 @@ def test_a_dry_run_and_no_wish_write_nothing(file: Path) -> None:
         (["--cost-review", "4", "--cost-decline", "3", "--precision", "0.9"], "not both"),
     ],
 )
-def test_a_wish_that_cannot_be_had_is_answered_with_what_can(
+def test_an_impossible_goal_is_answered_with_the_nearest_result(
     file: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = file.read_bytes()
@@ -215,7 +213,7 @@ def test_a_wish_that_cannot_be_had_is_answered_with_what_can(
         ({"validation": {"days": 7.0}}, "does not say its validation's fraud_amount_per_day"),
     ],
 )
-def test_a_checkpoint_without_operating_points_is_told_from_one_with(
+def test_a_checkpoint_without_operating_points_is_rejected(
     tmp_path: Path, changes: dict[str, object], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "old.safetensors"
@@ -227,7 +225,7 @@ def test_a_checkpoint_without_operating_points_is_told_from_one_with(
     assert words in capsys.readouterr().err
 
 
-def test_a_precision_that_few_alerts_have_by_chance_is_not_believed(tmp_path: Path) -> None:
+def test_a_precision_of_few_alerts_is_not_trusted(tmp_path: Path) -> None:
     points = [[0.9, 1.0, 0.1, 0.0, 1.0, 9.0, 0.0], [0.5, 5.0, 0.3, 0.001, 0.6, 20.0, 10.0]]
     path = tmp_path / "model.safetensors"
     checkpoint(operating_points=points).save(path)
@@ -247,7 +245,7 @@ def test_help_explains_with_examples() -> None:
         assert line in text
 
 
-def test_nothing_is_chosen_where_nothing_is_wished() -> None:
+def test_nothing_is_chosen_without_a_goal() -> None:
     points = OperatingPoints(checkpoint().header)
 
-    assert Wishes().choose(points, Thresholds(0.4, 0.8)) is None
+    assert ThresholdGoals().choose(points, CheckpointThresholds(0.4, 0.8)) is None

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from model.checkpoint import Checkpoint, Thresholds
-from model.features.account import INPUTS
+from model.checkpoint import Checkpoint, CheckpointThresholds
 from model.features.merchant import WEIGHT_MAX
+from model.features.spec import INPUTS
 from model.reasons import Reason
 from pipeline.scoring.scorer import MicroBatch, Scorer, note_applied
 from pipeline.storage.account_state import AccountStates
@@ -59,7 +59,7 @@ def weight_of(amount: float) -> int:
 def chain_checkpoint() -> Checkpoint:
     """For the chain: it looks at merchants, and two fifths of all scores raise an alert."""
     checkpoint = small_checkpoint(hidden_size=4, inputs=INPUTS)
-    return checkpoint.with_header(thresholds=Thresholds(review=0.6, decline=0.8))
+    return checkpoint.with_header(thresholds=CheckpointThresholds(review=0.6, decline=0.8))
 
 
 class ChainScorer(Scorer):

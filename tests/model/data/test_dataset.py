@@ -1,4 +1,4 @@
-"""Transactions on disk are those that were given: in order of time, once, and in little memory."""
+"""The data set on disk: transactions in order of time, without repeats, in little memory."""
 
 from __future__ import annotations
 
@@ -21,26 +21,20 @@ from model.data.dataset import (
     Rows,
     text_keys,
 )
-from model.features.account import (
-    ACCOUNT_FEATURES,
-    FEATURES,
-    Encoder,
-    FeatureSpec,
-    Field,
-    field_column,
-    observe_log,
-)
+from model.features.account import ACCOUNT_FEATURES, observe_log
+from model.features.spec import FEATURES, Encoder, FeatureSpec, Field, field_column
 from model.training import feature_table as raw_features
 from model.training.feature_table import EncodedInputs, open_raw, restarted_inputs, write_raw
 from model.training.inputs import CONSTANT, OF_ACCOUNT, chosen_fields, embedding_sizes, fitted_spec
 from model.training.sequences import Sequences
 from model.training.settings import TrainingSettings
-from model.training.train import SimulatedData, observe_all, simulate
+from model.training.source import SimulatedData
 from tests.fakes.datasets import simulated_dataset
+from tests.model.simulated_log import observe_all, simulate
 
 
 def rows(n: int, seed: int = 0, **changes: Any) -> Rows:
-    """N transactions in order of time, of 7 accounts and 5 merchants."""
+    """Draw N transactions in order of time, of 7 accounts and 5 merchants."""
     rng = np.random.default_rng(seed)
     accounts, merchants = (text_keys([f"{of}{i}" for i in range(9)]) for of in "am")
     columns: dict[str, Any] = {
@@ -61,7 +55,7 @@ def written(folder: Path, *parts: Rows, **fields: Any) -> Dataset:
         return writer.finish("EUR")
 
 
-def test_what_is_written_is_read_again_in_parts(tmp_path: Path) -> None:
+def test_rows_written_in_parts_are_read_back(tmp_path: Path) -> None:
     first, second = rows(50), rows(30, 1, timestamp_ms=np.arange(30) + 2 * 10**9)
     dataset = written(tmp_path, first, second)
 
@@ -98,7 +92,7 @@ def test_any_order_of_rows_with_repeats_gives_the_same_dataset(
     assert sorted_by_us.digest() == in_order.digest()
 
 
-def test_rows_of_the_same_time_stay_in_their_order_and_unsorted_ones_are_counted(
+def test_rows_of_the_same_time_keep_their_order_and_unsorted_ones_are_counted(
     tmp_path: Path,
 ) -> None:
     times = np.array([5, 3, 3, 9, 3])
@@ -212,17 +206,17 @@ def fields_of(tmp_path: Path, n: int = 4000) -> Dataset:
     )
 
 
-def test_fields_that_say_something_are_chosen_with_the_texts_that_are_frequent(
+def test_informative_fields_are_chosen_with_their_frequent_texts(
     tmp_path: Path,
 ) -> None:
     dataset = fields_of(tmp_path)
     fields, left_out = chosen_fields(dataset, np.arange(len(dataset)))
     assert left_out == dict.fromkeys(("constant", "empty", "always"), CONSTANT)
     assert [f.name for f in fields] == ["age", "tiny", "heavy", "wild", "huge", "job"]
-    assert set(fields[-1].vocabulary) == {"nurse", "cook", "pilot"}  # the astronauts are few
+    assert set(fields[-1].vocabulary) == {"nurse", "cook", "pilot"}  # there are few astronauts
 
 
-def test_fields_by_which_few_accounts_could_be_learned_by_heart_are_left_out(
+def test_fields_that_identify_few_accounts_are_left_out(
     tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(0)
@@ -293,7 +287,7 @@ def test_a_field_is_the_same_number_in_training_and_in_the_worker(tmp_path: Path
         np.testing.assert_array_equal(raw[:, column], live[sequences.row])
 
 
-def test_inputs_are_encoded_as_they_are_asked_for(tmp_path: Path) -> None:
+def test_inputs_are_encoded_at_each_access(tmp_path: Path) -> None:
     raw = np.random.default_rng(0).random((30, len(FEATURES))).astype(np.float32)
     spec = FeatureSpec().fitted(raw)
     position = np.array([[3, 4, 5], [0, 1, 2]])
@@ -302,7 +296,7 @@ def test_inputs_are_encoded_as_they_are_asked_for(tmp_path: Path) -> None:
     np.testing.assert_array_equal(given_inputs[1].numpy(), Encoder(spec).encode(raw[:3]))
 
 
-def test_a_restarted_account_is_one_without_a_past_at_the_merchants_as_they_are(
+def test_a_restarted_account_has_no_history_and_its_merchants_are_unchanged(
     tmp_path: Path,
 ) -> None:
     dataset = simulated_dataset(customers=60, terminals=300, days=20)
@@ -348,7 +342,7 @@ def test_sequences_before_a_row_leave_out_what_comes_after() -> None:
         assert before.reshape(3, 2).sum(1).tolist() == length.tolist()
 
 
-def test_simulated_data_have_an_identity_of_their_settings() -> None:
+def test_the_identity_of_simulated_data_depends_on_their_settings() -> None:
     one, other, handbook = (
         SimulatedData(settings).identity()
         for settings in (

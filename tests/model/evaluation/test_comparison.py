@@ -1,4 +1,4 @@
-"""Networks compared on simulated transactions, small and quick, through the command line."""
+"""The comparison of networks on a few simulated transactions, also by the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from model.evaluation.plots import precision_recall_curve
 from model.evaluation.protocol import split_fold
 from model.evaluation.results import MEASURES, in_figures, summarise
 from model.evaluation.run_cache import Run, RunCache
-from model.features.account import Field
+from model.features.spec import Field
 from model.training.loop import RECIPE
 from model.training.settings import Report, TrainingSettings
 from pipeline.cli import main as cli
@@ -54,7 +54,7 @@ SHORT = SIMULATED | {"customers": 50, "terminals": 100}
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other in small operations crawl on a busy machine."""
+    """Use one thread, because threads that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,7 +74,7 @@ def short_log() -> Dataset:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Everything once: the folder that it wrote, and results.json."""
+    """Evaluate all networks once; return the output folder and results.json."""
     output = tmp_path_factory.mktemp("evaluated") / "new folder"
     run_evaluate(EvaluateOptions(output=output, training=SMALL | SIMULATED, trees=40))
     return output, json.loads((output / "results.json").read_text())
@@ -108,7 +108,9 @@ def test_what_a_network_sees_and_remembers_shows_in_what_it_finds(
     assert [parameters[n] for n in order] == sorted(parameters[n] for n in order)
 
 
-def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_the_results_describe_the_data_and_the_folds(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
     _, results = evaluated
     assert results["folds"] == {
         "split": "trained to 2018-04-30, tested 2018-05-08 to 2018-05-30",
@@ -119,7 +121,7 @@ def test_the_results_tell_what_was_measured(evaluated: tuple[Path, dict[str, Any
     assert len(results["robustness"]["weeks"]) == 4
 
 
-def test_the_card_and_the_plots_are_there_and_say_what_they_must(
+def test_card_and_plots_are_written_with_all_sections(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
     output, results = evaluated
@@ -158,7 +160,7 @@ def test_the_gru_of_a_comparison_is_a_checkpoint_of_its_scores(
     assert run.seconds == 0
 
 
-def test_a_checkpoint_that_may_have_seen_the_test_is_told_of(
+def test_a_checkpoint_that_may_have_seen_the_test_gets_a_caution(
     evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     output, results = evaluated
@@ -182,15 +184,15 @@ def test_a_checkpoint_that_may_have_seen_the_test_is_told_of(
         assert f"# Model card: Recur {trained.digest}" in card
 
 
-def test_the_verdict_and_the_reasons_are_measured(
+def test_the_account_head_and_the_reasons_are_measured(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
     output, results = evaluated
     (gru,) = (n for n in results["networks"] if n["network"] == "gru")
-    assert set(gru["verdict"]) == set(MEASURES)
-    assert gru["verdict"]["auc_roc"] > 0.55
+    assert set(gru["account_head"]) == set(MEASURES)
+    assert gru["account_head"]["auc_roc"] > 0.55
     card = (output / "model_card.md").read_text(encoding="utf-8")
-    assert "its verdict on the account" in card
+    assert "its account head" in card
     assert set(results["first_reasons_agree"]) <= {"1", "2", "3"}
     assert results["first_reasons_agree"]
     assert "\n## Reasons\n" in card
@@ -220,13 +222,13 @@ def test_the_same_command_trains_nothing_again_and_another_network_only_that(
     assert trained == {"vanilla RNN, split, seed 1"}
     assert again[0] == first[0]
     for file in (tmp_path / "runs").glob("*.npz"):
-        file.write_bytes(file.read_bytes()[:100])  # cut off
+        file.write_bytes(file.read_bytes()[:100])  # truncated
     third, trained = compare("transaction")
     assert trained == {"feed-forward, transaction alone, split, seed 1"}
     assert third[0].metrics == first[0].metrics
 
 
-def test_what_another_version_of_training_has_kept_is_trained_anew(
+def test_a_cached_training_of_another_recipe_is_trained_again(
     short_log: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ComparisonSettings(
@@ -245,11 +247,11 @@ def test_what_another_version_of_training_has_kept_is_trained_anew(
     assert len(list((tmp_path / "runs").glob("*.npz"))) == 2
 
 
-def test_lightgbm_sees_the_further_fields_that_networks_see(log: Dataset, tmp_path: Path) -> None:
-    """A category whose first and third texts of four are fraud's: its code's order says little."""
+def test_lightgbm_gets_the_extra_fields_that_networks_get(log: Dataset, tmp_path: Path) -> None:
+    """The first and third of four texts mark fraud, so the order of the codes is no help."""
     rng = np.random.default_rng(1)
-    told = log.is_fraud & (rng.random(len(log)) < 0.8)
-    code = np.where(told, 2 * rng.integers(0, 2, len(log)), 2 * rng.integers(0, 2, len(log)) + 1)
+    marked = log.is_fraud & (rng.random(len(log)) < 0.8)
+    code = np.where(marked, 2 * rng.integers(0, 2, len(log)), 2 * rng.integers(0, 2, len(log)) + 1)
     fields = dataclasses.replace(
         log,
         categorical={"kind": code.astype(np.int32)},
@@ -284,7 +286,7 @@ def test_progress_rises_to_1(short_log: Dataset, tmp_path: Path) -> None:
 def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(
     short_log: Dataset, tmp_path: Path
 ) -> None:
-    """What LightGBM and a network learn ends with the fold's training days."""
+    """LightGBM and networks learn only from the training days of the fold."""
     fold = split_fold(short_log)
     later = np.flatnonzero(short_log.timestamp_ms >= (fold.test_until - 7) * 86_400_000)
     label = short_log.label.copy()
@@ -351,7 +353,7 @@ def test_a_curve_of_precision_and_recall_is_that_of_its_thresholds() -> None:
 
 @pytest.fixture
 def file(log: Dataset, tmp_path: Path) -> Path:
-    """The log as a file in the handbook's columns."""
+    """Write the log to a file with the Handbook's columns."""
     table = pa.table(
         {
             "TRANSACTION_ID": np.arange(len(log)),
@@ -400,7 +402,7 @@ def test_the_command_compares_on_a_file_by_the_handbooks_folds(
         (["--seeds", "0"], "seeds is 0"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(
+def test_an_impossible_option_is_reported_in_a_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--customers", "60", "--terminals", "60", "--days", "40"]
@@ -411,7 +413,7 @@ def test_what_cannot_be_is_told_in_a_line(
     assert message in error
 
 
-def test_what_is_not_installed_is_told_before_anything_is_trained(
+def test_a_missing_requirement_is_reported_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> None:
@@ -427,16 +429,16 @@ def test_what_is_not_installed_is_told_before_anything_is_trained(
         plots.require_matplotlib()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecurError, match="cannot make the folder"):
         run_evaluate(EvaluateOptions(output=tmp_path / "file" / "out", training=SIMULATED))
 
 
-def test_kinds_are_named_once() -> None:
+def test_kinds_have_unique_titles() -> None:
     assert len({kind.title for kind in KINDS.values()}) == len(KINDS)
     with pytest.raises(ComparisonError, match="there is no network"):
-        ComparisonSettings(networks=("verdict",))
+        ComparisonSettings(networks=("perceptron",))
 
 
 def test_a_checkpoint_with_fields_that_the_data_lack_is_refused(

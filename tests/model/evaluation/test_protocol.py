@@ -1,4 +1,4 @@
-"""Protocols: which rows are learned from and which are measured."""
+"""Protocols: the rows that train a network and the rows that test it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.protocol import (
     Fold,
     ProtocolError,
@@ -18,12 +18,13 @@ from model.evaluation.protocol import (
     iso_date,
     split_fold,
 )
+from model.units import DAY_MS
 
 FIRST = day_of("2018-04-01")
 
 
 def a_log(days: int = 183, fraud_every: int = 5, fraud_days: int = 1000) -> Dataset:
-    """One transaction a day, at noon, each of another account."""
+    """Make a log of one transaction a day at noon, each of another account."""
     n = np.arange(days)
     return Dataset(
         account=n.astype(np.int32),
@@ -70,7 +71,7 @@ def test_the_handbooks_folds_step_back_by_weeks_and_learn_from_all_days_before()
 
 
 def test_a_card_leaves_the_test_when_its_fraud_is_known_and_not_before() -> None:
-    """By hand: training days 10 to 16, test days 24 to 30, so that labels take 7 days."""
+    """Training is on days 10 to 16 and the test on days 24 to 30; labels take 7 days."""
     transactions = [
         # day, account, fraud
         (9, 1, True),  # before the training week: not known
@@ -118,9 +119,7 @@ def test_a_card_leaves_the_test_when_its_fraud_is_known_and_not_before() -> None
         ({"train_until": "30.6.2018"}, "is no date such as"),
     ],
 )
-def test_dates_that_cannot_be_are_refused_with_what_to_do(
-    dates: dict[str, Any], message: str
-) -> None:
+def test_impossible_dates_are_rejected_with_advice(dates: dict[str, Any], message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         split_fold(a_log(), **dates)
 

@@ -1,4 +1,4 @@
-"""Faults of account states: each does to the scores what its name says, and nothing else."""
+"""Faults of account states: each changes the scores as its name says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint, Header
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.protocol import Fold
 from model.evaluation.robustness import (
     FAULTS,
@@ -18,9 +18,11 @@ from model.evaluation.robustness import (
     measure_robustness,
     score_with_faults,
 )
-from model.features.account import FEATURES, Encoder, FeatureSpec, Float32, observe_log
+from model.features.account import Float32, observe_log
+from model.features.spec import FEATURES, Encoder, FeatureSpec
 from model.network import Architecture, Network
 from model.training.sequences import score_unrolled
+from model.units import DAY_MS
 from tests.fakes.datasets import rows_of
 
 ACCOUNTS, STEPS = 12, 50
@@ -28,7 +30,7 @@ ACCOUNTS, STEPS = 12, 50
 
 @pytest.fixture(scope="module")
 def log() -> Dataset:
-    """Twelve accounts, one transaction a day each; account 0 is silent from day 15 to 49."""
+    """Make a log of twelve accounts that pay daily; account 0 is silent from day 15 to 49."""
     rng = np.random.default_rng(3)
     day = np.repeat(np.arange(STEPS), ACCOUNTS)
     account = np.tile(np.arange(ACCOUNTS), STEPS)
@@ -55,7 +57,7 @@ def raw(log: Dataset) -> Float32:
 
 @pytest.fixture(scope="module")
 def checkpoint(raw: Float32) -> Checkpoint:
-    """Untrained, but its hidden matters."""
+    """Make an untrained checkpoint whose hidden state affects the score."""
     torch.manual_seed(0)
     spec = FeatureSpec().fitted(raw)
     network = Network(Architecture(len(spec.inputs), hidden_size=8, layers=2, roles=spec.roles))
@@ -69,7 +71,7 @@ def score(
 
 
 def changed(a: Float32, b: Float32) -> set[int]:
-    """Rows whose scores differ."""
+    """Return the rows whose scores differ."""
     return set(np.flatnonzero(np.abs(a - b) > 1e-6).tolist())
 
 
@@ -101,10 +103,10 @@ def test_a_state_expires_only_after_silence(
 
 
 @pytest.mark.parametrize("share", ["twice_share", "lost_share"])
-def test_a_transaction_that_is_hit_is_itself_scored_as_ever(
+def test_a_fault_changes_only_the_scores_after_its_transaction(
     checkpoint: Checkpoint, log: Dataset, raw: Float32, share: str
 ) -> None:
-    """Only what comes after it in its account sees another state."""
+    """Only later transactions of the account have another state."""
     exact = score(checkpoint, log, raw)
     some = dataclasses.replace(NO_FAULTS, **{share: 0.02})  # type: ignore[arg-type]
     hit = score(checkpoint, log, raw, some)
@@ -119,7 +121,7 @@ def test_a_transaction_that_is_hit_is_itself_scored_as_ever(
 def test_a_lost_write_leaves_the_state_before_it(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
-    """With all writes lost each transaction is an account's first."""
+    """If all writes are lost, every transaction is the first of its account."""
     lost = score(checkpoint, log, raw, Faults("all", lost_share=1.0))
     alone = dataclasses.replace(log, account=np.arange(len(log), dtype=np.int32))
     assert not changed(lost, score(checkpoint, alone, raw))
@@ -142,13 +144,13 @@ def test_lost_states_are_gone_once_and_from_then_on(
     wiped = score(checkpoint, log, raw, Faults("wipe", wiped_ms=wiped_ms))
     before = log.timestamp_ms < wiped_ms
     assert not changed(exact, wiped) & set(np.flatnonzero(before).tolist())
-    # From then on it is as in a log that begins there.
+    # The scores equal those of a log that begins then.
     later = rows_of(log, ~before)
     anew = score(checkpoint, later, raw[~before])
     assert np.abs(wiped[~before] - anew).max() < 1e-6
 
 
-def test_costs_are_told_for_each_fault_and_week(
+def test_costs_are_measured_for_each_fault_and_week(
     checkpoint: Checkpoint, log: Dataset, raw: Float32
 ) -> None:
     fold = Fold("split", 100, train_until=125, test_from=126, test_until=145)

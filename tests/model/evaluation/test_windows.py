@@ -1,4 +1,4 @@
-"""Exact windows against their definition, a transaction at a time."""
+"""Exact windows, compared with their definition for each transaction."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.evaluation.windows import WINDOW_DAYS, WINDOW_INPUTS, window_inputs
+from model.units import DAY_MS
 from tests.fakes.datasets import rows_of
 
 
 def dataset(seed: int, size: int, days: float) -> Dataset:
-    """Few cards and terminals, with transactions of the same time among them."""
+    """Draw transactions of few cards and terminals, some at the same time."""
     rng = np.random.default_rng(seed)
     half_days = np.sort(rng.integers(0, round(2 * days), size))
     return Dataset(
@@ -28,7 +29,7 @@ def dataset(seed: int, size: int, days: float) -> Dataset:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([0.0, 7.0]))
-def test_each_column_is_what_its_definition_says(seed: int, size: int, delay_days: float) -> None:
+def test_each_column_matches_its_definition(seed: int, size: int, delay_days: float) -> None:
     log = dataset(seed, size, days=60)
     found = window_inputs(log, delay_days)
     columns = {name: found[:, i] for i, name in enumerate(WINDOW_INPUTS)}
@@ -50,7 +51,7 @@ def test_each_column_is_what_its_definition_says(seed: int, size: int, delay_day
             assert columns[f"terminal_risk_{days}d"][row] == pytest.approx(risk, rel=1e-6)
 
 
-def test_night_and_weekend_are_told_from_utc() -> None:
+def test_night_and_weekend_are_in_utc() -> None:
     friday = 17_627 * DAY_MS  # 2018-04-06
     hour = 3_600_000
     times = np.array([friday + 6 * hour, friday + 7 * hour, friday + 30 * hour])

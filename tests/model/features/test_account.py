@@ -1,4 +1,4 @@
-"""Features: one row per transaction, independent of how a stream is cut."""
+"""Features and inputs: independent of the cuts of a stream into micro-batches."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from hypothesis import strategies as st
 
 from model.features.account import (
     ACCOUNT_FEATURES,
+    OUTLIER,
+    WINDOW_DAYS,
+    AccountHistory,
+    Float32,
+    Float64,
+    Int64,
+    observe,
+    observe_log,
+    rounds_of,
+)
+from model.features.amount_scale import AmountScale
+from model.features.merchant import Labels, observe_merchant_log
+from model.features.spec import (
     ACCOUNT_INPUTS,
     AMOUNT_FEATURES,
     FEATURES,
     INPUTS,
-    OUTLIER,
     RANGE_RANK,
     SIGNED,
-    WINDOW_DAYS,
-    AccountHistory,
-    AmountScale,
     Encoder,
     FeatureSpec,
     FeatureSpecError,
     Field,
-    Float32,
-    Float64,
     Input,
-    Int64,
     Role,
     Transform,
     field_column,
-    observe,
-    observe_log,
     ranges_of,
-    rounds_of,
 )
-from model.features.merchant import Labels, observe_merchant_log
 from model.training.inputs import fitted_spec
+from model.units import DAY_MS
 
-DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000  # 2018-04-01, a Sunday
 
 SCALE = AmountScale(floor=2.0, usual=40.0)
@@ -54,7 +56,7 @@ Columns = tuple[Int64, Float64, Int64]
 
 @st.composite
 def logs(draw: st.DrawFn) -> Columns:
-    """Up to 60 transactions of up to 5 accounts; event time mostly runs forward."""
+    """Draw up to 60 transactions of up to 5 accounts; event time mostly rises."""
     size = draw(st.integers(1, 60))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     account = rng.integers(0, draw(st.integers(1, 5)), size)
@@ -72,7 +74,7 @@ def one(
 
 
 def with_merchants(of_account: Float32) -> Float32:
-    """Raw features [n, R] of accounts' [n, A]; no merchant was ever seen."""
+    """Add the columns of merchants never seen: [n, A] -> [n, R]."""
     others = np.zeros((len(of_account), len(FEATURES) - len(ACCOUNT_FEATURES)), np.float32)
     return np.hstack((of_account, others))
 
@@ -168,15 +170,17 @@ def test_features_are_what_their_names_say_by_a_slow_sum_over_the_history(log: C
         found_row = dict(zip(ACCOUNT_FEATURES, raw[row].tolist(), strict=True))
         for name, value in expected.items():
             assert found_row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-        # What comes out of order counts as happening at the latest time seen.
+        # A late transaction counts at the latest time seen.
         counted = before[-1].counted if before else 0
         before.append(Seen.of(now_ms_or_last, amount, counted, expected))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A payment as it counts later: at most 2.5 times the usual amount, or the last day's mean;
-    one under the floor counts as what was the mean, and the usual amount stays.
+    """A payment as it enters the means.
+
+    It counts as at most 2.5 times the usual amount, or the mean of the last day. A payment under
+    the floor counts as the mean, and the usual amount stays.
     """
 
     time_ms: int
@@ -191,19 +195,19 @@ class Seen:
         if np.float32(amount) < SCALE.floor:
             return cls(time_ms, means, usual, counted)
         cut = min(amount, max(2.5 * usual, means[1]))
-        # What is usual for everyone counts as one payment before the first.
+        # The usual amount of all accounts counts as one payment before the first.
         counted = min(counted + 1, 100)
         after = usual + (cut - usual) / (counted + 1)
         return cls(time_ms, {1: amount, 7: cut, 30: cut}, after, counted)
 
 
-def test_a_first_amount_of_a_cent_is_never_what_is_usual() -> None:
+def test_a_first_amount_of_a_cent_does_not_become_usual() -> None:
     history = AccountHistory.empty(1)
     for day in range(8):
         seen, history = one(history, 0.01 if day == 0 else 50.0, START_MS + day * DAY_MS)
         if day <= 1:
             assert seen["usual_amount"] == SCALE.usual
-    # 40 of everyone, which count as one payment, and six of 50: the cent does not count.
+    # One payment of 40, the usual of all accounts, and six of 50; the cent does not count.
     assert seen["usual_amount"] == pytest.approx((40 + 6 * 50) / 7)
 
 
@@ -216,7 +220,7 @@ def test_a_first_amount_of_a_cent_is_never_what_is_usual() -> None:
 def test_card_checks_move_nothing_and_shrink_no_denominator(
     usual: float, check: float, payments: int, checks: int
 ) -> None:
-    """Whatever the account pays, as its first payments or later."""
+    """This holds for any payments, for the first ones and later ones."""
     history = AccountHistory.empty(1)
     now_ms = START_MS
     for _ in range(payments):
@@ -248,11 +252,12 @@ def test_no_ratio_is_over_the_amount_in_units_of_the_floor(log: Columns, factor:
 
 
 @given(st.integers(0, 150), st.floats(3.0, 1000.0), st.floats(0.0, 1e30))
-def test_one_odd_payment_moves_what_is_usual_by_a_bounded_factor(
+def test_one_odd_payment_moves_the_usual_amount_by_a_bounded_factor(
     payments: int, usual: float, odd: float
 ) -> None:
-    """As the n-th payment of an account that pays evenly: at most by 1.5 / (n + 1) up, and by
-    1 / (n + 1) down, and never by more than it moves it after a hundred payments.
+    """The n-th payment moves it up by at most 1.5 / (n + 1), and down by at most 1 / (n + 1).
+
+    The account pays evenly before. After a hundred payments the bound no longer falls.
     """
     history = AccountHistory.empty(1)
     for number in range(payments):
@@ -262,8 +267,8 @@ def test_one_odd_payment_moves_what_is_usual_by_a_bounded_factor(
 
     moved = next_one["usual_amount"] / before["usual_amount"]
     share = 1 / (min(payments + 1, 100) + 1)
-    # The mean of the last day is over 2.5 times what is usual where payments are of another size
-    # than what is usual for everyone: then these count as what they are.
+    # If payments differ much from the usual amount of all accounts, the mean of the last day is
+    # over 2.5 times the usual amount. Then payments count in full.
     most = max(OUTLIER, before["mean_amount_1d"] / before["usual_amount"]) - 1
     assert 1 - share - 1e-5 <= moved <= 1 + most * share + 1e-5
     if payments >= 20:
@@ -277,8 +282,8 @@ def test_one_odd_payment_moves_what_is_usual_by_a_bounded_factor(
         )
 
 
-def test_the_second_payment_of_another_kind_counts() -> None:
-    """A new rent, say: the first is an outlier, the second is the account's own."""
+def test_the_second_large_payment_counts_in_full() -> None:
+    """The first payment of a new rent is an outlier, the second is not."""
     history = AccountHistory.empty(1)
     for number in range(30):
         _, history = one(history, 40.0, START_MS + number * DAY_MS)
@@ -302,14 +307,14 @@ def test_event_time_that_runs_backwards_counts_as_no_time_passed() -> None:
     assert history.last_event_ms.tolist() == [START_MS]
 
 
-def test_an_accounts_first_transaction_is_told_from_a_repetition_at_the_same_moment() -> None:
+def test_an_accounts_first_transaction_differs_from_a_repetition_at_the_same_time() -> None:
     first, history = one(AccountHistory.empty(1), 25.0, START_MS)
     second, _ = one(history, 25.0, START_MS)
     assert (first["seconds_since_last"], second["seconds_since_last"]) == (-1, 0)
     assert (first["transactions_seen"], second["transactions_seen"]) == (1, 2)
     assert first["mean_amount_30d"] == first["usual_amount"] == SCALE.usual
     assert first["amount_to_mean"] == first["amount_to_usual"] == 25.0 / SCALE.usual
-    # Of the first amount alone, and with what is usual for everyone.
+    # The mean is the first amount; the usual amount includes that of all accounts.
     assert (second["mean_amount_30d"], second["usual_amount"]) == (25.0, (40 + 25) / 2)
     assert (first["hour_of_day"], first["day_of_week"]) == (0, 6)
 
@@ -329,7 +334,7 @@ def test_extreme_amounts_and_gaps_give_finite_features_and_inputs(
     assert np.isfinite(raw).all()
 
 
-def test_a_count_stays_at_its_largest_instead_of_beginning_anew() -> None:
+def test_a_count_stays_at_its_maximum_instead_of_overflowing() -> None:
     history = AccountHistory.empty(1)
     history.count[:] = 2**32 - 1
     seen, after = one(history, 1.0, START_MS)
@@ -393,7 +398,7 @@ def test_fitted_inputs_have_mean_0_and_deviation_1_and_no_bound_but_their_range(
     assert Encoder(spec).encode(raw)[0].max() > 1000
 
 
-def test_time_runs_round_midnight_and_the_end_of_the_week_meet() -> None:
+def test_time_is_periodic_over_midnight_and_the_end_of_the_week() -> None:
     before, after = raw_sample(2)
     before[FEATURES.index("hour_of_day")] = 23.999
     after[FEATURES.index("hour_of_day")] = 0.001
@@ -447,7 +452,7 @@ def test_inputs_keep_the_order_of_the_specification(order: list[int]) -> None:
 
 
 def fitted(n: int = 3000, fields: tuple[Field, ...] = ()) -> tuple[FeatureSpec, Float32]:
-    """A specification with ranges and steps, and the raw features that it was fitted to."""
+    """Fit a specification with ranges and steps; return it with its raw features."""
     raw = raw_sample(n)
     for _ in fields:
         values = np.arange(n, dtype=np.float32) % 90
@@ -462,7 +467,7 @@ BOUNDED = [name for name in FEATURES if name not in ("hour_of_day", "day_of_week
 @settings(max_examples=30, deadline=None)
 @given(st.floats(1e-6, 1e30), st.integers(0, 2999))
 def test_no_input_is_extrapolated(beyond: float, row: int) -> None:
-    """Beyond a range every input is what it is at the range's end, and it is told."""
+    """Outside a range every input equals its value at the range's end, and it is reported."""
     spec, raw = fitted_once()
     encoder = Encoder(spec)
     inside = np.clip(raw[row], *np.array(spec.ranges, np.float32).T)
@@ -490,7 +495,7 @@ def fitted_once() -> tuple[FeatureSpec, Float32]:
     return fitted()
 
 
-def test_that_there_is_no_value_is_within_every_range_and_seen() -> None:
+def test_a_missing_value_is_within_every_range_and_changes_an_input() -> None:
     spec, raw = fitted_once()
     row = np.median(raw, axis=0)
     signed = [spec.names.index(name) for name in SIGNED]
@@ -507,7 +512,7 @@ def test_that_there_is_no_value_is_within_every_range_and_seen() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_range_is_not_widened_by_a_few_odd_values(sign: int) -> None:
-    """Fewer than twenty, of many transactions; of 500 one is enough."""
+    """Fewer than twenty values of many transactions do not; one of 500 does."""
     raw = np.tile(raw_sample(500), (60, 1))  # 30,000
     place = FEATURES.index("merchant_count_7d")
     raw[:, place] = np.arange(30_000) % 1000
@@ -539,8 +544,8 @@ def test_a_missing_value_stays_missing_and_is_not_outside() -> None:
 
 
 @pytest.mark.parametrize("factor", [160.0, 16_000.0, 1e-4, 1e-8])
-def test_the_currency_s_unit_does_not_matter(factor: float) -> None:
-    """The same log in JPY, IDR or a tiny unit gives the same inputs, fitted on each."""
+def test_the_unit_of_the_currency_does_not_matter(factor: float) -> None:
+    """A log in JPY, IDR or a tiny unit gives the same fitted inputs."""
     rng = np.random.default_rng(5)
     n = 4000
     account = rng.integers(0, 60, n)
@@ -564,14 +569,15 @@ def test_the_currency_s_unit_does_not_matter(factor: float) -> None:
 
 
 def floor_of(account: Int64, amount: Float64) -> float:
-    """A fifth of what the fifth percentile of accounts spends."""
+    """Return a fifth of the fifth percentile of the accounts' mean amounts."""
     means = sorted(float(amount[account == a].mean()) for a in set(account.tolist()))
     return 0.2 * float(np.percentile(means, 5))
 
 
 def test_no_input_can_tell_amounts_that_are_divisible_by_5_cents() -> None:
-    """As those of stolen cards are in the Handbook's data: every input rises with the amount, by
-    a smooth function or by one of a few steps, and none goes up and down.
+    """Amounts of stolen cards in the Handbook's data are divisible by 5 cents.
+
+    No input may rise and fall with the amount, so none can recognise them.
     """
     rng = np.random.default_rng(8)
     n = 20_000
@@ -621,7 +627,7 @@ def test_no_input_can_tell_amounts_that_are_divisible_by_5_cents() -> None:
     ],
 )
 @pytest.mark.parametrize("transform", ["log1p", "linear", "step"])
-def test_an_input_s_role_says_what_the_network_may_make_of_it(
+def test_the_role_of_an_input_follows_from_its_feature(
     feature: str, at_most: float | None, role: Role, transform: Transform
 ) -> None:
     assert Input(feature, transform, at_most=at_most).role == role
@@ -656,7 +662,7 @@ FINITE = ((0.0, 1.0),) * len(FEATURES)
         (FeatureSpec(window_days=(1, 2, 3)), r"\[1, 2, 3\] days"),
     ],
 )
-def test_a_specification_that_cannot_be_computed_is_refused_with_its_reason(
+def test_an_unsupported_specification_is_rejected_with_its_reason(
     spec: FeatureSpec, names: str
 ) -> None:
     with pytest.raises(FeatureSpecError, match=names):

@@ -1,4 +1,4 @@
-"""Merchants' features: a log and a stream give the same, and nothing looks ahead."""
+"""Features of merchants: a log and a stream give the same, and nothing looks ahead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.features.account import FRAUD_FEATURES, Float32, Int64
+from model.features.account import Float32, Int64
 from model.features.merchant import (
     BUCKET_MS,
     BUCKETS,
@@ -24,8 +24,9 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
+from model.features.spec import FRAUD_FEATURES
+from model.units import DAY_MS
 
-DAY_MS = 86_400_000
 START_MS = 1_522_540_800_000
 DELAY_MS = 2 * DAY_MS
 BUCKETS_A_DAY = DAY_MS // BUCKET_MS
@@ -37,9 +38,9 @@ Log = tuple[Int64, Int64, Truth, Weights]
 
 @st.composite
 def logs(draw: st.DrawFn) -> Log:
-    """Up to 80 transactions at up to 4 merchants over some weeks, many of them fraud.
+    """Draw up to 80 transactions at up to 4 merchants over some weeks, many of them fraud.
 
-    Their merchants explain some frauds wholly, some not at all, and others in part.
+    The merchants explain some frauds wholly, some in part, and some not at all.
     """
     size = draw(st.integers(1, 80))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -57,7 +58,7 @@ def observed(log: Log, delay_ms: int = DELAY_MS) -> Float32:
 
 
 def slowly(log: Log, row: int, delay_ms: int = DELAY_MS) -> dict[str, float]:
-    """What the names say, counted from the log transaction by transaction."""
+    """Compute the features by their names, counting the log transaction by transaction."""
     merchant, timestamp_ms, _, _ = log
     now = int(present_bucket(timestamp_ms[row : row + 1])[0])
     horizon = now - -(-delay_ms // BUCKET_MS)
@@ -129,7 +130,7 @@ def test_no_feature_changes_with_labels_that_had_not_arrived(log: Log, row: int)
 @settings(max_examples=60, deadline=None)
 @given(logs())
 def test_a_profile_kept_transaction_by_transaction_gives_the_features_of_the_log(log: Log) -> None:
-    """As a worker does: each looks at the profile as it is when it comes, and is counted then."""
+    """A worker reads the profile at each transaction and then counts the transaction."""
     merchant, timestamp_ms, is_fraud, weight = log
     profiles = MerchantProfiles.empty(4)
     arrivals = Labels.delayed(is_fraud, timestamp_ms, DELAY_MS)
@@ -149,7 +150,7 @@ def test_a_profile_kept_transaction_by_transaction_gives_the_features_of_the_log
 
 
 def count(profiles: MerchantProfiles, merchant: int, bucket: int) -> None:
-    """Adds a transaction to a ring."""
+    """Add a transaction to a ring."""
     head = int(profiles.head[merchant])
     for opened in range(max(head + 1, bucket - BUCKETS + 1), bucket + 1):
         profiles.counts[merchant, opened % BUCKETS] = 0
@@ -158,11 +159,11 @@ def count(profiles: MerchantProfiles, merchant: int, bucket: int) -> None:
 
 
 def profile_of(counts: dict[int, int], frauds: list[tuple[int, int]]) -> MerchantProfiles:
-    """Of one merchant.
+    """Make the profile of one merchant.
 
     Args:
-        counts: transactions by days ago.
-        frauds: days ago, and weight, of each known fraud.
+        counts: number of transactions by age in days.
+        frauds: age in days and weight of each known fraud.
     """
     today = START_MS // BUCKET_MS
     profiles = MerchantProfiles.empty(1)
@@ -178,7 +179,7 @@ def profile_of(counts: dict[int, int], frauds: list[tuple[int, int]]) -> Merchan
 
 
 def seen_today(profiles: MerchantProfiles) -> dict[str, float]:
-    """Features now, without a delay of labels."""
+    """Compute the features now, without a label delay."""
     now = np.array([START_MS // BUCKET_MS * BUCKET_MS + SETTLE_MS])
     raw = observe_merchants(profiles, np.zeros(1, np.intp), now, 0)
     return dict(zip(MERCHANT_FEATURES, raw[0].tolist(), strict=True))
@@ -198,7 +199,7 @@ def test_a_fraud_that_its_payment_explains_has_no_age_and_no_streak_but_is_not_l
     assert (weak["merchant_streak_frauds"], weak["merchant_streak_days"]) == (0.0, -1.0)
     assert weak["merchant_legitimate_days"] == 9.0, "both of the third day's payments are frauds"
 
-    # A strong one with weak ones after it is a streak: nothing legitimate came between.
+    # A strong fraud followed by weak ones is a streak, without a legitimate one between them.
     both = seen_today(profile_of({9: 4, 5: 1, 3: 2}, [(5, 128), (3, 127), (3, 127)]))
     assert both["merchant_legitimate_days"] == 9.0
     assert both["merchant_streak_frauds"] == pytest.approx(128 / 255)
@@ -211,10 +212,10 @@ def test_a_fraud_that_its_payment_explains_has_no_age_and_no_streak_but_is_not_l
     st.lists(st.tuples(st.integers(1, 37), st.integers(0, WEIGHT_MAX)), max_size=8),
     st.tuples(st.integers(1, 37), st.integers(0, WEIGHT_MAX)),
 )
-def test_one_more_known_fraud_never_lowers_what_rises_with_frauds(
+def test_one_more_known_fraud_never_lowers_a_feature_of_frauds(
     counts: dict[int, int], frauds: list[tuple[int, int]], one_more: tuple[int, int]
 ) -> None:
-    """With the counts of transactions fixed, and wherever the fraud was."""
+    """The counts of transactions are fixed; the fraud may be in any bucket."""
     before = seen_today(profile_of(counts, frauds))
     after = seen_today(profile_of(counts, [*frauds, one_more]))
     for name in FRAUD_FEATURES:
@@ -224,7 +225,7 @@ def test_one_more_known_fraud_never_lowers_what_rises_with_frauds(
     )
 
 
-def test_a_bucket_is_looked_at_only_after_everybody_had_time_to_count_what_is_in_it() -> None:
+def test_a_bucket_is_seen_only_after_all_workers_had_time_to_count_it() -> None:
     edge = START_MS // BUCKET_MS * BUCKET_MS + BUCKET_MS
     times = np.array([edge - 1, edge + SETTLE_MS - 1, edge + SETTLE_MS])
     nobody = np.zeros(3, np.int64)
@@ -247,7 +248,7 @@ def test_a_profile_that_is_ahead_of_a_late_transaction_or_far_behind_it_counts_r
         assert raw[:, MERCHANT_FEATURES.index(name)].tolist() == counts
 
 
-def test_nothing_gives_nothing() -> None:
+def test_no_transactions_give_no_rows() -> None:
     nothing = np.zeros(0, np.int64)
     log = nothing, nothing, nothing.astype(bool), nothing.astype(np.uint8)
     assert observed(log).shape == (0, len(MERCHANT_FEATURES))

@@ -1,4 +1,4 @@
-"""`recur probe`: what is planted is found, and a known exposure is measured."""
+"""`recur probe`: it finds planted faults and measures a known exposure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 
 import pipeline
 import pipeline.cli.probe
-from model.checkpoint import Amounts, Checkpoint, Header, Thresholds
+from model.checkpoint import Amounts, Checkpoint, CheckpointThresholds, Header
 from model.evaluation.lightgbm_reference import MissingRequirementError
-from model.features.account import AmountScale, FeatureSpec, Input, Role
+from model.features.amount_scale import AmountScale
 from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
+from model.features.spec import FeatureSpec, Input, Role
 from model.metrics import OPERATING_POINT
 from model.network import Architecture, Network
 from model.probe.exposure import (
@@ -30,7 +31,6 @@ from model.probe.exposure import (
     variants,
 )
 from model.probe.histories import (
-    DAY_MS,
     NOW_MS,
     History,
     catalogue,
@@ -53,6 +53,7 @@ from model.probe.sweeps import (
     short_probe,
 )
 from model.training.sequences import score_stepwise
+from model.units import DAY_MS
 from pipeline.cli.main import main
 
 SHIPPED = Path(pipeline.__file__).parent / "checkpoints" / "default.safetensors"
@@ -76,7 +77,7 @@ REVIEW = 0.5
 
 
 class FreeInput(Input, frozen=True):
-    """An input whose weights are not bound to rise, as before networks were monotone."""
+    """An input whose weights may have any sign, as in a network that is not monotone."""
 
     @property
     def role(self) -> Role:
@@ -90,12 +91,14 @@ def toy(
     bend: tuple[int, float, float] | None = None,
     median: float = 40.0,
 ) -> Checkpoint:
-    """A checkpoint whose logit is a sum over inputs that are not negative; no hidden state.
+    """Make a checkpoint whose logit is a sum over non-negative inputs, without a state.
 
     Args:
-        weights: of the inputs, which are free.
-        bend: an input, a value, and the weight that is added to the input's from there on.
-        median: of the training's amounts.
+        weights: weights of the inputs.
+        bend: an input, a value, and the weight added to the input's weight from there on.
+        bias: bias of the logit.
+        inputs: the inputs.
+        median: median amount of the training.
     """
     n = len(inputs)
     spec = FeatureSpec(tuple(inputs), scale=AmountScale(median / 40, median))
@@ -121,13 +124,13 @@ def toy(
         Header(
             architecture=architecture,
             features=spec,
-            thresholds=Thresholds(REVIEW, 0.9),
+            thresholds=CheckpointThresholds(REVIEW, 0.9),
             amounts=Amounts((0.0, median), 0.5),
         ),
     )
 
 
-AMOUNT = Input("amount", "log1p", at_most=1e12)  # free, since it has a bound of its own
+AMOUNT = Input("amount", "log1p", at_most=1e12)  # free, because it has its own bound
 KNOWN_FRAUDS = FreeInput("merchant_known_frauds", "log1p")
 
 
@@ -136,19 +139,19 @@ def monotone() -> Checkpoint:
 
 
 def planted(sweep: str) -> Checkpoint:
-    """Scores that fall with amounts over 400, or from the third known fraud on."""
+    """Make a checkpoint whose scores fall above an amount of 400, or from the third fraud on."""
     where, value = {AMOUNT_SWEEP: (0, np.log1p(400.0)), FRAUDS_SWEEP: (1, np.log1p(2.0))}[sweep]
     return toy([AMOUNT, KNOWN_FRAUDS], [1.0, 1.0], -5.0, bend=(where, float(value), -2.0))
 
 
 def planted_in_a_file(path: Path) -> Path:
-    """Scores that fall with amounts over 400."""
+    """Write a checkpoint whose scores fall above an amount of 400."""
     toy([AMOUNT], [1.0], -5.0, bend=(0, float(np.log1p(400.0)), -2.0)).save(path)
     return path
 
 
 def drawn() -> Checkpoint:
-    """A whole network of random weights."""
+    """Make a checkpoint with a complete network of random weights."""
     torch.manual_seed(3)
     spec = FeatureSpec()
     architecture = Architecture(
@@ -164,7 +167,7 @@ def passed() -> ProbeResult:
 
 @pytest.fixture(scope="module")
 def failed() -> dict[str, ProbeResult]:
-    """By the sweep in which a fall is planted."""
+    """Probe a checkpoint with a fall planted in a sweep."""
     return {sweep: probe(planted(sweep), TINY) for sweep in (AMOUNT_SWEEP, FRAUDS_SWEEP)}
 
 
@@ -185,7 +188,7 @@ def test_a_planted_fall_is_found_and_named(sweep: str, failed: dict[str, ProbeRe
     assert result.violations_by_sweep[sweep] == result.violations
     fall = result.falls[0]
     assert fall.sweep == sweep
-    step = 10 ** (9 / (TINY.amounts - 2))  # of the grid of amounts, and more
+    step = 10 ** (9 / (TINY.amounts - 2))  # a step of the grid of amounts, or more
     if sweep == AMOUNT_SWEEP:
         assert 400 / step < fall.from_value < 400 * step
         assert fall.to_value == pytest.approx(100_000)
@@ -197,7 +200,7 @@ def test_a_planted_fall_is_found_and_named(sweep: str, failed: dict[str, ProbeRe
 
 
 def test_a_fall_under_half_the_usual_amount_is_no_violation() -> None:
-    """A history of 60,000 in the middle: the score may fall with amounts under half of that."""
+    """The usual amount is 60,000; the score may fall with amounts below half of it."""
     scores = np.array([[0.9, 0.5, 0.5, 0.6], [0.9, 0.5, 0.5, 0.6]], np.float32)
     required = np.array([[False, True, True, True], [True, True, True, True]])
     curves = Curves("amount", "as usual", np.array([1.0, 2.0, 3.0, 4.0]), scores, None, required)
@@ -236,12 +239,12 @@ def test_large_payments_are_listed_with_what_is_wrong(failed: dict[str, ProbeRes
     assert large.amounts == list(LARGE_AMOUNTS)
     row = next(row for row in large.rows if row.history == "15 payments of 5")
     assert 5 <= row.usual < 10
-    # The logit is log1p(amount) - 5 up to 400, and falls from there on: under 0 from 1,080 on.
+    # The logit is log1p(amount) - 5 up to 400, and falls above; it is below 0 from 1,080 on.
     assert [score is not None and score < REVIEW for score in row.score] == [False] * 3 + [True] * 6
     assert row.under_smaller == [False] * 3 + [True] * 6
     assert large.approved == large.under_smaller > 0
     business = next(row for row in large.rows if row.history == "business card")
-    assert business.score[:5] == [None] * 5  # nothing large for it
+    assert business.score[:5] == [None] * 5  # no payment is large for it
 
 
 @pytest.mark.parametrize(("median", "scale"), [(43.8, 1.0), (700_000.0, 10_000.0), (5_000.0, 100)])
@@ -255,7 +258,7 @@ def test_the_catalogue_is_in_the_currency_of_the_checkpoint(median: float, scale
 
 
 def test_a_probe_in_another_currency_finds_the_same() -> None:
-    """Amounts in hundreds of thousands: the planted fall is at 400 x 10,000."""
+    """Amounts are in hundreds of thousands, and the planted fall is at 400 x 10,000."""
     value = float(np.log1p(4e6))
     checkpoint = toy([AMOUNT], [1.0], -12.0, bend=(0, value, -2.0), median=400_000.0)
     result = probe(checkpoint, TINY)
@@ -309,8 +312,8 @@ def test_a_variant_scores_as_the_step_that_makes_it() -> None:
     assert scores == pytest.approx(stepped, abs=1e-6)
 
 
-def test_a_merchant_looks_as_its_log_does() -> None:
-    """24 payments a day for 20 days, of which 3 of one bucket become known as frauds."""
+def test_a_described_merchant_has_the_features_of_its_log() -> None:
+    """There are 24 payments a day for 20 days, and 3 of one bucket become known as fraud."""
     days, delay_ms = 20, 7 * DAY_MS
     now = NOW_MS // BUCKET_MS * BUCKET_MS + BUCKET_MS // 2
     first = now // BUCKET_MS - days * 8
@@ -344,7 +347,7 @@ def test_accounts_of_a_log_are_of_all_lengths_and_levels() -> None:
 
 
 def of_amount(threshold: float = REVIEW) -> tuple[Checkpoint, float]:
-    """A score by the amount alone, and the amount at which it reaches the threshold."""
+    """Make a score that depends on the amount alone; return its amount at the threshold."""
     checkpoint = toy([AMOUNT], [2.0], -9.0)
     return checkpoint, float(np.expm1((np.log(threshold / (1 - threshold)) + 9.0) / 2.0))
 
@@ -374,7 +377,7 @@ def test_the_largest_amount_under_a_threshold_is_found(monotone: bool) -> None:
 
 
 def test_an_amount_that_passes_again_past_an_alarm_is_found() -> None:
-    """The shipped fault: 400 is an alarm, 10,000 is none."""
+    """An earlier checkpoint had this fault: an alert at 400 and none at 10,000."""
     checkpoint = planted(AMOUNT_SWEEP)
     scorer = ProbeScorer(checkpoint)
     states, _ = replay(scorer, accounts())
@@ -385,7 +388,7 @@ def test_an_amount_that_passes_again_past_an_alarm_is_found() -> None:
 
 
 def test_a_known_exposure_is_measured() -> None:
-    """The score knows the amount alone: as many payments as there may be, each the largest."""
+    """The score depends on the amount alone, so the best plan is the most payments."""
     checkpoint, largest = of_amount()
     log = simulated_log(60, 30, 1.0)
     settings = ExposureSettings(
@@ -407,13 +410,13 @@ def test_a_known_exposure_is_measured() -> None:
     }
 
 
-def test_a_thief_who_has_to_wait_waits() -> None:
-    """A pause makes larger payments pass: what the best of the plans gives is known."""
+def test_a_thief_waits_if_a_pause_pays() -> None:
+    """Larger payments pass after a pause; the result of the best plan is known."""
     # logit = 2 log1p(amount) - 1.6 log1p(seconds) + 4: amount + 1 = (1 + seconds) ** .8 / e ** 2
     checkpoint = toy([AMOUNT, Input("seconds_since_last", "log1p", mean=20.0)], [2.0, 0.0], 0.0)
     with torch.no_grad():
         network = checkpoint.network
-        network.free_layer.weight[1, 1] = -1.0  # 20 - log1p(seconds): over 0, as ReLU needs it
+        network.free_layer.weight[1, 1] = -1.0  # 20 - log1p(seconds) is over 0, as ReLU needs
         network.logit.weight[0, 1] = 1.6
         network.logit.bias[0] = 4.0 - 1.6 * 20.0
     history = paying("20 of 30", "", [30.0] * 20, DAY_MS, DAY_MS)
@@ -505,7 +508,7 @@ def test_the_curve_goes_by_the_operating_points() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command tries less."""
+    """Make the command try less."""
     monkeypatch.setattr(pipeline.cli.probe, "SHORT", TINY)
 
 
@@ -601,7 +604,7 @@ def test_the_command_probes_the_accounts_of_a_file(
 def test_the_shipped_checkpoint_can_be_probed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether it passes is for its training to show."""
+    """Whether it passes is tested after its training, not here."""
     json_file = tmp_path / "found.json"
     code = run(SHIPPED, "--short", "--json", json_file)
     found = json.loads(json_file.read_text())

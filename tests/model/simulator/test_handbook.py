@@ -79,7 +79,7 @@ def test_each_scenario_follows_its_rule(half_a_year: list[DayOfTransactions]) ->
     assert amount[scenario == 1].min() > 220
     assert amount[scenario == 0].max() <= 220
     assert (joined(half_a_year, "is_fraud") == (scenario > 0)).all()
-    # 2: a terminal hit on a day is all fraud that day (2, or 3 where both meet), 28 days long.
+    # 2: all payments at a compromised terminal are fraud (2, or 3 if both apply) for 28 days.
     for d in (40, 150):
         hit = np.unique(merchant[(day == d) & (scenario == 2)])
         assert len(hit) == pytest.approx(56 * 0.62, abs=15)  # drawn 2 x 28; some had no payment
@@ -102,14 +102,14 @@ def test_a_compromised_customer_has_a_third_of_its_transactions_changed() -> Non
     assert (joined(days, "scenario") == 3).mean() == pytest.approx(1 / 3, abs=0.06)
 
 
-def test_a_customer_pays_only_within_its_reach_and_everywhere_in_it_alike() -> None:
+def test_a_customer_pays_within_its_reach_at_equally_likely_terminals() -> None:
     simulator = Simulator(customers=40, terminals=4000, seed=2)
     days = list(islice(simulator.days(), 1500))
     account, merchant = joined(days, "account").astype(int), joined(days, "merchant").astype(int)
     busiest = int(np.bincount(account).argmax())
     visits = np.bincount(merchant[account == busiest], minlength=4000)
     reached = visits[visits > 0]
-    # About pi * 5**2 / 100**2 of 4000 on an open map; each with the same expectation.
+    # About pi * 5**2 / 100**2 of 4000 are in reach, each equally likely.
     assert 5 < len(reached) < 50
     chi_square = ((reached - reached.mean()) ** 2 / reached.mean()).sum()
     assert chi_square < len(reached) + 4 * np.sqrt(2 * len(reached))

@@ -1,4 +1,4 @@
-"""The wide world: each kind of account and of fraud occurs, in its share and shape."""
+"""The wide world: each kind of account and of fraud occurs with its share and form."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from model.simulator.world import (
     WIDE,
 )
 from model.training.settings import TrainingSettings
-from model.training.train import simulate
+from model.units import DAY_MS, HOUR_MS
 from pipeline.cli.main import recur
 from pipeline.demo.run import DemoOptions
+from tests.model.simulated_log import simulate
 
 CUSTOMERS, TERMINALS, DAYS = 3_000, 6_000, 150
-DAY_MS, HOUR_MS = 86_400_000, 3_600_000
 HANDBOOK_DIGEST = "00d1da53068b3c9c806cb6d3ea4142574e85482d416ad895794fa823295d0ee6"
-"""Of the Handbook's world, customers 200, terminals 500, seed 7, the first 30 days."""
+"""Digest of the Handbook's world: 200 customers, 500 terminals, seed 7, the first 30 days."""
 
 
 @dataclass
 class Stream:
-    """Some days of the wide world, in order of account and then of time.
+    """Some days of the wide world, by account and then by time.
 
     Attributes:
-        usual: [customers] EUR, each account's usual amount on the first day.
-        kind: [customers] of accounts.
-        number: [n] how many payments the account made before.
-        pause_ms: [n] since the account's last payment; 0 for its first.
+        usual: [customers] usual amount of each account on the first day, EUR.
+        kind: [customers] kind of the account.
+        number: [n] number of earlier payments of the account.
+        pause_ms: [n] time since the account's last payment; 0 for its first.
     """
 
     account: NDArray[np.int64]
@@ -64,7 +64,7 @@ class Stream:
     kind: NDArray[np.int64]
 
     def of_kind(self, name: str) -> NDArray[np.bool_]:
-        """[n] honest payments of such accounts."""
+        """Return which payments [n] are honest ones of such accounts."""
         number = [kind.name for kind in KINDS].index(name)
         honest: NDArray[np.bool_] = (self.kind[self.account] == number) & (self.scenario == 0)
         return honest
@@ -108,7 +108,7 @@ def stream(days: list[DayOfTransactions]) -> Stream:
     )
 
 
-def test_the_handbooks_world_is_bit_for_bit_what_it_was() -> None:
+def test_the_handbooks_world_never_changes_a_bit() -> None:
     digest = hashlib.sha256()
     for day in islice(Simulator(customers=200, terminals=500, seed=7).days(), 30):
         for column in (f.name for f in fields(DayOfTransactions) if f.name != "day"):
@@ -317,7 +317,7 @@ def test_shops_are_of_all_sizes_and_some_are_compromised_in_part(stream: Stream)
     large = payments[hit] > 20 * DAYS
     assert large.any()
     assert share[large].max() < 0.15
-    # A small one takes all: from its first fraud to the last nothing there is legitimate.
+    # At a small shop every payment from the first fraud to the last is fraud.
     small = hit[payments[hit] < DAYS]
     assert len(small) > 3
     for shop in small:

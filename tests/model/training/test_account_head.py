@@ -1,4 +1,4 @@
-"""The verdict on an account: its truth, its fit, and the calibration of scores."""
+"""The account head: its truth and its fit; and the calibration of scores."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.dataset import DAY_MS, Dataset
+from model.data.dataset import Dataset
 from model.metrics import auc_roc, expected_calibration_error
 from model.network import Architecture, Network
 from model.training.account_head import (
     EVERY,
-    States,
-    fit_verdict,
+    SampledStates,
+    account_scores,
+    fit_account_head,
     is_compromised,
     states_of,
-    verdict_scores,
 )
-from model.training.calibration import fold, platt
+from model.training.calibration import fold_into_output_layer, platt
 from model.training.sequences import Sequences, TensorInputs
+from model.units import DAY_MS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,7 +54,7 @@ def test_an_account_is_compromised_for_seven_days_from_its_own_fraud_on() -> Non
     assert found.tolist() == [False, False, True, True, False, True, False, False]
 
 
-def test_truth_of_random_accounts_is_the_definition() -> None:
+def test_the_truth_of_random_accounts_matches_the_definition() -> None:
     rng = np.random.default_rng(0)
     n = 400
     data = dataset(
@@ -96,11 +97,11 @@ def test_the_head_is_fitted_to_the_states_whatever_the_share(share: float) -> No
     hidden = torch.randn(4000, 5)
     hidden[torch.from_numpy(compromised), 2] += 2.0
     network = Network(Architecture(inputs=3, hidden_size=5))
-    states = States(np.arange(4000), hidden)
+    states = SampledStates(np.arange(4000), hidden)
 
-    fit_verdict(network, states, compromised)
+    fit_account_head(network, states, compromised)
 
-    scores = verdict_scores(network, states)
+    scores = account_scores(network, states)
     assert scores.mean() == pytest.approx(share, abs=0.01)
     if 0 < share < 1:
         assert auc_roc(scores, compromised) > 0.85
@@ -116,7 +117,7 @@ def test_folding_a_calibration_calibrates_the_network_itself() -> None:
         truth = 1 / (1 + np.exp(-(0.4 * logits - 2)))
         is_fraud = np.random.default_rng(0).random(len(truth)) < truth
         scale, shift = platt(logits, is_fraud)
-        fold(network, scale, shift)
+        fold_into_output_layer(network, scale, shift)
         scores = torch.sigmoid(network.unroll(inputs)[0][:, 0]).numpy()
     np.testing.assert_allclose(
         scores, 1 / (1 + np.exp(-(scale * logits + shift))), rtol=1e-3, atol=1e-6

@@ -1,4 +1,4 @@
-"""The steps that training finds are the ones that made the labels, and few."""
+"""Binning finds the edges that made the labels, and few others."""
 
 from __future__ import annotations
 
@@ -7,62 +7,62 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.training.binning import STEPS_MAX, learned_steps
+from model.training.binning import EDGES_MAX, learn_bin_edges
 
 
-def test_a_step_in_noise_is_found_where_it_is() -> None:
+def test_an_edge_in_noise_is_found() -> None:
     rng = np.random.default_rng(0)
     amount = np.round(rng.gamma(2.0, 40.0, 200_000), 2).astype(np.float32)
     is_fraud = rng.random(200_000) < np.where(amount > 220, 0.9, 0.003)
 
-    steps = learned_steps(amount, is_fraud)
+    steps = learn_bin_edges(amount, is_fraud)
 
     assert min(abs(step - 220) for step in steps) < 0.5
     assert len(steps) <= 2
 
 
-def test_an_island_of_fraud_has_a_step_on_either_side() -> None:
+def test_an_island_of_fraud_has_an_edge_on_either_side() -> None:
     rng = np.random.default_rng(1)
     hour = rng.uniform(0, 24, 100_000).astype(np.float32)
     is_fraud = rng.random(100_000) < np.where((hour >= 2) & (hour < 5), 0.2, 0.001)
 
-    steps = learned_steps(hour, is_fraud)
+    steps = learn_bin_edges(hour, is_fraud)
 
     for edge in (2, 5):
         assert min(abs(step - edge) for step in steps) < 0.05
 
 
-def test_chance_gives_no_steps_and_their_number_is_bounded() -> None:
+def test_chance_gives_no_edges_and_their_number_is_bounded() -> None:
     rng = np.random.default_rng(2)
     values = rng.normal(size=50_000).astype(np.float32)
-    assert learned_steps(values, rng.random(50_000) < 0.01) == ()
-    wavy = np.sin(values * 20) > 0  # dozens of sharp steps
-    assert len(learned_steps(values, wavy)) == STEPS_MAX
+    assert learn_bin_edges(values, rng.random(50_000) < 0.01) == ()
+    wavy = np.sin(values * 20) > 0  # dozens of sharp edges
+    assert len(learn_bin_edges(values, wavy)) == EDGES_MAX
 
 
-def test_a_step_leaves_enough_on_either_side() -> None:
-    """A threshold over a few values would be learned by heart."""
+def test_a_bin_holds_enough_transactions() -> None:
+    """An edge above a few values would only memorise them."""
     values = np.arange(1000, dtype=np.float32)
-    assert learned_steps(values, values >= 990, leaf_min=10) == (989.5,)
-    assert learned_steps(values, values >= 991, steps_max=1, leaf_min=10) != (990.5,)
+    assert learn_bin_edges(values, values >= 990, leaf_min=10) == (989.5,)
+    assert learn_bin_edges(values, values >= 991, edges_max=1, leaf_min=10) != (990.5,)
 
 
 @pytest.mark.parametrize("constant", [0.0, 1e30, float("nan"), float("-inf")])
-def test_a_feature_that_says_nothing_has_no_steps(constant: float) -> None:
+def test_an_uninformative_feature_has_no_edges(constant: float) -> None:
     is_fraud = np.arange(1000) % 3 == 0
-    assert learned_steps(np.full(1000, constant, np.float32), is_fraud) == ()
-    assert learned_steps(np.zeros(0, np.float32), np.zeros(0, np.bool_)) == ()
+    assert learn_bin_edges(np.full(1000, constant, np.float32), is_fraud) == ()
+    assert learn_bin_edges(np.zeros(0, np.float32), np.zeros(0, np.bool_)) == ()
 
 
 def test_missing_values_are_left_out() -> None:
     values = np.arange(2000, dtype=np.float32)
     with_missing = np.where(np.arange(2000) % 2, values, np.float32(np.nan))
-    assert learned_steps(with_missing, values >= 1000) == (1000.0,)  # between 999 and 1001
+    assert learn_bin_edges(with_missing, values >= 1000) == (1000.0,)  # between 999 and 1001
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30))
-def test_the_first_step_is_the_best_of_all(seed: int, distinct: int) -> None:
-    """Against every possible threshold, and with a float32 that separates its neighbours."""
+def test_the_first_edge_is_the_best_of_all(seed: int, distinct: int) -> None:
+    """It is compared with every possible edge, and separates neighbouring float32 values."""
     rng = np.random.default_rng(seed)
     values = (np.float32(16_777_216) + rng.integers(0, distinct, 60) * 2).astype(np.float32)
     is_fraud = (
@@ -80,7 +80,7 @@ def test_the_first_step_is_the_best_of_all(seed: int, distinct: int) -> None:
         return likelihood(is_fraud[over]) + likelihood(is_fraud[~over]) - likelihood(is_fraud)
 
     best = max(gain(float(v)) for v in values)
-    steps = learned_steps(values, is_fraud, steps_max=1, leaf_min=1, gain_min_nats=1e-6)
+    steps = learn_bin_edges(values, is_fraud, edges_max=1, leaf_min=1, gain_min_nats=1e-6)
     if steps:
         assert gain(steps[0]) == pytest.approx(best, abs=1e-6)
     else:

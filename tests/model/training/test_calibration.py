@@ -1,4 +1,4 @@
-"""Calibration: logits that mean what they say, and never turned round."""
+"""Calibration: scores become probabilities and their order is never reversed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.network import Architecture, Network
-from model.training.calibration import SCALE_RANGE, fold, platt
+from model.training.calibration import SCALE_RANGE, fold_into_output_layer, platt
 
 
 @settings(max_examples=25, deadline=None)
@@ -17,7 +17,7 @@ from model.training.calibration import SCALE_RANGE, fold, platt
 def test_the_scale_is_over_0_whatever_the_labels_are(
     seed: int, slope: float, spread: float
 ) -> None:
-    """Also where frauds have the lower scores: what rises must go on rising."""
+    """This also holds if frauds have the lower scores, because rising parts must stay rising."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(2, 400))
     logits = rng.normal(-2.0, spread, n).astype(np.float32)
@@ -47,7 +47,7 @@ def test_folding_scales_every_part_of_the_logit(roles: tuple[str, ...]) -> None:
     network = Network(Architecture(4, 8, 8, head_size=8, roles=roles)).eval()  # type: ignore[arg-type]
     inputs, hidden = torch.randn(20, 4), torch.randn(20, 1, 8)
     before, _ = network.step(inputs, hidden)
-    fold(network, 2.5, -1.0)
+    fold_into_output_layer(network, 2.5, -1.0)
     after, _ = network.eval().step(inputs, hidden)
     torch.testing.assert_close(after, 2.5 * before - 1.0)
     unrolled, _ = network.unroll(inputs[:, None], hidden)

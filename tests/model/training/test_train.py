@@ -1,4 +1,4 @@
-"""Training: what comes out is what the settings and the data say, and it has learned."""
+"""Training: settings and data decide the checkpoint, and it finds fraud."""
 
 from __future__ import annotations
 
@@ -20,28 +20,23 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
-from model.data.dataset import DAY_MS, Dataset
-from model.features.account import (
-    ACCOUNT_FEATURES,
-    FRAUD_AGES,
-    AccountHistory,
-    FeatureSpec,
-    Float32,
-    Float64,
-    Role,
-    observe,
-)
+from model.data.dataset import Dataset
+from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, Float64, observe
 from model.features.merchant import MERCHANT_FEATURES, Labels, observe_merchant_log
+from model.features.spec import FRAUD_AGES, FeatureSpec, Role
 from model.metrics import average_precision
 from model.network import Network
 from model.simulator.handbook import SimulatorError
 from model.training.loop import RECIPE, fit
+from model.training.period_metrics import choose_thresholds
 from model.training.resume import Position
 from model.training.sequences import Sequences, TensorInputs, score_stepwise, score_unrolled
 from model.training.settings import Report, TrainingError, TrainingSettings
 from model.training.split import Split
-from model.training.train import Log, choose_thresholds, observe_all, simulate, train
+from model.training.train import train
+from model.units import DAY_MS
 from pipeline.progress import TrainingProgress
+from tests.model.simulated_log import SimulatedLog, observe_all, simulate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
 
@@ -64,7 +59,7 @@ SMALL = TrainingSettings(
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other in small operations crawl on a busy machine."""
+    """Use one thread, because threads that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,15 +67,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def network_of(settings: TrainingSettings, inputs: int) -> Network:
-    """One that sees so many numbers, none of them an amount or a merchant."""
+    """Make a network with numeric inputs that are no amounts and no merchants."""
     architecture = settings.architecture(FeatureSpec())
     own: Role = "own"
     roles = (own,) * inputs
     return Network(replace(architecture, inputs=inputs, roles=roles))
 
 
-def raw_as_trained(log: Log, checkpoint: Checkpoint) -> Float32:
-    """Raw features of a log in which the checkpoint weighs the known frauds."""
+def raw_as_trained(log: SimulatedLog, checkpoint: Checkpoint) -> Float32:
+    """Compute the raw features of a log with the merchant weights of the checkpoint."""
     spec = checkpoint.header.features
     raw = observe_all(log, spec)
     weight = checkpoint.network.merchant_weight(torch.from_numpy(checkpoint.encode(raw)))
@@ -138,7 +133,7 @@ def test_the_same_settings_give_the_same_checkpoint_and_another_seed_another(
 ) -> None:
     tiny: dict[str, Any] = {"customers": 120, "terminals": 100, "days": 40}
     tiny |= {"hidden_size": 4, "epochs": 1}
-    tiny |= {"world": "handbook"}  # with few customers the wide one has days without fraud
+    tiny |= {"world": "handbook"}  # with few customers the wide world has days without fraud
     first, second, other = (
         train(TrainingSettings(**tiny, seed=seed, device="cpu"), tmp_path / "m")
         for seed in (1, 1, 2)
@@ -194,7 +189,7 @@ def test_progress_shows_a_bar_on_a_terminal() -> None:
     assert "50%" in out.getvalue()
 
 
-def test_what_happens_after_the_training_days_does_not_change_the_weights() -> None:
+def test_labels_after_the_training_days_do_not_change_the_weights() -> None:
     log = simulate(SMALL)
     split = Split.of(SMALL.days)
     inputs = torch.randn(len(log), 3)
@@ -202,7 +197,7 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
     weights = []
     for later_truth in (log.is_fraud, ~log.is_fraud):
         is_fraud = np.where(log.day < split.validation, log.is_fraud, later_truth)
-        changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
+        changed = SimulatedLog(**(vars(log) | {"is_fraud": is_fraud}))
         inputs[log.day >= split.validation] = torch.randn(1)
         torch.manual_seed(0)
         network = network_of(settings, 3)
@@ -212,7 +207,7 @@ def test_what_happens_after_the_training_days_does_not_change_the_weights() -> N
         assert torch.equal(weight, weights[1][name])
 
 
-def test_every_other_epoch_is_of_accounts_that_begin_anew() -> None:
+def test_every_other_epoch_learns_from_restarted_accounts() -> None:
     log = simulate(SMALL)
     sequences = Sequences(log.account)
     inputs = TensorInputs(torch.randn(len(log), 3), sequences)
@@ -235,15 +230,15 @@ def test_every_other_epoch_is_of_accounts_that_begin_anew() -> None:
 
 
 def test_a_network_can_learn_what_only_the_sequence_shows() -> None:
-    """The truth is shown once, chunks ago: the hidden must be carried between chunks."""
+    """The truth appears once, chunks ago, so the hidden state must pass between chunks."""
     rng = np.random.default_rng(0)
     accounts, steps = 64, 40
     account = np.tile(np.arange(accounts), steps)
     bit = rng.random((steps, accounts)) < 0.5
-    bit[1:] = bit[:1]  # shown once, at the first step; asked at every later one
+    bit[1:] = bit[:1]  # shown at the first step, needed at every later one
     shown = np.zeros((steps, accounts), np.float32)
     shown[0] = np.where(bit[0], 1.0, -1.0)
-    log = Log(
+    log = SimulatedLog(
         day=np.repeat(np.arange(steps), accounts),
         timestamp_ms=np.arange(steps * accounts),
         account=account,
@@ -305,7 +300,7 @@ def test_thresholds_keep_their_promise_on_the_validation_days() -> None:
     is_fraud = np.zeros(len(log), np.bool_)
     is_fraud[validation[::20]] = True
     scores = np.clip(rng.normal(0.3 + 0.4 * is_fraud, 0.1), 0, 1).astype(np.float32)
-    changed = Log(**(vars(log) | {"is_fraud": is_fraud}))
+    changed = SimulatedLog(**(vars(log) | {"is_fraud": is_fraud}))
     assert len(log) > n
     chosen = choose_thresholds(changed, scores, split, SMALL)
     legitimate = scores[validation][~is_fraud[validation]]
@@ -336,7 +331,7 @@ def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -
         TrainingSettings(**wrong)
 
 
-def test_too_little_fraud_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+def test_too_little_fraud_is_reported_before_anything_is_computed(tmp_path: Path) -> None:
     reports: list[Report] = []
     with pytest.raises(TrainingError, match=r"have 0 frauds among .* both classes are needed"):
         train(
@@ -356,8 +351,9 @@ RESUMED = """
 import sys
 from pathlib import Path
 import model.training.loop
+from model.training.settings import TrainingSettings
+from model.training.train import (train)
 import model.training.merchant_weight_fit
-from model.training.train import TrainingSettings, train
 from tests.conftest import MERCHANT_WEIGHT_UPDATES
 model.training.loop.SAVE_EVERY_SECONDS = 0.0
 model.training.merchant_weight_fit.UPDATES = MERCHANT_WEIGHT_UPDATES
@@ -371,7 +367,7 @@ train(settings, Path(sys.argv[1]))
 def test_a_training_that_is_killed_goes_on_and_gives_the_same_bytes(
     layers: int, tmp_path: Path
 ) -> None:
-    """Killed twice: in the middle of an epoch, and when the best epoch is being looked for."""
+    """It is killed twice: within an epoch, and after validation has begun."""
     killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
     command = [sys.executable, "-c", RESUMED]
     for epoch in (1, 3) if layers == 1 else (3,):
@@ -420,12 +416,12 @@ def wait_for_epoch(output: Path, epoch: int, process: subprocess.Popen[bytes]) -
     raise AssertionError(f"no epoch {epoch} was saved; exit code {process.poll()}")
 
 
-def test_other_settings_begin_anew_and_somebody_elses_folder_is_left_alone(
+def test_other_settings_start_again_and_a_foreign_folder_is_left_alone(
     tmp_path: Path,
 ) -> None:
     tiny: dict[str, Any] = {"customers": 120, "terminals": 100, "days": 40}
     tiny |= {"hidden_size": 4, "epochs": 1}
-    tiny |= {"world": "handbook"}  # with few customers the wide one has days without fraud
+    tiny |= {"world": "handbook"}  # with few customers the wide world has days without fraud
     output = tmp_path / "m"
 
     def interrupted(report: Report) -> None:
@@ -507,7 +503,7 @@ def test_scores_are_calibrated_and_the_header_says_what_thresholds_are_worth(
     assert header.metrics["calibration_error"] < 0.1
 
 
-def test_the_verdict_finds_compromised_accounts(
+def test_the_account_head_finds_compromised_accounts(
     trained: tuple[Checkpoint, Path, list[Report]],
 ) -> None:
     checkpoint, _, _ = trained
@@ -516,8 +512,8 @@ def test_the_verdict_finds_compromised_accounts(
     assert checkpoint.network.verdict.weight.abs().sum() > 0
 
 
-def test_what_has_no_label_is_not_learned_from(tmp_path: Path) -> None:
-    """Wrong labels that are marked as unknown change nothing."""
+def test_a_transaction_without_a_label_is_not_learned_from(tmp_path: Path) -> None:
+    """Wrong labels change nothing if they are marked as unknown."""
     log = simulate(replace(SMALL, customers=120))
     split = Split.of(SMALL.days)
     settings = replace(SMALL, epochs=1)
@@ -563,7 +559,7 @@ def test_dates_divide_the_data_as_they_say() -> None:
 def test_the_shipped_checkpoint_was_trained_by_the_default_settings() -> None:
     shipped = Checkpoint.load(SHIPPED)
     told = dict(shipped.header.training)
-    assert told.pop("recipe") == RECIPE, f"train it anew: recur train {SHIPPED}"
+    assert told.pop("recipe") == RECIPE, f"train it again: recur train {SHIPPED}"
     assert TrainingSettings(**told | {"device": "auto"}) == TrainingSettings()
     assert shipped.header.currency == "EUR"
     assert 0 < shipped.header.thresholds.review < shipped.header.thresholds.decline < 1
@@ -587,7 +583,7 @@ def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16(
     rounded, _, _ = score_stepwise(
         shipped, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:]
     )
-    visible = log.scenario != 2  # a compromised terminal shows only when labels have come
+    visible = log.scenario != 2  # a compromised terminal shows only after labels arrive
     truth = log.scenario[visible] > 0
     ap_exact = average_precision(exact[visible], truth)
     assert ap_exact > 0.7
@@ -595,8 +591,8 @@ def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16(
     assert np.abs(rounded - exact).max() < 0.02
 
 
-def histories_of(log: Log, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
-    """What a worker remembers of each account at the end of a log, and the hidden."""
+def histories_of(log: SimulatedLog, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
+    """Return the histories and hidden states of all accounts after a log."""
     raw = raw_as_trained(log, checkpoint)
     _, history, hidden = score_stepwise(
         checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
@@ -612,7 +608,7 @@ def logits_of(
     merchant: Float32,
     later_ms: int,
 ) -> tuple[Float32, Float32]:
-    """Logits and inputs of one payment of each account, after its history."""
+    """Compute logits and inputs of one payment of each account after its history."""
     times = history.last_event_ms + later_ms
     of_account, _ = observe(history, amount, times, checkpoint.header.features.scale)
     inputs = checkpoint.encode(np.hstack((of_account, merchant)))
@@ -625,7 +621,7 @@ def logits_of(
 def swept(
     trained: tuple[Checkpoint, Path, list[Report]],
 ) -> tuple[Checkpoint, AccountHistory, torch.Tensor, Float32]:
-    """The trained checkpoint, histories, their hiddens, and merchants with and without frauds."""
+    """Return the trained checkpoint, histories, states, and merchants with and without frauds."""
     checkpoint, _, _ = trained
     log = simulate(replace(SMALL, customers=60, terminals=100, seed=9))
     history, hidden = histories_of(log, checkpoint)
@@ -640,7 +636,7 @@ def swept(
 def test_more_money_never_lowers_a_trained_score(
     swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], later_ms: int
 ) -> None:
-    """From what is usual, or the mean, on: what is under both may be a card test."""
+    """This holds from the usual amount or the mean on; a smaller one may be a card test."""
     checkpoint, history, hidden, merchant = swept
     scale = checkpoint.header.features.scale
     mean = history.decayed_amount[:, 2] / np.maximum(history.decayed_count[:, 2], 1)
@@ -662,7 +658,7 @@ def test_more_money_never_lowers_a_trained_score(
 def test_more_known_frauds_never_lower_a_trained_score(
     swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], age_days: float
 ) -> None:
-    """At ages of frauds that are fixed; -1 is a merchant whose frauds say nothing about it."""
+    """The fraud ages are fixed; -1 is a merchant whose frauds have little weight."""
     checkpoint, history, hidden, merchant = swept
     column = {name: place for place, name in enumerate(MERCHANT_FEATURES)}
     amount = history.usual_amount.astype(np.float64)
@@ -688,7 +684,7 @@ def test_more_known_frauds_never_lower_a_trained_score(
 def test_a_cent_more_changes_a_trained_score_by_next_to_nothing_but_at_a_step(
     swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32],
 ) -> None:
-    """Whether an amount is divisible by 5 cents, as those of stolen cards are, must not show."""
+    """The score must not show whether an amount is divisible by 5 cents."""
     checkpoint, history, hidden, merchant = swept
     steps = [i.transform == "step" for i in checkpoint.header.features.inputs]
     rng = np.random.default_rng(5)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from model.features.account import INPUTS
+from model.features.spec import INPUTS
 from pipeline.audit import recompute as recompute_module
 from pipeline.audit import score_reader as score_reader_module
 from pipeline.audit import verifier as verifier_module

@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 from benchmarks.bursts import MAPPING as BURSTS_MAPPING
 from benchmarks.bursts import transactions
 from model.checkpoint import Checkpoint
-from model.features.account import ACCOUNT_FEATURES, FEATURES
+from model.features.account import ACCOUNT_FEATURES
+from model.features.spec import FEATURES
 from model.metrics import average_precision
 from model.training.preparation import write_raw_for
 from model.training.sequences import Sequences, score_stepwise
@@ -119,7 +120,7 @@ def test_a_file_with_fields_in_any_order_becomes_a_usable_checkpoint(
     assert [f.name for f in header.features.fields] == [
         "distance", "category",
     ]  # fmt: skip
-    assert "which of the few accounts it is: lat, long, merch_lat" in result.stderr
+    assert "they identify one of few accounts: lat, long, merch_lat" in result.stderr
     assert "customers" not in header.training
     assert header.metrics["average_precision"] > 0.5
 

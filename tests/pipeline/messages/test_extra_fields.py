@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.features.account import Field, field_column
+from model.features.spec import Field, field_column
 from pipeline.errors import RejectedError
 from pipeline.messages.extra_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, ExtraFields
 from pipeline.messages.transactions import decode_transaction

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.features.account import FEATURES
 from model.features.merchant import MERCHANT_FEATURES, WEIGHT_MAX, WITHOUT_KNOWN_FRAUDS
+from model.features.spec import FEATURES
 from model.reasons import Reason
 from model.transaction import AMOUNT_MAX, Transaction
 from pipeline.kafka.score_log import LoggedScore

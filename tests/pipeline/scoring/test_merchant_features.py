@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from model.features.account import FEATURES, INPUTS
 from model.features.merchant import (
     BUCKET_MS,
     MERCHANT_FEATURES,
@@ -17,6 +16,7 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
+from model.features.spec import FEATURES, INPUTS
 from pipeline.messages.scores import decode_score, stored_weight
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health

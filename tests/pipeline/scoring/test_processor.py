@@ -17,7 +17,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from model.checkpoint import Checkpoint
-from model.features.account import FEATURES
+from model.features.spec import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline.admin.rebuild_states import PartitionRebuild
 from pipeline.errors import StartupError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import Checkpoint, Thresholds
+from model.checkpoint import Checkpoint, CheckpointThresholds
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
 from tests.fakes.memory_workers import small_checkpoint
 
@@ -29,17 +29,17 @@ def test_new_thresholds_are_returned_once(file: Path) -> None:
     watcher = watch(file)
     assert watcher.new_thresholds() is None
 
-    small_checkpoint().with_header(thresholds=Thresholds(0.2, 0.7)).save(file)
+    small_checkpoint().with_header(thresholds=CheckpointThresholds(0.2, 0.7)).save(file)
 
-    assert watcher.new_thresholds() == Thresholds(0.2, 0.7)
+    assert watcher.new_thresholds() == CheckpointThresholds(0.2, 0.7)
     assert watcher.new_thresholds() is None
 
 
 def test_thresholds_written_between_load_and_first_look_are_found(file: Path) -> None:
     watcher = watch(file)
-    small_checkpoint().with_header(thresholds=Thresholds(0.2, 0.7)).save(file)
+    small_checkpoint().with_header(thresholds=CheckpointThresholds(0.2, 0.7)).save(file)
 
-    assert watcher.new_thresholds() == Thresholds(0.2, 0.7)
+    assert watcher.new_thresholds() == CheckpointThresholds(0.2, 0.7)
 
 
 def test_the_same_thresholds_in_a_new_file_change_nothing(file: Path) -> None:
@@ -53,7 +53,7 @@ def test_another_model_causes_one_warning_and_is_not_used(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     watcher = watch(file)
-    small_checkpoint(seed=1).with_header(thresholds=Thresholds(0.2, 0.7)).save(file)
+    small_checkpoint(seed=1).with_header(thresholds=CheckpointThresholds(0.2, 0.7)).save(file)
 
     assert [watcher.new_thresholds() for _ in range(3)] == [None] * 3
 
@@ -61,8 +61,8 @@ def test_another_model_causes_one_warning_and_is_not_used(
     assert line.levelno == logging.WARNING
     assert "restart to use the new model" in line.getMessage()
 
-    small_checkpoint().with_header(thresholds=Thresholds(0.1, 0.8)).save(file)
-    assert watcher.new_thresholds() == Thresholds(0.1, 0.8), "the model in use is back"
+    small_checkpoint().with_header(thresholds=CheckpointThresholds(0.1, 0.8)).save(file)
+    assert watcher.new_thresholds() == CheckpointThresholds(0.1, 0.8), "the model in use is back"
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", None])
@@ -82,5 +82,5 @@ def test_a_broken_or_missing_file_is_logged_once_and_the_next_good_one_counts(
     assert line.levelno == logging.ERROR
     assert str(file) in line.getMessage()
 
-    small_checkpoint().with_header(thresholds=Thresholds(0.1, 0.8)).save(file)
-    assert watcher.new_thresholds() == Thresholds(0.1, 0.8)
+    small_checkpoint().with_header(thresholds=CheckpointThresholds(0.1, 0.8)).save(file)
+    assert watcher.new_thresholds() == CheckpointThresholds(0.1, 0.8)
