@@ -197,7 +197,7 @@ def test_a_seek_back_is_not_undone_by_the_seek_to_what_is_committed() -> None:
 
     async def go() -> None:
         alone.member.thread.assign(1, [place])
-        consumer.seek_back(place, 1)
+        consumer.reread_from(place, 1)
         await consumer.perform_seek()
 
     alone.run(go())
