@@ -15,9 +15,10 @@ from aiokafka import AIOKafkaProducer
 from click.testing import CliRunner
 
 from pipeline.local.services import HOST, Kafka, Redis
-from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.account_state import StateCodec
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import RedisStateStore, Save, redis_client
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
 from tests.fakes.memory_verify import NoBar
 from tests.faults.__main__ import main

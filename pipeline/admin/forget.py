@@ -26,7 +26,7 @@ from pipeline.messages.codec import FORGET
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
-from pipeline.storage.state_scan import Copy, StateScan
+from pipeline.storage.state_scan import StateCopy, StateScan
 from pipeline.storage.state_store import Load, RedisStateStore
 
 _LABELS_NOTE = "and what producers send of it from now on"
@@ -50,7 +50,7 @@ class Receipt:
     topic: str
     partitions: Sequence[int]
     places: Sequence[Place]
-    copies: Sequence[Copy]
+    copies: Sequence[StateCopy]
     applied_ms: int | None
     is_back: bool
     retentions: dict[TopicRole, Retention | None]
@@ -122,7 +122,7 @@ class Forgetting:
             retentions=await retentions(settings),
         )
 
-    def _partitions(self, copies: Sequence[Copy], count: int) -> list[int]:
+    def _partitions(self, copies: Sequence[StateCopy], count: int) -> list[int]:
         """Where the account's records go: where its states are, else Kafka's default."""
         found = sorted({copy.partition for copy in copies if copy.partition < count})
         everywhere = list(range(count))

@@ -34,8 +34,9 @@ from pipeline.progress import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark
 from pipeline.scoring.scorer import scorer_of
 from pipeline.settings import Settings
-from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import Keys
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
 
 _DAY_MS = 86_400_000

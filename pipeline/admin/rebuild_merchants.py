@@ -45,7 +45,7 @@ from pipeline.storage.merchant_profile import (
     Fraud,
     Profile,
     decode_profiles,
-    is_sound,
+    is_valid,
     transaction_hash,
 )
 from pipeline.storage.merchant_repair import MerchantRepair
@@ -248,7 +248,7 @@ class MerchantRebuild:
 
     async def _correct_slot(self, slot: int, merchants: Sequence[str]) -> int | None:
         """How many profiles were corrected; None where a worker has booked meanwhile."""
-        booked = await self._repair.booked_to(slot)
+        booked = await self._repair.recorded_to(slot)
         if any(to > read for to, read in zip(booked, self._labels_to, strict=True)):
             await self._read_log()
         labels = self._labels.get(slot, {})
@@ -256,12 +256,12 @@ class MerchantRebuild:
         weights = MerchantWeights(self._weights, self._found.from_bucket)
         frauds: dict[str, Sequence[Fraud]] = {}
         for merchant, value in zip(merchants, values, strict=True):
-            standing = Profile.from_bytes(value).frauds if value and is_sound(value) else []
+            standing = Profile.from_bytes(value).frauds if value and is_valid(value) else []
             logged = labels.get(merchant, [])
             touched = {label.booking.entry.id_hash for label in logged}
             kept = [f for f in standing if f.known <= self._known_from and f.id_hash not in touched]
             due = frauds_of(logged, booked, weights, standing, kept)
-            if due != standing or (value is not None and not is_sound(value)):
+            if due != standing or (value is not None and not is_valid(value)):
                 frauds[merchant] = due
         if self._dry_run or not frauds:
             return len(frauds)
@@ -321,7 +321,7 @@ class MerchantRebuild:
                 self._found.too_many -= number
         if not self._dry_run:
             await self._repair.add(more)
-            await self._repair.take_off(fewer)
+            await self._repair.subtract(fewer)
 
 
 def _buckets(heads: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -29,10 +29,11 @@ from pipeline.kafka.topics import add_partitions, group_members, partition_count
 from pipeline.progress import Bar, bar_for
 from pipeline.scoring.partitions import read_watermark
 from pipeline.settings import Settings
-from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, other_log
 
 READ_MOST = 8_192

@@ -28,7 +28,7 @@ from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.merchant_store import RedisMerchantStore
-from pipeline.storage.servers import NO_EVICTION, Server, evicted_keys, servers
+from pipeline.storage.servers import NO_EVICTION, RedisServer, evicted_keys, servers
 from pipeline.storage.state_store import Load, RedisStateStore, Save
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Evictions:
         self._metrics = metrics
         self._health = health
         self._on_repaired = on_repaired
-        self._calls = RedisClient(redis_client(settings))
+        self._redis = RedisClient(redis_client(settings))
         self._keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
         self._one_at_a_time = asyncio.Lock()
         self._record: Record | None = None
@@ -112,10 +112,10 @@ class Evictions:
         self._lost = 0
         self._wrong: dict[str, str] = {}
 
-    async def require(self, *, absent: bool) -> None:
-        """See :class:`pipeline.storage.state_store.Intactness`."""
+    async def require_no_loss(self, *, absent: bool) -> None:
+        """See :class:`pipeline.storage.state_store.LossCheck`."""
         if absent and not self._lost:
-            evicted = await evicted_keys(self._calls)
+            evicted = await evicted_keys(self._redis)
             is_known = self._record is not None
             if not is_known or any(n > self._believed.get(x, 0) for x, n in evicted.items()):
                 await self._examine()
@@ -143,16 +143,16 @@ class Evictions:
 
     async def close(self) -> None:
         """Give connections back."""
-        await self._calls.close()
+        await self._redis.close()
 
     # look --------------------------------------------------------------------------------
 
-    async def _examine(self) -> list[Server]:
+    async def _examine(self) -> list[RedisServer]:
         """Ask the servers, and find out and write down what is lost."""
         async with self._one_at_a_time:
             written = await self._read()
             # After it: a number under that of the record is one that was reset.
-            found = await servers(self._calls)
+            found = await servers(self._redis)
             self._tell(found)
             evicted = _evicted(found)
             record = written or self._record or await self._first_record(evicted)
@@ -171,7 +171,7 @@ class Evictions:
         has_states = bool(await self._store.watermarks(self._partitions))
         return Record({} if has_states else evicted)
 
-    def _notice(self, found: list[Server], record: Record) -> None:
+    def _notice(self, found: list[RedisServer], record: Record) -> None:
         """Say what is lost, or that it is repaired."""
         before, had_lost = self._record, self._lost
         self._record, self._lost = record, record.lost
@@ -203,7 +203,7 @@ class Evictions:
             self._metrics.evicted_keys.inc(n - before if n >= before else n)
             self._counted[run] = n
 
-    def _tell(self, found: list[Server]) -> None:
+    def _tell(self, found: list[RedisServer]) -> None:
         """Make the worker not ready, and log a line, where a server is not as it must be."""
         place = redis_address(self._settings.redis_url)
         self._metrics.may_evict.set(any(server.may_evict for server in found))
@@ -238,12 +238,12 @@ class Evictions:
     async def _repair(self) -> None:
         """Set all watermarks back, unless another worker is at it."""
         lock, owner = self._keys.evictions_lock(), secrets.token_hex(8)
-        if not await self._calls.ask("SET", lock, owner, "NX", "PX", str(LOCK_MS)):
+        if not await self._redis.ask("SET", lock, owner, "NX", "PX", str(LOCK_MS)):
             return
         try:
             await self._repair_alone()
         finally:
-            await self._calls.ask("DEL", lock)
+            await self._redis.ask("DEL", lock)
 
     async def _repair_alone(self) -> None:
         found = await self._examine()  # another worker may have repaired it meanwhile
@@ -252,7 +252,7 @@ class Evictions:
             return
         records = sum([await self._take_back(p) for p in range(self._partitions)])
         if self._settings.update_merchant_profiles:
-            await self._merchant_store.forget_booked(await self._labels_partitions() or 0)
+            await self._merchant_store.forget_recorded(await self._labels_partitions() or 0)
         # What is evicted from here on is more than what is written here.
         record = Record(record.repaired | _evicted(found), 0, record.repairs + 1)
         await self._write(record)
@@ -272,7 +272,7 @@ class Evictions:
         while True:
             bounds = await self._logs.bounds(topic, partition)
             scores = await self._logs.bounds(scores_topic, partition)
-            (loaded,) = await self._store.load_as_it_is([Load(partition, [])])
+            (loaded,) = await self._store.load_unchecked([Load(partition, [])])
             if loaded.watermark is None:
                 return 0  # a worker begins at the log's begin by itself
             standing = read_watermark(topic, partition, loaded.watermark)
@@ -293,7 +293,7 @@ class Evictions:
 
     async def _read(self) -> Record | None:
         """Read the record, with every look, so that Redis evicts it no sooner than watermarks."""
-        value = await self._calls.ask("GET", self._keys.evictions())
+        value = await self._redis.ask("GET", self._keys.evictions())
         if value is None:
             return None
         try:
@@ -304,7 +304,7 @@ class Evictions:
     async def _write(self, record: Record) -> None:
         last = dict(list(record.repaired.items())[-SERVERS_REMEMBERED:])
         value = msgspec.json.encode(msgspec.structs.replace(record, repaired=last))
-        await self._calls.ask("SET", self._keys.evictions(), value)
+        await self._redis.ask("SET", self._keys.evictions(), value)
 
 
 def _compared(record: Record, evicted: Mapping[str, int]) -> Record:
@@ -316,7 +316,7 @@ def _compared(record: Record, evicted: Mapping[str, int]) -> Record:
     return Record(repaired, max(record.lost, lost), record.repairs)
 
 
-def _evicted(found: list[Server]) -> dict[str, int]:
+def _evicted(found: list[RedisServer]) -> dict[str, int]:
     """Collect numbers of evicted keys, by the servers' run ids."""
     return {
         server.run_id or server.name or "redis": server.evicted
@@ -325,6 +325,6 @@ def _evicted(found: list[Server]) -> dict[str, int]:
     }
 
 
-def _policies(found: list[Server]) -> str:
+def _policies(found: list[RedisServer]) -> str:
     policies = {server.policy or "unknown" for server in found}
     return ", ".join(sorted(policies - {NO_EVICTION} or policies))

@@ -28,7 +28,7 @@ from pipeline.scoring.partitions import Chunk, LogId, Poll, Record, TransactionL
 from pipeline.scoring.retry import Retrier
 from pipeline.settings import Settings
 from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
-from pipeline.storage.merchant_store import Booked, Booking, MerchantStore
+from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel, MerchantStore
 from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE
 from pipeline.timestamps import is_record_time
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
@@ -147,7 +147,7 @@ class LabelProcessor:
             if booked is None:  # none came yet; what is committed was booked
                 committed = partial(self._labels_log.committed, partition)
                 booked = await self._patience.ask_log(committed)
-            standing = await self._patience.retry_redis(partial(self._store.booked_to, partition))
+            standing = await self._patience.retry_redis(partial(self._store.recorded_to, partition))
             if booked is not None and standing < booked:
                 standing = max(standing, await self._begin(partition))
                 if standing < booked and self._next_offsets is tenure:
@@ -211,7 +211,7 @@ class LabelProcessor:
     async def _book(self, partition: int, chunk: Chunk) -> int | None:
         """Book a chunk; where the store lacks what is before it, the offset to go on from."""
         with self._metrics.timed("book"):
-            bookings: list[Booking] = []
+            bookings: list[MerchantLabel] = []
             names: list[str] = []
             delays_ms: list[int] = []
             letters: list[Outgoing] = []
@@ -238,12 +238,14 @@ class LabelProcessor:
         self._observe(names, delays_ms, booked)
         return behind
 
-    async def _ask(self, partition: int, bookings: list[Booking], begin: int, end: int) -> Booked:
+    async def _ask(
+        self, partition: int, bookings: list[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         return await self._patience.retry_redis(
-            lambda: self._store.book(partition, bookings, begin, end)
+            lambda: self._store.record_labels(partition, bookings, begin, end)
         )
 
-    def _observe(self, names: list[str], delays_ms: list[int], booked: Booked) -> None:
+    def _observe(self, names: list[str], delays_ms: list[int], booked: LabelOutcomes) -> None:
         """Count labels that are new, and those that came after a newer one."""
         done = [i for i, decision in enumerate(booked.decisions) if decision is not None]
         new = [i for i in done if booked.decisions[i] != STALE]
@@ -273,7 +275,7 @@ def label_of(record: Record, future_limit_ms: int) -> tuple[Label, int, int]:
     return label, timestamp_ms, labelled_ms
 
 
-def booking_of(offset: int, label: Label, timestamp_ms: int, labelled_ms: int) -> Booking:
+def booking_of(offset: int, label: Label, timestamp_ms: int, labelled_ms: int) -> MerchantLabel:
     """What the store books of a label."""
     told = label.merchant_weight
     entry = Fraud(
@@ -282,12 +284,12 @@ def booking_of(offset: int, label: Label, timestamp_ms: int, labelled_ms: int) -
         min(labelled_ms // BUCKET_MS, KNOWN_MAX),
         WEIGHT_MAX if told is None else stored_weight(told),
     )
-    return Booking(
+    return MerchantLabel(
         offset,
         label.merchant_id,
         label.label == "fraud",
         entry,
         labelled_ms,
-        is_weight_told=told is not None,
+        has_weight=told is not None,
         is_late=labelled_ms - timestamp_ms > NOTE_EXPIRY_MS,
     )

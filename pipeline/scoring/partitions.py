@@ -23,8 +23,8 @@ from pipeline.kafka.producer import AppendResult, Transactions
 from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, ScoreLog
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import Load, Save, StateStore
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
 
 log = logging.getLogger(__name__)

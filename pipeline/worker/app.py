@@ -151,7 +151,7 @@ class Worker:
             health=self.health,
             on_repaired=lambda: self._consumer().look_again(self._topic),
         )
-        self._store.intactness = self._merchant_store.intactness = self._evictions
+        self._store.loss_check = self._merchant_store.loss_check = self._evictions
         patience = Retrier(self.metrics, self.health)
         self.ownership = PartitionManager(
             topic=self._topic,

@@ -18,7 +18,7 @@ from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE
 from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.settings import Settings, redis_address
-from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError, answered_within
+from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError, retry_within
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.servers import unreachable_nodes
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
@@ -66,7 +66,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
 async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
     address = redis_address(settings.redis_url)
     try:
-        servers = await answered_within(settings.startup_timeout_seconds, store.servers)
+        servers = await retry_within(settings.startup_timeout_seconds, store.servers)
     except StoreUnavailableError as error:
         away = await unreachable_nodes(settings)
         if away:
@@ -156,7 +156,7 @@ async def _check_labels(
     try:
         log_id = await score_log.topic_id(topic) or NO_ID
         ends = await score_log.ends(topic, list(range(partitions)))
-        booked = {partition: await store.booked_to(partition) for partition in ends}
+        booked = {partition: await store.recorded_to(partition) for partition in ends}
         named = {partition: await store.labels_log(partition, None) for partition in ends}
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise StartupError(f"cannot compare the booked labels with the log: {error}") from error

@@ -27,13 +27,13 @@ from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
-from pipeline.storage.merchant_profile import Profile, is_sound
+from pipeline.storage.merchant_profile import Profile, is_valid
 from pipeline.storage.merchant_store import (
-    Booked,
-    Booking,
     Counts,
+    LabelOutcomes,
+    MerchantLabel,
     ScoredNote,
-    booked_of,
+    label_outcomes,
     places_by_slot,
 )
 from pipeline.storage.state_store import Load, LoadResult, Save, StoreUnavailableError
@@ -159,7 +159,7 @@ class MemoryMerchantStore:
     def profile(self, merchant_id: str) -> Profile:
         """A merchant's profile; a new one where there is none that can be read."""
         value = self.profiles.get(merchant_id)
-        sound = value is not None and is_sound(value)
+        sound = value is not None and is_valid(value)
         return Profile.from_bytes(value) if sound and value is not None else Profile()
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
@@ -190,13 +190,15 @@ class MemoryMerchantStore:
         """Remember a transaction at once."""
         place = merchant_slot(scored.merchant_id), scored.transaction_hash
         before = self.notes.get(place, TransactionNote())
-        note = self.notes[place] = before.scored(scored.decision, scored.weight)
+        note = self.notes[place] = before.with_score(scored.decision, scored.weight)
         if note.weight != before.weight:
             profile = self.profile(scored.merchant_id)
-            if profile.weigh(scored.transaction_hash, note.weight):
+            if profile.set_weight(scored.transaction_hash, note.weight):
                 self.profiles[scored.merchant_id] = profile.to_bytes()
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         with _step("book", self.interrupt):
@@ -206,10 +208,10 @@ class MemoryMerchantStore:
                 self.book_slot(slot, partition, [labels[i] for i in part], begin, end)
                 for slot, part in enumerate(parts)
             ]
-            return booked_of(len(labels), parts, replies)
+            return label_outcomes(len(labels), parts, replies)
 
     def book_slot(
-        self, slot: int, partition: int, labels: Sequence[Booking], begin: int, end: int
+        self, slot: int, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
     ) -> list[str | None] | int:
         """Book labels of a slot at once; what became of them, or up to where it is booked."""
         booked_to = self.booked.get((partition, slot), 0)
@@ -218,25 +220,25 @@ class MemoryMerchantStore:
         self.booked[partition, slot] = max(booked_to, end)
         return [self._book(label) if label.offset >= booked_to else None for label in labels]
 
-    def _book(self, label: Booking) -> str:
+    def _book(self, label: MerchantLabel) -> str:
         place = merchant_slot(label.merchant_id), label.entry.id_hash
         before = self.notes.get(place, TransactionNote())
-        note = before.labelled(label.labelled_ms, label.told_weight)
+        note = before.with_label(label.labelled_ms, label.label_weight)
         if note is None:
             return STALE
         self.notes[place] = note
         profile = self.profile(label.merchant_id)
-        if profile.book(replace(label.entry, weight=note.weight), label.is_fraud):
+        if profile.record(replace(label.entry, weight=note.weight), label.is_fraud):
             self.profiles[label.merchant_id] = profile.to_bytes()
         return decision_of(note, is_late=label.is_late)
 
-    async def booked_to(self, partition: int) -> int:
+    async def recorded_to(self, partition: int) -> int:
         """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         self._require_up()
-        return self.all_booked_to(partition)
+        return self.all_recorded_to(partition)
 
-    def all_booked_to(self, partition: int) -> int:
+    def all_recorded_to(self, partition: int) -> int:
         """The offset before which all labels of a partition are booked."""
         return min(self.booked.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
 

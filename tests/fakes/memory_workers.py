@@ -49,8 +49,9 @@ from pipeline.scoring.processor import Computed, Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
-from pipeline.storage.account_state import RECENT_IDS, Watermark
+from pipeline.storage.account_state import RECENT_IDS
 from pipeline.storage.state_store import Save
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,

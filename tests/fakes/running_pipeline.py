@@ -26,9 +26,10 @@ from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.processor import PartDecoder, columns
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
-from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
+from pipeline.storage.watermark import Watermark
 
 READY_SECONDS = 240.0
 DAY_MS = 86_400_000

@@ -90,7 +90,7 @@ class Storm:
             ends = await log.ends(topic, partitions)
 
             async def are_booked() -> bool:
-                booked = {partition: await store.booked_to(partition) for partition in ends}
+                booked = {partition: await store.recorded_to(partition) for partition in ends}
                 return booked == ends
 
             await until_true(are_booked, "the labels to be booked", BOOKED_LIMIT_SECONDS)

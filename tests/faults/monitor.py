@@ -11,8 +11,8 @@ from types import TracebackType
 from pipeline.errors import RecurError
 from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.settings import Settings
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
+from pipeline.storage.watermark import Watermark
 from tests.faults.worker_pool import Crew
 
 LOOK_SECONDS = 0.2

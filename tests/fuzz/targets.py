@@ -41,7 +41,7 @@ from pipeline.messages.codec import (
 from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
 from pipeline.scoring.labels import booking_of
 from pipeline.scoring.scorer import MicroBatch, Scorer
-from pipeline.storage.account_state import STATE_FORMAT, Watermark
+from pipeline.storage.account_state import STATE_FORMAT
 from pipeline.storage.keys import Keys
 from pipeline.storage.merchant_profile import (
     EMPTY_VALUE,
@@ -51,6 +51,7 @@ from pipeline.storage.merchant_profile import (
     encode_frauds,
     transaction_hash,
 )
+from pipeline.storage.watermark import Watermark
 from tests.fuzz.mutation import (
     Mutator,
     mutate_bytes,
@@ -317,7 +318,7 @@ def _profile() -> Profile:
     for bucket in range(present - 120, present):
         profile.count(bucket, bucket % 5)
     for i in range(3):
-        profile.book(Fraud(i + 1, present - 40 + i, present - 10), is_fraud=True)
+        profile.record(Fraud(i + 1, present - 40 + i, present - 10), is_fraud=True)
     return profile
 
 

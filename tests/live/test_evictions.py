@@ -22,10 +22,10 @@ from pipeline.scoring.evictions import EvictedError, Evictions
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import MemoryKafka, MemoryScoreLog
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
@@ -172,7 +172,7 @@ class Watcher:
             health=self.health,
             on_repaired=self._on_repaired,
         )
-        self.store.intactness = self.merchants.intactness = self.evictions
+        self.store.loss_check = self.merchants.loss_check = self.evictions
 
     async def _labels_partitions(self) -> int:
         return PARTITIONS
@@ -191,17 +191,17 @@ class Watcher:
     async def fill(self) -> None:
         """States in every partition, up to the log's end, and labels that are booked."""
         for partition in range(PARTITIONS):
-            (loaded,) = await self.store.load_as_it_is([Load(partition, [])])
+            (loaded,) = await self.store.load_unchecked([Load(partition, [])])
             mark = Watermark(PARTITIONS, RECORDS, 0, time.monotonic_ns()).to_bytes()
             save = Save(partition, loaded.watermark, mark, list(FILLER), list(FILLER.values()))
             assert await self.store.save([save]) == [True]
-            await self.merchants.book(partition, [], 0, 7)
+            await self.merchants.record_labels(partition, [], 0, 7)
 
     async def offsets(self) -> list[int]:
         """Each partition's watermark, and up to where labels are booked."""
         marks = await self.store.watermarks(PARTITIONS)
         states = [Watermark.from_bytes(mark).next_offset for mark in marks.values()]
-        return states + [await self.merchants.booked_to(p) for p in range(PARTITIONS)]
+        return states + [await self.merchants.recorded_to(p) for p in range(PARTITIONS)]
 
 
 INTACT = [RECORDS] * PARTITIONS + [7] * PARTITIONS

@@ -25,7 +25,7 @@ from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.storage.client import redis_client
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.storage.merchant_store import Booking, RedisMerchantStore
+from pipeline.storage.merchant_store import MerchantLabel, RedisMerchantStore
 from pipeline.worker.preflight import check_services
 from tests.fakes.memory_workers import checkpoint_of_weights
 from tests.fakes.offline import Log, offline_merchant_raw, random_checkpoint
@@ -64,7 +64,7 @@ async def until_booked(system: PipelineUnderTest, feed: Feed) -> None:
     async def booked() -> bool:
         return all(
             [
-                await store.booked_to(partition) > last
+                await store.recorded_to(partition) > last
                 for partition, last in feed.count.last_offsets.items()
             ]
         )
@@ -216,11 +216,11 @@ def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_comp
             t.timestamp // BUCKET_MS,
             (t.timestamp + 7 * DAY_MS) // BUCKET_MS,
         )
-        expected.setdefault(t.merchant_id, Profile()).book(entry, True)
+        expected.setdefault(t.merchant_id, Profile()).record(entry, True)
     contradicted = labelled[::9]
     for t in contradicted:
         entry = Fraud(transaction_hash(t.transaction_id), 0, 2**31)
-        expected[t.merchant_id].book(entry, False)
+        expected[t.merchant_id].record(entry, False)
 
     async def stream_labels(feed: Feed) -> None:
         for start in range(0, len(labelled), 200):
@@ -312,7 +312,7 @@ def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
 
     async def run() -> None:
         store = RedisMerchantStore.from_settings(settings)
-        await store.book(1, [Booking(6, "M1", True, entry)], 0, 7)
+        await store.record_labels(1, [MerchantLabel(6, "M1", True, entry)], 0, 7)
         await store.close()
         with pytest.raises(StartupError, match=r"labels-1 \(offset 7, the log ends at 0\)"):
             await check_services(settings, load_checkpoint(settings))

@@ -17,10 +17,11 @@ from model.features.merchant import WEIGHT_MAX
 from pipeline.kafka.score_log import Kept, read_score
 from pipeline.messages.codec import FORGET, decode_alert, decode_published
 from pipeline.messages.decision import DECISIONS
-from pipeline.storage.account_state import RECENT_IDS, StateCodec, Watermark
+from pipeline.storage.account_state import RECENT_IDS, StateCodec
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.storage.merchant_store import Booking
+from pipeline.storage.merchant_store import MerchantLabel
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import MemoryMerchantStore, MemoryStateStore
 from tests.simulation.chain import NO_HIDDEN, chained, score_of
 
@@ -271,7 +272,7 @@ class LabelAudit:
         weights: of transactions by their scorer, by slot and hash: those of one id may be several.
     """
 
-    bookings: list[dict[int, Booking]]
+    bookings: list[dict[int, MerchantLabel]]
     ends: list[int]
     booked_to: list[list[int]] = field(default_factory=list)
     weights: dict[tuple[int, int], set[int]] = field(default_factory=dict)
@@ -301,15 +302,15 @@ class LabelAudit:
             if offset >= end or booking.merchant_id != merchant or is_old:
                 continue
             newest[name] = booking.labelled_ms
-            if booking.told_weight is not None:
-                told[name] = booking.told_weight
+            if booking.label_weight is not None:
+                told[name] = booking.label_weight
             note = store.notes.get((slot, name))
             weight = WEIGHT_MAX
             if note is not None and note.decision is not None:
                 possible = self.weights[slot, name]
                 weight = weights[name] if weights.get(name) in possible else min(possible)
             entry = replace(booking.entry, weight=told.get(name, weight))
-            expected.book(entry, booking.is_fraud)
+            expected.record(entry, booking.is_fraud)
         if found != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
 
@@ -384,14 +385,14 @@ class Auditor:
             return
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
-    def label_booked(self, partition: int, booking: Booking) -> None:
+    def label_booked(self, partition: int, booking: MerchantLabel) -> None:
         """A label was booked, for the first time or again, or would be."""
         merchant = booking.merchant_id
         self.check(lambda: self.labels.check(self._merchants, merchant, partition))
 
     def labels_are_booked(self, partition: int) -> bool:
         """Whether all of a labels partition are."""
-        return self._merchants.all_booked_to(partition) == self.labels.ends[partition]
+        return self._merchants.all_recorded_to(partition) == self.labels.ends[partition]
 
     def booked_to(self, partition: int, slots: Iterable[int]) -> None:
         """Slots may be booked further than before."""

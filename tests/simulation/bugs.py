@@ -24,11 +24,12 @@ from pipeline.scoring import processor
 from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Record
 from pipeline.scoring.processor import Computed, Part, Processor
 from pipeline.scoring.scorer import MicroBatch, Scored
-from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import merchant_slot
-from pipeline.storage.merchant_store import Booked, Booking
+from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel
 from pipeline.storage.state_store import Save, StoreUnavailableError
 from pipeline.storage.transaction_note import TransactionNote
+from pipeline.storage.watermark import Watermark
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
 from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
@@ -364,18 +365,22 @@ class RejectedDropped(Publisher):
 class BookedAgain(MerchantClient):
     """Books labels that were booked before."""
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         for label in labels:
             place = partition, merchant_slot(label.merchant_id)
             self._store.booked[place] = min(begin, self._store.booked.get(place, 0))
-        return await super().book(partition, labels, begin, end)
+        return await super().record_labels(partition, labels, begin, end)
 
 
 class BookedPastTheGap(MerchantClient):
     """Books labels though the store lost some that were before them."""
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
-        return await super().book(partition, labels, 0, end)
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
+        return await super().record_labels(partition, labels, 0, end)
 
 
 class NotesLater(Processor):
@@ -393,7 +398,7 @@ class NotesLater(Processor):
 def _last_label(note: TransactionNote, labelled_ms: int, weight: int | None) -> TransactionNote:
     """The label that comes last counts, however old it is."""
     if weight is not None:
-        note = dataclasses.replace(note, weight=weight, is_weight_told=True)
+        note = dataclasses.replace(note, weight=weight, has_label_weight=True)
     return dataclasses.replace(note, labelled_ms=labelled_ms)
 
 
@@ -445,6 +450,6 @@ BUGS = [
         "an older label taken for the newest",
         1,
         100,
-        patches=[(TransactionNote, "labelled", _last_label)],
+        patches=[(TransactionNote, "with_label", _last_label)],
     ),
 ]

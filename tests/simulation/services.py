@@ -17,11 +17,11 @@ from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS
 from pipeline.storage.merchant_store import (
-    Booked,
-    Booking,
     Counts,
+    LabelOutcomes,
+    MerchantLabel,
     ScoredNote,
-    booked_of,
+    label_outcomes,
     places_by_slot,
 )
 from pipeline.storage.state_store import Load, LoadResult, Save, StoreUnavailableError
@@ -150,7 +150,9 @@ class MerchantClient:
         for note in notes:
             self._store.remember(note)
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         """A script for each slot; each server's are carried out together or not at all."""
         parts = places_by_slot(labels)
         replies: list[list[str | None] | int] = [0] * MERCHANT_SLOTS
@@ -170,14 +172,14 @@ class MerchantClient:
             [partial(book, slots) for slots in servers],
             StoreUnavailableError,
         )
-        return booked_of(len(labels), parts, replies)
+        return label_outcomes(len(labels), parts, replies)
 
-    async def booked_to(self, partition: int) -> int:
+    async def recorded_to(self, partition: int) -> int:
         """One round trip."""
         (end,) = await self._network.ask(
             self._host,
             f"booked to? {partition}",
-            [lambda: self._store.all_booked_to(partition)],
+            [lambda: self._store.all_recorded_to(partition)],
             StoreUnavailableError,
         )
         return end

@@ -502,4 +502,4 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
         assert set(known(world)) == {*(f"t{i}" for i in range(10))} | {
             f"t{50 + i}" for i in range(count)
         }
-        assert finish(world.merchants.booked_to(0)) == count
+        assert finish(world.merchants.recorded_to(0)) == count

@@ -25,7 +25,7 @@ from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
-from pipeline.storage.merchant_store import Booking
+from pipeline.storage.merchant_store import MerchantLabel
 from pipeline.storage.transaction_note import TransactionNote
 from tests.fakes.memory import MemoryMerchantStore
 from tests.fakes.memory_workers import (
@@ -175,9 +175,9 @@ def test_a_fraud_that_explains_itself_hardly_counts_at_its_merchant() -> None:
     bucket = world.now_ms // BUCKET_MS
     for merchant in ("plain", "blamed"):
         entry = Fraud(transaction_hash(f"f-{merchant}"), bucket, bucket)
-        offset = world.merchants.all_booked_to(0)
-        booking = Booking(offset, merchant, True, entry)
-        finish(world.merchants.book(0, [booking], offset, offset + 1))
+        offset = world.merchants.all_recorded_to(0)
+        booking = MerchantLabel(offset, merchant, True, entry)
+        finish(world.merchants.record_labels(0, [booking], offset, offset + 1))
     jump_to_next_bucket(world)
     for merchant in ("plain", "blamed"):
         world.produce(f"B-{merchant}", merchant_id=merchant)
@@ -228,7 +228,7 @@ def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_clos
     jump_to_next_bucket(world)
     world.produce("A3")
     finish(worker.run())
-    finish(world.merchants.book(0, [Booking(0, "m1", True, entry)], 0, 1))
+    finish(world.merchants.record_labels(0, [MerchantLabel(0, "m1", True, entry)], 0, 1))
     world.produce("A4")
     finish(worker.run())
     jump_to_next_bucket(world)
@@ -291,8 +291,8 @@ def test_a_kept_score_advances_its_state_with_the_features_that_it_records() -> 
     finish(undisturbed.worker().run())
 
     entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
-    bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
-    finish(world.merchants.book(0, bookings, 0, 9))
+    bookings = [MerchantLabel(i, "m1", True, entry) for i, entry in enumerate(entries)]
+    finish(world.merchants.record_labels(0, bookings, 0, 9))
     finish(world.worker().run())
 
     assert len(world.scores(0)[1]) == 1
@@ -303,8 +303,8 @@ def test_without_the_record_the_features_would_have_been_others() -> None:
     """What the test above rests on."""
     world = world_with_merchants()
     entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
-    bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
-    finish(world.merchants.book(0, bookings, 0, 9))
+    bookings = [MerchantLabel(i, "m1", True, entry) for i, entry in enumerate(entries)]
+    finish(world.merchants.record_labels(0, bookings, 0, 9))
     world.produce("A1", "t1")
     finish(world.worker().run())
     assert features(world)[0]["merchant_known_frauds"] == 9
@@ -323,7 +323,7 @@ def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> 
         profile = Profile()
         for bucket in range(START_BUCKET - 50, START_BUCKET + 10):
             profile.count(bucket, int(rng.integers(0, 5)))
-        profile.book(Fraud(1, START_BUCKET - 40, START_BUCKET - int(rng.integers(5, 12))), True)
+        profile.record(Fraud(1, START_BUCKET - 40, START_BUCKET - int(rng.integers(5, 12))), True)
         store.profiles[name] = profile.to_bytes()
     store.profiles["m9"] = b"damaged"
     metrics = Metrics(CollectorRegistry())

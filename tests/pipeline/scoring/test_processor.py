@@ -31,7 +31,7 @@ from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
-from pipeline.storage.account_state import Watermark
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
 from tests.fakes import memory as memory_module
 from tests.fakes.memory import MemoryProducer, MemoryRecord, MemoryStateStore

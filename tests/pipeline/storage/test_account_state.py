@@ -18,9 +18,9 @@ from pipeline.storage.account_state import (
     STATE_FORMAT,
     AccountStates,
     StateCodec,
-    Watermark,
     layout,
 )
+from pipeline.storage.watermark import Watermark
 
 WINDOWS = len(WINDOW_DAYS)
 

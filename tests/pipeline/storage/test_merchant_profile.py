@@ -103,21 +103,21 @@ def test_the_ring_holds_the_newest_buckets_saturated_and_no_others(
 def test_the_last_label_of_a_transaction_wins_and_keeps_when_it_was_first_known() -> None:
     profile = Profile()
 
-    assert profile.book(Fraud(1, 100, 128), is_fraud=True)
-    assert profile.book(Fraud(1, 101, 130), is_fraud=True)
+    assert profile.record(Fraud(1, 100, 128), is_fraud=True)
+    assert profile.record(Fraud(1, 101, 130), is_fraud=True)
     assert profile.frauds == [Fraud(1, 101, 128)]
-    assert profile.book(Fraud(1, 101, 131), is_fraud=False)
+    assert profile.record(Fraud(1, 101, 131), is_fraud=False)
     assert profile.frauds == []
-    assert not profile.book(Fraud(1, 101, 131), is_fraud=False)
+    assert not profile.record(Fraud(1, 101, 131), is_fraud=False)
 
 
 def test_a_fraud_that_is_said_again_takes_the_new_weight() -> None:
     profile = Profile()
-    profile.book(Fraud(1, 100, 128, 40), is_fraud=True)
-    profile.book(Fraud(1, 100, 130, 50), is_fraud=True)
+    profile.record(Fraud(1, 100, 128, 40), is_fraud=True)
+    profile.record(Fraud(1, 100, 130, 50), is_fraud=True)
     assert profile.frauds == [Fraud(1, 100, 128, 50)]
-    assert profile.weigh(1, 60)
-    assert not profile.weigh(2, 60)
+    assert profile.set_weight(1, 60)
+    assert not profile.set_weight(2, 60)
     assert profile.frauds == [Fraud(1, 100, 128, 60)]
 
 
@@ -129,10 +129,10 @@ def test_a_label_of_a_far_future_leaves_the_weight_alone() -> None:
 def test_known_frauds_are_bounded_by_number_and_age() -> None:
     profile = Profile()
     for i in range(FRAUDS_MAX + 10):
-        profile.book(Fraud(i, 1000, 1000), is_fraud=True)
+        profile.record(Fraud(i, 1000, 1000), is_fraud=True)
     assert [f.id_hash for f in profile.frauds] == list(range(10, FRAUDS_MAX + 10))
 
-    profile.book(Fraud(1, 1100, 1000 + FRAUD_BUCKETS_MAX), is_fraud=True)
+    profile.record(Fraud(1, 1100, 1000 + FRAUD_BUCKETS_MAX), is_fraud=True)
     assert profile.frauds == [Fraud(1, 1100, 1000 + FRAUD_BUCKETS_MAX)]
 
 

@@ -23,8 +23,8 @@ from pipeline.storage.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.storage.merchant_profile import FIXED_BYTES, Fraud, Profile
 from pipeline.storage.merchant_store import (
     EXPIRY_MS,
-    Booked,
-    Booking,
+    LabelOutcomes,
+    MerchantLabel,
     MerchantStore,
     RedisMerchantStore,
     ScoredNote,
@@ -119,26 +119,28 @@ async def profile(store: MerchantStore, merchant: str) -> Profile:
     return Profile.from_bytes(value)
 
 
-async def book(store: MerchantStore, partition: int, labels: Sequence[Booking]) -> list[str | None]:
+async def book(
+    store: MerchantStore, partition: int, labels: Sequence[MerchantLabel]
+) -> list[str | None]:
     """Labels of which none before them is missing; what was decided of their transactions."""
     end = labels[-1].offset + 1 if labels else 0
-    booked = await store.book(partition, labels, 0, end)
+    booked = await store.record_labels(partition, labels, 0, end)
     assert booked.behind is None
     return booked.decisions
 
 
-def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> Booking:
+def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> MerchantLabel:
     """A label; ``at`` is when it became known, ``weight`` is what it tells."""
     fields = {"bucket": 1000, "known": 1028, "is_fraud": True, "at": 0, "weight": None} | changes
     told = fields["weight"]
     entry = Fraud(transaction, fields["bucket"], fields["known"], 255 if told is None else told)
-    return Booking(
+    return MerchantLabel(
         offset,
         merchant,
         fields["is_fraud"],
         entry,
         fields["at"],
-        is_weight_told=told is not None,
+        has_weight=told is not None,
         is_late=fields.get("late", False),
     )
 
@@ -246,7 +248,7 @@ def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> Non
 
     async def go(store: MerchantStore) -> None:
         await store.add({990: {"M1": 5}}, [])
-        assert await store.booked_to(0) == 0
+        assert await store.recorded_to(0) == 0
         assert await book(store, 0, labels) == ["approve"] * 4
         after = await store.load(["M1", "M2"])
 
@@ -257,8 +259,8 @@ def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> Non
         one = await profile(store, "M1")
         assert one.frauds == [Fraud(3, 1000, 1028)]
         assert (one.head, int(one.counts.sum())) == (990, 5)
-        assert await store.booked_to(0) == 16
-        assert await store.booked_to(1) == 0
+        assert await store.recorded_to(0) == 16
+        assert await store.recorded_to(1) == 0
 
     backend.run(go)
 
@@ -281,16 +283,18 @@ def test_nothing_is_booked_past_a_gap(backend: Backend) -> None:
 
     async def go(store: MerchantStore) -> None:
         first, second = fraud(3, "M1", 1), fraud(12, "M1", 2)
-        assert await store.book(0, [first], 0, 10) == Booked(["approve"])
-        assert await store.book(0, [second], 12, 20) == Booked([None], behind=10)
-        assert await store.book(0, [], 11, 20) == Booked([], behind=10)
-        assert await store.booked_to(0) == 10
+        assert await store.record_labels(0, [first], 0, 10) == LabelOutcomes(["approve"])
+        assert await store.record_labels(0, [second], 12, 20) == LabelOutcomes([None], behind=10)
+        assert await store.record_labels(0, [], 11, 20) == LabelOutcomes([], behind=10)
+        assert await store.recorded_to(0) == 10
         assert (await profile(store, "M1")).frauds == [first.entry]
 
-        assert await store.book(0, [second], 10, 20) == Booked(["approve"])
-        assert await store.book(0, [], 20, 30) == Booked([])
-        assert await store.booked_to(0) == 30
-        assert await store.book(0, [fraud(50, "M1", 3)], 0, 51) == Booked(["approve"])
+        assert await store.record_labels(0, [second], 10, 20) == LabelOutcomes(["approve"])
+        assert await store.record_labels(0, [], 20, 30) == LabelOutcomes([])
+        assert await store.recorded_to(0) == 30
+        assert await store.record_labels(0, [fraud(50, "M1", 3)], 0, 51) == LabelOutcomes(
+            ["approve"]
+        )
 
     backend.run(go)
 
@@ -305,14 +309,16 @@ def test_a_labels_log_that_begins_is_booked_from_its_begin_and_others_stay(
         assert await store.labels_log(0, one) == one
         assert await store.labels_log(0, other) == one  # what is named stays
         for partition in (0, 1):
-            await store.book(partition, [fraud(3, "M1", 1 + partition)], 0, 10)
+            await store.record_labels(partition, [fraud(3, "M1", 1 + partition)], 0, 10)
 
         await store.begin_labels_log(0, other)
 
         assert await store.labels_log(0, one) == other
-        assert [await store.booked_to(partition) for partition in (0, 1)] == [0, 10]
+        assert [await store.recorded_to(partition) for partition in (0, 1)] == [0, 10]
         assert len((await profile(store, "M1")).frauds) == 2
-        assert await store.book(0, [fraud(3, "M1", 9)], 0, 10) == Booked(["approve"])
+        assert await store.record_labels(0, [fraud(3, "M1", 9)], 0, 10) == LabelOutcomes(
+            ["approve"]
+        )
 
     backend.run(go)
 
@@ -321,10 +327,12 @@ def test_more_labels_than_fit_a_call_are_booked_once_each(backend: Backend) -> N
     labels = [fraud(2 * i, f"M{i % 3}", i) for i in range(900)]
 
     async def go(store: MerchantStore) -> None:
-        assert await store.book(0, labels[:500], 0, 1000) == Booked(["approve"] * 500)
-        again = await store.book(0, labels[200:], 400, 1800)
-        assert again == Booked([None] * 300 + ["approve"] * 400)
-        assert await store.booked_to(0) == 1800
+        assert await store.record_labels(0, labels[:500], 0, 1000) == LabelOutcomes(
+            ["approve"] * 500
+        )
+        again = await store.record_labels(0, labels[200:], 400, 1800)
+        assert again == LabelOutcomes([None] * 300 + ["approve"] * 400)
+        assert await store.recorded_to(0) == 1800
         for number in range(3):
             known = [f.id_hash for f in (await profile(store, f"M{number}")).frauds]
             assert known == list(range(number, 900, 3))
@@ -553,20 +561,20 @@ def test_a_part_of_a_cluster_that_lost_labels_is_found_and_gets_them_again(
     with real_backend.client() as client:
 
         async def go(store: MerchantStore) -> None:
-            await store.book(0, labels[:60], 0, 60)
+            await store.record_labels(0, labels[:60], 0, 60)
             client.set(keys.labels_watermark(lost, "labels", 0), 20)
             for number in range(40):
                 if merchant_slot(f"M{number}") == lost:
                     client.delete(keys.profile(f"M{number}"))
 
-            assert await store.booked_to(0) == 20
-            found = await store.book(0, labels[60:], 60, 100)
+            assert await store.recorded_to(0) == 20
+            found = await store.record_labels(0, labels[60:], 60, 100)
             assert found.behind == 20
             for label, decision in zip(labels[60:], found.decisions, strict=True):
                 is_lost = merchant_slot(label.merchant_id) == lost
                 assert decision == (None if is_lost else "approve")
 
-            again = await store.book(0, labels[20:], 20, 100)
+            again = await store.record_labels(0, labels[20:], 20, 100)
             assert again.behind is None
             for label, decision in zip(labels[20:], again.decisions, strict=True):
                 is_lost = merchant_slot(label.merchant_id) == lost
@@ -628,7 +636,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
         for _ in range(100):
             try:
                 await store.load(["M1"])
-                await store.booked_to(0)
+                await store.recorded_to(0)
             except StoreUnavailableError:
                 await asyncio.sleep(0.05)
             else:
@@ -642,7 +650,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
             lambda: store.load(["secret-merchant", "M1"]),
             lambda: store.add({1: {"secret-merchant": 1}}, []),
             lambda: book(store, 0, [fraud(0, "secret-merchant", 1)]),
-            lambda: store.booked_to(0),
+            lambda: store.recorded_to(0),
         ]
         for call in calls:
             with pytest.raises(StoreUnavailableError) as caught:

@@ -12,9 +12,10 @@ import pytest
 
 from pipeline.local.services import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 
 MODEL, OTHER = "0f3a5b7c9d1e", "aaaabbbbcccc"
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
