@@ -36,7 +36,7 @@ from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.codec import decode_counted, stored_weight
 from pipeline.progress import Bar, bar_for
-from pipeline.scoring.labels import booking_of, label_of
+from pipeline.scoring.labels import label_of, merchant_label_of
 from pipeline.scoring.partitions import Record
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
@@ -193,7 +193,7 @@ class MerchantRebuild:
                         label, timestamp_ms, labelled_ms = label_of(record, limit_ms)
                     except RejectedError:
                         continue
-                    booking = booking_of(record.offset, label, timestamp_ms, labelled_ms)
+                    booking = merchant_label_of(record.offset, label, timestamp_ms, labelled_ms)
                     slot = self._labels.setdefault(merchant_slot(booking.merchant_id), {})
                     logged = slot.setdefault(booking.merchant_id, [])
                     logged.append(LoggedLabel(partition, booking))

@@ -120,7 +120,7 @@ class OwnedPartition:
         scores_from: scores of transactions from ``next_offset`` on stand from here on.
         alerts_from: alerts and rejections of records from here on are not published yet.
         committed: the group's offset when the partition was taken, and what we committed since.
-        tenure: under which we commit, where scores and offsets are committed together.
+        producer_epoch: under which we commit, where scores and offsets are committed together.
         log_id, scores_log_id: ids of the topics that the offsets are of.
         scores_begin: offset in its scores partition before which all is of another log.
         stale_to: offsets that the group committed up to here may be those of a log before.
@@ -139,7 +139,7 @@ class OwnedPartition:
     alerts_from: int
     recovery: Recovery | None
     committed: int
-    tenure: int
+    producer_epoch: int
     log_id: bytes
     scores_log_id: bytes
     scores_begin: int
@@ -182,13 +182,13 @@ class LogId:
     Args:
         topic: full name.
         logs: is asked.
-        patience: waits for a broker that is away, and for a topic that is not there.
+        retrier: waits for a broker that is away, and for a topic that is not there.
     """
 
-    def __init__(self, topic: str, logs: AsksIds, patience: Retrier) -> None:
+    def __init__(self, topic: str, logs: AsksIds, retrier: Retrier) -> None:
         self._topic = topic
         self._logs = logs
-        self._patience = patience
+        self._retrier = retrier
         self._told = NO_ID
         self._look_again_at = 0.0
 
@@ -201,7 +201,7 @@ class LogId:
         """The id; one that was told :data:`LOG_LOOK_SECONDS` ago will do, unless ``now``."""
         if now or monotonic() >= self._look_again_at:
             look_again_at = monotonic() + LOG_LOOK_SECONDS
-            self._told = await self._patience.ask_log(self._ask)
+            self._told = await self._retrier.retry_kafka(self._ask)
             self._look_again_at = look_again_at
         return self._told
 
@@ -233,7 +233,7 @@ class PartitionManager:
         store: StateStore,
         score_log: ScoreLog,
         transaction_log: TransactionLog,
-        patience: Retrier,
+        retrier: Retrier,
         metrics: Metrics,
         transactions: Transactions | None = None,
         on_fenced: Callable[[int], None] = lambda partition: None,
@@ -245,13 +245,13 @@ class PartitionManager:
         self._store = store
         self._score_log = score_log
         self._transaction_log = transaction_log
-        self._patience = patience
+        self._retrier = retrier
         self._metrics = metrics
         self._transactions = transactions
         self._on_fenced = on_fenced
         self._on_new_log = on_new_log
-        self._log = LogId(topic, score_log, patience)
-        self._scores_log = LogId(scores_topic, score_log, patience)
+        self._log = LogId(topic, score_log, retrier)
+        self._scores_log = LogId(scores_topic, score_log, retrier)
         self._writer = secrets.randbits(64)
         self._assigned: set[int] = set()
         self._owned: dict[int, OwnedPartition] = {}
@@ -363,7 +363,7 @@ class PartitionManager:
         last = records[-1].offset
         if max(recovery.kept, default=-1) < last and recovery.position < recovery.end:
             start = recovery.position
-            kept, recovery.position = await self._patience.ask_log(
+            kept, recovery.position = await self._retrier.retry_kafka(
                 lambda: self._score_log.read(
                     partition, start, recovery.end, last + RECOVERY_LOOKAHEAD
                 )
@@ -391,7 +391,7 @@ class PartitionManager:
             owned.scores_next, end = appended.next, appended.first
         if end <= expected:
             return
-        scores, _ = await self._patience.ask_log(
+        scores, _ = await self._retrier.retry_kafka(
             lambda: self._score_log.read(partition, expected, end, ALL_SOURCES)
         )
         if scores and appended.first is not None:
@@ -451,12 +451,14 @@ class PartitionManager:
 
     async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
         """Take a partition as its watermark tells, whoever wrote that."""
-        tenure = 0
+        producer_epoch = 0
         if self._transactions is not None and partition in self._assigned:
             # Before all else is asked for: what was under way is committed then, or never is.
             take = self._transactions.take
-            tenure = await self._patience.ask_log(lambda: take(partition))
-        committed = await self._patience.ask_log(lambda: self._transaction_log.committed(partition))
+            producer_epoch = await self._retrier.retry_kafka(lambda: take(partition))
+        committed = await self._retrier.retry_kafka(
+            lambda: self._transaction_log.committed(partition)
+        )
         while watermark is None:
             is_new = committed is None and partition not in self._ever_owned
             watermark = await self._write_first_watermark(
@@ -503,7 +505,7 @@ class PartitionManager:
             alerts_from=max(mark.next_offset, committed or 0),
             recovery=recovery if recovery.position < recovery.end else None,
             committed=committed or 0,
-            tenure=tenure,
+            producer_epoch=producer_epoch,
             log_id=log_id,
             scores_log_id=scores_log_id,
             scores_begin=mark.scores_begin if is_same else 0,
@@ -544,7 +546,7 @@ class PartitionManager:
             scores_log_id,
             stale_to=stale_to,
         ).to_bytes()
-        await self._patience.retry_redis(
+        await self._retrier.retry_redis(
             lambda: self._store.save([Save(partition, None, mark, [], [])])
         )
         return await self._standing(partition)
@@ -606,7 +608,7 @@ class PartitionManager:
             # What the group committed may be further than a watermark that Redis took back.
             max(mark.next_offset, mark.stale_to, committed or 0),
         )
-        if await self._patience.retry_redis(
+        if await self._retrier.retry_redis(
             partial(begin_log, self._store, partition, watermark, begin.to_bytes())
         ):
             log.warning(
@@ -622,13 +624,13 @@ class PartitionManager:
         return begin.to_bytes() if standing is None else standing
 
     async def _standing(self, partition: int) -> bytes | None:
-        (loaded,) = await self._patience.retry_redis(
+        (loaded,) = await self._retrier.retry_redis(
             lambda: self._store.load([Load(partition, [])])
         )
         return loaded.watermark
 
     async def _bounds(self, topic: str, partition: int) -> Bounds:
-        return await self._patience.ask_log(lambda: self._score_log.bounds(topic, partition))
+        return await self._retrier.retry_kafka(lambda: self._score_log.bounds(topic, partition))
 
     async def _notice_lost_records(self, partition: int, owned: OwnedPartition) -> None:
         bounds = await self._bounds(self._topic, partition)

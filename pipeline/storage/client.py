@@ -63,7 +63,7 @@ class StoreForbiddenError(RecurError):
 
 
 class StoreAddressError(RecurError):
-    """The address leads to another kind of Redis than the settings name; repeating does not help."""
+    """The address leads to another kind of Redis than the settings name; do not retry."""
 
 
 IS_A_CLUSTER = (

@@ -36,12 +36,13 @@ from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
+from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.evictions import Evictions
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import STREAM, LabelProcessor
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import scorer_of
 from pipeline.scoring.topic_watcher import OpenTransactions, TopicWatcher
@@ -152,7 +153,7 @@ class Worker:
             on_repaired=lambda: self._consumer().look_again(self._topic),
         )
         self._store.loss_check = self._merchant_store.loss_check = self._evictions
-        patience = Retrier(self.metrics, self.health)
+        retrier = Retrier(self.metrics, self.health)
         self.ownership = PartitionManager(
             topic=self._topic,
             scores_topic=settings.topic("scores"),
@@ -160,7 +161,7 @@ class Worker:
             store=self._store,
             score_log=self._score_log,
             transaction_log=poll_transport.PartitionLog(self._consumer, self._topic),
-            patience=patience,
+            retrier=retrier,
             metrics=self.metrics,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
@@ -173,8 +174,8 @@ class Worker:
             merchant_store=self._merchant_store,
             publisher=self._publisher,
             transactions=self._transactions,
-            ownership=self.ownership,
-            patience=patience,
+            partitions=self.ownership,
+            retrier=retrier,
             metrics=self.metrics,
             health=self.health,
         )
@@ -184,7 +185,7 @@ class Worker:
             publisher=self._publisher,
             logs=self._score_log,
             labels_log=poll_transport.PartitionLog(self._consumer, self._labels_topic),
-            patience=patience,
+            retrier=retrier,
             metrics=self.metrics,
             health=self.health,
         )
@@ -262,7 +263,7 @@ class Worker:
                 raise
             concluding = asyncio.create_task(self._conclude(computed, event))
 
-    async def _conclude(self, computed: Computed, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
         """Publish, save and ack by hand what was computed."""
         try:
             await self.processor.conclude(computed)
@@ -436,7 +437,7 @@ class Worker:
         """Lag and what is held back, of the transactions topic."""
         positions = await self._positions(self._topic, ends, self.ownership.next_offsets())
         stable = await self._stable_ends(self._topic, ends, positions)
-        held = self._open_transactions.see(ends, stable, positions)
+        held = self._open_transactions.check(ends, stable, positions)
         for partition, end in ends.items():
             lag = max(0, end - positions.get(partition, end))
             self.metrics.lag.labels(str(partition)).set(lag)
@@ -449,7 +450,7 @@ class Worker:
         """The same of the labels topic."""
         positions = await self._positions(self._labels_topic, ends, self.labels.next_offsets())
         stable = await self._stable_ends(self._labels_topic, ends, positions)
-        self._open_label_transactions.see(ends, stable, positions)
+        self._open_label_transactions.check(ends, stable, positions)
         self.metrics.labels_lag.set(sum(max(0, ends[p] - at) for p, at in positions.items()))
         waiting = any(stable[p] > position for p, position in positions.items())
         self.health.records_wait(waiting, STREAM)

@@ -42,10 +42,11 @@ from pipeline.messages.codec import (
     decode_alert,
     decode_score,
 )
+from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import PartitionManager, Poll
-from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
@@ -267,7 +268,7 @@ class AuditedStateStore(MemoryStateStore):
 
 
 _references: dict[tuple[str, int, bool, str], PartitionReference] = {}
-"""Computed before: tests that kill a worker at every step need the same ones again and again."""
+"""ComputedPoll before: tests that kill a worker at every step need the same ones again and again."""
 
 
 class World:
@@ -566,7 +567,7 @@ class MemoryWorker:
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(10.0, clock=lambda: 0.0)
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
-        patience = Retrier(self.metrics, self.health)
+        retrier = Retrier(self.metrics, self.health)
         self.scorer = scorer_of(settings, checkpoint)
         transactions = MemoryTransactions(world.kafka, settings) if settings.exactly_once else None
         self.fenced: list[int] = []
@@ -577,7 +578,7 @@ class MemoryWorker:
             store=world.store,
             score_log=MemoryScoreLog(world.kafka, settings),
             transaction_log=self.consumer,
-            patience=patience,
+            retrier=retrier,
             metrics=self.metrics,
             transactions=transactions,
             on_fenced=self.fenced.append,
@@ -591,8 +592,8 @@ class MemoryWorker:
             merchant_store=world.merchants,
             publisher=MemoryProducer(world.kafka, settings),
             transactions=transactions,
-            ownership=self.ownership,
-            patience=patience,
+            partitions=self.ownership,
+            retrier=retrier,
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
@@ -614,7 +615,7 @@ class MemoryWorker:
         await self._conclude(await self.processor.compute(poll), generation)
         return poll
 
-    async def _conclude(self, computed: Computed, generation: int) -> None:
+    async def _conclude(self, computed: ComputedPoll, generation: int) -> None:
         """Publish, save and ack; what was fetched before a rebalance is not acked."""
         await self.processor.conclude(computed)
         if generation == self._generation:

@@ -22,8 +22,9 @@ from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.messages.codec import Score, decode_score, encode_transaction
+from pipeline.scoring.batch import micro_batch_of
+from pipeline.scoring.decoder import BatchDecoder
 from pipeline.scoring.partitions import Chunk
-from pipeline.scoring.processor import PartDecoder, columns
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import AccountStates
@@ -257,14 +258,14 @@ class PipelineUnderTest:
     def _computed(
         self, partition: int, records: list[Any], recorded: dict[str, Score]
     ) -> tuple[list[str], AccountStates]:
-        decoder = PartDecoder(self.settings, self.scorer.checkpoint)
-        part = decoder.part(partition, Chunk(0, len(records), records))
+        decoder = BatchDecoder(self.settings, self.scorer.checkpoint)
+        part = decoder.decode(partition, Chunk(0, len(records), records))
         topic = self.settings.topic("transactions")
         scores = [recorded[f"{topic}:{partition}:{r.offset}"] for r in part.records]
         part.merchant_raw = np.array(
             [score.raw(MERCHANT_FEATURES) for score in scores], np.float32
         ).reshape(len(scores), len(MERCHANT_FEATURES))
-        states, _, _, _ = self.scorer.score([None] * len(part.accounts), columns([part]))
+        states, _, _, _ = self.scorer.score([None] * len(part.accounts), micro_batch_of([part]))
         # An account that is forgotten stands there twice: its state is the last one.
         row_of = {account: row for row, account in enumerate(part.accounts)}
         values = self.scorer.codec.encode(states, np.array(list(row_of.values()), np.intp))

@@ -39,7 +39,7 @@ from pipeline.messages.codec import (
     names_in,
 )
 from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
-from pipeline.scoring.labels import booking_of
+from pipeline.scoring.labels import merchant_label_of
 from pipeline.scoring.scorer import MicroBatch, Scorer
 from pipeline.storage.account_state import STATE_FORMAT
 from pipeline.storage.keys import Keys
@@ -202,7 +202,7 @@ def run_label(data: bytes) -> str:
         return rejected(error)
     assert 0 <= timestamp_ms <= labelled_ms <= TIMESTAMP_MAX_MS + DAY_MS
     assert label.label in LABELS
-    booking = booking_of(0, label, timestamp_ms, labelled_ms)
+    booking = merchant_label_of(0, label, timestamp_ms, labelled_ms)
     assert len(encode_frauds([booking.entry])[0]) == 16
     return f"accepted {label.label}"
 

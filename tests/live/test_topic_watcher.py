@@ -10,7 +10,12 @@ import pytest
 
 from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
-from pipeline.scoring.topic_watcher import Held, OpenTransactions, TopicGoneError, TopicWatcher
+from pipeline.scoring.topic_watcher import (
+    HeldRecords,
+    OpenTransactions,
+    TopicGoneError,
+    TopicWatcher,
+)
 from pipeline.topic_id import NO_ID, shown
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)
@@ -136,12 +141,12 @@ def test_a_transaction_that_stays_open_is_told_once_a_minute(
     clock = Clock()
     transactions = OpenTransactions("transactions", clock)
 
-    def see(end: int, stable: int, position: int) -> dict[int, Held]:
-        return transactions.see({3: end}, {3: stable}, {3: position})
+    def see(end: int, stable: int, position: int) -> dict[int, HeldRecords]:
+        return transactions.check({3: end}, {3: stable}, {3: position})
 
     assert see(10, 10, 10) == {}
     assert see(211, 10, 5) == {}  # the worker is not there yet
-    assert see(211, 10, 10) == {3: Held(10, 201)}
+    assert see(211, 10, 10) == {3: HeldRecords(10, 201)}
     assert not caplog.records  # any transaction is open for a moment
     for _ in range(12):
         clock.now += 5.0
@@ -160,6 +165,6 @@ def test_transactions_that_end_are_not_told(caplog: pytest.LogCaptureFixture) ->
     """Each look meets one, and never the same."""
     transactions = OpenTransactions("transactions", Clock())
     for end in range(100, 200, 10):
-        transactions.see({0: end + 5}, {0: end}, {0: end})
+        transactions.check({0: end + 5}, {0: end}, {0: end})
 
     assert not caplog.records

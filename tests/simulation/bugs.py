@@ -19,11 +19,13 @@ import numpy as np
 
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import Kept
+from pipeline.scoring import decoder
 from pipeline.scoring import partitions as ownership
-from pipeline.scoring import processor
+from pipeline.scoring.batch import ComputedPoll, PartitionBatch
+from pipeline.scoring.outputs import OutputBuilder
 from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Record
-from pipeline.scoring.processor import Computed, Part, Processor
-from pipeline.scoring.scorer import MicroBatch, Scored
+from pipeline.scoring.processor import Processor
+from pipeline.scoring.scorer import BatchScores, MicroBatch
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel
@@ -69,7 +71,7 @@ class Bug:
 class AckFirst(Worker):
     """Acks what it computed, and saves it then."""
 
-    async def _conclude(self, computed: Computed, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
         for partition, chunk in computed.poll.chunks.items():
             computed.poll.applied[partition] = chunk.end
         event.ack()
@@ -105,7 +107,7 @@ class AlertsLater(Publisher):
 class AckWhatIsNotSaved(Processor):
     """Acks a poll whether its save met the expected watermark or not."""
 
-    async def conclude(self, computed: Computed) -> None:
+    async def conclude(self, computed: ComputedPoll) -> None:
         await super().conclude(computed)
         for partition, chunk in computed.poll.chunks.items():
             computed.poll.applied[partition] = chunk.end
@@ -168,7 +170,7 @@ class LateAck(Consumer):
 class LateAckOfAll(Processor):
     """Acks what was saved, whoever owns the partition now."""
 
-    def _ack(self, poll: Any, parts: list[Part]) -> None:
+    def _ack(self, poll: Any, parts: list[PartitionBatch]) -> None:
         for part in parts:
             poll.applied[part.partition] = part.end
 
@@ -226,11 +228,9 @@ class NothingKept(PartitionManager):
         return {}
 
 
-class AlertsOnce(Processor):
-    """Raises no alert for a score that was published before."""
-
-    def _kept(self, *_: Any) -> Iterator[tuple[int, bytes, str]]:
-        return iter(())
+def _no_scores(*_: Any) -> Iterator[tuple[int, bytes, str]]:
+    """Raise no alert for a score that was published before."""
+    return iter(())
 
 
 class GapNotRead(PartitionManager):
@@ -290,7 +290,7 @@ class GapInLog(PartitionManager):
 class ApplyAgain(Processor):
     """Applies what is before the watermark."""
 
-    def _drop_applied(self, part: Part) -> None:
+    def _drop_applied(self, part: PartitionBatch) -> None:
         """Nothing is dropped."""
 
 
@@ -299,7 +299,7 @@ class RepeatsApplied(ChainScorer):
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
-    ) -> tuple[AccountStates, Scored, Any, int]:
+    ) -> tuple[AccountStates, BatchScores, Any, int]:
         own = (batch.offset + 1).astype(np.uint64)
         return super().score(values, dataclasses.replace(batch, id_hash=own))
 
@@ -309,7 +309,7 @@ class ConflictsDropped(ChainScorer):
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
-    ) -> tuple[AccountStates, Scored, Any, int]:
+    ) -> tuple[AccountStates, BatchScores, Any, int]:
         alike = batch.id_hash & np.uint64(0xFFFF_FFFF_0000_0000)
         return super().score(values, dataclasses.replace(batch, id_hash=alike))
 
@@ -386,12 +386,12 @@ class BookedPastTheGap(MerchantClient):
 class NotesLater(Processor):
     """Remembers what labels need to know of transactions once their states are saved."""
 
-    async def _remember(self, parts: list[Part]) -> None:
+    async def _write_notes(self, parts: list[PartitionBatch]) -> None:
         """Not yet."""
 
-    async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
-        stands = await super()._save_all(parts, saves)
-        await super()._remember(parts)
+    async def _save_states(self, parts: list[PartitionBatch], saves: list[Save]) -> list[bool]:
+        stands = await super()._save_states(parts, saves)
+        await super()._write_notes(parts)
         return stands
 
 
@@ -421,7 +421,12 @@ BUGS = [
     Bug("a fetch across a reset taken", 1149, 2000, Parts(consumer=KeepAcrossReset)),
     Bug("recorded features not reused", 35, 140, Parts(score_log=FeaturesNotReused)),
     Bug("published scores said again", 13, 30, Parts(ownership=NothingKept)),
-    Bug("alerts not published again", 105, 500, Parts(processor=AlertsOnce)),
+    Bug(
+        "alerts not published again",
+        105,
+        500,
+        patches=[(OutputBuilder, "_published_before", _no_scores)],
+    ),
     Bug("the gap before a zombie's publish not read", 1022, 2104, Parts(ownership=GapNotRead)),
     Bug("the watermark's scores offset too far", 1273, 2606, Parts(ownership=ScoresOffsetTooFar)),
     Bug("held states not dropped with the partition", 86, 250, Parts(ownership=OldStates)),
@@ -440,12 +445,17 @@ BUGS = [
     Bug("another log taken for the same", 5, 180, patches=[(ownership, "is_other", _same)]),
     Bug("states kept over to another log", 65, 90, Parts(state_client=StatesOfLogBefore)),
     Bug("records of a log before taken", 5, 50, Parts(ownership=FetchedOfLogBefore)),
-    Bug("an account not forgotten", 1, 10, patches=[(processor, "_obey", _nothing)]),
+    Bug("an account not forgotten", 1, 10, patches=[(decoder, "_apply_control", _nothing)]),
     Bug("rejected records not published", 1, 10, Parts(publisher=RejectedDropped)),
     Bug("labels booked again", 7, 80, Parts(merchant_client=BookedAgain)),
     Bug("labels booked past a gap", 69, 100, Parts(merchant_client=BookedPastTheGap)),
     Bug("notes written after the states", 97, 500, Parts(processor=NotesLater)),
-    Bug("notes of kept scores not written", 94, 100, patches=[(Processor, "_note_kept", _nothing)]),
+    Bug(
+        "notes of kept scores not written",
+        94,
+        100,
+        patches=[(OutputBuilder, "_note_published_before", _nothing)],
+    ),
     Bug(
         "an older label taken for the newest",
         1,

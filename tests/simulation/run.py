@@ -28,7 +28,7 @@ from pipeline.messages.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, d
 from pipeline.messages.extra_fields import FurtherFields
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring import processor
-from pipeline.scoring.labels import booking_of
+from pipeline.scoring.labels import merchant_label_of
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import transaction_hash
@@ -371,7 +371,7 @@ class Run:
         partition = self.kafka.partition_of(self._labels_topic, key)
         offset = self.kafka.produce(self._labels_topic, key, value, partition=partition)
         try:
-            booking = booking_of(offset, *decode_label(key, value))
+            booking = merchant_label_of(offset, *decode_label(key, value))
         except RejectedError:
             pass
         else:

@@ -134,7 +134,7 @@ class LabelWorker:
             publisher=MemoryProducer(world.kafka, world.settings),
             logs=MemoryScoreLog(world.kafka, world.settings),
             labels_log=self.consumer,
-            patience=Retrier(self.metrics, self.health),
+            retrier=Retrier(self.metrics, self.health),
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,

@@ -20,7 +20,7 @@ from model.features.merchant import (
 from pipeline.messages.codec import decode_score, stored_weight
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
-from pipeline.scoring.merchant_features import Merchants
+from pipeline.scoring.merchant_features import MerchantFeatureCache
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.keys import merchant_slot
@@ -327,12 +327,12 @@ def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> 
         store.profiles[name] = profile.to_bytes()
     store.profiles["m9"] = b"damaged"
     metrics = Metrics(CollectorRegistry())
-    merchants = Merchants(
+    merchants = MerchantFeatureCache(
         store=store,
-        patience=Retrier(metrics, Health(1.0)),
+        retrier=Retrier(metrics, Health(1.0)),
         metrics=metrics,
         label_delay_ms=7 * DAY_MS,
-        cached_max=cached_max,
+        size_max=cached_max,
     )
 
     async def go() -> None:
@@ -340,9 +340,9 @@ def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> 
             n = int(rng.integers(1, 8))
             ids = [names[i] for i in rng.integers(0, 10, n)]
             times = START_MS + rng.integers(-2, 3, n) * BUCKET_MS
-            wanted = merchants.look(ids, times)
+            wanted = merchants.look_up(ids, times)
             if len(wanted.missing):
-                await merchants.fill(wanted)
+                await merchants.load(wanted)
             profiles, _ = decode_profiles([store.profiles.get(name) for name in ids])
             expected = observe_merchants(profiles, np.arange(n), times, 7 * DAY_MS)
             np.testing.assert_array_equal(wanted.raw, expected)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.scoring.outages import TELL_SECONDS, TOLD_AT_ONCE_MAX, Outages
+from pipeline.scoring.outages import BURST_MAX, LOG_SECONDS, Outages
 
 
 class Clock:
@@ -72,9 +72,9 @@ def test_a_service_that_comes_and_goes_fills_no_log(
         clock.now_seconds += 0.05
         outages.answered("redis")
         clock.now_seconds += 0.05
-    assert len(told(caplog)) == 2 * TOLD_AT_ONCE_MAX
+    assert len(told(caplog)) == 2 * BURST_MAX
 
-    clock.now_seconds += TELL_SECONDS
+    clock.now_seconds += LOG_SECONDS
     outages.failed("redis", "refused")
     assert len(told(caplog)) == 1, "one that begins later is told of again"
 

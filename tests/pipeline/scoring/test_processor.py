@@ -26,7 +26,7 @@ from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_a
 from pipeline.messages.decision import Thresholds, thresholds_of
 from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
-from pipeline.scoring.dead_letter import TELL_EVERY_MS, DeadLetters
+from pipeline.scoring.dead_letter import LOG_EVERY_MS, DeadLetters
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
@@ -1490,12 +1490,12 @@ def test_the_log_tells_of_rejected_records_by_reason_once_a_minute(
 
     def reject(offset: int, reason: str) -> None:
         record = MemoryRecord(offset, 0, b"secret", b"secret", ())
-        letters.letter(3, record, reason, "it says secret")
+        letters.encode(3, record, reason, "it says secret")
 
     for offset in range(50):
         reject(offset, "currency")
     reject(50, "amount")
-    now_ms[0] = TELL_EVERY_MS
+    now_ms[0] = LOG_EVERY_MS
     reject(51, "currency")
 
     told = [vars(line) for line in caplog.records]

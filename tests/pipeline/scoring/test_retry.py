@@ -37,7 +37,7 @@ class Flaky:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits that patience asked for, none of them waited."""
+    """The waits that retrier asked for, none of them waited."""
     asked: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -77,8 +77,8 @@ def failures_counted(metrics: Metrics) -> dict[str, float | None]:
 def test_a_service_that_is_away_is_asked_until_it_answers(
     waits: list[float], metrics: Metrics, health: Health, service: str, other: str, error: Exception
 ) -> None:
-    patience = Retrier(metrics, health)
-    ask = patience.retry_redis if service == "redis" else patience.ask_log
+    retrier = Retrier(metrics, health)
+    ask = retrier.retry_redis if service == "redis" else retrier.retry_kafka
     call = Flaky(error, FAILURES)
 
     assert asyncio.run(ask(call)) == "answer"
@@ -108,7 +108,7 @@ def test_the_worker_is_not_ready_while_it_waits(
         seen.append(health.missing())
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    asyncio.run(Retrier(metrics, health).ask_log(Flaky(LogUnavailableError("away"), 2)))
+    asyncio.run(Retrier(metrics, health).retry_kafka(Flaky(LogUnavailableError("away"), 2)))
 
     assert seen == [{"kafka": "it does not answer"}] * 2
 

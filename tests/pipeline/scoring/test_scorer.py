@@ -16,8 +16,8 @@ from model.checkpoint import Checkpoint
 from model.features.merchant import MERCHANT_FEATURES
 from pipeline.scoring.scorer import (
     FAILURES_IN_A_ROW_MAX,
+    BatchScores,
     MicroBatch,
-    Scored,
     Scorer,
     ScorerBrokenError,
 )
@@ -58,7 +58,7 @@ def batch_of(
 
 def score(
     scorer: Scorer, values: Sequence[bytes | None], batch: MicroBatch
-) -> tuple[list[bytes], Scored]:
+) -> tuple[list[bytes], BatchScores]:
     """States after, as bytes, and the scores."""
     states, scored, _, _ = scorer.score(values, batch)
     return scorer.codec.encode(states, np.arange(len(values))), scored
@@ -98,8 +98,8 @@ def test_where_a_micro_batch_is_cut_leaves_no_trace(
         parts.append(scored)
 
     assert_close(scorer, [value or b"" for value in values], whole)
-    repeated = np.concatenate([part.repeated for part in parts])
-    assert repeated.tolist() == expected.repeated.tolist()
+    repeated = np.concatenate([part.duplicate for part in parts])
+    assert repeated.tolist() == expected.duplicate.tolist()
     scores = np.concatenate([part.score for part in parts])
     np.testing.assert_allclose(scores, expected.score, atol=SCORE_TOLERANCE)
     raw = np.concatenate([part.raw for part in parts])
@@ -152,11 +152,11 @@ def test_a_repeated_id_is_dropped_also_inside_one_micro_batch() -> None:
     once, _ = score(scorer, [None], batch_of([0, 0], ids=[7, 8]))
 
     states, scored = score(scorer, [None], batch_of([0, 0, 0, 0], ids=[7, 8, 7, 8]))
-    assert scored.repeated.tolist() == [False, False, True, True]
+    assert scored.duplicate.tolist() == [False, False, True, True]
     assert states == once
 
     states, scored = score(scorer, once, batch_of([0, 0], ids=[8, 7], start=2))
-    assert scored.repeated.tolist() == [True, True]
+    assert scored.duplicate.tolist() == [True, True]
     assert states == once
 
 
@@ -165,7 +165,7 @@ def test_the_same_id_of_another_account_is_no_repeat() -> None:
 
     _, scored = score(scorer, [None] * 2, batch_of([0, 1], ids=[7, 7]))
 
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
 
 
 def test_the_last_ids_are_remembered_and_older_ones_forgotten() -> None:
@@ -175,9 +175,9 @@ def test_the_last_ids_are_remembered_and_older_ones_forgotten() -> None:
 
     for number in ids[1:]:
         _, scored = score(scorer, states, batch_of([0], ids=[number], start=99))
-        assert scored.repeated.all(), f"id {number} is one of the last {RECENT_IDS}"
+        assert scored.duplicate.all(), f"id {number} is one of the last {RECENT_IDS}"
     _, scored = score(scorer, states, batch_of([0], ids=[1], start=99))
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
 
 
 # expiry ----------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_state_that_lies_past_its_transactions_counts_as_absent(poison: bool) 
 
     assert scorer.codec.encode(states, np.arange(3)) == expected
     assert (loaded.tolist(), refused) == ([False] * 3, 0)
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
     states, _, loaded, _ = scorer.score([before, None, None], batch)
     assert loaded.tolist() == [True, False, False], "one before them is theirs"
     assert states.first_offset[0] == 4
@@ -326,7 +326,7 @@ def test_only_what_makes_the_computation_fail_is_left_out(
     np.testing.assert_allclose(scored.score[good], expected.score, atol=SCORE_TOLERANCE)
     np.testing.assert_array_equal(scored.raw[good], expected.raw)
     assert not scored.score[culprits].any()
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
 
 
 def take(batch: MicroBatch, rows: np.ndarray[Any, Any]) -> MicroBatch:
