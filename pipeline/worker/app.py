@@ -197,7 +197,7 @@ class Worker:
         roles = [role for role in ROLES if role != "labels" or settings.update_merchant_profiles]
         self._topic_watch = TopicWatcher(
             [settings.topic(role) for role in roles],
-            {self._topic: "states", self._labels_topic: "booked labels"},
+            {self._topic: "states", self._labels_topic: "recorded labels"},
             settings.topic("scores"),
             settings.on_new_log == "stop",
             settings.topic_missing_seconds,

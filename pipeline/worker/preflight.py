@@ -159,13 +159,13 @@ async def _check_labels(
         booked = {partition: await store.recorded_to(partition) for partition in ends}
         named = {partition: await store.labels_log(partition, None) for partition in ends}
     except (StoreUnavailableError, LogUnavailableError) as error:
-        raise StartupError(f"cannot compare the booked labels with the log: {error}") from error
+        raise StartupError(f"cannot compare the recorded labels with the log: {error}") from error
     for partition, end in ends.items():
         known = named[partition] or NO_ID
         if is_other(known, log_id):
             if settings.on_new_log == "begin":
                 continue  # whoever takes the partition begins it
-            raise other_log(topic, known, log_id, "booked labels")
+            raise other_log(topic, known, log_id, "recorded labels")
         if booked[partition] > end:
             raise StartupError(
                 f"labels in Redis are booked past the end of {topic}-{partition} (offset "

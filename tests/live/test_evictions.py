@@ -36,7 +36,7 @@ from tests.fakes.running_pipeline import (
 
 ACCOUNTS = 1_500
 EVICTED_BYTES = 400_000
-REPAIRED = "what Redis evicted is computed again"
+REPAIRED = "evicted states are computed again"
 
 
 def missing(worker: WorkerProcess) -> dict[str, str]:

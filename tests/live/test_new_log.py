@@ -229,7 +229,7 @@ def test_lag_counts_what_an_open_transaction_holds_back_and_a_topic_that_goes_en
             status, log = await end_of(worker)
             assert status != 0
             told = [line for line in log.splitlines() if f"topic {topic} was deleted" in line]
-            assert "was not made again within 2 s" in told[-1]
+            assert "was not created again within 2 s" in told[-1]
             assert log.count("a topic was deleted; waiting") == 1
 
     asyncio.run(run())

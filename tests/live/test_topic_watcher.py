@@ -92,7 +92,7 @@ def test_a_topic_that_is_back_in_time_is_as_before(caplog: pytest.LogCaptureFixt
 
     world.look()
 
-    assert "the topic is there again" in [record.message for record in caplog.records]
+    assert "the topic exists again" in [record.message for record in caplog.records]
     assert world.health.ready
 
 

@@ -494,7 +494,7 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
             worker.run()
 
         if policy == "stop":
-            with pytest.raises(StartupError, match=r"booked labels .* another labels .*--new-log"):
+            with pytest.raises(StartupError, match=r"recorded labels .* another labels .*--new-log"):
                 go_on(worker)
             assert known(world) == [f"t{i}" for i in range(10)]
             continue
