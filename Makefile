@@ -22,7 +22,7 @@ export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak fuzz check format bench faults requirements audit check-deploy clean
+.PHONY: help demo test test-fast soak fuzz check format bench faults requirements audit check-deploy clean
 
 help: ## list the targets (this)
 	@echo "make TARGET [VARIABLE=value]"
@@ -39,6 +39,9 @@ demo: $(ENVIRONMENT) ## run Kafka, Redis, two workers and a stream of payments f
 
 test: $(ENVIRONMENT) ## run every test, on a real broker and Redis
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-fast: $(ENVIRONMENT) ## run the tests that are quick and need no broker or Redis (a minute)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not live and not slow" $(ARGS)
 
 soak: $(ENVIRONMENT) ## run the worker on simulated services that fail (ARGS="--seeds 1000000")
 	$(BIN)/python -m tests.simulation $(ARGS)

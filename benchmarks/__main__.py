@@ -28,6 +28,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import promptness
 from model.checkpoint import Checkpoint, Header, Thresholds
 from model.features.account import ACCOUNT_FEATURES, FeatureSpec
 from model.network import Network
@@ -66,7 +67,7 @@ SETTLE_SECONDS = 3.0
 """Of each rate, before it is measured."""
 MEBIBYTE = 1 << 20
 
-ONLY = ["throughput", "stock", "latency", "memory", "transactional"]
+ONLY = ["throughput", "stock", "latency", "memory", "promptness", "transactional"]
 """The last one is only measured when it is named."""
 
 console = Console(highlight=False)
@@ -267,6 +268,13 @@ class Bench:
                 True,
             )
 
+    # promptness ---------------------------------------------------------------------------
+
+    async def promptness(self) -> None:
+        """How soon something is told or ends."""
+        async for row in promptness.rows(self._services.kafka_bootstrap_servers, self._directory):
+            self.results.add(*row)
+
     # the reference ------------------------------------------------------------------------
 
     async def stock(self, mode: str, rate: float) -> None:
@@ -431,6 +439,8 @@ async def run(
             await bench.stock(mode, rate)
     if only in (None, "latency"):
         await bench.latency(seconds)
+    if only in (None, "promptness"):
+        await bench.promptness()
     if only == "transactional":
         await bench.transactional(transactions, seconds)
     if only in (None, "memory") and memory:

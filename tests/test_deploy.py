@@ -98,7 +98,7 @@ def test_compose_commands_and_variables_run_as_processes(
         assert service["command"] == ["worker"], "start_worker runs `recur worker`"
         worker = start_worker(1, tmp_path, environment)
         try:
-            asyncio.run(until_ready([worker], timeout_seconds=60))
+            asyncio.run(until_ready([worker], timeout_seconds=240))
             check = subprocess.run(
                 [sys.executable, ROOT / "deploy/healthcheck.py", "ready"],
                 env={"RECUR_HTTP_PORT": str(worker.port)},

@@ -20,6 +20,7 @@ INPUTS |= {"state": 1500, "checkpoint": 3000}
 SEED = 20_251
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_thousand_inputs_find_nothing(name: str) -> None:
     """Nothing but declared errors, within bounds of memory and time; accepted ones can be used."""

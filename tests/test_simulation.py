@@ -27,6 +27,7 @@ RUNS = 2_000
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_whatever_fails_nothing_is_lost_said_twice_or_applied_twice() -> None:
     """Of the worker as it is: its processors, ownership, agents and consumer."""
@@ -37,6 +38,7 @@ def test_whatever_fails_nothing_is_lost_said_twice_or_applied_twice() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_bug_planted_by_hand_is_found(bug: Bug) -> None:
     """That nothing is found above says something only if what is wrong would be."""
@@ -48,6 +50,7 @@ def test_a_bug_planted_by_hand_is_found(bug: Bug) -> None:
             pytest.fail(f"{bug.runs_max} runs did not find it")
 
 
+@pytest.mark.slow
 def test_a_seed_decides_all_of_a_run_whatever_ran_before_it() -> None:
     """Or a failing seed could not be replayed: not in another process, nor after other runs."""
     seed = 11
@@ -70,6 +73,7 @@ def test_a_seed_decides_all_of_a_run_whatever_ran_before_it() -> None:
     assert len(trace) > 50
 
 
+@pytest.mark.slow
 def test_a_run_has_most_kinds_of_what_can_happen() -> None:
     """Each event is in some of a few runs; without it the runs would say nothing of it."""
     happened: set[str] = set()
@@ -96,6 +100,7 @@ def test_a_run_has_most_kinds_of_what_can_happen() -> None:
     assert effects > 40 * 50
 
 
+@pytest.mark.slow
 def test_a_failing_seed_is_told_with_the_command_that_replays_it() -> None:
     """And the replay of a planted bug ends with what is wrong."""
     command = [sys.executable, "-m", "tests.simulation", "--seed", "0"]

@@ -140,7 +140,7 @@ def test_redis_away_for_ten_seconds_loses_nothing(kafka: Kafka, tmp_path: Path) 
             async def is_ready() -> bool:
                 return status(worker, "/ready") == 200
 
-            await until(is_ready, "/ready after Redis came back", 10)
+            await until(is_ready, "/ready after Redis came back")
             await feeding
             await system.until_applied()
             assert_scored_once(await system.scores(), sent)
@@ -335,6 +335,7 @@ class KafkaWithUsers(Kafka):
         }
 
 
+@pytest.mark.live
 def test_the_users_of_kafka_and_redis_reach_every_client(tmp_path: Path) -> None:
     sent = transactions(2_000, accounts=50)
     least = f"~recur-* {RIGHTS}"
@@ -412,8 +413,8 @@ def test_the_watchdog_ends_a_worker_whose_records_wait(kafka: Kafka, tmp_path: P
             async def is_not_live() -> bool:
                 return status(worker, "/live") == 503
 
-            await until(is_not_live, "/live to turn false", 20)
-            await until(is_dead, "the watchdog", 20)
+            await until(is_not_live, "/live to turn false")
+            await until(is_dead, "the watchdog")
             assert worker.process.poll() == 75
             server.resume()
             await system.start_workers(1)

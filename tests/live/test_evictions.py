@@ -147,6 +147,7 @@ def test_what_is_evicted_is_computed_again_and_no_account_is_new_for_it(
 MODEL = "0f3a5b7c9d1e"
 PARTITIONS = 4
 RECORDS = 1_000
+SERVERS = [pytest.param(name, marks=pytest.mark.live) for name in ("redis", "cluster")]
 FILLER = {f"A{i}": b"x" * 400 for i in range(1_500)}
 
 
@@ -219,7 +220,7 @@ def watched(url: str, **settings: Any) -> Callable[[], Watcher]:
     return lambda: Watcher(loaded, kafka)
 
 
-@pytest.fixture(params=["redis", "cluster"])
+@pytest.fixture(params=SERVERS)
 def servers_and_watchers(
     request: pytest.FixtureRequest,
 ) -> Iterator[tuple[Sequence[Redis], Callable[[], Watcher]]]:
@@ -276,6 +277,7 @@ def test_a_loss_is_repaired_once_and_only_when_nothing_is_evicted_any_more(
     asyncio.run(run())
 
 
+@pytest.mark.live
 def test_what_else_evictions_come_to() -> None:
     """A new beginning, numbers that are reset, a second loss, a worker that repairs already."""
 
@@ -322,6 +324,7 @@ def test_what_else_evictions_come_to() -> None:
         asyncio.run(run(server))
 
 
+@pytest.mark.live
 def test_a_loss_is_not_forgotten_by_a_server_that_starts_again() -> None:
     """As it does where its policy is set right in its file; its numbers begin at zero then."""
 
@@ -372,6 +375,7 @@ def evict_all(server: Redis) -> None:
         client.config_set("maxmemory-policy", "noeviction")
 
 
+@pytest.mark.live
 def test_a_full_server_and_a_replica_are_told_from_one_that_is_away() -> None:
     async def run(server: Redis, replica: Redis) -> None:
         async with watched(server.url)() as one, watched(replica.url)() as of_replica:

@@ -80,6 +80,7 @@ def test_a_redis_that_is_no_cluster_is_told(redis_server: Redis) -> None:
     assert "RECUR_REDIS_CLUSTER" in said_by(settings, ("GET", "a"))
 
 
+@pytest.mark.live
 def test_nodes_that_a_cluster_announces_and_that_do_not_answer_are_named() -> None:
     with RedisCluster() as cluster:
         for node in cluster.nodes:
@@ -106,6 +107,7 @@ def test_a_database_that_is_not_there_and_an_option_that_is_none_are_told(
         assert "question mark" in said_by(unknown, ("GET", "a"))
 
 
+@pytest.mark.live
 def test_a_replica_and_a_policy_that_evicts_keep_a_worker_from_starting() -> None:
     with (
         Redis(options={"maxmemory-policy": "volatile-lru"}) as server,
@@ -117,6 +119,7 @@ def test_a_replica_and_a_policy_that_evicts_keep_a_worker_from_starting() -> Non
         assert "redis+sentinel://" in said
 
 
+@pytest.mark.live
 def test_sentinels_that_know_no_such_primary_and_what_is_no_sentinel_are_told() -> None:
     with under_sentinel(PASSWORD) as (sentinel, primary, _):
         known = settings_of(sentinel.url, redis_sentinel_password=PASSWORD)
@@ -160,6 +163,7 @@ def fail_over(sentinel: Sentinel) -> None:
     raise AssertionError("the Sentinel knows of no replica that it may promote")
 
 
+@pytest.mark.live
 def test_a_store_follows_the_primary_that_sentinel_elects() -> None:
     """When the primary dies, and when it is told to change places while it lives."""
 

@@ -125,7 +125,7 @@ def test_what_was_committed_when_a_worker_died_is_applied_though_no_record_comes
                     committed = await committed_offsets(system.settings)
                     return any(committed[p] > marks[p].next_offset for p in marks)
 
-                await until(is_ahead, "a commit past the watermark", 20)
+                await until(is_ahead, "a commit past the watermark")
                 system.workers[0].process.kill()
                 system.workers[0].process.wait()
                 client.execute_command("CLIENT", "UNPAUSE")

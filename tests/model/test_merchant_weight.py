@@ -52,6 +52,7 @@ def test_frauds_that_the_amount_explains_weigh_little_and_the_others_fully() -> 
     assert np.mean(weight[by_nothing] == WEIGHT_MAX) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])
 def test_frauds_that_no_payment_explains_all_count_in_full(rate: float) -> None:
     is_fraud = np.random.default_rng(1).random(N) < rate

@@ -39,6 +39,8 @@ from pipeline.cli.evaluate import EvaluateOptions, run_evaluate
 from pipeline.errors import RecurError
 from tests.fakes.datasets import simulated_dataset
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
+
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "epochs": 4,
@@ -47,6 +49,7 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
 }
 SIMULATED = {"customers": 200, "terminals": 500, "days": 60}
+SHORT = SIMULATED | {"customers": 50, "terminals": 100}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,6 +64,12 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def log() -> Dataset:
     return simulated_dataset(**SIMULATED)
+
+
+@pytest.fixture(scope="module")
+def short_log() -> Dataset:
+    """For what holds of any network, however little it has learned."""
+    return simulated_dataset(**SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +197,9 @@ def test_the_verdict_and_the_reasons_are_measured(
 
 
 def test_the_same_command_trains_nothing_again_and_another_network_only_that(
-    log: Dataset, tmp_path: Path
+    short_log: Dataset, tmp_path: Path
 ) -> None:
-    fold = split_fold(log)
+    fold = split_fold(short_log)
     training = TrainingSettings(**SMALL | {"epochs": 1})
 
     def compare(*networks: str) -> tuple[list[Run], set[str]]:
@@ -201,7 +210,7 @@ def test_the_same_command_trains_nothing_again_and_another_network_only_that(
                 stages.add(report.stage)
 
         settings = ComparisonSettings(networks=networks, training=training)
-        return Comparer(log, settings, tmp_path, tmp_path / "runs").compare(
+        return Comparer(short_log, settings, tmp_path, tmp_path / "runs").compare(
             "split", [fold], note
         ).runs, stages
 
@@ -218,15 +227,15 @@ def test_the_same_command_trains_nothing_again_and_another_network_only_that(
 
 
 def test_what_another_version_of_training_has_kept_is_trained_anew(
-    log: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_log: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ComparisonSettings(
         networks=("transaction",), training=TrainingSettings(**SMALL | {"epochs": 1})
     )
 
     def compare() -> None:
-        comparer = Comparer(log, settings, tmp_path, tmp_path / "runs")
-        comparer.compare("split", [split_fold(log)])
+        comparer = Comparer(short_log, settings, tmp_path, tmp_path / "runs")
+        comparer.compare("split", [split_fold(short_log)])
 
     compare()
     compare()
@@ -258,36 +267,44 @@ def test_lightgbm_sees_the_further_fields_that_networks_see(log: Dataset, tmp_pa
     assert ap[1] > max(0.75, 1.3 * ap[0])
 
 
-def test_progress_rises_to_1(log: Dataset, tmp_path: Path) -> None:
+def test_progress_rises_to_1(short_log: Dataset, tmp_path: Path) -> None:
     done: list[float] = []
     settings = ComparisonSettings(
         networks=("transaction", "lightgbm"),
         training=TrainingSettings(**SMALL | {"epochs": 1}),
         trees=10,
     )
-    Comparer(log, settings, tmp_path).compare(
-        "split", [split_fold(log)], lambda r: done.append(r.done)
+    Comparer(short_log, settings, tmp_path).compare(
+        "split", [split_fold(short_log)], lambda r: done.append(r.done)
     )
     assert done == sorted(done)
     assert (done[0], done[-1]) == (0.0, 1.0)
 
 
 def test_labels_after_the_training_days_do_not_change_a_score_of_the_test(
-    log: Dataset, tmp_path: Path
+    short_log: Dataset, tmp_path: Path
 ) -> None:
     """What LightGBM and a network learn ends with the fold's training days."""
-    fold = split_fold(log)
-    later = np.flatnonzero(log.timestamp_ms >= (fold.test_until - 7) * 86_400_000)
-    label = log.label.copy()
+    fold = split_fold(short_log)
+    later = np.flatnonzero(short_log.timestamp_ms >= (fold.test_until - 7) * 86_400_000)
+    label = short_log.label.copy()
     label[later] = 1 - label[later]  # their labels arrive after the test
-    changed = Dataset(log.account, log.merchant, log.amount, log.timestamp_ms, label, log.scenario)
+    changed = Dataset(
+        short_log.account,
+        short_log.merchant,
+        short_log.amount,
+        short_log.timestamp_ms,
+        label,
+        short_log.scenario,
+    )
     settings = ComparisonSettings(
         networks=("feed-forward", "lightgbm"),
         training=TrainingSettings(**SMALL | {"epochs": 1}),
         trees=10,
     )
     scores = [
-        Comparer(of, settings, tmp_path).compare("split", [fold]).scores for of in (log, changed)
+        Comparer(of, settings, tmp_path).compare("split", [fold]).scores
+        for of in (short_log, changed)
     ]
     for key, values in scores[0].items():
         assert np.array_equal(values, scores[1][key]), key

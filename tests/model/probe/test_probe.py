@@ -526,6 +526,7 @@ def test_the_command_fails_on_a_violation_and_names_it(
     assert "from amount" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_command_writes_json_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -595,6 +596,7 @@ def test_the_command_probes_the_accounts_of_a_file(
     assert run(tmp_path / "none.safetensors") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_shipped_checkpoint_can_be_probed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

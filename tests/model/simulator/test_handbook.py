@@ -40,6 +40,7 @@ def half_a_year() -> list[DayOfTransactions]:
     return first_days(183, seed=3)
 
 
+@pytest.mark.slow
 def test_volume_fraud_and_amounts_are_the_published_ones(
     half_a_year: list[DayOfTransactions],
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_beginning_does_not_depend_on_how_many_days_are_taken() -> None:
     np.testing.assert_array_equal(ids, np.arange(len(ids)))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_days() -> None:
     days = Simulator(customers=1000, terminals=2000).days()
     tracemalloc.start()

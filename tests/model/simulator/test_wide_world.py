@@ -142,6 +142,7 @@ def test_days_are_in_order_of_time_and_amounts_are_whole_cents(
     np.testing.assert_array_equal(amount, np.round(amount, 2))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_days() -> None:
     days = Simulator(customers=600, terminals=1000, world=WIDE).days()
     tracemalloc.start()

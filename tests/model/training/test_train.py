@@ -52,6 +52,8 @@ from model.training.train import (
 )
 from pipeline.progress import TrainingProgress
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
+
 ROOT = Path(__file__).parents[3]
 SHIPPED = Path(__file__).parents[3] / "pipeline" / "checkpoints" / "default.safetensors"
 
@@ -363,8 +365,11 @@ RESUMED = """
 import sys
 from pathlib import Path
 import model.training.loop
+import model.training.merchant_weight_fit
 from model.training.train import TrainingSettings, train
+from tests.conftest import MERCHANT_WEIGHT_UPDATES
 model.training.loop.SAVE_EVERY_SECONDS = 0.0
+model.training.merchant_weight_fit.UPDATES = MERCHANT_WEIGHT_UPDATES
 settings = TrainingSettings(world="handbook", customers=80, terminals=60, days=30, hidden_size=4,
     layers=int(sys.argv[2]), epochs=5, device="cpu")
 train(settings, Path(sys.argv[1]))
@@ -471,7 +476,13 @@ def test_one_training_at_a_time_writes_a_file(tmp_path: Path) -> None:
 
 def test_the_number_of_cores_does_not_change_the_network(tmp_path: Path) -> None:
     tiny = TrainingSettings(
-        customers=120, terminals=100, days=40, hidden_size=4, epochs=1, device="cpu"
+        world="handbook",
+        customers=80,
+        terminals=60,
+        days=30,
+        hidden_size=4,
+        epochs=1,
+        device="cpu",
     )
     digests = set()
     for threads in (1, 2):

@@ -74,13 +74,14 @@ class Run:
 
     def assert_nothing_left(self) -> None:
         """Neither processes nor files."""
-        deadline = time.monotonic() + 5  # supervisors notice within moments
+        deadline = time.monotonic() + 60  # moments, but on a busy machine
         while self.left_running() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert self.left_running() == []
         assert list(self.directory.iterdir()) == []
 
 
+@pytest.mark.live
 def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, transactions=20_000, rate=200, seconds=4, history_days=2)
     text = run.end()
@@ -103,6 +104,7 @@ def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Pa
     run.assert_nothing_left()
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("moment", ["starting Kafka", "starting 1 worker", "live "])
 def test_ctrl_c_ends_it_at_any_time_and_leaves_nothing(moment: str, tmp_path: Path) -> None:
     run = Run(tmp_path, transactions=1_000, rate=200, seconds=60, history_days=0, workers=1)
@@ -116,18 +118,20 @@ def test_ctrl_c_ends_it_at_any_time_and_leaves_nothing(moment: str, tmp_path: Pa
     run.assert_nothing_left()
 
 
+@pytest.mark.live
 def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     run = Run(tmp_path, transactions=1_000, seconds=60, history_days=0, workers=1)
     run.until("live ")
     run.process.kill()
     run.end()
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while run.left_running() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert run.left_running() == []
 
 
+@pytest.mark.live
 def test_a_worker_that_cannot_start_shows_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,8 @@ label = "fraud"
 EURO = 'currency = "EUR"'
 START = datetime(2020, 1, 1, tzinfo=UTC)
 
+pytestmark = pytest.mark.usefixtures("few_updates_of_merchant_weight")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
@@ -88,6 +90,7 @@ def complaint(directory: Path, source: pa.Table, *options: str, **mapping: str) 
     return str(result.exception)
 
 
+@pytest.mark.slow
 def test_a_file_with_fields_in_any_order_becomes_a_checkpoint_that_a_worker_can_use(
     tmp_path: Path,
 ) -> None:
@@ -141,6 +144,7 @@ def test_a_file_with_fields_in_any_order_becomes_a_checkpoint_that_a_worker_can_
     assert raw.shape[1] == len(FEATURES) + 2
 
 
+@pytest.mark.slow
 def test_labels_that_are_unknown_are_left_out_of_every_count(tmp_path: Path) -> None:
     fraud = [None if i % 3 == 0 else i % 25 == 1 for i in range(2000)]
     result = run(tmp_path, table(fraud=fraud))
@@ -200,6 +204,7 @@ def test_a_mapping_without_a_label_and_options_that_do_not_fit_are_refused(
     assert "train_until is 'soon'" in complaint(tmp_path, table(), "--train-until", "soon")
 
 
+@pytest.mark.slow
 def test_unusable_rows_are_left_out_if_that_is_wanted(tmp_path: Path) -> None:
     result = run(tmp_path, table(sum=[-1.0, *[1.0] * 1999]), "--skip-unusable")
     assert result.exit_code == 0, result.output

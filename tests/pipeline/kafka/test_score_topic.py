@@ -195,7 +195,7 @@ class RealBroker:
             await admin.close()
 
 
-@pytest.fixture(params=["memory", "kafka"])
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.live)])
 def opened(request: pytest.FixtureRequest) -> Opened:
     """A broker with empty topics."""
     if request.param == "memory":
@@ -494,7 +494,7 @@ def test_what_a_dead_worker_left_open_is_taken_back_by_the_next(opened: Opened) 
         topic = broker.settings.topic("scores")
         bounds = await broker.score_log.bounds(topic, 0)
         assert bounds == Bounds(0, 2)
-        assert await asyncio.wait_for(read(broker, 0, 0, 2), 3) == ({}, 2)
+        assert await asyncio.wait_for(read(broker, 0, 0, 2), 60) == ({}, 2)
         committed = await transactions.commit({0: said(broker, 0, [0], tenure, alerts=1)})
         assert committed == {0: AppendResult(2, 4)}
         kept, position = await read(broker, 0, 0, 4)
@@ -822,9 +822,9 @@ def test_transaction_markers_of_others_keep_nobody_waiting(kafka: Kafka) -> None
         bounds = await broker.score_log.bounds(topic, 0)
         assert bounds.end == 4
 
-        kept, position = await asyncio.wait_for(read(broker, 0, 0, bounds.end), 3)
+        kept, position = await asyncio.wait_for(read(broker, 0, 0, bounds.end), 60)
         assert list(kept) == [0, 1]
         assert position == 4
-        assert await asyncio.wait_for(read(broker, 0, 3, bounds.end), 3) == ({}, 4)
+        assert await asyncio.wait_for(read(broker, 0, 3, bounds.end), 60) == ({}, 4)
 
     run(open_real(kafka), test)

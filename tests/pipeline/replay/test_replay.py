@@ -203,11 +203,11 @@ def test_ctrl_c_stops_the_feed_and_tells_how_many_were_sent(
     assert process.stdout is not None
     assert process.stdout.readline().startswith("sending: ")
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=240)
 
     assert process.returncode == INTERRUPTED
     sent = int(re.findall(r"stopped; sent +([\d,]+) transactions", text)[0].replace(",", ""))
-    assert 100 < sent < 5000
+    assert 0 < sent < 10_000
 
 
 @pytest.mark.parametrize(

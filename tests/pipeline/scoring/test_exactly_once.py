@@ -29,6 +29,7 @@ from tests.pipeline.scoring.test_processor import (
     when,
     when_nth,
 )
+from tests.seeds import seeds
 
 
 def assert_exactly_once(world: World) -> None:
@@ -76,7 +77,7 @@ def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> N
     assert worker.count("recur_records_lost_total") == 0
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", seeds(25))
 def test_workers_killed_again_and_again_say_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +101,7 @@ def test_workers_killed_again_and_again_say_nothing_twice(
     assert_exactly_once(world)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", seeds(100))
 def test_whoever_overtakes_whom_nothing_is_said_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

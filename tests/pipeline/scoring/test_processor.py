@@ -45,6 +45,7 @@ from tests.fakes.memory_workers import (
     small_checkpoint,
     step,
 )
+from tests.seeds import seeds
 
 POISON = 666.0
 
@@ -306,7 +307,7 @@ def test_a_worker_killed_at_any_step_loses_nothing_and_says_nothing_twice(number
     assert worker.count("recur_records_lost_total") == 0
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", seeds(25))
 def test_workers_killed_again_and_again_lose_nothing_and_say_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -671,7 +672,7 @@ class Simulation:
             self._alive.remove(one)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", seeds(50))
 def test_whoever_overtakes_whom_every_transaction_is_applied_once_and_none_is_lost(
     seed: int,
 ) -> None:
@@ -683,7 +684,7 @@ def test_whoever_overtakes_whom_every_transaction_is_applied_once_and_none_is_lo
     world.assert_all_applied(scores_once=False)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", seeds(30))
 def test_one_worker_after_another_on_a_store_that_goes_back_says_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1132,7 +1133,7 @@ def rebuild(world: World, partition: int) -> WatermarksSetBack | None:
     return plan
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
     """The watermark is taken back again and again, between any two steps of the workers; what
     stands past it never gets into a state again, although nothing deletes it.

@@ -74,6 +74,7 @@ def refused(codec: StateCodec, value: bytes) -> bool:
     return refusals == 1
 
 
+@pytest.mark.slow
 @given(codecs_and_states())
 def test_every_bit_of_a_state_survives_the_round_trip(
     codec_and_states: tuple[StateCodec, AccountStates],

@@ -40,6 +40,7 @@ def test_a_profile_comes_back_from_its_bytes(profile: Profile) -> None:
     assert again.frauds == profile.frauds
 
 
+@pytest.mark.slow
 @given(st.lists(st.one_of(st.none(), profiles), max_size=6))
 def test_many_are_decoded_at_once_as_one_by_one(some: list[Profile | None]) -> None:
     columns, refused = decode_profiles([None if p is None else p.to_bytes() for p in some])

@@ -33,6 +33,7 @@ from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN
 from tests.fakes.memory import MemoryMerchantStore
 
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
+SERVERS = [pytest.param(name, marks=pytest.mark.live) for name in ("redis", "cluster")]
 
 
 @dataclass
@@ -87,7 +88,7 @@ def server_backend(server: Redis | RedisCluster) -> Backend:
     )
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
+@pytest.fixture(params=["memory", *SERVERS])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Shared servers, keys of one test."""
     if request.param == "memory":
@@ -96,14 +97,14 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return server_backend(request.getfixturevalue(fixture))
 
 
-@pytest.fixture(params=["redis", "cluster"])
+@pytest.fixture(params=SERVERS)
 def real_backend(request: pytest.FixtureRequest) -> Backend:
     """As ``backend``, without the fake."""
     fixture = {"redis": "redis_server", "cluster": "redis_cluster"}[request.param]
     return server_backend(request.getfixturevalue(fixture))
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
+@pytest.fixture(params=["memory", *SERVERS])
 def stoppable(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A server of the test's own, which it may stop."""
     if request.param == "memory":
@@ -664,6 +665,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
     stoppable.run(go)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("missing", ["+bitfield", "+setrange", "+pexpire", "+mget", "+set"])
 def test_a_right_that_is_missing_is_told_and_not_waited_for(missing: str) -> None:
     rights = [right for right in RIGHTS.split() if right != missing]

@@ -20,10 +20,11 @@ from pipeline.storage.watermark import Watermark
 MODEL, OTHER = "0f3a5b7c9d1e", "aaaabbbbcccc"
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
 ODD_IDS += ["*", "?", "[a-c]", "\\", "\\*", "^", "a*b"]
+SERVERS = [pytest.param(name, marks=pytest.mark.live) for name in ("redis", "cluster")]
 CODEC = StateCodec(1, 4)
 
 
-@pytest.fixture(params=["redis", "cluster"])
+@pytest.fixture(params=SERVERS)
 def settings(request: pytest.FixtureRequest) -> Settings:
     """Of a shared server, with keys of their own."""
     is_cluster = request.param == "cluster"

@@ -30,6 +30,7 @@ TTL_DAYS = 2.0
 RETENTION_DAYS = 1.0
 EXPIRY_MS = 3 * 86_400_000
 ODD_IDS = ["a b", "", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
+SERVERS = [pytest.param(name, marks=pytest.mark.live) for name in ("redis", "cluster")]
 
 
 def settings_for(url: str, *, cluster: bool = False) -> Settings:
@@ -106,7 +107,7 @@ def cluster_backend(cluster: RedisCluster) -> Backend:
     )
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
+@pytest.fixture(params=["memory", *SERVERS])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Shared servers, keys of one test."""
     if request.param == "memory":
@@ -116,7 +117,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return cluster_backend(request.getfixturevalue("redis_cluster"))
 
 
-@pytest.fixture(params=["redis", "cluster"])
+@pytest.fixture(params=SERVERS)
 def real_backend(request: pytest.FixtureRequest) -> Backend:
     """As ``backend``, without the fake."""
     if request.param == "redis":
@@ -124,7 +125,7 @@ def real_backend(request: pytest.FixtureRequest) -> Backend:
     return cluster_backend(request.getfixturevalue("redis_cluster"))
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
+@pytest.fixture(params=["memory", *SERVERS])
 def stoppable(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A server of the test's own, which it may stop."""
     if request.param == "memory":
@@ -418,6 +419,7 @@ def test_an_error_of_the_server_is_unavailability_and_shows_no_account_nor_value
         real_backend.run(go)
 
 
+@pytest.mark.live
 def test_a_full_server_refuses_a_save_whole() -> None:
     with Redis() as server, server.client() as client:
         backend = redis_backend(server)
@@ -434,6 +436,7 @@ def test_a_full_server_refuses_a_save_whole() -> None:
         backend.run(go)
 
 
+@pytest.mark.live
 def test_a_command_that_the_server_does_not_know_is_not_quoted() -> None:
     """Redis puts the command's first arguments, keys and so accounts, into its message."""
     account = "4111-1111-1111-1111"
@@ -546,6 +549,7 @@ def until_stopped(pid: int) -> None:
     raise AssertionError("it was paused and is not")
 
 
+@pytest.mark.live
 def test_a_server_that_hangs_is_unavailable_within_the_time_that_the_settings_give() -> None:
     with Redis() as server:
         backend = redis_backend(server)
