@@ -1,4 +1,4 @@
-"""The checkpoint that the settings name."""
+"""Loading of the checkpoint that the settings name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pipeline.settings import Settings
 
 
 def load_checkpoint(settings: Settings) -> Checkpoint:
-    """The checkpoint that the settings name.
+    """Load the checkpoint that the settings name.
 
     Raises:
-        StartupError: it is missing or not one; the message says what is wrong.
+        StartupError: the file is missing or no checkpoint. The message says what is wrong.
     """
     try:
         return Checkpoint.load(settings.checkpoint)

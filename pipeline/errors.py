@@ -1,9 +1,9 @@
-"""What can go wrong, by what a person has to do about it.
+"""Errors, grouped by what a person has to do about them.
 
     RecurError
      ├── SettingsError      a setting is wrong or missing: correct it and start again
-     ├── StartupError       broker, Redis, checkpoint or log is not as it must be: the message
-     │                      says what to do
+     ├── StartupError       broker, Redis, checkpoint or log cannot be used: the message says
+     │                      what to do
      ├── ServiceError       an embedded service (demo, tests) did not start
      └── RejectedError      a record cannot be scored: it goes to the dead-letter topic
 
@@ -15,15 +15,15 @@ from __future__ import annotations
 
 
 class RecurError(Exception):
-    """Any error that Recur raises on purpose."""
+    """Base of all errors that Recur raises on purpose."""
 
 
 class SettingsError(RecurError):
-    """A setting is wrong; the message names it."""
+    """A setting is wrong. The message names it."""
 
 
 class StartupError(RecurError):
-    """The worker must not start; the message says what to do."""
+    """The worker must not start. The message says what to do."""
 
 
 class ServiceError(RecurError):
@@ -34,8 +34,7 @@ class RejectedError(RecurError):
     """A record cannot be scored.
 
     Attributes:
-        reason: one of :data:`pipeline.messages.codec.REASONS`, a closed set, fit for a metric
-            label.
+        reason: one of :data:`pipeline.messages.decoding.REASONS`.
     """
 
     def __init__(self, reason: str, message: str) -> None:

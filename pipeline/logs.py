@@ -1,4 +1,4 @@
-"""Structured logs: one line a message, JSON or text, without payloads or account numbers."""
+"""Structured logs: one line per message, JSON or text, without payloads or account numbers."""
 
 from __future__ import annotations
 
@@ -21,46 +21,45 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 QUIET_LOGGERS = ("aiokafka", "faust", "mode", "kafka", "redis", "asyncio")
 """Libraries whose lines are shown from warning on: some write keys and offsets at info."""
 
-
 SERVICE_OF = {"aiokafka": "kafka", "faust": "kafka", "mode": "kafka", "redis": "redis"}
-"""Of which service a library's lines tell, mostly."""
+"""The service that most lines of a library are about."""
 
-TELL_SECONDS = 60.0
-"""So long after the first one that was left out a line tells of all of them."""
+SUMMARY_SECONDS = 60.0
+"""Time from the first dropped line to a summary of all dropped lines."""
 
 KINDS_MAX = 256
-"""Kinds of lines that are told apart; those past it are one."""
+"""Most kinds of lines that are told apart. All further kinds count as one."""
 
 _KIND_CHARACTERS = 160
 _SAMPLE_CHARACTERS = 300
-_SAYS_NOTHING = "We experienced a crash!"
+_EMPTY_MESSAGE = "We experienced a crash!"
 _VARYING = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
 class LibraryLines(logging.Filter):
-    """Lets through what is worth a line of what libraries say, and counts the rest.
+    """A filter that passes new errors of libraries, and drops and counts their other lines.
 
-    While a service is away they say the same some hundred times a second. An error of a new kind
-    is let through once, but for one that only says that a service does not answer: that is told
-    by :mod:`pipeline.scoring.outages`, with their number. Whatever is told by nothing else is told
-    once a minute, with the line that came most often.
+    While a service is away, libraries repeat the same lines hundreds of times a second. An error of
+    a new kind passes once. An error that only says that a service does not answer is dropped:
+    :mod:`pipeline.scoring.outages` reports outages, with the number of these lines. A summary once
+    a minute covers all other dropped lines and shows the most frequent one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
         self._seen: set[tuple[str, int, str]] = set()
-        self._left_out: Counter[tuple[str, int, str]] = Counter()
+        self._dropped: Counter[tuple[str, int, str]] = Counter()
         self._samples: dict[tuple[str, int, str], str] = {}
         self._timer: threading.Timer | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is written."""
+        """Tell whether the line is written."""
         top = record.name.partition(".")[0]
         if top not in QUIET_LOGGERS:
             return True
         text = str(record.msg)
-        if _is_told_at_the_end(record, text):
+        if _is_reported_at_exit(record, text):
             return False
         kind = record.name, record.levelno, _VARYING.sub("#", text)[:_KIND_CHARACTERS]
         with self._lock:
@@ -68,55 +67,55 @@ class LibraryLines(logging.Filter):
                 kind = top, record.levelno, "(others)"
             is_new = kind not in self._seen
             self._seen.add(kind)
-            if is_new and record.levelno >= logging.ERROR and not _is_told_elsewhere(record):
+            if is_new and record.levelno >= logging.ERROR and not _is_reported_as_outage(record):
                 return True
-            self._left_out[kind] += 1
+            self._dropped[kind] += 1
             self._samples[kind] = record.getMessage()[:_SAMPLE_CHARACTERS]
             if self._timer is None:
-                self._timer = threading.Timer(TELL_SECONDS, self.tell)
+                self._timer = threading.Timer(SUMMARY_SECONDS, self.summarize)
                 self._timer.daemon = True
                 self._timer.start()
         return False
 
     def take(self, service: str) -> int:
-        """How many lines about a service were left out since they were told of."""
+        """Count the lines about a service that were dropped since the last report."""
         with self._lock:
             kinds = [
                 kind
-                for kind in self._left_out
+                for kind in self._dropped
                 if SERVICE_OF.get(kind[0].partition(".")[0]) == service
             ]
-            return sum(self._left_out.pop(kind) for kind in kinds)
+            return sum(self._dropped.pop(kind) for kind in kinds)
 
-    def tell(self) -> None:
-        """Write one line about all that were left out, if any were."""
+    def summarize(self) -> None:
+        """Write one line about all dropped lines, if there are any."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = None
-            left_out, self._left_out = self._left_out, Counter()
+            dropped, self._dropped = self._dropped, Counter()
             samples, self._samples = self._samples, {}
-        if not left_out:
+        if not dropped:
             return
-        (most, times), *_ = left_out.most_common(1)
+        (most, times), *_ = dropped.most_common(1)
         logging.getLogger(__name__).warning(
-            "lines of libraries were left out; the log level debug shows them all",
+            "lines of libraries were dropped; the log level debug shows them all",
             extra={
-                "lines": left_out.total(),
-                "kinds": len(left_out),
+                "lines": dropped.total(),
+                "kinds": len(dropped),
                 "most_often": f"{most[0]}: {samples.get(most, most[2])}",
                 "times": times,
             },
         )
 
 
-def _is_told_at_the_end(record: logging.LogRecord, text: str) -> bool:
-    """Whether a line is about an error of our own that ends the program, and is its last line."""
-    return _SAYS_NOTHING in text or any(isinstance(e, RecurError) for e in _errors_in(record))
+def _is_reported_at_exit(record: logging.LogRecord, text: str) -> bool:
+    """Tell whether a line is about our own error that the program prints as its last line."""
+    return _EMPTY_MESSAGE in text or any(isinstance(e, RecurError) for e in _errors_in(record))
 
 
-def _is_told_elsewhere(record: logging.LogRecord) -> bool:
-    """Whether a line only says that a service does not answer."""
+def _is_reported_as_outage(record: logging.LogRecord) -> bool:
+    """Tell whether a line only says that a service does not answer."""
     return any(
         isinstance(error, OSError) or getattr(error, "retriable", False)
         for error in _errors_in(record)
@@ -134,24 +133,24 @@ def _errors_in(record: logging.LogRecord) -> list[BaseException]:
 _library_lines: LibraryLines | None = None
 
 
-def take_left_out(service: str) -> int:
-    """How many lines of libraries about a service were left out; they count as told of."""
+def take_dropped(service: str) -> int:
+    """Count the dropped lines about a service, and leave them out of the next summary."""
     return 0 if _library_lines is None else _library_lines.take(service)
 
 
-def tell_left_out() -> None:
-    """Tell of what was left out now: the program ends."""
+def summarize_dropped() -> None:
+    """Write the summary of dropped lines now, since the program ends."""
     if _library_lines is not None:
-        _library_lines.tell()
+        _library_lines.summarize()
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"time": ..., "level": ..., "logger": ..., "message": ..., <extra fields>}``."""
+    """Format ``{"time": ..., "level": ..., "logger": ..., "message": ..., <extra fields>}``."""
 
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line of JSON."""
+        """Format a line of JSON."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -165,10 +164,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``12:00:00.123 warning  pipeline.scoring.retry  message  field=value``."""
+    """Format ``12:00:00.123 warning  pipeline.scoring.retry  message  field=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line of text; a traceback follows on lines of its own."""
+        """Format a line of text; a traceback follows on lines of its own."""
         clock = self.formatTime(record, "%H:%M:%S") + f".{int(record.msecs):03d}"
         fields = "".join(f"  {name}={value}" for name, value in _extra(record).items())
         line = f"{clock} {record.levelname.lower():8} {record.name}  {record.getMessage()}{fields}"
@@ -183,7 +182,7 @@ def _extra(record: logging.LogRecord) -> dict[str, object]:
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Within the block, only critical lines of this logger and those below it."""
+    """Drop all but critical lines of a logger and its children within the block."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -194,9 +193,9 @@ def quiet(name: str) -> Iterator[None]:
 
 
 def configure(level: str, form: Literal["json", "text"]) -> None:
-    """Send all logs to stderr in this form, from this level on.
+    """Send all logs from this level on to stderr.
 
-    Lines of libraries are folded (:class:`LibraryLines`), but at the level debug.
+    :class:`LibraryLines` filters lines of libraries, unless the level is debug.
     """
     global _library_lines
     handler = logging.StreamHandler(sys.stderr)
@@ -205,7 +204,7 @@ def configure(level: str, form: Literal["json", "text"]) -> None:
     if level != "debug":
         _library_lines = LibraryLines()
         handler.addFilter(_library_lines)
-        atexit.register(_library_lines.tell)
+        atexit.register(_library_lines.summarize)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))

@@ -1,4 +1,4 @@
-"""Progress of a training or a long transfer: a bar in a terminal, else a line now and then."""
+"""Progress of a training or a long transfer: a bar in a terminal, else a line at intervals."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ PLAIN_LINE_SECONDS = 2.0
 
 
 class Bar(Protocol):
-    """Shows how far something is, and how fast it goes."""
+    """A display of progress and speed."""
 
     def __enter__(self) -> Bar: ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def show(self, what: str, done: int, fraction: float) -> None:
-        """So many are done, which is this fraction of all."""
+        """Show the number of done items and their fraction of all."""
 
 
 def bar_for(console: Console) -> Bar:
-    """A progress bar in a terminal, else a line now and then."""
+    """Choose a progress bar for a terminal, and lines at intervals for anything else."""
     if console.is_terminal and not console.is_dumb_terminal:
         return _TerminalBar(console)
     return _PlainBar(console)
 
 
 class _Speed:
-    """Of the last seconds, from a count that grows."""
+    """Speed over the last calls, from a growing count."""
 
     def __init__(self) -> None:
         self._what = ""
@@ -63,12 +63,12 @@ class _TerminalBar:
             TextColumn("{task.description:>18}", style="dim"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[told]}", style="bold"),
+            TextColumn("{task.fields[counts]}", style="bold"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=1.0, told="")
+        self._task = self._progress.add_task("", total=1.0, counts="")
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -78,8 +78,10 @@ class _TerminalBar:
         self._progress.stop()
 
     def show(self, what: str, done: int, fraction: float) -> None:
-        told = f"{done:,}  {self._speed.per_second(what, done):,.0f}/s"
-        self._progress.update(self._task, description=what, completed=min(1.0, fraction), told=told)
+        counts = f"{done:,}  {self._speed.per_second(what, done):,.0f}/s"
+        self._progress.update(
+            self._task, description=what, completed=min(1.0, fraction), counts=counts
+        )
 
 
 class _PlainBar:
@@ -108,14 +110,16 @@ class _PlainBar:
 
 
 LINE_EVERY_SECONDS = 10.0
-"""Where stderr is not a terminal a line is written no more often, but for a new stage."""
+"""Shortest time between two lines of one stage if stderr is not a terminal."""
 
 
 class TrainingProgress:
-    """A progress bar on a terminal, else plain lines. Use it as a context manager:
+    """A progress bar of a training on a terminal, else plain lines.
 
-    with TrainingProgress() as progress:
-        train(settings, output, progress.report)
+    Use it as a context manager::
+
+        with TrainingProgress() as progress:
+            train(settings, output, progress.report)
     """
 
     def __init__(self, console: Console | None = None, command: str = "train") -> None:
@@ -149,7 +153,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def report(self, report: Report) -> None:
-        """Shows a report of :func:`model.training.train.train`."""
+        """Show a report of :func:`model.training.train.train`."""
         elapsed = time.monotonic() - self._began
         left = time_left(elapsed, report.done)
         if report.lasting:
@@ -171,7 +175,7 @@ class TrainingProgress:
 
 
 def time_left(elapsed_seconds: float, done: float) -> str:
-    """What is left at the pace so far; nothing while that is a guess.
+    """Estimate the time left at the pace so far; empty while it would be a guess.
 
     >>> time_left(60.0, 0.5), time_left(30.0, 0.02), time_left(90.0, 1.0)
     ('1:00 left', '', '')

@@ -1,4 +1,4 @@
-"""Every setting of the running system, with its unit and default.
+"""All settings of the running system, with unit and default.
 
 A setting comes, in this order, from the environment (``RECUR_`` and the upper-case name),
 from a TOML file (``--config FILE`` or ``RECUR_CONFIG``; keys are the lower-case names),
@@ -69,7 +69,7 @@ TopicName = Annotated[str, AfterValidator(_topic_name)]
 
 
 class _WithoutKubernetes(PydanticBaseSettingsSource):
-    """The environment without what Kubernetes put there: RECUR_HTTP_PORT=tcp://10.0.0.1:9100."""
+    """The environment without variables of Kubernetes: RECUR_HTTP_PORT=tcp://10.0.0.1:9100."""
 
     def __init__(
         self, settings_cls: type[BaseSettings], environment: PydanticBaseSettingsSource
@@ -78,11 +78,11 @@ class _WithoutKubernetes(PydanticBaseSettingsSource):
         self._environment = environment
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """As the environment has it."""
+        """Return the environment's value."""
         return self._environment.get_field_value(field, field_name)
 
     def __call__(self) -> dict[str, Any]:
-        """Values by setting."""
+        """Return the values by setting."""
         return {
             name: value
             for name, value in self._environment().items()
@@ -92,13 +92,13 @@ class _WithoutKubernetes(PydanticBaseSettingsSource):
 
 @dataclass(frozen=True)
 class SentinelAddress:
-    """What a ``redis+sentinel://`` address says.
+    """The parts of a ``redis+sentinel://`` address.
 
     Attributes:
         hosts: host and port of each Sentinel.
-        master: the name under which they know the primary.
+        master: the primary's name at the Sentinels.
         database: number of the primary's database.
-        username, password: the primary's, if they stand in the address.
+        username, password: the primary's login, if the address has one.
     """
 
     hosts: tuple[tuple[str, int], ...]
@@ -124,7 +124,7 @@ class Settings(BaseSettings):
         "127.0.0.1:9092", description="broker addresses, host:port, comma-separated"
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        "PLAINTEXT", description="how to talk to the brokers"
+        "PLAINTEXT", description="protocol of connections to the brokers"
     )
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
         "SCRAM-SHA-512", description="SASL mechanism, with a SASL_ protocol"
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
         10.0, ge=1, le=300, description="a silent worker loses its partitions after this, seconds"
     )
     kafka_commit_interval_seconds: float = Field(
-        1.0, ge=0.05, le=60, description="between two commits of acked offsets, seconds"
+        1.0, ge=0.05, le=60, description="time between two commits of acked offsets, seconds"
     )
     kafka_auto_offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="where a group without committed offsets begins"
@@ -161,12 +161,12 @@ class Settings(BaseSettings):
 
     # Topics
     topic_prefix: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]{0,49}$", description="put before each topic's name"
+        "", pattern=r"^[A-Za-z0-9._-]{0,49}$", description="prefix of each topic's name"
     )
     transactions_topic: TopicName = Field("transactions", description="payments in")
     scores_topic: TopicName = Field("scores", description="a score for each transaction out")
     alerts_topic: TopicName = Field("alerts", description="scores at or over the threshold out")
-    labels_topic: TopicName = Field("labels", description="truths that arrive later, in")
+    labels_topic: TopicName = Field("labels", description="labels of transactions, in")
     dead_letter_topic: TopicName = Field("dead-letter", description="rejected records out")
     topic_partitions: int = Field(
         8, ge=1, le=10_000, description="partitions of each topic that Recur creates"
@@ -176,21 +176,21 @@ class Settings(BaseSettings):
     )
     on_new_log: Literal["stop", "begin"] = Field(
         "stop",
-        description="where a topic was deleted and made again: stop, or begin its states from it",
+        description="if a topic was deleted and created again: stop, or begin its states from it",
     )
     topic_missing_seconds: float = Field(
         60.0,
         ge=1,
         le=86_400,
-        description="a topic that is deleted while workers run is waited for, then they end,"
+        description="workers wait this long for a topic that is deleted while they run, then end,"
         " seconds",
     )
 
     # Redis
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
-        repr=False,  # a password may stand in the address
-        description="redis:// or rediss:// (TLS) address; of any node with redis_cluster; or"
+        repr=False,  # the address may hold a password
+        description="redis:// or rediss:// (TLS) address, of any node with redis_cluster; or"
         " redis+sentinel://sentinel-1:26379,sentinel-2:26379/master-name/0",
     )
     redis_cluster: bool = Field(False, description="whether the address is a Redis Cluster's")
@@ -198,7 +198,7 @@ class Settings(BaseSettings):
     redis_password: SecretStr | None = Field(None, description="password of that user")
     redis_sentinel_username: str | None = Field(None, description="ACL user of the Sentinels")
     redis_sentinel_password: SecretStr | None = Field(
-        None, description="password of the Sentinels, where they have one"
+        None, description="password of the Sentinels, if they have one"
     )
     redis_ssl_cafile: Path | None = Field(
         None, description="PEM file of the authorities that signed the server's certificate"
@@ -206,10 +206,10 @@ class Settings(BaseSettings):
     redis_ssl_certfile: Path | None = Field(None, description="PEM file of the client certificate")
     redis_ssl_keyfile: Path | None = Field(None, description="PEM file of the client's key")
     redis_timeout_seconds: float = Field(
-        5.0, gt=0, le=60, description="one Redis call may take this long, seconds"
+        5.0, gt=0, le=60, description="longest duration of a Redis call, seconds"
     )
     redis_key_prefix: str = Field(
-        "recur", pattern=r"^[A-Za-z0-9_.-]+$", description="begins every key"
+        "recur", pattern=r"^[A-Za-z0-9_.-]+$", description="begin of every key"
     )
 
     # Scoring
@@ -218,7 +218,7 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         le=36_500,
-        description="an account silent for longer starts anew, days of record time",
+        description="the state of an account that is silent for longer expires, days",
     )
     max_timestamp_ahead_seconds: float = Field(
         86_400.0, gt=0, description="a timestamp further past its record's is rejected, seconds"
@@ -227,42 +227,42 @@ class Settings(BaseSettings):
         300.0,
         ge=0,
         le=31_536_000,
-        description="a clock that is ahead moves its account's time past the record's by this at"
-        " most, seconds; further off is counted (recur_event_time_skew_total)",
+        description="largest lead of an account's time over its record's if a clock is ahead,"
+        " seconds; larger leads are counted (recur_event_time_skew_total)",
     )
     max_timestamp_age_seconds: float = Field(
         631_152_000.0,
         gt=0,
-        description="a timestamp further before its record's is rejected, seconds; but not of"
-        " replays, warm-ups and records with the header recur-history",
+        description="a timestamp further before its record's is rejected, seconds; not in replays,"
+        " warm-ups and records with the header recur-history",
     )
     id_conflicts: Literal["score", "reject"] = Field(
         "score",
-        description="what becomes of a transaction whose id its account had with another content",
+        description="handling of a transaction whose id its account already had with other content",
     )
     review_threshold: float | None = Field(
-        None, ge=0, le=1, description="score from which on to alert; else the checkpoint's"
+        None, ge=0, le=1, description="lowest score of an alert; by default the checkpoint's"
     )
     decline_threshold: float | None = Field(
-        None, ge=0, le=1, description="score from which on to decline; else the checkpoint's"
+        None, ge=0, le=1, description="lowest score of a decline; by default the checkpoint's"
     )
     checkpoint_poll_interval_seconds: float = Field(
         5.0,
         ge=0.1,
         le=3600,
-        description="between two looks at the checkpoint file for new thresholds, seconds",
+        description="time between two checks of the checkpoint file for new thresholds, seconds",
     )
     micro_batch_max: int = Field(
         2048, ge=1, le=65_536, description="most records in one poll, records"
     )
     state_cache_size: int = Field(
-        50_000, ge=0, description="states that a worker holds in memory (0.6 kB each), states"
+        50_000, ge=0, description="most states in a worker's memory (0.6 kB each), states"
     )
     merchant_cache_size: int = Field(
         50_000,
         ge=0,
         le=10_000_000,
-        description="merchants whose features a worker holds in memory (0.3 kB each), merchants",
+        description="most merchants' features in a worker's memory (0.3 kB each), merchants",
     )
     update_merchant_profiles: bool = Field(
         True,
@@ -277,20 +277,20 @@ class Settings(BaseSettings):
     http_host: str = Field("127.0.0.1", description="address of /metrics, /live and /ready")
     http_port: int = Field(9100, ge=0, le=65_535, description="their port; 0 takes a free one")
     watchdog_seconds: float = Field(
-        60.0, gt=0, description="records wait and nothing moves for this long: exit, seconds"
+        60.0, gt=0, description="a worker exits if records wait this long without progress, seconds"
     )
     startup_timeout_seconds: float = Field(
-        10.0, gt=0, le=600, description="how long to wait for broker and Redis at start, seconds"
+        10.0, gt=0, le=600, description="longest wait for broker and Redis at start, seconds"
     )
     shutdown_seconds: float = Field(
         15.0,
         ge=1,
         le=600,
-        description="a worker that is told to stop ends within this, whatever is away, seconds;"
-        " less than the grace of what stops it (Kubernetes: 30)",
+        description="a worker ends within this once asked to stop, even if services are away,"
+        " seconds; set it below the grace period of the supervisor (Kubernetes: 30)",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe log line to write"
+        "info", description="lowest level of written log lines"
     )
     log_format: Literal["json", "text"] = Field("json", description="form of a log line")
 
@@ -304,11 +304,11 @@ class Settings(BaseSettings):
             )
         if "@" in self.kafka_bootstrap_servers:
             raise ValueError(
-                "kafka_bootstrap_servers has host:port alone; who logs in is kafka_sasl_username"
+                "kafka_bootstrap_servers takes host:port alone; the user is kafka_sasl_username"
             )
         _check_bootstrap(self.kafka_bootstrap_servers)
         self._check_redis_url()
-        self._use_what_is_set()
+        self._check_tls()
         if (
             self.review_threshold is not None
             and self.decline_threshold is not None
@@ -318,12 +318,12 @@ class Settings(BaseSettings):
         return self
 
     def _check_redis_url(self) -> None:
-        """Refuse an address that no client would take, or would take otherwise.
+        """Reject an address that a client would reject or misread.
 
         Raises:
-            ValueError: it names the setting, and shows nothing of the address.
+            ValueError: the address is wrong. The message names the setting, not the address.
         """
-        name = _named("redis_url")
+        name = _full_name("redis_url")
         scheme, separator, _ = self.redis_url.partition("://")
         if not separator or scheme not in REDIS_SCHEMES:
             raise ValueError(
@@ -335,8 +335,8 @@ class Settings(BaseSettings):
             database: int | None = address.database if address else None
             if address is None:
                 raise ValueError(
-                    f"{name} must be redis+sentinel://host:26379,host:26379/master-name, and"
-                    " perhaps /0 for a database; a password with one of the characters / ? # @ ,"
+                    f"{name} must be redis+sentinel://host:26379,host:26379/master-name, with an"
+                    " optional /0 for a database; a password with one of the characters / ? # @ ,"
                     " goes into redis_password"
                 )
         elif not _is_address(self.redis_url):
@@ -347,10 +347,10 @@ class Settings(BaseSettings):
         else:
             database = 0 if scheme == "unix" else _database(self.redis_url)
             if database is None:
-                raise ValueError(f"{name}: after the host comes the number of a database, or none")
+                raise ValueError(f"{name}: only the number of a database may follow the host")
         if self.redis_cluster and (database or scheme not in ("redis", "rediss")):
             raise ValueError(
-                f"{name}: a Redis Cluster has database 0 alone, and neither Sentinel nor socket:"
+                f"{name}: a Redis Cluster has only database 0, and neither Sentinel nor socket:"
                 " set it to redis://host:6379/0 of any node, or set redis_cluster"
                 " (RECUR_REDIS_CLUSTER) to false"
             )
@@ -362,23 +362,23 @@ class Settings(BaseSettings):
 
     @property
     def redis_is_tls(self) -> bool:
-        """Whether Redis is spoken to with TLS."""
+        """Whether connections to Redis use TLS."""
         return self.redis_url.startswith(("rediss://", "rediss+sentinel://"))
 
-    def _use_what_is_set(self) -> None:
-        """A certificate that nobody asks for would mean that there is no TLS where one thinks so.
+    def _check_tls(self) -> None:
+        """Reject TLS options that have no effect: the user would believe the connection encrypted.
 
         Raises:
-            ValueError: there are TLS settings, and TLS is not on.
+            ValueError: there are TLS settings, and TLS is off.
         """
         for service, is_on, how in (
             ("kafka", self.kafka_security_protocol.endswith("SSL"), "kafka_security_protocol"),
             ("redis", self.redis_is_tls, "a redis_url of rediss://"),
         ):
             names = [f"{service}_ssl_{name}" for name in ("cafile", "certfile", "keyfile")]
-            there = [name for name in names if getattr(self, name)]
-            if there and not is_on:
-                raise ValueError(f"{', '.join(there)} is set, but TLS is not on: set {how}")
+            given = [name for name in names if getattr(self, name)]
+            if given and not is_on:
+                raise ValueError(f"{', '.join(given)} is set, but TLS is not on: set {how}")
 
     @classmethod
     def settings_customise_sources(
@@ -389,7 +389,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments over environment over file over defaults."""
+        """Order the sources: arguments, environment, file, defaults."""
         file = os.environ.get(CONFIG_VARIABLE)
         environment = _WithoutKubernetes(settings_cls, env_settings)
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, environment)
@@ -400,14 +400,14 @@ class Settings(BaseSettings):
     def topic(
         self, name: Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
     ) -> str:
-        """Full name of a topic, prefix included."""
+        """Return the full name of a topic, with its prefix."""
         return self.topic_prefix + str(getattr(self, f"{name}_topic"))
 
     def kafka_client_options(self) -> dict[str, Any]:
-        """Connection arguments that aiokafka's consumer, producer and admin client share.
+        """Return connection arguments for aiokafka's consumer, producer and admin client.
 
         Raises:
-            SettingsError: as :meth:`kafka_ssl_context`.
+            SettingsError: see :meth:`kafka_ssl_context`.
         """
         options: dict[str, Any] = {
             "bootstrap_servers": self.kafka_bootstrap_servers,
@@ -425,10 +425,10 @@ class Settings(BaseSettings):
         return options
 
     def kafka_ssl_context(self) -> ssl.SSLContext:
-        """TLS context for the brokers, with the client's certificate where one is set.
+        """Make a TLS context for the brokers, with the client's certificate if one is set.
 
         Raises:
-            SettingsError: a file is missing or not what it should be; it names the setting.
+            SettingsError: a file is missing or wrong. The message names the setting.
         """
         return self._ssl_context("kafka", self.kafka_ssl_key_password)
 
@@ -440,9 +440,11 @@ class Settings(BaseSettings):
         )
         try:
             context = ssl.create_default_context(cafile=cafile)
-        except OSError as error:  # ssl's own errors are of this kind
+        except OSError as error:  # base class of ssl's errors
             name = f"{service}_ssl_cafile"
-            raise SettingsError(f"{_named(name)}: no certificates in {cafile} ({error})") from error
+            raise SettingsError(
+                f"{_full_name(name)}: no certificates in {cafile} ({error})"
+            ) from error
         if certfile:
             try:
                 # Without a password OpenSSL would ask the terminal for one.
@@ -452,16 +454,16 @@ class Settings(BaseSettings):
                 names = [f"{service}_ssl_{name}" for name in ("certfile", "keyfile")]
                 names += [f"{service}_ssl_key_password"] * (service == "kafka")
                 raise SettingsError(
-                    f"{', '.join(map(_named, names))}: no certificate with its key in {certfile}"
-                    f"{f' and {keyfile}' if keyfile else ''} ({error})"
+                    f"{', '.join(map(_full_name, names))}: no certificate with its key in"
+                    f" {certfile}{f' and {keyfile}' if keyfile else ''} ({error})"
                 ) from error
         return context
 
     def redis_client_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``redis.asyncio``'s ``from_url`` besides the address.
+        """Return keyword arguments for ``from_url`` of ``redis.asyncio`` besides the address.
 
         Raises:
-            SettingsError: a file is missing or not what it should be; it names the setting.
+            SettingsError: a file is missing or wrong. The message names the setting.
         """
         options: dict[str, Any] = {
             "socket_timeout": self.redis_timeout_seconds,
@@ -472,7 +474,7 @@ class Settings(BaseSettings):
         if self.redis_password:
             options["password"] = self.redis_password.get_secret_value()
         if self.redis_is_tls:
-            self._ssl_context("redis")  # so that a wrong file is told at once, by its setting
+            self._ssl_context("redis")  # reports a wrong file at once, with its setting
             for name in ("cafile", "certfile", "keyfile"):
                 path = getattr(self, f"redis_ssl_{name}")
                 if path:
@@ -484,7 +486,7 @@ def load_settings(**overrides: Any) -> Settings:
     """Read the settings; ``overrides`` win over environment and file.
 
     Raises:
-        SettingsError: one line for each wrong setting, naming it and what it must be.
+        SettingsError: a setting is wrong. Each line names one and what it must be.
     """
     file = os.environ.get(CONFIG_VARIABLE)
     if file and not Path(file).is_file():
@@ -505,17 +507,17 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def _is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether Kubernetes set a variable that is no setting, for a service of ours."""
+    """Tell whether a variable that is no setting comes from Kubernetes, for a service."""
     return bool(_KUBERNETES_NAME.search(name)) or _is_kubernetes_port(name, value)
 
 
 def _is_kubernetes_port(name: str, value: str) -> bool:
-    """Whether Kubernetes set a variable that may have a setting's name, such as http_port."""
+    """Tell whether a variable with a setting's name comes from Kubernetes, such as http_port."""
     return name.endswith("_PORT") and bool(_KUBERNETES_PORT.match(value))
 
 
 def _no_such_setting(name: str) -> str:
-    """Say that there is no such setting, and its new name where it was renamed."""
+    """Describe an unknown setting; name the new one if it was renamed."""
     old = name.removeprefix("RECUR_").lower()
     new = RENAMED.get(old)
     if new is None:
@@ -526,12 +528,12 @@ def _no_such_setting(name: str) -> str:
     return f"renamed; set {shown}"
 
 
-def _named(name: str) -> str:
+def _full_name(name: str) -> str:
     return f"{name} (RECUR_{name.upper()})"
 
 
 def _is_address(url: str) -> bool:
-    """Whether a Redis address has a host and, if any, a port that is a number."""
+    """Tell whether a Redis address has a host, and a number as port if it has a port."""
     try:
         parts = urlsplit(url)
         if parts.scheme == "unix":
@@ -543,19 +545,19 @@ def _is_address(url: str) -> bool:
 
 
 def _check_bootstrap(bootstrap: str) -> None:
-    """Refuse what is no list of host:port.
+    """Reject anything but a list of host:port.
 
     Raises:
-        ValueError: it names the setting.
+        ValueError: the list is wrong. The message names the setting.
     """
-    name = _named("kafka_bootstrap_servers")
+    name = _full_name("kafka_bootstrap_servers")
     for address in bootstrap.split(","):
         scheme, separator, _ = address.strip().partition("://")
         if separator:
             raise ValueError(
                 f"{name} has {scheme[:20]}:// before an address: write host:port alone, such as"
-                " broker-1:9092,broker-2:9092; how to talk to the brokers is"
-                f" {_named('kafka_security_protocol')}"
+                " broker-1:9092,broker-2:9092; the protocol is set by"
+                f" {_full_name('kafka_security_protocol')}"
             )
         host, separator, port = address.strip().rpartition(":")
         if not (host or port) or (separator and not (host and port.isdecimal())):
@@ -565,7 +567,7 @@ def _check_bootstrap(bootstrap: str) -> None:
 
 
 def sentinel_address(url: str) -> SentinelAddress | None:
-    """The parts of a ``redis+sentinel://`` address; None where it is none.
+    """Parse a ``redis+sentinel://`` address; return None if it is malformed.
 
     >>> address = sentinel_address("redis+sentinel://a:26380,b/mymaster/2")
     >>> address.hosts, address.master, address.database
@@ -595,7 +597,7 @@ def sentinel_address(url: str) -> SentinelAddress | None:
 
 
 def _database(url: str) -> int | None:
-    """The number of the database in a Redis address; None where it is no number."""
+    """Read the number of the database in a Redis address; None if it is no number."""
     parts = urlsplit(url)
     named = re.findall(r"(?:^|&)db=([^&]*)", parts.query)
     number = (named or [parts.path.strip("/")])[-1] or "0"
@@ -603,7 +605,7 @@ def _database(url: str) -> int | None:
 
 
 def redis_address(url: str) -> str:
-    """A Redis address as it may be shown: without user, password and what options there are.
+    """Mask user, password and options of a Redis address, so that it may be shown.
 
     >>> redis_address("rediss://recur:secret@redis.example:6379/0?password=secret")
     'rediss://**********@redis.example:6379/0?**********'
@@ -620,20 +622,20 @@ def _complaints(error: ValidationError) -> Iterator[str]:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = _no_such_setting(name)
-        yield f"{_named(name)}: {message}" if name else message
+        yield f"{_full_name(name)}: {message}" if name else message
 
 
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
-    """Rows of (name, value, default, description) for ``recur settings``; secrets masked."""
+    """Yield rows of (name, value, default, description) for ``recur settings``; mask secrets."""
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        yield name, _shown(name, value), _shown(name, field.default), field.description or ""
+        yield name, _format(name, value), _format(name, field.default), field.description or ""
 
 
-def _shown(name: str, value: Any) -> str:
+def _format(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name == "redis_url":  # a password may stand in the address
+    if name == "redis_url":  # the address may hold a password
         return redis_address(value)
     if name == "checkpoint" and value == SHIPPED_CHECKPOINT:
         return "(the shipped one)"

@@ -1,7 +1,6 @@
 """Rules for times in records: their unit, a record's own time, and clocks that are ahead.
 
-Everything here is a function of the record alone, so that whoever computes a state again gets
-the same one.
+Each function depends on the record alone. So a state that is computed again comes out the same.
 """
 
 from __future__ import annotations
@@ -13,30 +12,29 @@ from numpy.typing import NDArray
 
 from model.transaction import TIMESTAMP_MAX_MS
 from pipeline.errors import SettingsError
-
-DAY_MS = 86_400_000
+from pipeline.units import DAY_MS
 
 ANY_AGE_SECONDS = 1e11
-"""A maximum age that bounds nothing, for workers that are given records of the past alone."""
+"""A maximum age without effect, for workers that only get records of the past."""
 
 _UNITS = (
     ("seconds", 10**8, 10**10, 1),
     ("microseconds", 10**14, 10**16, 10**6),
     ("nanoseconds", 10**17, 10**19, 10**9),
 )
-"""Other units than milliseconds: integers from, to, and how many make a second.
+"""Units other than milliseconds: name, range of integers, and units per second.
 
-Each range is the years 1973 to 2286. As milliseconds the first one is January to April 1970, and
-the others are past the year 5000: no payment's time is in two ranges.
+Each range covers the years 1973 to 2286. Read as milliseconds, the first range is January to April
+1970, and the others lie past the year 5000. So no payment's time is in two ranges.
 """
 
 RECORD_TIME_MIN_MS = 10**11
 RECORD_TIME_MAX_MS = 10**14
-"""A CreateTime outside of 1973 to 5138 is none: it is -1 or 0, or in another unit."""
+"""A CreateTime outside of 1973 to 5138 is no time: it is -1 or 0, or in another unit."""
 
 
 def other_unit(number: float) -> str | None:
-    """Name the unit in which a number is a plausible time, with the year; None for milliseconds.
+    """Name the other unit in which a number is a plausible time; None for milliseconds.
 
     >>> other_unit(1_534_327_200)
     'seconds (the year 2018)'
@@ -51,19 +49,19 @@ def other_unit(number: float) -> str | None:
 
 
 def look_like_seconds(times_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Tell of each of n times whether a worker takes it for seconds."""
+    """Tell for each of n times whether a worker takes it for seconds."""
     _, begin, end, _ = _UNITS[0]
     result: NDArray[np.bool_] = (times_ms >= begin) & (times_ms < end)
     return result
 
 
 def is_record_time(created_ms: int) -> bool:
-    """Tell whether a record's CreateTime is a time; a producer may write none, or another unit."""
+    """Tell whether a CreateTime is a time: a producer may write -1, or another unit."""
     return RECORD_TIME_MIN_MS <= created_ms < RECORD_TIME_MAX_MS
 
 
 def are_record_times(created_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Tell the same of n records."""
+    """Tell for each of n records whether its CreateTime is a time."""
     result: NDArray[np.bool_] = (created_ms >= RECORD_TIME_MIN_MS) & (
         created_ms < RECORD_TIME_MAX_MS
     )
@@ -71,10 +69,10 @@ def are_record_times(created_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def event_time(sent_ms: int, record_ms: int, tolerance_ms: int) -> int:
-    """Event time that enters an account's features and state.
+    """Compute the event time for an account's features and state.
 
-    A clock that is ahead moves it past the record's time by the tolerance at most. A record that
-    came later than its event, as in every replay, changes nothing.
+    A clock that is ahead moves it past the record's time by at most the tolerance. A record that
+    comes later than its event, as in every replay, does not change it.
 
     >>> event_time(sent_ms=100, record_ms=70, tolerance_ms=10)
     80
@@ -85,27 +83,28 @@ def event_time(sent_ms: int, record_ms: int, tolerance_ms: int) -> int:
 
 
 def labelled_time(timestamp_ms: int, labelled_ms: int, day_ms: int = DAY_MS) -> int:
-    """A label's time, where it may be a date: at midnight, on the day of the payment.
+    """Correct a label's time that may be a date, at midnight of the payment's day.
 
     Args:
-        timestamp_ms: the payment's.
-        labelled_ms: the label's.
-        day_ms: how long after ``labelled_ms`` its day ends.
+        timestamp_ms: the payment's time.
+        labelled_ms: the label's time.
+        day_ms: time from ``labelled_ms`` to the end of its day.
 
     Returns:
-        the payment's time where the label is of the same day without a time; else ``labelled_ms``.
+        the payment's time if the label is a date of the same day; else ``labelled_ms``.
     """
     return timestamp_ms if labelled_ms < timestamp_ms < labelled_ms + day_ms else labelled_ms
 
 
 def epoch_ms_of(text: str, option: str) -> int:
-    """Epoch milliseconds of ISO 8601 with a zone, or of milliseconds.
+    """Convert an option's ISO 8601 time with a zone, or milliseconds, to epoch milliseconds.
 
     Args:
-        option: which one it is of, for the message.
+        text: the option's value.
+        option: its name, for the message.
 
     Raises:
-        SettingsError: it is no time.
+        SettingsError: the text is no time.
     """
     if text.isascii() and text.isdigit():
         unit = other_unit(int(text))

@@ -1,6 +1,6 @@
-"""Ids of topics: what tells a log that was deleted and made again from the one before.
+"""Ids of topics: they tell a recreated log from the one before it.
 
-A name and offsets do not tell. The watermark names the id of the log that its states are of.
+Name and offsets cannot tell the two apart. So a watermark holds the id of its states' log.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from base64 import urlsafe_b64encode
 from pipeline.errors import StartupError
 
 NO_ID = bytes(16)
-"""Of a topic whose id nobody told: by an older broker, or in an older watermark."""
+"""The id of a topic if an older broker or an older watermark does not tell it."""
 
 
 def is_other(known: bytes, found: bytes) -> bool:
-    """Whether two ids are of two logs; one that is not told is of no other."""
+    """Tell whether two ids belong to two logs. An unknown id counts as the same log."""
     return NO_ID not in (known, found) and known != found
 
 
 def shown(log_id: bytes) -> str:
-    """An id as Kafka's own tools print it.
+    """Format an id as Kafka's own tools print it.
 
     >>> shown(bytes(range(16)))
     'AAECAwQFBgcICQoLDA0ODw'
@@ -28,14 +28,17 @@ def shown(log_id: bytes) -> str:
 
 
 def other_log(topic: str, known: bytes, found: bytes, what: str = "states") -> StartupError:
-    """What is said of a topic that was deleted and made again.
+    """Describe a topic that was deleted and created again.
 
     Args:
-        what: is in Redis of the log before.
+        topic: its full name.
+        known: id of the earlier log.
+        found: the topic's id now.
+        what: the data in Redis that belongs to the earlier log.
     """
     return StartupError(
-        f"the {what} in Redis are of another {topic} than the one that is there: it was deleted"
-        f" and made again, or the cluster is another one (topic id {shown(known)} then,"
-        f" {shown(found)} now). Nothing of the new log is skipped. Run `recur state rebuild"
+        f"the {what} in Redis belong to an earlier {topic}: the topic was deleted and created"
+        f" again, or this is another cluster (topic id {shown(known)} then, {shown(found)} now)."
+        " The worker stops, so that it skips nothing of the new log. Run `recur state rebuild"
         " --new-log` to begin from the new log, or set RECUR_ON_NEW_LOG=begin"
     )

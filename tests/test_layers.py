@@ -193,7 +193,7 @@ def test_every_room_says_what_it_is_for_and_holds_nothing_else() -> None:
             "imports pipeline.worker.app, and with it Faust",
         ),
         (
-            "pipeline.messages.codec",
+            "pipeline.messages.scores",
             "from ..storage import state_store",
             "pipeline.messages may not import pipeline.storage",
         ),

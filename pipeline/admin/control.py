@@ -8,7 +8,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from pipeline.errors import RecurError
-from pipeline.messages.codec import CONTROL_HEADER
+from pipeline.messages.control import CONTROL_HEADER
 from pipeline.settings import Settings
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from aiokafka.partitioner import DefaultPartitioner
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS
@@ -21,8 +20,9 @@ from pipeline.admin.control import Place, send_instruction
 from pipeline.admin.wait import until_applied
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
+from pipeline.kafka.partitioner import key_partition
 from pipeline.kafka.topics import Retention, TopicRole, group_members, partition_count, retentions
-from pipeline.messages.codec import FORGET
+from pipeline.messages.control import FORGET
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
@@ -125,9 +125,7 @@ class Forgetting:
     def _partitions(self, copies: Sequence[StateCopy], count: int) -> list[int]:
         """Where the account's records go: where its states are, else Kafka's default."""
         found = sorted({copy.partition for copy in copies if copy.partition < count})
-        everywhere = list(range(count))
-        key = self._account_id.encode()
-        return found or [int(DefaultPartitioner()(key, everywhere, everywhere))]
+        return found or [key_partition(self._account_id.encode(), count)]
 
     async def _wait(self, places: Sequence[Place], seconds: float) -> tuple[int | None, bool]:
         """When the instruction was seen to be applied, and whether there is a state again."""

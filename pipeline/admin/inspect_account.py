@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
-from aiokafka.partitioner import DefaultPartitioner
 
 from model.checkpoint import Checkpoint
 from model.features.account import WINDOW_DAYS
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
+from pipeline.kafka.partitioner import key_partition
 from pipeline.kafka.topics import partition_count
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, RedisStateStore
+from pipeline.units import DAY_MS, DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 
 VERDICT_METRIC = "verdict_auc"
 """A checkpoint whose training fitted the verdict says how good it is."""
-
-_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ async def find(settings: Settings, checkpoint: Checkpoint, account_id: str) -> P
             " correct RECUR_TRANSACTIONS_TOPIC or RECUR_TOPIC_PREFIX"
         )
     places = list(range(partitions))
-    expected = int(DefaultPartitioner()(account_id.encode(), places, places))
+    expected = key_partition(account_id.encode(), partitions)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     try:
         replies = await store.load([Load(p, [account_id]) for p in places])
@@ -152,7 +151,7 @@ def describe(view: AccountView, checkpoint: Checkpoint, ttl_days: float) -> Iter
         ("partition", f"{view.partition}{note_on_partition(view)}"),
         ("state", f"{view.size_bytes} bytes, of model {checkpoint.digest}"),
     ]
-    if silent_ms(state) > ttl_days * _DAY_MS:
+    if silent_ms(state) > ttl_days * DAY_MS:
         rows.append(("", f"silent for over {ttl_days:g} days: its next payment starts it anew"))
     yield f"account {view.account_id}"
     yield from table(rows)
@@ -223,7 +222,7 @@ def utc(timestamp_ms: int) -> str:
 
 def _ago(milliseconds: int) -> str:
     seconds = milliseconds / 1000
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+    for unit, size in (("days", DAY_SECONDS), ("hours", HOUR_SECONDS), ("minutes", MINUTE_SECONDS)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} seconds"

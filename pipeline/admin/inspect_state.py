@@ -31,15 +31,14 @@ from pipeline.errors import RecurError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
 from pipeline.kafka.topics import topic_ids
 from pipeline.progress import Bar, bar_for
-from pipeline.scoring.partitions import read_watermark
 from pipeline.scoring.scorer import scorer_of
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import Keys
 from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
-
-_DAY_MS = 86_400_000
+from pipeline.units import DAY_MS
 
 
 async def shown_lines(settings: Settings, account_id: str) -> list[str]:
@@ -71,7 +70,7 @@ async def shown_lines(settings: Settings, account_id: str) -> list[str]:
 
 
 def _age(state: AccountStates, ttl_days: float) -> str:
-    days = silent_ms(state) / _DAY_MS
+    days = silent_ms(state) / DAY_MS
     if days > ttl_days:
         return f"{days:.1f} days; over {ttl_days:g}: its next payment starts it anew"
     return f"{days:.1f} days of the {ttl_days:g} after which it starts anew"

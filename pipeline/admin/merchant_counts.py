@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
-from pipeline.kafka.score_log import source_offset
-from pipeline.messages.codec import CountedScore
+from pipeline.messages.scores import CountedScore, source_offset
 from pipeline.storage.merchant_profile import Fraud, Profile
 from pipeline.storage.merchant_store import MerchantLabel
 from pipeline.storage.transaction_note import TransactionNote

@@ -32,12 +32,12 @@ from pipeline.admin.merchant_counts import (
 )
 from pipeline.errors import RecurError, RejectedError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError, Record
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import TopicRole, ensure_topics
-from pipeline.messages.codec import decode_counted, stored_weight
+from pipeline.messages.scores import decode_counted, source_prefix, stored_weight
 from pipeline.progress import Bar, bar_for
 from pipeline.scoring.labels import label_of, merchant_label_of
-from pipeline.scoring.partitions import Record
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot
@@ -112,7 +112,9 @@ class MerchantRebuild:
         self._dry_run = dry_run
         self._counts = MerchantCounts()
         topic = settings.topic("transactions")
-        self._firsts = [FirstScores(f"{topic}:{partition}:") for partition in range(partitions)]
+        self._firsts = [
+            FirstScores(source_prefix(topic, partition)) for partition in range(partitions)
+        ]
         self._labels_to = [0] * labels_partitions
         self._labels: dict[int, dict[str, list[LoggedLabel]]] = {}  # by slot and merchant
         self._known_from = -1

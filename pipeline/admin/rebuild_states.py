@@ -19,10 +19,12 @@ from pipeline.admin.control import send_instruction
 from pipeline.admin.wait import until_applied
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError, ScoreLog
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
-from pipeline.messages.codec import LOOK
-from pipeline.scoring.partitions import begin_log, read_watermark
+from pipeline.messages.control import LOOK
+from pipeline.scoring.recovery import begin_log
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
@@ -30,8 +32,9 @@ from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other
+from pipeline.units import DAY_SECONDS
 
-WAIT_SECONDS = 86_400.0
+WAIT_SECONDS = float(DAY_SECONDS)
 """A rebuild is waited for as long as a person does."""
 
 

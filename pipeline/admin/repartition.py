@@ -18,16 +18,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from aiokafka.partitioner import DefaultPartitioner
 from rich.console import Console
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.partitioner import key_partition
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
 from pipeline.progress import Bar, bar_for
-from pipeline.scoring.partitions import read_watermark
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
@@ -63,16 +64,7 @@ class RepartitionResult:
     scores_partitions: int
 
 
-@lru_cache(maxsize=65_536)
-def partition_of(key: bytes, partitions: int) -> int:
-    """Where Kafka's default partitioner puts a record with this key."""
-    everywhere = _everywhere(partitions)
-    return int(DefaultPartitioner()(key, everywhere, everywhere))
-
-
-@lru_cache(maxsize=4)
-def _everywhere(partitions: int) -> list[int]:
-    return list(range(partitions))
+partition_of = lru_cache(maxsize=65_536)(key_partition)
 
 
 class Repartition:

@@ -21,10 +21,10 @@ from model.features.merchant import MERCHANT_FEATURES
 from pipeline.audit.account_filter import AccountFilter, AllAccounts
 from pipeline.audit.score_reader import ScoresInStep
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
-from pipeline.messages.codec import PAUSE, RecordedScore
+from pipeline.kafka.polls import Chunk
+from pipeline.messages.scores import SECONDS_SINCE_LAST, RecordedScore
 from pipeline.scoring.batch import PartitionBatch, micro_batch_of
 from pipeline.scoring.decoder import BatchDecoder
-from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.scorer import BatchScores, Scorer
 from pipeline.settings import Settings
 
@@ -34,7 +34,7 @@ MICRO_BATCH = 8_192
 FIRST_PAUSE = -1.0
 """The feature of an account's first transaction."""
 
-_PAUSE_COLUMN = ACCOUNT_FEATURES.index(PAUSE)
+_PAUSE_COLUMN = ACCOUNT_FEATURES.index(SECONDS_SINCE_LAST)
 
 
 @dataclass(frozen=True)

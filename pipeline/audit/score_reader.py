@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.kafka.partition_reader import OpenReader
-from pipeline.kafka.score_log import source_offset
-from pipeline.messages.codec import RecordedScore, decode_recorded
+from pipeline.messages.scores import RecordedScore, decode_recorded, source_offset, source_prefix
 from pipeline.settings import Settings
 
 LOOKAHEAD = 20_000
@@ -69,7 +68,7 @@ class ScoresInStep:
         self.again: list[Again] = []
         self.strangers = 0
         self._open = partial(open_reader, settings.topic("scores"), partition)
-        self._prefix = f"{settings.topic('transactions')}:{partition}:"
+        self._prefix = source_prefix(settings.topic("transactions"), partition)
         self._wants = wants
         self._first_offset = begin
         self._reader = self._open(begin)

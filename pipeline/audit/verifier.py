@@ -31,13 +31,14 @@ from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
 from pipeline.progress import Bar
-from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
+from pipeline.scoring.watermark_check import check_watermark, read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError, retry_within
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
 from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
+from pipeline.units import DAY_MS
 
 HIDDEN_TOLERANCE = 2e-3
 """Default of the largest difference of a hidden that is none; docs/verify.md has what was
@@ -52,7 +53,6 @@ LOAD_ACCOUNTS = 2_000
 ATTEMPTS = 3
 """Times that a partition is verified whose watermark goes back meanwhile."""
 
-_DAY_MS = 86_400_000
 _SCORES_ALONE = "the state is right, scores are not"
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ class Verifier:
         self._model = checkpoint.digest
         self._scorer = scorer_of(settings, checkpoint)
         self._topic = settings.topic("transactions")
-        self._expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
+        self._expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * DAY_MS)
         self._total = self._done = 0
 
     async def run(self) -> Verification:

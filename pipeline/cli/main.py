@@ -488,7 +488,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _fail(error: RecurError, code: int) -> None:
-    logs.tell_left_out()  # before the last line, which says what to do
+    logs.summarize_dropped()  # before the last line, which says what to do
     for line in str(error).splitlines():
         click.echo(f"recur: {line}", err=True)
     sys.exit(code)

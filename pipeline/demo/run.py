@@ -35,7 +35,6 @@ from pipeline.demo.stage import Show
 from pipeline.demo.summary import DemoResult, summarize
 from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
-from pipeline.files.reader import DAY_MS
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.kafka_jars import jar_directory
 from pipeline.local.services import Services, embedded
@@ -44,6 +43,7 @@ from pipeline.replay.producer import Block, Feed
 from pipeline.replay.score_counter import TopicReader
 from pipeline.replay.simulated import SimulatedStream, SimulatedTransactions
 from pipeline.settings import load_settings
+from pipeline.units import DAY_MS
 
 CUSTOMERS = 5_000
 TERMINALS = 10_000

@@ -18,7 +18,7 @@ from pipeline.demo.view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock
 from pipeline.errors import ServiceError
 from pipeline.local.services import Services
 from pipeline.local.workers import WorkerProcess
-from pipeline.messages.codec import decode_alert
+from pipeline.messages.scores import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.replay.score_counter import ScoreCounter, TopicReader
 from pipeline.replay.simulated import SimulatedTransactions

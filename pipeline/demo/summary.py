@@ -18,6 +18,7 @@ from pipeline.demo.view import Caught, Summary, milliseconds
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings
 from pipeline.storage.keys import MerchantKeys
+from pipeline.units import DAY_MS
 
 _ACCOUNT_STATE = re.compile(rb"^[^:]+:[0-9a-f]{12}:\{[^{}]+\}:")
 SAMPLED = 100
@@ -92,7 +93,7 @@ def _alerts(played: DemoResult, show: Show) -> str:
 
 def _labels(show: Show) -> str:
     labels = show.labels
-    days = labels.delay_ms / 86_400_000
+    days = labels.delay_ms / DAY_MS
     return f"{labels.sent:,} frauds became known, each {days:.0f} simulated days late"
 
 

@@ -30,6 +30,7 @@ from model.transaction import AMOUNT_MAX, ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import OPTIONAL_FIELDS, ColumnMapping, LabelMapping, TimeForm
 from pipeline.timestamps import labelled_time, look_like_seconds
+from pipeline.units import DAY_MS
 
 PART_ROWS = 8192
 """Rows read at once."""
@@ -40,7 +41,6 @@ REPEAT_WINDOW_IDS = 65_536
 EXAMPLES_MAX = 5
 """Left-out rows that are described; the others are counted."""
 
-DAY_MS = 86_400_000
 LABEL_UNKNOWN = -1
 
 _CSV_BLOCK_BYTES = 1 << 20

@@ -1,7 +1,7 @@
-"""Whether the broker lets a worker do all that it does, asked before it takes a partition.
+"""A check of the permissions that a worker needs, before it takes a partition.
 
-A right that is missing shows late otherwise, at the first alert or the first crash, and the clients
-wait for it in silence.
+A missing permission would show late otherwise, at the first alert or the first crash, and the
+clients would wait for it in silence.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
     "labels": (READ,),
     "dead_letter": (WRITE,),
 }
-"""What a worker does with each topic."""
+"""Operations of a worker on each topic."""
 
-_OPERATIONS = {READ: 3, WRITE: 4}  # Kafka's numbers; a bit for each in what it answers
+_OPERATIONS = {READ: 3, WRITE: 4}  # Kafka's numbers: positions of bits in its answer
 _UNKNOWN = -(2**31)
 _TEXT = String("utf-8")
 _TOO_OLD = (NotImplementedError, kafka_errors.IncompatibleBrokerVersion)
@@ -80,8 +80,8 @@ class _MetadataRequestStruct(RequestStruct):  # type: ignore[misc]
     )
 
 
-class _RightsRequest(Request[_MetadataRequestStruct]):  # type: ignore[misc]
-    """Metadata with what we may do: a newer version of the request than aiokafka has."""
+class _TopicPermissionsRequest(Request[_MetadataRequestStruct]):  # type: ignore[misc]
+    """Metadata request for our permissions, in a version that aiokafka does not have."""
 
     API_KEY = 3
 
@@ -93,11 +93,11 @@ class _RightsRequest(Request[_MetadataRequestStruct]):  # type: ignore[misc]
 
 
 class _GroupRequestStruct(DescribeGroupsRequest_v3):  # type: ignore[misc]
-    RESPONSE_TYPE = DescribeGroupsResponse_v3  # aiokafka reads it as version 2, without the rights
+    RESPONSE_TYPE = DescribeGroupsResponse_v3  # aiokafka reads version 2, without permissions
 
 
-class _GroupRightsRequest(Request[_GroupRequestStruct]):  # type: ignore[misc]
-    """The description of a group with what we may do."""
+class _GroupPermissionsRequest(Request[_GroupRequestStruct]):  # type: ignore[misc]
+    """Request for a description of a group with our permissions."""
 
     API_KEY = _GroupRequestStruct.API_KEY
 
@@ -108,11 +108,11 @@ class _GroupRightsRequest(Request[_GroupRequestStruct]):  # type: ignore[misc]
         return request_struct_class([self._group], True)
 
 
-async def check_rights(settings: Settings) -> None:
-    """The user may do with topics and group what a worker does.
+async def check_permissions(settings: Settings) -> None:
+    """Check that the broker allows the user what a worker does.
 
     Raises:
-        StartupError: a right is missing; the message names it, or the broker does not answer.
+        StartupError: the broker does not answer, or a permission is missing. The message names it.
     """
     async with admin_client(settings) as admin:
         allowed = await _topic_operations(admin, [settings.topic(role) for role in NEEDS])
@@ -139,29 +139,29 @@ def _missing(settings: Settings, operation: str, resource: str) -> StartupError:
 
 
 def _holds(operations: int | None, operation: str) -> bool:
-    """Whether a right is among those told; True where the broker does not tell."""
+    """Tell whether an operation is allowed; True if the broker does not tell."""
     if operations is None or operations == _UNKNOWN:
         return True
     return bool(operations >> _OPERATIONS[operation] & 1)
 
 
 async def _topic_operations(admin: Any, topics: list[str]) -> dict[str, int]:
-    """Bits of what we may do with each topic; nothing where the broker is too old to tell."""
+    """Ask for the permission bits of each topic; empty if the broker is too old to tell."""
     try:
-        reply = await admin._send_request(_RightsRequest(topics))
+        reply = await admin._send_request(_TopicPermissionsRequest(topics))
     except _TOO_OLD:
         return {}
     return {topic: operations for _, topic, _, _, operations in reply.topics}
 
 
 async def _group_operations(admin: Any, group: str) -> int | None:
-    """Bits of what we may do with the group; None where the broker does not tell."""
+    """Ask for the permission bits of the group; None if the broker does not tell."""
     try:
         coordinator = await admin.find_coordinator(group)
-        reply = await admin._send_request(_GroupRightsRequest(group), coordinator)
+        reply = await admin._send_request(_GroupPermissionsRequest(group), coordinator)
     except kafka_errors.GroupAuthorizationFailedError:
         return 0
     except (*NO_COORDINATOR_YET, *_TOO_OLD):
-        return None  # not there yet: nobody has joined a group of this broker before
+        return None  # a new broker, whose first group has no coordinator yet
     ((code, *_, operations),) = reply.groups
     return 0 if code == kafka_errors.GroupAuthorizationFailedError.errno else operations

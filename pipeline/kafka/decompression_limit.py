@@ -1,11 +1,11 @@
-"""Fetched batches of records, bounded in memory however well they are compressed.
+"""A limit on the memory of fetched batches, however well they are compressed.
 
-A fetch is bounded by the bytes that travel. Zeros compress a thousand to one, so that a batch of
-a few hundred kilobytes may fill a worker's memory. aiokafka decompresses a batch whole; here its
-size is looked at first, in a buffer of bounded size. A batch that is too large is not read: one
-record stands for it, whose value (:class:`RefusedBatch`) says where it is.
+A fetch is bounded by the bytes that travel. Zeros compress a thousand to one, so a batch of a few
+hundred kilobytes may fill a worker's memory. aiokafka decompresses a batch whole. This module
+measures the batch first, in a buffer of bounded size. It does not read a batch that is too large:
+one record takes its place, whose value (:class:`RefusedBatch`) says where the batch is.
 
-Importing this module bounds all of aiokafka's consumers of the process.
+Importing this module limits all consumers of aiokafka in the process.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from aiokafka.record.memory_records import MemoryRecords
 from pipeline.errors import RejectedError
 
 BATCH_MAX_BYTES = 32 << 20
-"""A batch that is larger uncompressed is not read. A producer's batch is of 1 MiB or less, and
-compresses to a tenth."""
+"""Largest uncompressed batch. Producers send 1 MiB or less, which compresses to a tenth."""
 
 POLL_MAX_BYTES = 32 << 20
-"""Once a poll has decompressed so much, the rest is left for the next fetch."""
+"""Bytes that one poll decompresses. It leaves the rest for the next fetch."""
 
-TELL_SECONDS = 10.0
-"""Between two lines of the log about batches that are refused."""
+LOG_INTERVAL_SECONDS = 10.0
+"""Time between two log lines about refused batches."""
 
 cramjam: Any = aiokafka_codec.cramjam  # what aiokafka decompresses with
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
@@ -54,9 +53,9 @@ log = logging.getLogger(__name__)
 
 
 class RefusedBatch(bytes):
-    """The value of the record that stands for a batch; its bytes are where it is, as JSON.
+    """The value of a record in place of a refused batch: JSON that says where the batch is.
 
-    A type of its own, so that no producer can send one.
+    The type marks it, so that no producer can send one.
     """
 
     records: int
@@ -65,7 +64,7 @@ class RefusedBatch(bytes):
 
     @classmethod
     def of(cls, first_offset: int, last_offset: int, records: int, compressed: int) -> RefusedBatch:
-        """A batch's offsets, how many records it has, and its bytes as they were fetched."""
+        """Describe a batch by its offsets, its number of records and its compressed bytes."""
         where = {
             "refused_batch": {
                 "first_offset": first_offset,
@@ -89,15 +88,15 @@ class RefusedBatch(bytes):
 
 
 def records_in(value: bytes | None) -> int:
-    """How many records a value stands for."""
+    """Count the records that a value stands for."""
     return value.records if isinstance(value, RefusedBatch) else 1
 
 
 def refuse_batch(value: bytes | None) -> None:
-    """Raise where a record stands for a batch.
+    """Reject a record that stands for a refused batch.
 
     Raises:
-        RejectedError: it does.
+        RejectedError: the value is such a record's.
     """
     if isinstance(value, RefusedBatch):
         raise RejectedError("batch_too_large", str(value))
@@ -113,18 +112,20 @@ _budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def one_poll() -> Iterator[None]:
-    """Within the block, so much is decompressed as one poll may hold."""
+    """Bound the bytes that are decompressed within the block by :data:`POLL_MAX_BYTES`."""
     _budget.set(_Budget(POLL_MAX_BYTES))
     try:
         yield
     finally:
-        _budget.set(None)  # no reset(): a poll that is given up may end in another context
+        _budget.set(None)  # no reset(): a dropped poll may end in another context
 
 
 def uncompressed_size(codec: int, payload: memoryview, limit: int) -> int | None:
-    """The size of compressed records, bytes; None if it is over ``limit``.
+    """Measure compressed records without holding more than ``limit`` bytes.
 
-    Never holds more than ``limit``. What is damaged has the size 0: who decompresses it tells.
+    Returns:
+        their uncompressed size, or None if it is over ``limit``. Damaged records have size 0:
+        aiokafka reports them when it decompresses them.
     """
     if codec == GZIP:
         return _gzip_size(payload, limit)
@@ -165,13 +166,13 @@ def _gzip_size(payload: memoryview, limit: int) -> int | None:
                 return None
             data = member.unconsumed_tail
             if not piece and not data and not member.eof:
-                return size  # it is cut off
+                return size  # the data is truncated
         data = member.unused_data
     return size
 
 
 def _snappy_size(payload: memoryview) -> int:
-    """What the blocks say of themselves; a block that says less than it holds is damaged."""
+    """Add up the sizes that the blocks declare. A block that declares too little is damaged."""
     if payload[: len(_XERIAL)] != _XERIAL:
         return _varint(payload)
     size, at = 0, _XERIAL_HEADER_BYTES
@@ -193,10 +194,10 @@ def _varint(data: memoryview) -> int:
 
 
 class BoundedRecords:
-    """What :class:`aiokafka.record.memory_records.MemoryRecords` does, with a bound.
+    """A bounded replacement of :class:`aiokafka.record.memory_records.MemoryRecords`.
 
     Args:
-        data: the batches that a fetch returned of a partition.
+        data: the batches of a partition that a fetch returned.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -210,12 +211,12 @@ class BoundedRecords:
         return int(self._records.size_in_bytes())
 
     def has_next(self) -> bool:
-        """See MemoryRecords; none while the poll holds as much as it may."""
+        """See MemoryRecords; False once the poll holds as much as it may."""
         budget = _budget.get()
         return self._records.has_next() and (budget is None or budget.left > 0)
 
     def next_batch(self) -> Any:
-        """See MemoryRecords; what is too large comes as a batch of one record."""
+        """See MemoryRecords; a batch that is too large becomes a batch of one record."""
         batch: Any = self._records.next_batch()
         data = self._data[self._at :]
         end = 12 + _LENGTH.unpack_from(data, 8)[0]
@@ -228,7 +229,7 @@ class BoundedRecords:
         size = uncompressed_size(codec, data[begin:end], BATCH_MAX_BYTES)
         if size is None:
             records = 1 if is_legacy else _LENGTH.unpack_from(data, _COUNT_AT)[0]
-            return _InsteadOf(batch, self.tp, records, end)
+            return _RefusedBatchRecords(batch, self.tp, records, end)
         budget = _budget.get()
         if budget is not None:
             budget.left -= size
@@ -236,15 +237,15 @@ class BoundedRecords:
 
 
 def _legacy_value_at(data: memoryview) -> int:
-    """Where the value of a message of version 0 or 1 begins."""
+    """Find the begin of the value in a message of version 0 or 1."""
     at = 18 + 8 * data[_MAGIC_AT]
     key_length: int = _LENGTH.unpack_from(data, at)[0]
     return at + 4 + max(0, key_length) + 4
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """The record that stands for a batch."""
+class _Substitute:
+    """The record that stands for a refused batch."""
 
     offset: int
     timestamp: int
@@ -255,8 +256,8 @@ class _Stand:
     checksum: None = None
 
 
-class _InsteadOf:
-    """A batch that is not read; all but its records are its own."""
+class _RefusedBatchRecords:
+    """A batch with one substitute record; all other attributes are the batch's own."""
 
     def __init__(self, batch: Any, tp: Any, records: int, compressed: int) -> None:
         self._batch = batch
@@ -267,23 +268,23 @@ class _InsteadOf:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batch, name)
 
-    def __iter__(self) -> Iterator[_Stand]:
+    def __iter__(self) -> Iterator[_Substitute]:
         first, last = self._batch.base_offset, self._batch.next_offset - 1
         value = RefusedBatch.of(first, last, self._records, self._compressed)
-        _tell(self._tp, value)
-        yield _Stand(last, getattr(self._batch, "max_timestamp", None) or 0, value)
+        _log_refused(self._tp, value)
+        yield _Substitute(last, getattr(self._batch, "max_timestamp", None) or 0, value)
 
 
-_told = {"at": -TELL_SECONDS, "untold": 0.0}
+_logged = {"at": -LOG_INTERVAL_SECONDS, "batches": 0.0}
 
 
-def _tell(tp: Any, value: RefusedBatch) -> None:
-    _told["untold"] += 1
-    if monotonic() - _told["at"] < TELL_SECONDS:
+def _log_refused(tp: Any, value: RefusedBatch) -> None:
+    _logged["batches"] += 1
+    if monotonic() - _logged["at"] < LOG_INTERVAL_SECONDS:
         return
     log.error(
-        "a batch of records is too large uncompressed; it is not read, and the dead-letter topic "
-        "says where it is",
+        "a batch of records is too large uncompressed and is not read; a dead letter says where it"
+        " is",
         extra={
             "topic": None if tp is None else tp.topic,
             "partition": None if tp is None else tp.partition,
@@ -291,14 +292,14 @@ def _tell(tp: Any, value: RefusedBatch) -> None:
             "last_offset": value.last_offset,
             "records": value.records,
             "limit_bytes": BATCH_MAX_BYTES,
-            "batches": round(_told["untold"]),
+            "batches": round(_logged["batches"]),
         },
     )
-    _told.update(at=monotonic(), untold=0.0)
+    _logged.update(at=monotonic(), batches=0.0)
 
 
 class PartitionRecords(fetcher.PartitionRecords):  # type: ignore[misc]
-    """aiokafka's own, whose batches know what partition they are of."""
+    """aiokafka's class, which tells its batches their partition."""
 
     def __init__(self, tp: Any, records: BoundedRecords, *args: Any) -> None:
         records.tp = tp

@@ -1,4 +1,4 @@
-"""What it means that the group refuses a worker, and which setting to correct."""
+"""Errors of a consumer group that refuses a worker, and the setting to correct."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from aiokafka import errors as kafka_errors
 from pipeline.errors import StartupError
 from pipeline.settings import Settings
 
-HOPELESS = (kafka_errors.InvalidSessionTimeoutError, kafka_errors.InvalidGroupIdError)
-"""No waiting helps: nothing but a setting is wrong."""
+PERMANENT_ERRORS = (kafka_errors.InvalidSessionTimeoutError, kafka_errors.InvalidGroupIdError)
+"""Errors that stay until somebody corrects a setting."""
 
 
 def group_refusal(settings: Settings, error: BaseException) -> StartupError:
-    """An error of the group that stays, as one line that says what to do."""
+    """Turn a lasting error of the group into a line that says what to do."""
     group = settings.kafka_group_id
     return StartupError(
-        f"the group {group} refuses this worker ({_said(error)}): {_hint(settings, error)}"
+        f"the group {group} refuses this worker ({_describe(error)}): {_hint(settings, error)}"
     )
 
 
@@ -49,7 +49,7 @@ def _hint(settings: Settings, error: BaseException) -> str:
     )
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     name = type(error).__name__
     text = " ".join(str(error).split())[:200]
     return text if name in text else f"{name}: {text}".removesuffix(": ")

@@ -1,7 +1,7 @@
-"""The largest batch that the topics take, which producers keep to.
+"""The largest batch of records that topics accept, which producers must not exceed.
 
-A topic's ``max.message.bytes`` bounds a batch of records, not a record: 1 MiB unless configured,
-and 256 KiB is common. It may be lowered while a producer runs.
+A topic's ``max.message.bytes`` bounds a batch, not a record. Its default is 1 MiB, and 256 KiB is
+common. An operator may lower it while a producer runs.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pipeline.kafka.topics import TopicRole, batch_limits
 from pipeline.settings import Settings
 
 PRODUCE_BATCH_BYTES = 512 * 1024
-"""Largest batch of several records, whatever a topic takes."""
+"""Largest batch of several records, even if a topic accepts more."""
 
 KAFKA_LIMIT_BYTES = 1_048_588
-"""A topic's limit unless it is configured."""
+"""Default limit of a topic."""
 
 LARGEST_OUTPUT_BYTES = 16_384
-"""No score and no alert is larger: ids have 256 characters at most. A dead letter is cut to fit."""
+"""Largest score or alert: ids have 256 characters at most. A dead letter is cut to fit."""
 
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
-"""How a broker refuses a batch that is larger than its topic takes."""
+"""Errors of a broker for a batch that is larger than its topic accepts."""
 
 OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
 
@@ -33,16 +33,16 @@ log = logging.getLogger(__name__)
 
 
 class MessageLimits:
-    """What one batch of records may hold, of topics that a producer writes to.
+    """Limits on batches to the topics that a producer writes to.
 
     Args:
         settings: names topics and broker.
-        roles: of the topics.
-        least_bytes: a topic that takes less is refused.
+        roles: roles of the topics.
+        least_bytes: the limit that each topic must have at least.
 
     Attributes:
         batch_bytes: the largest batch of several records.
-        record_bytes: the largest batch of one record, of the topic that takes least.
+        record_bytes: the largest batch of one record: the lowest limit of all topics.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class MessageLimits:
         self.record_bytes = KAFKA_LIMIT_BYTES
 
     async def read(self) -> None:
-        """Ask the broker.
+        """Ask the broker for the limits.
 
         Raises:
-            StartupError: it does not answer, or a topic takes less than a record may need.
+            StartupError: it does not answer, or a topic accepts less than a record may need.
         """
         limits = await batch_limits(self._settings, self._roles)
         for role, limit in limits.items():
@@ -76,15 +76,18 @@ class MessageLimits:
         self.batch_bytes = min(PRODUCE_BATCH_BYTES, self.record_bytes)
 
     async def learn(self, refused_bytes: int) -> None:
-        """A producer of batches up to so many bytes was refused: find out what is taken now.
+        """Find new limits after the broker refused a batch as too large.
+
+        Args:
+            refused_bytes: batch size of the producer that was refused.
 
         Raises:
-            RecurError: a topic takes less than a record may need.
+            RecurError: a topic accepts less than a record may need.
         """
         if self.batch_bytes < refused_bytes:
-            return  # another producer was refused before
+            return  # another producer was refused first, and the limits are new
         await self.read()
-        if self.batch_bytes >= refused_bytes:  # the broker does not say what its limit is
+        if self.batch_bytes >= refused_bytes:  # the broker does not tell its limit
             self.batch_bytes = self.record_bytes = refused_bytes // 2
         if self.batch_bytes < self._least_bytes:
             topics = ", ".join(self._settings.topic(role) for role in self._roles)
@@ -93,5 +96,5 @@ class MessageLimits:
                 f" {topics}: raise its max.message.bytes with kafka-configs"
             )
         log.warning(
-            "the broker takes smaller batches than before", extra={"bytes": self.batch_bytes}
+            "the broker accepts smaller batches than before", extra={"bytes": self.batch_bytes}
         )

@@ -1,6 +1,6 @@
-"""Asks the broker for topics' ids, which Metadata holds since Kafka 2.8.
+"""A Metadata request for topics' ids, in a version that aiokafka does not have.
 
-It is a newer version of the request than aiokafka has.
+Brokers know it since Kafka 2.8.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _MetadataRequestStruct(RequestStruct):  # type: ignore[misc]
 
 
 class _IdsRequest(Request[_MetadataRequestStruct]):  # type: ignore[misc]
-    """Metadata with ids, of topics that are not created by being asked for."""
+    """Request for metadata with ids. The broker does not create the topics that it names."""
 
     API_KEY = 3
 
@@ -115,13 +115,13 @@ class _IdsRequest(Request[_MetadataRequestStruct]):  # type: ignore[misc]
 
 
 async def ask_ids(client: Any, topics: Sequence[str]) -> dict[str, bytes]:
-    """Ids of those of the topics that there are; :data:`NO_ID` where the broker is too old.
+    """Ask for the ids of the topics that exist; :data:`NO_ID` if the broker is too old.
 
     Args:
         client: aiokafka's network client.
 
     Raises:
-        KafkaError, OSError: the broker does not answer, or says of none whether it is there.
+        KafkaError, OSError: the broker does not answer, or cannot say whether a topic exists.
     """
     node = client.get_random_node()
     if node is None:
@@ -136,6 +136,6 @@ async def ask_ids(client: Any, topics: Sequence[str]) -> dict[str, bytes]:
         if error is kafka_errors.NoError:
             found[topic] = topic_id
         elif error is not kafka_errors.UnknownTopicOrPartitionError:
-            # Leaders that are being elected, or rights that were taken away: it is there.
-            raise error(f"of topic {topic}")
+            # Leaders are being elected, or a permission is missing: the topic exists.
+            raise error(f"topic {topic}")
     return found

@@ -1,7 +1,7 @@
-"""Reads one partition of the log from an offset on, for whoever computes it again.
+"""A reader of one partition from an offset on, for recomputing states and scores.
 
-It belongs to no consumer group, and reads what is committed alone: where scores are published in
-transactions, those that were taken back are not there.
+It belongs to no consumer group. It reads committed records alone, so scores of an aborted Kafka
+transaction are left out.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from pipeline.errors import RecurError
-from pipeline.kafka.score_log import Bounds
+from pipeline.kafka.polls import Bounds
 from pipeline.settings import Settings
 
 STALL_SECONDS = 30.0
-"""Reading may come no further for so long: a broker may be killed and restarted meanwhile."""
+"""Longest time without progress: enough for a broker that is killed and restarted."""
 
 FETCH_BYTES = 4 * 1024 * 1024
-"""Of a partition in one fetch; the client's own 1 MiB makes a third more requests."""
+"""Bytes of a partition in one fetch. The client's default, 1 MiB, makes a third more requests."""
 
 FETCH_WAIT_MS = 200
 
 
 class PartitionReaderError(RecurError):
-    """The broker did not answer; the message says what to do."""
+    """The broker did not answer. The message says what to do."""
 
 
 class PartitionReader(Protocol):
-    """Reads a partition in order; an async context manager.
+    """A reader of a partition in order; an async context manager.
 
     Attributes:
-        position: the next offset to be returned, if a record has it.
+        position: offset of the next record that it may return.
     """
 
     position: int
@@ -46,14 +46,14 @@ class PartitionReader(Protocol):
     async def __aexit__(self, *error: object) -> None: ...
 
     async def bounds(self) -> Bounds:
-        """Where the partition begins and ends now.
+        """Return the current bounds of the partition.
 
         Raises:
             PartitionReaderError: the broker does not answer.
         """
 
     async def first_at(self, time_ms: int) -> int | None:
-        """The first offset whose record's time is this or later; None where there is none.
+        """Return the first offset of a record at this time or later; None without one.
 
         Args:
             time_ms: CreateTime, epoch milliseconds.
@@ -63,13 +63,14 @@ class PartitionReader(Protocol):
         """
 
     def skip_to(self, offset: int) -> None:
-        """Read on from there; to be called before the first read."""
+        """Set the offset to read from. Call it before the first read."""
 
     async def read(self, end: int, most: int) -> list[Any]:
-        """The next records with offsets before ``end``; none once all of them are read.
+        """Return the next records before ``end``; an empty list once all are read.
 
         Args:
-            most: of them, at most.
+            end: offset of the first record that is not wanted.
+            most: most records.
 
         Raises:
             PartitionReaderError: the broker does not answer.
@@ -77,7 +78,7 @@ class PartitionReader(Protocol):
 
 
 OpenReader = Callable[[str, int, int], PartitionReader]
-"""A reader of a topic (its full name) and partition, from an offset on."""
+"""Constructor of a reader: full name of a topic, partition, first offset."""
 
 
 class KafkaPartitionReader:
@@ -86,7 +87,8 @@ class KafkaPartitionReader:
     Args:
         settings: names the broker.
         topic: its full name.
-        start: the first offset to read; where the log begins later, it is read from there.
+        partition: its number.
+        start: the first offset to read. A log that begins later is read from its begin.
     """
 
     def __init__(self, settings: Settings, topic: str, partition: int, start: int = 0) -> None:
@@ -152,7 +154,7 @@ class KafkaPartitionReader:
                 fetched = await self._consumer.getmany(
                     self._place, timeout_ms=FETCH_WAIT_MS, max_records=most
                 )
-                # Also past transaction markers and what was taken back, which are no records.
+                # position() also passes transaction markers and aborted records.
                 reached = await self._consumer.position(self._place)
             except (KafkaError, OSError) as error:
                 raise self._away(error) from error
@@ -181,5 +183,5 @@ class KafkaPartitionReader:
 
 
 def kafka_readers(settings: Settings) -> OpenReader:
-    """Readers of the log on the broker that the settings name."""
+    """Make readers of the broker that the settings name."""
     return partial(KafkaPartitionReader, settings)

@@ -1,7 +1,7 @@
-"""Publishing scores, alerts and rejected records; each micro-batch is acknowledged whole.
+"""A producer of scores, alerts and dead letters that acknowledges each micro-batch as a whole.
 
-A score goes to its source's partition number, in batches that are built at once. The
-acknowledged base offset tells whether anybody else wrote to the scores partition meanwhile.
+A score goes to the partition with its source's number, in batches that are built at once. The
+acknowledged base offset tells whether another worker wrote to the scores partition meanwhile.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings
 
-LETTER_KEY_SHARE = 4
-"""Of a dead letter that has to be cut its key keeps such a part of the bytes."""
+KEY_SHARE = 4
+"""The key of a dead letter that must be cut keeps this part of the bytes: a quarter."""
 
 OVERHEAD_BYTES = 128
-"""What a batch of one record has besides key, value and headers, and more; and for each header."""
+"""Upper bound of what a batch of one record adds to key, value and headers, and of each header."""
 
 CUT_HEADER = "truncated"
-"""Tells how long the value of a dead letter was that had to be cut."""
+"""Header of a dead letter that was cut: the original length of its value."""
 
-TELL_SECONDS = 60.0
-"""Between two lines about dead letters that are refused."""
+LOG_INTERVAL_SECONDS = 60.0
+"""Time between two log lines about refused dead letters."""
 
 log = logging.getLogger(__name__)
 
 
 class PublishError(RecurError):
-    """The broker does not take what must be published; the process has to end."""
+    """The broker does not accept a record that must be published. The process has to end."""
 
 
 class Outgoing(NamedTuple):
-    """A record to publish. ``key`` decides the partition where none is named."""
+    """A record to publish. ``key`` chooses the partition unless the caller names one."""
 
     key: bytes | None
     value: bytes | None
@@ -49,30 +49,30 @@ class Outgoing(NamedTuple):
 
 @dataclass(frozen=True)
 class AppendResult:
-    """Where a partition's scores went, without gaps; both are None where that is not known."""
+    """The offsets of a partition's scores, without gaps; both None if they are not known."""
 
     first: int | None
     next: int | None
 
 
-class Said(NamedTuple):
-    """All that is said of a partition's part of a micro-batch.
+class PartOutput(NamedTuple):
+    """The output of a partition's part of a micro-batch.
 
     Attributes:
-        scores, alerts, rejected: what to publish.
-        next_offset: what the group's offset becomes with it.
-        tenure: what :meth:`Transactions.take` gave.
+        scores, alerts, rejected: records to publish.
+        next_offset: the group's offset once they are published.
+        producer_epoch: the epoch that :meth:`Transactions.take` returned.
     """
 
     scores: Sequence[Outgoing]
     alerts: Sequence[Outgoing]
     rejected: Sequence[Outgoing]
     next_offset: int
-    tenure: int
+    producer_epoch: int
 
 
 class Publisher(Protocol):
-    """What the processor needs of a producer."""
+    """The interface of a producer that the processor needs."""
 
     async def publish(
         self,
@@ -80,53 +80,58 @@ class Publisher(Protocol):
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
     ) -> dict[int, AppendResult]:
-        """Publish all and return once all replicas have them (acks=all).
+        """Publish all records, and return once all replicas have them (acks=all).
 
         Args:
-            scores: by partition of the scores topic, in order.
+            scores: scores in order, by partition of the scores topic.
+            alerts: alerts to publish.
+            rejected: dead letters to publish.
 
         Returns:
-            where each partition's scores went.
+            the offsets of each partition's scores.
 
         Raises:
-            PublishError: it cannot be done.
+            PublishError: the broker does not accept them.
         """
 
 
 class Transactions(Protocol):
-    """What the processor needs of producers whose output and offsets are committed together.
+    """The interface of producers that commit output and offsets together.
 
-    Whoever takes a partition ends what others, or itself before, have open there: from then on
-    nothing is committed under an older tenure, and all that was stands.
+    Taking a partition aborts all transactions that older producers have open there. From then on
+    an older epoch commits nothing; earlier commits stay.
     """
 
     async def take(self, partition: int) -> int:
-        """Become the only one who commits anything of the partition; the tenure.
+        """Become the only producer that may commit output of the partition.
+
+        Returns:
+            the epoch to commit under.
 
         Raises:
             LogUnavailableError: the broker does not answer.
-            PublishError: it refuses.
+            PublishError: the broker refuses the producer.
         """
 
-    async def commit(self, said: Mapping[int, Said]) -> dict[int, AppendResult | None]:
-        """Commit all of each partition, offset included, or nothing of it.
+    async def commit(self, outputs: Mapping[int, PartOutput]) -> dict[int, AppendResult | None]:
+        """Commit each partition's output and offset, or nothing of it.
 
         Returns:
-            where the scores of each partition went, None for one without scores. A partition
-            that somebody has taken since is not in it: nothing of it is committed by us.
+            the offsets of each partition's scores, None for one without scores. Another worker
+            has taken each partition that is missing: nothing of it was committed.
 
         Raises:
-            PublishError: it cannot be done.
+            PublishError: the broker does not accept the output.
         """
 
 
 class KafkaProducer:
-    """Publishes with one idempotent producer.
+    """A publisher with one idempotent producer.
 
     Args:
         settings: names the topics and the broker.
-        limits: of its topics' batches, read already; None to read them at the start.
-        on_lost_letters: called with how many dead letters the broker refuses.
+        limits: limits on batches, read already; None to read them at the start.
+        on_lost_dead_letters: called with the number of dead letters that the broker refuses.
         options: more arguments of aiokafka's producer.
 
     Attributes:
@@ -138,7 +143,7 @@ class KafkaProducer:
         settings: Settings,
         limits: MessageLimits | None = None,
         *,
-        on_lost_letters: Callable[[int], None] = lambda count: None,
+        on_lost_dead_letters: Callable[[int], None] = lambda count: None,
         **options: Any,
     ) -> None:
         self._limits = limits or MessageLimits(settings)
@@ -160,11 +165,11 @@ class KafkaProducer:
             | options
         )
         self._producer: AIOKafkaProducer | None = None
-        self._on_lost_letters = on_lost_letters
-        # Once the broker has refused a letter: aiokafka's idempotent producer counts it all the
-        # same, and the broker then refuses whatever it sends to that partition.
-        self._letters_producer: AIOKafkaProducer | None = None
-        self._told_at = -TELL_SECONDS
+        self._on_lost_letters = on_lost_dead_letters
+        # Set once the broker has refused a dead letter. aiokafka's idempotent producer counts it
+        # nevertheless, so the broker would refuse its next records to that partition.
+        self._dead_letter_producer: AIOKafkaProducer | None = None
+        self._logged_at = -LOG_INTERVAL_SECONDS
 
     async def start(self) -> None:
         """Connect."""
@@ -179,20 +184,20 @@ class KafkaProducer:
         """Flush and disconnect."""
         if self._producer is not None:
             await self._producer.stop()
-        if self._letters_producer is not None:
-            await self._letters_producer.stop()
+        if self._dead_letter_producer is not None:
+            await self._dead_letter_producer.stop()
         if self._closing:
             await asyncio.wait(self._closing)
 
     async def _shrink(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
-        """A batch was too large: go on with a producer of smaller ones.
+        """Replace a producer whose batch was too large by one of smaller batches.
 
-        The one that was refused has left a gap in a partition's sequence, which the broker holds
-        against whatever it sends there.
+        The refused batch left a gap in a partition's sequence. The broker would refuse all later
+        batches of the same producer.
         """
         async with self._shrinking:
             if id(self._producer) != id(refused):
-                return  # done already: several batches were refused at once
+                return  # replaced already: the broker refused several batches at once
             await self._limits.learn(refused_bytes)
             await self.start()
         task = asyncio.create_task(refused.stop())
@@ -207,12 +212,12 @@ class KafkaProducer:
     ) -> dict[int, AppendResult]:
         """See :class:`Publisher`."""
         try:
-            if not (alerts or rejected):  # almost always: no tasks are made
+            if not (alerts or rejected):  # almost always, so save the tasks
                 return await self._append(scores)
             appended, *_ = await asyncio.gather(
                 self._append(scores),
                 self._send(self._alerts_topic, alerts),
-                self._send_letters(rejected),
+                self._send_dead_letters(rejected),
             )
             return appended
         except KafkaError as error:
@@ -222,7 +227,7 @@ class KafkaProducer:
             ) from error
 
     async def _append(self, scores: dict[int, Sequence[Outgoing]]) -> dict[int, AppendResult]:
-        """Append to scores partitions, in order in each of them, side by side."""
+        """Append scores to several partitions concurrently, in order within each."""
         places: dict[int, list[tuple[int | None, int]]] = {partition: [] for partition in scores}
         rest = scores
         while rest:
@@ -245,7 +250,7 @@ class KafkaProducer:
     async def _send_batch(
         self, partition: int, records: Sequence[Outgoing]
     ) -> tuple[int, asyncio.Future[Any]]:
-        """Send as many of the records as one batch takes: how many, and their delivery."""
+        """Send a batch of the first records; return their number and their delivery."""
         assert self._producer is not None
         now_ms = time.time_ns() // 1_000_000
         batch = self._producer.create_batch()
@@ -261,7 +266,7 @@ class KafkaProducer:
         return size, await self._producer.send_batch(batch, self._scores_topic, partition=partition)
 
     async def _send(self, topic: str, records: Sequence[Outgoing]) -> None:
-        """Send records one by one; the key decides the partition."""
+        """Send records one by one; the key chooses the partition."""
         rest = list(records)
         while rest:
             sender = self._sender()
@@ -271,53 +276,53 @@ class KafkaProducer:
                 await self._too_large(*sender)
 
     def _sender(self) -> tuple[AIOKafkaProducer, int]:
-        """Who sends now, and batches of what size."""
+        """Return the current producer and its batch size."""
         assert self._producer is not None
         return self._producer, self.batch_bytes
 
     async def _too_large(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
-        """Some of what was sent is refused as too large; when this returns it may be sent again."""
+        """Handle records refused as too large; the caller may send them again afterwards."""
         await self._shrink(refused, refused_bytes)
 
-    async def _send_letters(self, letters: Sequence[Outgoing]) -> None:
-        """Send dead letters; one that the broker refuses stops nothing.
+    async def _send_dead_letters(self, letters: Sequence[Outgoing]) -> None:
+        """Send dead letters; a refused one does not stop the others.
 
         Raises:
             KafkaError: the broker is away.
         """
         rest = list(letters)
-        while rest and self._letters_producer is None:
+        while rest and self._dead_letter_producer is None:
             sender = self._sender()
-            said = await asyncio.gather(
+            outcomes = await asyncio.gather(
                 *(self._deliver(self._dead_letter_topic, letter) for letter in rest),
                 return_exceptions=True,
             )
-            errors = [outcome for outcome in said if isinstance(outcome, BaseException)]
+            errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
             for error in errors:
                 if not is_refusal(error):
                     raise error
-            rest = [r for r, outcome in zip(rest, said, strict=True) if outcome is not None]
+            rest = [r for r, outcome in zip(rest, outcomes, strict=True) if outcome is not None]
             if not any(isinstance(error, TOO_LARGE) for error in errors):
                 break
             try:
-                await self._too_large(*sender)  # they are cut to what is taken now
-            except RecurError:  # the topic takes less than we ask for: some may fit all the same
+                await self._too_large(*sender)  # the next try cuts them to the new limit
+            except RecurError:  # the topic accepts less than we require; some letters may fit
                 break
         if rest:
-            await self.send_letters_apart(rest)
+            await self.send_dead_letters_separately(rest)
 
     async def _deliver(self, topic: str, record: Outgoing) -> None:
         await (await self._send_one(topic, record))
 
-    async def send_letters_apart(self, letters: Sequence[Outgoing]) -> None:
-        """Send dead letters one by one, so that each is taken or refused for itself.
+    async def send_dead_letters_separately(self, letters: Sequence[Outgoing]) -> None:
+        """Send dead letters one by one, so that the broker accepts or refuses each alone.
 
-        A letter may be there twice after a failure.
+        A letter may be published twice after a failure.
 
         Raises:
             KafkaError: the broker is away.
         """
-        if self._letters_producer is None:
+        if self._dead_letter_producer is None:
             options = self._options | {"enable_idempotence": False, "transactional_id": None}
             producer = AIOKafkaProducer(**options)
             try:
@@ -325,12 +330,12 @@ class KafkaProducer:
             except BaseException:
                 await producer.stop()
                 raise
-            self._letters_producer = producer
+            self._dead_letter_producer = producer
         refused = 0
         for letter in letters:
             try:
                 cut = _cut(letter, self._limits.record_bytes)
-                await self._letters_producer.send_and_wait(
+                await self._dead_letter_producer.send_and_wait(
                     self._dead_letter_topic,
                     value=cut.value,
                     key=cut.key,
@@ -340,19 +345,19 @@ class KafkaProducer:
                 if not is_refusal(error):
                     raise
                 refused += 1
-                self._tell_refused(letter, error)
+                self._log_refused(letter, error)
         if refused:
             self._on_lost_letters(refused)
 
-    def _tell_refused(self, letter: Outgoing, error: KafkaError) -> None:
+    def _log_refused(self, letter: Outgoing, error: KafkaError) -> None:
         now = time.monotonic()
-        if now - self._told_at < TELL_SECONDS:
+        if now - self._logged_at < LOG_INTERVAL_SECONDS:
             return
-        self._told_at = now
+        self._logged_at = now
         headers = {name: value.decode() for name, value in letter.headers}
         log.error(
-            "the broker refuses a dead letter, which is lost: see the limits, policies and rights"
-            " of the dead-letter topic; recur_letters_lost_total counts",
+            "the broker refused a dead letter, which is lost: see the limits, policies and rights"
+            " of the dead-letter topic; recur_letters_lost_total counts lost letters",
             extra={
                 "dead_letter_topic": self._dead_letter_topic,
                 "why": type(error).__name__,
@@ -365,7 +370,7 @@ class KafkaProducer:
         if topic == self._dead_letter_topic:
             record = _cut(record, self._limits.record_bytes)
         headers = list(record.headers)
-        if record.key is None and record.value is None:  # send() refuses what Kafka allows
+        if record.key is None and record.value is None:  # Kafka allows this, send() does not
             batch = self._producer.create_batch()
             batch.append(timestamp=None, key=None, value=None, headers=headers)
             batch.close()
@@ -380,25 +385,25 @@ class KafkaProducer:
 
 
 async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
-    """What the broker said of each; None where it refused a batch as too large.
+    """Wait for deliveries; the result is None for a batch refused as too large.
 
-    So it does with what the same producer sent after that one.
+    The broker also refuses all later batches of the same producer.
 
     Raises:
-        KafkaError: it refused one for another reason.
+        KafkaError: the broker refused a batch for another reason.
     """
-    said = await asyncio.gather(*deliveries, return_exceptions=True)
+    outcomes = await asyncio.gather(*deliveries, return_exceptions=True)
     again: tuple[type[BaseException], ...] = TOO_LARGE
-    if any(isinstance(outcome, TOO_LARGE) for outcome in said):
+    if any(isinstance(outcome, TOO_LARGE) for outcome in outcomes):
         again += (OutOfOrderSequenceNumber,)
-    for outcome in said:
+    for outcome in outcomes:
         if isinstance(outcome, BaseException) and not isinstance(outcome, again):
             raise outcome
-    return [None if isinstance(outcome, BaseException) else outcome for outcome in said]
+    return [None if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
 
 
 def _cut(letter: Outgoing, limit: int) -> Outgoing:
-    """A dead letter that a batch of ``limit`` bytes holds; its headers are never cut."""
+    """Cut key and value of a dead letter so that a batch of ``limit`` bytes holds it."""
     key, value = letter.key or b"", letter.value or b""
     room = limit - OVERHEAD_BYTES
     room -= sum(len(name) + len(text) + OVERHEAD_BYTES for name, text in letter.headers)
@@ -408,27 +413,27 @@ def _cut(letter: Outgoing, limit: int) -> Outgoing:
     headers = letter.headers
     if CUT_HEADER not in dict(headers):
         headers = (*headers, (CUT_HEADER, str(len(value)).encode()))
-    key = key[: max(room // LETTER_KEY_SHARE, room - len(value))]
+    key = key[: max(room // KEY_SHARE, room - len(value))]
     value = value[: max(0, room - len(key))]
     return Outgoing(letter.key and key, letter.value and value, headers)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the broker refuses a record for what it is: sending it again does not help."""
+    """Tell whether the broker refuses a record for good: sending it again does not help."""
     return isinstance(error, BrokerResponseError) and not error.retriable
 
 
 def _appended(places: Sequence[tuple[int | None, int]]) -> AppendResult:
-    """Where batches went, given base offset and size of each."""
+    """Combine batches, given the base offset and size of each."""
     (first, _), *_ = places
     expected = first
     for offset, size in places:
-        if offset is None or offset != expected:  # another wrote between them
+        if offset is None or offset != expected:  # another worker wrote between them
             return AppendResult(None, None)
         expected = offset + size
     return AppendResult(first, expected)
 
 
 def _known(offset: int) -> int | None:
-    """None for the -1 of a retried batch that the broker had already."""
+    """Return None for -1: the broker had a retried batch already and does not tell where."""
     return offset if offset >= 0 else None

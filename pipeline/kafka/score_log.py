@@ -1,7 +1,7 @@
-"""The scores topic as the write-ahead log: what was published of transactions not applied.
+"""The scores topic as a write-ahead log of transactions that are not applied yet.
 
-A worker that takes a partition reads its scores from the watermark's place on, in step with
-the transactions, and keeps what was said: a redelivered transaction has one score.
+A worker that takes a partition reads its scores from the watermark's offset on, in step with the
+transactions. It does not publish those scores again: a redelivered transaction has one score.
 """
 
 from __future__ import annotations
@@ -17,53 +17,45 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from pipeline.kafka.metadata_request import ask_ids
-from pipeline.messages.codec import PublishedScore, decode_published
+from pipeline.kafka.polls import Bounds, LogUnavailableError
+from pipeline.messages.scores import (
+    PublishedScore,
+    decode_published,
+    source_offset,
+    source_prefix,
+)
 from pipeline.settings import Settings
 
 READ_TIMEOUT_SECONDS = 5.0
-"""Reading published scores may come no further for this long."""
+"""Longest time without progress while scores are read."""
 
 FETCH_WAIT_MS = 200
-"""So long a fetch waits for records before it is seen whether there are none, milliseconds."""
-
-OFFSET_MAX_DIGITS = 18
-
-
-class LogUnavailableError(Exception):
-    """The broker did not answer; ask again."""
+"""Longest wait of one fetch for records, milliseconds."""
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """First offset that is still there, and the next to be written."""
-
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A published score: its record's bytes, and what recovery needs of it.
+class LoggedScore:
+    """A score in the scores topic: its record's bytes, and the part that recovery needs.
 
     Attributes:
-        is_recent: it came while its reader worked on the partition, and so is of the same log.
-        others: later ones of other transactions, which had its offset in another log.
+        is_recent: published while the reader owned the partition, so it is of the same log.
+        others: later scores of the same offset, for transactions of another log.
     """
 
     value: bytes
     score: PublishedScore
     is_recent: bool = False
-    others: tuple[Kept, ...] = ()
+    others: tuple[LoggedScore, ...] = ()
 
-    def of(self, transaction_id: str) -> Kept | None:
-        """The one that is of this transaction."""
-        for kept in (self, *self.others):
-            if kept.is_recent or kept.score.transaction_id in (None, transaction_id):
-                return kept
+    def of(self, transaction_id: str) -> LoggedScore | None:
+        """Return the score of this transaction, or None."""
+        for logged in (self, *self.others):
+            if logged.is_recent or logged.score.transaction_id in (None, transaction_id):
+                return logged
         return None
 
-    def and_then(self, later: Kept) -> Kept:
-        """With one that was published later."""
+    def and_then(self, later: LoggedScore) -> LoggedScore:
+        """Add a score that was published later."""
         found = self
         for other in (later, *later.others):
             if found.of(other.score.transaction_id or "") is None:
@@ -71,7 +63,7 @@ class Kept:
         return found
 
     def merchant_raw(self) -> tuple[float, ...] | None:
-        """The merchant's features that it was computed from, if it records them all."""
+        """Return the merchant's features of the score, if its record has them all."""
         if self.score.features is None:
             return None
         found = msgspec.structs.astuple(self.score.features)
@@ -79,17 +71,17 @@ class Kept:
 
 
 class ScoreLog(Protocol):
-    """What the processor needs of the logs besides the polls it is given."""
+    """Access to the topics, besides polls, that the processor needs."""
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
-        """Where a partition's log begins and ends now.
+        """Return the current bounds of a partition.
 
         Raises:
             LogUnavailableError: the broker does not answer.
         """
 
     async def topic_id(self, topic: str) -> bytes | None:
-        """A topic's id now; None where there is no such topic.
+        """Return a topic's current id, or None if the topic does not exist.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -97,14 +89,14 @@ class ScoreLog(Protocol):
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
-        """Published scores in [start, end) of a scores partition, by source offset.
+    ) -> tuple[dict[int, LoggedScore], int]:
+        """Read scores in [start, end) of a scores partition.
 
-        Reads on until a source at or past ``until_source`` was seen, or the end.
+        Stops at the end, or once it has read a source at or past ``until_source``.
 
         Returns:
-            scores by offset of their transaction (of two for one, the first), and the
-            offset to go on from.
+            the first score of each transaction by its source offset, and the offset to read on
+            from.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -112,7 +104,7 @@ class ScoreLog(Protocol):
 
 
 class KafkaScoreLog:
-    """Reads the log with a consumer of its own that belongs to no group.
+    """A score log with a consumer of its own that belongs to no group.
 
     Args:
         settings: names the topics and the broker.
@@ -122,7 +114,7 @@ class KafkaScoreLog:
         self._topic = settings.topic("scores")
         self._source_topic = settings.topic("transactions")
         self._options: dict[str, Any] = settings.kafka_client_options() | {
-            "isolation_level": "read_committed",  # what was taken back was never said
+            "isolation_level": "read_committed",  # an aborted score was never published
             "enable_auto_commit": False,
             "auto_offset_reset": "earliest",
         }
@@ -158,7 +150,7 @@ class KafkaScoreLog:
         return (await self.topic_ids([topic])).get(topic)
 
     async def topic_ids(self, topics: Sequence[str]) -> dict[str, bytes]:
-        """Ids of those of the topics that there are.
+        """Return the ids of the topics that exist.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -170,7 +162,7 @@ class KafkaScoreLog:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
 
     async def ends(self, topic: str, partitions: list[int]) -> dict[int, int]:
-        """The next offset of each partition.
+        """Return the next offset of each partition.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -184,14 +176,14 @@ class KafkaScoreLog:
         return {place.partition: end for place, end in ends.items()}
 
     async def high_watermarks(self, topic: str, partitions: list[int]) -> dict[int, int]:
-        """Where each partition ends, with what an open transaction holds back.
+        """Return the end of each partition, including records of open transactions.
 
         Raises:
             LogUnavailableError: the broker does not answer.
         """
         places = [TopicPartition(topic, partition) for partition in partitions]
         try:
-            if self._of_all is None:  # a client is of one isolation level
+            if self._of_all is None:  # a consumer has one isolation level
                 consumer = AIOKafkaConsumer(
                     **self._options | {"isolation_level": "read_uncommitted"}
                 )
@@ -208,16 +200,21 @@ class KafkaScoreLog:
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         """See :class:`ScoreLog`."""
-        # aiokafka's fetcher ends for good when an assignment is taken back at once.
+        # An empty read would revoke its assignment at once, which ends aiokafka's fetcher.
         if start >= end:
             return {}, start
-        async with self._one_at_a_time:  # the consumer's assignment is this call's
+        async with self._one_at_a_time:  # calls share the consumer's assignment
             return await self._read(partition, start, end, until_source)
 
     async def last_values(self, topic: str, partition: int, count: int) -> list[bytes | None]:
-        """Values of the last records of a partition, at most ``count``, oldest first.
+        """Return the values of the last records of a partition, oldest first.
+
+        Args:
+            topic: its full name.
+            partition: its number.
+            count: most records.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -237,30 +234,30 @@ class KafkaScoreLog:
 
     async def _read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
-        source_prefix = f"{self._source_topic}:{partition}:"
-        kept: dict[int, Kept] = {}
+    ) -> tuple[dict[int, LoggedScore], int]:
+        prefix = source_prefix(self._source_topic, partition)
+        logged: dict[int, LoggedScore] = {}
 
         def take(records: list[Any]) -> bool:
             for record in records:
-                published = read_score(record.value, source_prefix)
+                published = read_score(record.value, prefix)
                 if published is not None:
                     source, score = published
-                    first = kept.setdefault(source, score)
+                    first = logged.setdefault(source, score)
                     if first is not score:
-                        kept[source] = first.and_then(score)
-            return bool(kept) and max(kept) >= until_source
+                        logged[source] = first.and_then(score)
+            return bool(logged) and max(logged) >= until_source
 
         position = await self._scan(TopicPartition(self._topic, partition), start, end, take)
-        return kept, position
+        return logged, position
 
     async def _scan(
         self, place: TopicPartition, start: int, end: int, take: Callable[[list[Any]], bool]
     ) -> int:
-        """Give the records in [start, end) to ``take``, until it wants no more.
+        """Pass the records in [start, end) to ``take`` until it returns True.
 
         Returns:
-            the offset to go on from.
+            the offset to read on from.
         """
         consumer = self._consumer
         assert consumer is not None
@@ -291,24 +288,14 @@ class KafkaScoreLog:
         return position
 
 
-def read_score(value: bytes | None, source_prefix: str) -> tuple[int, Kept] | None:
-    """Source offset and score in a record of the scores topic; None for what is no score.
+def read_score(value: bytes | None, prefix: str) -> tuple[int, LoggedScore] | None:
+    """Decode source offset and score of a record; None if it is no score of this partition.
 
     Args:
-        source_prefix: what the source begins with: ``topic:partition:``.
+        prefix: see :func:`pipeline.messages.scores.source_prefix`.
     """
     score = decode_published(value)
     if value is None or score is None:
         return None
-    offset = source_offset(score.source, source_prefix)
-    return None if offset is None else (offset, Kept(value, score))
-
-
-def source_offset(source: str, prefix: str) -> int | None:
-    """The offset in a score's source; None where it does not begin with the prefix."""
-    if not source.startswith(prefix):
-        return None
-    offset = source[len(prefix) :]
-    if not (offset.isascii() and offset.isdigit() and len(offset) <= OFFSET_MAX_DIGITS):
-        return None
-    return int(offset)
+    offset = source_offset(score.source, prefix)
+    return None if offset is None else (offset, LoggedScore(value, score))

@@ -1,6 +1,6 @@
-"""The topics: creates those that are missing and tells how many partitions each one has.
+"""The topics: their creation, partitions, retention and limits.
 
-A worker, the demo and a replay all call :func:`ensure_topics` first; several may do so at once.
+A worker, the demo and a replay call :func:`ensure_topics` first. Several may do so at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline.errors import StartupError
 from pipeline.kafka.metadata_request import ask_ids
 from pipeline.logs import quiet
 from pipeline.settings import Settings
+from pipeline.units import DAY_MS
 
 log = logging.getLogger(__name__)
 
@@ -30,34 +31,32 @@ TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
 ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
 
 RETRY_SECONDS = 0.25
-"""Between two attempts while the broker is away or a new topic is not visible yet."""
+"""Time between two attempts while the broker is away or a new topic is not visible yet."""
 
 LOGS: Mapping[TopicRole, str] = {
     "transactions": "accounts' states",
     "scores": "states and merchants' features",
     "labels": "merchants' known frauds",
 }
-"""What is computed from each topic; none of them may be compacted."""
+"""The data that is computed from each topic. Compaction would damage it."""
 
 SHORT_LOGS: Mapping[TopicRole, str] = {
-    "transactions": "after a loss of Redis's data, or in a rebuild, accounts come back with only"
-    " what the topic still has, and older history is gone",
-    "scores": "a rebuild lacks the merchants' features that older transactions were scored with,"
-    " and states come out different",
+    "transactions": "after a loss of Redis's data, or in a rebuild, accounts get back only the"
+    " history that the topic still has",
+    "scores": "a rebuild lacks the merchants' features of older transactions, so its states differ",
 }
-"""What cannot be done again where a topic is kept for less than states live."""
+"""The effect of a topic whose records are deleted before states expire."""
 
 REFUSAL_SECONDS = 5.0
-"""So long a broker may take to say why it refuses us."""
+"""Longest wait for a broker to say why it refuses a connection."""
 
-NO_COORDINATOR_YET = (  # a broker that is new makes the topic of groups when first asked
+NO_COORDINATOR_YET = (  # a new broker creates its topic of groups at the first request
     kafka_errors.GroupCoordinatorNotAvailableError,
     kafka_errors.GroupLoadInProgressError,
 )
-_MS_PER_DAY = 86_400_000
 _NOT_ALLOWED = (
-    "create it by hand, or allow this user (RECUR_KAFKA_SASL_USERNAME) to create topics; where it"
-    " is there, allow this user to use it: docs/security.md lists all that a worker needs"
+    "create it by hand, or allow this user (RECUR_KAFKA_SASL_USERNAME) to create topics; if it"
+    " exists, allow this user to use it: docs/security.md lists all that a worker needs"
 )
 _HINTS = {
     "InvalidReplicationFactorError": "lower RECUR_KAFKA_REPLICATION_FACTOR to the brokers' number",
@@ -69,15 +68,18 @@ _HINTS = {
 
 
 async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
-    """Create the missing topics; partitions of each topic as it now is.
+    """Create the missing topics.
 
     An existing topic stays as it is, whatever ``settings.topic_partitions`` says. A missing scores
-    topic is created with as many partitions as the transactions topic has. Waits up to
+    topic gets as many partitions as the transactions topic has. Waits up to
     ``settings.startup_timeout_seconds`` for the broker.
 
+    Returns:
+        the number of partitions of each topic.
+
     Raises:
-        StartupError: the broker does not answer, refuses to create a topic, or scores has not
-            as many partitions as transactions.
+        StartupError: the broker does not answer or refuses to create a topic, or scores and
+            transactions differ in their number of partitions.
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
     async with admin_client(settings, deadline) as admin:
@@ -94,7 +96,7 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
 
 
 async def partition_count(settings: Settings, topic: str) -> int | None:
-    """Partitions of a topic, which is not created; None if there is none.
+    """Count the partitions of a topic without creating it; None if it does not exist.
 
     Raises:
         StartupError: the broker does not answer.
@@ -105,7 +107,7 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
 
 
 async def topic_ids(settings: Settings) -> dict[str, bytes]:
-    """Ids of the transactions, scores and labels topics, by full name, as far as there are any.
+    """Ask for the ids of the transactions, scores and labels topics, by full name.
 
     Raises:
         StartupError: the broker does not answer.
@@ -117,12 +119,12 @@ async def topic_ids(settings: Settings) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Retention:
-    """How long a topic keeps a record.
+    """Retention of a topic's records.
 
     Attributes:
-        is_deleted: whether records are deleted by their age.
-        retention_ms: a segment goes so long after its last record, milliseconds; -1: never.
-        segment_ms: a segment takes records for so long at most, milliseconds.
+        is_deleted: whether the broker deletes records by their age.
+        retention_ms: time from a segment's last record to its deletion, milliseconds; -1: never.
+        segment_ms: longest time that a segment accepts records, milliseconds.
     """
 
     is_deleted: bool
@@ -131,14 +133,14 @@ class Retention:
 
     @property
     def longest_ms(self) -> int | None:
-        """From a record's time until it is deleted, at most, but for minutes; None: no end."""
+        """Longest age of a record, but for minutes; None if records are never deleted."""
         if not self.is_deleted or self.retention_ms < 0:
             return None
         return self.retention_ms + self.segment_ms
 
 
 async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
-    """Of the topics that there are; None where the broker does not say.
+    """Ask for the retention of the topics that exist; None if the broker does not tell.
 
     Raises:
         StartupError: the broker does not answer.
@@ -156,7 +158,7 @@ async def retentions(settings: Settings) -> dict[TopicRole, Retention | None]:
 
 
 async def _configurations(settings: Settings) -> dict[TopicRole, dict[str, str] | None]:
-    """Of the topics that there are; None where the broker does not say."""
+    """Ask for the configuration of the topics that exist; None if the broker does not tell."""
     deadline = time.monotonic() + settings.startup_timeout_seconds
     found: dict[TopicRole, dict[str, str] | None] = {}
     async with admin_client(settings, deadline) as admin:
@@ -172,7 +174,7 @@ async def _configurations(settings: Settings) -> dict[TopicRole, dict[str, str] 
 
 
 async def batch_limits(settings: Settings, roles: Iterable[TopicRole]) -> dict[TopicRole, int]:
-    """The largest batch of records that topics take, bytes; not of those that are not told.
+    """Ask for the largest batch that each topic accepts, bytes; left out if it is not told.
 
     Raises:
         StartupError: the broker does not answer.
@@ -191,10 +193,10 @@ async def batch_limits(settings: Settings, roles: Iterable[TopicRole]) -> dict[T
 
 
 async def check_retention(settings: Settings) -> None:
-    """No log that states are computed from is compacted, and each is kept long enough.
+    """Check that no log of states is compacted, and warn of one that is kept too short.
 
     Raises:
-        StartupError: a topic is compacted; the message names the policy and what to do.
+        StartupError: a topic is compacted. The message names the policy and what to do.
     """
     configurations = await _configurations(settings)
     for role in LOGS:
@@ -204,27 +206,26 @@ async def check_retention(settings: Settings) -> None:
     unknown = [settings.topic(role) for role in LOGS if configurations.get(role) is None]
     if unknown:
         log.info(
-            "the broker does not tell whether these topics are compacted, or how long they are"
-            " kept: allow this user DescribeConfigs on them",
+            "the broker does not tell the compaction and retention of these topics: allow this user"
+            " DescribeConfigs on them",
             extra={"topics": unknown},
         )
-    letters = configurations.get("dead_letter")
-    if letters is not None and "compact" in letters["cleanup.policy"]:
+    dead_letter = configurations.get("dead_letter")
+    if dead_letter is not None and "compact" in dead_letter["cleanup.policy"]:
         log.warning(
-            "the dead-letter topic is compacted: of several letters with one key only the last"
-            " stays",
+            "the dead-letter topic is compacted: it keeps only the last record of each key",
             extra={"topic": settings.topic("dead_letter")},
         )
     for role, what in SHORT_LOGS.items():
         values = configurations.get(role)
-        ttl_ms = settings.state_ttl_days * _MS_PER_DAY
+        ttl_ms = settings.state_ttl_days * DAY_MS
         if values is not None and 0 <= int(values["retention.ms"]) < ttl_ms:
             log.warning(
-                f"the topic is kept for less than states live: {what}; raise its retention.ms, or"
-                " lower RECUR_STATE_TTL_DAYS",
+                f"the topic's records are deleted before states expire: {what}; raise its"
+                " retention.ms, or lower RECUR_STATE_TTL_DAYS",
                 extra={
                     "topic": settings.topic(role),
-                    "retention_days": round(int(values["retention.ms"]) / _MS_PER_DAY, 2),
+                    "retention_days": round(int(values["retention.ms"]) / DAY_MS, 2),
                     "state_ttl_days": settings.state_ttl_days,
                 },
             )
@@ -241,7 +242,7 @@ def _compacted(settings: Settings, role: TopicRole, policy: str) -> str:
 
 
 async def add_partitions(settings: Settings, topic: str, total: int) -> None:
-    """Give a topic more partitions; returns once they have leaders.
+    """Add partitions to a topic, and return once they have leaders.
 
     Raises:
         StartupError: the broker does not answer, or refuses.
@@ -252,14 +253,14 @@ async def add_partitions(settings: Settings, topic: str, total: int) -> None:
         while (await _partition_counts(admin, led=True)).get(topic) != total:
             if time.monotonic() > deadline:
                 raise StartupError(
-                    f"topic {topic} got {total} partitions, of which some have no leader: see that"
+                    f"topic {topic} got {total} partitions, but some have no leader: see that"
                     " enough brokers are up, and start again"
                 )
             await asyncio.sleep(RETRY_SECONDS)
 
 
 async def group_members(settings: Settings) -> int:
-    """How many workers the consumer group has now.
+    """Count the workers in the consumer group.
 
     Raises:
         StartupError: the broker does not answer.
@@ -280,29 +281,33 @@ async def group_members(settings: Settings) -> int:
 
 @asynccontextmanager
 async def admin_client(settings: Settings, deadline: float | None = None) -> AsyncIterator[Any]:
-    """A started admin client; what the broker does not answer is a StartupError.
+    """Connect an admin client, and turn its errors into StartupError.
 
     Args:
-        deadline: until when to wait for the broker (``time.monotonic``); by default as long as
-            the settings say.
+        settings: name the broker.
+        deadline: end of the wait for the broker (``time.monotonic``); by default
+            ``settings.startup_timeout_seconds`` from now.
+
+    Raises:
+        StartupError: the broker does not answer or refuses the connection.
     """
     if deadline is None:
         deadline = time.monotonic() + settings.startup_timeout_seconds
-    with quiet("aiokafka"):  # it logs each attempt; the error says it once
+    with quiet("aiokafka"):  # it logs each attempt; our error reports the failure once
         admin = await _connect(settings, deadline)
     try:
         yield admin
     except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
         raise StartupError(
             f"the broker at {settings.kafka_bootstrap_servers} gave no answer about topics"
-            f" ({_said(error)}): see that it is up, and start again"
+            f" ({_describe(error)}): see that it is up, and start again"
         ) from error
     finally:
         await admin.close()
 
 
 async def _connect(settings: Settings, deadline: float) -> Any:
-    """A started admin client; tries again until the deadline (``time.monotonic``)."""
+    """Connect an admin client; retry until the deadline (``time.monotonic``)."""
     while True:
         admin = AIOKafkaAdminClient(
             **settings.kafka_client_options(),
@@ -319,16 +324,19 @@ async def _connect(settings: Settings, deadline: float) -> Any:
                     raise StartupError(refusal) from error
                 raise StartupError(
                     f"no Kafka broker answers at {settings.kafka_bootstrap_servers}"
-                    f" ({_said(error)}): start one, or correct RECUR_KAFKA_BOOTSTRAP_SERVERS or the"
-                    " RECUR_KAFKA_SASL_ and RECUR_KAFKA_SSL_ settings"
+                    f" ({_describe(error)}): start one, or correct RECUR_KAFKA_BOOTSTRAP_SERVERS or"
+                    " the RECUR_KAFKA_SASL_ and RECUR_KAFKA_SSL_ settings"
                 ) from error
             await asyncio.sleep(RETRY_SECONDS)
 
 
 async def _refusal(settings: Settings) -> str | None:
-    """Why a broker that is there does not let us in, and what to set; None if it is not that.
+    """Find out why a broker refuses the connection, and name the setting to correct.
 
-    The clients tell only that there is no connection, so one more is tried here.
+    The clients tell only that there is no connection. So this tries one more.
+
+    Returns:
+        the reason, or None if no broker refuses a connection.
     """
     options = settings.kafka_client_options()
     for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
@@ -345,7 +353,7 @@ async def _refusal(settings: Settings) -> str | None:
     return None
 
 
-# ValueError: a server that does not know the password, either.
+# ValueError: aiokafka found that the server does not know the password either.
 _LOGIN_REFUSED = (
     kafka_errors.AuthenticationFailedError,
     kafka_errors.SaslAuthenticationFailed,
@@ -354,21 +362,21 @@ _LOGIN_REFUSED = (
 
 
 def _hint(error: BaseException) -> str | None:
-    """What a connection failed with, as the setting to correct."""
+    """Name the setting to correct for a failed connection."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"shows a certificate that is not trusted ({error.verify_message}): set"
             " RECUR_KAFKA_SSL_CAFILE to the authorities that signed it, and"
-            " RECUR_KAFKA_BOOTSTRAP_SERVERS to a host that is named in it"
+            " RECUR_KAFKA_BOOTSTRAP_SERVERS to a host that it names"
         )
     if isinstance(error, ssl.SSLError):
         return (
             f"and we do not agree on TLS ({error.reason}): correct RECUR_KAFKA_SECURITY_PROTOCOL,"
-            " the port in RECUR_KAFKA_BOOTSTRAP_SERVERS, or RECUR_KAFKA_SSL_CERTFILE where it"
-            " asks for a client's certificate"
+            " the port in RECUR_KAFKA_BOOTSTRAP_SERVERS, or RECUR_KAFKA_SSL_CERTFILE if it asks"
+            " for a client's certificate"
         )
     if isinstance(error, kafka_errors.UnsupportedSaslMechanismError):
-        return f"does not take RECUR_KAFKA_SASL_MECHANISM ({_said(error)})"
+        return f"does not take RECUR_KAFKA_SASL_MECHANISM ({_describe(error)})"
     if isinstance(error, _LOGIN_REFUSED):
         return (
             "refuses the login: correct RECUR_KAFKA_SASL_USERNAME, RECUR_KAFKA_SASL_PASSWORD or"
@@ -394,9 +402,9 @@ async def _create_missing(admin: Any, settings: Settings, deadline: float) -> di
 
 
 async def _partition_counts(admin: Any, *, led: bool = False) -> dict[str, int]:
-    """Partitions of each topic; with ``led``, of those whose partitions all have a leader.
+    """Count the partitions of each topic; with ``led``, of topics without a leaderless partition.
 
-    Asks for all topics: asking for one by name may create it.
+    Asks for all topics, since a request for one by name may create it.
     """
     return {
         topic["topic"]: len(topic["partitions"])
@@ -407,7 +415,7 @@ async def _partition_counts(admin: Any, *, led: bool = False) -> dict[str, int]:
 
 
 async def _visible(admin: Any, names: set[str], deadline: float) -> dict[str, int]:
-    """Partition counts, once every one of ``names`` is there with leaders."""
+    """Wait until all of ``names`` exist with leaders; return all partition counts."""
     while True:
         counts = await _partition_counts(admin, led=True)
         absent = sorted(names - counts.keys())
@@ -422,7 +430,7 @@ async def _visible(admin: Any, names: set[str], deadline: float) -> dict[str, in
 
 
 async def _create(admin: Any, settings: Settings, partitions: dict[str, int]) -> None:
-    retention_ms = str(round(settings.log_retention_days * _MS_PER_DAY))
+    retention_ms = str(round(settings.log_retention_days * DAY_MS))
     reply = await admin.create_topics(
         [
             NewTopic(
@@ -437,13 +445,13 @@ async def _create(admin: Any, settings: Settings, partitions: dict[str, int]) ->
     for name, code, *message in reply.topic_errors:
         error = kafka_errors.for_code(code)
         if error in (kafka_errors.NoError, kafka_errors.TopicAlreadyExistsError):
-            continue  # another worker may have been quicker
-        said = next(iter(message), None) or error.description or error.__name__
+            continue  # another worker may have created it first
+        text = next(iter(message), None) or error.description or error.__name__
         hint = _HINTS.get(error.__name__, "see the broker's log")
-        raise StartupError(f"the broker refused to create topic {name} ({said}): {hint}")
+        raise StartupError(f"the broker refused to create topic {name} ({text}): {hint}")
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     name = type(error).__name__
-    text = str(error).removeprefix(f"{name}: ")  # aiokafka's errors name themselves
+    text = str(error).removeprefix(f"{name}: ")  # aiokafka's errors begin with their name
     return " ".join(f"{name}: {text}".rstrip(": ").split())

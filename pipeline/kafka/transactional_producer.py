@@ -1,12 +1,12 @@
-"""Publishing in Kafka transactions: scores, alerts, rejected records and offsets, or nothing.
+"""Kafka transactions: scores, alerts, dead letters and offsets are committed together.
 
-Each input partition has a transactional id, and so a producer, of its own. Starting it is
-taking the partition: the broker ends what an older producer of that id has open, and refuses
-whatever that one sends later. The group's generations do not come into it: offsets that are
-committed in a transaction carry none here, so only the id keeps a zombie out.
+Each input partition has a transactional id, and so a producer, of its own. Starting the producer
+takes the partition: the broker aborts the open transaction of an older producer with that id, and
+refuses its later records. aiokafka commits offsets without the group's generation, so only the id
+keeps a zombie out.
 
-A producer that failed is never used again. What it has open is aborted by whoever takes the
-partition next, or by the broker after :data:`TRANSACTION_TIMEOUT_SECONDS`.
+A producer that failed is never used again. The next producer of the partition aborts its open
+transaction, or the broker does after :data:`TRANSACTION_TIMEOUT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,28 @@ from aiokafka.errors import (
 
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import MessageLimits
-from pipeline.kafka.producer import AppendResult, KafkaProducer, PublishError, Said, is_refusal
-from pipeline.kafka.score_log import LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.producer import (
+    AppendResult,
+    KafkaProducer,
+    PartOutput,
+    PublishError,
+    is_refusal,
+)
 from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
 TRANSACTION_TIMEOUT_SECONDS = 30.0
-"""A transaction that is open for longer is aborted by the broker. Until then who reads with
-read_committed sees nothing that was written after its begin."""
+"""The broker aborts a transaction that is open for longer. Until then a reader with read_committed
+sees no record behind the transaction's begin."""
 
 RETRY_BACKOFF_MS = 10
-"""The broker has a producer ask again while it still writes the marker of the transaction before,
-a few milliseconds; aiokafka's 100 would be most of a fast answer."""
+"""Wait before a retry while the broker still writes the previous transaction's marker. That takes
+a few milliseconds; aiokafka's 100 would dominate the latency."""
 
 STOP_SECONDS = 10.0
-"""So long the stop waits for transactions under way."""
+"""Longest wait of a stop for transactions in progress."""
 
 FENCED: tuple[type[KafkaError], ...] = (
     ProducerFenced,
@@ -53,29 +59,29 @@ FENCED: tuple[type[KafkaError], ...] = (
     InvalidProducerIdMapping,
     InvalidTxnState,
 )
-"""The id has a newer producer, or the broker has ended the transaction or forgotten the id."""
+"""Errors of a producer whose id has a newer one, or whose transaction or id the broker dropped."""
 
 
 class BatchTooLargeError(Exception):
-    """A batch was larger than its topic takes; the transaction is aborted."""
+    """A batch was larger than its topic accepts; the transaction is aborted."""
 
 
 class FencedError(Exception):
-    """Somebody has taken the partition: what was sent is not committed."""
+    """Another worker has taken the partition: the output is not committed."""
 
 
-class LetterRefusedError(Exception):
-    """The broker refuses a dead letter for what it is; the transaction is aborted."""
+class DeadLetterRefusedError(Exception):
+    """The broker refuses a dead letter for good; the transaction is aborted."""
 
 
-class PartitionPublisher(KafkaProducer):
-    """The one producer of an input partition.
+class PartitionProducer(KafkaProducer):
+    """The only producer of an input partition's output.
 
     Args:
         settings: names topics, group and broker.
         partition: the input partition.
-        limits: of its topics' batches, read already; None to read them at the start.
-        on_lost_letters: called with how many dead letters the broker refuses.
+        limits: limits on batches, read already; None to read them at the start.
+        on_lost_dead_letters: called with the number of dead letters that the broker refuses.
     """
 
     def __init__(
@@ -83,12 +89,12 @@ class PartitionPublisher(KafkaProducer):
         settings: Settings,
         partition: int,
         limits: MessageLimits | None = None,
-        on_lost_letters: Callable[[int], None] = lambda count: None,
+        on_lost_dead_letters: Callable[[int], None] = lambda count: None,
     ) -> None:
         super().__init__(
             settings,
             limits,
-            on_lost_letters=on_lost_letters,
+            on_lost_dead_letters=on_lost_dead_letters,
             transactional_id=transactional_id(settings, partition),
             transaction_timeout_ms=round(TRANSACTION_TIMEOUT_SECONDS * 1000),
             retry_backoff_ms=RETRY_BACKOFF_MS,
@@ -96,27 +102,33 @@ class PartitionPublisher(KafkaProducer):
         self._partition = partition
         self._source = TopicPartition(settings.topic("transactions"), partition)
         self._group = settings.kafka_group_id
-        self._at_work = asyncio.Lock()
+        self._in_use = asyncio.Lock()
 
-    async def commit(self, said: Said, *, letters_apart: bool = False) -> AppendResult | None:
-        """One transaction: publish all, commit the offset; where the scores went.
+    async def commit(
+        self, output: PartOutput, *, dead_letters_first: bool = False
+    ) -> AppendResult | None:
+        """Publish the output and commit its offset in one transaction.
 
         Args:
-            letters_apart: send dead letters before the transaction and not in it. One that the
-                broker refuses is lost and counted; one may be there twice after a failure.
+            output: records and offset to commit.
+            dead_letters_first: send dead letters before the transaction, not in it. A refused one
+                is lost and counted; one may be published twice after a failure.
+
+        Returns:
+            the offsets of the scores.
 
         Raises:
-            FencedError: nothing of it is committed.
-            BatchTooLargeError: the same; a producer of smaller batches may do it.
-            LetterRefusedError: the same; letters that are sent apart may do it.
-            PublishError: it cannot be done, or nobody knows whether it is done.
+            FencedError: nothing is committed.
+            BatchTooLargeError: nothing is committed; retry with a producer of smaller batches.
+            DeadLetterRefusedError: nothing is committed; retry with ``dead_letters_first``.
+            PublishError: the broker refuses the output, or its outcome is unknown.
         """
-        async with self._at_work:
+        async with self._in_use:
             try:
-                if letters_apart and said.rejected:
-                    await self.send_letters_apart(said.rejected)
-                    said = said._replace(rejected=())
-                return await self._commit_or_abort(said)
+                if dead_letters_first and output.rejected:
+                    await self.send_dead_letters_separately(output.rejected)
+                    output = output._replace(rejected=())
+                return await self._commit_or_abort(output)
             except (KafkaError, IllegalOperation) as error:
                 if _is_fenced(error):
                     raise FencedError from error
@@ -125,85 +137,83 @@ class PartitionPublisher(KafkaProducer):
                     "and the rights on transactional ids and the group"
                 ) from error
 
-    async def _commit_or_abort(self, said: Said) -> AppendResult | None:
+    async def _commit_or_abort(self, output: PartOutput) -> AppendResult | None:
         try:
-            return await self._commit(said)
-        except (BatchTooLargeError, LetterRefusedError):
+            return await self._commit(output)
+        except (BatchTooLargeError, DeadLetterRefusedError):
             assert self._producer is not None
             await self._producer.abort_transaction()
             raise
 
-    async def _commit(self, said: Said) -> AppendResult | None:
+    async def _commit(self, output: PartOutput) -> AppendResult | None:
         producer = self._producer
         assert producer is not None
         await producer.begin_transaction()
-        # Side by side, so that all partitions are told to the coordinator in one request.
+        # Concurrently, so that one request tells the coordinator all partitions.
         results: Sequence[Any] = await asyncio.gather(
-            self._append({self._partition: said.scores} if said.scores else {}),
-            self._send(self._alerts_topic, said.alerts),
-            self._send(self._dead_letter_topic, said.rejected),
-            producer.send_offsets_to_transaction({self._source: said.next_offset}, self._group),
-            return_exceptions=True,  # aiokafka would commit what is left of a transaction
+            self._append({self._partition: output.scores} if output.scores else {}),
+            self._send(self._alerts_topic, output.alerts),
+            self._send(self._dead_letter_topic, output.rejected),
+            producer.send_offsets_to_transaction({self._source: output.next_offset}, self._group),
+            return_exceptions=True,  # aiokafka would commit the rest of the transaction
         )
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             if isinstance(results[2], BaseException) and is_refusal(results[2]):
                 if not any(map(_is_fenced, errors)):
-                    raise LetterRefusedError from results[2]
+                    raise DeadLetterRefusedError from results[2]
             raise next(filter(_is_fenced, errors), errors[0])
         await producer.commit_transaction()
-        where: AppendResult | None = results[0].get(self._partition)
-        if where is None or where.next is None:
-            return where
-        return AppendResult(where.first, where.next + 1)  # the marker takes an offset
+        appended: AppendResult | None = results[0].get(self._partition)
+        if appended is None or appended.next is None:
+            return appended
+        return AppendResult(appended.first, appended.next + 1)  # the marker takes an offset
 
     async def _too_large(self, refused: AIOKafkaProducer, refused_bytes: int) -> None:
-        """What was sent before in the transaction goes with it."""
+        """Abort the transaction: its earlier records go with it."""
         raise BatchTooLargeError
 
     async def close(self) -> None:
-        """Disconnect once no transaction is under way: aiokafka would wait for ever for its end."""
-        async with self._at_work:
+        """Disconnect once no transaction is open: aiokafka would wait for its end forever."""
+        async with self._in_use:
             await self.stop()
         assert self._producer is not None
-        for future in _left_by(self._producer):
+        for future in _pending_futures(self._producer):
             if future.done() and not future.cancelled():
-                future.exception()  # seen: it was told to whoever awaited the commit
+                future.exception()  # mark it as seen: the commit has raised it
 
 
 class TransactionalProducer:
-    """One producer for each input partition that was taken.
+    """Producers of all input partitions that this worker has taken.
 
     Args:
         settings: names topics, group and broker.
-        limits: of its topics' batches, read before the first take; None: not known.
-        on_lost_letters: called with how many dead letters the broker refuses.
+        limits: limits on batches, read before the first take; None if they are not known.
+        on_lost_dead_letters: called with the number of dead letters that the broker refuses.
     """
 
     def __init__(
         self,
         settings: Settings,
         limits: MessageLimits | None = None,
-        on_lost_letters: Callable[[int], None] = lambda count: None,
+        on_lost_dead_letters: Callable[[int], None] = lambda count: None,
     ) -> None:
         self._settings = settings
         self._limits = limits or MessageLimits(settings)
-        self._on_lost_letters = on_lost_letters
-        # Once the broker has refused a letter: it would be refused again, with its transaction.
-        self._letters_apart = False
-        self._tenures = count(1)
-        self._publishers: dict[int, tuple[int, PartitionPublisher]] = {}
+        self._on_lost_letters = on_lost_dead_letters
+        # Set once the broker has refused a dead letter: it would refuse the transaction again.
+        self._dead_letters_first = False
+        self._epochs = count(1)
+        self._producers: dict[int, tuple[int, PartitionProducer]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def take(self, partition: int) -> int:
         """See :class:`pipeline.kafka.producer.Transactions`."""
-        publisher = PartitionPublisher(
-            self._settings, partition, self._limits, self._on_lost_letters
-        )
+        producer = PartitionProducer(self._settings, partition, self._limits, self._on_lost_letters)
         try:
-            await publisher.start()
+            await producer.start()
         except (KafkaError, OSError) as error:
-            await publisher.stop()
+            await producer.stop()
             if isinstance(error, OSError | KafkaConnectionError) or error.retriable:
                 raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
             raise PublishError(
@@ -211,38 +221,38 @@ class TransactionalProducer:
                 "rights on transactional ids"
             ) from error
         self.release([partition])
-        tenure = next(self._tenures)
-        self._publishers[partition] = tenure, publisher
-        return tenure
+        epoch = next(self._epochs)
+        self._producers[partition] = epoch, producer
+        return epoch
 
     def release(self, partitions: Collection[int]) -> None:
-        """These partitions are no longer ours: close their producers."""
+        """Close the producers of partitions that this worker no longer owns."""
         for partition in partitions:
-            if partition in self._publishers:
-                _, publisher = self._publishers.pop(partition)
-                task = asyncio.create_task(publisher.close())
+            if partition in self._producers:
+                _, producer = self._producers.pop(partition)
+                task = asyncio.create_task(producer.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
 
     async def stop(self) -> None:
-        """Disconnect; waits a while for transactions under way."""
-        self.release(list(self._publishers))
+        """Disconnect; wait up to :data:`STOP_SECONDS` for open transactions."""
+        self.release(list(self._producers))
         if self._closing:
             _, late = await asyncio.wait(self._closing, timeout=STOP_SECONDS)
             for task in late:
                 task.cancel()
 
-    async def commit(self, said: Mapping[int, Said]) -> dict[int, AppendResult | None]:
+    async def commit(self, outputs: Mapping[int, PartOutput]) -> dict[int, AppendResult | None]:
         """See :class:`pipeline.kafka.producer.Transactions`."""
         committed: dict[int, AppendResult | None] = {}
 
         async def commit_one(partition: int) -> None:
-            tenure, publisher = self._publishers.get(partition, (0, None))
-            if publisher is None or tenure != said[partition].tenure:
-                return  # taken since, by this worker itself
+            epoch, producer = self._producers.get(partition, (0, None))
+            if producer is None or epoch != outputs[partition].producer_epoch:
+                return  # this worker itself has taken the partition again
             try:
-                committed[partition] = await publisher.commit(
-                    said[partition], letters_apart=self._letters_apart
+                committed[partition] = await producer.commit(
+                    outputs[partition], dead_letters_first=self._dead_letters_first
                 )
                 return
             except FencedError:
@@ -250,42 +260,42 @@ class TransactionalProducer:
                     "another worker has taken the partition; nothing was published",
                     extra={"partition": partition},
                 )
-            # Another producer could not tell whether somebody takes the partition meanwhile: take
-            # it again, by way of the group.
-            except LetterRefusedError:
-                self._letters_apart = True
+            # A new producer could not tell whether another worker takes the partition meanwhile.
+            # So let the group assign the partition again.
+            except DeadLetterRefusedError:
+                self._dead_letters_first = True
             except BatchTooLargeError:
-                await self._learn(publisher.batch_bytes, said[partition])
-            if self._publishers.get(partition) == (tenure, publisher):
+                await self._learn(producer.batch_bytes, outputs[partition])
+            if self._producers.get(partition) == (epoch, producer):
                 self.release([partition])
 
-        if len(said) == 1:  # almost always, at live rates: no tasks are made
-            await commit_one(*said)
+        if len(outputs) == 1:  # almost always at live rates, so save the tasks
+            await commit_one(*outputs)
         else:
-            await asyncio.gather(*map(commit_one, said))
+            await asyncio.gather(*map(commit_one, outputs))
         return committed
 
-    async def _learn(self, refused_bytes: int, said: Said) -> None:
-        """A batch was refused as too large: find out what is taken now.
+    async def _learn(self, refused_bytes: int, output: PartOutput) -> None:
+        """Find new limits after the broker refused a batch as too large.
 
         Raises:
-            RecurError: a topic takes less than a score or an alert may need.
+            RecurError: a topic accepts less than a score or an alert may need.
         """
         try:
             await self._limits.learn(refused_bytes)
         except RecurError:
-            if self._letters_apart or not said.rejected:
+            if self._dead_letters_first or not output.rejected:
                 raise
-            self._letters_apart = True  # it may be the dead-letter topic
+            self._dead_letters_first = True  # the dead-letter topic may be the one that refuses
 
 
 def transactional_id(settings: Settings, partition: int) -> str:
-    """The id that whoever owns an input partition produces with."""
+    """Name the transactional id of an input partition's owner."""
     return f"{settings.kafka_group_id}-{settings.topic('transactions')}-{partition}"
 
 
-def _left_by(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]]:
-    """Futures of a producer that failed; asyncio logs the errors that nobody looks at."""
+def _pending_futures(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]]:
+    """Find futures of a failed producer: asyncio would log their errors as never retrieved."""
     yield producer._sender.sender_task
     transaction = producer._txn_manager.wait_for_transaction_end()
     if transaction is not None:
@@ -296,7 +306,7 @@ def _left_by(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]]:
 
 
 def _is_fenced(error: BaseException | None) -> bool:
-    """Whether the broker refuses this producer, whatever aiokafka has wrapped that in."""
+    """Tell whether the broker has fenced this producer, also in errors that aiokafka wraps."""
     while error is not None:
         if isinstance(error, FENCED):
             return True

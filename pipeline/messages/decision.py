@@ -1,24 +1,26 @@
-"""From a score to a decision: approve, review or decline."""
+"""Decisions on scores: approve, review or decline."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.checkpoint import Thresholds as ShippedThresholds
+from model.checkpoint import Thresholds
 from pipeline.settings import Settings
 
+Decision = Literal["approve", "review", "decline"]
 DECISIONS = ("approve", "review", "decline")
-"""In the order of their scores."""
+"""All decisions, in the order of their scores."""
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """Scores from which on a transaction is reviewed or declined, in [0, 1].
+class DecisionThresholds:
+    """The lowest scores of a review and of a decline, in [0, 1].
 
-    >>> thresholds = Thresholds(review=0.5, decline=0.9)
+    >>> thresholds = DecisionThresholds(review=0.5, decline=0.9)
     >>> [DECISIONS[i] for i in thresholds.decide(np.array([0.1, 0.5, 0.95], np.float32))]
     ['approve', 'review', 'decline']
     """
@@ -27,15 +29,15 @@ class Thresholds:
     decline: float
 
     def decide(self, scores: NDArray[np.float32]) -> NDArray[np.intp]:
-        """Index into :data:`DECISIONS` for each score, intp[n]."""
+        """Decide each score: indexes into :data:`DECISIONS`, intp[n]."""
         return np.searchsorted(
             np.array([self.review, self.decline], np.float32), scores, side="right"
         )
 
 
-def thresholds_of(settings: Settings, shipped: ShippedThresholds) -> Thresholds:
-    """The checkpoint's thresholds, each replaced by a setting where there is one."""
+def thresholds_of(settings: Settings, shipped: Thresholds) -> DecisionThresholds:
+    """Take the checkpoint's thresholds; a setting replaces each that it gives."""
     review = shipped.review if settings.review_threshold is None else settings.review_threshold
     if settings.decline_threshold is None:
-        return Thresholds(review, max(review, shipped.decline))
-    return Thresholds(min(review, settings.decline_threshold), settings.decline_threshold)
+        return DecisionThresholds(review, max(review, shipped.decline))
+    return DecisionThresholds(min(review, settings.decline_threshold), settings.decline_threshold)

@@ -1,7 +1,7 @@
-"""The further fields of a transaction that a checkpoint looks at: decoded, then as raw columns.
+"""Extra fields of a transaction that a checkpoint reads: decoded, then as raw columns.
 
-Which they are stands in the checkpoint (:class:`model.features.account.Field`), so the type that a
-record's JSON is decoded into is made at the start.
+The checkpoint names them (:class:`model.features.account.Field`). So the type that a record's JSON
+is decoded into is made at the start.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from model.features.account import Field, field_column
 from model.transaction import Transaction
 
 NUMBER_MAX = 1e12
-"""Largest size of a number in a further field; keeps infinities out."""
+"""Largest absolute number in an extra field. It keeps infinities out."""
 
 TEXT_MAX_CHARACTERS = 256
-"""Longest text in a further field."""
+"""Longest text in an extra field."""
 
 Number = Annotated[float, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX_CHARACTERS)] | int | bool
-"""A category may be a number, as merchant category codes are; its digits are then its text."""
+"""A category. It may be a number, as merchant category codes are; its digits become its text."""
 
 ALWAYS_THERE = frozenset(
     field.name for field in msgspec.structs.fields(Transaction) if field.required
 )
-"""Fields that every transaction has: no further ones."""
+"""Fields that every transaction has. None of them can be an extra field."""
 
 
-class FurtherFields:
-    """Decodes transactions with these fields, and turns them into columns.
+class ExtraFields:
+    """Decoder of transactions with extra fields, which turns the fields into columns.
 
-    A missing or null field is a missing value. A field of the wrong type makes the record
-    one that cannot be scored.
+    A missing or null field is a missing value. A record with a field of the wrong type cannot be
+    scored.
 
     Args:
-        fields: of the checkpoint, in the order of the columns.
+        fields: the checkpoint's extra fields, in the order of the columns.
 
     Attributes:
-        decode_json: a record's value to a :class:`Transaction` with these fields.
+        decode_json: turns a record's value into a :class:`Transaction` with these fields.
 
-    >>> further = FurtherFields([Field("age", "numeric"), Field("category", "categorical", ("a",))])
+    >>> extra = ExtraFields([Field("age", "numeric"), Field("category", "categorical", ("a",))])
     >>> text = (b'{"transaction_id":"t","account_id":"a","merchant_id":"m","amount":1,'
     ...         b'"currency":"EUR","timestamp":0,"category":"a"}')
-    >>> further.columns([further.decode_json(text)])
+    >>> extra.columns([extra.decode_json(text)])
     array([[nan,  1.]], dtype=float32)
     """
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self._fields = tuple(fields)
-        # The attribute has another name than the field, which may be no identifier; a field that
-        # Transaction has keeps its name, and takes the type that the checkpoint says.
+        # A field's name may be no identifier, so its attribute gets another name. A field that
+        # Transaction has keeps its name and takes the checkpoint's type.
         known = {field.name for field in msgspec.structs.fields(Transaction)}
         self._attributes = [
-            field.name if field.name in known else f"further_{i}"
+            field.name if field.name in known else f"extra_{i}"
             for i, field in enumerate(self._fields)
         ]
         self._columns = [
@@ -84,11 +84,11 @@ class FurtherFields:
         return cast("type[Transaction]", made)
 
     def columns(self, transactions: Sequence[Transaction]) -> NDArray[np.float32]:
-        """Raw columns float32[n, K], as :func:`model.features.account.field_column` makes them."""
+        """Make raw columns float32[n, K] with :func:`model.features.account.field_column`."""
         table = np.empty((len(transactions), len(self._columns)), np.float32)
         for i, (value_of, column) in enumerate(self._columns):
             table[:, i] = column(map(value_of, transactions))
         return table
 
 
-NO_FURTHER_FIELDS = FurtherFields(())
+NO_EXTRA_FIELDS = ExtraFields(())

@@ -21,13 +21,14 @@ from rich.console import Console
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
-from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
+from pipeline.files.reader import LABEL_UNKNOWN, LabelFile, LabelPart, TransactionFile
 from pipeline.kafka.topics import ensure_topics
-from pipeline.messages.codec import Label, encode_label
+from pipeline.messages.labels import Label, encode_label
 from pipeline.progress import bar_for
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.settings import Settings
 from pipeline.timestamps import epoch_ms_of, labelled_time
+from pipeline.units import DAY_MS
 
 SOURCE_FILE = "file"
 SOURCE_HAND = "hand"

@@ -23,14 +23,14 @@ import msgspec
 import numpy as np
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka_errors
-from aiokafka.partitioner import DefaultPartitioner
 from numpy.typing import NDArray
 
 from model.transaction import Transaction
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits
+from pipeline.kafka.partitioner import key_partition
 from pipeline.kafka.topics import TopicRole
-from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER
 from pipeline.settings import Settings
 
 BLOCK_TRANSACTIONS = 8192
@@ -305,7 +305,7 @@ class Feed:
         if partition is None:
             if len(self._partition_of) >= _PARTITION_CACHE_MAX:
                 self._partition_of.clear()
-            partition = int(DefaultPartitioner()(key, self._partitions, self._partitions))
+            partition = key_partition(key, len(self._partitions))
             self._partition_of[key] = partition
         return partition
 

@@ -22,9 +22,10 @@ from model.metrics import (
     card_precision_at,
 )
 from pipeline.errors import RecurError
-from pipeline.files.reader import DAY_MS, LABEL_UNKNOWN, Part
+from pipeline.files.reader import LABEL_UNKNOWN, Part
 from pipeline.messages.decision import DECISIONS
 from pipeline.replay.score_counter import ScoreCounter, TopicReader
+from pipeline.units import DAY_MS
 
 ROWS_MAX = 50_000_000
 """A report of more rows would take gigabytes."""

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from model.features.merchant import MERCHANT_FEATURES
 from model.transaction import Transaction
+from pipeline.kafka.polls import Chunk, Poll, Record
 from pipeline.kafka.producer import Outgoing
-from pipeline.kafka.score_log import Kept
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.decision import DECISIONS
-from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
-from pipeline.scoring.partitions import Chunk, OwnedPartition, Poll, Record
+from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
+from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.scorer import BatchScores, MicroBatch, id_hashes
 from pipeline.storage.merchant_profile import transaction_hash
 from pipeline.storage.merchant_store import ScoredNote
@@ -85,7 +86,7 @@ class PartitionBatch:
     owned: OwnedPartition | None = None
     values: list[bytes | None] = field(default_factory=list)
     loaded_rows: list[int] = field(default_factory=list)
-    published: dict[int, Kept] = field(default_factory=dict)
+    published: dict[int, LoggedScore] = field(default_factory=dict)
     begin: int = 0
     invalid_states: list[int] = field(default_factory=list)
     span: slice = field(default_factory=lambda: slice(0, 0))
@@ -135,7 +136,7 @@ class PartitionBatch:
         self.forgets = [forget for forget in self.forgets if forget.offset >= offset]
         return before - len(self.records) - len(self.rejected)
 
-    def keep_published(self, published: dict[int, Kept]) -> None:
+    def keep_published(self, published: dict[int, LoggedScore]) -> None:
         """Take published scores; drop those of an earlier log, which had the same offsets."""
         if not published:
             self.published = published
@@ -158,7 +159,7 @@ class ComputedPoll:
 
 def micro_batch_of(
     batches: list[PartitionBatch],
-    extra_fields: FurtherFields = NO_FURTHER_FIELDS,
+    extra_fields: ExtraFields = NO_EXTRA_FIELDS,
     review: float = UNREACHABLE,
 ) -> MicroBatch:
     """Join the batches' transactions as columns, and set each batch's span in them.

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 
 from pipeline.kafka.decompression_limit import records_in
+from pipeline.kafka.polls import Record
 from pipeline.kafka.producer import Outgoing
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Record
 
 KEY_MAX_BYTES = 65_536
 """Limit of a key, so that the longest dead letter stays under the broker's limit of 1 MiB."""

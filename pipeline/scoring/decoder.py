@@ -9,17 +9,12 @@ from model.checkpoint import Checkpoint
 from model.transaction import Transaction
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
-from pipeline.messages.codec import (
-    CONTROL_HEADER,
-    HISTORY_HEADER,
-    WARM_HEADER,
-    decode,
-    decode_instruction,
-    payment_ms,
-)
-from pipeline.messages.extra_fields import FurtherFields
+from pipeline.kafka.polls import Chunk, Record
+from pipeline.messages.control import CONTROL_HEADER, decode_control
+from pipeline.messages.decoding import payment_ms
+from pipeline.messages.extra_fields import ExtraFields
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER, decode_transaction
 from pipeline.scoring.batch import ForgetRequest, PartitionBatch
-from pipeline.scoring.partitions import Chunk, Record
 from pipeline.settings import Settings
 from pipeline.timestamps import RECORD_TIME_MAX_MS, event_time, is_record_time
 
@@ -39,7 +34,7 @@ class BatchDecoder:
         checkpoint: Checkpoint,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self.extra_fields = FurtherFields(checkpoint.header.features.fields)
+        self.extra_fields = ExtraFields(checkpoint.header.features.fields)
         self._currency = checkpoint.header.currency
         self._max_ahead_ms = int(settings.max_timestamp_ahead_seconds * 1000)
         self._tolerance_ms = int(settings.timestamp_tolerance_seconds * 1000)
@@ -74,7 +69,9 @@ class BatchDecoder:
     def _transaction(self, record: Record, is_history: bool) -> tuple[Transaction, int, int]:
         """Decode a transaction, its event time as sent, and its event time for the features."""
         refuse_batch(record.value)
-        transaction = decode(record.key, record.value, self._currency, self.extra_fields)
+        transaction = decode_transaction(
+            record.key, record.value, self._currency, self.extra_fields
+        )
         sent_ms = payment_ms(transaction.timestamp)
         record_ms = record.timestamp
         # Almost all records take this short way; the other one costs more calls.
@@ -129,7 +126,7 @@ def _apply_control(batch: PartitionBatch, row_of: dict[str, int], record: Record
     Raises:
         RejectedError: this version does not know the control record.
     """
-    account_id = decode_instruction(record.key, record.value, record.headers)
+    account_id = decode_control(record.key, record.value, record.headers)
     if account_id is not None:
         batch.forgets.append(ForgetRequest(record.offset, len(batch.accounts)))
         row_of[account_id] = len(batch.accounts)

@@ -22,10 +22,11 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from pipeline.errors import StartupError
-from pipeline.kafka.score_log import LogUnavailableError, ScoreLog
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import ScoreLog
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import read_watermark
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 from pipeline.storage.keys import Keys

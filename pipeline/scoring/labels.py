@@ -18,14 +18,16 @@ import numpy as np
 from model.features.merchant import BUCKET_MS, WEIGHT_MAX
 from pipeline.errors import RejectedError
 from pipeline.kafka.decompression_limit import refuse_batch
+from pipeline.kafka.polls import Bounds, Chunk, Poll, Record
 from pipeline.kafka.producer import Outgoing, Publisher
-from pipeline.kafka.score_log import Bounds
-from pipeline.messages.codec import Label, decode_label, stored_weight
+from pipeline.messages.labels import Label, decode_label
+from pipeline.messages.scores import stored_weight
+from pipeline.scoring.consumer import PartitionConsumer
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, LogId, Poll, Record, TransactionLog
 from pipeline.scoring.retry import Retrier
+from pipeline.scoring.topic_id_cache import TopicIdCache
 from pipeline.settings import Settings
 from pipeline.storage.merchant_profile import KNOWN_MAX, Fraud, transaction_hash
 from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel, MerchantStore
@@ -56,7 +58,7 @@ class LabelProcessor:
         settings: limits and names.
         store: merchants' profiles.
         publisher: publishes dead letters.
-        logs, labels_log: bounds and ids of the labels topic, and the consumer's position in it.
+        logs, consumer: bounds and ids of the labels topic, and the consumer's position in it.
         retrier: repeats calls to services that do not answer.
         metrics, health: monitoring.
         clock_ms: wall clock, epoch milliseconds.
@@ -69,7 +71,7 @@ class LabelProcessor:
         store: MerchantStore,
         publisher: Publisher,
         logs: LabelsTopic,
-        labels_log: TransactionLog,
+        consumer: PartitionConsumer,
         retrier: Retrier,
         metrics: Metrics,
         health: Health,
@@ -78,7 +80,7 @@ class LabelProcessor:
         self._store = store
         self._publisher = publisher
         self._logs = logs
-        self._labels_log = labels_log
+        self._consumer = consumer
         self._retrier = retrier
         self._metrics = metrics
         self._health = health
@@ -89,7 +91,7 @@ class LabelProcessor:
         )
         self._next_offsets: dict[int, int | None] = {}
         self._on_new_log = settings.on_new_log
-        self._log = LogId(self._topic, logs, retrier)
+        self._log_id = TopicIdCache(self._topic, logs, retrier)
         # Topic id of each partition's recorded labels, in this assignment.
         self._log_ids: dict[int, bytes] = {}
 
@@ -145,7 +147,7 @@ class LabelProcessor:
             if not await self._is_recorded_log(partition, now=True):
                 continue
             if recorded is None:  # no label came yet; committed ones were recorded
-                committed = partial(self._labels_log.committed, partition)
+                committed = partial(self._consumer.committed, partition)
                 recorded = await self._retrier.retry_kafka(committed)
             standing = await self._retrier.retry_redis(partial(self._store.recorded_to, partition))
             if recorded is not None and standing < recorded:
@@ -160,7 +162,7 @@ class LabelProcessor:
             StartupError: it is another topic, and the settings say to stop.
         """
         known, assignment = self._log_ids.get(partition), self._next_offsets
-        found = await self._log.look(now=now or known is None)
+        found = await self._log_id.get(now=now or known is None)
         if known is not None and not is_other(known, found):
             return True
         stored = await self._stored_id(partition, found)
@@ -186,7 +188,7 @@ class LabelProcessor:
         if self._next_offsets is assignment and partition in assignment:
             self._log_ids[partition] = found
             assignment[partition] = begin_offset
-            await self._labels_log.seek(partition, begin_offset)
+            await self._consumer.seek(partition, begin_offset)
         return False
 
     async def _stored_id(self, partition: int, found: bytes) -> bytes:
@@ -206,7 +208,7 @@ class LabelProcessor:
             extra={"partition": partition, "from_offset": offset},
         )
         self._next_offsets[partition] = offset
-        await self._labels_log.seek(partition, offset)
+        await self._consumer.seek(partition, offset)
 
     async def _record(self, partition: int, chunk: Chunk) -> int | None:
         """Record a chunk; if the store lacks earlier labels, return the offset to read back to."""

@@ -25,9 +25,11 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from pipeline.messages.codec import LABELS, REASONS
 from pipeline.messages.decision import DECISIONS
+from pipeline.messages.decoding import REASONS
+from pipeline.messages.labels import LABELS
 from pipeline.storage.transaction_note import UNKNOWN
+from pipeline.units import DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 
 LATENCY_BUCKETS_SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
@@ -40,7 +42,8 @@ BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 8000, 16_
 SCORE_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 
 DELAY_BUCKETS_SECONDS = (
-    60, 3600, 21_600, *(86_400 * days for days in (1, 2, 3, 5, 7, 10, 14, 21, 30, 45, 60, 90)),
+    MINUTE_SECONDS, HOUR_SECONDS, 6 * HOUR_SECONDS,
+    *(DAY_SECONDS * days for days in (1, 2, 3, 5, 7, 10, 14, 21, 30, 45, 60, 90)),
 )  # fmt: skip
 
 STAGES = ("decode", "load", "compute", "publish", "save", "ack", "book")

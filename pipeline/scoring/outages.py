@@ -91,7 +91,7 @@ def _counts(service: str, outage: _Outage, now: float) -> dict[str, object]:
         "seconds": round(now - outage.since, 1),
         "failures": outage.failures,
     }
-    library_lines = logs.take_left_out(service)
+    library_lines = logs.take_dropped(service)
     if library_lines:
         counts["library_lines"] = library_lines
     return counts

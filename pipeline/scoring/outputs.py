@@ -12,15 +12,16 @@ from model.checkpoint import Checkpoint
 from model.features.merchant import WEIGHT_MAX
 from model.reasons import Explainer
 from pipeline.kafka.producer import Outgoing
-from pipeline.messages.codec import (
+from pipeline.messages.decision import DECISIONS, DecisionThresholds
+from pipeline.messages.scores import (
     ScoreEncoder,
     encode_alert,
+    source_prefix,
     with_merchant_weight,
     with_out_of_range,
     with_refused_state,
     with_thresholds,
 )
-from pipeline.messages.decision import DECISIONS, Thresholds
 from pipeline.scoring.batch import APPROVE, PartitionBatch
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.decoder import is_warm_up
@@ -62,7 +63,7 @@ class OutputBuilder:
             metrics.out_of_range.labels(name)
 
     def build(
-        self, batches: list[PartitionBatch], scores: BatchScores, thresholds: Thresholds
+        self, batches: list[PartitionBatch], scores: BatchScores, thresholds: DecisionThresholds
     ) -> None:
         """Decide on all transactions, and fill in what each batch publishes."""
         for batch in batches:
@@ -99,7 +100,7 @@ class OutputBuilder:
         return unscored
 
     def _build_scores(
-        self, batches: list[PartitionBatch], scores: BatchScores, thresholds: Thresholds
+        self, batches: list[PartitionBatch], scores: BatchScores, thresholds: DecisionThresholds
     ) -> None:
         """Encode the first scores of transactions, of all batches together."""
         at = np.array([i + batch.span.start for batch in batches for i in batch.new], np.intp)
@@ -111,7 +112,7 @@ class OutputBuilder:
             [
                 prefix + str(batch.records[i].offset)
                 for batch in batches
-                for prefix in [f"{self._topic}:{batch.partition}:"]
+                for prefix in [source_prefix(self._topic, batch.partition)]
                 for i in batch.new
             ],
             scores.score[at],
@@ -160,7 +161,7 @@ class OutputBuilder:
             self._metrics.out_of_range.labels(self._names[column]).inc(int(count[column]))
 
     def _published_before(
-        self, batch: PartitionBatch, unscored: NDArray[np.bool_], thresholds: Thresholds
+        self, batch: PartitionBatch, unscored: NDArray[np.bool_], thresholds: DecisionThresholds
     ) -> Iterator[tuple[int, bytes, str]]:
         """Yield index, score and decision of transactions whose score was published before."""
         for i, (record, skip) in enumerate(zip(batch.records, unscored.tolist(), strict=True)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.kafka.score_log import Kept
+from pipeline.kafka.score_log import LoggedScore
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ScoreRecovery:
 
     position: int
     end: int
-    published: dict[int, tuple[int, Kept]] = field(default_factory=dict)
+    published: dict[int, tuple[int, LoggedScore]] = field(default_factory=dict)
 
     def forget_before(self, source: int) -> None:
         """Forget scores of transactions before an offset."""

@@ -14,7 +14,7 @@ to the watermark and keeps all published scores.
 
 :meth:`Processor.compute` runs the steps up to decide, :meth:`Processor.conclude` those from
 publish on. A worker computes a poll while it concludes the one before. States that are computed
-but not saved stay in memory (:class:`pipeline.scoring.partitions.OwnedPartition`). They are
+but not saved stay in memory (:class:`pipeline.scoring.owned_partition.OwnedPartition`). They are
 dropped with the partition if a save finds another watermark.
 """
 
@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features.merchant import BUCKET_MS
-from pipeline.kafka.producer import AppendResult, Publisher, Said, Transactions
-from pipeline.messages.decision import Thresholds, thresholds_of
+from pipeline.kafka.polls import Poll
+from pipeline.kafka.producer import AppendResult, PartOutput, Publisher, Transactions
+from pipeline.messages.decision import DecisionThresholds, thresholds_of
 from pipeline.scoring.batch import ComputedPoll, PartitionBatch, micro_batch_of
 from pipeline.scoring.dead_letter import DeadLetters, ThrottledWarning
 from pipeline.scoring.decoder import BatchDecoder
@@ -39,7 +40,7 @@ from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import MerchantFeatureCache
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.outputs import OutputBuilder
-from pipeline.scoring.partitions import PartitionManager, Poll
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import BatchScores, MicroBatch, Scorer
 from pipeline.settings import Settings
@@ -47,8 +48,9 @@ from pipeline.storage.account_state import AccountStates
 from pipeline.storage.merchant_store import MerchantStore
 from pipeline.storage.state_store import Load, LoadResult, Save, StateStore
 from pipeline.timestamps import are_record_times
+from pipeline.units import DAY_MS
 
-MAX_LATENCY_AGE_MS = 86_400_000
+MAX_LATENCY_AGE_MS = DAY_MS
 """An older record belongs to a copied log: its age says nothing about latency."""
 
 THREAD_MIN = 256
@@ -127,7 +129,7 @@ class Processor:
         self._outputs = OutputBuilder(self._topic, checkpoint, dead_letters, metrics, clock_ms)
         self.use(thresholds_of(settings, checkpoint.header.thresholds))
 
-    def use(self, thresholds: Thresholds) -> None:
+    def use(self, thresholds: DecisionThresholds) -> None:
         """Decide by these thresholds from the next micro-batch on."""
         self.thresholds = thresholds
         self._metrics.threshold.labels("review").set(thresholds.review)
@@ -207,7 +209,9 @@ class Processor:
                 for forget in batch.forgets:
                     batch.values[forget.row] = None
                 batch.keep_published(
-                    await self._partitions.published(batch.partition, batch.owned, batch.records)
+                    await self._partitions.recovery.published_scores(
+                        batch.partition, batch.owned, batch.records
+                    )
                 )
                 self._metrics.scores_recovered.inc(len(batch.published))
         # A rebalance may have revoked partitions during the waits.
@@ -289,7 +293,7 @@ class Processor:
         return states, scores, micro_batch
 
     def _score(
-        self, batches: list[PartitionBatch], thresholds: Thresholds
+        self, batches: list[PartitionBatch], thresholds: DecisionThresholds
     ) -> tuple[AccountStates, BatchScores, MicroBatch]:
         """Advance the states of all batches together."""
         micro_batch = micro_batch_of(batches, self._decoder.extra_fields, thresholds.review)
@@ -360,7 +364,7 @@ class Processor:
             owned = batch.partition_owned
             has_output = batch.scores or batch.alerts or batch.dead_letters
             if has_output or batch.end > owned.committed:
-                outputs[batch.partition] = Said(
+                outputs[batch.partition] = PartOutput(
                     batch.scores,
                     batch.alerts,
                     batch.dead_letters,
@@ -425,7 +429,7 @@ class Processor:
         for batch in batches:
             where = appended.get(batch.partition)
             if where is not None:
-                await self._partitions.notice_foreign_scores(
+                await self._partitions.recovery.check_zombie_scores(
                     batch.partition, batch.partition_owned, where, batch.end
                 )
             requests.append(self._save_request(batch, where))
@@ -435,7 +439,7 @@ class Processor:
             batch.is_saved = is_saved
             owned = batch.partition_owned
             if not is_saved:
-                await self._partitions.follow(batch.partition, owned, batch.chunk)
+                await self._partitions.recover_from_conflict(batch.partition, owned, batch.chunk)
                 continue
             owned.watermark, owned.neighbour = request.watermark, owned.watermark
             owned.next_offset = batch.end
@@ -445,7 +449,7 @@ class Processor:
 
     def _save_request(self, batch: PartitionBatch, where: AppendResult | None) -> Save:
         owned = batch.partition_owned
-        watermark = self._partitions.watermark_at(owned, batch.end, where).to_bytes()
+        watermark = self._partitions.recovery.next_watermark(owned, batch.end, where).to_bytes()
         owned.neighbour = watermark
         return Save(batch.partition, owned.watermark, watermark, *batch.changed)
 

@@ -19,12 +19,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+from pipeline.kafka.polls import Bounds, Record
 from pipeline.kafka.producer import AppendResult, Transactions
-from pipeline.kafka.score_log import Bounds, Kept, ScoreLog
+from pipeline.kafka.score_log import LoggedScore, ScoreLog
 from pipeline.scoring.consumer import PartitionConsumer
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.owned_partition import OwnedPartition, ScoreRecovery
-from pipeline.scoring.polls import Record
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.topic_id_cache import TopicIdCache
 from pipeline.scoring.watermark_check import check_watermark, read_watermark
@@ -249,9 +249,7 @@ class PartitionRecovery:
 
     async def standing_watermark(self, partition: int) -> bytes | None:
         """Load the watermark that stands in the store."""
-        (loaded,) = await self._retrier.retry_redis(
-            lambda: self._store.load([Load(partition, [])])
-        )
+        (loaded,) = await self._retrier.retry_redis(lambda: self._store.load([Load(partition, [])]))
         return loaded.watermark
 
     # records deleted by retention --------------------------------------------------------
@@ -261,9 +259,7 @@ class PartitionRecovery:
         bounds = await self.bounds(partition)
         self._skip_deleted_records(partition, owned, bounds.begin)
 
-    def _skip_deleted_records(
-        self, partition: int, owned: OwnedPartition, log_begin: int
-    ) -> None:
+    def _skip_deleted_records(self, partition: int, owned: OwnedPartition, log_begin: int) -> None:
         lost = log_begin - owned.computed_to
         if lost <= 0:
             return
@@ -278,7 +274,7 @@ class PartitionRecovery:
 
     async def published_scores(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
-    ) -> dict[int, Kept]:
+    ) -> dict[int, LoggedScore]:
         """Return the scores of these records that were published before, by offset."""
         recovery = owned.recovery
         if recovery is None or not records:
@@ -394,9 +390,7 @@ async def begin_log(store: StateStore, partition: int, standing: bytes, mark: by
     return stands
 
 
-def _unapplied_scores_from(
-    owned: OwnedPartition, recovery: ScoreRecovery, next_offset: int
-) -> int:
+def _unapplied_scores_from(owned: OwnedPartition, recovery: ScoreRecovery, next_offset: int) -> int:
     """Return where the published scores of transactions from ``next_offset`` on start."""
     recovery.forget_before(next_offset)
     if recovery.is_complete:

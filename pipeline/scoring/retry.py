@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import TypeVar
 
-from pipeline.kafka.score_log import LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.storage.client import StoreUnavailableError

@@ -18,7 +18,7 @@ from model.features.account import ACCOUNT_FEATURES, FEATURES, observe, rounds_o
 from model.features.merchant import WEIGHT_MAX
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
-from pipeline.timestamps import DAY_MS
+from pipeline.units import DAY_MS
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from pipeline.storage.client import redis_client as redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.script import Command, load_script
 from pipeline.storage.servers import RedisServer, servers
-
-_DAY_MS = 86_400_000
+from pipeline.units import DAY_MS
 
 _SAVE_STATES = load_script("save_states")
 
@@ -130,7 +129,7 @@ class RedisStateStore:
     @classmethod
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
         """Make a store for the model with this digest; it connects at the first call."""
-        expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * _DAY_MS)
+        expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * DAY_MS)
         keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
         return cls(redis_client(settings), keys, expiry_ms)
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from model.features.merchant import WEIGHT_MAX
 from pipeline.messages.decision import DECISIONS
+from pipeline.units import DAY_MS
 
-NOTE_EXPIRY_MS = 60 * 86_400_000
+NOTE_EXPIRY_MS = 60 * DAY_MS
 """Time to live of a note after the transaction or its last label: 60 days."""
 
 UNKNOWN = "unknown"

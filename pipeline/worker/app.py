@@ -29,10 +29,11 @@ from model.checkpoint import Checkpoint
 from pipeline import logs
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
-from pipeline.kafka.group_errors import HOPELESS, group_refusal
+from pipeline.kafka.group_errors import PERMANENT_ERRORS, group_refusal
 from pipeline.kafka.message_limits import MessageLimits
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.producer import KafkaProducer
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
@@ -132,7 +133,7 @@ class Worker:
         self._score_log = KafkaScoreLog(settings)
         self._limits = MessageLimits(settings)
         lost_letters = self.metrics.letters_lost.inc
-        self._publisher = KafkaProducer(settings, self._limits, on_lost_letters=lost_letters)
+        self._publisher = KafkaProducer(settings, self._limits, on_lost_dead_letters=lost_letters)
         self._transactions: TransactionalProducer | None = None
         if settings.exactly_once:
             self._transactions = TransactionalProducer(settings, self._limits, lost_letters)
@@ -160,7 +161,7 @@ class Worker:
             partitions=partitions,
             store=self._store,
             score_log=self._score_log,
-            transaction_log=poll_transport.PartitionLog(self._consumer, self._topic),
+            consumer=poll_transport.PartitionLog(self._consumer, self._topic),
             retrier=retrier,
             metrics=self.metrics,
             transactions=self._transactions,
@@ -184,7 +185,7 @@ class Worker:
             store=self._merchant_store,
             publisher=self._publisher,
             logs=self._score_log,
-            labels_log=poll_transport.PartitionLog(self._consumer, self._labels_topic),
+            consumer=poll_transport.PartitionLog(self._consumer, self._labels_topic),
             retrier=retrier,
             metrics=self.metrics,
             health=self.health,
@@ -230,7 +231,7 @@ class Worker:
         """Connect what the processor uses; the consumer is Faust's."""
         await self._score_log.start()
         await self._limits.read()
-        await self.ownership.look_at_log()
+        await self.ownership.learn_topic_id()
         await self._publisher.start()
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
@@ -361,7 +362,7 @@ class Worker:
             if self._refused_since is None or now - refused_last > GROUP_PATIENCE_SECONDS:
                 self._refused_since = now
             refused_last = now
-            hopeless = isinstance(error, HOPELESS)
+            hopeless = isinstance(error, PERMANENT_ERRORS)
             if hopeless or now - self._refused_since >= GROUP_PATIENCE_SECONDS:
                 await self.app.crash(group_refusal(self._settings, error))
                 return
@@ -378,7 +379,7 @@ class Worker:
         while not self.app.should_stop:
             try:
                 await self._look_at_lag()
-                await self.ownership.see_log()
+                await self.ownership.check_topic_id()
             except StartupError as error:  # a topic is gone, or another one
                 await self._end(error)
                 return

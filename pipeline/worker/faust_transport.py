@@ -3,7 +3,7 @@
 Faust's own driver makes an event of each record, which costs more than scoring it. This one
 is the aiokafka driver with another way from fetch to agent: everything that one fetch
 returned of a topic travels as one message whose value is a
-:class:`pipeline.scoring.partitions.Poll`. At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are
+:class:`pipeline.kafka.polls.Poll`. At most :data:`POLLS_IN_FLIGHT_MAX` polls of a topic are
 between fetch and ack; the next fetch waits for room, so that nothing is ever paused, and aiokafka
 fetches while the agent waits for broker and Redis.
 
@@ -29,8 +29,7 @@ from mode import Service
 from mode.threads import ServiceThread
 
 from pipeline.kafka.decompression_limit import one_poll
-from pipeline.kafka.score_log import LogUnavailableError
-from pipeline.scoring.partitions import Chunk, Poll
+from pipeline.kafka.polls import Chunk, LogUnavailableError, Poll
 
 log = logging.getLogger(__name__)
 
@@ -454,11 +453,11 @@ class PartitionLog:
         self._topic = topic
 
     async def committed(self, partition: int) -> int | None:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         return await self._consumer().committed(TP(self._topic, partition))
 
     async def seek(self, partition: int, offset: int) -> int:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         return self._consumer().seek_back(TP(self._topic, partition), offset)
 
 

@@ -10,13 +10,14 @@ import logging
 from model.checkpoint import Checkpoint
 from model.features.account import FeatureSpec
 from pipeline.errors import StartupError
-from pipeline.kafka.acl import check_rights
+from pipeline.kafka.acl import check_permissions
 from pipeline.kafka.message_limits import MessageLimits
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import check_retention, ensure_topics
-from pipeline.messages.codec import names_in
 from pipeline.messages.extra_fields import ALWAYS_THERE
-from pipeline.scoring.partitions import check_watermark, read_watermark
+from pipeline.messages.transactions import field_names
+from pipeline.scoring.watermark_check import check_watermark, read_watermark
 from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import IS_A_CLUSTER, StoreAddressError, retry_within
 from pipeline.storage.merchant_store import RedisMerchantStore
@@ -44,7 +45,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     check_names(checkpoint.header.features)
     counts = await ensure_topics(settings)
     partitions = counts["transactions"]
-    await check_rights(settings)
+    await check_permissions(settings)
     await check_retention(settings)
     await MessageLimits(settings).read()
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
@@ -200,7 +201,7 @@ async def _check_fields(
     try:
         for partition in range(partitions):
             for value in await score_log.last_values(topic, partition, RECORDS_LOOKED_AT):
-                names = names_in(value)
+                names = field_names(value)
                 seen += bool(names)
                 missing -= names
             if not missing or seen >= RECORDS_LOOKED_AT:

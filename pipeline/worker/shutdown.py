@@ -112,7 +112,7 @@ class ShutdownGuard:
             f"{why}; the process ends now, and what is not acked is read again",
             extra={} if name is None else {"signal": name},
         )
-        logs.tell_left_out()
+        logs.summarize_dropped()
         shutil.rmtree(self._directory, ignore_errors=True)
         sys.stderr.flush()
         unread.cancel()

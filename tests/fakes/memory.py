@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from aiokafka.partitioner import murmur2
-
-from pipeline.kafka.producer import AppendResult, Outgoing, PublishError, Said
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError, read_score
+from pipeline.kafka.partitioner import key_partition
+from pipeline.kafka.polls import Bounds, Chunk, LogUnavailableError, Poll
+from pipeline.kafka.producer import AppendResult, Outgoing, PartOutput, PublishError
+from pipeline.kafka.score_log import LoggedScore, read_score
 from pipeline.kafka.topics import TopicRole
 from pipeline.kafka.transactional_producer import transactional_id
-from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Profile, is_valid
@@ -343,7 +342,7 @@ class MemoryKafka:
 
     def partition_of(self, topic: str, key: bytes | None) -> int:
         """Kafka's default partition for a key; 0 for a record without key."""
-        return (murmur2(key) & 0x7FFFFFFF) % len(self._logs[topic]) if key is not None else 0
+        return key_partition(key, len(self._logs[topic])) if key is not None else 0
 
     def produce(
         self,
@@ -542,42 +541,44 @@ class MemoryTransactions:
             self._kafka.require_up()
             return self._kafka.init_producer(transactional_id(self._settings, partition))
 
-    async def commit(self, said: Mapping[int, Said]) -> dict[int, AppendResult | None]:
+    async def commit(self, outputs: Mapping[int, PartOutput]) -> dict[int, AppendResult | None]:
         """See :class:`pipeline.kafka.producer.Transactions`."""
         committed = {}
-        for partition, what in said.items():
+        for partition, output in outputs.items():
             await asyncio.sleep(0)
             with _step("write transaction", self._kafka.interrupt):
-                if self._is_fenced(partition, what):
+                if self._is_fenced(partition, output):
                     continue
-                where = self._write(partition, what)
+                appended = self._write(partition, output)
             await asyncio.sleep(0)
             with _step("commit transaction", self._kafka.interrupt):
-                if self._is_fenced(partition, what):
+                if self._is_fenced(partition, output):
                     continue
                 self._kafka.commit_transaction(
                     transactional_id(self._settings, partition),
                     self._settings.kafka_group_id,
                     self._settings.topic("transactions"),
                     partition,
-                    what.next_offset,
+                    output.next_offset,
                 )
-            committed[partition] = where
+            committed[partition] = appended
         return committed
 
-    def _write(self, partition: int, said: Said) -> AppendResult | None:
-        """Append what is not committed yet; where the scores stand."""
+    def _write(self, partition: int, output: PartOutput) -> AppendResult | None:
+        """Append output that is not committed yet; return the offsets of the scores."""
         name = transactional_id(self._settings, partition)
         settings, kafka = self._settings, self._kafka
-        offsets = kafka.write(name, settings.topic("scores"), said.scores, partition)
-        kafka.write(name, settings.topic("alerts"), said.alerts, None)
-        kafka.write(name, settings.topic("dead_letter"), said.rejected, None)
+        offsets = kafka.write(name, settings.topic("scores"), output.scores, partition)
+        kafka.write(name, settings.topic("alerts"), output.alerts, None)
+        kafka.write(name, settings.topic("dead_letter"), output.rejected, None)
         return AppendResult(offsets[0], offsets[-1] + 2) if offsets else None  # with the marker
 
-    def _is_fenced(self, partition: int, said: Said) -> bool:
+    def _is_fenced(self, partition: int, output: PartOutput) -> bool:
         if not self._kafka.is_up:
             raise PublishError("the broker in memory is switched off")
-        return self._kafka.is_fenced(transactional_id(self._settings, partition), said.tenure)
+        return self._kafka.is_fenced(
+            transactional_id(self._settings, partition), output.producer_epoch
+        )
 
 
 class MemoryScoreLog:
@@ -602,7 +603,7 @@ class MemoryScoreLog:
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         await asyncio.sleep(0)
         with _step("read scores", self._kafka.interrupt):
@@ -611,10 +612,10 @@ class MemoryScoreLog:
 
     def scan(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         """What :meth:`read` returns, at once."""
         source_prefix = f"{self._transactions_topic}:{partition}:"
-        kept: dict[int, Kept] = {}
+        kept: dict[int, LoggedScore] = {}
         position = max(start, self._kafka.bounds(self._scores_topic, partition).begin)
         while position < end and max(kept, default=-1) < until_source:
             records = self._kafka.fetch(self._scores_topic, partition, position, FETCH_RECORDS)
@@ -633,7 +634,7 @@ class MemoryScoreLog:
 class MemoryConsumer:
     """One member of the group: draws polls, seeks and commits as the real transport does.
 
-    A :class:`pipeline.scoring.partitions.TransactionLog`, too.
+    A :class:`pipeline.scoring.consumer.PartitionConsumer`, too.
 
     Args:
         kafka: the broker.
@@ -720,14 +721,14 @@ class MemoryConsumer:
                 self._kafka.commit(self._group, self._topic, partition, offset, generation)
 
     async def committed(self, partition: int) -> int | None:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         await asyncio.sleep(0)
         with _step("committed", self._kafka.interrupt):
             self._kafka.require_up()
             return self._kafka.committed(self._group, self._topic, partition)
 
     async def seek(self, partition: int, offset: int) -> int:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         await asyncio.sleep(0)
         with _step("seek", self._kafka.interrupt):
             self._epochs[partition] += 1

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.audit.result import Verification
 from pipeline.audit.verifier import Verifier, VerifyOptions
 from pipeline.kafka.partition_reader import PartitionReader
-from pipeline.kafka.score_log import Bounds
+from pipeline.kafka.polls import Bounds
 from pipeline.progress import Bar
 from pipeline.storage.client import StoreForbiddenError
 from pipeline.storage.state_store import Load, LoadResult, Save

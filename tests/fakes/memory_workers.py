@@ -33,19 +33,15 @@ from model.network import Architecture, Network
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError
+from pipeline.kafka.polls import Poll
 from pipeline.kafka.topics import ROLES
-from pipeline.messages.codec import (
-    CONTROL_HEADER,
-    FORGET,
-    WARM_HEADER,
-    decode,
-    decode_alert,
-    decode_score,
-)
+from pipeline.messages.control import CONTROL_HEADER, FORGET
+from pipeline.messages.scores import decode_alert, decode_score
+from pipeline.messages.transactions import WARM_HEADER, decode_transaction
 from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager, Poll
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of
@@ -199,7 +195,7 @@ def reference(
 def _decoded(checkpoint: Checkpoint, record: MemoryRecord) -> Transaction:
     if any(name == CONTROL_HEADER for name, _ in record.headers):
         raise RejectedError("control", "")
-    transaction = decode(record.key, record.value, checkpoint.header.currency)
+    transaction = decode_transaction(record.key, record.value, checkpoint.header.currency)
     if epoch_ms(transaction.timestamp) > _record_ms(transaction, record) + DAY_MS:
         raise RejectedError("future_timestamp", "")
     return transaction
@@ -577,7 +573,7 @@ class MemoryWorker:
             partitions=settings.topic_partitions,
             store=world.store,
             score_log=MemoryScoreLog(world.kafka, settings),
-            transaction_log=self.consumer,
+            consumer=self.consumer,
             retrier=retrier,
             metrics=self.metrics,
             transactions=transactions,

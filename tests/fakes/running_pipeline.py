@@ -18,13 +18,14 @@ from model.features.account import HISTORY_COLUMNS
 from model.features.merchant import MERCHANT_FEATURES
 from model.transaction import Transaction
 from pipeline.checkpoint import load_checkpoint
+from pipeline.kafka.polls import Chunk
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
-from pipeline.messages.codec import Score, decode_score, encode_transaction
+from pipeline.messages.scores import Score, decode_score
+from pipeline.messages.transactions import encode_transaction
 from pipeline.scoring.batch import micro_batch_of
 from pipeline.scoring.decoder import BatchDecoder
-from pipeline.scoring.partitions import Chunk
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import AccountStates

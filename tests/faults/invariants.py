@@ -15,8 +15,8 @@ from pipeline.audit.result import Verification
 from pipeline.audit.verifier import VerifyOptions, verify
 from pipeline.kafka.partition_reader import kafka_readers
 from pipeline.kafka.topics import TopicRole, partition_count
-from pipeline.messages.codec import decode_alert
 from pipeline.messages.decision import DECISIONS
+from pipeline.messages.scores import decode_alert
 from pipeline.replay.score_counter import ScoreCounter
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec

@@ -9,7 +9,8 @@ from time import monotonic
 from types import TracebackType
 
 from pipeline.errors import RecurError
-from pipeline.kafka.score_log import KafkaScoreLog, LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.settings import Settings
 from pipeline.storage.state_store import RedisStateStore, StoreUnavailableError
 from pipeline.storage.watermark import Watermark

@@ -27,18 +27,11 @@ from model.features.merchant import MERCHANT_FEATURES, observe_merchants
 from model.network import Architecture, Network
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
 from pipeline.errors import RejectedError
-from pipeline.messages.codec import (
-    LABELS,
-    REASONS,
-    ScoreEncoder,
-    decode,
-    decode_label,
-    decode_published,
-    decode_score,
-    encode_transaction,
-    names_in,
-)
-from pipeline.messages.extra_fields import NO_FURTHER_FIELDS, FurtherFields
+from pipeline.messages.decoding import REASONS
+from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
+from pipeline.messages.labels import LABELS, decode_label
+from pipeline.messages.scores import ScoreEncoder, decode_published, decode_score
+from pipeline.messages.transactions import decode_transaction, encode_transaction, field_names
 from pipeline.scoring.labels import merchant_label_of
 from pipeline.scoring.scorer import MicroBatch, Scorer
 from pipeline.storage.account_state import STATE_FORMAT
@@ -106,7 +99,7 @@ def rejected(error: RejectedError) -> str:
 
 # transactions ----------------------------------------------------------------------------
 
-_FURTHER = FurtherFields(
+_FURTHER = ExtraFields(
     [
         Field("category", "categorical", ("5411", "food")),
         Field("card age", "numeric"),
@@ -120,14 +113,14 @@ _NO_FEATURES = np.zeros((1, len(FEATURES)), np.float32)
 
 def run_transaction(data: bytes) -> str:
     """A record's value, for a checkpoint without and one with further fields."""
-    outcomes = [_run_transaction(data, further) for further in (NO_FURTHER_FIELDS, _FURTHER)]
-    names_in(data)
+    outcomes = [_run_transaction(data, further) for further in (NO_EXTRA_FIELDS, _FURTHER)]
+    field_names(data)
     return " / ".join(outcomes)
 
 
-def _run_transaction(data: bytes, further: FurtherFields) -> str:
+def _run_transaction(data: bytes, further: ExtraFields) -> str:
     try:
-        transaction = decode(MARK.encode(), data, "EUR", further)
+        transaction = decode_transaction(MARK.encode(), data, "EUR", further)
     except RejectedError as error:
         outcome = rejected(error)
         if error.reason != "key_mismatch":
@@ -137,7 +130,7 @@ def _run_transaction(data: bytes, further: FurtherFields) -> str:
     return "accepted"
 
 
-def _use(transaction: Transaction, further: FurtherFields) -> None:
+def _use(transaction: Transaction, further: ExtraFields) -> None:
     """What the worker does with a transaction."""
     timestamp = epoch_ms(transaction.timestamp)
     assert timestamp <= TIMESTAMP_MAX_MS + DAY_MS

@@ -20,7 +20,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
-from pipeline.messages.codec import Score, decode_alert
+from pipeline.messages.scores import Score, decode_alert
 from pipeline.worker.preflight import check_services
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, until
 

@@ -22,7 +22,8 @@ from model.transaction import Transaction
 from pipeline.audit.verifier import VerifyOptions, verify
 from pipeline.local.services import Kafka, Redis, RedisCluster, free_port
 from pipeline.local.workers import WorkerProcess
-from pipeline.messages.codec import WARM_HEADER, decode_alert, encode_transaction
+from pipeline.messages.scores import decode_alert
+from pipeline.messages.transactions import WARM_HEADER, encode_transaction
 from pipeline.storage.account_state import STATE_FORMAT
 from pipeline.storage.client import RIGHTS
 from pipeline.storage.keys import MerchantKeys

@@ -20,7 +20,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import StartupError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka, Redis
-from pipeline.messages.codec import stored_weight
+from pipeline.messages.scores import stored_weight
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.storage.client import redis_client

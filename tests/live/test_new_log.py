@@ -18,7 +18,7 @@ from pipeline.errors import StartupError
 from pipeline.kafka.topics import TopicRole, topic_ids
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
-from pipeline.messages.codec import encode_transaction
+from pipeline.messages.transactions import encode_transaction
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings
 from pipeline.topic_id import shown

@@ -24,7 +24,8 @@ from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.local.services import HOST, Redis
 from pipeline.local.workers import WorkerProcess, start_worker
-from pipeline.messages.codec import decode_score, encode_transaction
+from pipeline.messages.scores import decode_score
+from pipeline.messages.transactions import encode_transaction
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import COMMAND_RIGHTS, RIGHTS
 from pipeline.worker.preflight import check_services

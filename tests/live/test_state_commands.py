@@ -26,7 +26,7 @@ from pipeline.kafka.topics import add_partitions
 from pipeline.local.services import Kafka, Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
-from pipeline.scoring.partitions import check_watermark
+from pipeline.scoring.watermark_check import check_watermark
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.storage.merchant_profile import FIXED_BYTES, Profile
 from pipeline.storage.merchant_store import RedisMerchantStore

@@ -12,13 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RejectedError, SettingsError
-from pipeline.messages.codec import (
-    HISTORY_HEADER,
-    WARM_HEADER,
-    decode_label,
-    decode_score,
-    payment_ms,
-)
+from pipeline.messages.decoding import payment_ms
+from pipeline.messages.labels import decode_label
+from pipeline.messages.scores import decode_score
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.labels import label_of
 from pipeline.scoring.scorer import id_hashes

@@ -26,7 +26,7 @@ from pipeline.cli import main as cli
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka, Redis
-from pipeline.messages.codec import Score
+from pipeline.messages.scores import Score
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import redis_client
 from tests.fakes.memory_verify import NoBar

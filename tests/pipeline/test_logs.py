@@ -113,8 +113,8 @@ def test_what_libraries_repeat_is_counted_and_told_once(capsys: pytest.CaptureFi
         library.error("Unable connect to node with id %s: %s", attempt % 3, OSError(111, "no"))
         library.warning(f"took {attempt} ms at 0x7f{attempt:08x}")
     assert lines(capsys) == []
-    logs.tell_left_out()
-    logs.tell_left_out()
+    logs.summarize_dropped()
+    logs.summarize_dropped()
 
     (line,) = lines(capsys)
     assert (line["lines"], line["kinds"], line["times"]) == (1_500, 3, 500)
@@ -131,7 +131,7 @@ def test_an_error_of_a_library_that_is_new_is_told_at_once_and_once(
         logging.getLogger("aiokafka.conn").error("a defect in task %s", number)
 
     assert [line["logger"] for line in lines(capsys)] == ["faust.app", "aiokafka.conn"]
-    logs.tell_left_out()
+    logs.summarize_dropped()
     assert lines(capsys)[0]["lines"] == 8
 
 
@@ -139,7 +139,7 @@ def test_an_error_of_our_own_is_left_to_the_last_line(capsys: pytest.CaptureFixt
     logs.configure("info", "json")
     logging.getLogger("faust.app.base").error("[^-App]: Crashed reason=%r", RecurError("x"))
     logging.getLogger("faust.worker").critical("[^_Process]: We experienced a crash! Reraising")
-    logs.tell_left_out()
+    logs.summarize_dropped()
 
     assert lines(capsys) == []
 
@@ -155,7 +155,7 @@ def test_lines_of_another_kind_each_are_bounded_in_memory(
         library.error(f"defect {name}")
 
     assert len(lines(capsys)) <= logs.KINDS_MAX + 1
-    logs.tell_left_out()
+    logs.summarize_dropped()
     assert lines(capsys)[0]["kinds"] == 1
 
 
@@ -167,9 +167,9 @@ def test_what_is_told_with_a_services_outage_is_not_told_twice(
         logging.getLogger("aiokafka").warning("away")
         logging.getLogger("redis.client").warning("away")
 
-    assert logs.take_left_out("kafka") == 7
-    assert logs.take_left_out("kafka") == 0
-    logs.tell_left_out()
+    assert logs.take_dropped("kafka") == 7
+    assert logs.take_dropped("kafka") == 0
+    logs.summarize_dropped()
 
     assert lines(capsys)[0]["lines"] == 7
 

@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 
 from model.features.merchant import WEIGHT_MAX
-from pipeline.kafka.score_log import Kept, read_score
-from pipeline.messages.codec import FORGET, decode_alert, decode_published
+from pipeline.kafka.score_log import LoggedScore, read_score
+from pipeline.messages.control import FORGET
 from pipeline.messages.decision import DECISIONS
+from pipeline.messages.scores import decode_alert, decode_published
 from pipeline.storage.account_state import RECENT_IDS, StateCodec
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
@@ -254,7 +255,7 @@ class PartitionAudit:
             raise Violation("states", f"that of {name} in {self.number} is not its log's at {last}")
 
 
-def _merchant(kept: Kept) -> bytes:
+def _merchant(kept: LoggedScore) -> bytes:
     features = kept.merchant_raw()
     if features is None:
         raise Violation("what is scored", "a score without its merchant's features")

@@ -17,14 +17,17 @@ from unittest import mock
 import msgspec
 import numpy as np
 
+from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
-from pipeline.kafka.score_log import Kept
-from pipeline.scoring import decoder
+from pipeline.kafka.score_log import LoggedScore
+from pipeline.scoring import decoder, recovery
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring.batch import ComputedPoll, PartitionBatch
 from pipeline.scoring.outputs import OutputBuilder
-from pipeline.scoring.partitions import Chunk, OwnedPartition, PartitionManager, Record
+from pipeline.scoring.owned_partition import OwnedPartition
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Processor
+from pipeline.scoring.recovery import PartitionRecovery
 from pipeline.scoring.scorer import BatchScores, MicroBatch
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import merchant_slot
@@ -211,20 +214,20 @@ class FeaturesNotReused(ScoreLog):
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         found, position = await super().read(partition, start, end, until_source)
         for source, kept in found.items():
             score = msgspec.structs.replace(kept.score, features=None)
-            found[source] = Kept(kept.value, score)
+            found[source] = LoggedScore(kept.value, score)
         return found, position
 
 
-class NothingKept(PartitionManager):
+class NothingKept(PartitionRecovery):
     """Says again what was published and not saved."""
 
-    async def published(
+    async def published_scores(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
-    ) -> dict[int, Kept]:
+    ) -> dict[int, LoggedScore]:
         return {}
 
 
@@ -233,22 +236,22 @@ def _no_scores(*_: Any) -> Iterator[tuple[int, bytes, str]]:
     return iter(())
 
 
-class GapNotRead(PartitionManager):
+class GapNotRead(PartitionRecovery):
     """Does not look at what stands between its own scores."""
 
-    async def notice_foreign_scores(
+    async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
     ) -> None:
         owned.scores_next = appended.next or owned.scores_next
 
 
-class ScoresOffsetTooFar(PartitionManager):
+class ScoresOffsetTooFar(PartitionRecovery):
     """Its watermark passes over scores that are not applied."""
 
-    def watermark_at(
+    def next_watermark(
         self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
     ) -> Watermark:
-        mark = super().watermark_at(owned, next_offset, appended)
+        mark = super().next_watermark(owned, next_offset, appended)
         return dataclasses.replace(mark, scores_offset=max(mark.scores_offset, owned.scores_next))
 
 
@@ -262,8 +265,10 @@ class OldStates(PartitionManager):
         super().__init__(**kwargs)
         self._states: dict[int, dict[str, bytes | None]] = {}
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
-        owned = await super()._assume(partition, watermark, begin)
+    async def _take_over(
+        self, partition: int, watermark: bytes | None, begin: int
+    ) -> OwnedPartition:
+        owned = await super()._take_over(partition, watermark, begin)
         owned.states = self._states.setdefault(partition, {})
         return owned
 
@@ -314,12 +319,14 @@ class ConflictsDropped(ChainScorer):
         return super().score(values, dataclasses.replace(batch, id_hash=alike))
 
 
-class AlwaysNew(PartitionManager):
+class AlwaysNew(PartitionRecovery):
     """Takes a store that lost everything for a new group's."""
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
+    async def take_over(
+        self, partition: int, watermark: bytes | None, begin: int, *, is_assigned: bool
+    ) -> OwnedPartition:
         self._begin = begin
-        return await super()._assume(partition, watermark, begin)
+        return await super().take_over(partition, watermark, begin, is_assigned=is_assigned)
 
     async def _write_first_watermark(
         self, partition: int, begin: int | None, committed: int | None
@@ -420,29 +427,54 @@ BUGS = [
     Bug("a fetch across a reset dropped without a seek", 1, 10, Parts(consumer=DropWithoutSeek)),
     Bug("a fetch across a reset taken", 1149, 2000, Parts(consumer=KeepAcrossReset)),
     Bug("recorded features not reused", 35, 140, Parts(score_log=FeaturesNotReused)),
-    Bug("published scores said again", 13, 30, Parts(ownership=NothingKept)),
+    Bug(
+        "published scores said again",
+        13,
+        30,
+        patches=[(ownership, "PartitionRecovery", NothingKept)],
+    ),
     Bug(
         "alerts not published again",
         105,
         500,
         patches=[(OutputBuilder, "_published_before", _no_scores)],
     ),
-    Bug("the gap before a zombie's publish not read", 1022, 2104, Parts(ownership=GapNotRead)),
-    Bug("the watermark's scores offset too far", 1273, 2606, Parts(ownership=ScoresOffsetTooFar)),
+    Bug(
+        "the gap before a zombie's publish not read",
+        1022,
+        2104,
+        patches=[(ownership, "PartitionRecovery", GapNotRead)],
+    ),
+    Bug(
+        "the watermark's scores offset too far",
+        1273,
+        2606,
+        patches=[(ownership, "PartitionRecovery", ScoresOffsetTooFar)],
+    ),
     Bug("held states not dropped with the partition", 86, 250, Parts(ownership=OldStates)),
     Bug(
         "computed states not held",
         1,
         10,
-        patches=[(ownership.OwnedPartition, "remember", _nothing)],
+        patches=[(OwnedPartition, "remember", _nothing)],
     ),
     Bug("any watermark taken for the expected one", 34, 90, Parts(ownership=AnyWatermark)),
     Bug("no seek back to the states", 37, 120, Parts(ownership=GapInLog)),
     Bug("what is applied not dropped", 1, 40, Parts(processor=ApplyAgain)),
     Bug("a repeated transaction id not dropped", 3, 10, Parts(scorer=RepeatsApplied)),
     Bug("another payment with an id of before dropped", 10, 10, Parts(scorer=ConflictsDropped)),
-    Bug("a store that lost everything taken for a new one", 37, 180, Parts(ownership=AlwaysNew)),
-    Bug("another log taken for the same", 5, 180, patches=[(ownership, "is_other", _same)]),
+    Bug(
+        "a store that lost everything taken for a new one",
+        37,
+        180,
+        patches=[(ownership, "PartitionRecovery", AlwaysNew)],
+    ),
+    Bug(
+        "another log taken for the same",
+        5,
+        180,
+        patches=[(ownership, "is_other", _same), (recovery, "is_other", _same)],
+    ),
     Bug("states kept over to another log", 65, 90, Parts(state_client=StatesOfLogBefore)),
     Bug("records of a log before taken", 5, 50, Parts(ownership=FetchedOfLogBefore)),
     Bug("an account not forgotten", 1, 10, patches=[(decoder, "_apply_control", _nothing)]),

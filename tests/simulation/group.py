@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from faust.types import TP, ConsumerMessage
 
-from pipeline.kafka.score_log import LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.settings import Settings
 from pipeline.worker import faust_transport as poll_transport
 from tests.fakes.memory import MemoryKafka, MemoryRecord

@@ -24,10 +24,11 @@ from faust.utils import terminal
 from pipeline.errors import RejectedError
 from pipeline.kafka.producer import PublishError
 from pipeline.kafka.topics import ROLES
-from pipeline.messages.codec import CONTROL_HEADER, FORGET, LOOK, WARM_HEADER, decode_label
-from pipeline.messages.extra_fields import FurtherFields
-from pipeline.scoring import partitions as ownership
-from pipeline.scoring import processor
+from pipeline.messages.control import CONTROL_HEADER, FORGET, LOOK
+from pipeline.messages.extra_fields import ExtraFields
+from pipeline.messages.labels import decode_label
+from pipeline.messages.transactions import WARM_HEADER
+from pipeline.scoring import decoder, outputs, recovery, topic_id_cache
 from pipeline.scoring.labels import merchant_label_of
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.keys import merchant_slot
@@ -121,14 +122,14 @@ def simulating() -> Iterator[None]:
     logging.disable()
     with ExitStack() as stack:
         for module, name, value in (
-            (ownership, "RECOVERY_LOOKAHEAD", 3),
-            (ownership, "LOG_LOOK_SECONDS", 0.0),
+            (recovery, "RECOVERY_LOOKAHEAD", 3),
+            (topic_id_cache, "MAX_AGE_SECONDS", 0.0),
             (memory, "FETCH_RECORDS", 2),
             (poll_transport, "monotonic", lambda: _now[-1].time()),
             (poll_transport, "FETCH_TIMEOUT_SECONDS", 20.0),
-            (processor, "Explainer", NoReasons),
+            (outputs, "Explainer", NoReasons),
             (terminal, "logtable", lambda *_, **__: ""),
-            (processor, "FurtherFields", cache(FurtherFields)),
+            (decoder, "ExtraFields", cache(ExtraFields)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         gc.collect()

@@ -12,8 +12,9 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from pipeline.kafka.polls import Bounds, LogUnavailableError
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
-from pipeline.kafka.score_log import Bounds, Kept, LogUnavailableError
+from pipeline.kafka.score_log import LoggedScore
 from pipeline.settings import Settings
 from pipeline.storage.keys import MERCHANT_SLOTS
 from pipeline.storage.merchant_store import (
@@ -303,7 +304,7 @@ class ScoreLog:
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
-    ) -> tuple[dict[int, Kept], int]:
+    ) -> tuple[dict[int, LoggedScore], int]:
         """See :class:`pipeline.kafka.score_log.ScoreLog`."""
         (found,) = await self._network.ask(
             self._host,

@@ -13,12 +13,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from pipeline.kafka.polls import Poll
 from pipeline.kafka.producer import Outgoing
 from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager, Poll
+from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer
@@ -124,13 +125,13 @@ class Worker(app.Worker):
             partitions=settings.topic_partitions,
             store=store,
             score_log=score_log,
-            transaction_log=PartitionLog(self._consumer, self._topic),
+            consumer=PartitionLog(self._consumer, self._topic),
             retrier=retrier,
             metrics=METRICS,
             on_new_log=settings.on_new_log,
         )
-        self.ownership._writer = services.rng.getrandbits(64)
-        self.ownership._log._told = services.kafka.topic_id(self._topic)  # as it is at the start
+        self.ownership.recovery._writer = services.rng.getrandbits(64)
+        self.ownership.recovery.log_id._last = services.kafka.topic_id(self._topic)  # as at a start
         self.processor = parts.processor(
             settings=settings,
             scorer=services.scorer,
@@ -148,7 +149,7 @@ class Worker(app.Worker):
             store=merchants,
             publisher=publisher,
             logs=score_log,
-            labels_log=PartitionLog(self._consumer, self._labels_topic),
+            consumer=PartitionLog(self._consumer, self._labels_topic),
             retrier=retrier,
             metrics=METRICS,
             health=self.health,

@@ -19,7 +19,7 @@ from pipeline.admin.merchant_counts import (
     correction,
     frauds_of,
 )
-from pipeline.messages.codec import CountedScore
+from pipeline.messages.scores import CountedScore
 from pipeline.storage.merchant_profile import Fraud, Profile
 from pipeline.storage.merchant_store import MerchantLabel
 

@@ -17,7 +17,7 @@ from pipeline.audit.report import describe, to_json
 from pipeline.audit.result import Difference, Verification
 from pipeline.audit.verifier import VerifyOptions
 from pipeline.errors import RecurError
-from pipeline.messages.codec import decode_score
+from pipeline.messages.scores import decode_score
 from pipeline.scoring.scorer import Scorer
 from pipeline.storage.watermark import Watermark
 from tests.fakes.memory_verify import NoBar, StoreOfWorld, verify_world

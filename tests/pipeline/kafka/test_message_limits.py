@@ -13,7 +13,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka import message_limits
 from pipeline.kafka.message_limits import LARGEST_OUTPUT_BYTES, MessageLimits
-from pipeline.kafka.producer import AppendResult, KafkaProducer, Outgoing, Said
+from pipeline.kafka.producer import AppendResult, KafkaProducer, Outgoing, PartOutput
 from pipeline.kafka.topics import TopicRole, admin_client, batch_limits, ensure_topics
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.local.services import Kafka, Redis
@@ -187,11 +187,11 @@ def test_a_transaction_that_is_too_large_is_aborted_and_goes_through_once_taken_
             tenure = await publisher.take(0)
             scores = outgoing(400)
             await limit(settings, 64 * KIB, "scores")
-            said = Said(scores, outgoing(3), [], 400, tenure)
+            said = PartOutput(scores, outgoing(3), [], 400, tenure)
             assert await publisher.commit({0: said}) == {}
 
             tenure = await publisher.take(0)
-            said = said._replace(tenure=tenure)
+            said = said._replace(producer_epoch=tenure)
             committed = await publisher.commit({0: said})
             assert committed[0] is not None
         finally:

@@ -17,21 +17,22 @@ from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
 from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
+from pipeline.kafka.polls import Bounds, Record
 from pipeline.kafka.producer import (
     AppendResult,
     KafkaProducer,
     Outgoing,
+    PartOutput,
     Publisher,
     PublishError,
-    Said,
     Transactions,
 )
-from pipeline.kafka.score_log import Bounds, KafkaScoreLog, Kept, ScoreLog
+from pipeline.kafka.score_log import KafkaScoreLog, LoggedScore, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
-from pipeline.kafka.transactional_producer import PartitionPublisher, TransactionalProducer
+from pipeline.kafka.transactional_producer import PartitionProducer, TransactionalProducer
 from pipeline.local.services import Kafka
 from pipeline.replay.score_counter import committed_offsets
-from pipeline.scoring.partitions import ALL_SOURCES, Record
+from pipeline.scoring.recovery import ALL_SOURCES
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (
     MemoryKafka,
@@ -108,7 +109,7 @@ class MemoryBroker:
         transactions = await self.transactions()
         tenure = await transactions.take(partition)
         self._kafka.interrupt = die
-        said = Said([Outgoing(b"A", value)], [Outgoing(b"A", value)], [], 1, tenure)
+        said = PartOutput([Outgoing(b"A", value)], [Outgoing(b"A", value)], [], 1, tenure)
         with pytest.raises(InterruptedError):
             await transactions.commit({partition: said})
         self._kafka.interrupt = no_interrupt
@@ -156,7 +157,7 @@ class RealBroker:
         return await committed_offsets(self.settings)
 
     async def leave_open(self, partition: int, value: bytes) -> None:
-        publisher = PartitionPublisher(self.settings, partition)
+        publisher = PartitionProducer(self.settings, partition)
         await publisher.start()
         assert publisher._producer is not None
         await publisher._producer.begin_transaction()
@@ -252,7 +253,7 @@ def scores(
 
 async def read(
     broker: Broker, partition: int, start: int, end: int, until_source: int = ALL_SOURCES
-) -> tuple[dict[int, Kept], int]:
+) -> tuple[dict[int, LoggedScore], int]:
     return await broker.score_log.read(partition, start, end, until_source)
 
 
@@ -375,11 +376,11 @@ def test_publishing_nothing_is_answered_with_nothing(opened: Opened) -> None:
 
 def said(
     broker: Broker, partition: int, offsets: Sequence[int], tenure: int, *, alerts: int = 0
-) -> Said:
+) -> PartOutput:
     """Scores of these transactions; the first of them raise alerts, and one was rejected."""
     sent = scores(broker, partition, offsets)
     rejected = [Outgoing(b"A", b"junk", (("reason", b"not_json"),))] if alerts else []
-    return Said(sent, sent[:alerts], rejected, offsets[-1] + 1 if offsets else 7, tenure)
+    return PartOutput(sent, sent[:alerts], rejected, offsets[-1] + 1 if offsets else 7, tenure)
 
 
 async def everything(broker: Broker, role: TopicRole, least: int = 0) -> list[bytes | None]:
@@ -587,21 +588,21 @@ def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
     async def test(broker: Broker) -> None:
         lost: list[int] = []
         if transactional:
-            transactions = TransactionalProducer(broker.settings, on_lost_letters=lost.append)
+            transactions = TransactionalProducer(broker.settings, on_lost_dead_letters=lost.append)
             try:
                 await limit_letters(broker)
                 tenure = await transactions.take(0)
-                said = Said(scores(broker, 0, [0]), [], sent, 1, tenure)
+                said = PartOutput(scores(broker, 0, [0]), [], sent, 1, tenure)
                 assert not await transactions.commit({0: said})  # take it again
                 tenure = await transactions.take(0)
                 for i, letters in enumerate((sent, later)):
-                    said = Said(scores(broker, 0, [i]), [], letters, i + 1, tenure)
+                    said = PartOutput(scores(broker, 0, [i]), [], letters, i + 1, tenure)
                     assert await transactions.commit({0: said})
             finally:
                 await transactions.stop()
             assert await broker.committed() == {0: 2}
         else:
-            publisher = KafkaProducer(broker.settings, on_lost_letters=lost.append)
+            publisher = KafkaProducer(broker.settings, on_lost_dead_letters=lost.append)
             await publisher.start()
             try:
                 await limit_letters(broker)
@@ -620,7 +621,7 @@ def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
         assert sum(lost) == 2
 
     run(open_real(kafka), test)
-    told = [r for r in caplog.records if "refuses a dead letter" in r.message]
+    told = [r for r in caplog.records if "refused a dead letter" in r.message]
     assert len(told) == 1
     assert told[0].why == "MessageSizeTooLargeError"  # type: ignore[attr-defined]
     assert (told[0].partition, told[0].offset) == ("0", "7")  # type: ignore[attr-defined]

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from model.features.account import Field, field_column
 from pipeline.errors import RejectedError
-from pipeline.messages.codec import decode
-from pipeline.messages.extra_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, FurtherFields
+from pipeline.messages.extra_fields import NUMBER_MAX, TEXT_MAX_CHARACTERS, ExtraFields
+from pipeline.messages.transactions import decode_transaction
 
 FIELDS = (
     Field("category", "categorical", ("food", "5411")),
     Field("card age", "numeric"),
     Field("online", "categorical", ("true",)),
 )
-FURTHER = FurtherFields(FIELDS)
+FURTHER = ExtraFields(FIELDS)
 
 
 def value(**more: Any) -> bytes:
@@ -35,7 +35,7 @@ def value(**more: Any) -> bytes:
 
 
 def columns(*more: dict[str, Any]) -> NDArray[np.float32]:
-    found = FURTHER.columns([decode(b"a1", value(**m), "EUR", FURTHER) for m in more])
+    found = FURTHER.columns([decode_transaction(b"a1", value(**m), "EUR", FURTHER) for m in more])
     assert found.dtype == np.float32
     return found
 
@@ -58,7 +58,7 @@ def test_columns_are_those_of_training() -> None:
         {"category": "x", "card age": None},
         {"category": None, "card age": 2.5},
     ]
-    transactions = [decode(b"a1", value(**row), "EUR", FURTHER) for row in rows]
+    transactions = [decode_transaction(b"a1", value(**row), "EUR", FURTHER) for row in rows]
 
     expected = [
         field_column(FIELDS[0])([row["category"] for row in rows]),
@@ -84,7 +84,7 @@ def test_columns_are_those_of_training() -> None:
 )
 def test_a_field_of_the_wrong_type_is_rejected_as_such(more: dict[str, Any]) -> None:
     with pytest.raises(RejectedError) as caught:
-        decode(b"a1", value(**more), "EUR", FURTHER)
+        decode_transaction(b"a1", value(**more), "EUR", FURTHER)
 
     assert caught.value.reason == "wrong_type"
 
@@ -93,24 +93,24 @@ def test_infinity_is_no_number() -> None:
     text = value(**{"card age": 1.0}).replace(b'"card age": 1.0', b'"card age": 1e999')
 
     with pytest.raises(RejectedError):
-        decode(b"a1", text, "EUR", FURTHER)
+        decode_transaction(b"a1", text, "EUR", FURTHER)
 
 
 def test_what_no_checkpoint_asks_for_is_ignored() -> None:
-    transaction = decode(b"a1", value(**{"card age": "old", "online": []}), "EUR")
+    transaction = decode_transaction(b"a1", value(**{"card age": "old", "online": []}), "EUR")
 
     assert transaction.account_id == "a1"
 
 
 def test_required_fields_stay_required() -> None:
     with pytest.raises(RejectedError) as caught:
-        decode(b"a1", b'{"category":"food"}', "EUR", FURTHER)
+        decode_transaction(b"a1", b'{"category":"food"}', "EUR", FURTHER)
 
     assert caught.value.reason == "missing_field"
 
 
 def test_without_fields_there_are_no_columns() -> None:
-    none = FurtherFields(())
+    none = ExtraFields(())
 
-    assert none.columns([decode(b"a1", value(), "EUR", none)]).shape == (1, 0)
+    assert none.columns([decode_transaction(b"a1", value(), "EUR", none)]).shape == (1, 0)
     assert FURTHER.columns([]).shape == (0, 3)

@@ -17,7 +17,7 @@ from pipeline.files.column_mapping import LabelColumns, LabelMapping, TimeForm, 
 from pipeline.files.reader import LabelFile, LabelPart
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka
-from pipeline.messages.codec import Label, decode_label
+from pipeline.messages.labels import Label, decode_label
 from pipeline.replay.labels import LabelOptions, run_label, single_label
 from pipeline.settings import Settings, load_settings
 

@@ -16,7 +16,7 @@ from model.transaction import Transaction
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka
-from pipeline.messages.codec import HISTORY_HEADER, WARM_HEADER, decode
+from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER, decode_transaction
 from pipeline.replay.producer import UNACKED_MAX_RECORDS, Block, Feed, ahead, encode_block
 from pipeline.replay.simulated import SimulatedStream
 from pipeline.settings import Settings, load_settings
@@ -89,7 +89,7 @@ def test_every_transaction_arrives_once_and_in_the_order_of_its_account(settings
     assert feed.count.sent == feed.count.acked == 25_000
     numbers: dict[bytes, list[int]] = {}
     for record in sorted(records, key=lambda record: (record.partition, record.offset)):
-        transaction = decode(record.key, record.value, "EUR")
+        transaction = decode_transaction(record.key, record.value, "EUR")
         numbers.setdefault(record.key, []).append(int(transaction.transaction_id[1:]))
     assert len(numbers) == 50
     assert all(found == sorted(found) for found in numbers.values())
@@ -128,7 +128,7 @@ def test_only_a_warm_feed_marks_its_records(settings: Settings) -> None:
         return await read_all(settings, 20)
 
     for record in asyncio.run(run()):
-        number = int(decode(record.key, record.value, "EUR").transaction_id[1:])
+        number = int(decode_transaction(record.key, record.value, "EUR").transaction_id[1:])
         assert [name for name, _ in record.headers] == ([WARM_HEADER] if number < 10 else [])
 
 
@@ -260,7 +260,7 @@ def test_what_is_encoded_is_a_transaction_without_fields_that_it_lacks() -> None
         b'{"transaction_id":"t1","account_id":"a1","merchant_id":"m1","amount":0.1,'
         b'"currency":"EUR","timestamp":5,"category":"5411","country":"ES"}'
     ]
-    assert decode(made.keys[0], made.values[0], "EUR") == Transaction(
+    assert decode_transaction(made.keys[0], made.values[0], "EUR") == Transaction(
         "t1", "a1", "m1", 0.1, "EUR", 5, "5411", None, "ES"
     )
 

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from pipeline.scoring import partitions as ownership_module
+from pipeline.scoring import recovery as recovery_module
 from tests.fakes import memory as memory_module
 from tests.fakes.memory_workers import Killed, World, finish
 from tests.pipeline.scoring.test_processor import (
@@ -82,7 +82,7 @@ def test_workers_killed_again_and_again_say_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while they recover, and with published scores that are read piece by piece."""
-    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     rng = random.Random(seed)
     world = World(micro_batch_max=rng.choice([3, 8, 30]), processing_guarantee="exactly_once")
@@ -108,7 +108,7 @@ def test_whoever_overtakes_whom_nothing_is_said_twice(
     """Zombies, deaths at any step and a store that goes back: where it is at least once without
     transactions, it is exactly once with them.
     """
-    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     world = Simulation(seed, workers_max=3, processing_guarantee="exactly_once").run()
     produce_everywhere(world)

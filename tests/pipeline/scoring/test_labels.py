@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry
 
 from model.features.merchant import BUCKET_MS
 from pipeline.errors import RejectedError, StartupError
-from pipeline.messages.codec import REASONS, Label, decode_label, encode_label
-from pipeline.scoring import partitions as ownership_module
+from pipeline.messages.decoding import REASONS
+from pipeline.messages.labels import Label, decode_label, encode_label
 from pipeline.scoring import retry as patience_module
+from pipeline.scoring import topic_id_cache
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
@@ -133,7 +134,7 @@ class LabelWorker:
             store=world.merchants,
             publisher=MemoryProducer(world.kafka, world.settings),
             logs=MemoryScoreLog(world.kafka, world.settings),
-            labels_log=self.consumer,
+            consumer=self.consumer,
             retrier=Retrier(self.metrics, self.health),
             metrics=self.metrics,
             health=self.health,
@@ -476,7 +477,7 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
     count: int, runs_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never are they taken for those that were booked at their offsets."""
-    monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(topic_id_cache, "MAX_AGE_SECONDS", 0.0)
     for policy in ("stop", "begin"):
         world = World(topic_partitions=1, on_new_log=policy)
         for i in range(10):
@@ -494,7 +495,9 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
             worker.run()
 
         if policy == "stop":
-            with pytest.raises(StartupError, match=r"recorded labels .* another labels .*--new-log"):
+            with pytest.raises(
+                StartupError, match=r"recorded labels .* another labels .*--new-log"
+            ):
                 go_on(worker)
             assert known(world) == [f"t{i}" for i in range(10)]
             continue

@@ -17,7 +17,7 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
-from pipeline.messages.codec import decode_score, stored_weight
+from pipeline.messages.scores import decode_score, stored_weight
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import MerchantFeatureCache

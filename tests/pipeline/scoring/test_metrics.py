@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.messages.codec import REASONS
+from pipeline.messages.decoding import REASONS
 from pipeline.scoring.metrics import (
     BATCH_BUCKETS,
     DELAY_BUCKETS_SECONDS,

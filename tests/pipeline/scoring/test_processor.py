@@ -21,14 +21,17 @@ from model.features.account import FEATURES
 from model.reasons import REASONS_MAX
 from pipeline.admin.rebuild_states import WatermarksSetBack
 from pipeline.errors import StartupError
+from pipeline.kafka.polls import Chunk, Poll
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
-from pipeline.messages.codec import CONTROL_HEADER, WARM_HEADER, Score, decode_alert, decode_score
-from pipeline.messages.decision import Thresholds, thresholds_of
-from pipeline.scoring import partitions as ownership_module
+from pipeline.messages.control import CONTROL_HEADER
+from pipeline.messages.decision import DecisionThresholds, thresholds_of
+from pipeline.messages.scores import Score, decode_alert, decode_score
+from pipeline.messages.transactions import WARM_HEADER
+from pipeline.scoring import recovery as recovery_module
 from pipeline.scoring import retry as patience_module
+from pipeline.scoring import topic_id_cache
 from pipeline.scoring.dead_letter import LOG_EVERY_MS, DeadLetters
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import Chunk, Poll
 from pipeline.scoring.scorer import FAILURES_IN_A_ROW_MAX, ScorerBrokenError
 from pipeline.settings import load_settings
 from pipeline.storage.watermark import Watermark
@@ -244,7 +247,7 @@ def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
     finish(worker.run())
     assert not world.alerts()
 
-    worker.processor.use(Thresholds(0.0, 0.001))
+    worker.processor.use(DecisionThresholds(0.0, 0.001))
     world.produce("A")
     finish(worker.run())
 
@@ -266,7 +269,7 @@ def test_a_kept_score_keeps_its_decision_and_its_alert_the_thresholds_that_decid
     assert world.watermark(0) == 0
 
     second = world.worker()
-    second.processor.use(Thresholds(1.0, 1.0))
+    second.processor.use(DecisionThresholds(1.0, 1.0))
     finish(second.run())
 
     for record in world.kafka.records("alerts"):
@@ -312,7 +315,7 @@ def test_workers_killed_again_and_again_lose_nothing_and_say_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while they recover, and with published scores that are read piece by piece."""
-    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     rng = random.Random(seed)
     world = World(micro_batch_max=rng.choice([3, 8, 30]))
@@ -688,7 +691,7 @@ def test_whoever_overtakes_whom_every_transaction_is_applied_once_and_none_is_lo
 def test_one_worker_after_another_on_a_store_that_goes_back_says_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     world = Simulation(seed, workers_max=1).run()
     produce_everywhere(world)
@@ -812,7 +815,7 @@ def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
 
 def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
     # No alerts and rejections: of what is committed, as here by hand, they were published.
-    never = Thresholds(review=1.0, decline=1.0)
+    never = DecisionThresholds(review=1.0, decline=1.0)
     world = World(small_checkpoint().with_header(thresholds=never), topic_partitions=1)
     for i in range(30):
         world.produce(f"A{i % 6}")
@@ -1238,7 +1241,7 @@ def test_nothing_of_a_log_that_was_made_again_is_skipped(
     count: int, runs_on: bool, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a worker that starts, and by one that works on the partition as if nothing had been."""
-    monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(topic_id_cache, "MAX_AGE_SECONDS", 0.0)
     world = World(topic_partitions=1, on_new_log=policy)
     for _ in range(10):
         world.produce("A")
@@ -1251,7 +1254,7 @@ def test_nothing_of_a_log_that_was_made_again_is_skipped(
 
     async def go_on(worker: MemoryWorker) -> None:
         await worker.run()
-        await worker.ownership.see_log()  # where no record shows it
+        await worker.ownership.check_topic_id()  # where no record shows it
         await worker.run()
 
     if policy == "stop":

@@ -9,7 +9,7 @@ import logging
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.kafka.score_log import LogUnavailableError
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.logs import JsonFormatter
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health

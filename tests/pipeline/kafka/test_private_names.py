@@ -1,0 +1,274 @@
+"""Names of aiokafka, Faust and mode that are not public and that the product overrides or reads.
+
+An upgrade that renames one or changes its parameters fails here within a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import codec as aiokafka_codec
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
+from aiokafka.cluster import ClusterMetadata
+from aiokafka.consumer import fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.consumer.subscription_state import (
+    Assignment,
+    Subscription,
+    SubscriptionState,
+    TopicPartitionState,
+)
+from aiokafka.producer.message_accumulator import MessageAccumulator
+from aiokafka.producer.sender import Sender
+from aiokafka.producer.transaction_manager import TransactionManager
+from aiokafka.protocol.api import Request
+from aiokafka.record.memory_records import MemoryRecords
+from faust import Schema
+from faust.transport import drivers
+from faust.transport.drivers import aiokafka as driver
+from mode.threads import ServiceThread
+
+ROOT = Path(__file__).resolve().parents[3]
+
+METHODS = [
+    # pipeline/kafka: called
+    (AIOKafkaAdminClient, "_send_request", "self, request, node_id=None"),
+    (AIOKafkaClient, "get_random_node", "self"),
+    (AIOKafkaClient, "send", "self, node_id, request, *, group=<ConnectionGroup.DEFAULT: 0>"),
+    (TransactionManager, "wait_for_transaction_end", "self"),
+    # pipeline/kafka: overridden or replaced
+    (Request, "build", "self, request_struct_class"),
+    (MemoryRecords, "size_in_bytes", "self"),
+    (MemoryRecords, "has_next", "self"),
+    (MemoryRecords, "next_batch", "self"),
+    (
+        fetcher.PartitionRecords,
+        "__init__",
+        "self, tp, records, aborted_transactions, fetch_offset, key_deserializer,"
+        " value_deserializer, check_crcs, isolation_level",
+    ),
+    # pipeline/worker/faust_transport.py: called
+    (AIOKafkaClient, "force_metadata_update", "self"),
+    (GroupCoordinator, "check_errors", "self"),
+    (GroupCoordinator, "request_rejoin", "self"),
+    (Assignment, "state_value", "self, tp"),
+    (ServiceThread, "_serve", "self"),
+    (driver.AIOKafkaConsumerThread, "_ensure_consumer", "self"),
+    (
+        driver.AIOKafkaConsumerThread,
+        "_fetch_records",
+        "self, consumer, active_partitions, timeout=None, max_records=None",
+    ),
+    (driver.AIOKafkaConsumerThread, "earliest_offsets", "self, *partitions"),
+    (driver.AIOKafkaConsumerThread, "seek", "self, partition, offset"),
+    (driver.Consumer, "_wait_next_records", "self, timeout"),
+    (driver.Consumer, "_to_message", "self, tp, record"),
+    (driver.Consumer, "commit_and_end_transactions", "self"),
+    # pipeline/worker/faust_transport.py: overridden
+    (driver.AIOKafkaConsumerThread, "_create_worker_consumer", "self, transport"),
+    (driver.AIOKafkaConsumerThread, "_gather_remaining_tasks", "self"),
+    (driver.Consumer, "_new_consumer_thread", "self"),
+    (driver.Consumer, "_drain_messages", "self, fetcher"),
+    (driver.Consumer, "_getmany", "self, active_partitions, timeout"),
+    (driver.Consumer, "_filter_tps_with_pending_acks", "self, topics=None"),
+    (driver.Consumer, "_new_offset", "self, tp"),
+    (driver.Consumer, "ack", "self, message"),
+    (driver.Consumer, "wait_empty", "self"),
+    (driver.Consumer, "on_partitions_revoked", "self, revoked"),
+    (driver.Consumer, "on_partitions_assigned", "self, assigned, generation_id=0"),
+    (driver.Consumer, "perform_seek", "self"),
+    (driver.Consumer, "verify_event_path", "self, now, tp"),
+    (Schema, "loads_key", "self, app, message, *, loads=None, serializer=None"),
+    (Schema, "loads_value", "self, app, message, *, loads=None, serializer=None"),
+]
+"""Class, method and parameters as the installed versions have them."""
+
+PROPERTIES = [
+    (Sender, "sender_task"),
+    (SubscriptionState, "subscription"),
+    (Subscription, "assignment"),
+    (TopicPartitionState, "position"),
+    (TopicPartitionState, "has_valid_position"),
+]
+
+ATTRIBUTES = {
+    "_client": "AIOKafkaConsumer, AIOKafkaAdminClient",
+    "_fetcher": "AIOKafkaConsumer",
+    "_coordinator": "AIOKafkaConsumer",
+    "_subscription": "AIOKafkaConsumer",
+    "_isolation_level": "AIOKafkaConsumer",
+    "_max_poll_records": "AIOKafkaConsumer",
+    "_prefetch_backoff": "Fetcher",
+    "_sender": "AIOKafkaProducer",
+    "_txn_manager": "AIOKafkaProducer",
+    "_message_accumulator": "AIOKafkaProducer",
+    "_batches": "MessageAccumulator",
+    "_drain_waiter": "MessageBatch",
+    "_consumer": "AIOKafkaConsumerThread",
+    "_thread": "Consumer of Faust",
+    "_committed_offset": "Consumer of Faust",
+}
+"""Private attributes, and the classes whose constructors set them; a test below looks at each."""
+
+
+def parameters(function: Any) -> str:
+    """Render a function's parameters without their types."""
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "expected"), METHODS, ids=[f"{o.__name__}.{n}" for o, n, _ in METHODS]
+)
+def test_a_method_has_the_parameters_that_we_rely_on(owner: Any, name: str, expected: str) -> None:
+    assert parameters(getattr(owner, name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), PROPERTIES, ids=[f"{o.__name__}.{n}" for o, n in PROPERTIES]
+)
+def test_a_property_that_we_read_is_there(owner: Any, name: str) -> None:
+    assert isinstance(inspect.getattr_static(owner, name), property)
+
+
+def test_a_consumer_has_the_attributes_that_we_read() -> None:
+    async def look() -> None:
+        consumer = AIOKafkaConsumer(bootstrap_servers="127.0.0.1:1", group_id="group")
+        try:
+            assert vars(consumer).keys() >= {
+                "_client", "_fetcher", "_coordinator", "_subscription", "_isolation_level",
+                "_max_poll_records",
+            }  # fmt: skip
+            assert isinstance(consumer._client, AIOKafkaClient)
+            assert isinstance(consumer._subscription, SubscriptionState)
+            fetch = fetcher.Fetcher(consumer._client, consumer._subscription, prefetch_backoff=7.0)
+            assert fetch._prefetch_backoff == 7.0
+            await fetch.close()
+        finally:
+            await consumer.stop()
+
+    asyncio.run(look())
+
+
+def test_an_admin_client_has_the_attribute_that_we_read() -> None:
+    async def look() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers="127.0.0.1:1")
+        try:
+            assert isinstance(admin._client, AIOKafkaClient)
+        finally:
+            await admin.close()
+
+    asyncio.run(look())
+
+
+def test_a_producer_has_the_attributes_that_we_read() -> None:
+    async def look() -> None:
+        producer = AIOKafkaProducer(bootstrap_servers="127.0.0.1:1", transactional_id="id")
+        try:
+            assert isinstance(producer._sender, Sender)
+            assert isinstance(producer._txn_manager, TransactionManager)
+            assert isinstance(producer._message_accumulator, MessageAccumulator)
+        finally:
+            producer._closed = True  # it never started, and stop() would wait for its sender
+            await producer.client.close()
+
+    asyncio.run(look())
+
+
+def test_a_producer_keeps_batches_with_the_future_that_we_read() -> None:
+    async def look() -> None:
+        batches = MessageAccumulator(ClusterMetadata(), 1024, 0, 1)
+        builder = batches.create_builder()
+        builder.append(timestamp=None, key=None, value=b"x", headers=[])
+        builder.close()
+        delivery = await batches.add_batch(builder, TopicPartition("topic", 0), timeout=1)
+        ((batch,),) = batches._batches.values()
+        assert isinstance(batch._drain_waiter, asyncio.Future)
+        delivery.cancel()
+
+    asyncio.run(look())
+
+
+def test_fausts_classes_have_the_attributes_that_we_read() -> None:
+    assert "_consumer" in driver.AIOKafkaConsumerThread.__annotations__
+    assert driver.AIOKafkaConsumerThread.Worker is not None
+    assert drivers.TRANSPORTS.aliases["aiokafka"]
+    source = inspect.getsource(driver.ThreadDelegateConsumer.__init__)
+    assert "self._thread = " in source
+    base = inspect.getsource(inspect.getmodule(driver.ConsumerThread) or driver)
+    assert "self._committed_offset = " in base
+
+
+def test_aiokafka_decompresses_and_fetches_through_the_names_that_we_replace() -> None:
+    for name in ("MemoryRecords", "PartitionRecords"):
+        assert f"{name}(" in inspect.getsource(fetcher.Fetcher)
+    for codec in ("lz4", "zstd"):
+        assert callable(getattr(aiokafka_codec.cramjam, codec).decompress_into)
+    assert issubclass(aiokafka_codec.cramjam.DecompressionError, Exception)
+
+
+# completeness ----------------------------------------------------------------------------
+
+
+def modules_with_private_names() -> list[Path]:
+    """Modules of the product in which ruff allows private names of libraries."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    ignores = config["tool"]["ruff"]["lint"]["per-file-ignores"]
+    rooms = ("pipeline/kafka/", "pipeline/worker/")
+    return [ROOT / file for file, rules in ignores.items() if "SLF" in rules and
+            file.startswith(rooms)]  # fmt: skip
+
+
+def own_names(source: str) -> set[str]:
+    """Functions and classes that a module defines, and attributes of self that it sets."""
+    tree = ast.parse(source)
+    defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return {node.name for node in ast.walk(tree) if isinstance(node, defined)} | {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_of_self(node)
+    }
+
+
+def is_of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def private_names(source: str, own: set[str]) -> set[str]:
+    """Names with an underscore that a module reads of other objects, or of a library's base."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr)
+        if not (is_of_self(node) and node.attr in own)
+    }
+
+
+def test_every_private_name_that_the_product_reads_is_listed_here() -> None:
+    listed = {name for _, name, _ in METHODS} | ATTRIBUTES.keys()
+    of_our_base = own_names((ROOT / "pipeline/kafka/producer.py").read_text())
+    modules = modules_with_private_names()
+
+    assert [file.name for file in modules] == [
+        "acl.py", "score_log.py", "topics.py", "transactional_producer.py", "faust_transport.py",
+    ]  # fmt: skip
+    for file in modules:
+        source = file.read_text()
+        found = private_names(source, own_names(source) | of_our_base)
+        assert found - {"_replace"} <= listed, file.name  # _replace: of a named tuple
+
+
+def test_a_private_name_that_is_not_listed_is_found() -> None:
+    source = "class A(B):\n def f(self, x):\n  self._own = x._theirs.y\n  self._base()"
+
+    assert private_names(source, own_names(source)) == {"_theirs", "_base"}
