@@ -1,0 +1,204 @@
+"""Interrupts, faults and workers for the tests of the processor."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.checkpoint import Checkpoint
+from pipeline.admin.rebuild_states import WatermarksSetBack
+from pipeline.kafka.polls import Poll
+from pipeline.storage.watermark import Watermark
+from tests.fakes.memory_workers import (
+    Killed,
+    MemoryWorker,
+    World,
+    finish,
+    small_checkpoint,
+    step,
+)
+
+POISON = 666.0
+
+
+def at(number: int, act: Callable[[], object]) -> Callable[[str], None]:
+    """Do something at the n-th step."""
+    steps = iter(range(number + 1))
+
+    def interrupt(name: str) -> None:
+        if next(steps, None) == number:
+            act()
+
+    return interrupt
+
+
+def when(name: str, act: Callable[[], object], times: int = 1) -> Callable[[str], None]:
+    """Do something at the first steps of this name."""
+    left = iter(range(times))
+
+    def interrupt(step_name: str) -> None:
+        if step_name == name and next(left, None) is not None:
+            act()
+
+    return interrupt
+
+
+def nothing(name: str) -> None:
+    """Every step happens."""
+
+
+def die() -> None:
+    raise Killed
+
+
+def run_until_killed(worker: MemoryWorker) -> None:
+    with pytest.raises(Killed):
+        finish(worker.run())
+
+
+def next_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
+    poll = worker.consumer.poll(records_max)
+    assert poll is not None
+    return poll
+
+
+def one_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
+    """Process the next poll alone."""
+    poll = next_poll(worker, records_max)
+    finish(worker.process(poll))
+    return poll
+
+
+def lose_everything(world: World) -> None:
+    """The store is empty, as another Redis or another model's keys are."""
+    world.store.watermarks.clear()
+    world.store.states.clear()
+
+
+def produce_everywhere(world: World) -> None:
+    """A transaction in each partition: without any, nobody looks at its states."""
+    for partition in world.partitions:
+        world.produce(world.account_in(partition))
+
+
+def read_on(world: World, **settings: Any) -> MemoryWorker:
+    """A fresh worker that works to the end of the log."""
+    world.interrupt(nothing)
+    worker = world.worker(**settings)
+    finish(worker.run())
+    return worker
+
+
+def small_world(**settings: Any) -> World:
+    world = World(**settings)
+    world.produce_many(36)
+    return world
+
+
+def when_nth(name: str, number: int, act: Callable[[], object]) -> Callable[[str], None]:
+    """Do something at the n-th step of this name."""
+    left = iter(range(number + 1))
+
+    def interrupt(step_name: str) -> None:
+        if step_name == name and next(left, None) == number:
+            act()
+
+    return interrupt
+
+
+def save_elsewhere(world: World, partition: int, watermark: Watermark) -> None:
+    """What another worker's save leaves."""
+    world.store.watermarks[partition] = watermark.to_bytes()
+
+
+def note(names: list[str], name: str) -> Callable[[str], None]:
+    """Write down each step of this name."""
+
+    def interrupt(step_name: str) -> None:
+        if step_name == name:
+            names.append(step_name)
+
+    return interrupt
+
+
+class Simulation:
+    """Workers that all think they own everything, killed and overtaken at any step.
+
+    The group gives the partitions to each new worker; the old ones may hear of it or not. The
+    store may go back to what it was.
+    """
+
+    def __init__(self, seed: int, workers_max: int, **settings: Any) -> None:
+        self._workers_max = workers_max
+        rng = self.rng = random.Random(seed)
+        self.world = World(
+            topic_partitions=rng.choice([1, 2]),
+            micro_batch_max=rng.choice([3, 8, 20]),
+            state_cache_size=rng.choice([0, 1000]),
+            **settings,
+        )
+        self.world.produce_many(50, seed=seed)
+        self._snapshots = [self.world.store.copy()]
+        self.also: tuple[float, Callable[[], None]] = 0.0, lambda: None  # done now and then
+        self._alive: list[tuple[MemoryWorker, Coroutine[Any, Any, None]]] = []
+
+    def run(self) -> World:
+        """As many steps as the seed wants, and then all workers to their end."""
+        for _ in range(self.rng.randrange(50, 400)):
+            if not self._alive:
+                self._start()
+            self._act(self.rng.random())
+        while self._alive:
+            self._step()
+        return self.world
+
+    def _act(self, chance: float) -> None:
+        share, act = self.also
+        if share and self.rng.random() < share:
+            act()
+        if chance < 0.01 and len(self._alive) < self._workers_max:
+            self._start()
+        elif chance < 0.015:
+            self._alive.pop(self.rng.randrange(len(self._alive)))[1].close()
+        elif chance < 0.02:
+            self.world.store.restore(self.rng.choice(self._snapshots))
+        elif chance < 0.06:
+            self._snapshots.append(self.world.store.copy())
+        elif chance < 0.09:
+            self.world.produce_many(2, seed=self.rng.randrange(1000))
+        else:
+            self._step()
+
+    def _start(self) -> None:
+        if self._alive and self.rng.random() < 0.5:
+            self._alive[-1][0].rebalance([])
+        worker = self.world.worker()
+        self._alive.append((worker, worker.run(choose=self.rng.choice)))
+
+    def _step(self) -> None:
+        one = self.rng.choice(self._alive)
+        if not step(one[1]):
+            self._alive.remove(one)
+
+
+def rebuild(world: World, partition: int) -> WatermarksSetBack | None:
+    """What `recur state rebuild` does to a partition, at one moment."""
+    plan: WatermarksSetBack | None = finish(world.rebuild().take_back(partition))
+    return plan
+
+
+class Brittle(Checkpoint):
+    """Its computation fails for :data:`POISON`."""
+
+    def __init__(self) -> None:
+        sound = small_checkpoint()
+        super().__init__(sound.network, sound.header)
+
+    def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if (raw[:, 0] == POISON).any():
+            raise FloatingPointError("it fails")
+        return super().encode(raw)

@@ -1,0 +1,203 @@
+"""States of another log: a topic created again, a changed partition count, an unknown format."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from pipeline.admin.rebuild_states import WatermarksSetBack
+from pipeline.errors import StartupError
+from pipeline.kafka.polls import Chunk, Poll
+from pipeline.messages.scores import decode_score
+from pipeline.scoring import topic_id_cache
+from pipeline.storage.watermark import Watermark
+from pipeline.topic_id import NO_ID
+from tests.fakes.memory import MemoryStateStore
+from tests.fakes.memory_workers import (
+    MemoryWorker,
+    World,
+    finish,
+)
+from tests.pipeline.scoring.helpers import (
+    die,
+    read_on,
+    rebuild,
+    run_until_killed,
+    save_elsewhere,
+    when_nth,
+)
+
+pytestmark = pytest.mark.usefixtures("no_waits")
+
+
+@pytest.mark.parametrize(
+    ("watermark", "message"),
+    [
+        (Watermark(8, 0, 0, 1).to_bytes(), "had 8 partitions; it has 1.*RECUR_REDIS_KEY_PREFIX"),
+        (
+            Watermark(1, 9, 0, 1).to_bytes(),
+            "past the end of transactions-0.*RECUR_REDIS_KEY_PREFIX",
+        ),
+        (b"of a version to come", "watermark of transactions-0.*RECUR_REDIS_KEY_PREFIX"),
+    ],
+    ids=["partition count", "log recreated", "format"],
+)
+def test_states_that_do_not_belong_to_the_log_end_the_worker_with_what_to_do(
+    watermark: bytes, message: str
+) -> None:
+    world = World(topic_partitions=1)
+    for _ in range(5):
+        world.produce("A")
+    world.store.watermarks[0] = watermark
+
+    with pytest.raises(StartupError, match=message):
+        finish(world.worker().run())
+
+    assert world.scores(0) == {}
+    assert world.store.watermarks == {0: watermark}
+
+
+def test_a_scores_topic_that_was_recreated_is_no_reason_to_forget_where_ones_scores_are() -> None:
+    world = World(topic_partitions=1)
+    for _ in range(20):
+        world.produce("A")
+    save_elsewhere(world, 0, Watermark(1, 0, scores_offset=10**6, writer=1))
+    world.interrupt(when_nth("before save", 0, die))
+    run_until_killed(world.worker())
+    assert len(world.scores(0)) == 8
+
+    read_on(world)
+
+    world.assert_all_applied()
+
+
+@pytest.mark.parametrize("is_emptied", [False, True], ids=["went back", "emptied"])
+def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost_data(
+    is_emptied: bool,
+) -> None:
+    """A late commit is further than the watermark tells that the log before was worked on."""
+    world = World(topic_partitions=1, on_new_log="begin", review_threshold=0.0)
+    world.produce("A")
+    finish(world.worker().run())
+    old = world.store.watermarks[0]
+    for topic in ("transactions", "alerts"):
+        world.kafka.recreate(world.settings.topic(topic))
+    world.store.states.clear()
+    if is_emptied:
+        world.store.watermarks.clear()
+    assert is_emptied or Watermark.from_bytes(old).next_offset == 1
+    generation = world.kafka.join("recur", "transactions", 0)
+    world.kafka.commit("recur", "transactions", 0, 4, generation)
+    worker = world.worker()
+    if is_emptied:  # given the partition, a worker looks at its watermark
+        finish(worker.processor.process(Poll({0: Chunk(4, 4, [])})))
+    for _ in range(6):
+        world.produce("A")
+
+    finish(worker.run())
+
+    assert world.alerts() == {f"transactions:0:{offset}": 1 for offset in range(6)}
+
+
+def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
+    """The topic was recreated: the offsets of scores that are out mean other transactions."""
+    world = World(topic_partitions=1)
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    world.kafka.recreate("transactions")
+    world.produce("A", "t-new")
+    with pytest.raises(
+        StartupError, match=r"topic id \S+ then, \S+ now.*recur state rebuild --new-log"
+    ):
+        finish(world.worker().run())
+
+    assert rebuild(world, 0) == WatermarksSetBack(0, 0, 1)
+    read_on(world)
+
+    first, second = world.scores(0)[0]
+    assert decode_score(second).transaction_id == "t-new"
+    assert decode_score(second).features["transactions_seen"] == 1
+    assert decode_score(first).transaction_id != "t-new"
+
+
+@pytest.mark.parametrize("count", [5, 10, 25], ids=["shorter", "as long", "longer"])
+@pytest.mark.parametrize("runs_on", [True, False])
+@pytest.mark.parametrize("policy", ["stop", "begin"])
+def test_nothing_of_a_log_that_was_made_again_is_skipped(
+    count: int, runs_on: bool, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a worker that starts, and by one that works on the partition as if nothing had been."""
+    monkeypatch.setattr(topic_id_cache, "MAX_AGE_SECONDS", 0.0)
+    world = World(topic_partitions=1, on_new_log=policy)
+    for _ in range(10):
+        world.produce("A")
+    worker = world.worker()
+    finish(worker.run())
+    watermark = world.store.watermarks[0]
+    world.kafka.recreate("transactions")
+    for i in range(count):
+        world.produce("A", f"new-{i}")
+
+    async def go_on(worker: MemoryWorker) -> None:
+        await worker.run()
+        await worker.ownership.check_topic_id()  # where no record shows it
+        await worker.run()
+
+    if policy == "stop":
+        with pytest.raises(StartupError, match=r"topic id \S+ then, \S+ now"):
+            finish(go_on(worker if runs_on else world.worker()))
+        assert world.store.watermarks[0] == watermark
+        assert all(len(said) == 1 for said in world.scores(0).values())
+        assert len(world.scores(0)) == 10
+        return
+    finish(go_on(worker if runs_on else world.worker()))
+
+    said = [decode_score(value) for values in world.scores(0).values() for value in values]
+    new = {s.transaction_id: s for s in said if s.transaction_id.startswith("new-")}
+    assert len(said) == 10 + count
+    assert sorted(new) == sorted(f"new-{i}" for i in range(count))
+    assert new["new-0"].features["transactions_seen"] == 1
+    assert new[f"new-{count - 1}"].features["transactions_seen"] == count
+    assert world.watermark(0) == count
+
+
+def test_scores_of_a_log_before_are_not_taken_for_those_of_the_new_one() -> None:
+    """Redis has lost its data, and with them where the new log's scores begin."""
+    world = World(topic_partitions=1, on_new_log="begin")
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    world.kafka.recreate("transactions")
+    for i in range(10):
+        world.produce("A", f"new-{i}")
+    finish(world.worker().run())
+    before = world.scores(0)
+    world.store.restore(MemoryStateStore())
+    world.produce("A", "newest")
+
+    read_on(world)
+
+    assert {k: v for k, v in world.scores(0).items() if k < 10} == before
+    assert [len(values) for _, values in sorted(world.scores(0).items())] == [2] * 10 + [1]
+
+
+def test_a_watermark_without_ids_adopts_those_that_it_finds() -> None:
+    """An older version wrote it."""
+    world = World(topic_partitions=1)
+    for _ in range(10):
+        world.produce("A")
+    finish(world.worker().run())
+    mark = Watermark.from_bytes(world.store.watermarks[0])
+    old = struct.pack("<B3xIqqQ", 1, 1, mark.next_offset, mark.scores_offset, 7)
+    world.store.watermarks[0] = old
+    assert Watermark.from_bytes(old).log_id == NO_ID
+    world.produce("A")
+
+    read_on(world)
+
+    found = Watermark.from_bytes(world.store.watermarks[0])
+    assert found.log_id == mark.log_id != NO_ID
+    assert (found.scores_log_id, found.next_offset) == (mark.scores_log_id, 11)
+    world.assert_all_applied()
