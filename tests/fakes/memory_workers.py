@@ -662,7 +662,9 @@ class MemoryWorker:
                 concluding.close()
 
     def count(self, name: str, **labels: str) -> float:
-        """A metric's value."""
+        """Return a metric's value; 0 for labels without a value yet."""
+        families = {family.name for family in self.metrics.registry.collect()}
+        assert any(name.startswith(family) for family in families), f"no metric {name}"
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 

@@ -26,7 +26,7 @@ POISON = 666.0
 
 
 def at(number: int, act: Callable[[], object]) -> Callable[[str], None]:
-    """Do something at the n-th step."""
+    """Act at the n-th step."""
     steps = iter(range(number + 1))
 
     def interrupt(name: str) -> None:
@@ -37,7 +37,7 @@ def at(number: int, act: Callable[[], object]) -> Callable[[str], None]:
 
 
 def when(name: str, act: Callable[[], object], times: int = 1) -> Callable[[str], None]:
-    """Do something at the first steps of this name."""
+    """Act at the first steps of this name."""
     left = iter(range(times))
 
     def interrupt(step_name: str) -> None:
@@ -48,7 +48,7 @@ def when(name: str, act: Callable[[], object], times: int = 1) -> Callable[[str]
 
 
 def nothing(name: str) -> None:
-    """Every step happens."""
+    """Let every step happen."""
 
 
 def die() -> None:
@@ -67,20 +67,20 @@ def next_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
 
 
 def one_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
-    """Process the next poll alone."""
+    """Process only the next poll."""
     poll = next_poll(worker, records_max)
     finish(worker.process(poll))
     return poll
 
 
 def lose_everything(world: World) -> None:
-    """The store is empty, as another Redis or another model's keys are."""
+    """Empty the store, as a loss of data or another model does."""
     world.store.watermarks.clear()
     world.store.states.clear()
 
 
 def produce_everywhere(world: World) -> None:
-    """A transaction in each partition: without any, nobody looks at its states."""
+    """Produce a transaction in each partition: without any, no worker loads its states."""
     for partition in world.partitions:
         world.produce(world.account_in(partition))
 
@@ -100,7 +100,7 @@ def small_world(**settings: Any) -> World:
 
 
 def when_nth(name: str, number: int, act: Callable[[], object]) -> Callable[[str], None]:
-    """Do something at the n-th step of this name."""
+    """Act at the n-th step of this name."""
     left = iter(range(number + 1))
 
     def interrupt(step_name: str) -> None:
@@ -111,12 +111,12 @@ def when_nth(name: str, number: int, act: Callable[[], object]) -> Callable[[str
 
 
 def save_elsewhere(world: World, partition: int, watermark: Watermark) -> None:
-    """What another worker's save leaves."""
+    """Write a watermark as another worker does."""
     world.store.watermarks[partition] = watermark.to_bytes()
 
 
 def note(names: list[str], name: str) -> Callable[[str], None]:
-    """Write down each step of this name."""
+    """Record each step of this name."""
 
     def interrupt(step_name: str) -> None:
         if step_name == name:
@@ -126,10 +126,12 @@ def note(names: list[str], name: str) -> Callable[[str], None]:
 
 
 class Simulation:
-    """Workers that all think they own everything, killed and overtaken at any step.
+    """Workers that all believe they own everything, killed and overtaken at any step.
+    The group gives the partitions to each new worker; the old ones may hear of it or not. The
 
     The group gives the partitions to each new worker; the old ones may hear of it or not. The
-    store may go back to what it was.
+    The group assigns the partitions to each new worker; the old ones may learn of it or not. The
+    store may be set back to a snapshot.
     """
 
     def __init__(self, seed: int, workers_max: int, **settings: Any) -> None:
@@ -143,11 +145,11 @@ class Simulation:
         )
         self.world.produce_many(50, seed=seed)
         self._snapshots = [self.world.store.copy()]
-        self.also: tuple[float, Callable[[], None]] = 0.0, lambda: None  # done now and then
+        self.also: tuple[float, Callable[[], None]] = 0.0, lambda: None  # done at random times
         self._alive: list[tuple[MemoryWorker, Coroutine[Any, Any, None]]] = []
 
     def run(self) -> World:
-        """As many steps as the seed wants, and then all workers to their end."""
+        """Run as many steps as the seed says, then all workers to their end."""
         for _ in range(self.rng.randrange(50, 400)):
             if not self._alive:
                 self._start()
@@ -186,13 +188,13 @@ class Simulation:
 
 
 def rebuild(world: World, partition: int) -> WatermarksSetBack | None:
-    """What `recur state rebuild` does to a partition, at one moment."""
+    """Set a partition's watermark back as `recur state rebuild` does."""
     plan: WatermarksSetBack | None = finish(world.rebuild().take_back(partition))
     return plan
 
 
 class Brittle(Checkpoint):
-    """Its computation fails for :data:`POISON`."""
+    """A checkpoint whose computation fails for :data:`POISON`."""
 
     def __init__(self) -> None:
         sound = small_checkpoint()

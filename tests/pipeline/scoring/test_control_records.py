@@ -17,10 +17,10 @@ pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 @pytest.mark.parametrize("records_max", [1, 2, 3, 100])
-def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
+def test_a_forgotten_account_starts_without_a_state(
     records_max: int,
 ) -> None:
-    """Where the instruction stands in the account's order counts, wherever a poll is cut."""
+    """The position of the control record in the log counts, not the end of a poll."""
     world = World(topic_partitions=1)
     for amount in (20.0, 500.0):
         world.produce("A", amount=amount)
@@ -28,7 +28,7 @@ def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
     _, forgotten = world.forget("A")
     world.produce("A", "again", amount=30.0)
     world.forget("A")
-    world.produce("A", "again", amount=40.0)  # no repeat: the id is forgotten, too
+    world.produce("A", "again", amount=40.0)  # no duplicate: the id is forgotten, too
     world.forget("B")
     world.forget("A")
     world.forget("A")
@@ -48,8 +48,8 @@ def test_an_account_that_is_forgotten_begins_anew_at_its_next_transaction(
     assert worker.count("recur_rejected_total", reason="control") == 0
 
 
-def test_forgetting_is_not_undone_by_what_is_held_in_memory() -> None:
-    """The next poll is computed before the state is deleted in the store."""
+def test_states_in_memory_do_not_undo_a_forget_request() -> None:
+    """The next poll is computed before the store deletes the state."""
     world = World(topic_partitions=1)
     world.produce("A", "t-1", amount=900.0)
     worker = world.worker()
@@ -68,8 +68,8 @@ def test_forgetting_is_not_undone_by_what_is_held_in_memory() -> None:
     world.assert_all_applied()
 
 
-def test_an_instruction_that_was_applied_is_dropped_when_it_comes_again() -> None:
-    """What the account did since stays, in the store and in the poll that comes again."""
+def test_an_applied_control_record_is_dropped_when_redelivered() -> None:
+    """Later transactions of the account stay, in the store and in the redelivered poll."""
     world = World(topic_partitions=1)
     world.produce("A")
     world.forget("A")
@@ -85,13 +85,13 @@ def test_an_instruction_that_was_applied_is_dropped_when_it_comes_again() -> Non
 
     world.assert_all_applied(alerts_once=True)
     world.produce("A", amount=90.0)
-    both = world.worker()  # a poll of what is applied and of what is not
+    both = world.worker()  # a poll of applied and new records
     finish(both.process(Poll({0: Chunk(0, 5, world.kafka.records("transactions", 0))})))
     world.assert_all_applied(alerts_once=True)
     assert both.count("recur_accounts_forgotten_total") == 0
 
 
-def test_of_an_account_whose_transactions_after_it_fail_nothing_is_left() -> None:
+def test_a_forgotten_account_whose_later_transactions_fail_has_no_state() -> None:
     world = World(topic_partitions=1)
     world.produce("A")
     world.forget("A")
@@ -104,7 +104,7 @@ def test_of_an_account_whose_transactions_after_it_fail_nothing_is_left() -> Non
     assert sorted(world.scores(0)) == [0, 3]
 
 
-def test_an_instruction_to_look_changes_nothing() -> None:
+def test_a_control_record_to_look_changes_nothing() -> None:
     world = World(topic_partitions=1)
     world.produce("A")
     world.produce_raw(None, b"", [(CONTROL_HEADER, b"look")])

@@ -18,7 +18,7 @@ from tests.pipeline.scoring.helpers import one_poll, read_on
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_goes_on() -> None:
+def test_rejected_records_become_dead_letters_and_the_others_are_scored() -> None:
     world = World(topic_partitions=1)
     world.produce("A")
     world.produce_raw(b"A", b"\xff junk")
@@ -69,10 +69,10 @@ def test_rejected_records_go_to_dead_letter_with_reason_and_place_and_the_rest_g
         assert worker.count("recur_rejected_total", reason=reason) == reasons.count(reason)
 
 
-def test_the_log_tells_of_rejected_records_by_reason_once_a_minute(
+def test_rejected_records_are_logged_once_a_minute_for_each_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """So that one sees at once that all of a producer's are; without a word of what was sent."""
+    """The log shows at once that all records of a producer are rejected, but no payload."""
     now_ms = [0]
     letters = DeadLetters("transactions", 100, Metrics(CollectorRegistry()), lambda: now_ms[0])
 
@@ -99,7 +99,7 @@ def test_the_log_tells_of_rejected_records_by_reason_once_a_minute(
     ("key_bytes", "value_bytes", "truncated"),
     [(10, 100, False), (10, 101, True), (101, 10, True), (1000, 1_000_000, True)],
 )
-def test_what_is_too_long_for_dead_letter_is_truncated_and_marked(
+def test_a_long_dead_letter_is_truncated_and_marked(
     key_bytes: int, value_bytes: int, truncated: bool
 ) -> None:
     world = World(topic_partitions=1, dead_letter_value_max_bytes=100)
@@ -139,7 +139,7 @@ def test_rejected_records_alone_advance_the_watermark() -> None:
     assert worker.count("recur_transactions_total") == 0
 
 
-def test_rejected_records_of_what_was_applied_are_not_sent_again() -> None:
+def test_applied_rejected_records_are_not_sent_again() -> None:
     world = World(topic_partitions=1)
     for _ in range(5):
         world.produce_raw(b"A", b"junk")

@@ -81,7 +81,7 @@ def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> N
 def test_workers_killed_again_and_again_say_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while they recover, and with published scores that are read piece by piece."""
+    """Workers are killed during recovery, too, and read published scores in pieces."""
     monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     rng = random.Random(seed)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 @pytest.mark.parametrize(("reset", "scored"), [("earliest", 20), ("latest", 10)])
-def test_a_new_group_begins_by_its_reset_policy(reset: str, scored: int) -> None:
+def test_a_new_group_starts_where_its_reset_policy_says(reset: str, scored: int) -> None:
     world = World(topic_partitions=1, kafka_auto_offset_reset=reset)
     for _ in range(10):
         world.produce("A")
@@ -28,7 +28,7 @@ def test_a_new_group_begins_by_its_reset_policy(reset: str, scored: int) -> None
     assert worker.count("recur_records_lost_total") == 0
 
 
-def test_a_group_that_begins_late_and_dies_before_its_first_commit_goes_on_where_it_was() -> None:
+def test_a_group_that_dies_before_its_first_commit_continues_from_its_watermark() -> None:
     world = World(topic_partitions=1, kafka_auto_offset_reset="latest")
     worker = world.worker()
     for _ in range(20):
@@ -40,5 +40,5 @@ def test_a_group_that_begins_late_and_dies_before_its_first_commit_goes_on_where
         world.produce("A")
 
     read_on(world)
-    world.produce("A")  # what comes in makes the reader see that it is past the states
+    world.produce("A")  # this record makes the worker find its states
     worker = read_on(world)

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("no_waits")
     ],
     ids=["partition count", "log recreated", "format"],
 )
-def test_states_that_do_not_belong_to_the_log_end_the_worker_with_what_to_do(
+def test_states_that_do_not_fit_the_log_end_the_worker_with_instructions(
     watermark: bytes, message: str
 ) -> None:
     world = World(topic_partitions=1)
@@ -58,7 +58,7 @@ def test_states_that_do_not_belong_to_the_log_end_the_worker_with_what_to_do(
     assert world.store.watermarks == {0: watermark}
 
 
-def test_a_scores_topic_that_was_recreated_is_no_reason_to_forget_where_ones_scores_are() -> None:
+def test_scores_are_recovered_from_the_start_of_a_recreated_scores_topic() -> None:
     world = World(topic_partitions=1)
     for _ in range(20):
         world.produce("A")
@@ -73,10 +73,10 @@ def test_a_scores_topic_that_was_recreated_is_no_reason_to_forget_where_ones_sco
 
 
 @pytest.mark.parametrize("is_emptied", [False, True], ids=["went back", "emptied"])
-def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost_data(
+def test_an_offset_committed_for_an_earlier_log_hides_no_alert_after_a_loss(
     is_emptied: bool,
 ) -> None:
-    """A late commit is further than the watermark tells that the log before was worked on."""
+    """A late commit is ahead of the offset that the watermark names for the earlier log."""
     world = World(topic_partitions=1, on_new_log="begin", review_threshold=0.0)
     world.produce("A")
     finish(world.worker().run())
@@ -90,7 +90,7 @@ def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost
     generation = world.kafka.join("recur", "transactions", 0)
     world.kafka.commit("recur", "transactions", 0, 4, generation)
     worker = world.worker()
-    if is_emptied:  # given the partition, a worker looks at its watermark
+    if is_emptied:  # a worker loads the watermark of a new partition
         finish(worker.processor.process(Poll({0: Chunk(4, 4, [])})))
     for _ in range(6):
         world.produce("A")
@@ -100,8 +100,8 @@ def test_what_a_group_committed_of_a_log_before_hides_no_alert_though_redis_lost
     assert world.alerts() == {f"transactions:0:{offset}": 1 for offset in range(6)}
 
 
-def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
-    """The topic was recreated: the offsets of scores that are out mean other transactions."""
+def test_a_recreated_topic_is_scored_from_its_start_after_a_rebuild() -> None:
+    """Published scores have offsets of the earlier log, which mean other transactions."""
     world = World(topic_partitions=1)
     for _ in range(10):
         world.produce("A")
@@ -125,10 +125,10 @@ def test_a_log_that_begins_anew_is_scored_anew_after_a_rebuild() -> None:
 @pytest.mark.parametrize("count", [5, 10, 25], ids=["shorter", "as long", "longer"])
 @pytest.mark.parametrize("runs_on", [True, False])
 @pytest.mark.parametrize("policy", ["stop", "begin"])
-def test_nothing_of_a_log_that_was_made_again_is_skipped(
+def test_no_record_of_a_recreated_topic_is_skipped(
     count: int, runs_on: bool, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a worker that starts, and by one that works on the partition as if nothing had been."""
+    """This holds for a worker that starts and for one that runs on."""
     monkeypatch.setattr(topic_id_cache, "MAX_AGE_SECONDS", 0.0)
     world = World(topic_partitions=1, on_new_log=policy)
     for _ in range(10):
@@ -142,7 +142,7 @@ def test_nothing_of_a_log_that_was_made_again_is_skipped(
 
     async def go_on(worker: MemoryWorker) -> None:
         await worker.run()
-        await worker.ownership.check_topic_id()  # where no record shows it
+        await worker.ownership.check_topic_id()  # a check without new records
         await worker.run()
 
     if policy == "stop":
@@ -163,8 +163,8 @@ def test_nothing_of_a_log_that_was_made_again_is_skipped(
     assert world.watermark(0) == count
 
 
-def test_scores_of_a_log_before_are_not_taken_for_those_of_the_new_one() -> None:
-    """Redis has lost its data, and with them where the new log's scores begin."""
+def test_scores_of_an_earlier_log_are_not_used_for_the_new_one() -> None:
+    """Redis lost its data, and with it the offset where the new log's scores start."""
     world = World(topic_partitions=1, on_new_log="begin")
     for _ in range(10):
         world.produce("A")
@@ -183,8 +183,8 @@ def test_scores_of_a_log_before_are_not_taken_for_those_of_the_new_one() -> None
     assert [len(values) for _, values in sorted(world.scores(0).items())] == [2] * 10 + [1]
 
 
-def test_a_watermark_without_ids_adopts_those_that_it_finds() -> None:
-    """An older version wrote it."""
+def test_a_watermark_without_topic_ids_adopts_the_current_ones() -> None:
+    """An older version wrote the watermark."""
     world = World(topic_partitions=1)
     for _ in range(10):
         world.produce("A")

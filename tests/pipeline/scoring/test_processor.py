@@ -21,7 +21,7 @@ from tests.pipeline.scoring.helpers import one_poll, read_on
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def test_the_steps_of_a_poll_come_in_their_order() -> None:
+def test_the_steps_of_a_poll_run_in_order() -> None:
     world = World(topic_partitions=1)
     worker = world.worker()
     world.produce("A", amount=1.0)
@@ -36,7 +36,7 @@ def test_the_steps_of_a_poll_come_in_their_order() -> None:
     one_poll(worker)
 
     names = ["load", "publish scores", "publish alerts", "publish rejected"]
-    names += ["add to merchants", "save"]  # what labels need to know comes before the states
+    names += ["add to merchants", "save"]  # notes are written before the states
     if not world.alerts():
         names.remove("publish alerts")
     assert steps == [f"{when} {name}" for name in names for when in ("before", "after")]
@@ -69,8 +69,9 @@ def test_a_clean_run_scores_and_applies_every_transaction_once(
         worker.count("recur_alerts_total", decision=decision) for decision in ("review", "decline")
     ]
     assert sum(alerts) == len(world.alerts()) > 0
-    for name in ("replayed", "scores_recovered", "guard_mismatches", "foreign_scores"):
+    for name in ("scores_recovered", "watermark_conflicts", "zombie_scores", "records_lost"):
         assert worker.count(f"recur_{name}_total") == 0
+    assert worker.count("recur_records_skipped_total", reason="applied") == 0
     for partition in world.partitions:
         assert world.kafka.committed("recur", "transactions", partition) == world.watermark(
             partition
@@ -88,7 +89,7 @@ def test_two_workers_share_the_partitions() -> None:
     world.assert_all_applied(alerts_once=True)
 
 
-def test_a_score_holds_what_the_topic_promises() -> None:
+def test_a_score_has_all_documented_fields_and_can_be_recomputed() -> None:
     world = World(topic_partitions=1)
     world.produce('A "1"%é', "t-1", amount=300.5, merchant_id="m-9", category="5411")
 
@@ -109,7 +110,7 @@ def test_a_score_holds_what_the_topic_promises() -> None:
     assert np.float32(score.score) == logits.sigmoid().numpy()[0], "cannot be recomputed"
 
 
-def test_an_alert_holds_its_score_thresholds_and_time() -> None:
+def test_an_alert_has_its_score_thresholds_and_time() -> None:
     world = World(topic_partitions=1, review_threshold=0.0, decline_threshold=1.0)
     world.produce("A")
 
@@ -127,8 +128,8 @@ def test_an_alert_holds_its_score_thresholds_and_time() -> None:
     assert alert.score == decode_score(value).score
 
 
-def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
-    """Each alert says which thresholds decided, and none comes that they did not ask for."""
+def test_new_thresholds_apply_from_the_next_micro_batch_on() -> None:
+    """Each alert names the thresholds of its decision."""
     world = World(topic_partitions=1, review_threshold=1.0, decline_threshold=1.0)
     worker = world.worker()
     world.produce("A")
@@ -147,8 +148,8 @@ def test_new_thresholds_decide_from_the_next_micro_batch_on() -> None:
     assert worker.count("recur_threshold", decision="decline") == 0.001
 
 
-def test_only_a_poll_that_was_applied_counts_as_movement() -> None:
-    """A worker that drops poll after poll is stalled, and its watchdog must see that."""
+def test_only_an_applied_poll_counts_as_progress() -> None:
+    """A worker that drops every poll is stalled, and its watchdog must notice."""
     world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()

@@ -17,7 +17,7 @@ from tests.pipeline.scoring.helpers import die, one_poll, read_on, run_until_kil
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def test_a_store_that_is_away_is_waited_for_and_nothing_is_lost() -> None:
+def test_a_worker_waits_for_redis_and_loses_nothing() -> None:
     world = World(topic_partitions=1)
     world.produce_many(40)
     worker = world.worker()
@@ -35,11 +35,11 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_is_lost() -> None:
 
     world.assert_all_applied(alerts_once=True)
     assert worker.count("recur_redis_errors_total") > 0
-    assert False in seen, "not ready while it is away"
+    assert False in seen, "not ready while Redis is down"
     assert worker.health.ready
 
 
-def test_a_broker_that_does_not_answer_is_waited_for() -> None:
+def test_a_worker_waits_for_the_broker() -> None:
     world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()
@@ -55,7 +55,7 @@ def test_a_broker_that_does_not_answer_is_waited_for() -> None:
     assert worker.count("recur_kafka_errors_total") > 0
 
 
-def test_when_nothing_can_be_published_the_worker_ends_with_nothing_saved() -> None:
+def test_a_worker_that_cannot_publish_ends_without_a_save() -> None:
     world = World(topic_partitions=1)
     world.produce_many(20)
     worker = world.worker()
@@ -72,8 +72,8 @@ def test_when_nothing_can_be_published_the_worker_ends_with_nothing_saved() -> N
     world.assert_all_applied(alerts_once=True)
 
 
-def test_an_unknown_base_offset_is_looked_up() -> None:
-    """A batch that was repeated because its first answer was lost tells no offset."""
+def test_an_unknown_offset_of_scores_is_looked_up() -> None:
+    """A batch repeated after a lost answer has no offset."""
     world = World(topic_partitions=1)
     world.produce_many(40)
 

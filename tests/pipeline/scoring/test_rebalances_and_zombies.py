@@ -31,7 +31,7 @@ from tests.seeds import seeds
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def test_a_save_that_meets_another_watermark_writes_nothing_and_goes_on_from_it() -> None:
+def test_a_save_that_finds_another_watermark_writes_nothing_and_continues_from_it() -> None:
     world = World(topic_partitions=1)
     world.produce_many(40)
     slow = world.worker()
@@ -48,7 +48,7 @@ def test_a_save_that_meets_another_watermark_writes_nothing_and_goes_on_from_it(
     assert slow.count("recur_watermark_conflicts_total") >= 1
 
 
-def test_what_another_worker_has_applied_is_dropped_and_acked() -> None:
+def test_records_applied_by_another_worker_are_dropped_and_acked() -> None:
     world = World(topic_partitions=1)
     world.produce_many(20)
     slow = world.worker()
@@ -75,7 +75,7 @@ def test_a_revoked_partition_is_neither_published_nor_saved_nor_acked() -> None:
 
         assert 0 not in poll.applied, name
         assert poll.applied[1] > 0, name
-        if name != "before save":  # that of the first watermark
+        if name != "before save":  # the save of the first watermark
             assert world.scores(0) == {}, name
             assert world.watermark(0) == 0, name
 
@@ -95,7 +95,7 @@ def test_a_partition_revoked_while_its_scores_are_published_is_not_acked() -> No
     world.assert_all_applied()
 
 
-def test_a_partition_given_back_while_it_is_worked_on_is_not_acked_by_the_old_poll() -> None:
+def test_a_poll_from_before_a_reassignment_acks_nothing() -> None:
     world = World(topic_partitions=1)
     world.produce_many(30)
     worker = world.worker()
@@ -109,8 +109,8 @@ def test_a_partition_given_back_while_it_is_worked_on_is_not_acked_by_the_old_po
     world.assert_all_applied(alerts_once=False)
 
 
-def test_another_worker_that_writes_the_first_watermark_meanwhile_is_followed() -> None:
-    """Its states are not those that were loaded before it began: they were none."""
+def test_a_first_watermark_written_by_another_worker_is_taken_over() -> None:
+    """The states loaded before that watermark are not used."""
     world = World(topic_partitions=1)
     for _ in range(20):
         world.produce("A")
@@ -130,7 +130,7 @@ def test_another_worker_that_writes_the_first_watermark_meanwhile_is_followed() 
     world.assert_all_applied(scores_once=False)
 
 
-def test_scores_of_another_worker_between_ones_own_are_counted_and_stay_the_first() -> None:
+def test_zombie_scores_between_own_scores_are_counted_and_stay_the_first() -> None:
     world = World(topic_partitions=1)
     for _ in range(40):
         world.produce("A")
@@ -145,12 +145,12 @@ def test_scores_of_another_worker_between_ones_own_are_counted_and_stay_the_firs
     assert sorted(scores) == list(range(40))
     for offset in range(10, 14):
         first, second = (decode_score(value) for value in scores[offset])
-        assert first.score == 0.125, "the first one published is the valid one"
+        assert first.score == 0.125, "the first published score is valid"
         assert second.score != 0.125
 
 
 def publish_as_zombie(world: World, start: int, stop: int, number: float = 0.125) -> None:
-    """Scores of transactions in [start, stop), whether there are such or not."""
+    """Publish scores of transactions in [start, stop), which need not exist."""
     for offset in range(start, stop):
         score = Score(
             transaction_id="t",
@@ -167,7 +167,7 @@ def publish_as_zombie(world: World, start: int, stop: int, number: float = 0.125
         world.kafka.produce("scores", b"A", msgspec.json.encode(score), partition=0)
 
 
-def test_foreign_scores_of_transactions_to_come_are_kept_and_not_said_again() -> None:
+def test_zombie_scores_of_later_transactions_are_kept_and_not_published_again() -> None:
     world = World(topic_partitions=1)
     for _ in range(30):
         world.produce("A")
@@ -180,14 +180,14 @@ def test_foreign_scores_of_transactions_to_come_are_kept_and_not_said_again() ->
     scores = world.scores(0)
     assert sorted(scores) == list(range(30))
     for offset in range(8, 11):
-        assert len(scores[offset]) == 1, "said again although another had said it"
+        assert len(scores[offset]) == 1, "published again after another worker"
     for offset in (6, 7):
-        assert len(scores[offset]) == 2, "both were under way at the same time"
+        assert len(scores[offset]) == 2, "both workers published at the same time"
     assert worker.count("recur_scores_recovered_total") == 3
 
 
-def test_a_zombies_save_that_wins_does_not_hide_what_the_owner_published() -> None:
-    """The owner has said more than the zombie, and the zombie's save comes first."""
+def test_a_zombies_successful_save_does_not_hide_the_owners_scores() -> None:
+    """The owner published more than the zombie, and the zombie saves first."""
     world = World(topic_partitions=1)
     for i in range(40):
         world.produce("A", amount=10.0 + i)
@@ -215,7 +215,7 @@ def test_a_zombies_save_that_wins_does_not_hide_what_the_owner_published() -> No
 
 
 @pytest.mark.parametrize("seed", seeds(50))
-def test_whoever_overtakes_whom_every_transaction_is_applied_once_and_none_is_lost(
+def test_every_transaction_is_applied_once_whichever_worker_overtakes(
     seed: int,
 ) -> None:
     world = Simulation(seed, workers_max=3).run()
@@ -227,7 +227,7 @@ def test_whoever_overtakes_whom_every_transaction_is_applied_once_and_none_is_lo
 
 
 @pytest.mark.parametrize("seed", seeds(30))
-def test_one_worker_after_another_on_a_store_that_goes_back_says_nothing_twice(
+def test_successive_workers_on_a_store_set_back_publish_no_score_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)

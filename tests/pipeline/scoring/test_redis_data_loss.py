@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_waits")
 
 @pytest.mark.parametrize("lose", ["everything", "half"])
 @pytest.mark.parametrize("alive", [True, False], ids=["worker alive", "new worker"])
-def test_a_store_that_went_back_is_rebuilt_and_no_score_that_exists_is_published(
+def test_states_are_computed_again_after_a_loss_and_no_score_is_published_twice(
     lose: str, alive: bool
 ) -> None:
     world = World()
@@ -62,7 +62,7 @@ def test_a_store_that_went_back_is_rebuilt_and_no_score_that_exists_is_published
     assert worker.count("recur_scores_recovered_total") > 0
 
 
-def test_a_store_that_lost_a_partition_between_load_and_save_is_rebuilt() -> None:
+def test_states_are_computed_again_after_a_loss_between_load_and_save() -> None:
     world = World(topic_partitions=1)
     world.produce_many(50)
     worker = world.worker()
@@ -75,8 +75,8 @@ def test_a_store_that_lost_a_partition_between_load_and_save_is_rebuilt() -> Non
     assert worker.count("recur_watermark_conflicts_total") >= 1
 
 
-def test_a_store_that_loses_all_before_the_groups_first_commit_is_no_new_beginning() -> None:
-    """Neither for the save that meets it, nor for the poll that is computed meanwhile."""
+def test_a_loss_before_the_groups_first_commit_does_not_count_as_a_new_group() -> None:
+    """This holds for the save that finds the loss and for the poll computed meanwhile."""
     for number in range(1, 4):
         for late in range(3):
             world = World(topic_partitions=1)
@@ -95,9 +95,11 @@ def test_a_store_that_loses_all_before_the_groups_first_commit_is_no_new_beginni
 
 
 @pytest.mark.parametrize("kept", [[], [0]])
-def test_a_poll_that_outlives_its_assignment_is_no_new_beginning(kept: list[int]) -> None:
-    """The group has committed nothing, and the store has lost where this worker began: its
-    states would begin where the poll does, and what is before it would never be applied.
+def test_a_poll_that_outlives_its_assignment_does_not_count_as_a_new_group(kept: list[int]) -> None:
+    """The worker starts from the log, not from the poll.
+
+    The group has committed nothing, and the store lost this worker's first watermark. A start at
+    the poll would skip the records before it.
     """
     world = World(topic_partitions=1)
     world.produce_many(20)
@@ -117,7 +119,7 @@ def test_a_poll_that_outlives_its_assignment_is_no_new_beginning(kept: list[int]
     world.assert_all_applied()
 
 
-def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
+def test_states_are_computed_again_after_repeated_losses() -> None:
     world = World()
     world.produce_many(60)
     worker = world.worker()
@@ -138,8 +140,8 @@ def test_a_store_that_goes_back_again_and_again_is_rebuilt() -> None:
     world.assert_all_applied()
 
 
-def test_a_chunk_past_the_watermark_is_not_applied_but_the_log_read_back() -> None:
-    # No alerts and rejections: of what is committed, as here by hand, they were published.
+def test_a_chunk_past_the_watermark_is_dropped_and_the_log_read_back() -> None:
+    # Without alerts and dead letters: the commit below claims that they were published.
     never = DecisionThresholds(review=1.0, decline=1.0)
     world = World(small_checkpoint().with_header(thresholds=never), topic_partitions=1)
     for i in range(30):
@@ -182,11 +184,11 @@ def test_a_poll_in_flight_behind_a_seek_is_dropped_without_another_seek() -> Non
     world.assert_all_applied()
 
 
-def test_another_model_begins_anew_and_keeps_the_scores_that_were_said() -> None:
+def test_another_model_starts_without_states_and_keeps_published_scores() -> None:
     world = small_world()
     read_on(world)
     before = {p: world.scores(p) for p in world.partitions}
-    lose_everything(world)  # another digest has keys of its own
+    lose_everything(world)  # another digest uses other keys
     alerts = world.alerts()
     produce_everywhere(world)
 

@@ -42,7 +42,7 @@ def test_records_lost_while_no_worker_ran_are_counted() -> None:
     assert sorted(world.scores(0)) == [*range(8), *range(25, 40)]
 
 
-def test_a_log_deleted_up_to_the_watermark_has_lost_nothing() -> None:
+def test_a_log_deleted_up_to_the_watermark_loses_no_records() -> None:
     world = World(topic_partitions=1)
     for _ in range(40):
         world.produce("A")
@@ -55,7 +55,7 @@ def test_a_log_deleted_up_to_the_watermark_has_lost_nothing() -> None:
     assert sorted(world.scores(0)) == list(range(40))
 
 
-def test_scores_that_retention_deleted_are_no_obstacle_to_a_replay() -> None:
+def test_a_replay_works_without_scores_that_retention_deleted() -> None:
     world = World(topic_partitions=1)
     world.produce_many(40)
     read_on(world)

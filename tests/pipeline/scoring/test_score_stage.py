@@ -25,8 +25,8 @@ REASON_TOLERANCE = 0.02
 """Tolerance of a weight: other sizes of micro-batches give other last bits."""
 
 
-def test_reasons_are_of_the_state_before_the_transaction_whatever_the_micro_batch() -> None:
-    """A micro-batch of many gives the reasons that as many of one give."""
+def test_reasons_depend_on_the_state_before_the_transaction_not_on_the_micro_batch() -> None:
+    """One large micro-batch gives the same reasons as many small ones."""
     found = []
     for size in (1, 100):
         world = World(topic_partitions=2, review_threshold=0.0, micro_batch_max=size)
@@ -45,7 +45,7 @@ def test_reasons_are_of_the_state_before_the_transaction_whatever_the_micro_batc
         assert dict(many[source]) == pytest.approx(dict(reasons), abs=REASON_TOLERANCE), source
 
 
-def test_a_transaction_that_makes_the_computation_fail_is_rejected_alone() -> None:
+def test_only_the_transaction_that_fails_in_the_computation_is_rejected() -> None:
     world = World()
     for i in range(30):
         world.produce(f"A{i % 5}", amount=POISON if i in (3, 4, 17) else 20.0 + i)
@@ -66,7 +66,7 @@ def test_a_transaction_that_makes_the_computation_fail_is_rejected_alone() -> No
     assert worker.count("recur_fraud_score_count") == 27
 
 
-def test_when_everything_fails_the_worker_ends_with_nothing_published() -> None:
+def test_a_worker_ends_without_publishing_if_every_computation_fails() -> None:
     world = World(topic_partitions=1, micro_batch_max=100)
     for _ in range(FAILURES_IN_A_ROW_MAX + 1):
         world.produce("A", amount=POISON)
@@ -79,7 +79,7 @@ def test_when_everything_fails_the_worker_ends_with_nothing_published() -> None:
     assert world.watermark(0) == 0
 
 
-def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> None:
+def test_a_duplicate_transaction_is_dropped_and_counted() -> None:
     world = World(topic_partitions=1, review_threshold=0.0)
     for _ in range(3):
         world.produce("A", "same", amount=300.0, timestamp=START_MS)
@@ -96,7 +96,7 @@ def test_a_repeated_transaction_id_is_dropped_and_counted_and_says_nothing() -> 
     assert world_states.last_offset == 3
 
 
-def test_a_warm_transaction_is_scored_and_raises_no_alert() -> None:
+def test_a_warm_up_transaction_is_scored_without_an_alert() -> None:
     world = World(topic_partitions=1, review_threshold=0.0)
     world.produce("A", headers=[(WARM_HEADER, b"")])
     world.produce("A", headers=[("other", b"1"), (WARM_HEADER, b"1")])
@@ -108,7 +108,7 @@ def test_a_warm_transaction_is_scored_and_raises_no_alert() -> None:
     assert world.alerts().keys() == {"transactions:0:2"}
 
 
-def test_states_are_counted_by_what_came_back() -> None:
+def test_states_are_counted_by_result() -> None:
     world = World(topic_partitions=1, state_ttl_days=1.0)
     counts: Counter[str] = Counter()
 
@@ -130,8 +130,8 @@ def test_states_are_counted_by_what_came_back() -> None:
     assert counts == {"cached": 2, "loaded": 2, "missing": 3, "refused": 1, "expired": 1}
 
 
-def test_scores_of_an_account_whose_state_was_refused_say_so_and_no_others() -> None:
-    """Also beside repeats, rejects, kept scores and another partition, and in the alerts."""
+def test_scores_of_an_account_with_an_invalid_state_are_marked() -> None:
+    """Duplicates, dead letters, published scores and another partition are not marked."""
     world = World(topic_partitions=2, review_threshold=0.0, decline_threshold=1.0)
     a, b, c = world.account_in(0), world.account_in(0, 1), world.account_in(1)
 
@@ -166,7 +166,7 @@ def test_scores_of_an_account_whose_state_was_refused_say_so_and_no_others() -> 
     assert len(marked(record.value for record in world.kafka.records("alerts"))) == 3
 
 
-def test_states_held_in_memory_are_bounded_and_none_that_is_unsaved_is_dropped() -> None:
+def test_states_in_memory_are_bounded_and_unsaved_ones_are_kept() -> None:
     world = World(topic_partitions=1, state_cache_size=0, micro_batch_max=5)
     for i in range(200):
         world.produce(f"A{i * i % 37}")
@@ -184,7 +184,7 @@ def test_states_held_in_memory_are_bounded_and_none_that_is_unsaved_is_dropped()
     world.assert_all_applied(alerts_once=True)
 
 
-def test_an_account_silent_too_long_starts_anew_also_in_a_replay() -> None:
+def test_an_account_that_was_silent_too_long_is_reset_also_in_a_replay() -> None:
     world = World(topic_partitions=1, state_ttl_days=1.0)
     for _ in range(5):
         world.produce("A")

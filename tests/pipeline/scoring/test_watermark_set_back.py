@@ -18,9 +18,10 @@ pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 @pytest.mark.parametrize("seed", seeds(40))
-def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
-    """The watermark is taken back again and again, between any two steps of the workers; what
-    stands past it never gets into a state again, although nothing deletes it.
+def test_a_rebuild_repairs_states_beside_running_workers(seed: int) -> None:
+    """The watermark is set back repeatedly, between any two steps of the workers.
+
+    Nothing deletes the states past it, but no worker uses them.
     """
     rng = random.Random(seed)
     simulation = Simulation(seed, workers_max=rng.choice([1, 3]))
@@ -41,8 +42,8 @@ def test_states_are_rebuilt_whatever_workers_do_meanwhile(seed: int) -> None:
     world.assert_all_applied(scores_once=False)
 
 
-def test_a_rebuild_mends_states_and_says_nothing_again() -> None:
-    """Of whatever kind the damage is; accounts that the log does not have stay as they are."""
+def test_a_rebuild_repairs_damaged_states_and_publishes_no_score_twice() -> None:
+    """Accounts that are not in the log keep their states."""
     world = World(topic_partitions=1)
     world.produce_many(60)
     world.produce("gone")
@@ -68,7 +69,7 @@ def test_a_rebuild_mends_states_and_says_nothing_again() -> None:
     assert {source: world.alerts()[source] for source in alerts} == alerts
 
 
-def test_what_the_log_has_no_more_keeps_its_state_in_a_rebuild() -> None:
+def test_a_rebuild_keeps_states_of_accounts_that_left_the_log() -> None:
     world = World(topic_partitions=1)
     for account in ("old", "both", "both", "new"):
         world.produce(account)
@@ -93,7 +94,7 @@ def test_what_the_log_has_no_more_keeps_its_state_in_a_rebuild() -> None:
     assert worker.count("recur_records_lost_total") == 0
 
 
-def test_without_a_watermark_there_is_nothing_to_take_back() -> None:
+def test_a_rebuild_does_nothing_without_a_watermark() -> None:
     world = World(topic_partitions=1)
     world.produce("A")
 

@@ -32,7 +32,7 @@ from tests.seeds import seeds
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def test_a_kept_score_keeps_its_decision_and_its_alert_the_thresholds_that_decided() -> None:
+def test_a_published_score_keeps_its_decision_and_its_alert_its_thresholds() -> None:
     world = World(topic_partitions=1, review_threshold=0.0, decline_threshold=1.0)
     world.produce("A")
     world.interrupt(when_nth("before save", 1, die))  # the first save is of the first watermark
@@ -61,7 +61,7 @@ def count_steps(**settings: Any) -> int:
 
 
 @pytest.mark.parametrize("number", range(count_steps()))
-def test_a_worker_killed_at_any_step_loses_nothing_and_says_nothing_twice(number: int) -> None:
+def test_a_worker_killed_at_any_step_loses_nothing_and_publishes_no_score_twice(number: int) -> None:
     world = small_world()
     world.interrupt(at(number, die))
     run_until_killed(world.worker())
@@ -75,10 +75,10 @@ def test_a_worker_killed_at_any_step_loses_nothing_and_says_nothing_twice(number
 
 
 @pytest.mark.parametrize("seed", seeds(25))
-def test_workers_killed_again_and_again_lose_nothing_and_say_nothing_twice(
+def test_workers_killed_repeatedly_lose_nothing_and_publish_no_score_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while they recover, and with published scores that are read piece by piece."""
+    """Workers are killed during recovery, too, and read published scores in pieces."""
     monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     rng = random.Random(seed)
@@ -98,8 +98,8 @@ def test_workers_killed_again_and_again_lose_nothing_and_say_nothing_twice(
     world.assert_all_applied()
 
 
-def test_after_a_kill_published_scores_are_kept_as_they_were_said() -> None:
-    """Even if the next worker would say something else: the score that is out stands."""
+def test_published_scores_stay_as_they_are_after_a_kill() -> None:
+    """A published score stands, even if the next worker computes another one."""
     world = small_world()
     world.interrupt(when_nth("before save", 4, die))
     run_until_killed(world.worker())
@@ -115,7 +115,7 @@ def test_after_a_kill_published_scores_are_kept_as_they_were_said() -> None:
     assert worker.count("recur_scores_recovered_total") == unsaved
 
 
-def test_alerts_of_scores_whose_worker_died_between_the_two_are_published() -> None:
+def test_alerts_are_published_if_the_worker_died_after_the_scores() -> None:
     world = World(topic_partitions=1, review_threshold=0.0)
     for _ in range(5):
         world.produce("A")
@@ -129,8 +129,8 @@ def test_alerts_of_scores_whose_worker_died_between_the_two_are_published() -> N
     assert sorted(world.alerts().values()) == [1] * 5
 
 
-def test_alerts_raised_again_have_the_reasons_that_they_would_have_had() -> None:
-    """Of the hidden before each one, as the log makes it, and of nothing that came later."""
+def test_alerts_published_after_a_kill_have_the_same_reasons() -> None:
+    """The reasons use the hidden state before the transaction, as the log determines it."""
     reasons = []
     for interrupt in (nothing, when("before publish alerts", die)):
         world = World(topic_partitions=1, review_threshold=0.0)
