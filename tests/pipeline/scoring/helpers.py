@@ -204,3 +204,11 @@ class Brittle(Checkpoint):
         if (raw[:, 0] == POISON).any():
             raise FloatingPointError("it fails")
         return super().encode(raw)
+
+
+def count_steps(**settings: Any) -> int:
+    world = small_world(**settings)
+    steps: list[str] = []
+    world.interrupt(steps.append)
+    finish(world.worker().run())
+    return len(steps)

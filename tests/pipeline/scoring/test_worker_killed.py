@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from tests.fakes.memory_workers import (
 )
 from tests.pipeline.scoring.helpers import (
     at,
+    count_steps,
     die,
     nothing,
     read_on,
@@ -52,16 +52,10 @@ def test_a_published_score_keeps_its_decision_and_its_alert_its_thresholds() -> 
     assert world.alerts() == {"transactions:0:0": 2}
 
 
-def count_steps(**settings: Any) -> int:
-    world = small_world(**settings)
-    steps: list[str] = []
-    world.interrupt(steps.append)
-    finish(world.worker().run())
-    return len(steps)
-
-
 @pytest.mark.parametrize("number", range(count_steps()))
-def test_a_worker_killed_at_any_step_loses_nothing_and_publishes_no_score_twice(number: int) -> None:
+def test_a_worker_killed_at_any_step_loses_nothing_and_publishes_no_score_twice(
+    number: int,
+) -> None:
     world = small_world()
     world.interrupt(at(number, die))
     run_until_killed(world.worker())
