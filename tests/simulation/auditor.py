@@ -291,7 +291,7 @@ class LabelAudit:
             Violation: they are not.
         """
         slot = merchant_slot(merchant)
-        end = store.booked.get((partition, slot), 0)
+        end = store.recorded.get((partition, slot), 0)
         expected = Profile()
         found = sorted(store.profile(merchant).frauds, key=_id)
         weights = {fraud.id_hash: fraud.weight for fraud in found}
@@ -399,7 +399,7 @@ class Auditor:
         """Slots may be booked further than before."""
         furthest = self.labels.booked_to[partition]
         for slot in slots:
-            furthest[slot] = max(furthest[slot], self._merchants.booked.get((partition, slot), 0))
+            furthest[slot] = max(furthest[slot], self._merchants.recorded.get((partition, slot), 0))
 
     def alerted(self, value: bytes | None) -> None:
         """An alert is appended."""

@@ -377,7 +377,7 @@ class BookedAgain(MerchantClient):
     ) -> LabelOutcomes:
         for label in labels:
             place = partition, merchant_slot(label.merchant_id)
-            self._store.booked[place] = min(begin, self._store.booked.get(place, 0))
+            self._store.recorded[place] = min(begin, self._store.recorded.get(place, 0))
         return await super().record_labels(partition, labels, begin, end)
 
 

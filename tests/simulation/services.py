@@ -161,7 +161,7 @@ class MerchantClient:
         def book(slots: range) -> None:
             for slot in slots:
                 booked = [labels[i] for i in parts[slot]]
-                replies[slot] = self._store.book_slot(slot, partition, booked, begin, end)
+                replies[slot] = self._store.record_slot(slot, partition, booked, begin, end)
                 for label in booked:
                     self._auditor.label_booked(partition, label)
             self._auditor.booked_to(partition, slots)

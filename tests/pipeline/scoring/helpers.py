@@ -127,9 +127,7 @@ def note(names: list[str], name: str) -> Callable[[str], None]:
 
 class Simulation:
     """Workers that all believe they own everything, killed and overtaken at any step.
-    The group gives the partitions to each new worker; the old ones may hear of it or not. The
 
-    The group gives the partitions to each new worker; the old ones may hear of it or not. The
     The group assigns the partitions to each new worker; the old ones may learn of it or not. The
     store may be set back to a snapshot.
     """

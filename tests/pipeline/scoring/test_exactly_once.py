@@ -105,9 +105,7 @@ def test_workers_killed_repeatedly_publish_nothing_twice(
 def test_nothing_is_published_twice_whichever_worker_overtakes(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zombies, deaths at any step and a store that goes back: where it is at least once without
-    transactions, it is exactly once with them.
-    """
+    """Zombies, deaths at any step and a store set back cause no duplicate in transactions."""
     monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     world = Simulation(seed, workers_max=3, processing_guarantee="exactly_once").run()
