@@ -48,11 +48,12 @@ from tests.fakes.running_pipeline import PipelineUnderTest, until
 
 DAY_MS = 86_400_000
 OWN_UPDATES = 400
-"""Of what a payment explains: a tenth of a training's."""
+"""Training steps of the merchant weights: a tenth of a real training."""
 
 TOLERANCE = 2e-3
-"""Largest difference of a score: hiddens are float16, and a matrix product's last bits depend on
-its size."""
+"""Scores that differ by at most this count as equal.
+
+Hidden states are float16, and the last bits of a matrix product depend on its size."""
 
 
 @dataclass

@@ -621,4 +621,4 @@ def _copy(store: MemoryMerchantStore) -> MemoryMerchantStore:
 def _restore(store: MemoryMerchantStore, other: MemoryMerchantStore) -> None:
     store.profiles = dict(other.profiles)
     store.notes = dict(other.notes)
-    store.booked = dict(other.booked)
+    store.recorded = dict(other.recorded)

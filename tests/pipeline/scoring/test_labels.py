@@ -353,7 +353,7 @@ def test_a_label_worker_waits_for_redis() -> None:
 def lost(world: World) -> None:
     world.merchants.profiles.clear()
     world.merchants.notes.clear()
-    world.merchants.booked.clear()
+    world.merchants.recorded.clear()
 
 
 def test_lost_labels_are_recorded_again_from_the_start_of_the_log() -> None:
@@ -375,17 +375,17 @@ def test_labels_lost_meanwhile_are_recorded_again_by_the_same_worker() -> None:
     worker = LabelWorker(world)
     produce_label(world, "t1")
     worker.run()
-    profiles, booked = dict(world.merchants.profiles), dict(world.merchants.booked)
+    profiles, booked = dict(world.merchants.profiles), dict(world.merchants.recorded)
     for transaction in ("t2", "t3"):
         produce_label(world, transaction)
     worker.run()
 
-    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
+    world.merchants.profiles, world.merchants.recorded = dict(profiles), dict(booked)
     produce_label(world, "t4")
     worker.run()
     assert known(world) == ["t1", "t2", "t3", "t4"]
 
-    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
+    world.merchants.profiles, world.merchants.recorded = dict(profiles), dict(booked)
     finish(worker.labels.look())
     worker.run()
     assert known(world) == ["t1", "t2", "t3", "t4"]
@@ -393,7 +393,7 @@ def test_labels_lost_meanwhile_are_recorded_again_by_the_same_worker() -> None:
     finish(worker.labels.look())
     assert worker.consumer.poll() is None
 
-    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
+    world.merchants.profiles, world.merchants.recorded = dict(profiles), dict(booked)
     other = LabelWorker(world)  # it got no label yet
     finish(other.labels.look())
     other.run()
@@ -442,7 +442,7 @@ def test_a_poll_that_outlives_its_assignment_does_not_affect_the_next_one() -> N
     assert late is not None
 
     def take_and_give(name: str) -> None:
-        if name == "after book":
+        if name == "after record labels":
             world.interrupt(lambda name: None)
             other = LabelWorker(world)
             other.run()
@@ -461,7 +461,7 @@ def test_a_partition_revoked_meanwhile_is_not_acked() -> None:
     worker = LabelWorker(world)
 
     def revoke(name: str) -> None:
-        if name == "after book":
+        if name == "after record labels":
             worker.labels.assign(())
 
     world.interrupt(revoke)
