@@ -1,11 +1,12 @@
 """Ids of topics: they tell a recreated log from the one before it.
 
-Name and offsets cannot tell the two apart. So a watermark holds the id of its states' log.
+Name and offsets cannot tell the two apart. So a watermark holds the id of its states' log, and a
+committed offset holds it in the metadata that Kafka stores with it.
 """
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64encode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 
 from pipeline.errors import StartupError
 
@@ -25,6 +26,41 @@ def shown(log_id: bytes) -> str:
     'AAECAwQFBgcICQoLDA0ODw'
     """
     return urlsafe_b64encode(log_id).decode().rstrip("=")
+
+
+class LogOffset(int):
+    """An offset that tells which log it is of.
+
+    Attributes:
+        log_id: :data:`NO_ID` where nobody told.
+    """
+
+    log_id: bytes
+
+    def __new__(cls, offset: int, log_id: bytes = NO_ID) -> LogOffset:
+        made = super().__new__(cls, offset)
+        made.log_id = log_id
+        return made
+
+
+def log_of(offset: int) -> bytes:
+    """The id of the log that an offset is of; :data:`NO_ID` for one that does not tell."""
+    return offset.log_id if isinstance(offset, LogOffset) else NO_ID
+
+
+def commit_metadata(offset: int) -> str:
+    """What is committed with an offset, so that it tells its log."""
+    log_id = log_of(offset)
+    return "" if log_id == NO_ID else shown(log_id)
+
+
+def committed_offset(offset: int, metadata: str | None) -> LogOffset:
+    """An offset as it was committed; metadata that this version did not write tell no log."""
+    try:
+        log_id = urlsafe_b64decode(f"{metadata or ''}==")
+    except ValueError:
+        log_id = NO_ID
+    return LogOffset(offset, log_id if len(log_id) == len(NO_ID) else NO_ID)
 
 
 def other_log(topic: str, known: bytes, found: bytes, what: str = "states") -> StartupError:

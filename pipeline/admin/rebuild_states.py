@@ -10,7 +10,7 @@ count as absent until they are computed again; that they are deleted as well onl
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from pipeline.admin.control import send_instruction
 from pipeline.admin.wait import until_applied
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, SettingsError
+from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
@@ -31,7 +32,7 @@ from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.storage.watermark import Watermark
-from pipeline.topic_id import NO_ID, is_other
+from pipeline.topic_id import NO_ID, is_other, log_of
 from pipeline.units import DAY_SECONDS
 
 WAIT_SECONDS = float(DAY_SECONDS)
@@ -61,16 +62,24 @@ class Rebuild:
         topic, scores_topic: full names.
         partitions: partition count of both.
         store, logs: where watermarks are, and where logs begin and end.
+        committed: the group's offsets; a log that was cut off has those of its lost end, too.
     """
 
     def __init__(
-        self, topic: str, scores_topic: str, partitions: int, store: StateStore, logs: ScoreLog
+        self,
+        topic: str,
+        scores_topic: str,
+        partitions: int,
+        store: StateStore,
+        logs: ScoreLog,
+        committed: Mapping[int, int],
     ) -> None:
         self._topic = topic
         self._scores_topic = scores_topic
         self._partitions = partitions
         self._store = store
         self._logs = logs
+        self._committed = committed
 
     async def look(self, partition: int) -> WatermarksSetBack | None:
         """What would be computed again; None for a partition without a watermark.
@@ -122,6 +131,9 @@ class Rebuild:
         if is_new_log:
             scores_begin = scores.end
         end = max(bounds.begin, min(standing.next_offset, bounds_end))
+        stale_to = standing.stale_to
+        if is_new_log:
+            stale_to = max(stale_to, standing.next_offset, self._stale(partition, log_id))
         mark = Watermark(
             self._partitions,
             bounds.begin,
@@ -130,12 +142,21 @@ class Rebuild:
             log_id,
             scores_log_id,
             scores_begin,
-            max(standing.stale_to, standing.next_offset) if is_new_log else standing.stale_to,
+            stale_to,
         )
         plan = WatermarksSetBack(
             partition, bounds.begin, bounds_end if is_new_log else end, is_new_log
         )
         return plan, loaded.watermark, mark
+
+    def _stale(self, partition: int, log_id: bytes) -> int:
+        """The committed offset, which may be further than the watermark and of the log before.
+
+        One that tells another log needs no bound. One that tells this log was committed before its
+        end was lost.
+        """
+        committed = self._committed.get(partition, 0)
+        return 0 if is_other(log_of(committed), log_id) else committed
 
 
 async def rebuild_lines(
@@ -167,7 +188,8 @@ async def rebuild_lines(
     logs = KafkaScoreLog(settings)
     try:
         await logs.start()
-        rebuild = Rebuild(topic, settings.topic("scores"), count, store, logs)
+        committed = await committed_offsets(settings)
+        rebuild = Rebuild(topic, settings.topic("scores"), count, store, logs, committed)
         await _check_counts(store, topic, count, partitions)
         wanted = list(range(count)) if partitions is None else list(partitions)
         labels: list[int] = []

@@ -39,6 +39,7 @@ from pipeline.kafka.producer import (
     is_refusal,
 )
 from pipeline.settings import Settings
+from pipeline.topic_id import commit_metadata
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,10 @@ class PartitionProducer(KafkaProducer):
             self._append({self._partition: output.scores} if output.scores else {}),
             self._send(self._alerts_topic, output.alerts),
             self._send(self._dead_letter_topic, output.rejected),
-            producer.send_offsets_to_transaction({self._source: output.next_offset}, self._group),
+            producer.send_offsets_to_transaction(
+                {self._source: (output.next_offset, commit_metadata(output.next_offset))},
+                self._group,
+            ),
             return_exceptions=True,  # aiokafka would commit the rest of the transaction
         )
         errors = [result for result in results if isinstance(result, BaseException)]

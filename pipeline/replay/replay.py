@@ -22,11 +22,12 @@ from rich.table import Table
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
+from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.progress import bar_for
 from pipeline.replay.producer import Block, Feed, ahead, encode_block
 from pipeline.replay.report import Readers, SentRows, Truth, gather_outcome, lost, report_rows
-from pipeline.replay.score_counter import TopicReader, committed_offsets
+from pipeline.replay.score_counter import TopicReader
 from pipeline.settings import Settings
 from pipeline.units import DAY_MS
 

@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka_errors
-from aiokafka.admin import AIOKafkaAdminClient
 from numpy.typing import NDArray
 
 from pipeline.errors import RecurError
@@ -215,28 +214,3 @@ class TopicReader:
             f"cannot read topic {self.topic} at {self._settings.kafka_bootstrap_servers}"
             f" ({type(error).__name__}): see that the broker is up"
         )
-
-
-async def committed_offsets(settings: Settings) -> dict[int, int]:
-    """How far the workers' group has come, by partition of the transactions topic.
-
-    A partition without commits is not in it; none is while the broker finds the group's state.
-
-    Raises:
-        RecurError: the broker is away.
-    """
-    admin = AIOKafkaAdminClient(**settings.kafka_client_options())
-    topic = settings.topic("transactions")
-    try:
-        await admin.start()
-        found = await admin.list_consumer_group_offsets(settings.kafka_group_id)
-    except kafka_errors.GroupCoordinatorNotAvailableError:  # so is a broker's before any group
-        return {}
-    except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
-        raise RecurError(
-            f"cannot ask the broker at {settings.kafka_bootstrap_servers} for the offsets of group"
-            f" {settings.kafka_group_id} ({type(error).__name__}): see that it is up"
-        ) from error
-    finally:
-        await admin.close()
-    return {place.partition: at.offset for place, at in found.items() if place.topic == topic}

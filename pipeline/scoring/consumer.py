@@ -9,7 +9,7 @@ class PartitionConsumer(Protocol):
     """The consumer of one topic, as far as recovery needs it."""
 
     async def committed(self, partition: int) -> int | None:
-        """Return the group's committed offset; None for a group without one.
+        """Return the group's committed offset, with its topic id; None for a group without one.
 
         Raises:
             LogUnavailableError: the broker does not answer.

@@ -49,7 +49,8 @@ class OwnedPartition:
         producer_epoch: epoch of this worker's transactions; with exactly-once processing only.
         log_id, scores_log_id: ids of the topics that the offsets refer to.
         scores_begin: offset in its scores partition; earlier scores belong to another log.
-        stale_to: committed offsets up to this one may refer to an earlier log.
+        stale_to: committed offsets up to this one may refer to an earlier log, unless they
+            name another.
         recovery: present until all published scores are read.
         neighbour: the watermark before it; during a save, the one after it.
         states: computed states of accounts (None: no state). The store has them, or gets them

@@ -72,9 +72,8 @@ class PartitionManager:
         self._log_id = self.recovery.log_id
         self._assigned: set[int] = set()
         self._owned: dict[int, OwnedPartition] = {}
-        # The topic's id when fetching of each partition started, and the epoch of that fetch.
-        # An older chunk may belong to an earlier log.
-        self._fetched_of: dict[int, bytes] = {}
+        self._fetched_of = self.recovery.fetched_of
+        # Epoch of the last seek of each partition. An older chunk may belong to an earlier log.
         self._epochs: dict[int, int] = {}
 
     async def learn_topic_id(self) -> None:

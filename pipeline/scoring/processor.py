@@ -48,6 +48,7 @@ from pipeline.storage.account_state import AccountStates
 from pipeline.storage.merchant_store import MerchantStore
 from pipeline.storage.state_store import Load, LoadResult, Save, StateStore
 from pipeline.timestamps import are_record_times
+from pipeline.topic_id import LogOffset
 from pipeline.units import DAY_MS
 
 MAX_LATENCY_AGE_MS = DAY_MS
@@ -368,7 +369,7 @@ class Processor:
                     batch.scores,
                     batch.alerts,
                     batch.dead_letters,
-                    max(batch.end, owned.committed),
+                    LogOffset(max(batch.end, owned.committed), owned.log_id),
                     owned.producer_epoch,
                 )
         committed = await transactions.commit(outputs)
@@ -499,6 +500,7 @@ class Processor:
         """Allow the commit of saved offsets, unless a transaction committed them."""
         for batch in batches if self._transactions is None else ():
             if batch.is_saved and self._partitions.owns(batch.partition, batch.owned):
-                poll.applied[batch.partition] = batch.end
+                log_id = batch.partition_owned.log_id
+                poll.applied[batch.partition] = LogOffset(batch.end, log_id)
         if any(batch.is_saved for batch in batches):
             self._health.moved()

@@ -30,7 +30,7 @@ from pipeline.scoring.topic_id_cache import TopicIdCache
 from pipeline.scoring.watermark_check import check_watermark, read_watermark
 from pipeline.storage.state_store import Load, Save, StateStore
 from pipeline.storage.watermark import Watermark
-from pipeline.topic_id import is_other, other_log, shown
+from pipeline.topic_id import NO_ID, is_other, log_of, other_log, shown
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class PartitionRecovery:
         self._publications: Counter[int] = Counter()
         # A poll may outlive its assignment. If it finds no watermark, data was lost.
         self._ever_owned: set[int] = set()
+        # The topic's id when fetching of each partition started.
+        self.fetched_of: dict[int, bytes] = {}
 
     # take over ---------------------------------------------------------------------------
 
@@ -109,18 +111,11 @@ class PartitionRecovery:
         committed = await self._retrier.retry_kafka(lambda: self._consumer.committed(partition))
         while watermark is None:
             is_new = committed is None and partition not in self._ever_owned
-            watermark = await self._write_first_watermark(
-                partition, begin if is_new else None, committed
-            )
-        mark = read_watermark(self._topic, partition, watermark)
-        log_id = await self.log_id.get(now=True)
-        while is_other(mark.log_id, log_id):
-            watermark = await self._start_new_log(partition, watermark, mark, log_id, committed)
-            mark = read_watermark(self._topic, partition, watermark)
-            log_id = await self.log_id.get(now=True)
-        scores_log_id = await self._scores_log_id.get(now=True)
+            watermark = await self._write_first_watermark(partition, begin if is_new else None)
         # Bounds are read after the watermark: then both logs reach at least as far as it says.
-        bounds = await self.bounds(partition)
+        watermark, log_id, bounds = await self._take_log(partition, watermark, committed)
+        mark = read_watermark(self._topic, partition, watermark)
+        scores_log_id = await self._scores_log_id.get(now=True)
         scores = await self._scores_bounds(partition)
         self._ever_owned.add(partition)
         check_watermark(self._topic, partition, mark, self._partitions, bounds.end)
@@ -130,8 +125,7 @@ class PartitionRecovery:
         # An offset past the end belongs to a scores topic that was created again: read it all.
         is_in_log = is_same and scores.begin <= mark.scores_offset <= scores.end
         recovery = ScoreRecovery(mark.scores_offset if is_in_log else scores.begin, scores.end)
-        if committed is not None and committed <= mark.stale_to:
-            committed = None  # it may refer to an earlier log
+        committed, stale_to = _committed_in_log(committed, log_id, bounds.end, mark.stale_to)
         owned = OwnedPartition(
             watermark=watermark,
             next_offset=mark.next_offset,
@@ -145,35 +139,54 @@ class PartitionRecovery:
             log_id=log_id,
             scores_log_id=scores_log_id,
             scores_begin=mark.scores_begin if is_same else 0,
-            stale_to=mark.stale_to,
+            stale_to=stale_to,
         )
         self._skip_deleted_records(partition, owned, bounds.begin)
         return owned
 
-    async def _write_first_watermark(
-        self, partition: int, begin: int | None, committed: int | None
-    ) -> bytes | None:
+    async def _take_log(
+        self, partition: int, watermark: bytes, committed: int | None
+    ) -> tuple[bytes, bytes, Bounds]:
+        """Start the current log if the watermark belongs to another one.
+
+        Returns:
+            the watermark that stands afterwards, the log's id and its bounds.
+
+        Raises:
+            StartupError: the settings say to stop.
+        """
+        while True:
+            mark = read_watermark(self._topic, partition, watermark)
+            log_id = await self.log_id.get(now=True)
+            if is_other(mark.log_id, log_id):
+                watermark = await self._start_new_log(partition, watermark, mark, log_id, committed)
+                continue
+            bounds = await self.bounds(partition)
+            # If the topic was created again in between, the bounds belong to the next log.
+            if not is_other(log_id, await self.log_id.get(now=True)):
+                return watermark, log_id, bounds
+
+    async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
         """Write a watermark if there is none.
 
         Args:
             begin: its offset; None after a loss of data: the start of the log.
-            committed: the group's committed offset.
 
         Returns:
             the watermark that stands afterwards, whichever worker wrote it.
         """
+        # The id is read before the bounds: then bounds of a later log are noticed.
+        log_id = await self.log_id.get(now=True)
+        if begin is not None and is_other(self.fetched_of.get(partition, NO_ID), log_id):
+            begin = None  # the begin of a poll of an earlier log
         if begin is None:
             begin = (await self.bounds(partition)).begin
             log.error(
                 "Redis lost the states of a partition; computing them again from its log",
                 extra={"partition": partition, "from_offset": begin},
             )
-        log_id = await self.log_id.get(now=True)
         scores_log_id = await self._scores_log_id.get(now=True)
         scores = await self._bounds(self._scores_topic, partition)
-        stale_to = 0
-        if committed is not None and committed > (await self.bounds(partition)).end:
-            stale_to = committed  # it refers to an earlier log, which was longer
         mark = Watermark(
             self._partitions,
             begin,
@@ -181,7 +194,6 @@ class PartitionRecovery:
             self._writer,
             log_id,
             scores_log_id,
-            stale_to=stale_to,
         ).to_bytes()
         await self._retrier.retry_redis(
             lambda: self._store.save([Save(partition, None, mark, [], [])])
@@ -388,6 +400,20 @@ async def begin_log(store: StateStore, partition: int, standing: bytes, mark: by
                 return False
     (stands,) = await store.save([Save(partition, standing, mark, [], [])])
     return stands
+
+
+def _committed_in_log(
+    committed: int | None, log_id: bytes, log_end: int, stale_to: int
+) -> tuple[int | None, int]:
+    """Return the committed offset if it certainly refers to this log, and the new ``stale_to``.
+
+    A worker that outlived its topic may commit offsets of the earlier log late.
+    """
+    if committed is None or is_other(log_of(committed), log_id):
+        return None, stale_to
+    if committed > log_end:  # it refers to an earlier log, which was longer
+        stale_to = max(stale_to, committed)
+    return (None if committed <= stale_to else committed), stale_to
 
 
 def _unapplied_scores_from(owned: OwnedPartition, recovery: ScoreRecovery, next_offset: int) -> int:

@@ -28,7 +28,8 @@ class Watermark:
         log_id: id of the transactions topic that the states are computed from.
         scores_log_id: id of the scores topic that ``scores_offset`` refers to.
         scores_begin: offset in the scores partition. Earlier scores belong to another log.
-        stale_to: offsets up to this one that the group committed may refer to an earlier log.
+        stale_to: committed offsets up to this one may refer to an earlier log, unless they name
+            another.
     """
 
     partitions: int

@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Any, ClassVar, cast
 
 from aiokafka.errors import KafkaError
+from aiokafka.structs import OffsetAndMetadata
 from faust import Schema
 from faust.transport import drivers
 from faust.transport.drivers import aiokafka as driver
@@ -30,6 +31,7 @@ from mode.threads import ServiceThread
 
 from pipeline.kafka.decompression_limit import one_poll
 from pipeline.kafka.polls import Chunk, LogUnavailableError, Poll
+from pipeline.topic_id import LogOffset, commit_metadata, committed_offset
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,24 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     def _create_worker_consumer(self, transport: driver.Transport) -> Any:
         consumer = super()._create_worker_consumer(transport)
         consumer._isolation_level = "read_committed"  # Faust's is that of exactly_once alone
+        commit = consumer.commit
+
+        async def commit_with_logs(offsets: Mapping[TP, OffsetAndMetadata]) -> None:
+            """Faust commits without metadata."""
+            told = {
+                tp: OffsetAndMetadata(int(at.offset), commit_metadata(at.offset))
+                for tp, at in offsets.items()
+            }
+            await commit(told)
+
+        consumer.commit = commit_with_logs
         return consumer
+
+    async def committed(self, tp: TP) -> LogOffset | None:
+        """The group's committed offset, with the log that it tells; aiokafka leaves that out."""
+        coordinator = self._ensure_consumer()._coordinator
+        found = (await coordinator.fetch_committed_offsets([tp])).get(tp)
+        return None if found is None else committed_offset(found.offset, found.metadata)
 
     async def _gather_remaining_tasks(self) -> None:
         """The loop's other tasks are not the consumer's: leave them."""
@@ -382,15 +401,14 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         if tp in self.assignment():
             self._thread.seek(tp, offset)
 
-    async def committed(self, tp: TP) -> int | None:
-        """The group's committed offset.
+    async def committed(self, tp: TP) -> LogOffset | None:
+        """The group's committed offset, which tells its log.
 
         Raises:
             LogUnavailableError: the broker does not answer.
         """
-        consumer = self._thread._ensure_consumer()
         try:
-            return cast("int | None", await consumer.committed(tp))
+            return cast("LogOffset | None", await self._thread.committed(tp))
         except KafkaError as error:
             raise LogUnavailableError(f"{type(error).__name__}: {error}") from error
 

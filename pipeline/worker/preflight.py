@@ -138,8 +138,8 @@ async def _check_watermarks(
     topic = settings.topic("transactions")
     try:
         marks = await store.watermarks(partitions)
-        log_id = await score_log.topic_id(topic) or NO_ID
         ends = await score_log.ends(topic, list(range(partitions)))
+        log_id = await score_log.topic_id(topic) or NO_ID  # last: the ends may be a newer log's
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise StartupError(f"cannot compare the states with the log: {error}") from error
     for partition, value in marks.items():
@@ -155,10 +155,11 @@ async def _check_labels(
     """No labels are booked past the end of their log: those to come would count as booked."""
     topic = settings.topic("labels")
     try:
-        log_id = await score_log.topic_id(topic) or NO_ID
+        # In this order: running workers record labels meanwhile, and may start a newer log.
+        named = {p: await store.labels_log(p, None) for p in range(partitions)}
+        booked = {p: await store.recorded_to(p) for p in range(partitions)}
         ends = await score_log.ends(topic, list(range(partitions)))
-        booked = {partition: await store.recorded_to(partition) for partition in ends}
-        named = {partition: await store.labels_log(partition, None) for partition in ends}
+        log_id = await score_log.topic_id(topic) or NO_ID
     except (StoreUnavailableError, LogUnavailableError) as error:
         raise StartupError(f"cannot compare the recorded labels with the log: {error}") from error
     for partition, end in ends.items():

@@ -369,7 +369,12 @@ class World:
             self.settings.topic_partitions,
             self.store,
             MemoryScoreLog(self.kafka, self.settings),
+            {p: self.committed(p) or 0 for p in self.partitions},
         )
+
+    def committed(self, partition: int) -> int | None:
+        """Return the group's committed offset, or None."""
+        return self.kafka.committed(self.settings.kafka_group_id, self.topic, partition)
 
     def interrupt(self, interrupt: Callable[[str], None]) -> None:
         """Call an interrupt before and after every effect on broker and stores."""

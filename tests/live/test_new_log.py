@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import pytest
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from rich.console import Console
 
 from model.transaction import Transaction
 from pipeline.admin.rebuild_states import rebuild_lines
 from pipeline.errors import StartupError
-from pipeline.kafka.topics import TopicRole, topic_ids
+from pipeline.kafka.committed_offsets import committed_offsets
+from pipeline.kafka.score_log import KafkaScoreLog
+from pipeline.kafka.topics import TopicRole, ensure_topics, topic_ids
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
+from pipeline.messages.scores import decode_alert
 from pipeline.messages.transactions import encode_transaction
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings
-from pipeline.topic_id import shown
+from pipeline.storage.state_store import RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
+from pipeline.topic_id import log_of, shown
+from pipeline.worker import preflight as startup
 from pipeline.worker.preflight import check_services
 from tests.fakes import running_pipeline as pipeline_under_test
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
@@ -176,6 +183,95 @@ def test_a_worker_that_may_begins_from_the_new_log_while_it_runs(
 async def _are_scored(system: PipelineUnderTest, sent: list[Transaction]) -> bool:
     scored = {score.transaction_id for score in await system.scores()}
     return all(t.transaction_id in scored for t in sent)
+
+
+def test_what_a_group_commits_tells_its_log_and_hides_no_alert_of_another(
+    system: PipelineUnderTest, redis_server: Redis
+) -> None:
+    """Redis has lost its data: a partition's alerts are said again where another log is told."""
+    system.use(review_threshold=0.0, decline_threshold=1.0)
+    settings = system.settings
+    topic = settings.topic("transactions")
+    sent = transactions(40, accounts=10)
+
+    async def committed_tells(log_id: bytes) -> bool:
+        found = await committed_offsets(settings)
+        return sum(found.values()) == len(sent) and {log_of(n) for n in found.values()} == {log_id}
+
+    async def commit(place: TopicPartition, offset: int, log_id: bytes) -> None:
+        consumer = AIOKafkaConsumer(
+            **settings.kafka_client_options(),
+            group_id=settings.kafka_group_id,
+            enable_auto_commit=False,
+        )
+        await consumer.start()
+        try:
+            consumer.assign([place])
+            await consumer.commit({place: (offset, shown(log_id))})
+        finally:
+            await consumer.stop()
+
+    async def run() -> None:
+        async with system.running(workers=1):
+            log_id = (await topic_ids(settings))[topic]
+            await system.send(sent)
+            await system.until_applied(SLOW_SECONDS)
+            await until(partial(committed_tells, log_id), "the commit", SLOW_SECONDS)
+            await system.workers[0].stop()
+            ends = await committed_offsets(settings)
+            assert len(await system.records("alerts")) == len(sent)
+
+            await commit(TopicPartition(topic, 1), ends[1], bytes(reversed(log_id)))
+            with redis_server.client() as client:
+                client.flushall()
+            await system.start_workers(1)
+            await system.until_applied(SLOW_SECONDS)
+            await system.workers[-1].stop()
+
+            alerts = [decode_alert(record.value) for record in await system.records("alerts")]
+            said = Counter(alert.source.rsplit(":", 1)[0] for alert in alerts)
+            assert said == {f"{topic}:0": ends[0], f"{topic}:1": 2 * ends[1]}
+            assert_scored_once(await system.scores(), sent)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("policy", ["begin", "stop"])
+def test_a_topic_made_again_while_a_worker_starts_is_not_called_cut_off(
+    system: PipelineUnderTest, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log ends before the watermark then, since it is another one."""
+    system.use(on_new_log=policy)
+    settings = system.settings
+    topic = settings.topic("transactions")
+    ids: list[tuple[bytes, bytes]] = []
+
+    class MadeAgain(KafkaScoreLog):
+        async def ends(self, topic: str, partitions: list[int]) -> dict[int, int]:
+            if not ids:
+                ids.append(await make_again(settings, "transactions"))
+            return await super().ends(topic, partitions)
+
+    monkeypatch.setattr(startup, "KafkaScoreLog", MadeAgain)
+
+    async def run() -> None:
+        await ensure_topics(settings)
+        log_id = (await topic_ids(settings))[topic]
+        store = RedisStateStore.from_settings(settings, system.scorer.checkpoint.digest)
+        mark = Watermark(settings.topic_partitions, 5, 0, 1, log_id).to_bytes()
+        try:
+            assert await store.save([Save(0, None, mark, [], [])]) == [True]
+        finally:
+            await store.close()
+        if policy == "begin":
+            await check_services(settings, system.scorer.checkpoint)
+            return
+        with pytest.raises(StartupError) as refused:
+            await check_services(settings, system.scorer.checkpoint)
+        assert_told(str(refused.value), topic, ids[0])
+
+    asyncio.run(run())
+    assert len(ids) == 1
 
 
 def test_lag_counts_what_an_open_transaction_holds_back_and_a_topic_that_goes_ends_the_worker(

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from model.transaction import Transaction
+from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.local.services import Kafka, Redis
 from pipeline.local.workers import WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.messages.transactions import encode_transaction
-from pipeline.replay.score_counter import committed_offsets
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,

@@ -67,6 +67,11 @@ class Entry:
         """A state and a score come of it."""
         return self.rejected is None and self.instruction is None and not self.is_repeated
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the note of its transaction lies."""
+        return merchant_slot(self.merchant), transaction_hash(self.transaction_id)
+
 
 @dataclass
 class Said:
@@ -349,6 +354,11 @@ class Auditor:
         self.alerts: dict[str, int] = {}
         self.letters: set[tuple[str, int, int]] = set()
         self.data_were_lost = False  # after that a worker may commit again what it committed
+        self._losses = 0
+        # Losses before a worker, named as in its watermarks, last wrote a note; and notes that were
+        # lost between that and the save of their transaction.
+        self._noted: dict[tuple[int, tuple[int, int]], int] = {}
+        self._cut_off: set[tuple[int, int]] = set()
         self._topic = topic
         self._store = store
         self._merchants = merchants
@@ -375,15 +385,41 @@ class Auditor:
         self.letters.clear()
         self.data_were_lost = True  # offsets begin again
 
+    def lost_data(self) -> None:
+        """The store, and the merchants' with it, went back to an earlier moment."""
+        self.data_were_lost = True
+        self._losses += 1
+        for audit in self.partitions:
+            mark = self._mark(audit.number)
+            is_of_log = mark is not None and mark.log_id == audit.log_id
+            audit.watermark = mark.next_offset if mark is not None and is_of_log else 0
+
+    def noted(self, writer: int, place: tuple[int, int]) -> None:
+        """A worker's note of a transaction is written."""
+        self._noted[writer, place] = self._losses
+
+    def _mark(self, partition: int) -> Watermark | None:
+        value = self._store.watermarks.get(partition)
+        return None if value is None else Watermark.from_bytes(value)
+
+    def _see_notes(self, audit: PartitionAudit, mark: Watermark) -> None:
+        """A worker saved what it had noted, perhaps in a store that had lost the notes since."""
+        for entry in audit.entries[audit.watermark : mark.next_offset]:
+            if entry.is_applied:
+                losses = self._noted.get((mark.writer, entry.place))
+                if losses is not None and losses < self._losses:
+                    self._cut_off.add(entry.place)
+
     def states_changed(self, partition: int) -> None:
         """Something was written to a partition's states or its watermark."""
         audit = self.partitions[partition]
-        value = self._store.watermarks.get(partition)
-        mark = None if value is None else Watermark.from_bytes(value)
+        mark = self._mark(partition)
         if mark is not None and mark.log_id != audit.log_id:
             self._furthest[partition] = max(self._furthest[partition], mark.next_offset)
             audit.watermark = 0
             return
+        if mark is not None:
+            self._see_notes(audit, mark)
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
     def label_booked(self, partition: int, booking: MerchantLabel) -> None:
@@ -455,8 +491,7 @@ class Auditor:
             for offset, entry in enumerate(partition.entries):
                 if not entry.is_applied:
                     continue
-                name = transaction_hash(entry.transaction_id)
-                place = merchant_slot(entry.merchant), name
+                place = entry.place
                 decisions = {DECISIONS[0]} if entry.is_warm else set()
                 decisions |= {one.decision for one in partition.said.get(offset, ())}
                 said.setdefault(place, set()).update(decisions)
@@ -464,8 +499,7 @@ class Auditor:
                     needed.add(place)
         for place in needed:
             note = self._merchants.notes.get(place)
-            is_lost = note is None or note.decision is None
-            if is_lost and self.data_were_lost:
+            if place in self._cut_off and (note is None or note.decision is None):
                 continue  # not promised: see docs/guarantees.md
             if note is None or note.decision not in said[place]:
                 raise Violation("notes", f"of {place} is remembered {note}, not {said[place]}")

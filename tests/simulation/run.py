@@ -31,8 +31,6 @@ from pipeline.messages.transactions import WARM_HEADER
 from pipeline.scoring import decoder, outputs, recovery, topic_id_cache
 from pipeline.scoring.labels import merchant_label_of
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.keys import merchant_slot
-from pipeline.storage.merchant_profile import transaction_hash
 from pipeline.worker import faust_transport as poll_transport
 from tests.fakes import memory
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryStateStore
@@ -175,7 +173,6 @@ class Run:
         self._lines: list[str] = []
         self._note: Callable[[str], None] | None = self._write if trace else None
         self._violation: Violation | None = None
-        self._lost_data = self._made_again = False
         partitions = self.settings.topic_partitions
         self._topic = self.settings.topic("transactions")
         self._labels_topic = self.settings.topic("labels")
@@ -340,8 +337,8 @@ class Run:
         self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
         entry = self.auditor.partitions[partition].produced(entry, self.now_ms)
         if rejected is None and instruction is None:
-            place = merchant_slot(entry.merchant), transaction_hash(entry.transaction_id)
-            self.auditor.labels.weights.setdefault(place, set()).add(weight_of(entry.amount))
+            weights = self.auditor.labels.weights.setdefault(entry.place, set())
+            weights.add(weight_of(entry.amount))
             self._sent.append({"partition": partition, "fields": fields})
         self._tell(f"a record of {fields['account_id']} in {partition}: {entry}")
         self._wake()
@@ -460,14 +457,7 @@ class Run:
             worker.look_at_labels()
 
     def _make_topic_again(self) -> None:
-        """The transactions topic is deleted and made again, with what the group committed.
-
-        Not in a run in which the store loses data: what both together cost is not promised
-        (docs/guarantees.md).
-        """
-        if self._lost_data:
-            return
-        self._made_again = True
+        """The transactions topic is deleted and made again, with what the group committed."""
         self._tell("the transactions topic is made again")
         self.kafka.recreate(self._topic)
         for partition in range(self.settings.topic_partitions):
@@ -477,17 +467,14 @@ class Run:
 
     def _lose_data(self) -> None:
         """The store goes back to an earlier moment, or to none."""
-        if self._made_again:
-            return
-        self._lost_data = True
         if self.rng.random() < 0.3:
             store, merchants = MemoryStateStore(), MemoryMerchantStore()
         else:
             store, merchants = self.rng.choice(self._snapshots)
         self._tell("the store loses data")
-        self.auditor.data_were_lost = True
         self.store.restore(store)
         _restore(self.merchants, merchants)
+        self.auditor.lost_data()
 
     # running -----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from pipeline.kafka.polls import Bounds, LogUnavailableError
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
 from pipeline.kafka.score_log import LoggedScore
 from pipeline.settings import Settings
-from pipeline.storage.keys import MERCHANT_SLOTS
+from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_store import (
     Counts,
     LabelOutcomes,
@@ -109,8 +109,13 @@ class MerchantClient:
     """A :class:`pipeline.storage.merchant_store.MerchantStore` over the network.
 
     Args:
-        auditor: is told of each label that is booked.
+        auditor: is told of each label that is booked, and of each note.
+
+    Attributes:
+        writer: names its worker, as watermarks do.
     """
+
+    writer = 0
 
     def __init__(
         self,
@@ -150,6 +155,8 @@ class MerchantClient:
     def _remember(self, notes: Sequence[ScoredNote]) -> None:
         for note in notes:
             self._store.remember(note)
+            place = merchant_slot(note.merchant_id), note.transaction_hash
+            self._auditor.noted(self.writer, place)
 
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int

@@ -130,7 +130,7 @@ class Worker(app.Worker):
             metrics=METRICS,
             on_new_log=settings.on_new_log,
         )
-        self.ownership.recovery._writer = services.rng.getrandbits(64)
+        self.ownership.recovery._writer = merchants.writer = services.rng.getrandbits(64)
         self.ownership.recovery.log_id._last = services.kafka.topic_id(self._topic)  # as at a start
         self.processor = parts.processor(
             settings=settings,

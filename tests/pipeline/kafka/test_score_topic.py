@@ -16,6 +16,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
+from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.message_limits import PRODUCE_BATCH_BYTES
 from pipeline.kafka.polls import Bounds, Record
 from pipeline.kafka.producer import (
@@ -31,7 +32,6 @@ from pipeline.kafka.score_log import KafkaScoreLog, LoggedScore, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
 from pipeline.kafka.transactional_producer import PartitionProducer, TransactionalProducer
 from pipeline.local.services import Kafka
-from pipeline.replay.score_counter import committed_offsets
 from pipeline.scoring.recovery import ALL_SOURCES
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (

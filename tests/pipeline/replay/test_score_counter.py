@@ -14,9 +14,10 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from pipeline.errors import RecurError
+from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.services import Kafka
-from pipeline.replay.score_counter import ScoreCounter, TopicReader, committed_offsets
+from pipeline.replay.score_counter import ScoreCounter, TopicReader
 from pipeline.settings import load_settings
 
 

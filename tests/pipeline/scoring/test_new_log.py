@@ -12,7 +12,7 @@ from pipeline.kafka.polls import Chunk, Poll
 from pipeline.messages.scores import decode_score
 from pipeline.scoring import topic_id_cache
 from pipeline.storage.watermark import Watermark
-from pipeline.topic_id import NO_ID
+from pipeline.topic_id import NO_ID, LogOffset
 from tests.fakes.memory import MemoryStateStore
 from tests.fakes.memory_workers import (
     MemoryWorker,
@@ -21,6 +21,7 @@ from tests.fakes.memory_workers import (
 )
 from tests.pipeline.scoring.helpers import (
     die,
+    nothing,
     read_on,
     rebuild,
     run_until_killed,
@@ -201,3 +202,120 @@ def test_a_watermark_without_topic_ids_adopts_the_current_ones() -> None:
     assert found.log_id == mark.log_id != NO_ID
     assert (found.scores_log_id, found.next_offset) == (mark.scores_log_id, 11)
     world.assert_all_applied()
+
+
+@pytest.mark.parametrize("names", ["another log", "this log"])
+def test_a_committed_offset_of_another_log_hides_no_alert(names: str) -> None:
+    """A worker that outlived its topic may commit after the new log has grown past the offset."""
+    world = World(topic_partitions=1, on_new_log="begin", review_threshold=0.0)
+    kafka = world.kafka
+    old = kafka.topic_id("transactions")
+    kafka.recreate("transactions")
+    new = kafka.topic_id("transactions")
+    for _ in range(6):
+        world.produce("A")
+    generation = kafka.join("recur", "transactions", 0)
+    offset = LogOffset(4, old if names == "another log" else new)
+    kafka.commit("recur", "transactions", 0, offset, generation)
+    worker = world.worker()
+
+    async def take_and_run() -> None:
+        await worker.processor.process(Poll({0: Chunk(4, 4, [])}))
+        await worker.run()
+
+    finish(take_and_run())
+
+    hidden = 0 if names == "another log" else 4
+    assert sorted(world.scores(0)) == list(range(6))
+    assert world.alerts() == {f"transactions:0:{i}": 1 for i in range(hidden, 6)}
+
+
+def test_committed_offsets_name_their_log() -> None:
+    """This holds for acknowledged offsets and for those committed in a Kafka transaction."""
+    for transactional in (False, True):
+        world = World(
+            topic_partitions=1,
+            on_new_log="begin",
+            processing_guarantee="exactly_once" if transactional else "at_least_once",
+        )
+        for _ in range(2):
+            world.produce_many(20)
+            finish(world.worker().run())
+
+            committed = world.committed(0)
+            assert isinstance(committed, LogOffset)
+            assert committed == world.watermark(0) > 20
+            assert committed.log_id == world.kafka.topic_id("transactions")
+            world.kafka.recreate("transactions")
+
+
+@pytest.mark.parametrize("has_states", [True, False])
+def test_a_topic_recreated_during_a_takeover_is_started_and_not_rejected(
+    has_states: bool,
+) -> None:
+    """The worker reads the id before the end, and the new log ends earlier than the old one."""
+    world = World(topic_partitions=1, on_new_log="begin")
+    world.produce_many(20)
+    finish(world.worker().run())
+    world.produce("A")
+    if not has_states:
+        world.store.restore(MemoryStateStore())
+
+    def recreate() -> None:
+        world.kafka.recreate("transactions")
+        world.produce("A", "new-0")
+
+    worker = world.worker()
+    world.interrupt(when_nth("before bounds", 0, recreate))
+    finish(worker.run())
+    world.interrupt(nothing)
+    finish(worker.ownership.check_topic_id())
+    finish(worker.run())
+
+    scores = [decode_score(value) for values in world.scores(0).values() for value in values]
+    (new,) = [score for score in scores if score.transaction_id == "new-0"]
+    assert new.features["transactions_seen"] == 1
+    assert world.watermark(0) == 1
+
+
+def test_a_new_group_starts_at_its_polls_begin_only_in_the_log_of_the_poll() -> None:
+    """The group reads from the log's end. A poll of another log does not say where that is."""
+    world = World(topic_partitions=1, on_new_log="begin", kafka_auto_offset_reset="latest")
+    for _ in range(5):
+        world.produce("A")
+    worker = world.worker()
+    finish(worker.ownership.learn_topic_id())
+    worker.ownership.assign([0])
+    world.kafka.recreate("transactions")
+    for i in range(7):
+        world.produce("A", f"new-{i}")
+
+    async def take_and_run() -> None:
+        await worker.processor.process(Poll({0: Chunk(5, 5, [])}))
+        await worker.run()
+
+    finish(take_and_run())
+
+    assert sorted(world.scores(0)) == list(range(7))
+
+
+def test_offsets_committed_for_a_truncated_end_hide_no_alert() -> None:
+    """The id is the same, and the offset is ahead of the watermark: Redis was set back."""
+    world = World(topic_partitions=1, review_threshold=0.0)
+    for _ in range(10):
+        world.produce("A")
+    worker = world.worker()
+    finish(worker.process(worker.consumer.poll(4) or Poll({})))
+    earlier = world.store.copy()
+    finish(worker.run())
+    assert world.committed(0) == 10
+    world.store.restore(earlier)
+    del world.kafka._logs["transactions"][0].records[2:]
+    world.kafka.recreate("alerts")
+
+    assert rebuild(world, 0) == WatermarksSetBack(0, 0, 2)
+    for _ in range(12):
+        world.produce("A")
+    read_on(world)
+
+    assert set(world.alerts()) >= {f"transactions:0:{i}" for i in range(2, 14)}
