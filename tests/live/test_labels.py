@@ -1,4 +1,4 @@
-"""Labels on the running system: they change later scores, and are booked once whoever dies."""
+"""Labels on the running system: they change later scores, and each is recorded once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def send_labels(
 
 
 async def until_booked(system: PipelineUnderTest, feed: Feed) -> None:
-    """Until every label sent is booked."""
+    """Wait until every label is recorded."""
     await feed.flush()
     store = RedisMerchantStore.from_settings(system.settings)
 
@@ -119,7 +119,7 @@ def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
             assert before == alike, "the label came in this bucket, which is not closed"
             after, other = await scores_at(30)
             assert abs(after - other) > 1e-3
-            # The last word is legitimate: all is as if there had been no label.
+            # The last label says legitimate: the effect of the others is undone.
             await send_labels(labels, skimmed, 30 * BUCKET_MS, is_fraud=False)
             await until_booked(system, labels)
             after, other = await scores_at(31)
@@ -128,10 +128,10 @@ def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
     asyncio.run(run())
 
 
-def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
+def test_a_fraud_with_a_low_merchant_weight_does_not_raise_its_merchants_risk(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where Redis lost what it remembered: the scores still tell."""
+    """This also holds after a loss of the notes: the scores hold the weights, too."""
     monkeypatch.setattr(rebuild_merchants, "SETTLE_SECONDS", 0.3)
     path = tmp_path / "checkpoint.safetensors"
     checkpoint_of_weights().save(path)
@@ -153,7 +153,7 @@ def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
     usual = [payment(f"usual{i}", merchant, 50.0) for merchant in names for i in range(19)]
 
     async def weights(store: RedisMerchantStore) -> list[int]:
-        """Of the two merchants' frauds, as far as they are booked."""
+        """Return the weights of the two merchants' recorded frauds."""
         values = await store.load(names)
         return [f.weight for value in values if value for f in Profile.from_bytes(value).frauds]
 
@@ -200,7 +200,7 @@ def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
     asyncio.run(run())
 
 
-def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_computing(
+def test_profiles_equal_offline_computing_after_a_kill_during_labels(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     system = PipelineUnderTest(
@@ -254,7 +254,7 @@ def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_comp
 def test_the_labels_topic_may_have_another_number_of_partitions(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Partition 2 of the one topic is not partition 2 of the other, nor of the same worker."""
+    """Partition 2 of one topic is independent of partition 2 of the other."""
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=2)
     sent = transactions(2_000, accounts=100)
 
@@ -284,10 +284,10 @@ def test_the_labels_topic_may_have_another_number_of_partitions(
     asyncio.run(run())
 
 
-def test_a_new_group_reads_labels_from_their_begin_whatever_its_policy(
+def test_a_new_group_reads_labels_from_the_start_with_any_reset_policy(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Transactions may begin at the end of their topic; a merchant's frauds are its past."""
+    """Transactions may start at the end of their topic; labels describe the past."""
     system = PipelineUnderTest(
         kafka.bootstrap, redis_server.url, tmp_path, kafka_auto_offset_reset="latest"
     )
@@ -306,7 +306,7 @@ def test_a_new_group_reads_labels_from_their_begin_whatever_its_policy(
 def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Its labels would count as booked, for their offsets are low."""
+    """Otherwise its labels would count as recorded, because their offsets are low."""
     settings = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path).settings
     entry = Fraud(1, 10, 20)
 
@@ -323,7 +323,7 @@ def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
 async def assert_profiles(
     system: PipelineUnderTest, sent: Sequence[Transaction], expected: dict[str, Profile]
 ) -> None:
-    """Labels are booked exactly once; counts differ by the micro-batches at the crash."""
+    """Compare profiles: labels are exact, counts may differ by the micro-batches at the crash."""
     names = sorted({t.merchant_id for t in sent})
     store = RedisMerchantStore.from_settings(system.settings)
     values = await store.load(names)

@@ -498,7 +498,7 @@ def test_labels_of_a_recreated_topic_are_recorded_or_the_worker_stops(
 
         if policy == "stop":
             with pytest.raises(
-                StartupError, match=r"recorded labels .* another labels .*--new-log"
+                StartupError, match=r"recorded labels .* an earlier labels.*--new-log"
             ):
                 go_on(worker)
             assert known(world) == [f"t{i}" for i in range(10)]
