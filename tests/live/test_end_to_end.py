@@ -297,7 +297,7 @@ def test_an_invalid_state_counts_as_absent_is_counted_and_marks_its_scores(
                 own = [s for s in later if s.account_id == account]
                 own.sort(key=lambda s: s.features["transactions_seen"] or 0.0)
                 assert own[0].state == "refused"
-                assert own[0].features["transactions_seen"] == 1, "it began anew"
+                assert own[0].features["transactions_seen"] == 1, "it was not reset"
 
     asyncio.run(run())
 
