@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := bootstrap torch runtime redis evaluate dev
 PIN_FILES := $(PINS:%=requirements/%.txt)
-# Written when everything is in place, so that an interrupted installation starts anew.
+# Written when everything is in place, so that an interrupted installation starts again.
 INSTALLED := $(VENV)/.requirements-installed
 ENVIRONMENT := $(VENV)/.project-installed
 
@@ -22,7 +22,8 @@ export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast soak fuzz check format bench faults requirements audit check-deploy clean
+.PHONY: help demo test test-fast soak fuzz check format docs bench faults requirements audit check-deploy \
+	clean
 
 help: ## list the targets (this)
 	@echo "make TARGET [VARIABLE=value]"
@@ -49,15 +50,19 @@ soak: $(ENVIRONMENT) ## run the worker on simulated services that fail (ARGS="--
 fuzz: $(ENVIRONMENT) ## attack the decoders with 100,000 made-up inputs each (ARGS="--inputs 1000000")
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-check: $(ENVIRONMENT) ## run the linter, the type checker and the test of the layers
+check: $(ENVIRONMENT) ## run linter, type checker, spelling, and the tests of rooms, language and docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/test_layers.py
+	$(BIN)/codespell
+	$(BIN)/python -m pytest --quiet tests/test_layers.py tests/test_language.py tests/test_docs.py
 
 format: $(ENVIRONMENT) ## put the code in ruff's form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(ENVIRONMENT) ## write docs/reference from the code: settings, metrics, commands
+	$(BIN)/python docs/generate.py
 
 bench: $(ENVIRONMENT) ## measure throughput, latency and memory, and print a table
 	$(BIN)/python -m benchmarks $(ARGS)

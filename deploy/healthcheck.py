@@ -13,9 +13,9 @@ TIMEOUT_SECONDS = 3.0
 
 
 def main(question: str) -> str | None:
-    """What is wrong, or None."""
+    """Say what is wrong, or return None."""
     port_text = os.environ.get("RECUR_HTTP_PORT", "")
-    # Kubernetes sets it to tcp://10.0.0.1:9100 where there is a service named recur-http.
+    # Kubernetes sets it to tcp://10.0.0.1:9100 if a service is named recur-http.
     port = int(port_text) if port_text.isdecimal() else 9100
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
     try:

@@ -1,7 +1,7 @@
 """The deployment files agree with the program: settings, commands, ports and metric names.
 
-They are read here as text; `make check-deploy` gives them to Docker's, Prometheus's and
-hadolint's own parsers.
+These tests read them as text. `make check-deploy` runs the parsers of Docker, Prometheus and
+hadolint on them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def recur_variables(text: str) -> set[str]:
 
 
 def instructions(word: str) -> list[str]:
-    """Arguments of each such instruction of the Dockerfile, continued lines joined."""
+    """Arguments of each instruction of the Dockerfile that begins with a word, lines joined."""
     joined = re.sub(r"\\\n\s*", "", DOCKERFILE)
     return re.findall(rf"^{word} (.+)$", joined, re.MULTILINE)
 
@@ -84,7 +84,7 @@ def test_a_worker_starts_with_the_settings_that_compose_gives_it(
 def test_compose_commands_and_variables_run_as_processes(
     service: dict[str, Any], kafka: Kafka, tmp_path: Path
 ) -> None:
-    """Redis and worker as compose runs them, but for addresses: the worker gets ready."""
+    """Redis and worker run as in compose, except for addresses, and the worker gets ready."""
     redis_command = list(SERVICES["redis"]["command"])
     options = dict(zip(redis_command[1::2], redis_command[2::2], strict=True))
     redis_options = {name.removeprefix("--"): value for name, value in options.items()}
@@ -166,7 +166,7 @@ def test_compose_runs_the_kafka_that_the_tests_run_on() -> None:
     assert SERVICES["kafka"]["image"] == f"apache/kafka:{KAFKA_VERSION}"
 
 
-def test_every_image_of_others_is_pinned_and_every_port_is_of_this_machine_only() -> None:
+def test_foreign_images_are_pinned_and_ports_bind_to_this_machine_only() -> None:
     for name, service in SERVICES.items():
         assert service["restart"] == "unless-stopped"
         assert name in OURS or re.search(r":v?\d+\.\d+", service["image"]), service["image"]
@@ -261,7 +261,7 @@ def ask(question: str, port: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_health_check_tells_alive_from_ready_and_says_what_is_wrong(worker_port: int) -> None:
+def test_the_health_check_tells_alive_from_ready_and_names_the_problem(worker_port: int) -> None:
     assert ask("live", worker_port).returncode == 0
     not_ready = ask("ready", worker_port)
     assert not_ready.returncode == 1
@@ -274,7 +274,7 @@ def test_the_health_check_fails_where_nothing_answers() -> None:
     assert nobody.stderr.startswith("/live on port 1: ")
 
 
-def test_the_health_check_takes_no_service_of_kubernetes_for_a_port() -> None:
+def test_the_health_check_ignores_a_kubernetes_service_named_like_its_port() -> None:
     script = [sys.executable, str(ROOT / "deploy/healthcheck.py"), "live"]
     environment = {"RECUR_HTTP_PORT": "tcp://10.96.0.13:9100"}
     asked = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
@@ -293,7 +293,7 @@ def test_prometheus_scrapes_every_worker_where_it_listens() -> None:
     assert SERVICES["worker"]["expose"] == [port]
     assert instructions("EXPOSE") == [port]
     assert "RECUR_HTTP_HOST=0.0.0.0" in DOCKERFILE
-    assert job["job_name"] == "recur"  # alerts and dashboard ask for it
+    assert job["job_name"] == "recur"  # alerts and dashboard select it
 
 
 def families() -> list[Metric]:
@@ -309,7 +309,7 @@ def sample_names() -> set[str]:
 
 
 def expressions() -> dict[str, str]:
-    """Every query of alerts and dashboard, by where it stands."""
+    """Queries of alerts and dashboard, by their place."""
     groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     found = {rule.get("alert") or rule["record"]: rule["expr"] for rule in rules}
@@ -358,7 +358,7 @@ def test_every_label_in_alerts_and_dashboard_exists() -> None:
         assert {*matchers, *grouped} <= known, where
 
 
-def test_the_dashboard_is_one_that_grafana_takes() -> None:
+def test_the_dashboard_has_what_grafana_requires() -> None:
     provisioning = ROOT / "deploy/grafana/provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())[
         "datasources"
@@ -384,7 +384,7 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
             assert panel["datasource"]["uid"] in variables
 
 
-def test_no_two_panels_of_the_dashboard_lie_on_each_other() -> None:
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]

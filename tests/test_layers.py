@@ -59,7 +59,7 @@ NOT_IN_PRODUCT = {"benchmarks", "tests"}
 
 @dataclass(frozen=True)
 class Import:
-    """That ``importer``, in its ``line``, imports ``module``."""
+    """An import of ``module`` by ``importer``, in its ``line``."""
 
     importer: str
     line: int
@@ -71,7 +71,7 @@ class Import:
 
 
 def product_sources() -> dict[str, str]:
-    """Source text by module name, of the two packages."""
+    """Read the source text of the two packages, by module name."""
     sources = {}
     for package in ("model", "pipeline"):
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -82,7 +82,7 @@ def product_sources() -> dict[str, str]:
 
 
 def imports(importer: str, source: str, modules: Mapping[str, str]) -> Iterator[Import]:
-    """Every import in a module, at its top or in a function, for type checking or by name."""
+    """Find every import in a module: at its top, in a function, for type checking, or by name."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import():
@@ -106,7 +106,7 @@ def imports(importer: str, source: str, modules: Mapping[str, str]) -> Iterator[
 
 
 def room_of(module: str) -> str:
-    """The longest package of ROOMS that a module is in; its own package where there is none."""
+    """Return the longest package of ROOMS that holds a module, else the module's own package."""
     package = module
     while package not in ROOMS and "." in package:
         package = package.rpartition(".")[0]
@@ -156,7 +156,7 @@ def _reaching_faust(inner: list[Import], found: list[Import]) -> Iterator[str]:
 
 def _circles(inner: list[Import]) -> Iterator[str]:
     left = {(i.importer, i.module) for i in inner}
-    while True:  # take away whatever imports nothing that is left, until only circles are
+    while True:  # remove modules that import none of the rest, until only circles remain
         importers = {importer for importer, _ in left}
         rest = {(importer, module) for importer, module in left if module in importers}
         if rest == left:
@@ -177,6 +177,20 @@ def test_every_room_says_what_it_is_for_and_holds_nothing_else() -> None:
         body = ast.parse(source).body
         assert [type(node) for node in body] == [ast.Expr], f"{room}: one docstring and no code"
         assert ast.get_docstring(ast.parse(source)), room
+
+
+def test_no_room_uses_the_private_names_of_another() -> None:
+    sources = product_sources()
+    used = [
+        f"{importer} imports {node.module}.{alias.name}"
+        for importer, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module and room_of(node.module) in ROOMS
+        for alias in node.names
+        if alias.name.startswith("_") and room_of(node.module) != room_of(importer)
+    ]
+
+    assert not used, "\n" + "\n".join(used)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="StateComparison too, and the one that the model card is about.",
+    help="Compared too; the model card is about this one.",
 )
 @click.option(
     "--output",

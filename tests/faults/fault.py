@@ -212,7 +212,7 @@ async def _do(fault: Fault, rig: Rig, row: Row) -> None:
     row.notes += sorted(set(rig.crew.ended))
     await rig.crew.stop()
     row.outcome = await find_outcome(rig.settings, rig.checkpoint, rig.load)
-    fenced = bool(getattr(rig.settings, "transactional", False))
+    fenced = bool(rig.settings.exactly_once)
     row.complaints += row.outcome.complaints(allow_conflicts=fault.leaves_zombies and not fenced)
 
 

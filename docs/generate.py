@@ -1,0 +1,183 @@
+"""Write docs/reference/*.md from the code: settings, metrics and commands (`make docs`).
+
+With ``--check`` nothing is written; the exit status is 1 if a page is not current.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+from prometheus_client import CollectorRegistry, Metric
+
+from pipeline.cli.main import recur
+from pipeline.scoring.metrics import Metrics
+from pipeline.settings import RENAMED, Settings, describe
+
+FOLDER = Path(__file__).parent / "reference"
+WIDTH = 96
+GENERATED = "<!-- Written by `make docs` from the code. Change the code instead. -->\n"
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def settings_page() -> str:
+    """Every setting with its default, its permitted values and its meaning."""
+    rows = {name: row for name, *row in describe(Settings.model_construct())}
+    lines = [
+        "# Settings",
+        "",
+        "Set a variable in the environment, or the lower-case name without `RECUR_` in a TOML file",
+        "(`recur --config FILE worker`, or `RECUR_CONFIG`). The environment wins over the file.",
+        "`recur settings` prints the values in use, with secrets masked.",
+    ]
+    for title, names in _groups():
+        lines += ["", f"## {title}", "", "| variable | default | values | meaning |"]
+        lines += ["|---|---|---|---|"]
+        for name in names:
+            _, default, meaning = rows[name]
+            values = _permitted(name)
+            cells = (f"`RECUR_{name.upper()}`", _code(default), values, _sentence(meaning))
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    lines += ["", "## Renamed in 0.2.0", "", "A start with an old name fails and says the new one."]
+    lines += ["", "| old | new |", "|---|---|"]
+    lines += [f"| `RECUR_{old.upper()}` | `RECUR_{new.upper()}` |" for old, new in RENAMED.items()]
+    return _page(lines)
+
+
+def _groups() -> Iterator[tuple[str, list[str]]]:
+    """Settings by the headings in their class, in its order."""
+    title, names = "", list[str]()
+    for line in inspect.getsource(Settings).splitlines():
+        if heading := re.fullmatch(r"    # (\w+)", line):
+            if names:
+                yield title, names
+            title, names = heading[1], []
+        elif (field := re.match(r"    (\w+): ", line)) and field[1] in Settings.model_fields:
+            names.append(field[1])
+    yield title, names
+
+
+def _permitted(name: str) -> str:
+    field = Settings.model_fields[name]
+    kind: Any = field.annotation
+    if get_origin(kind) is Literal:
+        return ", ".join(_code(str(value)) for value in get_args(kind))
+    if kind is bool:
+        return "`true`, `false`"
+    limits = [
+        f"{sign} {getattr(bound, key):,}"
+        for bound in field.metadata
+        for key, sign in BOUNDS.items()
+        if getattr(bound, key, None) is not None
+    ]
+    return ", ".join(limits)
+
+
+def metrics_page() -> str:
+    """Every metric of a worker, as Prometheus stores it."""
+    metrics = Metrics(CollectorRegistry())
+    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
+    labels = {
+        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
+        for metric in vars(metrics).values()
+    }
+    lines = [
+        "# Metrics",
+        "",
+        "A worker serves these at `/metrics`. A histogram has the endings `_bucket`, `_sum` and",
+        "`_count`. Times are in seconds. No label holds an account, a merchant or an address.",
+        "`deploy/prometheus/alerts.yml` and the dashboard in `deploy/grafana` use them.",
+        "",
+        "| metric | type | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for family in sorted(families, key=lambda f: f.name):
+        ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        shown = "; ".join(_label(family, label) for label in labels.get(family.name, []))
+        cells = (f"`{family.name}{ending}`", family.type, shown, _sentence(family.documentation))
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    lines += ["", "Besides these a worker serves the `process_*` metrics of prometheus_client."]
+    return _page(lines)
+
+
+def _label(family: Metric, label: str) -> str:
+    """A label, with its values where they are known from the start."""
+    values = dict.fromkeys(s.labels[label] for s in family.samples if label in s.labels)
+    return f"`{label}`" + (f": {', '.join(values)}" if values else "")
+
+
+def commands_page() -> str:
+    """Every command with its options, as ``--help`` prints it."""
+    lines = ["# Commands", "", "What `recur COMMAND --help` prints.", ""]
+    commands = list(_commands(recur, None, "recur"))
+    lines += [f"- [`{path}`](#{path.replace(' ', '-')})" for path, _ in commands]
+    for path, text in commands:
+        lines += ["", f"## {path}", "", "```text", *text.splitlines(), "```"]
+    return _page(lines)
+
+
+def _commands(
+    command: click.Command, parent: click.Context | None, path: str
+) -> Iterator[tuple[str, str]]:
+    context = click.Context(
+        command, parent=parent, info_name=path.rpartition(" ")[2], max_content_width=WIDTH,
+        terminal_width=WIDTH, **command.context_settings,
+    )  # fmt: skip
+    yield path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from _commands(child, context, f"{path} {name}")
+
+
+def _code(text: str) -> str:
+    """Text as code, in TOML's form; what stands for no value or the shipped file stays text."""
+    if not text or text == "-":
+        return "none"
+    if text in ("True", "False"):
+        text = text.lower()
+    return text if text.startswith("(") else f"`{text}`"
+
+
+def _sentence(text: str) -> str:
+    """A description that begins with a capital, unless its first word is a name."""
+    first = text.partition(" ")[0].rstrip(",:;")
+    return text[:1].upper() + text[1:] if first.isalpha() else text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _page(lines: list[str]) -> str:
+    return GENERATED + "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "commands.md": commands_page}
+
+
+def main(check: bool) -> int:
+    """Write the pages, or name those that are not current."""
+    stale = []
+    for name, page in PAGES.items():
+        file, text = FOLDER / name, page()
+        if file.is_file() and file.read_text() == text:
+            continue
+        stale.append(f"docs/reference/{name}")
+        if not check:
+            FOLDER.mkdir(exist_ok=True)
+            file.write_text(text)
+    if check and stale:
+        print(f"{', '.join(stale)}: not current; run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
