@@ -1,4 +1,4 @@
-"""A worker ends when it must: after a signal during any outage, and if its group rejects it.
+"""A worker ends when it has to: told to, whatever is away; and where its group refuses it.
 
 While it waits instead it tells so, once a minute.
 """
@@ -28,17 +28,17 @@ from pipeline.worker.shutdown import SECOND_SIGNAL_SECONDS, UNFINISHED_EXIT_CODE
 from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, transactions, until
 
 END_SECONDS = 120.0
-"""Far more than any end takes on any machine; an unbounded end would take for ever."""
+"""Far more than any end takes, on any machine; those that are not bounded take for ever."""
 
 AWAY_SECONDS = 10.0
 
 LINES_MAX = 12
-"""Maximum number of log lines: of the outage, of a rebalance, and of one or two new errors."""
+"""An outage's own lines, those of a rebalance, and an error or two of a new kind."""
 
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Kafka]:
-    """A broker that tests stop for a while, with Kafka's own limits of a session timeout."""
+    """A broker that tests stop for a while, with Kafka's own bounds of a session time-out."""
     with Kafka(properties={"group.min.session.timeout.ms": "6000"}) as kafka:
         yield kafka
 
@@ -50,7 +50,7 @@ def system(broker: Kafka, server: Redis, directory: Path, **settings: Any) -> Pi
 
 
 def start(pipeline: PipelineUnderTest) -> WorkerProcess:
-    """Start a worker without waiting until it is ready."""
+    """A worker that need not get ready."""
     environment = {f"RECUR_{k.upper()}": str(v) for k, v in pipeline.overrides.items()}
     return start_worker(0, pipeline.directory, environment | {"RECUR_LOG_FORMAT": "text"})
 
@@ -88,7 +88,7 @@ def test_a_session_timeout_under_the_brokers_minimum_ends_the_worker_with_the_se
     assert "RECUR_KAFKA_SESSION_TIMEOUT_SECONDS is 2" in said.splitlines()[-1]
 
 
-def test_a_group_with_another_assignor_ends_the_worker_with_the_setting(
+def test_a_group_that_shares_out_in_another_way_ends_the_worker_with_the_setting(
     broker: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     pipeline = system(broker, redis_server, tmp_path)
@@ -125,7 +125,7 @@ def test_a_group_with_another_assignor_ends_the_worker_with_the_setting(
         (kafka_errors.KafkaError("UnknownError()"), "group.max.size"),
     ],
 )
-def test_each_rejection_by_the_group_is_one_line_with_instructions(
+def test_each_refusal_of_the_group_is_one_line_that_says_what_to_do(
     error: kafka_errors.KafkaError, names: str
 ) -> None:
     said = str(group_refusal(load_settings(), error))
@@ -135,10 +135,10 @@ def test_each_rejection_by_the_group_is_one_line_with_instructions(
     assert "\n" not in said
 
 
-# Stop signals
+# Told to stop
 
 
-def test_a_stopped_worker_ends_in_time_during_any_outage_and_loses_nothing(
+def test_told_to_stop_whatever_is_away_it_ends_in_time_and_nothing_is_lost(
     broker: Kafka, tmp_path: Path
 ) -> None:
     sent = transactions(4_000, accounts=100)
@@ -193,7 +193,7 @@ def test_a_stopped_worker_ends_in_time_during_any_outage_and_loses_nothing(
         asyncio.run(run(server))
 
 
-def test_a_worker_that_waits_for_a_broker_at_its_start_can_be_stopped(
+def test_told_to_stop_while_it_waits_for_a_broker_at_its_start_it_ends(
     redis_server: Redis, tmp_path: Path
 ) -> None:
     with socket.create_server((HOST, 0)) as silent:
@@ -211,7 +211,7 @@ def test_a_worker_that_waits_for_a_broker_at_its_start_can_be_stopped(
     assert "told to stop before it began" in worker.log_path.read_text()
 
 
-def test_an_end_that_takes_too_long_is_forced_even_if_the_loop_hangs(tmp_path: Path) -> None:
+def test_an_end_that_takes_too_long_is_made_whatever_holds_up_the_loop(tmp_path: Path) -> None:
     codes: list[int] = []
     ending = ShutdownGuard(0.05, tmp_path / "own", end_process=codes.append)
     (tmp_path / "own").mkdir()
@@ -225,7 +225,7 @@ def test_an_end_that_takes_too_long_is_forced_even_if_the_loop_hangs(tmp_path: P
     assert not (tmp_path / "own").exists()
 
 
-def test_a_signal_sent_twice_by_a_shell_counts_once(tmp_path: Path) -> None:
+def test_a_signal_sent_twice_by_a_shell_is_one(tmp_path: Path) -> None:
     codes: list[int] = []
     now = 100.0
     ending = ShutdownGuard(600, tmp_path, end_process=codes.append, clock=lambda: now)
@@ -241,10 +241,10 @@ def test_a_signal_sent_twice_by_a_shell_counts_once(tmp_path: Path) -> None:
         ending.cancel()
 
 
-# Waits
+# Waiting
 
 
-def test_an_outage_of_the_broker_takes_a_few_log_lines(
+def test_a_broker_that_is_away_is_told_of_in_a_few_lines(
     broker: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     pipeline = system(broker, redis_server, tmp_path)
