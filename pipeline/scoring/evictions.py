@@ -187,8 +187,8 @@ class Evictions:
             )
             if not had_lost:
                 log.error(
-                    "Redis evicted keys, and account states may be among them; scoring stops until they"
-                    " are computed again from the log, once Redis may not evict:"
+                    "Redis evicted keys, and account states may be among them; scoring stops until"
+                    " they are computed again from the log, once Redis may not evict:"
                     f" {SET_POLICY}",
                     extra={"keys": record.lost, "policy": _policies(found)},
                 )

@@ -1,4 +1,4 @@
-"""Last step of the computation: turn scores into scores, alerts, dead letters and notes to write."""
+"""Decide step: decisions on scores, and the scores, alerts, dead letters and notes to write."""
 
 from __future__ import annotations
 

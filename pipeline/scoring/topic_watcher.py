@@ -126,8 +126,8 @@ class TopicWatcher:
 def _gone(topic: str, seconds: float) -> TopicGoneError:
     return TopicGoneError(
         f"topic {topic} was deleted while the worker ran, and was not created again within"
-        f" {seconds:g} s (RECUR_TOPIC_MISSING_SECONDS): start the worker again, which creates it, and"
-        " run `recur state rebuild --new-log` or set RECUR_ON_NEW_LOG=begin, to start from it"
+        f" {seconds:g} s (RECUR_TOPIC_MISSING_SECONDS): start the worker again, which creates it,"
+        " and run `recur state rebuild --new-log` or set RECUR_ON_NEW_LOG=begin, to start from it"
     )
 
 
@@ -182,8 +182,8 @@ class OpenTransactions:
             if stays and now >= self._logged_at.get(partition, now - LOG_SECONDS) + LOG_SECONDS:
                 self._logged_at[partition] = now
                 log.warning(
-                    "a producer's transaction stays open and holds back all records behind it: end it"
-                    " (kafka-transactions.sh find-hanging, abort), or find out why its producer"
+                    "a producer's transaction stays open and holds back all records behind it: end"
+                    " it (kafka-transactions.sh find-hanging, abort), or find out why its producer"
                     " does not",
                     extra={
                         "topic": self._topic,

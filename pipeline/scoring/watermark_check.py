@@ -43,8 +43,9 @@ def check_watermark(
     if mark.partitions != partitions:
         raise StartupError(
             f"the states in Redis were written when {topic} had {mark.partitions} partitions; it "
-            f"has {partitions}, so accounts lie elsewhere: run `recur state rekey`, which moves "
-            "their states. Or set RECUR_REDIS_KEY_PREFIX to a new prefix, to start without states"
+            f"has {partitions}, so accounts lie elsewhere: run `recur state repartition`, which "
+            "moves their states. Or set RECUR_REDIS_KEY_PREFIX to a new prefix, to start without"
+            " states"
         )
     if mark.next_offset > log_end:
         raise StartupError(

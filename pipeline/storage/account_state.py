@@ -104,16 +104,16 @@ class StateCodec:
         )
         table = np.frombuffer(blob, self.dtype)
         present = np.fromiter((value is not None for value in values), bool, len(values))
-        sound = (
+        valid = (
             (table["checksum"] == self._checksums(table))
             & (table["format"] == STATE_FORMAT)
             & (table["layers"] == self.layers)
             & (table["hidden_size"] == self.hidden_size)
         )
         if check_numbers:
-            sound &= _has_sound_numbers(table)
-        if not sound.all():
-            table = np.where(sound, table, self._empty)
+            valid &= _has_valid_numbers(table)
+        if not valid.all():
+            table = np.where(valid, table, self._empty)
         states = AccountStates(
             first_offset=table["first_offset"].copy(),
             last_offset=table["last_offset"].copy(),
@@ -152,13 +152,13 @@ class StateCodec:
         return sums + np.uint64(self._constants[0])
 
 
-def _has_sound_numbers(table: NDArray[Any]) -> NDArray[np.bool_]:
+def _has_valid_numbers(table: NDArray[Any]) -> NDArray[np.bool_]:
     """Check that each state's numbers are finite and in their range."""
-    sound: NDArray[np.bool_] = np.isfinite(table["hidden"]).all(axis=(1, 2))
+    valid: NDArray[np.bool_] = np.isfinite(table["hidden"]).all(axis=(1, 2))
     for name in ("decayed_count", "decayed_amount", "usual_amount"):
         column = table[name].reshape(len(table), -1)
-        sound &= (np.isfinite(column) & (column >= 0)).all(axis=1)
-    return sound & (table["last_event_ms"] >= 0)
+        valid &= (np.isfinite(column) & (column >= 0)).all(axis=1)
+    return valid & (table["last_event_ms"] >= 0)
 
 
 def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
