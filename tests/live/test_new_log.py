@@ -108,7 +108,7 @@ async def send_anew(settings: Settings, sent: list[Transaction]) -> None:
 def assert_told(log: str, topic: str, ids: tuple[bytes, bytes]) -> None:
     """Check that one line names the topic, both ids and the command."""
     (line,) = [line for line in log.splitlines() if "--new-log" in line]
-    for words in (f"another {topic} ", *map(shown, ids), "recur state rebuild --new-log"):
+    for words in (f"an earlier {topic}:", *map(shown, ids), "recur state rebuild --new-log"):
         assert words in line
     assert "errors.StartupError" not in log  # no traceback
 
