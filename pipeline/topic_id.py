@@ -1,7 +1,7 @@
 """Ids of topics: they tell a recreated log from the one before it.
 
-Name and offsets cannot tell the two apart. So a watermark holds the id of its states' log, and an
-offset that the group commits holds it in the metadata that Kafka keeps with the offset.
+Name and offsets cannot tell the two apart. So a watermark holds the id of its states' log, and a
+committed offset holds it in the metadata that Kafka stores with it.
 """
 
 from __future__ import annotations

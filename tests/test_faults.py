@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from pipeline.local.kafka import Kafka
 from pipeline.local.ports import HOST
 from pipeline.local.redis import Redis
-from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.state_store import RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
 from tests.fakes.memory_verify import NoBar
 from tests.faults.__main__ import main

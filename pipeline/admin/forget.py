@@ -26,7 +26,7 @@ from pipeline.messages.control import FORGET
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
-from pipeline.storage.state_scan import Copy, StateScan
+from pipeline.storage.state_scan import StateCopy, StateScan
 from pipeline.storage.state_store import Load, RedisStateStore
 from pipeline.tables import pair_lines
 
@@ -51,7 +51,7 @@ class ForgetReceipt:
     topic: str
     partitions: Sequence[int]
     records: Sequence[ControlRecord]
-    copies: Sequence[Copy]
+    copies: Sequence[StateCopy]
     applied_ms: int | None
     is_back: bool
     retentions: dict[TopicRole, Retention | None]
@@ -123,7 +123,7 @@ class ForgetCommand:
             retentions=await retentions(settings),
         )
 
-    def _partitions(self, copies: Sequence[Copy], count: int) -> list[int]:
+    def _partitions(self, copies: Sequence[StateCopy], count: int) -> list[int]:
         """Return the partitions of the account's states, else the one of its key."""
         found = sorted({copy.partition for copy in copies if copy.partition < count})
         return found or [key_partition(self._account_id.encode(), count)]

@@ -31,11 +31,12 @@ from pipeline.errors import RecurError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
 from pipeline.kafka.topics import topic_ids
 from pipeline.progress import Bar, bar_for
-from pipeline.scoring.partitions import read_watermark
 from pipeline.scoring.scorer import scorer_of
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
-from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import Keys
+from pipeline.storage.watermark import Watermark
 from pipeline.tables import pair_lines
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
 from pipeline.units import DAY_MS

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
 from pipeline.messages.scores import CountedScore, source_offset
 from pipeline.storage.merchant_profile import Fraud, Profile
-from pipeline.storage.merchant_store import Booking
+from pipeline.storage.merchant_store import MerchantLabel
 from pipeline.storage.transaction_note import TransactionNote
 
 LATE_SOURCES_MAX = 100_000
@@ -143,7 +143,7 @@ class LoggedLabel:
     """A label in the labels topic."""
 
     partition: int
-    booking: Booking
+    booking: MerchantLabel
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,10 @@ def frauds_of(
         before = notes.get(entry.id_hash)
         if before is None:
             before = TransactionNote(weight=weights.weight(entry, weight_of))
-        note = before.labelled(booking.labelled_ms, booking.told_weight)
+        note = before.with_label(booking.labelled_ms, booking.label_weight)
         if note is not None:
             notes[entry.id_hash] = note
-            profile.book(replace(entry, weight=note.weight), booking.is_fraud)
+            profile.record(replace(entry, weight=note.weight), booking.is_fraud)
     return profile.frauds
 
 

@@ -37,7 +37,7 @@ from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.scores import decode_counted, source_prefix, stored_weight
 from pipeline.progress import Bar, bar_for
-from pipeline.scoring.labels import booking_of, label_of
+from pipeline.scoring.labels import label_of, merchant_label_of
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot
@@ -45,7 +45,7 @@ from pipeline.storage.merchant_profile import (
     Fraud,
     Profile,
     decode_profiles,
-    is_sound,
+    is_valid,
     transaction_hash,
 )
 from pipeline.storage.merchant_repair import MerchantRepair
@@ -195,7 +195,7 @@ class MerchantRebuild:
                         label, timestamp_ms, labelled_ms = label_of(record, limit_ms)
                     except RejectedError:
                         continue
-                    booking = booking_of(record.offset, label, timestamp_ms, labelled_ms)
+                    booking = merchant_label_of(record.offset, label, timestamp_ms, labelled_ms)
                     slot = self._labels.setdefault(merchant_slot(booking.merchant_id), {})
                     logged = slot.setdefault(booking.merchant_id, [])
                     logged.append(LoggedLabel(partition, booking))
@@ -248,7 +248,7 @@ class MerchantRebuild:
 
     async def _correct_slot(self, slot: int, merchants: Sequence[str]) -> int | None:
         """Return the number of corrected profiles; None if a worker has recorded meanwhile."""
-        recorded = await self._repair.booked_to(slot)
+        recorded = await self._repair.recorded_to(slot)
         if any(to > read for to, read in zip(recorded, self._labels_end, strict=True)):
             await self._read_log()
         labels = self._labels.get(slot, {})
@@ -256,14 +256,14 @@ class MerchantRebuild:
         weights = MerchantWeights(self._weights, self._found.from_bucket)
         frauds: dict[str, Sequence[Fraud]] = {}
         for merchant, value in zip(merchants, values, strict=True):
-            stored = Profile.from_bytes(value).frauds if value and is_sound(value) else []
+            stored = Profile.from_bytes(value).frauds if value and is_valid(value) else []
             logged = labels.get(merchant, [])
             touched = {label.booking.entry.id_hash for label in logged}
             retained = [
                 f for f in stored if f.known <= self._known_from and f.id_hash not in touched
             ]
             due = frauds_of(logged, recorded, weights, stored, retained)
-            if due != stored or (value is not None and not is_sound(value)):
+            if due != stored or (value is not None and not is_valid(value)):
                 frauds[merchant] = due
         if self._dry_run or not frauds:
             return len(frauds)
@@ -323,7 +323,7 @@ class MerchantRebuild:
                 self._found.too_many -= number
         if not self._dry_run:
             await self._repair.add(more)
-            await self._repair.take_off(fewer)
+            await self._repair.subtract(fewer)
 
 
 def _buckets(heads: NDArray[np.int64]) -> NDArray[np.int64]:

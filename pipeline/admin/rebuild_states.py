@@ -26,13 +26,14 @@ from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog, ScoreLog
 from pipeline.kafka.topics import ensure_topics, group_members
 from pipeline.messages.control import LOOK
-from pipeline.scoring.partitions import begin_log, read_watermark
+from pipeline.scoring.recovery import begin_log
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, log_of
 from pipeline.units import DAY_SECONDS
 
@@ -247,7 +248,7 @@ async def restart_labels(
     try:
         for partition in range(partitions):
             known = await store.labels_log(partition, None) or NO_ID
-            is_past = await store.booked_to(partition) > ends[partition]
+            is_past = await store.recorded_to(partition) > ends[partition]
             if is_past or is_other(known, log_id):
                 begun.append(partition)
                 if not dry_run:

@@ -28,12 +28,13 @@ from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
 from pipeline.progress import Bar, bar_for
-from pipeline.scoring.partitions import read_watermark
+from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
-from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.account_state import StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, other_log
 
 READ_MAX = 8_192

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from pipeline.progress import bar_for
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, StateStore
+from pipeline.storage.watermark import Watermark
 
 POLL_INTERVAL_SECONDS = 0.2
 """Time between two reads of the watermarks."""

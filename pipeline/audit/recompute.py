@@ -23,8 +23,9 @@ from pipeline.audit.score_reader import ScoreReader
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.polls import Chunk
 from pipeline.messages.scores import SECONDS_SINCE_LAST, RecordedScore
-from pipeline.scoring.processor import Part, PartDecoder, columns
-from pipeline.scoring.scorer import Scored, Scorer
+from pipeline.scoring.batch import PartitionBatch, micro_batch_of
+from pipeline.scoring.decoder import BatchDecoder
+from pipeline.scoring.scorer import BatchScores, Scorer
 from pipeline.settings import Settings
 
 MICRO_BATCH = 8_192
@@ -93,18 +94,20 @@ class RecomputedStates:
         self.values: list[bytes | None] = []
         self.lacks_features = np.zeros(0, bool)
         self._scorer = scorer
-        self._decoder = PartDecoder(settings, scorer.checkpoint)
+        self._decoder = BatchDecoder(settings, scorer.checkpoint)
         self._partition = partition
         self._is_whole = is_whole
         self._uses_merchants = scorer.checkpoint.header.features.uses_merchants
         self._begins_in_log = np.zeros(0, bool)
         self._seen = np.zeros(0, np.int64)
 
-    def decode(self, chunk: Chunk) -> Part:
+    def decode(self, chunk: Chunk) -> PartitionBatch:
         """Decode records to transactions, by the worker's rules."""
-        return self._decoder.part(self._partition, chunk)
+        return self._decoder.decode(self._partition, chunk)
 
-    def compute(self, part: Part, recorded: Sequence[RecordedScore | None]) -> Computation:
+    def compute(
+        self, part: PartitionBatch, recorded: Sequence[RecordedScore | None]
+    ) -> Computation:
         """Compute the next states of a part's accounts, as a worker would, without keeping them."""
         m = len(MERCHANT_FEATURES)
         raw = np.zeros((len(part.records), m), np.float32)
@@ -118,7 +121,7 @@ class RecomputedStates:
         values = [self._value(account) for account in part.accounts]
         for forget in part.forgets:
             values[forget.row] = None
-        batch = columns([part], self._decoder.further_fields)
+        batch = micro_batch_of([part], self._decoder.extra_fields)
         states, scored, _, _ = self._scorer.score(values, batch)
         after = self._scorer.codec.encode(states, np.arange(len(states)))
         return Computation(part, scored, after, has_features)
@@ -138,7 +141,7 @@ class RecomputedStates:
         for index, value in zip(rows_of_part, computed.after, strict=True):
             self.values[index] = value
         row = np.array(rows_of_part, np.intp)[np.array(part.rows, np.intp)]
-        applied = ~scored.repeated
+        applied = ~scored.duplicate
         applied[list(scored.failed)] = False
         begins = applied & (scored.raw[:, _PAUSE_COLUMN] == FIRST_PAUSE)
         seen = self._seen[row]
@@ -204,8 +207,8 @@ class Computation:
         has_features: bool[n], whether the merchant's features are recorded.
     """
 
-    part: Part
-    scored: Scored
+    part: PartitionBatch
+    scored: BatchScores
     after: Sequence[bytes]
     has_features: NDArray[np.bool_]
 
@@ -312,14 +315,14 @@ class RecomputedPartition:
             self.next_offset = end
             yield replace(batch, records=read)
 
-    async def _advance(self, part: Part) -> RecomputedBatch:
+    async def _advance(self, part: PartitionBatch) -> RecomputedBatch:
         sources = [record.offset for record in part.records]
         recorded = await self._scores.read(sources)
         computed = await asyncio.to_thread(self.states.compute, part, recorded)
         missed = [
             source
             for source, score, repeated in zip(
-                sources, recorded, computed.scored.repeated.tolist(), strict=True
+                sources, recorded, computed.scored.duplicate.tolist(), strict=True
             )
             if score is None and not repeated
         ]

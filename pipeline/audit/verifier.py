@@ -31,12 +31,12 @@ from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.topics import partition_count, topic_ids
 from pipeline.progress import Bar
-from pipeline.scoring.partitions import check_watermark, read_watermark
 from pipeline.scoring.scorer import ScorerBrokenError, scorer_of
+from pipeline.scoring.watermark_check import check_watermark, read_watermark
 from pipeline.settings import Settings
-from pipeline.storage.account_state import Watermark
-from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError, answered_within
+from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError, retry_within
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
 from pipeline.units import DAY_MS
 
@@ -458,7 +458,7 @@ class Verifier:
                 )
 
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await answered_within(self._settings.startup_timeout_seconds, call)
+        return await retry_within(self._settings.startup_timeout_seconds, call)
 
 
 def _is_past(last: int, topic: str, partition: int, watermark: bytes | None) -> bool:

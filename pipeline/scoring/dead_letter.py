@@ -1,4 +1,4 @@
-"""Rejected records on their way to the dead-letter topic."""
+"""Dead letters of rejected records, and throttled warnings about them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pipeline.kafka.producer import Outgoing
 from pipeline.scoring.metrics import Metrics
 
 KEY_MAX_BYTES = 65_536
-"""With it the longest rejected value stays under the broker's limit of 1 MiB."""
+"""Limit of a key, so that the longest dead letter stays under the broker's limit of 1 MiB."""
 
-TELL_EVERY_MS = 60_000
-"""Between two lines of the log about the same reason."""
+LOG_EVERY_MS = 60_000
+"""Time between two log lines about the same reason."""
 
 log = logging.getLogger(__name__)
 
 
-class Notices:
-    """Lines of the log about one thing that comes often: the first, and then one a minute.
+class ThrottledWarning:
+    """A warning about a frequent event: the first event is logged, then one line a minute.
 
     Args:
-        message: what each line says.
+        message: text of each line.
     """
 
     def __init__(self, message: str) -> None:
         self._message = message
-        self._untold: Counter[str] = Counter()
-        self._told_ms: dict[str, int] = {}
+        self._unlogged: Counter[str] = Counter()
+        self._logged_ms: dict[str, int] = {}
 
-    def tell(
+    def log(
         self,
         topic: str,
         partition: int,
@@ -41,17 +41,17 @@ class Notices:
         records: int = 1,
         reason: str = "",
     ) -> None:
-        """Count records, and say how many there were since the last line of this reason."""
-        self._untold[reason] += records
-        told_ms = self._told_ms.get(reason)
-        if told_ms is not None and now_ms - told_ms < TELL_EVERY_MS:
+        """Count records, and log their number since the last line of this reason."""
+        self._unlogged[reason] += records
+        logged_ms = self._logged_ms.get(reason)
+        if logged_ms is not None and now_ms - logged_ms < LOG_EVERY_MS:
             return
-        self._told_ms[reason] = now_ms
+        self._logged_ms[reason] = now_ms
         log.warning(
             self._message,
             extra={
                 **({"reason": reason} if reason else {}),
-                "records": self._untold.pop(reason),
+                "records": self._unlogged.pop(reason),
                 "topic": topic,
                 "partition": partition,
                 "offset": offset,
@@ -60,10 +60,10 @@ class Notices:
 
 
 class DeadLetters:
-    """Makes dead letters of a topic's records, counts them, and tells of them in the log.
+    """Encoder of dead letters of a topic; it counts them and logs a throttled warning.
 
     Args:
-        topic: full name of the topic that the records came from.
+        topic: full name of the rejected records' topic.
         value_max_bytes: longer values are truncated.
         clock_ms: wall clock, epoch milliseconds.
     """
@@ -75,18 +75,18 @@ class DeadLetters:
         self._value_max_bytes = value_max_bytes
         self._metrics = metrics
         self._clock_ms = clock_ms
-        self._notices = Notices(
-            "rejected: the dead-letter topic has what, and what is wrong with it"
+        self._warning = ThrottledWarning(
+            "record rejected: the dead-letter topic holds it, with the reason and the error"
         )
 
-    def letter(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
-        """The original key and bytes; where from and why in headers.
+    def encode(self, partition: int, record: Record, reason: str, error: str) -> Outgoing:
+        """Encode a record as a dead letter: original key and value, origin and reason in headers.
 
-        Where there is no key, its coordinates are: a compacted topic takes none without.
+        Without a key, the record's coordinates become the key: a compacted topic needs one.
         """
         now_ms = self._clock_ms()
         self._metrics.rejected.labels(reason).inc(records_in(record.value))
-        self._notices.tell(self._topic, partition, record.offset, now_ms, reason=reason)
+        self._warning.log(self._topic, partition, record.offset, now_ms, reason=reason)
         limit = self._value_max_bytes
         headers = {
             "topic": self._topic,

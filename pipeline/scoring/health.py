@@ -1,4 +1,4 @@
-"""Whether the worker is alive and ready, and since when nothing moved."""
+"""Health of the worker: alive, ready, and the time since the last progress."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from time import monotonic
 from pipeline.scoring.outages import Outages
 
 SERVICES = frozenset({"redis", "kafka"})
-"""The log tells of their outages."""
+"""Services whose outages are logged."""
 
 
 class Health:
-    """What `/live` and `/ready` tell; written by worker and monitors, read by any thread.
+    """Health as `/live` and `/ready` report it; worker and monitors write it, any thread reads it.
 
     Args:
-        watchdog_seconds: records wait and nothing moves for this long: not alive.
+        watchdog_seconds: the worker is not alive if records wait this long without progress.
         clock: monotonic seconds.
     """
 
@@ -27,29 +27,34 @@ class Health:
         self._lock = threading.Lock()
         self._missing = {"redis": "not reached yet", "kafka": "not reached yet",
                          "partitions": "not assigned yet"}  # fmt: skip
-        self._waiting_since: dict[str, float] = {}  # by what waits
+        self._waiting_since: dict[str, float] = {}  # by kind of record
 
     def up(self, part: str) -> None:
-        """``part`` (redis, kafka, partitions or worker) is there."""
+        """Report that ``part`` (redis, kafka, partitions, worker, ...) works."""
         with self._lock:
             self._missing.pop(part, None)
         self._outages.answered(part)
 
     def down(self, part: str, why: str, error: str = "") -> None:
-        """``part`` is away; ``error`` is what a call to it failed with, for the log."""
+        """Report that ``part`` does not work.
+
+        Args:
+            why: reason, for `/ready`.
+            error: error of the failed call, for the log.
+        """
         with self._lock:
             self._missing[part] = why
         if part in SERVICES:
             self._outages.failed(part, error)
 
     def moved(self, what: str = "transactions") -> None:
-        """A micro-batch was applied, or labels were booked."""
+        """Report progress: a micro-batch was applied, or labels were recorded."""
         with self._lock:
             if what in self._waiting_since:
                 self._waiting_since[what] = self._clock()
 
     def records_wait(self, waiting: bool, what: str = "transactions") -> None:
-        """Whether a log, of transactions or of labels, holds records that are not applied."""
+        """Report whether a log holds records that are not applied yet."""
         with self._lock:
             if not waiting:
                 self._waiting_since.pop(what, None)
@@ -57,22 +62,22 @@ class Health:
                 self._waiting_since.setdefault(what, self._clock())
 
     def stalled_seconds(self) -> float:
-        """For how long records have waited with nothing moving."""
+        """Return how long records have waited without progress."""
         with self._lock:
             since = min(self._waiting_since.values(), default=None)
         return 0.0 if since is None else self._clock() - since
 
     def missing(self) -> dict[str, str]:
-        """What is away, and why; empty when ready."""
+        """Return the parts that do not work, with the reason; empty when ready."""
         with self._lock:
             return dict(self._missing)
 
     @property
     def ready(self) -> bool:
-        """Redis and Kafka answer and the partitions are assigned."""
+        """Whether Redis and Kafka answer and partitions are assigned."""
         return not self.missing()
 
     @property
     def live(self) -> bool:
-        """False once records waited for too long with nothing moving."""
+        """Whether records are processed; False after a wait that is too long."""
         return self.stalled_seconds() < self._watchdog_seconds

@@ -1,7 +1,7 @@
-"""Every metric of a worker, in one class over one registry.
+"""All metrics of a worker, in one class over one registry.
 
-Base units, ``_total`` for counters, bounded labels, never an account number. Counts of a
-micro-batch are added at once: :class:`BatchHistogram` takes an array.
+Metrics use base units, ``_total`` for counters, and bounded labels; no label is an account
+number. The values of a micro-batch are added at once: :class:`BatchHistogram` takes an array.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class BatchHistogram(Collector):
-    """A histogram that observes a whole array at once.
+    """Histogram that observes a whole array at once.
 
-    prometheus_client's own takes a lock and a Python loop for each value, which at 50,000
-    values a second is a tenth of a core.
+    The histogram of prometheus_client takes a lock and a Python loop for each value. At 50,000
+    values a second this costs a tenth of a core.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class BatchHistogram(Collector):
         registry.register(self)
 
     def observe(self, values: ArrayLike) -> None:
-        """Count each of the values, in the metric's unit."""
+        """Count the values, given in the metric's unit."""
         array = np.asarray(values, np.float64)
         places = np.searchsorted(self._bounds, array, side="left")
         self._counts += np.bincount(places, minlength=len(self._counts))
         self._sum += float(array.sum())
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry: cumulative counts by upper bound."""
+        """Yield cumulative counts by upper bound, for the registry."""
         cumulative = np.cumsum(self._counts)
         labels = [*(_text(bound) for bound in self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._documentation)
@@ -90,12 +90,12 @@ class BatchHistogram(Collector):
         yield family
 
     def describe(self) -> Iterator[Metric]:
-        """For the registry: the name, without samples."""
+        """Yield the name without samples, for the registry."""
         yield HistogramMetricFamily(self._name, self._documentation)
 
 
 def _text(bound: float) -> str:
-    """As Prometheus's own client writes a bucket's bound."""
+    """Write a bucket's bound as Prometheus's own client does."""
     return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
 
 
@@ -103,7 +103,7 @@ class Metrics:
     """The metrics of one worker.
 
     Args:
-        registry: where they are registered; a fresh one for each test.
+        registry: registry of the metrics; each test uses a new one.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -115,7 +115,7 @@ class Metrics:
         )  # fmt: skip
         self.alerts = Counter("recur_alerts", "Alerts published", ["decision"], registry=registry)
         self.threshold = Gauge(
-            "recur_threshold", "Score from which on the decision is taken", ["decision"],
+            "recur_threshold", "Lowest score that gets the decision", ["decision"],
             registry=registry,
         )  # fmt: skip
         self.rejected = Counter(
@@ -123,7 +123,7 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.letters_lost = Counter(
-            "recur_letters_lost", "Rejected records that the broker refused as dead letters, too",
+            "recur_letters_lost", "Rejected records that the broker rejected as dead letters, too",
             registry=registry,
         )  # fmt: skip
         self.duplicate_transactions = Counter(
@@ -132,7 +132,7 @@ class Metrics:
         )  # fmt: skip
         self.id_conflicts = Counter(
             "recur_id_conflicts",
-            "Transactions whose id their account had with another content",
+            "Transactions whose account already has their id with another content",
             registry=registry,
         )
         self.event_time_skew = Counter(
@@ -146,7 +146,7 @@ class Metrics:
             registry=registry,
         )
         self.forgotten = Counter(
-            "recur_accounts_forgotten", "Instructions to forget an account that were applied",
+            "recur_accounts_forgotten", "Control records to forget an account that were applied",
             registry=registry,
         )  # fmt: skip
         self.records_skipped = Counter(
@@ -157,20 +157,20 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.states = Counter(
-            "recur_states", "Account states needed: cached, or asked of Redis", ["result"],
+            "recur_states", "Account states needed, by where they came from", ["result"],
             registry=registry,
         )  # fmt: skip
         self.profiles = Counter(
             "recur_merchant_profiles",
-            "Merchant profiles needed for a transaction: cached, or asked of Redis",
+            "Merchant profiles needed for a transaction, by where they came from",
             ["result"], registry=registry,
         )  # fmt: skip
         self.labels = Counter(
-            "recur_labels", "Labels booked, by truth and by what was decided of the transaction",
+            "recur_labels", "Labels recorded, by label and by the decision on the transaction",
             ["label", "decision"], registry=registry,
         )  # fmt: skip
         self.duplicate_labels = Counter(
-            "recur_duplicate_labels", "Labels dropped because they were booked before",
+            "recur_duplicate_labels", "Labels dropped because they were recorded before",
             registry=registry,
         )  # fmt: skip
         self.labels_stale = Counter(
@@ -182,7 +182,7 @@ class Metrics:
             DELAY_BUCKETS_SECONDS, registry,
         )  # fmt: skip
         self.labels_lag = Gauge(
-            "recur_labels_lag_records", "Records in the labels topic that are not booked yet",
+            "recur_labels_lag_records", "Records in the labels topic that are not recorded yet",
             registry=registry,
         )  # fmt: skip
         self.micro_batch = BatchHistogram(
@@ -204,7 +204,7 @@ class Metrics:
         )
         self.out_of_range = Counter(
             "recur_inputs_out_of_range",
-            "Raw inputs of scored transactions beyond what training saw; they saturate",
+            "Raw inputs of scored transactions beyond the training data; they saturate",
             ["feature"], registry=registry,
         )  # fmt: skip
         self.event_age = Gauge(
@@ -236,7 +236,7 @@ class Metrics:
         )
         self.watermark_conflicts = Counter(
             "recur_watermark_conflicts",
-            "Saves and loads that met another watermark than expected; nothing was written",
+            "Loads and saves that found another watermark than expected; nothing was written",
             registry=registry,
         )
         self.zombie_scores = Counter(
@@ -246,7 +246,7 @@ class Metrics:
         )
         self.fenced = Counter(
             "recur_fenced",
-            "Transactions of Kafka given up because another worker has taken the partition",
+            "Kafka transactions given up because another worker took the partition",
             registry=registry,
         )
         self.records_lost = Counter(
@@ -254,14 +254,16 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.partitions = Gauge(
-            "recur_partitions_assigned", "Partitions that the group gave this worker",
+            "recur_partitions_assigned", "Partitions that the group assigned to this worker",
             registry=registry,
         )  # fmt: skip
         self.polls_in_flight = Gauge(
             "recur_polls_in_flight", "Polls fetched and not acked yet", registry=registry
         )
         self.ready = Gauge(
-            "recur_ready", "1 when Redis, Kafka and the assignment are there", registry=registry
+            "recur_ready",
+            "1 when Redis and Kafka answer and partitions are assigned",
+            registry=registry,
         )
         self.model = Info("recur_model", "The checkpoint in use", registry=registry)
         for decision in DECISIONS[1:]:
@@ -281,7 +283,7 @@ class Metrics:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Observe the time of the block as that of a stage, one of :data:`STAGES`."""
+        """Observe the duration of a stage, one of :data:`STAGES`."""
         start = perf_counter()
         try:
             yield

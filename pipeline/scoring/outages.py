@@ -1,5 +1,6 @@
-"""What the log tells of a service that is away: that it went, each minute that it still is, that
-it is back. Whoever calls it tells of each call here, and nothing else about it.
+"""Log lines about a service's outage: its start, one line a minute, its end.
+
+A caller reports each call here and logs nothing else about the service.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ from time import monotonic
 
 from pipeline import logs
 
-TELL_SECONDS = 60.0
-"""Between two lines of an outage."""
+LOG_SECONDS = 60.0
+"""Time between two log lines about an outage."""
 
-TOLD_AT_ONCE_MAX = 3
-"""A service that goes and comes is told of so many times in that time, and then once."""
+BURST_MAX = 3
+"""Outages of a service that are logged within that time; later ones are logged once."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Outage:
-    """Of one service; it is away while ``since`` is set."""
+    """State of one service; an outage lasts while ``since`` is set."""
 
     since: float | None = None
-    told: float = 0.0
-    is_told: bool = False
+    logged_at: float = 0.0
+    is_logged: bool = False
     failures: int = 0
     why: str = ""
-    begins: deque[float] = field(default_factory=lambda: deque(maxlen=TOLD_AT_ONCE_MAX))
+    begins: deque[float] = field(default_factory=lambda: deque(maxlen=BURST_MAX))
 
 
 class Outages:
-    """Tells of outages in the log; called by any thread.
+    """Log of outages; any thread may call it.
 
     Args:
         clock: monotonic seconds.
@@ -47,7 +48,7 @@ class Outages:
         self._outages: dict[str, _Outage] = {}
 
     def failed(self, service: str, why: str) -> None:
-        """A call was not answered."""
+        """Report a call without an answer."""
         with self._lock:
             outage = self._outages.setdefault(service, _Outage())
             now = self._clock()
@@ -55,15 +56,15 @@ class Outages:
                 outage.since = now
             outage.failures += 1
             outage.why = why or outage.why
-            if not outage.is_told:
-                if len(outage.begins) == TOLD_AT_ONCE_MAX and now - outage.begins[0] < TELL_SECONDS:
+            if not outage.is_logged:
+                if len(outage.begins) == BURST_MAX and now - outage.begins[0] < LOG_SECONDS:
                     return
                 outage.begins.append(now)
-                outage.is_told, outage.told = True, now
+                outage.is_logged, outage.logged_at = True, now
                 what = "a service does not answer; waiting for it"
                 extra: dict[str, object] = {}
-            elif now - outage.told >= TELL_SECONDS:
-                outage.told = now
+            elif now - outage.logged_at >= LOG_SECONDS:
+                outage.logged_at = now
                 what = "a service still does not answer"
                 extra = _counts(service, outage, now)
             else:
@@ -72,15 +73,15 @@ class Outages:
         log.warning(what, extra={"service": service, "why": why, **extra})
 
     def answered(self, service: str) -> None:
-        """A call was answered."""
+        """Report an answered call."""
         with self._lock:
             outage = self._outages.get(service)
             if outage is None or outage.since is None:
                 return
             extra = _counts(service, outage, self._clock())
-            is_told, outage.is_told = outage.is_told, False
+            is_logged, outage.is_logged = outage.is_logged, False
             outage.since, outage.failures = None, 0
-        if is_told:
+        if is_logged:
             log.info("it answers again", extra={"service": service, **extra})
 
 

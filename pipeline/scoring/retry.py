@@ -1,4 +1,4 @@
-"""Waiting for a Redis or a broker that is away: back off, read no further, lose nothing."""
+"""Retries of calls to a Redis or broker that does not answer: back off, lose nothing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pipeline.scoring.metrics import Metrics
 from pipeline.storage.client import StoreUnavailableError
 
 RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Waits between two calls; the last one repeats."""
+"""Pauses between two calls; the last one repeats."""
 
 T = TypeVar("T")
 
 
 class Retrier:
-    """Repeats calls until they are answered; counts failures and tells the health.
+    """Repetition of calls until they are answered; failures are counted and reported to the health.
 
-    The watchdog bounds it: while records wait and nothing moves it ends the process.
+    The watchdog is the limit: it ends the process if records wait and none is processed.
     """
 
     def __init__(self, metrics: Metrics, health: Health) -> None:
@@ -29,14 +29,14 @@ class Retrier:
         self._errors = {"redis": metrics.redis_errors, "kafka": metrics.kafka_errors}
 
     async def retry_redis(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The store's answer, however long it is away."""
-        return await self._ask("redis", call)
+        """Return the answer of Redis, however long it takes."""
+        return await self._retry("redis", call)
 
-    async def ask_log(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The broker's answer, however long it is away."""
-        return await self._ask("kafka", call)
+    async def retry_kafka(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer of the broker, however long it takes."""
+        return await self._retry("kafka", call)
 
-    async def _ask(self, service: str, call: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, service: str, call: Callable[[], Awaitable[T]]) -> T:
         for attempt in count():
             try:
                 answer = await call()

@@ -1,6 +1,6 @@
-"""Rounds → features → GRU: advances account states by a micro-batch and scores it.
+"""Rounds → features → GRU: advance account states by a micro-batch and score it.
 
-Pure computation on columns; the processor around it does the input and output.
+This is pure computation on columns; the processor does the input and output.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pipeline.units import DAY_MS
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Transactions of one poll as columns, in log order within each partition.
+    """The transactions of a poll as columns, in log order within each partition.
 
     Attributes:
-        row: intp[n], the account's row in the states.
+        row: intp[n], the row of the account in the states.
         amount: float64[n], in the checkpoint's currency.
-        timestamp_ms: int64[n], event time that enters features and state.
-        record_ms: int64[n], the record's CreateTime, or the event time where it has none.
-        offset: int64[n], in the transaction's partition.
-        id_hash: uint64[n], of the transaction's id and content, see :func:`id_hashes`.
+        timestamp_ms: int64[n], event time for features and state.
+        record_ms: int64[n], the record's CreateTime, or the event time without one.
+        offset: int64[n], offset in the partition.
+        id_hash: uint64[n], hash of the transaction's id and content, see :func:`id_hashes`.
         merchant_raw: float32[n, M], the merchant's raw features; zeros if the checkpoint uses none.
-        fields: float32[n, K], raw columns of the checkpoint's further fields.
-        explain_from: float32[n], the score from which on there will be reasons to give.
+        fields: float32[n, K], raw columns of the checkpoint's extra fields.
+        explain_from: float32[n], the lowest score that gets reasons.
     """
 
     row: NDArray[np.intp]
@@ -52,7 +52,7 @@ class MicroBatch:
         return len(self.row)
 
     def between(self, start: int, stop: int) -> MicroBatch:
-        """Those transactions alone (views)."""
+        """Select a range of transactions, as views."""
         part = slice(start, stop)
         return MicroBatch(
             self.row[part],
@@ -68,26 +68,26 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What a micro-batch's computation gave.
+class BatchScores:
+    """Results of a micro-batch's computation.
 
     Attributes:
         score: float32[n], probability of fraud.
-        raw: float32[n, features], the raw inputs.
-        repeated: bool[n], the account had this transaction before, the same id with the same
-            content: nothing was applied.
-        conflicting: bool[n], it had the id with another content.
-        failed: indices whose computation fails, with the error: nothing was applied.
-        expired: how many states started anew because their account was silent too long.
-        before: float16[L, H], the hidden before it, of each index with reasons to give.
-        merchant_weight: uint8[n], how far a fraud of it would count at its merchant.
-        outside: bool[n, features], raw inputs beyond what training saw; None: there are none.
+        raw: float32[n, features], raw inputs.
+        duplicate: bool[n], the account already has this id with this content; not applied.
+        conflict: bool[n], the account already has this id with another content.
+        failed: errors by index of transactions whose computation fails; not applied.
+        expired: number of states that were reset because their account was silent too long.
+        before: by index of a transaction with reasons: the hidden state before it,
+            float16[L, H].
+        merchant_weight: uint8[n], merchant weight of the transaction if it is a fraud.
+        outside: bool[n, features], raw inputs beyond the training data; None without any.
     """
 
     score: NDArray[np.float32]
     raw: NDArray[np.float32]
-    repeated: NDArray[np.bool_]
-    conflicting: NDArray[np.bool_]
+    duplicate: NDArray[np.bool_]
+    conflict: NDArray[np.bool_]
     failed: dict[int, str]
     expired: int
     before: dict[int, NDArray[np.float16]]
@@ -96,7 +96,7 @@ class Scored:
 
 
 ID_CONFLICT = "the account had this transaction id with another content"
-"""The error of a transaction that is not applied for its id."""
+"""Error of a transaction that is rejected because of its id."""
 
 _ID_HALF = np.uint64(0xFFFF_FFFF_0000_0000)
 _CONTENT_HALF = np.uint64(0x0000_0000_FFFF_FFFF)
@@ -108,19 +108,19 @@ def id_hashes(
     amount: NDArray[np.float64],
     sent_ms: NDArray[np.int64],
 ) -> NDArray[np.uint64]:
-    """What a state remembers of n transactions: half of an id's hash, half of its content's.
+    """Hash n transactions for the states: half a hash of the id, half a hash of the content.
 
-    A repeat agrees in both, a conflict in the id alone. Content is the merchant, the amount and
-    the event time as it was sent; currency and account are the same for all that are compared.
-    Two of 8 remembered ids with equal halves come once in 500 million transactions; that is a
-    conflict that is none, which is scored all the same. What is dropped agrees in all 64 bits.
+    A duplicate agrees in both halves, a conflict in the id only. The content is the merchant,
+    the amount and the event time as sent; currency and account are always equal. Among 8 ids,
+    equal id halves of different ids occur once in 500 million transactions. Such a transaction
+    counts as a conflict and is still scored. A dropped duplicate agrees in all 64 bits.
 
     Args:
         id_hash, merchant_hash: [n] 64-bit hashes of the two ids.
         amount, sent_ms: [n].
 
     Returns:
-        [n], never 0, which marks an empty place among a state's recent ids.
+        [n], never 0, which marks an empty place in a state's recent ids.
     """
     content = _mixed(merchant_hash)
     content = _mixed(content ^ (amount + 0.0).view(np.uint64))  # -0.0 is 0.0
@@ -131,7 +131,7 @@ def id_hashes(
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread each bit over the word: the finalizer of MurmurHash3."""
+    """Spread each bit over the word, as the finalizer of MurmurHash3 does."""
     shift = np.uint64(33)
     words = (words ^ (words >> shift)) * np.uint64(0xFF51_AFD7_ED55_8CCD)
     words = (words ^ (words >> shift)) * np.uint64(0xC4CE_B9FE_1A85_EC53)
@@ -139,28 +139,28 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 FEATURES_END = len(FEATURES)
-"""Columns of ``raw`` before those of further fields, which may be missing (NaN)."""
+"""Number of columns of ``raw`` before the extra fields, which may be missing (NaN)."""
 
 
 class ComputationError(ArithmeticError):
-    """A micro-batch gave a score that is no number."""
+    """The computation gave a score that is not a number."""
 
 
 FAILURES_IN_A_ROW_MAX = 32
-"""So many transactions failing with none succeeding between them are not their fault."""
+"""Consecutive failures above this number are not the transactions' fault."""
 
 
 class ScorerBrokenError(RuntimeError):
-    """The computation fails for everything: a defect, or a machine that is broken."""
+    """The computation fails for everything: a defect, or a broken machine."""
 
 
 class Scorer:
-    """Advances states with one checkpoint.
+    """Computation with one checkpoint: it advances states and scores transactions.
 
     Args:
         checkpoint: network and features.
-        ttl_ms: an account silent for longer starts anew, milliseconds of record time.
-        reject_conflicts: do not apply a transaction whose id its account had with another content.
+        ttl_ms: reset an account that was silent for longer, milliseconds of record time.
+        reject_conflicts: reject a transaction whose account has its id with another content.
     """
 
     def __init__(
@@ -181,39 +181,40 @@ class Scorer:
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
-    ) -> tuple[AccountStates, Scored, NDArray[np.bool_], int]:
-        """Advance the states that ``values`` hold.
+    ) -> tuple[AccountStates, BatchScores, NDArray[np.bool_], int]:
+        """Advance the states in ``values`` and score the transactions.
 
-        Where the computation fails the micro-batch is bisected, so that only the
-        transactions that make it fail are left out. States with numbers that make it fail
-        are refused then: or one account's transactions would end one worker after another.
-        A state that lies past its transactions counts as absent: it is of a watermark that was
-        taken back, and is computed again.
+        If the computation fails, the micro-batch is bisected: only the failing transactions are
+        left out. States with impossible numbers then count as invalid. Otherwise one account's
+        transactions would end one worker after another.
+
+        A state past its transactions counts as absent. It belongs to a watermark that was set
+        back, and is computed again.
 
         Returns:
-            the states after, the scores, bool[accounts] of states that were there and sound,
-            and how many values were refused.
+            the states afterwards, the scores, bool[accounts] of the valid states, and the number
+            of invalid values.
 
         Raises:
-            ScorerBrokenError: it fails for every transaction.
+            ScorerBrokenError: the computation fails for every transaction.
         """
-        states, loaded, refused = self.codec.decode(values)
+        states, valid, invalid = self.codec.decode(values)
         is_past = states.last_offset[batch.row] >= batch.offset
         past = np.unique(batch.row[is_past]) if is_past.any() else batch.row[:0]
         states.reset(past)
-        loaded[past] = False
+        valid[past] = False
         try:
             scored = self._advance(states, batch)
             self._failures_in_a_row = 0
-        except Exception:  # whatever a transaction does to NumPy or torch
-            states, loaded, refused = self.codec.decode(values, check_numbers=True)
+        except Exception:  # a transaction may cause any error in NumPy or torch
+            states, valid, invalid = self.codec.decode(values, check_numbers=True)
             states.reset(past)
-            loaded[past] = False
+            valid[past] = False
             scored = self._bisect(states, batch)
-        return states, scored, loaded, refused
+        return states, scored, valid, invalid
 
-    def _bisect(self, states: AccountStates, batch: MicroBatch) -> Scored:
-        """Advance halves in order, down to the transactions that fail alone."""
+    def _bisect(self, states: AccountStates, batch: MicroBatch) -> BatchScores:
+        """Advance halves in order, down to the single transactions that fail."""
         n = len(batch)
         before = self.codec.encode(states, np.arange(len(states)))
         try:
@@ -227,11 +228,11 @@ class Scorer:
                         f"the computation failed for {self._failures_in_a_row} transactions in "
                         f"a row, the last time with {type(error).__name__}"
                     ) from error
-                return Scored(
+                return BatchScores(
                     score=np.zeros(1, np.float32),
                     raw=np.zeros((1, self._columns), np.float32),
-                    repeated=np.zeros(1, bool),
-                    conflicting=np.zeros(1, bool),
+                    duplicate=np.zeros(1, bool),
+                    conflict=np.zeros(1, bool),
                     failed={0: f"{type(error).__name__}: {error}"[:200]},
                     expired=0,
                     before={},
@@ -243,16 +244,16 @@ class Scorer:
             return scored
         first = self._bisect(states, batch.between(0, n // 2))
         second = self._bisect(states, batch.between(n // 2, n))
-        return Scored(
+        return BatchScores(
             score=np.concatenate((first.score, second.score)),
             raw=np.concatenate((first.raw, second.raw)),
-            repeated=np.concatenate((first.repeated, second.repeated)),
-            conflicting=np.concatenate((first.conflicting, second.conflicting)),
+            duplicate=np.concatenate((first.duplicate, second.duplicate)),
+            conflict=np.concatenate((first.conflict, second.conflict)),
             failed=first.failed | {n // 2 + i: error for i, error in second.failed.items()},
             expired=first.expired + second.expired,
             before=first.before | {n // 2 + i: hidden for i, hidden in second.before.items()},
             merchant_weight=np.concatenate((first.merchant_weight, second.merchant_weight)),
-            outside=_stacked(first, second),
+            outside=_join_outside(first, second),
         )
 
     def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
@@ -262,7 +263,7 @@ class Scorer:
         for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids", "hidden"):
             getattr(states, name)[:] = getattr(saved, name)
 
-    def _advance(self, states: AccountStates, batch: MicroBatch) -> Scored:
+    def _advance(self, states: AccountStates, batch: MicroBatch) -> BatchScores:
         """Advance ``states`` in place, round by round."""
         n = len(batch)
         score = np.zeros(n, np.float32)
@@ -270,7 +271,7 @@ class Scorer:
         others = len(ACCOUNT_FEATURES)
         raw[:, others:FEATURES_END] = batch.merchant_raw
         raw[:, FEATURES_END:] = batch.fields
-        repeated, conflicting = np.zeros(n, bool), np.zeros(n, bool)
+        duplicate, conflict = np.zeros(n, bool), np.zeros(n, bool)
         failed: dict[int, str] = {}
         expired = 0
         before: dict[int, NDArray[np.float16]] = {}
@@ -283,8 +284,8 @@ class Scorer:
             if same_id.any():
                 seen = (differing == 0).any(axis=1)
                 conflicts = same_id.any(axis=1) & ~seen
-                repeated[members[seen]] = True
-                conflicting[members[conflicts]] = True
+                duplicate[members[seen]] = True
+                conflict[members[conflicts]] = True
                 dropped = seen
                 if self._reject_conflicts:
                     dropped = seen | conflicts
@@ -308,28 +309,30 @@ class Scorer:
         if own and self._weighs:
             scored = np.concatenate([members for members, _ in own])
             weight[scored] = self._merchant_weight(torch.cat([part for _, part in own]))
-        silent = repeated.copy()
-        silent[list(failed)] = True
-        outside = self._outside(raw, silent)
-        return Scored(score, raw, repeated, conflicting, failed, expired, before, weight, outside)
+        unscored = duplicate.copy()
+        unscored[list(failed)] = True
+        outside = self._outside(raw, unscored)
+        return BatchScores(
+            score, raw, duplicate, conflict, failed, expired, before, weight, outside
+        )
 
     def _merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
-        """[m, own] -> uint8[m]: the inputs of payments and their accounts to merchant weights."""
+        """Compute merchant weights, uint8[m], from the own inputs, [m, own]."""
         return self.checkpoint.network.own.merchant_weight(own)
 
     def _outside(
-        self, raw: NDArray[np.float32], silent: NDArray[np.bool_]
+        self, raw: NDArray[np.float32], unscored: NDArray[np.bool_]
     ) -> NDArray[np.bool_] | None:
-        """Of the network's inputs, those beyond their range; None where there are none.
+        """Find the network's inputs beyond their range; None without any.
 
         Args:
-            silent: [n] transactions that were not scored.
+            unscored: [n] transactions that were not scored.
         """
         outside = self.checkpoint.outside(raw)
         if outside is None:
             return None
         outside &= self._is_input
-        outside[silent] = False
+        outside[unscored] = False
         return outside if outside.any() else None
 
     def _step(
@@ -341,11 +344,14 @@ class Scorer:
         others: NDArray[np.float32],
         hidden16: NDArray[np.float16],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], Tensor]:
-        """One transaction of each of m distinct accounts: float32[m], float32[m, R], [m, own].
+        """Apply one transaction of each of m distinct accounts.
 
         Args:
             others: float32[m, R - A], the raw columns after the account's.
-            hidden16: float16[m, L, H], before.
+            hidden16: float16[m, L, H], hidden states before.
+
+        Returns:
+            scores float32[m], raw inputs float32[m, R], own inputs [m, own].
         """
         before = states.history.take(rows)
         raw, after = observe(
@@ -357,19 +363,19 @@ class Scorer:
             hidden = torch.from_numpy(hidden16).float()  # [m, L, H]
             logits, hidden = self.checkpoint.network.step(inputs, hidden)
             score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
-            # Rounded after each step, so that where a micro-batch ends leaves no trace.
+            # Rounding after each step makes the result independent of the micro-batch's end.
             after16 = hidden.half().numpy()
             own = self.checkpoint.network.payment_inputs(inputs)
         if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
-            raise ComputationError("the score is no number")
+            raise ComputationError("the score is not a number")
         states.history.put(rows, after)
         states.hidden[rows] = after16
         note_applied(states, batch, members, rows, before.count)
         return score, raw, own
 
 
-def _stacked(first: Scored, second: Scored) -> NDArray[np.bool_] | None:
-    """What is outside in one of the two, or in both."""
+def _join_outside(first: BatchScores, second: BatchScores) -> NDArray[np.bool_] | None:
+    """Join the inputs out of range of two halves."""
     if first.outside is None and second.outside is None:
         return None
     parts = [
@@ -380,7 +386,7 @@ def _stacked(first: Scored, second: Scored) -> NDArray[np.bool_] | None:
 
 
 def scorer_of(settings: Settings, checkpoint: Checkpoint) -> Scorer:
-    """The scorer of a worker with these settings."""
+    """Make the scorer of a worker with these settings."""
     return Scorer(
         checkpoint,
         ttl_ms=int(settings.state_ttl_days * DAY_MS),
@@ -395,12 +401,12 @@ def note_applied(
     rows: NDArray[np.intp],
     count: NDArray[np.uint32],
 ) -> None:
-    """Write into the states of m distinct accounts which transactions they have applied.
+    """Record in the states of m distinct accounts which transactions they applied.
 
     Args:
         members: [m] the transactions.
         rows: [m] their accounts.
-        count: [m] of the accounts' transactions before.
+        count: [m] number of the account's transactions before.
     """
     states.recent_ids[rows, count % RECENT_IDS] = batch.id_hash[members]
     states.last_offset[rows] = batch.offset[members]

@@ -1,6 +1,6 @@
-"""What a worker sees of its topics besides records: whether they are there, what is held back.
+"""Watch over topics: deletions, recreations, and open transactions that hold records back.
 
-A monitor asks every few seconds, by connections that are not the consumer's.
+A monitor asks every few seconds, over connections of its own.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
 from pipeline.topic_id import is_other, other_log, shown
 
-TELL_SECONDS = 60.0
-"""Between two lines about the same open transaction."""
+LOG_SECONDS = 60.0
+"""Time between two log lines about the same open transaction."""
 
 log = logging.getLogger(__name__)
 
 
 class TopicGoneError(StartupError):
-    """A topic was deleted while the worker ran, and did not come back."""
+    """A topic was deleted while the worker ran, and was not created again."""
 
 
-class AsksIds(Protocol):
-    """Knows topics' ids."""
+class TopicCatalog(Protocol):
+    """Interface to the ids of several topics."""
 
     async def topic_ids(self, topics: Sequence[str]) -> dict[str, bytes]:
-        """Ids of those of the topics that there are.
+        """Return the ids of the existing topics among these.
 
         Raises:
             LogUnavailableError: the broker does not answer.
@@ -37,19 +37,19 @@ class AsksIds(Protocol):
 
 
 class TopicWatcher:
-    """Sees topics go, and has the worker end where they do not come back.
+    """Watch over topics; the worker ends if a deleted topic is not created again.
 
     Args:
         topics: full names.
-        read: those of them that the worker reads, and what is in Redis of each.
-        scores_topic: what is lost with it is told.
-        stops: whether another topic of one that is read ends the worker.
-        seconds: so long a topic that is gone is waited for.
-        logs: knows ids.
-        health: is told what is missing.
+        read: the topics that the worker reads, with the name of the data in Redis for each.
+        scores_topic: full name of the scores topic; its loss is logged.
+        stops: whether a recreated topic ends the worker.
+        seconds: how long to wait for a deleted topic.
+        logs: returns the ids of topics.
+        health: gets the missing topics.
 
     Attributes:
-        changed: topics that are read and were made again since the last look.
+        changed: topics that were created again since the last check.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TopicWatcher:
         scores_topic: str,
         stops: bool,
         seconds: float,
-        logs: AsksIds,
+        logs: TopicCatalog,
         health: Health,
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -76,24 +76,24 @@ class TopicWatcher:
         self._ids: dict[str, bytes] = {}
 
     async def look(self) -> set[str]:
-        """The topics that are there.
+        """Check the topics, and return the existing ones.
 
         Raises:
             LogUnavailableError: the broker does not answer.
-            TopicGoneError: one has been gone for too long; the message says what to do.
-            StartupError: one that is read is another.
+            TopicGoneError: a topic is missing for too long; the message says what to do.
+            StartupError: a topic was deleted and created again.
         """
         found = await self._logs.topic_ids(self._topics)
         now = self._clock()
         for topic in self._topics:
             if topic in found:
                 if self._gone_since.pop(topic, None) is not None:
-                    log.warning("the topic is there again", extra={"topic": topic})
+                    log.warning("the topic exists again", extra={"topic": topic})
                 continue
             if topic not in self._gone_since:
                 self._gone_since[topic] = now
                 log.error(
-                    "a topic was deleted; waiting for it to be made again, then the worker ends",
+                    "a topic was deleted; waiting for its creation, then the worker ends",
                     extra={"topic": topic, "seconds": self._seconds},
                 )
             elif now - self._gone_since[topic] >= self._seconds:
@@ -111,8 +111,8 @@ class TopicWatcher:
             raise other_log(topic, self._ids[topic], found[topic], self._read[topic])
         if self._scores_topic in self.changed:
             log.warning(
-                "the scores topic was deleted and made again: the scores that it held are gone,"
-                " and a rebuild computes without the merchants' features in them",
+                "the scores topic was deleted and created again: its scores are lost, and a rebuild"
+                " cannot use the merchants' features in them",
                 extra={
                     "topic": self._scores_topic,
                     "id_then": shown(self._ids[self._scores_topic]),
@@ -125,19 +125,19 @@ class TopicWatcher:
 
 def _gone(topic: str, seconds: float) -> TopicGoneError:
     return TopicGoneError(
-        f"topic {topic} was deleted while the worker ran, and was not made again within"
-        f" {seconds:g} s (RECUR_TOPIC_MISSING_SECONDS): start the worker again, which makes it, and"
-        " run `recur state rebuild --new-log` or set RECUR_ON_NEW_LOG=begin, to begin from it"
+        f"topic {topic} was deleted while the worker ran, and was not created again within"
+        f" {seconds:g} s (RECUR_TOPIC_MISSING_SECONDS): start the worker again, which creates it,"
+        " and run `recur state rebuild --new-log` or set RECUR_ON_NEW_LOG=begin, to start from it"
     )
 
 
 @dataclass(frozen=True)
-class Held:
-    """What an open transaction of a producer holds back in a partition.
+class HeldRecords:
+    """Records of a partition that a producer's open transaction holds back.
 
     Attributes:
-        behind: the offset of the transaction's first record.
-        records: from there to the log's end, markers among them.
+        behind: offset of the transaction's first record.
+        records: number of records from there to the log's end, markers included.
     """
 
     behind: int
@@ -145,10 +145,10 @@ class Held:
 
 
 class OpenTransactions:
-    """Sees what open transactions hold back, and tells of those that stay.
+    """Watch over open transactions; those that stay open are logged.
 
-    A reader of what is committed is given nothing from the first record of an open transaction on,
-    whoever wrote it. One that is there in one look alone is how transactions are.
+    A consumer of committed records gets nothing past the first record of an open transaction. A
+    transaction that is open at one check only is normal.
 
     Args:
         topic: full name.
@@ -158,20 +158,20 @@ class OpenTransactions:
         self._topic = topic
         self._clock = clock
         self._seen: dict[int, int] = {}
-        self._told_at: dict[int, float] = {}
+        self._logged_at: dict[int, float] = {}
 
-    def see(
+    def check(
         self, ends: Mapping[int, int], stable_ends: Mapping[int, int], positions: Mapping[int, int]
-    ) -> dict[int, Held]:
-        """What is held back, of each partition that is read up to there.
+    ) -> dict[int, HeldRecords]:
+        """Return the held records of each partition that is read up to them.
 
         Args:
-            ends: where the logs end.
-            stable_ends: up to where a reader is given records.
-            positions: up to where they are read.
+            ends: end of each log.
+            stable_ends: end of the committed records of each log.
+            positions: position of the consumer in each log.
         """
         held = {
-            partition: Held(stable, end - stable)
+            partition: HeldRecords(stable, end - stable)
             for partition, end in ends.items()
             if (stable := stable_ends.get(partition, end)) < end
             and positions.get(partition, 0) >= stable
@@ -179,12 +179,12 @@ class OpenTransactions:
         now = self._clock()
         for partition, what in held.items():
             stays = self._seen.get(partition) == what.behind
-            if stays and now >= self._told_at.get(partition, now - TELL_SECONDS) + TELL_SECONDS:
-                self._told_at[partition] = now
+            if stays and now >= self._logged_at.get(partition, now - LOG_SECONDS) + LOG_SECONDS:
+                self._logged_at[partition] = now
                 log.warning(
-                    "a producer's transaction stays open and holds back all that is behind it: end"
-                    " it (kafka-transactions.sh find-hanging, abort), or see why its producer does"
-                    " not",
+                    "a producer's transaction stays open and holds back all records behind it: end"
+                    " it (kafka-transactions.sh find-hanging, abort), or find out why its producer"
+                    " does not",
                     extra={
                         "topic": self._topic,
                         "partition": partition,

@@ -1,17 +1,16 @@
-"""An account's state as bytes, and many of them as columns.
+"""An account's state as bytes, and many states as columns.
 
-The layout is fixed and little-endian (see :func:`layout`): a header, what the features
-remember, hashes of the account's last transactions, the hidden as float16, a checksum.
-A value of another format, size or checksum is refused and counts as absent.
+The layout is fixed and little-endian (see :func:`layout`): a header, the memory of the
+features, hashes of the account's last transactions, the hidden state as float16, a checksum.
+A value of another format, size or checksum is invalid and counts as absent.
 
-In memory a micro-batch's states are columns (:class:`AccountStates`), so that a round is a
-few vector operations, whatever its size.
+In memory the states of a micro-batch are columns (:class:`AccountStates`). So a round is a few
+vector operations, whatever its size.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,73 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features.account import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
-from pipeline.topic_id import NO_ID
 
 STATE_FORMAT = 3
-"""Version of the state's layout; raise it with every change of the layout."""
+"""Version of the layout; raise it with every change of the layout."""
 
 RECENT_IDS = 8
-"""How many transaction ids a state remembers, to drop repeats."""
-
-WATERMARK_FORMAT = 2
-_WATERMARK = struct.Struct("<B3xIqqQ16s16sqq")
-_WITHOUT_IDS = struct.Struct("<B3xIqqQ")  # format 1
-
-
-@dataclass(frozen=True)
-class Watermark:
-    """How far a partition's states are its log; saved with them, atomically.
-
-    Attributes:
-        partitions: partition count of the topic when it was written.
-        next_offset: the first offset that is not applied yet.
-        scores_offset: offset in the scores partition from which on everything later than
-            the applied transactions was or will be published (a lower bound is right too).
-        writer: random number of the process that wrote it, so that no two are alike.
-        log_id: id of the transactions topic that the states are of.
-        scores_log_id: id of the scores topic that ``scores_offset`` is of.
-        scores_begin: offset in the scores partition before which all is of another log.
-        stale_to: offsets committed up to here may be of a log before, unless they tell another.
-    """
-
-    partitions: int
-    next_offset: int
-    scores_offset: int
-    writer: int
-    log_id: bytes = NO_ID
-    scores_log_id: bytes = NO_ID
-    scores_begin: int = 0
-    stale_to: int = 0
-
-    def to_bytes(self) -> bytes:
-        """80 bytes, little-endian."""
-        return _WATERMARK.pack(
-            WATERMARK_FORMAT,
-            self.partitions,
-            self.next_offset,
-            self.scores_offset,
-            self.writer,
-            self.log_id,
-            self.scores_log_id,
-            self.scores_begin,
-            self.stale_to,
-        )
-
-    @classmethod
-    def from_bytes(cls, value: bytes) -> Watermark:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            ValueError: the value has another size or format, or says what no worker writes.
-        """
-        layout = {WATERMARK_FORMAT: _WATERMARK, 1: _WITHOUT_IDS}.get(value[0] if value else 0)
-        if layout is None or len(value) != layout.size:
-            raise ValueError(f"a watermark of {len(value)} bytes in an unknown format")
-        mark = cls(*layout.unpack(value)[1:])
-        offsets = mark.next_offset, mark.scores_offset, mark.scores_begin, mark.stale_to
-        if mark.partitions < 1 or min(offsets) < 0:
-            raise ValueError("a damaged watermark, of no partitions or a negative offset")
-        return mark
+"""How many transaction ids a state remembers, to drop duplicates."""
 
 
 @dataclass
@@ -94,11 +32,11 @@ class AccountStates:
     """States of n accounts as columns.
 
     Attributes:
-        first_offset, last_offset: int64[n], offsets of the first and last transaction in it.
+        first_offset, last_offset: int64[n], offsets of the first and last applied transaction.
         last_record_ms: int64[n], CreateTime of the last record, epoch milliseconds.
-        history: what the features remember (its ``count`` is 0 for an account without state).
-        recent_ids: uint64[n, RECENT_IDS], hashes of the last transactions, half of an id's and half
-            of a content's (:func:`pipeline.scoring.scorer.id_hashes`); 0 is empty.
+        history: memory of the features; its ``count`` is 0 for an account without a state.
+        recent_ids: uint64[n, RECENT_IDS], hashes of the last transactions
+            (:func:`pipeline.scoring.scorer.id_hashes`); 0 is empty.
         hidden: float16[n, layers, hidden_size].
     """
 
@@ -113,7 +51,7 @@ class AccountStates:
         return len(self.last_offset)
 
     def reset(self, rows: NDArray[np.intp]) -> None:
-        """Make the states of ``rows`` those of accounts never seen."""
+        """Reset the states of ``rows`` to those of unknown accounts."""
         self.first_offset[rows] = -1
         self.last_offset[rows] = -1
         self.last_record_ms[rows] = 0
@@ -123,10 +61,10 @@ class AccountStates:
 
 
 class StateCodec:
-    """Turns values from Redis into columns and back, for one network shape.
+    """Conversion of values from Redis into columns and back, for one network shape.
 
     Args:
-        layers, hidden_size: shape of the hidden.
+        layers, hidden_size: shape of the hidden state.
     """
 
     def __init__(self, layers: int, hidden_size: int) -> None:
@@ -134,9 +72,8 @@ class StateCodec:
         self.hidden_size = hidden_size
         self.dtype = layout(layers, hidden_size)
         self.size_bytes = self.dtype.itemsize
-        # One odd 64-bit constant for each word: a multilinear hash modulo 2^64, which no
-        # change of a single word survives. It costs 30 ns a state in NumPy; zlib.crc32
-        # called once for each state costs 400.
+        # One odd 64-bit constant for each word: a multilinear hash modulo 2^64. It detects every
+        # change of a single word. It costs 30 ns a state in NumPy; zlib.crc32 costs 400.
         words = self.size_bytes // 8 - 1
         constants = hashlib.shake_128(b"recur state checksum").digest(8 * words)
         self._constants = np.frombuffer(constants, dtype="<u8") | np.uint64(1)
@@ -150,15 +87,15 @@ class StateCodec:
     def decode(
         self, values: Sequence[bytes | None], *, check_numbers: bool = False
     ) -> tuple[AccountStates, NDArray[np.bool_], int]:
-        """Columns of n values.
+        """Decode n values into columns.
 
         Args:
-            check_numbers: refuse a value with numbers, too, that no computation leaves behind. A
-                checksum that is right says that a worker wrote it, so this is for the case that
-                the computation fails: it doubles the time.
+            check_numbers: also reject numbers that no computation produces. A right checksum
+                says that a worker wrote the value, so ask for this only after a failed
+                computation: it doubles the time.
 
         Returns:
-            the states, bool[n] of those that were there and sound, and how many were refused.
+            the states, bool[n] of the valid ones, and the number of invalid ones.
         """
         size = self.size_bytes
         empty = self._empty_bytes
@@ -167,16 +104,16 @@ class StateCodec:
         )
         table = np.frombuffer(blob, self.dtype)
         present = np.fromiter((value is not None for value in values), bool, len(values))
-        sound = (
+        valid = (
             (table["checksum"] == self._checksums(table))
             & (table["format"] == STATE_FORMAT)
             & (table["layers"] == self.layers)
             & (table["hidden_size"] == self.hidden_size)
         )
         if check_numbers:
-            sound &= _has_sound_numbers(table)
-        if not sound.all():
-            table = np.where(sound, table, self._empty)
+            valid &= _has_valid_numbers(table)
+        if not valid.all():
+            table = np.where(valid, table, self._empty)
         states = AccountStates(
             first_offset=table["first_offset"].copy(),
             last_offset=table["last_offset"].copy(),
@@ -186,13 +123,13 @@ class StateCodec:
             hidden=table["hidden"].copy(),
         )
         loaded = present & (states.history.count > 0)
-        refused = int(present.sum() - loaded.sum())
-        if refused:  # also what says that it counts nothing, whatever else is in it
+        invalid = int(present.sum() - loaded.sum())
+        if invalid:  # this includes a state that counts no transactions, whatever else is in it
             states.reset(np.flatnonzero(present & ~loaded))
-        return states, loaded, refused
+        return states, loaded, invalid
 
     def encode(self, states: AccountStates, rows: NDArray[np.intp]) -> list[bytes]:
-        """One value of :attr:`size_bytes` for each of ``rows``."""
+        """Encode ``rows``, each as a value of :attr:`size_bytes`."""
         table = np.zeros(len(rows), self.dtype)
         table["format"] = STATE_FORMAT
         table["layers"] = self.layers
@@ -215,17 +152,17 @@ class StateCodec:
         return sums + np.uint64(self._constants[0])
 
 
-def _has_sound_numbers(table: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each state's numbers are finite and in their range."""
-    sound: NDArray[np.bool_] = np.isfinite(table["hidden"]).all(axis=(1, 2))
+def _has_valid_numbers(table: NDArray[Any]) -> NDArray[np.bool_]:
+    """Check that each state's numbers are finite and in their range."""
+    valid: NDArray[np.bool_] = np.isfinite(table["hidden"]).all(axis=(1, 2))
     for name in ("decayed_count", "decayed_amount", "usual_amount"):
         column = table[name].reshape(len(table), -1)
-        sound &= (np.isfinite(column) & (column >= 0)).all(axis=1)
-    return sound & (table["last_event_ms"] >= 0)
+        valid &= (np.isfinite(column) & (column >= 0)).all(axis=1)
+    return valid & (table["last_event_ms"] >= 0)
 
 
 def layout(layers: int, hidden_size: int) -> np.dtype[Any]:
-    """The state's fields, types and order; 400 bytes for one layer of 128."""
+    """Return the state's fields, types and order; 400 bytes for one layer of 128."""
     windows = len(WINDOW_DAYS)
     fields: list[tuple[Any, ...]] = [
         ("format", "u1"),

@@ -1,20 +1,18 @@
-"""Every Redis key, on one screen.
+"""All Redis keys.
 
     recur:<model>:{<topic>-<partition>}                 the partition's watermark
     recur:<model>:{<topic>-<partition>}:<account_id>    an account's state
-    recur:evictions:<model>:<topic>                     up to which evictions states are repaired
-    recur:evictions:<model>:<topic>:lock                a worker repairs them
+    recur:evictions:<model>:<topic>                     counts of evicted keys already repaired
+    recur:evictions:<model>:<topic>:lock                held by the worker that repairs
     recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
-    recur:labels:<topic>-<partition>                    up to where all slots have booked it
-    recur:labels:<topic>-<partition>:id                 the id of the log that is booked
-    recur:note:{<slot>}:<hash of the transaction id>    what its labels need to know of it
+    recur:labels:<topic>-<partition>:id                 the topic id of the recorded labels
+    recur:note:{<slot>}:<hash of the transaction id>    facts of a transaction for its labels
 
-The braces are Redis Cluster's hash tag: a partition's states and its watermark lie in one
-slot, so that one MGET reads them and one script writes them, atomically. ``<model>`` is the
-checkpoint's digest: a new model starts with states of its own. Merchants are every model's:
-``<slot>`` is a number under 256 that the merchant's id gives, and what a script changes
-together has the same one.
+The braces are Redis Cluster's hash tag. A partition's states and its watermark lie in one slot,
+so one MGET reads them and one script writes them, atomically. ``<model>`` is the checkpoint's
+digest: a new model starts with states of its own. All models share the merchants. ``<slot>`` is
+a small number that the merchant's id determines. A script changes keys of one slot only.
 """
 
 from __future__ import annotations
@@ -24,19 +22,19 @@ from dataclasses import dataclass
 import xxhash
 
 MERCHANT_SLOTS = 16
-"""Hash tags of merchants: enough to spread over a cluster as partitions do, few enough to say of
-each with every poll of labels how far it is booked, and to read a micro-batch's merchants in as
-many calls."""
+"""Number of merchant slots. Enough to spread over a cluster as partitions do. Few enough to write
+each slot's watermark with every poll of labels, and to read a micro-batch's merchants in one call
+for each slot."""
 
 
 def merchant_slot(merchant_id: str) -> int:
-    """The slot of a merchant, in [0, MERCHANT_SLOTS)."""
+    """Return the slot of a merchant, in [0, MERCHANT_SLOTS)."""
     return xxhash.xxh3_64_intdigest(merchant_id.encode()) % MERCHANT_SLOTS
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Names the keys of one model's states on one transactions topic.
+    """Names of the keys of one model's states on one transactions topic.
 
     >>> keys = Keys("recur", "0f3a", "transactions")
     >>> keys.watermark(3)
@@ -50,32 +48,32 @@ class Keys:
     topic: str
 
     def watermark(self, partition: int) -> bytes:
-        """Key of a partition's watermark."""
+        """Return the key of a partition's watermark."""
         return f"{self.prefix}:{self.model}:{{{self.topic}-{partition}}}".encode()
 
     def accounts(self, partition: int, account_ids: list[str]) -> list[bytes]:
-        """Keys of accounts' states, in the order given."""
+        """Return the keys of accounts' states, in the given order."""
         start = f"{self.prefix}:{self.model}:{{{self.topic}-{partition}}}:"
         return [(start + account_id).encode() for account_id in account_ids]
 
     def evictions(self) -> bytes:
-        """Key of the numbers of evicted keys up to which the states are repaired."""
+        """Return the key of the eviction record."""
         return f"{self.prefix}:evictions:{self.model}:{self.topic}".encode()
 
     def evictions_lock(self) -> bytes:
-        """Key that keeps other workers from repairing at the same time."""
+        """Return the key of the lock that lets only one worker repair at a time."""
         return self.evictions() + b":lock"
 
     def accounts_pattern(self, partition: int | None = None) -> str:
-        """SCAN pattern of this topic's states, of one partition or all.
+        """Return the SCAN pattern of this topic's states, of one partition or all.
 
-        :meth:`account_of` knows which keys are states.
+        Other keys may match it, too: :meth:`account_of` tells them apart.
         """
         place = "*" if partition is None else partition
         return f"{self.prefix}:{self.model}:{{{self.topic}-{place}}}:*"
 
     def account_of(self, key: bytes) -> tuple[int, str] | None:
-        """Partition and account id of a state's key; None for a key of something else.
+        """Return partition and account id of a state's key, or None for another key.
 
         >>> Keys("recur", "0f3a", "transactions").account_of(b"recur:0f3a:{transactions-3}:A1")
         (3, 'A1')
@@ -92,7 +90,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class MerchantKeys:
-    """Names the keys of merchants, which all models share.
+    """Names of the keys of merchants, which all models share.
 
     >>> keys = MerchantKeys("recur")
     >>> keys.profile("M1")
@@ -106,27 +104,27 @@ class MerchantKeys:
     prefix: str
 
     def profile(self, merchant_id: str) -> bytes:
-        """Key of a merchant's profile."""
+        """Return the key of a merchant's profile."""
         name = merchant_id.encode()
         slot = xxhash.xxh3_64_intdigest(name) % MERCHANT_SLOTS
         return b"%b:merchant:{%d}:%b" % (self.prefix.encode(), slot, name)
 
     def labels_watermark(self, slot: int, topic: str, partition: int) -> bytes:
-        """Key of the offset before which all labels of a partition are booked in a slot."""
+        """Return the key of a slot's watermark: all earlier labels of a partition are recorded."""
         return f"{self.prefix}:labels:{{{slot}}}:{topic}-{partition}".encode()
 
     def labels_log(self, topic: str, partition: int) -> bytes:
-        """Key of the id of the log that a labels partition is booked from."""
+        """Return the key of the topic id of a partition's recorded labels."""
         return f"{self.prefix}:labels:{topic}-{partition}:id".encode()
 
     def note(self, slot: int, transaction_hash: int) -> bytes:
-        """Key of what is remembered of a transaction."""
+        """Return the key of a transaction's note."""
         return f"{self.prefix}:note:{{{slot}}}:{transaction_hash:016x}".encode()
 
     def labels_watermarks(self, slot: int, topic: str, partitions: int) -> list[bytes]:
-        """Keys of how far each labels partition is booked in a slot's profiles."""
+        """Return the keys of a slot's watermarks, one for each labels partition."""
         return [self.labels_watermark(slot, topic, partition) for partition in range(partitions)]
 
     def profiles_begin(self) -> bytes:
-        """What every profile's key begins with."""
+        """Return the prefix of all profile keys."""
         return f"{self.prefix}:merchant:{{".encode()

@@ -1,12 +1,12 @@
-"""A merchant's profile as bytes, and many of them as columns.
+"""A merchant's profile as bytes, and many profiles as columns.
 
     format u8, 3 spare, head u32       8 bytes
     ring of counts u16               640 bytes, bucket j at j % BUCKETS
     known frauds                      16 bytes each: transaction id's hash u64, its bucket u32,
                                       merchant weight u8, the bucket in which the label came u24
 
-All big-endian, as Redis's BITFIELD counts: workers add to the ring in place. A value of
-another format or size counts as absent.
+All numbers are big-endian, as Redis's BITFIELD expects: workers add to the ring in place. A
+value of another format or size counts as absent.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ PROFILE_FORMAT = 3
 """Version of the layout; raise it with every change of the layout."""
 
 HEAD_NONE = 0xFFFF_FFFF
-"""The head of a profile in which nothing was counted."""
+"""Head of a profile without transactions."""
 
 HEADER_BYTES = 8
 FIXED_BYTES = HEADER_BYTES + 2 * BUCKETS
 FRAUD_BYTES = 16
 
 FRAUDS_MAX = 1000
-"""Known frauds that a profile holds; the ones booked first go."""
+"""Maximum number of known frauds in a profile; the oldest entries are dropped."""
 
 FRAUD_BUCKETS_MAX = 384
-"""A fraud this much older than a new label is forgotten, buckets: 48 days."""
+"""Buckets (48 days): a new label drops known frauds that are older by this much."""
 
 KNOWN_BITS = 24
 KNOWN_MAX = (1 << KNOWN_BITS) - 1
-"""The last bucket in which a label can arrive, of the year 7711; a later one counts as this."""
+"""Last bucket for a label's arrival, in the year 7711; a later arrival counts as this one."""
 
 FIXED = np.dtype(
     [("format", "u1"), ("spare", "u1", (3,)), ("head", ">u4"), ("counts", ">u2", (BUCKETS,))]
@@ -57,10 +57,10 @@ class Fraud:
     """A known fraud of a merchant.
 
     Attributes:
-        id_hash: of the transaction's id.
-        bucket: in which the transaction counts.
-        known: the bucket in which the label arrived that first said so.
-        weight: how far its merchant explains it, up to :data:`model.features.merchant.WEIGHT_MAX`.
+        id_hash: hash of the transaction's id.
+        bucket: time bucket of the transaction.
+        known: time bucket in which the first fraud label arrived.
+        weight: merchant weight, up to :data:`model.features.merchant.WEIGHT_MAX`.
     """
 
     id_hash: int
@@ -71,12 +71,12 @@ class Fraud:
 
 @dataclass
 class Profile:
-    """One merchant's profile; what the store's scripts do, in Python.
+    """One merchant's profile, with the operations of the Lua scripts in Python.
 
     Attributes:
         head: the newest bucket that ``counts`` holds; -1 before the first.
         counts: uint16[BUCKETS], bucket j at j % BUCKETS.
-        frauds: known frauds in the order of their booking.
+        frauds: known frauds in the order in which they were recorded.
     """
 
     head: int = -1
@@ -87,7 +87,7 @@ class Profile:
         """Add n transactions to a bucket, unless it is older than the ring.
 
         Returns:
-            whether the ring moved forward for it.
+            whether the ring moved forward.
         """
         moved = bucket > self.head
         if moved:
@@ -99,14 +99,14 @@ class Profile:
             self.counts[place] = min(65_535, int(self.counts[place]) + n)
         return moved
 
-    def book(self, fraud: Fraud, is_fraud: bool) -> bool:
-        """Take a label in, of a transaction's labels the newest so far.
+    def record(self, fraud: Fraud, is_fraud: bool) -> bool:
+        """Record the newest label of a transaction so far.
 
-        A fraud that is said again takes the new weight and keeps when it was first known: features
-        that were computed since rest on that.
+        A repeated fraud label changes the weight but keeps the time of the first one: features
+        computed since then depend on it.
 
         Returns:
-            whether it changed anything.
+            whether the profile changed.
         """
         same = [f for f in self.frauds if f.id_hash == fraud.id_hash]
         others = [f for f in self.frauds if f.id_hash != fraud.id_hash]
@@ -118,18 +118,18 @@ class Profile:
         self.frauds = [*(f for f in others if f.bucket > oldest), entry][-FRAUDS_MAX:]
         return True
 
-    def weigh(self, id_hash: int, weight: int) -> bool:
-        """Give a known fraud another weight.
+    def set_weight(self, id_hash: int, weight: int) -> bool:
+        """Change the weight of a known fraud.
 
         Returns:
-            whether it changed anything.
+            whether the profile changed.
         """
         before = list(self.frauds)
         self.frauds = [replace(f, weight=weight) if f.id_hash == id_hash else f for f in before]
         return self.frauds != before
 
     def to_bytes(self) -> bytes:
-        """The value that Redis holds."""
+        """Return the value that Redis holds."""
         fixed = np.zeros(1, FIXED)
         fixed["format"] = PROFILE_FORMAT
         fixed["head"] = HEAD_NONE if self.head < 0 else self.head
@@ -138,12 +138,12 @@ class Profile:
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Profile:
-        """Inverse of :meth:`to_bytes`.
+        """Read what :meth:`to_bytes` wrote.
 
         Raises:
             ValueError: the value has another format or size.
         """
-        if not is_sound(value):
+        if not is_valid(value):
             raise ValueError(f"a merchant profile of {len(value)} bytes in an unknown format")
         fixed = np.frombuffer(value, FIXED, 1)[0]
         head = int(fixed["head"])
@@ -154,8 +154,8 @@ class Profile:
         return cls(-1 if head == HEAD_NONE else head, fixed["counts"].astype(np.uint16), frauds)
 
 
-def is_sound(value: bytes) -> bool:
-    """Whether a value is a profile in this format."""
+def is_valid(value: bytes) -> bool:
+    """Return whether a value is a profile in this format."""
     size = len(value)
     return (
         size >= FIXED_BYTES
@@ -165,12 +165,12 @@ def is_sound(value: bytes) -> bool:
 
 
 def decode_profiles(values: Sequence[bytes | None]) -> tuple[MerchantProfiles, int]:
-    """Columns of n values; None is a merchant never seen.
+    """Decode n values into columns; None is an unknown merchant.
 
     Returns:
-        the profiles, and how many values were refused: those count as None.
+        the profiles, and the number of invalid values, which count as None.
     """
-    refused = 0
+    invalid = 0
     fixed: list[bytes] = []
     tails: list[bytes] = []
     tail_rows: list[int] = []
@@ -179,13 +179,13 @@ def decode_profiles(values: Sequence[bytes | None]) -> tuple[MerchantProfiles, i
             fixed.append(EMPTY_VALUE)
         elif len(value) == FIXED_BYTES and value[0] == PROFILE_FORMAT:
             fixed.append(value)
-        elif is_sound(value):
+        elif is_valid(value):
             fixed.append(value[:FIXED_BYTES])
             tails.append(value[FIXED_BYTES:])
             tail_rows.append(row)
         else:
             fixed.append(EMPTY_VALUE)
-            refused += 1
+            invalid += 1
     table = np.frombuffer(b"".join(fixed), FIXED)
     head = table["head"].astype(np.int64)
     head[head == HEAD_NONE] = -1
@@ -200,17 +200,17 @@ def decode_profiles(values: Sequence[bytes | None]) -> tuple[MerchantProfiles, i
             fraud_known=(frauds["weight_known"] & KNOWN_MAX).astype(np.int64),
             fraud_weight=(frauds["weight_known"] >> KNOWN_BITS).astype(np.uint8),
         ),
-        refused,
+        invalid,
     )
 
 
 def transaction_hash(transaction_id: str) -> int:
-    """What a profile remembers of a transaction's id, uint64."""
+    """Hash a transaction's id, as profiles and notes hold it, uint64."""
     return xxhash.xxh3_64_intdigest(transaction_id.encode())
 
 
 def encode_frauds(frauds: Sequence[Fraud]) -> list[bytes]:
-    """The entries of known frauds, each 16 bytes."""
+    """Encode known frauds, each as an entry of 16 bytes."""
     entries: NDArray[Any] = np.array(
         [(f.id_hash, f.bucket, f.weight << KNOWN_BITS | min(f.known, KNOWN_MAX)) for f in frauds],
         FRAUD,

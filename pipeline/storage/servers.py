@@ -1,4 +1,4 @@
-"""State of the Redis servers (INFO): may evict, has evicted, is full, is read-only."""
+"""State of the Redis servers, as INFO reports it: eviction, memory, role."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pipeline.settings import Settings
 from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 
 NO_EVICTION = "noeviction"
-"""The one ``maxmemory-policy`` with which Redis deletes no states to make room."""
+"""The only ``maxmemory-policy`` that never deletes states to make room."""
 
 
 @dataclass(frozen=True)
-class Server:
+class RedisServer:
     """A Redis, or a primary of a Redis Cluster, as INFO describes it.
 
-    A managed Redis, or a proxy before it, may leave any of this out: None then.
+    A managed Redis or a proxy may omit a field: then it is None or its default.
 
     Attributes:
-        name: ``host:port`` of a cluster's primary; empty for a Redis that is alone.
-        run_id: another one after each start.
+        name: ``host:port`` of a cluster's primary; empty for a single Redis.
+        run_id: id that changes with each start.
         policy: its ``maxmemory-policy``.
-        evicted: keys that it evicted since its start.
-        is_full: at its ``maxmemory`` and without a right to evict, so that it refuses writes.
-        is_replica: it follows another server, and refuses writes.
+        evicted: number of keys evicted since its start.
+        is_full: it reached ``maxmemory`` and may not evict, so it rejects writes.
+        is_replica: it follows another server and rejects writes.
         is_of_cluster: it is a node of a Redis Cluster.
-        is_sentinel: it is no Redis with data, but a Sentinel.
+        is_sentinel: it is a Sentinel, not a Redis with data.
     """
 
     name: str = ""
@@ -44,41 +44,41 @@ class Server:
 
     @property
     def may_evict(self) -> bool:
-        """Whether it deletes states where it needs room."""
+        """Whether it deletes states when it needs memory."""
         return self.policy not in (None, NO_EVICTION)
 
 
-async def servers(calls: RedisClient) -> list[Server]:
-    """Describe the Redis, or each primary of the cluster, now.
+async def servers(client: RedisClient) -> list[RedisServer]:
+    """Describe the Redis, or each primary of the cluster.
 
     Raises:
-        StoreUnavailableError: one does not answer.
-        StoreForbiddenError: Redis does not allow INFO.
+        StoreUnavailableError: a server does not answer.
+        StoreForbiddenError: Redis forbids INFO.
     """
-    return [server_of(name, info) for name, info in (await _infos(calls)).items()]
+    return [server_of(name, info) for name, info in (await _infos(client)).items()]
 
 
-async def evicted_keys(calls: RedisClient) -> dict[str, int]:
-    """Count the keys that each server evicted since its start, by the server's name.
+async def evicted_keys(client: RedisClient) -> dict[str, int]:
+    """Count the keys that each server evicted since its start, by server name.
 
     Raises:
-        StoreUnavailableError, StoreForbiddenError: as :func:`servers`.
+        StoreUnavailableError, StoreForbiddenError: see :func:`servers`.
     """
-    infos = await _infos(calls, "stats")
+    infos = await _infos(client, "stats")
     return {name: int(info["evicted_keys"]) for name, info in infos.items()
             if "evicted_keys" in info}  # fmt: skip
 
 
-async def _infos(calls: RedisClient, *sections: str) -> dict[str, Mapping[str, Any]]:
-    if not calls.is_cluster:
-        return {"": await calls.ask("INFO", *sections)}
-    reply = await calls.ask("INFO", *sections, target_nodes=RedisCluster.PRIMARIES)
+async def _infos(client: RedisClient, *sections: str) -> dict[str, Mapping[str, Any]]:
+    if not client.is_cluster:
+        return {"": await client.ask("INFO", *sections)}
+    reply = await client.ask("INFO", *sections, target_nodes=RedisCluster.PRIMARIES)
     if any(isinstance(value, Mapping) for value in reply.values()):
         return {str(name): info for name, info in reply.items()}
     return {"": reply}  # a cluster with one primary
 
 
-def server_of(name: str, info: Mapping[str, Any]) -> Server:
+def server_of(name: str, info: Mapping[str, Any]) -> RedisServer:
     """Read a reply of INFO.
 
     >>> server_of("", {"maxmemory_policy": "allkeys-lru", "evicted_keys": 7}).may_evict
@@ -88,7 +88,7 @@ def server_of(name: str, info: Mapping[str, Any]) -> Server:
     most = int(info.get("maxmemory", 0))
     used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
     evicted = info.get("evicted_keys")
-    return Server(
+    return RedisServer(
         name=name,
         run_id=str(info.get("run_id", "")),
         policy=None if policy is None else str(policy),
@@ -101,22 +101,22 @@ def server_of(name: str, info: Mapping[str, Any]) -> Server:
 
 
 async def unreachable_nodes(settings: Settings) -> list[str]:
-    """List the primaries that a Redis Cluster announces and that do not answer, ``host:port``.
+    """List the announced primaries of a Redis Cluster that do not answer, as ``host:port``.
 
-    Empty where all answer, where none of the cluster's nodes does, and where there is no cluster.
+    The list is empty if all answer, if no node of the cluster answers, or without a cluster.
     """
     if not settings.redis_cluster:
         return []
-    calls = RedisClient(redis_client(settings.model_copy(update={"redis_cluster": False})))
+    client = RedisClient(redis_client(settings.model_copy(update={"redis_cluster": False})))
     try:
-        slots = await calls.ask("CLUSTER SLOTS")
+        slots = await client.ask("CLUSTER SLOTS")
     except StoreUnavailableError:
         return []
     finally:
-        await calls.close()
+        await client.close()
     # Each range of slots is its first and last slot, its primary, and then its replicas.
     primaries = sorted({(_text(slot[2][0]), int(slot[2][1])) for slot in slots})
-    # An empty host stands for the one that was asked.
+    # An empty host stands for the node that was asked.
     places = [(host, port) for host, port in primaries if host]
     answer = await asyncio.gather(
         *(_answers(host, port, settings.redis_timeout_seconds) for host, port in places)
@@ -129,7 +129,7 @@ def _text(value: str | bytes | None) -> str:
 
 
 async def _answers(host: str, port: int, timeout_seconds: float) -> bool:
-    """Whether something takes a connection there."""
+    """Return whether a server accepts connections at an address."""
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_seconds)
     except (OSError, TimeoutError):

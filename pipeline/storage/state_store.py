@@ -1,8 +1,8 @@
-"""Where account states live: Redis or Redis Cluster.
+"""Store of account states in Redis or Redis Cluster.
 
-One guard per partition: a partition's states and its watermark are read in one command and
-written in one script, and written only if the watermark is still the expected one. So at
-any moment a partition's states are exactly its log up to its watermark, whoever writes.
+Every write is conditional. One command reads a partition's states with its watermark. One script
+writes them, and only if the watermark is still the expected one. So a partition's states are
+exactly its log up to its watermark at any moment, whichever worker writes.
 """
 
 from __future__ import annotations
@@ -13,26 +13,15 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 from pipeline.settings import Settings
-from pipeline.storage.client import Command, RedisClient, Script
+from pipeline.storage.client import RedisClient
 from pipeline.storage.client import StoreUnavailableError as StoreUnavailableError
 from pipeline.storage.client import redis_client as redis_client
 from pipeline.storage.keys import Keys
-from pipeline.storage.servers import Server, servers
+from pipeline.storage.script import Command, load_script
+from pipeline.storage.servers import RedisServer, servers
 from pipeline.units import DAY_MS
 
-# KEYS: watermark, then states. ARGV: expected watermark ("" for none), new watermark,
-# time to live in milliseconds, then states ("" deletes). Returns the watermark that stands
-# afterwards.
-SAVE_SCRIPT = Script(b"""
-local current = redis.call('GET', KEYS[1]) or ''
-if current ~= ARGV[1] then return current end
-for i = 2, #KEYS do
-  if ARGV[i + 2] == '' then redis.call('DEL', KEYS[i])
-  else redis.call('SET', KEYS[i], ARGV[i + 2], 'PX', ARGV[3]) end
-end
-redis.call('SET', KEYS[1], ARGV[2])
-return ARGV[2]
-""")
+_SAVE_STATES = load_script("save_states")
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Load:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What was there; None where nothing was."""
+    """The loaded values; None for a missing one."""
 
     watermark: bytes | None
     states: list[bytes | None]
@@ -55,7 +44,7 @@ class LoadResult:
 class Save:
     """A request to write states and the new watermark, if ``expected`` still stands.
 
-    A state that is None is deleted. An account may stand there again: what comes last counts.
+    A state of None is deleted. An account may appear twice: the last one counts.
     """
 
     partition: int
@@ -65,98 +54,98 @@ class Save:
     states: Sequence[bytes | None]
 
 
-class Intactness(Protocol):
-    """Whether what the store does not have was never there."""
+class LossCheck(Protocol):
+    """Interface of a check that Redis lost no keys."""
 
-    async def require(self, *, absent: bool) -> None:
-        """Return if nothing is known to be lost.
+    async def require_no_loss(self, *, absent: bool) -> None:
+        """Return if no loss is known.
 
         Args:
-            absent: something is not there; ask the servers whether they evicted anything.
+            absent: a key is missing; ask the servers whether they evicted any.
 
         Raises:
-            StoreUnavailableError: something is lost, and not repaired yet; ask again.
+            StoreUnavailableError: keys are lost and not repaired yet; call again.
         """
 
 
 class StateStore(Protocol):
-    """What the processor needs of a store."""
+    """Interface of a store of account states."""
 
     async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """Read each request's watermark and states, together.
 
         Raises:
-            StoreUnavailableError: nothing can be said; ask again.
+            StoreUnavailableError: the store does not answer; call again.
         """
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
-        """Write each request whole, or nothing of it where the watermark is another.
+        """Write each request completely, or nothing of it if its watermark is not the expected one.
 
         Returns:
-            for each request, whether what it asked stands now. A repeated request whose
-            first answer was lost is true, too.
+            for each request, whether its values stand now. A repeated request whose first
+            answer was lost is true, too.
 
         Raises:
-            StoreUnavailableError: nothing can be said; ask again with the same requests.
+            StoreUnavailableError: the store does not answer; call again with the same requests.
         """
 
     def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
-        """Partition and account id of every state that there is, of one partition or of all.
+        """Yield partition and account id of every state, of one partition or all.
 
         Raises:
-            StoreUnavailableError: nothing can be said; ask again.
+            StoreUnavailableError: the store does not answer; call again.
         """
 
     async def ping(self) -> None:
         """Return if the store answers.
 
         Raises:
-            StoreUnavailableError: it does not.
+            StoreUnavailableError: the store does not answer.
         """
 
     async def close(self) -> None:
-        """Give connections back."""
+        """Close the connections."""
 
 
 class RedisStateStore:
-    """States in one Redis or a Redis Cluster.
+    """Store of states in one Redis or a Redis Cluster.
 
     Args:
         client: a connected client that returns bytes.
         keys: names the keys.
         expiry_ms: how long Redis keeps an unused state: the state's time to live plus the
-            log's retention, so that replay decides the same as the worker did.
+            log's retention, so that a replay decides as the worker did.
 
     Attributes:
-        intactness: asked before a load is believed; None believes all.
+        loss_check: called before the result of a load is trusted; None trusts all.
     """
 
     def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
-        self.intactness: Intactness | None = None
-        self._calls = RedisClient(client, SAVE_SCRIPT)
+        self.loss_check: LossCheck | None = None
+        self._redis = RedisClient(client, _SAVE_STATES)
         self._keys = keys
         self._expiry = str(expiry_ms).encode()
 
     @classmethod
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
-        """A store for the model with this digest; connects at the first call."""
+        """Make a store for the model with this digest; it connects at the first call."""
         expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * DAY_MS)
         keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
         return cls(redis_client(settings), keys, expiry_ms)
 
     async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
-        """See :class:`StateStore`: one MGET, on a cluster one for each partition.
+        """See :class:`StateStore`: it takes one MGET, on a cluster one for each partition.
 
-        Where something is absent, :attr:`intactness` is asked whether it was evicted.
+        If a key is missing, :attr:`loss_check` finds out whether it was evicted.
         """
-        found = await self.load_as_it_is(requests)
-        if self.intactness is not None:
+        found = await self.load_unchecked(requests)
+        if self.loss_check is not None:
             absent = any(one.watermark is None or None in one.states for one in found)
-            await self.intactness.require(absent=absent)
+            await self.loss_check.require_no_loss(absent=absent)
         return found
 
-    async def load_as_it_is(self, requests: Sequence[Load]) -> list[LoadResult]:
-        """Load without asking whether anything is lost: for the repair itself."""
+    async def load_unchecked(self, requests: Sequence[Load]) -> list[LoadResult]:
+        """Load without the loss check, for the repair itself."""
         keys = self._keys
         wanted = [
             [
@@ -165,10 +154,10 @@ class RedisStateStore:
             ]
             for request in requests
         ]
-        if self._calls.is_cluster and wanted:
-            replies = await self._calls.execute([("MGET", *part) for part in wanted])
+        if self._redis.is_cluster and wanted:
+            replies = await self._redis.execute([("MGET", *part) for part in wanted])
         elif wanted:
-            (values,) = await self._calls.execute([("MGET", *chain.from_iterable(wanted))])
+            (values,) = await self._redis.execute([("MGET", *chain.from_iterable(wanted))])
             flat = iter(values)
             replies = [list(islice(flat, len(part))) for part in wanted]
         else:
@@ -176,15 +165,15 @@ class RedisStateStore:
         return [LoadResult(reply[0], reply[1:]) for reply in replies]
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
-        """See :class:`StateStore`: one script call for each partition."""
-        replies = await self._calls.execute([self._save(request) for request in requests])
+        """See :class:`StateStore`: it takes one script call for each partition."""
+        replies = await self._redis.execute([self._save(request) for request in requests])
         return [
             reply == request.watermark for reply, request in zip(replies, requests, strict=True)
         ]
 
     def _save(self, request: Save) -> Command:
         keys = self._keys
-        return SAVE_SCRIPT.call(
+        return _SAVE_STATES.call(
             [
                 keys.watermark(request.partition),
                 *keys.accounts(request.partition, request.account_ids),
@@ -197,24 +186,24 @@ class RedisStateStore:
 
     async def ping(self) -> None:
         """See :class:`StateStore`."""
-        await self._calls.ask("PING")
+        await self._redis.ask("PING")
 
-    async def servers(self) -> list[Server]:
-        """The Redis, or each primary of the cluster, as it describes itself.
+    async def servers(self) -> list[RedisServer]:
+        """Describe the Redis, or each primary of the cluster.
 
         Raises:
-            StoreUnavailableError: one does not answer.
+            StoreUnavailableError: a server does not answer.
         """
-        return await servers(self._calls)
+        return await servers(self._redis)
 
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
-        """Watermarks that there are, by partition.
+        """Load the existing watermarks, by partition.
 
         Raises:
-            StoreUnavailableError: it does not answer.
+            StoreUnavailableError: Redis does not answer.
         """
         requests = [Load(partition, []) for partition in range(partitions)]
-        replies = await self.load_as_it_is(requests)
+        replies = await self.load_unchecked(requests)
         return {
             partition: reply.watermark
             for partition, reply in enumerate(replies)
@@ -222,17 +211,17 @@ class RedisStateStore:
         }
 
     async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
-        """Partition and account id of every state that there is, some at a time.
+        """Yield partition and account id of every state, some at a time.
 
-        A state that is written meanwhile may be among them or not.
+        It may miss a state that is written meanwhile.
 
         Raises:
-            StoreUnavailableError: it does not answer.
-            StoreForbiddenError: Redis does not allow its user to list keys.
+            StoreUnavailableError: Redis does not answer.
+            StoreForbiddenError: Redis forbids its user to list keys.
         """
-        async for keys in self._calls.scan(self._keys.accounts_pattern(partition)):
+        async for keys in self._redis.scan(self._keys.accounts_pattern(partition)):
             yield [place for key in keys if (place := self._keys.account_of(key)) is not None]
 
     async def close(self) -> None:
         """See :class:`StateStore`."""
-        await self._calls.close()
+        await self._redis.close()

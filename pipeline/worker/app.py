@@ -26,12 +26,13 @@ from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
+from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.evictions import Evictions
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import scorer_of
 from pipeline.scoring.topic_watcher import TopicWatcher
@@ -145,16 +146,16 @@ class Worker:
             health=self.health,
             on_repaired=lambda: self._consumer().recheck_watermarks(self._topic),
         )
-        self._store.intactness = self._merchant_store.intactness = self._evictions
-        patience = Retrier(self.metrics, self.health)
+        self._store.loss_check = self._merchant_store.loss_check = self._evictions
+        retrier = Retrier(self.metrics, self.health)
         self.ownership = PartitionManager(
             topic=self._topic,
             scores_topic=settings.topic("scores"),
             partitions=partitions,
             store=self._store,
             score_log=self._score_log,
-            transaction_log=faust_transport.PartitionLog(self._consumer, self._topic),
-            patience=patience,
+            consumer=faust_transport.PartitionLog(self._consumer, self._topic),
+            retrier=retrier,
             metrics=self.metrics,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
@@ -167,8 +168,8 @@ class Worker:
             merchant_store=self._merchant_store,
             publisher=self._publisher,
             transactions=self._transactions,
-            ownership=self.ownership,
-            patience=patience,
+            partitions=self.ownership,
+            retrier=retrier,
             metrics=self.metrics,
             health=self.health,
         )
@@ -177,8 +178,8 @@ class Worker:
             store=self._merchant_store,
             publisher=self._publisher,
             logs=self._score_log,
-            labels_log=faust_transport.PartitionLog(self._consumer, self._labels_topic),
-            patience=patience,
+            consumer=faust_transport.PartitionLog(self._consumer, self._labels_topic),
+            retrier=retrier,
             metrics=self.metrics,
             health=self.health,
         )
@@ -229,7 +230,7 @@ class Worker:
         """Connect the clients of the processors; the consumer is Faust's."""
         await self._score_log.start()
         await self._limits.read()
-        await self.ownership.look_at_log()
+        await self.ownership.learn_topic_id()
         await self._publisher.start()
         consumer = self._consumer()
         consumer.on_assigned = self._on_assigned
@@ -264,7 +265,7 @@ class Worker:
                 raise
             concluding = asyncio.create_task(self._conclude(computed, event))
 
-    async def _conclude(self, computed: Computed, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
         """Publish and save the computed poll, then ack it."""
         try:
             await self.processor.conclude(computed)
@@ -390,7 +391,7 @@ class Worker:
         while not self.app.should_stop:
             try:
                 await self._lag_monitor.measure()
-                await self.ownership.see_log()
+                await self.ownership.check_topic_id()
             except StartupError as error:  # a topic was deleted or recreated
                 await self._end(error)
                 return

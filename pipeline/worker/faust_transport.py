@@ -478,11 +478,11 @@ class PartitionLog:
         self.topic = topic
 
     async def committed(self, partition: int) -> int | None:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         return await self._consumer().committed(TP(self.topic, partition))
 
     async def seek(self, partition: int, offset: int) -> int:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         return self._consumer().reread_from(TP(self.topic, partition), offset)
 
     def read_to(self, partition: int) -> int | None:

@@ -98,7 +98,7 @@ class LagMonitor:
         """Set lag and held-back records of the transactions topic."""
         positions = await self._positions(self._transactions, ends, self._manager.next_offsets())
         stable = await self._stable_ends(self._transactions, ends, positions)
-        held = self._open_transactions.see(ends, stable, positions)
+        held = self._open_transactions.check(ends, stable, positions)
         for partition, end in ends.items():
             lag = max(0, end - positions.get(partition, end))
             self._metrics.lag.labels(str(partition)).set(lag)
@@ -112,7 +112,7 @@ class LagMonitor:
         applied = self._label_processor.next_offsets()
         positions = await self._positions(self._labels, ends, applied)
         stable = await self._stable_ends(self._labels, ends, positions)
-        self._open_label_transactions.see(ends, stable, positions)
+        self._open_label_transactions.check(ends, stable, positions)
         self._metrics.labels_lag.set(sum(max(0, ends[p] - at) for p, at in positions.items()))
         waiting = any(stable[p] > position for p, position in positions.items())
         self._health.records_wait(waiting, STREAM)

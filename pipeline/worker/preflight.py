@@ -17,13 +17,13 @@ from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import check_retention, ensure_topics
 from pipeline.messages.extra_fields import ALWAYS_THERE
 from pipeline.messages.transactions import field_names
-from pipeline.scoring.partitions import check_watermark, read_watermark
+from pipeline.scoring.watermark_check import check_watermark, read_watermark
 from pipeline.settings import Settings, redis_address
 from pipeline.storage.client import (
     IS_A_CLUSTER,
     StoreAddressError,
     StoreUnavailableError,
-    answered_within,
+    retry_within,
 )
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.servers import unreachable_nodes
@@ -72,7 +72,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
 async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
     address = redis_address(settings.redis_url)
     try:
-        servers = await answered_within(settings.startup_timeout_seconds, store.servers)
+        servers = await retry_within(settings.startup_timeout_seconds, store.servers)
     except StoreUnavailableError as error:
         away = await unreachable_nodes(settings)
         if away:
@@ -165,7 +165,7 @@ async def _check_labels(
     try:
         # In this order: running workers go on recording, and may begin a newer log.
         known_logs = {p: await store.labels_log(p, None) for p in range(partitions)}
-        recorded = {p: await store.booked_to(p) for p in range(partitions)}
+        recorded = {p: await store.recorded_to(p) for p in range(partitions)}
         ends = await score_log.ends(topic, list(range(partitions)))
         log_id = await score_log.topic_id(topic) or NO_ID
     except (StoreUnavailableError, LogUnavailableError) as error:

@@ -14,7 +14,7 @@ from model.simulator.handbook import Simulator
 
 
 def rows_of(log: Dataset, rows: NDArray[Any] | slice) -> Dataset:
-    """Some rows of a dataset, as often as they are named."""
+    """Select rows of a dataset; a row may appear several times."""
     return dataclasses.replace(
         log,
         account=log.account[rows],
@@ -27,7 +27,7 @@ def rows_of(log: Dataset, rows: NDArray[Any] | slice) -> Dataset:
 
 
 def simulated_dataset(customers: int, terminals: int, days: int, seed: int = 1) -> Dataset:
-    """The simulator's first days, in memory."""
+    """Simulate the first days in memory."""
     simulated = list(islice(Simulator(customers, terminals, seed=seed).days(), days))
 
     def column(name: str, kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Kafka and a state store in memory, for tests that need every interleaving and no services.
+"""Kafka and the stores in memory, for tests that need every interleaving and no services.
 
 They are held to the same contract tests as the real ones. Nothing here reads a clock, draws a
 random number or waits, so that a run can be repeated; each effect happens between two calls of
@@ -27,36 +27,36 @@ from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
-from pipeline.storage.merchant_profile import Profile, is_sound
+from pipeline.storage.merchant_profile import Profile, is_valid
 from pipeline.storage.merchant_store import (
-    Booked,
-    Booking,
     Counts,
+    LabelOutcomes,
+    MerchantLabel,
     ScoredNote,
-    booked_of,
+    label_outcomes,
     places_by_slot,
 )
 from pipeline.storage.state_store import Load, LoadResult, Save
 from pipeline.storage.transaction_note import STALE, TransactionNote, decision_of
 
 FETCH_RECORDS = 100
-"""Published scores are fetched in pieces of this many, records."""
+"""Number of records that one fetch of published scores returns."""
 
 Interrupt = Callable[[str], None]
 """Called as ``interrupt("before save")`` and ``interrupt("after save")``; it may raise."""
 
 
 def no_interrupt(step: str) -> None:
-    """Lets every step happen."""
+    """Let every step happen."""
 
 
 class MemoryStateStore:
     """A :class:`pipeline.storage.state_store.StateStore` in memory.
 
     Attributes:
-        watermarks: by partition.
-        states: by partition and account.
-        is_up: False is a server that does not answer.
+        watermarks: watermarks by partition.
+        states: states by partition and account.
+        is_up: False for a server that does not answer.
         interrupt: called before and after each load and each request of a save.
     """
 
@@ -67,13 +67,13 @@ class MemoryStateStore:
         self.interrupt: Interrupt = no_interrupt
 
     def copy(self) -> MemoryStateStore:
-        """A store with the same content, as a snapshot or a replica has it."""
+        """Return a store with the same content, as a snapshot or a replica."""
         other = MemoryStateStore()
         other.restore(self)
         return other
 
     def restore(self, other: MemoryStateStore) -> None:
-        """Take the content of another, as a fail-over does."""
+        """Take the content of another store, as a failover does."""
         self.watermarks = dict(other.watermarks)
         self.states = dict(other.states)
 
@@ -95,14 +95,14 @@ class MemoryStateStore:
         return stands
 
     def read(self, request: Load) -> LoadResult:
-        """What is there of a partition, at once."""
+        """Read a partition at once."""
         return LoadResult(
             self.watermarks.get(request.partition),
             [self.states.get((request.partition, a)) for a in request.account_ids],
         )
 
     def write(self, request: Save) -> bool:
-        """Write a partition's part of a save at once; whether what it asks stands."""
+        """Write a partition's request at once; return whether its values stand."""
         current = self.watermarks.get(request.partition)
         if current != request.expected:
             return current == request.watermark
@@ -121,7 +121,7 @@ class MemoryStateStore:
         yield self.places(partition)
 
     def places(self, partition: int | None = None) -> list[tuple[int, str]]:
-        """What :meth:`accounts` gives, at once."""
+        """List what :meth:`accounts` yields, at once."""
         return [place for place in self.states if partition in (None, place[0])]
 
     async def ping(self) -> None:
@@ -140,26 +140,26 @@ class MemoryMerchantStore:
     """A :class:`pipeline.storage.merchant_store.MerchantStore` in memory.
 
     Attributes:
-        profiles: values by merchant.
-        notes: what is remembered of transactions, by slot and hash of the transaction id.
-        booked: before which offset all labels are booked, by partition and slot.
-        labels_ids: of the log that each partition is booked from.
-        is_up: False is a server that does not answer.
+        profiles: values of profiles by merchant.
+        notes: notes of transactions, by slot and hash of the transaction id.
+        recorded: offset before which all labels are recorded, by partition and slot.
+        labels_ids: topic id of each partition's recorded labels.
+        is_up: False for a server that does not answer.
         interrupt: called before and after each call.
     """
 
     def __init__(self) -> None:
         self.profiles: dict[str, bytes] = {}
         self.notes: dict[tuple[int, int], TransactionNote] = {}
-        self.booked: dict[tuple[int, int], int] = {}
+        self.recorded: dict[tuple[int, int], int] = {}
         self.labels_ids: dict[int, bytes] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
 
     def profile(self, merchant_id: str) -> Profile:
-        """A merchant's profile; a new one where there is none that can be read."""
+        """Return a merchant's profile; an empty one if there is no valid value."""
         value = self.profiles.get(merchant_id)
-        sound = value is not None and is_sound(value)
+        sound = value is not None and is_valid(value)
         return Profile.from_bytes(value) if sound and value is not None else Profile()
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
@@ -181,64 +181,66 @@ class MemoryMerchantStore:
                 self.remember(note)
 
     def count(self, bucket: int, merchant_id: str, n: int) -> None:
-        """Add to a merchant's profile at once."""
+        """Count transactions in a merchant's profile at once."""
         profile = self.profile(merchant_id)
         profile.count(bucket, n)
         self.profiles[merchant_id] = profile.to_bytes()
 
     def remember(self, scored: ScoredNote) -> None:
-        """Remember a transaction at once."""
+        """Write a note at once."""
         place = merchant_slot(scored.merchant_id), scored.transaction_hash
         before = self.notes.get(place, TransactionNote())
-        note = self.notes[place] = before.scored(scored.decision, scored.weight)
+        note = self.notes[place] = before.with_score(scored.decision, scored.weight)
         if note.weight != before.weight:
             profile = self.profile(scored.merchant_id)
-            if profile.weigh(scored.transaction_hash, note.weight):
+            if profile.set_weight(scored.transaction_hash, note.weight):
                 self.profiles[scored.merchant_id] = profile.to_bytes()
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
-        with _step("book", self.interrupt):
+        with _step("record labels", self.interrupt):
             self._require_up()
             parts = places_by_slot(labels)
             replies = [
-                self.book_slot(slot, partition, [labels[i] for i in part], begin, end)
+                self.record_slot(slot, partition, [labels[i] for i in part], begin, end)
                 for slot, part in enumerate(parts)
             ]
-            return booked_of(len(labels), parts, replies)
+            return label_outcomes(len(labels), parts, replies)
 
-    def book_slot(
-        self, slot: int, partition: int, labels: Sequence[Booking], begin: int, end: int
+    def record_slot(
+        self, slot: int, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
     ) -> list[str | None] | int:
-        """Book labels of a slot at once; what became of them, or up to where it is booked."""
-        booked_to = self.booked.get((partition, slot), 0)
-        if booked_to < begin:
-            return booked_to
-        self.booked[partition, slot] = max(booked_to, end)
-        return [self._book(label) if label.offset >= booked_to else None for label in labels]
+        """Record labels of a slot at once; return their results, or the slot's watermark."""
+        recorded_to = self.recorded.get((partition, slot), 0)
+        if recorded_to < begin:
+            return recorded_to
+        self.recorded[partition, slot] = max(recorded_to, end)
+        return [self._record(label) if label.offset >= recorded_to else None for label in labels]
 
-    def _book(self, label: Booking) -> str:
+    def _record(self, label: MerchantLabel) -> str:
         place = merchant_slot(label.merchant_id), label.entry.id_hash
         before = self.notes.get(place, TransactionNote())
-        note = before.labelled(label.labelled_ms, label.told_weight)
+        note = before.with_label(label.labelled_ms, label.label_weight)
         if note is None:
             return STALE
         self.notes[place] = note
         profile = self.profile(label.merchant_id)
-        if profile.book(replace(label.entry, weight=note.weight), label.is_fraud):
+        if profile.record(replace(label.entry, weight=note.weight), label.is_fraud):
             self.profiles[label.merchant_id] = profile.to_bytes()
         return decision_of(note, is_late=label.is_late)
 
-    async def booked_to(self, partition: int) -> int:
+    async def recorded_to(self, partition: int) -> int:
         """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
         await asyncio.sleep(0)
         self._require_up()
-        return self.all_booked_to(partition)
+        return self.all_recorded_to(partition)
 
-    def all_booked_to(self, partition: int) -> int:
-        """The offset before which all labels of a partition are booked."""
-        return min(self.booked.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
+    def all_recorded_to(self, partition: int) -> int:
+        """Return the offset before which all labels of a partition are recorded."""
+        return min(self.recorded.get((partition, slot), 0) for slot in range(MERCHANT_SLOTS))
 
     async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
         """See :class:`pipeline.storage.merchant_store.MerchantStore`."""
@@ -246,7 +248,7 @@ class MemoryMerchantStore:
         return self.named_labels_log(partition, log_id)
 
     def named_labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
-        """What :meth:`labels_log` does, at once."""
+        """Do what :meth:`labels_log` does, at once."""
         if log_id is not None:
             self.labels_ids.setdefault(partition, log_id)
         return self.labels_ids.get(partition)
@@ -257,8 +259,10 @@ class MemoryMerchantStore:
         self.forget_labels_log(partition, log_id)
 
     def forget_labels_log(self, partition: int, log_id: bytes) -> None:
-        """What :meth:`begin_labels_log` does, at once."""
-        self.booked = {place: end for place, end in self.booked.items() if place[0] != partition}
+        """Do what :meth:`begin_labels_log` does, at once."""
+        self.recorded = {
+            place: end for place, end in self.recorded.items() if place[0] != partition
+        }
         self.labels_ids[partition] = log_id
 
     async def close(self) -> None:
@@ -285,7 +289,7 @@ class _Log:
     """One partition: its records from ``begin`` on.
 
     Attributes:
-        hidden: offsets that no reader of what is committed sees: the markers of transactions,
+        hidden: offsets that a consumer of committed records does not see: transaction markers,
             what was taken back, and what is not committed yet.
     """
 
@@ -300,21 +304,21 @@ class _Log:
 
 @dataclass
 class _Producer:
-    """Who produces with a transactional id: the newest epoch, and what it has open."""
+    """State of a transactional id: its newest epoch, and its open transaction."""
 
     epoch: int = 0
     open: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 class MemoryKafka:
-    """A broker in memory: topics of partitioned logs, and what groups committed.
+    """A broker in memory: topics of partitioned logs, and committed offsets of groups.
 
     Args:
         partitions: partition count by topic.
-        clock_ms: gives the CreateTime of records that come without, epoch milliseconds.
+        clock_ms: returns the CreateTime of records without one, epoch milliseconds.
 
     Attributes:
-        is_up: False is a broker that does not answer.
+        is_up: False for a broker that does not answer.
         interrupt: called before and after each append and each answer.
     """
 
@@ -336,11 +340,11 @@ class MemoryKafka:
         self._ids[topic] = self._made.to_bytes(16, "big")
 
     def topic_id(self, topic: str) -> bytes:
-        """A topic's id: another one each time that it is made."""
+        """Return a topic's id; each creation gives another one."""
         return self._ids[topic]
 
     def partition_of(self, topic: str, key: bytes | None) -> int:
-        """Kafka's default partition for a key; 0 for a record without key."""
+        """Return Kafka's default partition for a key; 0 for a record without a key."""
         return key_partition(key, len(self._logs[topic])) if key is not None else 0
 
     def produce(
@@ -353,7 +357,7 @@ class MemoryKafka:
         headers: Sequence[tuple[str, bytes]] = (),
         timestamp_ms: int | None = None,
     ) -> int:
-        """Append a record; its offset."""
+        """Append a record; return its offset."""
         if partition is None:
             partition = self.partition_of(topic, key)
         log = self._logs[topic][partition]
@@ -362,7 +366,7 @@ class MemoryKafka:
         return log.end - 1
 
     def fetch(self, topic: str, partition: int, start: int, count: int) -> list[MemoryRecord]:
-        """Up to ``count`` records from offset ``start`` on, or from the log's begin."""
+        """Return up to ``count`` records from offset ``start`` on, or from the log's start."""
         log = self._logs[topic][partition]
         first = max(0, start - log.begin)
         if not log.hidden:
@@ -370,52 +374,52 @@ class MemoryKafka:
         return list(islice(_committed(log, first), count))
 
     def records(self, topic: str, partition: int | None = None) -> list[MemoryRecord]:
-        """All records that are there, of one partition or of all, partition after partition."""
+        """Return all records of one partition or of all, partition after partition."""
         logs = self._logs[topic] if partition is None else [self._logs[topic][partition]]
         return [record for log in logs for record in _committed(log, 0)]
 
     def partitions(self, topic: str) -> int:
-        """A topic's partition count."""
+        """Return a topic's partition count."""
         return len(self._logs[topic])
 
     def bounds(self, topic: str, partition: int) -> Bounds:
-        """Where a partition's log begins and ends."""
+        """Return the bounds of a partition's log."""
         log = self._logs[topic][partition]
         return Bounds(log.begin, log.end)
 
     def delete_records(self, topic: str, partition: int, before: int) -> None:
-        """What retention does: the log begins at offset ``before`` from now on."""
+        """Delete records before an offset, as retention does."""
         log = self._logs[topic][partition]
         del log.records[: max(0, before - log.begin)]
         log.begin = max(log.begin, before)
 
     def recreate(self, topic: str) -> None:
-        """Delete a topic and create it again; what groups committed of it goes as well."""
+        """Delete a topic and create it again; its committed offsets are deleted, too."""
         self._logs[topic] = [_Log() for _ in self._logs[topic]]
         self._make(topic)
         for place in [place for place in self._committed if place[1] == topic]:
             del self._committed[place]
 
     def join(self, group: str, topic: str, partition: int) -> int:
-        """Give a partition to another member of a group; the generation that it commits with."""
+        """Assign a partition to another member of a group; return its generation."""
         place = group, topic, partition
         self._generations[place] = self._generations.get(place, 0) + 1
         return self._generations[place]
 
     def commit(self, group: str, topic: str, partition: int, offset: int, generation: int) -> None:
-        """Set a group's committed offset, unless the partition is another member's by now."""
+        """Set a group's committed offset, unless another member has the partition now."""
         place = group, topic, partition
         if self._generations[place] == generation:
             self._committed[place] = offset
 
     def committed(self, group: str, topic: str, partition: int) -> int | None:
-        """A group's committed offset; None where it has none."""
+        """Return a group's committed offset, or None."""
         return self._committed.get((group, topic, partition))
 
     # transactions ------------------------------------------------------------------------
 
     def init_producer(self, transactional_id: str) -> int:
-        """Be the one who produces with this id from now on; the epoch.
+        """Take a transactional id over; return the new epoch.
 
         What another has open is taken back: it stays in the log, and nobody sees it.
         """
@@ -425,13 +429,13 @@ class MemoryKafka:
         return producer.epoch
 
     def is_fenced(self, transactional_id: str, epoch: int) -> bool:
-        """Whether somebody else produces with this id by now."""
+        """Return whether another producer took this id over."""
         return self._producers[transactional_id].epoch != epoch
 
     def write(
         self, transactional_id: str, topic: str, records: Sequence[Outgoing], partition: int | None
     ) -> list[int]:
-        """Append records that nobody sees before the commit; their offsets."""
+        """Append records that stay invisible until the commit; return their offsets."""
         offsets = []
         for record in records:
             place = self.partition_of(topic, record.key) if partition is None else partition
@@ -446,7 +450,7 @@ class MemoryKafka:
     def commit_transaction(
         self, transactional_id: str, group: str, topic: str, partition: int, offset: int
     ) -> None:
-        """Show what was written, and set a group's committed offset."""
+        """Commit the written records, and set a group's committed offset."""
         producer = self._producers[transactional_id]
         for written, place, at in producer.open:
             self._logs[written][place].hidden.discard(at)
@@ -454,14 +458,14 @@ class MemoryKafka:
         self._committed[group, topic, partition] = offset
 
     def _mark(self, producer: _Producer) -> None:
-        """End what a producer has open: a marker in each of its partitions."""
+        """End a producer's open transaction: append a marker to each of its partitions."""
         for topic, partition in dict.fromkeys((t, p) for t, p, _ in producer.open):
             marker = self.produce(topic, None, None, partition=partition)
             self._logs[topic][partition].hidden.add(marker)
         producer.open.clear()
 
     def require_up(self) -> None:
-        """Raise what a client raises when the broker is away.
+        """Raise what a client raises when the broker does not answer.
 
         Raises:
             LogUnavailableError: it is.
@@ -471,7 +475,7 @@ class MemoryKafka:
 
 
 def _committed(log: _Log, first: int) -> Iterator[MemoryRecord]:
-    """Records that a reader sees, from the ``first``-th in the log on."""
+    """Return the visible records, from the ``first``-th in the log on."""
     return (r for r in islice(log.records, first, None) if r.offset not in log.hidden)
 
 
@@ -510,7 +514,7 @@ class MemoryProducer:
         return appended
 
     def _append(self, topic: str, records: Sequence[Outgoing], partition: int | None = None) -> int:
-        """Append them; offset of the first."""
+        """Append records; return the offset of the first."""
         if not self._kafka.is_up:
             raise PublishError("the broker in memory is switched off")
         offsets = [
@@ -596,7 +600,7 @@ class MemoryScoreLog:
             return self._kafka.bounds(topic, partition)
 
     async def topic_id(self, topic: str) -> bytes | None:
-        """See :class:`pipeline.kafka.score_log.ScoreLog`; no effect that a worker could die at."""
+        """See :class:`pipeline.kafka.score_log.ScoreLog`; a worker cannot die at this step."""
         self._kafka.require_up()
         return self._kafka.topic_id(topic)
 
@@ -612,7 +616,7 @@ class MemoryScoreLog:
     def scan(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, LoggedScore], int]:
-        """What :meth:`read` returns, at once."""
+        """Do what :meth:`read` does, at once."""
         source_prefix = f"{self._transactions_topic}:{partition}:"
         kept: dict[int, LoggedScore] = {}
         position = max(start, self._kafka.bounds(self._scores_topic, partition).begin)
@@ -631,15 +635,15 @@ class MemoryScoreLog:
 
 
 class MemoryConsumer:
-    """One member of the group: draws polls, seeks and commits as the real transport does.
+    """One member of the group: it fetches polls, seeks and commits as the real transport does.
 
-    A :class:`pipeline.scoring.partitions.TransactionLog`, too.
+    A :class:`pipeline.scoring.consumer.PartitionConsumer`, too.
 
     Args:
         kafka: the broker.
-        settings: names topic and group, and where a group without offsets begins.
+        settings: names of topic and group, and the start of a group without offsets.
         assigned: the member's partitions.
-        role: whose topic it reads.
+        role: role of the topic that it reads.
     """
 
     def __init__(
@@ -662,7 +666,7 @@ class MemoryConsumer:
         self.assign(assigned)
 
     def assign(self, partitions: Collection[int]) -> None:
-        """Begin these partitions, and no others, at their committed offsets."""
+        """Start exactly these partitions at their committed offsets."""
         self._positions = {}
         self._to_take.clear()
         for partition in sorted(partitions):
@@ -673,14 +677,14 @@ class MemoryConsumer:
                 self._to_take.add(partition)
 
     def poll(self, records_max: int | None = None) -> Poll | None:
-        """The next records of all partitions; None at the end of them all.
+        """Return the next records of all partitions; None at the end of all logs.
 
         Args:
-            records_max: most records in the poll; else the setting ``micro_batch_max``.
+            records_max: maximum number of records; by default the setting ``micro_batch_max``.
         """
         room = self._records_max if records_max is None else records_max
         chunks = {}
-        # The partition that waited longest comes first: none waits behind another for ever.
+        # The partition that waited longest comes first, so that no partition starves.
         for partition in list(self._positions):
             chunk = self._chunk(partition, room)
             if chunk is None and partition in self._to_take:
@@ -696,7 +700,7 @@ class MemoryConsumer:
         return Poll(chunks) if chunks else None
 
     def _chunk(self, partition: int, room: int) -> Chunk | None:
-        """Up to ``room`` records at the partition's position."""
+        """Return up to ``room`` records at the partition's position."""
         begin = start = self._positions[partition]
         bounds = self._kafka.bounds(self._topic, partition)
         if not bounds.begin <= start <= bounds.end:
@@ -712,7 +716,7 @@ class MemoryConsumer:
         return bounds.begin if self._reset == "earliest" else bounds.end
 
     def commit(self, poll: Poll) -> None:
-        """Commit what a processed poll may be committed to; never backwards."""
+        """Commit the offsets of a processed poll, never backwards."""
         for partition, offset in poll.applied.items():
             before = self._kafka.committed(self._group, self._topic, partition)
             if partition in self._positions and (before is None or before < offset):
@@ -720,14 +724,14 @@ class MemoryConsumer:
                 self._kafka.commit(self._group, self._topic, partition, offset, generation)
 
     async def committed(self, partition: int) -> int | None:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         await asyncio.sleep(0)
         with _step("committed", self._kafka.interrupt):
             self._kafka.require_up()
             return self._kafka.committed(self._group, self._topic, partition)
 
     async def seek(self, partition: int, offset: int) -> int:
-        """See :class:`pipeline.scoring.partitions.TransactionLog`."""
+        """See :class:`pipeline.scoring.consumer.PartitionConsumer`."""
         await asyncio.sleep(0)
         with _step("seek", self._kafka.interrupt):
             self._epochs[partition] += 1
@@ -738,7 +742,7 @@ class MemoryConsumer:
 
 @contextmanager
 def _step(name: str, interrupt: Interrupt) -> Iterator[None]:
-    """The block is one effect: what interrupts it does so before or after."""
+    """Make the block one effect: an interrupt acts before or after it."""
     interrupt(f"before {name}")
     yield
     interrupt(f"after {name}")

@@ -1,4 +1,4 @@
-"""Verifying a log and a store in memory."""
+"""Verification of a log and a store in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fakes.memory import MemoryKafka, MemoryRecord
 from tests.fakes.memory_workers import HIDDEN_TOLERANCE, SCORE_TOLERANCE, World
 
 OPTIONS = VerifyOptions(tolerance_hidden=HIDDEN_TOLERANCE, tolerance_score=SCORE_TOLERANCE)
-"""With the tolerances of these tests' steep network."""
+"""Limits of differences for the steep network of these tests."""
 
 
 class MemoryLogReader:
@@ -53,10 +53,10 @@ class MemoryLogReader:
 
 
 class StoreOfWorld:
-    """What verifying sees of a world's store.
+    """A world's store as the verification reads it.
 
     Args:
-        before_load: called before states are loaded: what workers do meanwhile.
+        before_load: called before states are loaded, to let workers act meanwhile.
     """
 
     def __init__(self, world: World, before_load: Callable[[], None] | None = None) -> None:
@@ -88,7 +88,7 @@ class StoreOfWorld:
 
 
 class NoBar:
-    """Shows nothing, and remembers the last it was told."""
+    """A progress bar that shows nothing and keeps its last value."""
 
     def __init__(self) -> None:
         self.fraction = 0.0
@@ -106,7 +106,7 @@ class NoBar:
 def verify_world(
     world: World, store: StoreOfWorld | None = None, bar: NoBar | None = None, **options: Any
 ) -> Verification:
-    """What verifying finds in a world now."""
+    """Verify a world now."""
     verifier = Verifier(
         world.settings,
         world.checkpoint,

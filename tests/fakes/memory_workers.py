@@ -1,7 +1,7 @@
-"""Workers on a Kafka and a store in memory: stepped, killed and started anew; and what must hold.
+"""Workers on Kafka and stores in memory: run step by step, killed, restarted, and checked.
 
-A worker's coroutine waits only where a fake lets others run, so that a test can step several
-workers in any order, without an event loop and without a clock.
+A worker's coroutine waits only where a fake lets others run. So a test can step several workers
+in any order, without an event loop or a clock.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from pipeline.kafka.topics import ROLES
 from pipeline.messages.control import CONTROL_HEADER, FORGET
 from pipeline.messages.scores import decode_alert, decode_score
 from pipeline.messages.transactions import WARM_HEADER, decode_transaction
+from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of
 from pipeline.settings import Settings
-from pipeline.storage.account_state import RECENT_IDS, Watermark
+from pipeline.storage.account_state import RECENT_IDS
 from pipeline.storage.state_store import Save
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,
@@ -54,14 +56,16 @@ from tests.fakes.memory import (
 DAY_MS = 86_400_000
 START_MS = 1_700_000_000_000
 TOLERANCE_MS = 300_000
-"""An account's time is past its records' by this at most; the setting's default."""
+"""Default of the setting: how far an event time may be ahead of its record's time."""
 
 HIDDEN_TOLERANCE = 4e-3
-"""Largest difference of a hidden between micro-batches of different sizes: a matrix product's
-last bits depend on its size, and float16 then rounds another way, at each step anew."""
+"""Hidden states that differ by at most this count as equal.
+
+The last bits of a matrix product depend on its size, and float16 then rounds differently at each
+step."""
 
 SCORE_TOLERANCE = 2e-2
-"""Of a score likewise; the network of these tests is steep."""
+"""Scores that differ by at most this count as equal; the network of these tests is steep."""
 
 
 def small_checkpoint(
@@ -70,7 +74,7 @@ def small_checkpoint(
     seed: int = 7,
     inputs: tuple[Input, ...] = ACCOUNT_INPUTS,
 ) -> Checkpoint:
-    """An untrained network whose scores spread over [0, 1]; by default it sees no merchants."""
+    """Make an untrained network with scores over [0, 1]; by default it uses no merchants."""
     architecture = Architecture(
         inputs=len(inputs),
         input_size=8,
@@ -85,7 +89,7 @@ def small_checkpoint(
         network = Network(architecture)
     with torch.no_grad():
         network.logit.weight *= 12
-        network.own.rest.fill_(2.0)  # a merchant explains every fraud
+        network.own.rest.fill_(2.0)  # the full merchant weight for every fraud
     header = Header(
         architecture=architecture,
         features=FeatureSpec(inputs),
@@ -95,7 +99,7 @@ def small_checkpoint(
 
 
 def checkpoint_of_weights() -> Checkpoint:
-    """One that takes payments far over the usual amount for frauds that explain themselves.
+    """Make a checkpoint that gives payments far over the usual amount a low merchant weight.
 
     Amounts over 300 are out of its range.
     """
@@ -118,12 +122,12 @@ def checkpoint_of_weights() -> Checkpoint:
 
 
 class Killed(BaseException):
-    """The worker dies here, as by SIGKILL: no code may handle it."""
+    """The worker dies here, as after SIGKILL: no code may handle this."""
 
 
 @dataclass
 class AccountReference:
-    """One account's state, computed transaction by transaction with nothing of the worker's."""
+    """One account's state, computed transaction by transaction without the worker's code."""
 
     history: AccountHistory
     hidden: torch.Tensor  # [1, L, H]
@@ -135,7 +139,7 @@ class AccountReference:
 
 @dataclass
 class PartitionReference:
-    """What must come of a partition's log."""
+    """The expected results of a partition's log."""
 
     scores: dict[int, float] = field(default_factory=dict)
     warm: set[int] = field(default_factory=set)
@@ -153,7 +157,7 @@ def reference(
     *,
     reject_conflicts: bool = False,
 ) -> PartitionReference:
-    """The offline computation of a partition's log."""
+    """Compute a partition's log offline."""
     result = PartitionReference()
     for record in records:
         if (CONTROL_HEADER, FORGET) in record.headers and not record.value:
@@ -193,13 +197,13 @@ def _decoded(checkpoint: Checkpoint, record: MemoryRecord) -> Transaction:
 
 
 def _record_ms(transaction: Transaction, record: MemoryRecord) -> int:
-    """The record's time; its event's where it has none that milliseconds could be."""
+    """Return the record's time, or the event time if the record has no valid one."""
     is_time = 1973 <= 1970 + record.timestamp / (365.25 * DAY_MS) < 5000
     return record.timestamp if is_time else epoch_ms(transaction.timestamp)
 
 
 def _is_repeat(transaction: Transaction, other: Transaction) -> bool:
-    """The same payment sent again."""
+    """Return whether this is a duplicate of an earlier payment."""
     names = ("transaction_id", "merchant_id", "amount", "timestamp")
     return all(getattr(transaction, name) == getattr(other, name) for name in names)
 
@@ -211,7 +215,7 @@ def _apply(
     record: MemoryRecord,
     ttl_ms: int,
 ) -> float | None:
-    """The score; None for a repeat."""
+    """Return the score; None for a duplicate."""
     state = accounts.get(transaction.account_id)
     if state is not None and any(_is_repeat(transaction, o) for o in state.sent[-RECENT_IDS:]):
         return None
@@ -239,7 +243,7 @@ def _apply(
 
 
 class AuditedStateStore(MemoryStateStore):
-    """A store that remembers how far each partition's watermark has ever been saved."""
+    """A store that tracks the highest saved watermark of each partition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,11 +259,11 @@ class AuditedStateStore(MemoryStateStore):
 
 
 _references: dict[tuple[str, int, bool, str], PartitionReference] = {}
-"""Computed before: tests that kill a worker at every step need the same ones again and again."""
+"""Cache of references: tests that kill a worker at every step need the same ones repeatedly."""
 
 
 class World:
-    """A broker, a store and any number of workers, one after another or side by side."""
+    """A broker, stores and any number of workers, one after another or side by side."""
 
     def __init__(self, checkpoint: Checkpoint | None = None, **settings: Any) -> None:
         self.checkpoint = checkpoint or small_checkpoint()
@@ -274,12 +278,12 @@ class World:
         self.topic = self.settings.topic("transactions")
         self.partitions = range(self.settings.topic_partitions)
 
-    # in ----------------------------------------------------------------------------------
+    # input -------------------------------------------------------------------------------
 
     def produce(
         self, account: str, transaction_id: str | None = None, **changes: Any
     ) -> tuple[int, int]:
-        """Append a transaction, a minute after the last; its partition and offset.
+        """Append a transaction, a minute after the last one; return its partition and offset.
 
         Args:
             changes: other fields, ``headers``, and ``record_ms``, the record's CreateTime.
@@ -303,19 +307,20 @@ class World:
         headers: Sequence[tuple[str, bytes]] = (),
         record_ms: int | None = None,
     ) -> tuple[int, int]:
-        """Append a record; its partition and offset."""
+        """Append a record; return its partition and offset."""
         partition = self.kafka.partition_of(self.topic, key)
         return partition, self.kafka.produce(
             self.topic, key, value, headers=headers, timestamp_ms=record_ms
         )
 
     def forget(self, account: str) -> tuple[int, int]:
-        """Append the instruction to forget an account; its partition and offset."""
+        """Append a control record to forget an account; return its partition and offset."""
         return self.produce_raw(account.encode(), None, [(CONTROL_HEADER, FORGET)])
 
     def produce_many(self, count: int, accounts: int = 6, seed: int = 0) -> None:
-        """Append transactions of a few accounts, with repeats, rejects, warm ones and
-        instructions to forget mixed in.
+        """Append transactions of a few accounts.
+
+        Duplicates, invalid records, warm-up records and forget requests are mixed in.
         """
         rng = np.random.default_rng(seed)
         for i in range(count):
@@ -334,7 +339,7 @@ class World:
                 self.produce(account, amount=amount, headers=headers)
 
     def account_in(self, partition: int, number: int = 0) -> str:
-        """Name of an account that lies in a partition."""
+        """Return the name of an account that lies in a partition."""
         names = (f"P{partition}-{number}-{i}" for i in range(1000))
         topic, kafka = self.topic, self.kafka
         return next(name for name in names if kafka.partition_of(topic, name.encode()) == partition)
@@ -344,7 +349,7 @@ class World:
     def worker(
         self, assigned: Collection[int] | None = None, checkpoint: Checkpoint | None = None
     ) -> MemoryWorker:
-        """A new worker process with these partitions, or all."""
+        """Start a new worker with these partitions, or all."""
         return MemoryWorker(
             self, self.partitions if assigned is None else assigned, checkpoint or self.checkpoint
         )
@@ -361,22 +366,22 @@ class World:
         )
 
     def committed(self, partition: int) -> int | None:
-        """The group's committed offset."""
+        """Return the group's committed offset, or None."""
         return self.kafka.committed(self.settings.kafka_group_id, self.topic, partition)
 
     def interrupt(self, interrupt: Callable[[str], None]) -> None:
-        """Have every effect on broker and store announced."""
+        """Call an interrupt before and after every effect on broker and stores."""
         self.kafka.interrupt = self.store.interrupt = self.merchants.interrupt = interrupt
 
-    # out ---------------------------------------------------------------------------------
+    # output ------------------------------------------------------------------------------
 
     def watermark(self, partition: int) -> int:
-        """The first offset that is not applied; 0 without a watermark."""
+        """Return the first offset that is not applied; 0 without a watermark."""
         value = self.store.watermarks.get(partition)
         return 0 if value is None else Watermark.from_bytes(value).next_offset
 
     def scores(self, partition: int) -> dict[int, list[bytes]]:
-        """Published scores' records by source offset, in the order of their publishing."""
+        """Return the published scores by source offset, in the order of publishing."""
         found: dict[int, list[bytes]] = {}
         for record in self.kafka.records(self.settings.topic("scores"), partition):
             assert record.value is not None
@@ -388,14 +393,14 @@ class World:
         return found
 
     def alerts(self) -> Counter[str]:
-        """How often there is an alert, by source."""
+        """Count the alerts by source."""
         return Counter(
             decode_alert(record.value or b"").source
             for record in self.kafka.records(self.settings.topic("alerts"))
         )
 
     def dead_letters(self) -> Counter[tuple[int, int, str]]:
-        """How often there is a rejected record, by partition, offset and reason."""
+        """Count the dead letters by partition, offset and reason."""
         found: Counter[tuple[int, int, str]] = Counter()
         for record in self.kafka.records(self.settings.topic("dead_letter")):
             headers = dict(record.headers)
@@ -403,10 +408,10 @@ class World:
             found[*place, headers["reason"].decode()] += 1
         return found
 
-    # what must hold ----------------------------------------------------------------------
+    # checks ------------------------------------------------------------------------------
 
     def assert_published_before_saved(self) -> None:
-        """Whatever a watermark has passed is in the scores, alerts and dead-letter topics."""
+        """Check that everything before a watermark is in the output topics."""
         for partition in self.partitions:
             next_offset = self.watermark(partition)
             expected = self.references()[partition]
@@ -420,7 +425,7 @@ class World:
                     assert (partition, offset) in dead, "saved before it was in dead-letter"
 
     def references(self) -> list[PartitionReference]:
-        """The offline computation of every partition, from its whole log."""
+        """Compute every partition offline, from its whole log."""
         ttl_ms = int(self.settings.state_ttl_days * DAY_MS)
         reject = self.settings.id_conflicts == "reject"
         found = []
@@ -435,7 +440,7 @@ class World:
         return found
 
     def assert_all_applied(self, *, scores_once: bool = True, alerts_once: bool = False) -> None:
-        """Every transaction is scored and applied once, and nothing else came out."""
+        """Check that every transaction is scored and applied once, with no other output."""
         alerts, dead = self.alerts(), self.dead_letters()
         for partition, expected in zip(self.partitions, self.references(), strict=True):
             log_end = self.kafka.bounds(self.topic, partition).end
@@ -483,7 +488,7 @@ class World:
 
 
 def assert_states(world: World, partition: int, expected: PartitionReference) -> None:
-    """The store's states of a partition are the offline computation's."""
+    """Check that the states of a partition equal the offline computation."""
     codec = Scorer(world.checkpoint, ttl_ms=1).codec
     stored = {account for p, account in world.store.states if p == partition}
     assert stored == expected.accounts.keys()
@@ -509,16 +514,16 @@ def assert_states(world: World, partition: int, expected: PartitionReference) ->
 
 
 Choose = Callable[[Sequence[int]], int]
-"""Which of these goes on."""
+"""A choice of the next coroutine among these."""
 
 
 def in_turn(candidates: Sequence[int]) -> int:
-    """The first; :func:`side_by_side` asks with the one that went last at the end."""
+    """Choose the first; :func:`side_by_side` lists the last runner at the end."""
     return candidates[0]
 
 
 async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) -> list[Any]:
-    """Run coroutines step by step in the order that ``choose`` gives; their results."""
+    """Run coroutines step by step in the order of ``choose``; return their results."""
     results: list[Any] = [None] * len(coroutines)
     alive = list(range(len(coroutines)))
     try:
@@ -539,7 +544,7 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) ->
 
 
 async def one_after_another(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """What :func:`asyncio.gather` does with its time to itself, in an order that repeats."""
+    """Do what :func:`asyncio.gather` does, in a repeatable order."""
     results = []
     try:
         for call in calls:
@@ -551,7 +556,7 @@ async def one_after_another(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
 
 
 class MemoryWorker:
-    """One worker process: the real processor on fakes."""
+    """A worker: the real processor on fakes."""
 
     def __init__(self, world: World, assigned: Collection[int], checkpoint: Checkpoint) -> None:
         self.world = world
@@ -559,7 +564,7 @@ class MemoryWorker:
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(10.0, clock=lambda: 0.0)
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
-        patience = Retrier(self.metrics, self.health)
+        retrier = Retrier(self.metrics, self.health)
         self.scorer = scorer_of(settings, checkpoint)
         transactions = MemoryTransactions(world.kafka, settings) if settings.exactly_once else None
         self.fenced: list[int] = []
@@ -569,8 +574,8 @@ class MemoryWorker:
             partitions=settings.topic_partitions,
             store=world.store,
             score_log=MemoryScoreLog(world.kafka, settings),
-            transaction_log=self.consumer,
-            patience=patience,
+            consumer=self.consumer,
+            retrier=retrier,
             metrics=self.metrics,
             transactions=transactions,
             on_fenced=self.fenced.append,
@@ -584,8 +589,8 @@ class MemoryWorker:
             merchant_store=world.merchants,
             publisher=MemoryProducer(world.kafka, settings),
             transactions=transactions,
-            ownership=self.ownership,
-            patience=patience,
+            partitions=self.ownership,
+            retrier=retrier,
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
@@ -595,20 +600,20 @@ class MemoryWorker:
         self._generation = 0
 
     def rebalance(self, partitions: Collection[int]) -> None:
-        """The group gives these partitions and no others; polls in flight are forgotten."""
+        """Assign exactly these partitions; polls in flight are dropped."""
         self.ownership.revoke(self.ownership.assigned())
         self.ownership.assign(partitions)
         self.consumer.assign(partitions)
         self._generation += 1
 
     async def process(self, poll: Poll) -> Poll:
-        """One poll alone, acked as the transport does."""
+        """Process one poll, acknowledged as the transport does."""
         generation = self._generation
         await self._conclude(await self.processor.compute(poll), generation)
         return poll
 
-    async def _conclude(self, computed: Computed, generation: int) -> None:
-        """Publish, save and ack; what was fetched before a rebalance is not acked."""
+    async def _conclude(self, computed: ComputedPoll, generation: int) -> None:
+        """Publish, save and ack; polls from before a rebalance are not acked."""
         await self.processor.conclude(computed)
         if generation == self._generation:
             self._assert_saved(computed.poll)
@@ -625,12 +630,12 @@ class MemoryWorker:
         records_max: int | None = None,
         choose: Choose = in_turn,
     ) -> None:
-        """Work to the end of the log: compute each poll while the one before is concluded.
+        """Process the log to its end: compute each poll while the one before is concluded.
 
         Args:
-            polls_waiting: fetched, behind the one that is computed, as in the real transport.
-            records_max: most records in a poll; else the setting.
-            choose: which of the two goes on.
+            polls_waiting: number of fetched polls behind the computed one.
+            records_max: maximum number of records in a poll; by default the setting.
+            choose: chooses which of the two continues.
         """
         waiting: deque[tuple[int, Poll]] = deque()
         concluding: Coroutine[Any, Any, None] | None = None
@@ -658,12 +663,14 @@ class MemoryWorker:
                 concluding.close()
 
     def count(self, name: str, **labels: str) -> float:
-        """A metric's value."""
+        """Return a metric's value; 0 for labels without a value yet."""
+        families = {family.name for family in self.metrics.registry.collect()}
+        assert any(name.startswith(family) for family in families), f"no metric {name}"
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 def step(coroutine: Coroutine[Any, Any, Any]) -> bool:
-    """Run a coroutine to its next wait; False once it has ended."""
+    """Run a coroutine to its next wait; return False once it has ended."""
     try:
         coroutine.send(None)
     except StopIteration:
@@ -672,7 +679,7 @@ def step(coroutine: Coroutine[Any, Any, Any]) -> bool:
 
 
 def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine that waits for nobody, step by step, to its end; what it returns."""
+    """Run a coroutine step by step to its end; return its result."""
     while True:
         try:
             coroutine.send(None)

@@ -1,4 +1,4 @@
-"""The running system against offline computing: a log with late labels, time bucket by bucket.
+"""Comparison of the running system with offline computing, on a log with late labels.
 
 Transactions and the labels that arrive in the same three hours are sent through Kafka, and the
 next bucket follows once the workers have applied all of it, as it does where three hours are three
@@ -51,16 +51,17 @@ from tests.fakes.running_pipeline import PipelineUnderTest, until
 
 DAY_MS = 86_400_000
 OWN_UPDATES = 400
-"""Of what a payment explains: a tenth of a training's."""
+"""Training steps of the merchant weights: a tenth of a real training."""
 
 TOLERANCE = 2e-3
-"""Largest difference of a score: hiddens are float16, and a matrix product's last bits depend on
-its size."""
+"""Scores that differ by at most this count as equal.
+
+Hidden states are float16, and the last bits of a matrix product depend on its size."""
 
 
 @dataclass
 class Log:
-    """Transactions in order of time; ids are numbers with a letter before them."""
+    """Transactions in order of time; ids are a letter and a number."""
 
     transaction: list[str]
     account: NDArray[np.int64]
@@ -74,7 +75,7 @@ class Log:
 
     @classmethod
     def simulated(cls, transactions: int, customers: int, terminals: int, seed: int) -> Log:
-        """Of the project's simulator."""
+        """Make a log with the project's simulator."""
         stream = SimulatedStream(customers, terminals, "2021-03-01", seed)
         columns = stream.take(transactions).columns
         return cls(
@@ -88,7 +89,7 @@ class Log:
 
     @classmethod
     def of_file(cls, path: Path, columns: str, every: int, limit: int) -> Log:
-        """Of a file with its truth; transactions of every so-manieth account."""
+        """Make a log from a file with labels, with a sample of its accounts."""
         parts = list(TransactionFile(path, load_mapping(columns)).parts())
         names = [name for part in parts for name in part.account_ids]
         account = np.unique(names, return_inverse=True)[1]
@@ -108,7 +109,7 @@ class Log:
         )
 
     def transactions(self, rows: NDArray[np.intp]) -> Block:
-        """To send."""
+        """Return the transactions to send."""
         return encode_block(
             [self.transaction[i] for i in rows.tolist()],
             [f"C{account}" for account in self.account[rows].tolist()],
@@ -119,7 +120,7 @@ class Log:
         )
 
     def labels(self, rows: NDArray[np.intp], delay_ms: int) -> Block:
-        """Labels of transactions, to send."""
+        """Return the labels of transactions to send."""
         return encode_labels(
             [self.transaction[i] for i in rows.tolist()],
             [f"C{account}" for account in self.account[rows].tolist()],
@@ -132,9 +133,9 @@ class Log:
 
 
 def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1) -> Checkpoint:
-    """A small untrained network that sees accounts and merchants; its inputs are standardised.
+    """Make a small untrained network that uses accounts and merchants; inputs are standardised.
 
-    By what a payment explains it is fitted, so that frauds have different merchant weights.
+    Its merchant weights are fitted, so that they differ between frauds.
     """
     scale = AmountScale.of(log.account, log.amount)
     raw = np.hstack((observe_log(log.account, log.amount, log.timestamp_ms, scale), merchant_raw))
@@ -164,13 +165,13 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
 
 @dataclass
 class Parity:
-    """How far the running system's scores are from those computed offline.
+    """Differences between the running system's scores and those computed offline.
 
     Attributes:
         scores, offline: float32[N].
         merchant_raw, offline_merchant_raw: float32[N, M].
-        seconds: that the workers took.
-        weights: how many different merchant weights the log's frauds have.
+        seconds: time of the workers.
+        weights: number of distinct merchant weights of the log's frauds.
     """
 
     scores: NDArray[np.float32]
@@ -184,12 +185,12 @@ class Parity:
 
     @property
     def largest_difference(self) -> float:
-        """Of a score."""
+        """Largest difference of a score."""
         return float(np.abs(self.scores - self.offline).max())
 
     @property
     def features_that_differ(self) -> int:
-        """Merchants' features that are not the same number."""
+        """Number of merchants' features that differ."""
         return int((self.merchant_raw != self.offline_merchant_raw).sum())
 
     def __str__(self) -> str:
@@ -214,7 +215,7 @@ async def compare(
     merchant_raw: NDArray[np.float32],
     progress: Callable[[str], None] = lambda text: None,
 ) -> Parity:
-    """Send the log through the system, whose workers use the checkpoint; compare."""
+    """Send the log through the system with this checkpoint, and compare."""
     delay_ms = checkpoint.header.features.label_delay_ms
     started = time.monotonic()
     async with system.running(workers=1):
@@ -240,7 +241,7 @@ async def compare(
 async def _send(
     system: PipelineUnderTest, log: Log, delay_ms: int, progress: Callable[[str], None]
 ) -> tuple[int, int]:
-    """Bucket by bucket; how many buckets and labels."""
+    """Send the log bucket by bucket; return the numbers of buckets and labels."""
     in_bucket = bucket_of(log.timestamp_ms)
     frauds = np.flatnonzero(log.is_fraud)
     known_in = bucket_of(log.timestamp_ms[frauds] + delay_ms)
@@ -286,17 +287,17 @@ def _total(system: PipelineUnderTest, name: str) -> float:
 def offline_merchant_raw(
     log: Log, delay_ms: int, weight: NDArray[np.uint8] | None = None
 ) -> NDArray[np.float32]:
-    """Merchants' features of the log, float32[N, M].
+    """Compute merchants' features of the log, float32[N, M].
 
     Args:
-        weight: uint8[N] how far frauds count at their merchants; None: in full.
+        weight: uint8[N], merchant weights; None: the full weight.
     """
     labels = Labels.delayed(log.is_fraud, log.timestamp_ms, delay_ms, weight)
     return observe_merchant_log(log.merchant, log.timestamp_ms, labels, delay_ms)
 
 
 def merchant_weights(log: Log, checkpoint: Checkpoint) -> NDArray[np.uint8]:
-    """uint8[N] of the log's transactions."""
+    """Compute merchant weights of the log's transactions, uint8[N]."""
     scale = checkpoint.header.features.scale
     raw = observe_log(log.account, log.amount, log.timestamp_ms, scale)
     raw = np.hstack((raw, np.zeros((len(log), len(MERCHANT_FEATURES)), np.float32)))
@@ -325,7 +326,7 @@ def run(
 
 
 def main() -> int:
-    """The command line; 0 if scores and features are the same."""
+    """Run the command line; return 0 if scores and features are equal."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("file", type=Path, help="transactions with their truth (parquet or CSV)")
     parser.add_argument("--columns", required=True, help="column mapping: a file or `handbook`")

@@ -1,4 +1,4 @@
-"""A real Sentinel over a Redis and its replica: the failover that it makes."""
+"""A real Sentinel over a Redis and its replica, for tests of failover."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FAILOVER_LIMIT_SECONDS = 60.0
 
 
 class Sentinel(Service):
-    """One Sentinel that decides alone.
+    """A single Sentinel, with a quorum of one.
 
     Args:
-        master: the primary that it watches at first.
-        password: what its clients have to know; None for nothing.
+        master: the first primary.
+        password: password of its clients, or None.
     """
 
     name = "Sentinel"
@@ -36,13 +36,13 @@ class Sentinel(Service):
         self.url = f"redis+sentinel://{HOST}:{port}/{MASTER}/0"
 
     def client(self) -> redis_client.Redis:
-        """A client of this Sentinel; the caller closes it."""
+        """Make a client of this Sentinel; the caller closes it."""
         return redis_client.Redis(
             host=HOST, port=self.port, password=self._password, decode_responses=True
         )
 
     def master_port(self) -> int:
-        """Of the primary that it names now."""
+        """Return the port of the current primary."""
         with self.client() as client:
             _, port = client.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", MASTER)
             return int(port)
@@ -74,7 +74,7 @@ class Sentinel(Service):
 
 @contextmanager
 def under_sentinel(password: str | None = None) -> Iterator[tuple[Sentinel, Redis, Redis]]:
-    """A Sentinel that knows a primary and its replica, and both."""
+    """Start a primary, its replica and a Sentinel over both."""
     with (
         Redis() as primary,
         Redis(options={"replicaof": f"{HOST} {primary.port}"}) as replica,

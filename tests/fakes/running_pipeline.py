@@ -1,4 +1,4 @@
-"""A pipeline of real processes on the shared broker and Redis, and what came out of it."""
+"""A pipeline of real processes on the shared broker and Redis, with checks of its output."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.messages.scores import Score, decode_score
 from pipeline.messages.transactions import encode_transaction
-from pipeline.scoring.processor import PartDecoder, columns
+from pipeline.scoring.batch import micro_batch_of
+from pipeline.scoring.decoder import BatchDecoder
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import load_settings
-from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.storage.account_state import AccountStates
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
+from pipeline.storage.watermark import Watermark
 
 READY_SECONDS = 240.0
 DAY_MS = 86_400_000
 EVENT_TIME_MS = 1_700_000_000_000
 
 HIDDEN_TOLERANCE = 2e-3
-"""Largest difference of a hidden between micro-batches of different sizes: a matrix product's
-last bits depend on its size, and float16 rounds them up to half of 2^-10 now and then."""
+"""Hidden states that differ by at most this count as equal.
+
+The last bits of a matrix product depend on its size; float16 sometimes rounds them to another
+number, half of 2^-10 away."""
 
 
 def transactions(count: int, accounts: int, seed: int = 0) -> list[Transaction]:
-    """Transactions with ascending event time, of accounts drawn evenly."""
+    """Make transactions with ascending event time, of accounts drawn evenly."""
     rng = np.random.default_rng(seed)
     owners = rng.integers(0, accounts, count)
     amounts = np.round(rng.gamma(2.0, 30.0, count), 2)
@@ -60,7 +64,7 @@ def transactions(count: int, accounts: int, seed: int = 0) -> list[Transaction]:
 
 
 class PipelineUnderTest:
-    """Topics, group and keys of its own on a broker and a Redis."""
+    """Separate topics, group and keys on a broker and a Redis."""
 
     def __init__(self, bootstrap: str, redis_url: str, directory: Path, **settings: Any) -> None:
         name = uuid.uuid4().hex[:8]
@@ -80,12 +84,12 @@ class PipelineUnderTest:
         self._producer: AIOKafkaProducer | None = None
 
     def use(self, **settings: Any) -> None:
-        """Other settings from now on, for workers that start."""
+        """Change settings for workers that start from now on."""
         self.overrides |= settings
         self.settings = load_settings(**self.overrides)
 
     async def send_to(self, partition: int, transaction: Transaction) -> None:
-        """Produce one into a partition, as a producer does that has not heard of others."""
+        """Produce a transaction into a partition, as a producer with outdated metadata does."""
         assert self._producer is not None
         await self._producer.send_and_wait(
             self.settings.topic("transactions"),
@@ -96,7 +100,7 @@ class PipelineUnderTest:
 
     @asynccontextmanager
     async def running(self, workers: int) -> AsyncIterator[PipelineUnderTest]:
-        """Topics there, workers ready; all gone at the end."""
+        """Create the topics and start workers; stop everything at the end."""
         await ensure_topics(self.settings)
         self._producer = AIOKafkaProducer(
             **self.settings.kafka_client_options(),
@@ -113,7 +117,7 @@ class PipelineUnderTest:
             await stop_all(self.workers)
 
     async def start_workers(self, count: int) -> list[WorkerProcess]:
-        """More workers, ready."""
+        """Start more workers, and wait until they are ready."""
         environment = {f"RECUR_{k.upper()}": str(v) for k, v in self.overrides.items()}
         environment["RECUR_LOG_FORMAT"] = "text"
         new = [
@@ -124,13 +128,13 @@ class PipelineUnderTest:
         return new
 
     async def send(self, sent: Iterable[Transaction], rate: float | None = None) -> None:
-        """Produce transactions, acknowledged; at ``rate`` a second if one is given."""
+        """Produce transactions with acknowledgement, at ``rate`` a second if given."""
         await self.send_records(
             ((t.account_id.encode(), encode_transaction(t)) for t in sent), rate
         )
 
     async def send_compressed(self, sent: Iterable[Transaction], compression: str) -> None:
-        """Produce transactions as a producer that compresses does."""
+        """Produce transactions with compression."""
         async with AIOKafkaProducer(
             **self.settings.kafka_client_options(),
             compression_type=compression,
@@ -146,7 +150,7 @@ class PipelineUnderTest:
         rate: float | None = None,
         headers: Sequence[tuple[str, bytes]] = (),
     ) -> None:
-        """Produce records, acknowledged."""
+        """Produce records with acknowledgement."""
         assert self._producer is not None
         start = time.monotonic()
         pending = []
@@ -154,7 +158,7 @@ class PipelineUnderTest:
             if rate is not None and i % 50 == 0:
                 await asyncio.sleep(max(0.0, start + i / rate - time.monotonic()))
             topic = self.settings.topic("transactions")
-            if key is None and value is None:  # send() refuses what Kafka allows
+            if key is None and value is None:  # send() rejects it, though Kafka allows it
                 batch = self._producer.create_batch()
                 batch.append(timestamp=None, key=None, value=None)
                 batch.close()
@@ -164,7 +168,7 @@ class PipelineUnderTest:
         await asyncio.gather(*pending)
 
     async def records(self, role: str) -> list[Any]:
-        """Everything in a topic now, partition by partition."""
+        """Return all records of a topic, partition by partition."""
         topic = self.settings.topic(role)  # type: ignore[arg-type]
         consumer = AIOKafkaConsumer(
             **self.settings.kafka_client_options(),
@@ -186,11 +190,11 @@ class PipelineUnderTest:
         return [record for place in places for record in found[place]]
 
     async def scores(self) -> list[Score]:
-        """All published scores."""
+        """Return all published scores."""
         return [decode_score(record.value) for record in await self.records("scores")]
 
     async def until_applied(self, timeout_seconds: float = 60.0) -> None:
-        """Until every partition's watermark is at its log's end."""
+        """Wait until every partition's watermark is at the end of its log."""
         await until(self._is_applied, "the workers to apply the whole log", timeout_seconds)
 
     async def _is_applied(self) -> bool:
@@ -208,7 +212,7 @@ class PipelineUnderTest:
         )
 
     async def watermarks(self) -> dict[int, Watermark]:
-        """Watermarks in Redis, by partition."""
+        """Return the watermarks in Redis, by partition."""
         keys = self._keys()
         client = redis_client(self.settings)
         try:
@@ -229,7 +233,7 @@ class PipelineUnderTest:
         )
 
     async def assert_states_are_the_log(self) -> None:
-        """Each account's state in Redis is the one computed from the log, from its begin.
+        """Check that each account's state in Redis equals the one computed from its whole log.
 
         Merchants' features are the ones that the first score of each transaction records.
         """
@@ -247,7 +251,7 @@ class PipelineUnderTest:
                 values = await client.mget(keys.accounts(partition, accounts))
                 actual, loaded, refused = self.scorer.codec.decode(values)
                 assert refused == 0
-                wanted = expected.history.count > 0  # the others are forgotten
+                wanted = expected.history.count > 0  # the other accounts are forgotten
                 assert not (loaded & ~wanted).any(), "states that should be forgotten"
                 assert loaded[wanted].all(), f"{int((~loaded[wanted]).sum())} states are missing"
                 _assert_equal(actual, expected)
@@ -257,15 +261,15 @@ class PipelineUnderTest:
     def _computed(
         self, partition: int, records: list[Any], recorded: dict[str, Score]
     ) -> tuple[list[str], AccountStates]:
-        decoder = PartDecoder(self.settings, self.scorer.checkpoint)
-        part = decoder.part(partition, Chunk(0, len(records), records))
+        decoder = BatchDecoder(self.settings, self.scorer.checkpoint)
+        part = decoder.decode(partition, Chunk(0, len(records), records))
         topic = self.settings.topic("transactions")
         scores = [recorded[f"{topic}:{partition}:{r.offset}"] for r in part.records]
         part.merchant_raw = np.array(
             [score.raw(MERCHANT_FEATURES) for score in scores], np.float32
         ).reshape(len(scores), len(MERCHANT_FEATURES))
-        states, _, _, _ = self.scorer.score([None] * len(part.accounts), columns([part]))
-        # An account that is forgotten stands there twice: its state is the last one.
+        states, _, _, _ = self.scorer.score([None] * len(part.accounts), micro_batch_of([part]))
+        # A forgotten account has two rows: its state is the last one.
         row_of = {account: row for row, account in enumerate(part.accounts)}
         values = self.scorer.codec.encode(states, np.array(list(row_of.values()), np.intp))
         states, _, _ = self.scorer.codec.decode(values)
@@ -295,7 +299,7 @@ async def until(
 
 
 def assert_scored_once(scores: Sequence[Score], sent: Sequence[Transaction]) -> None:
-    """Every transaction has exactly one score."""
+    """Check that every transaction has exactly one score."""
     counts = Counter(score.transaction_id for score in scores)
     missing = [t.transaction_id for t in sent if t.transaction_id not in counts]
     assert not missing, f"{len(missing)} transactions without a score"
@@ -305,7 +309,7 @@ def assert_scored_once(scores: Sequence[Score], sent: Sequence[Transaction]) -> 
 
 
 def assert_none_conflicts(scores: Sequence[Score], sent: Sequence[Transaction]) -> None:
-    """Every transaction has a score; where it has several they are the same, of one source."""
+    """Check that every transaction has a score; several scores of one source must be equal."""
     said: dict[str, set[tuple[str, float]]] = {}
     for score in scores:
         said.setdefault(score.transaction_id, set()).add((score.source, score.score))

@@ -1,4 +1,4 @@
-"""Kafka and Redis as a careful operator runs them: TLS, passwords, and users with least rights.
+"""Kafka and Redis with TLS, passwords, and users with minimal rights.
 
 Certificates are made for each run and lie nowhere else. The rights are those of the files under
 deploy/security, as they stand there.
@@ -54,7 +54,7 @@ LACKING = {
     "lacks-labels": ("Read", "labels"),
     "lacks-group": ("Read", "recur"),
 }
-"""Users with all rights of a worker but that one."""
+"""Users with all rights of a worker except one."""
 
 KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING}
 
@@ -66,7 +66,7 @@ _ALLOW = 3
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate authority of this run.
+    """A certificate authority for this run.
 
     Attributes:
         cafile: its certificate, PEM.
@@ -78,7 +78,7 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, name: str = "authority") -> Authority:
-        """A new one, with its certificate in ``folder``."""
+        """Make a new authority, with its certificate in ``folder``."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Recur test {name}")])
         certificate = _certificate(subject, subject, key, key, authority=True)
@@ -89,7 +89,7 @@ class Authority:
     def issue(
         self, folder: Path, name: str, *, hosts: Sequence[str] = (HOST,), password: str = ""
     ) -> tuple[Path, Path]:
-        """PEM files of a certificate for these hosts and of its key, encrypted if so wished."""
+        """Write PEM files of a certificate for these hosts and its key; return their paths."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         certificate = _certificate(subject, self._name, key, self._key, hosts=hosts)
@@ -135,7 +135,7 @@ def _certificate(
 class SecureKafka(Kafka):
     """A broker with one more listener: TLS, SCRAM, and rights as in the file of rules.
 
-    Who comes by the plain listener is the super user, who creates topics and rights.
+    Clients of the plain listener are the super user, which creates topics and rights.
 
     Attributes:
         secure_bootstrap: address of the listener that workers use.
@@ -172,7 +172,7 @@ class SecureKafka(Kafka):
         }
 
     def _format(self, log_directory: Path, bootstrap_checkpoint: Path) -> None:
-        """``kafka-storage format`` with the users: the log begins with their credentials."""
+        """Run ``kafka-storage format`` with the users: the log starts with their credentials."""
         users = [
             f"--add-scram={mechanism}=[name={name},password={password}]"
             for name, password in KAFKA_PASSWORDS.items()
@@ -192,7 +192,7 @@ class SecureKafka(Kafka):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a principal may do with a topic, a group or a transactional id."""
+    """Rights of a principal on a topic, a group or a transactional id."""
 
     principal: str
     operation: str
@@ -202,7 +202,7 @@ class Rule:
 
 
 def kafka_rules() -> list[Rule]:
-    """The rules of deploy/security/kafka-acls.txt: arguments of kafka-acls.sh."""
+    """Read the rules of deploy/security/kafka-acls.txt: arguments of kafka-acls.sh."""
     parser = ArgumentParser()
     parser.add_argument("--allow-principal", required=True)
     parser.add_argument("--operation", action="append", required=True)
@@ -229,7 +229,7 @@ def kafka_rules() -> list[Rule]:
 
 
 def rules_of_the_lacking() -> list[Rule]:
-    """What the users of :data:`LACKING` may do."""
+    """Make the rights of the users of :data:`LACKING`."""
     return [
         replace(rule, principal=f"User:{user}")
         for user, lacking in LACKING.items()
@@ -239,7 +239,7 @@ def rules_of_the_lacking() -> list[Rule]:
 
 
 async def allow(broker: Kafka, rules: Iterable[Rule]) -> None:
-    """What kafka-acls.sh --add does, as the broker's super user."""
+    """Add rights as the broker's super user, as kafka-acls.sh --add does."""
     admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
     await admin.start()
     try:
@@ -262,7 +262,7 @@ async def allow(broker: Kafka, rules: Iterable[Rule]) -> None:
 
 @contextmanager
 def redis_with_users() -> Iterator[Redis]:
-    """A Redis that knows no user but those of deploy/security/redis-users.acl."""
+    """A Redis that knows only the users of deploy/security/redis-users.acl."""
     users = REDIS_RULES.read_text().replace("CHANGE-ME", REDIS_PASSWORD)
     admin = "user admin on ~* +@all >of-the-tests"
     server = _RedisWithUsers()
@@ -276,7 +276,7 @@ def redis_with_users() -> Iterator[Redis]:
 
 
 class _RedisWithUsers(Redis):
-    """Its own client is the administrator's; nobody else comes in without a name."""
+    """Its own client is the administrator; every other client needs a user name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,15 +292,15 @@ class _RedisWithUsers(Redis):
 
 
 class TlsProxy:
-    """Ends TLS before a server that speaks none, and passes on what it says.
+    """A proxy that terminates TLS before a server without TLS.
 
     Args:
-        certfile, keyfile: what it shows to clients.
-        port: of the server.
-        cafile: where given, clients must show a certificate of this authority.
+        certfile, keyfile: its certificate and key.
+        port: port of the server.
+        cafile: if given, clients must present a certificate of this authority.
 
     Attributes:
-        port: where it listens, once it is entered.
+        port: its own port, once it is entered.
     """
 
     def __init__(
@@ -316,7 +316,7 @@ class TlsProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> TlsProxy:
-        self._loop.set_exception_handler(lambda loop, context: None)  # what a handshake fails with
+        self._loop.set_exception_handler(lambda loop, context: None)  # ignore failed handshakes
         self._thread.start()
         starting = asyncio.start_server(self._serve, HOST, self.port, ssl=self._context)
         self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result(10)

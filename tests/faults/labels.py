@@ -91,7 +91,7 @@ class LabelSender:
             ends = await log.ends(topic, partitions)
 
             async def are_recorded() -> bool:
-                recorded = {partition: await store.booked_to(partition) for partition in ends}
+                recorded = {partition: await store.recorded_to(partition) for partition in ends}
                 return recorded == ends
 
             await until_true(are_recorded, "the labels to be recorded", RECORDED_LIMIT_SECONDS)

@@ -12,9 +12,9 @@ from pipeline.errors import RecurError
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.settings import Settings
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import RedisStateStore
+from pipeline.storage.watermark import Watermark
 from tests.faults.worker_pool import WorkerPool
 
 POLL_SECONDS = 0.2

@@ -32,9 +32,9 @@ from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
 from pipeline.messages.labels import LABELS, decode_label
 from pipeline.messages.scores import ScoreEncoder, decode_published, decode_score
 from pipeline.messages.transactions import decode_transaction, encode_transaction, field_names
-from pipeline.scoring.labels import booking_of
+from pipeline.scoring.labels import merchant_label_of
 from pipeline.scoring.scorer import MicroBatch, Scorer
-from pipeline.storage.account_state import STATE_FORMAT, Watermark
+from pipeline.storage.account_state import STATE_FORMAT
 from pipeline.storage.keys import Keys
 from pipeline.storage.merchant_profile import (
     EMPTY_VALUE,
@@ -44,6 +44,7 @@ from pipeline.storage.merchant_profile import (
     encode_frauds,
     transaction_hash,
 )
+from pipeline.storage.watermark import Watermark
 from tests.fuzz.mutation import (
     Mutator,
     mutate_bytes,
@@ -194,7 +195,7 @@ def run_label(data: bytes) -> str:
         return rejected(error)
     assert 0 <= timestamp_ms <= labelled_ms <= TIMESTAMP_MAX_MS + DAY_MS
     assert label.label in LABELS
-    booking = booking_of(0, label, timestamp_ms, labelled_ms)
+    booking = merchant_label_of(0, label, timestamp_ms, labelled_ms)
     assert len(encode_frauds([booking.entry])[0]) == 16
     return f"accepted {label.label}"
 
@@ -310,7 +311,7 @@ def _profile() -> Profile:
     for bucket in range(present - 120, present):
         profile.count(bucket, bucket % 5)
     for i in range(3):
-        profile.book(Fraud(i + 1, present - 40 + i, present - 10), is_fraud=True)
+        profile.record(Fraud(i + 1, present - 40 + i, present - 10), is_fraud=True)
     return profile
 
 

@@ -1,4 +1,4 @@
-"""On a real broker and Redis: further fields, reasons, new thresholds, and a look at an account."""
+"""Extra fields, reasons, new thresholds and `recur account`, on a real broker and Redis."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FIELDS = (
     Field("card age", "numeric"),
 )
 SCORE_TOLERANCE = 2e-3
-"""Of a score computed anew from recorded features, step by step: float16 states, other batches."""
+"""Tolerance of a score that is computed again from recorded features, step by step."""
 
 
 def checkpoint_with_fields(seed: int = 3, **changes: Any) -> Checkpoint:
-    """An untrained network with a category embedding and a number that may be missing."""
+    """Make an untrained network with a category embedding and a number that may be missing."""
     inputs = (
         *ACCOUNT_INPUTS,
         Input("card age", "linear", mean=4.0, deviation=2.0),
@@ -83,7 +83,7 @@ def record(number: int, account: str, **more: Any) -> tuple[bytes, bytes]:
 
 
 def recomputed(checkpoint: Checkpoint, scores: list[Score]) -> list[float]:
-    """The scores of one account, step by step from the features that they record."""
+    """Compute the scores of one account, step by step from their recorded features."""
     found = []
     hidden = checkpoint.network.empty_hidden(1)
     for score in scores:
@@ -104,7 +104,7 @@ MORE: list[dict[str, Any]] = [
 ]
 
 
-def test_further_fields_reach_the_network_and_the_score(system: PipelineUnderTest) -> None:
+def test_extra_fields_reach_the_network_and_the_score(system: PipelineUnderTest) -> None:
     async def run() -> None:
         async with system.running(workers=1):
             await system.send_records([record(i, "A", **more) for i, more in enumerate(MORE)])
@@ -155,7 +155,7 @@ async def gauge(worker: WorkerProcess, decision: str) -> float:
     return worker.samples[f'recur_threshold{{decision="{decision}"}}']
 
 
-def test_new_thresholds_in_the_checkpoint_s_file_decide_without_a_restart(
+def test_new_thresholds_in_the_checkpoint_file_apply_without_a_restart(
     system: PipelineUnderTest,
 ) -> None:
     path = system.settings.checkpoint
@@ -204,13 +204,13 @@ def test_new_thresholds_in_the_checkpoint_s_file_decide_without_a_restart(
         ({"category": "food", "card age": None}, None),
     ],
 )
-def test_a_topic_without_the_fields_that_the_checkpoint_looks_at_is_refused(
+def test_a_topic_without_the_fields_of_the_checkpoint_is_rejected(
     system: PipelineUnderTest, more: dict[str, Any], missing: str | None
 ) -> None:
     async def run() -> None:
         checkpoint = load_checkpoint(system.settings)
         async with system.running(workers=0):
-            await check_services(system.settings, checkpoint)  # an empty topic gives no reason
+            await check_services(system.settings, checkpoint)  # an empty topic is accepted
             await system.send_records([(b"A", b"junk"), (b"B", None)])
             await check_services(system.settings, checkpoint)
             await system.send_records([record(i, f"A{i}", **more) for i in range(20)])
@@ -226,7 +226,7 @@ def test_a_topic_without_the_fields_that_the_checkpoint_looks_at_is_refused(
     asyncio.run(run())
 
 
-def test_a_field_that_every_transaction_has_is_no_further_one(system: PipelineUnderTest) -> None:
+def test_a_field_of_every_transaction_is_no_extra_field(system: PipelineUnderTest) -> None:
     inputs = (*ACCOUNT_INPUTS, Input("merchant_id", "category"))
     spec = FeatureSpec(inputs, fields=(Field("merchant_id", "categorical", ("m1",)),))
     architecture = Architecture(

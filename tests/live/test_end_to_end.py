@@ -1,4 +1,4 @@
-"""The running system on a real broker and Redis: what comes out, and what survives which end.
+"""The running system on a real broker and Redis: its output, and ends that it survives.
 
 Faults under load, and their measures, are in `faults`; `test_faults.py` does some of them.
 """
@@ -86,7 +86,9 @@ def test_each_transaction_is_scored_exactly_once_in_a_clean_run(system: Pipeline
     asyncio.run(run())
 
 
-def test_sigterm_finishes_the_micro_batch_and_repeats_nothing(system: PipelineUnderTest) -> None:
+def test_sigterm_finishes_the_micro_batch_and_publishes_nothing_twice(
+    system: PipelineUnderTest,
+) -> None:
     sent = transactions(40_000, accounts=500)
 
     async def run() -> None:
@@ -107,7 +109,7 @@ def test_sigterm_finishes_the_micro_batch_and_repeats_nothing(system: PipelineUn
     asyncio.run(run())
 
 
-def test_a_worker_that_joins_repeats_nothing(system: PipelineUnderTest) -> None:
+def test_a_worker_that_joins_publishes_nothing_twice(system: PipelineUnderTest) -> None:
     sent = transactions(40_000, accounts=500)
 
     async def run() -> None:
@@ -155,7 +157,7 @@ def test_redis_away_for_ten_seconds_loses_nothing(kafka: Kafka, tmp_path: Path) 
 
 
 def bad_records() -> dict[str, tuple[bytes | None, bytes | None]]:
-    """Reason to a record that is rejected for it; several, where one has several faces."""
+    """Return invalid records with their reasons; some reasons have several records."""
     good = json.loads(encode_transaction(transactions(1, 1)[0]))
 
     def changed(**fields: object) -> bytes:
@@ -186,7 +188,7 @@ def bad_records() -> dict[str, tuple[bytes | None, bytes | None]]:
     }
 
 
-def test_bad_records_go_to_dead_letter_and_good_ones_around_them_are_scored(
+def test_invalid_records_become_dead_letters_and_valid_ones_are_scored(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
@@ -224,7 +226,7 @@ def test_bad_records_go_to_dead_letter_and_good_ones_around_them_are_scored(
     asyncio.run(run())
 
 
-def test_a_repeated_transaction_id_is_dropped_and_counted(system: PipelineUnderTest) -> None:
+def test_a_duplicate_transaction_is_dropped_and_counted(system: PipelineUnderTest) -> None:
     sent = transactions(1_000, accounts=50)
 
     async def run() -> None:
@@ -239,7 +241,7 @@ def test_a_repeated_transaction_id_is_dropped_and_counted(system: PipelineUnderT
     asyncio.run(run())
 
 
-def test_warm_records_build_states_and_raise_no_alert(
+def test_warm_up_records_build_states_and_raise_no_alert(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     system = PipelineUnderTest(
@@ -261,10 +263,10 @@ def test_warm_records_build_states_and_raise_no_alert(
     asyncio.run(run())
 
 
-def test_a_damaged_state_counts_as_absent_is_counted_and_marks_its_scores(
+def test_an_invalid_state_counts_as_absent_is_counted_and_marks_its_scores(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Flipped bits, another version and another size; a worker with empty memory finds them."""
+    """A worker with an empty cache finds flipped bits, another version and another size."""
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path)
     sent = transactions(600, accounts=12)
     damaged: dict[str, Callable[[bytes], bytes]] = {
@@ -297,7 +299,7 @@ def test_a_damaged_state_counts_as_absent_is_counted_and_marks_its_scores(
                 own = [s for s in later if s.account_id == account]
                 own.sort(key=lambda s: s.features["transactions_seen"] or 0.0)
                 assert own[0].state == "refused"
-                assert own[0].features["transactions_seen"] == 1, "it began anew"
+                assert own[0].features["transactions_seen"] == 1, "it was not reset"
 
     asyncio.run(run())
 
@@ -318,7 +320,7 @@ def test_states_live_on_a_redis_cluster(kafka: Kafka, tmp_path: Path) -> None:
 
 
 class KafkaWithUsers(Kafka):
-    """A broker with one more listener, where a user must name itself."""
+    """A broker with a second listener that requires a user."""
 
     sasl_port = 0
 
@@ -428,8 +430,10 @@ def test_the_watchdog_ends_a_worker_whose_records_wait(kafka: Kafka, tmp_path: P
         asyncio.run(run(server))
 
 
-def test_what_cannot_be_so_is_told_on_a_real_broker(system: PipelineUnderTest) -> None:
-    """Units, a clock ahead, records without a time of their own, ids that come again."""
+def test_impossible_times_and_duplicate_ids_are_reported_on_a_real_broker(
+    system: PipelineUnderTest,
+) -> None:
+    """Cases: wrong units, a clock ahead, records without a time, duplicate ids."""
     hour_ms = 3_600_000
 
     def payment(number: int, name: str, event_ms: int, amount: float = 20.0) -> bytes:
@@ -442,7 +446,7 @@ def test_what_cannot_be_so_is_told_on_a_real_broker(system: PipelineUnderTest) -
         topic = system.settings.topic("transactions")
         async with system.running(workers=1):
             now_ms = time.time_ns() // 1_000_000
-            # Name, event time and CreateTime: an account for each, with payments before and after.
+            # Name, event time and CreateTime: an account for each, with a payment before and after.
             cases = [
                 ("in seconds", now_ms // 1000, now_ms),
                 ("in microseconds", now_ms * 1000, now_ms),

@@ -1,4 +1,4 @@
-"""Redis evicts while workers run, or while none does: noticed, said, and computed again."""
+"""Evictions by Redis, with and without running workers: detected, reported and repaired."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.scoring.evictions import EvictedError, Evictions
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import MemoryKafka, MemoryScoreLog
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
@@ -38,11 +38,11 @@ from tests.fakes.running_pipeline import (
 
 ACCOUNTS = 1_500
 EVICTED_BYTES = 400_000
-REPAIRED = "what Redis evicted is computed again"
+REPAIRED = "evicted states are computed again"
 
 
 def missing(worker: WorkerProcess) -> dict[str, str]:
-    """What /ready says is missing."""
+    """Return the missing parts that /ready names."""
     try:
         with urllib.request.urlopen(f"http://{worker.host}:{worker.port}/ready", timeout=5):
             return {}
@@ -56,7 +56,7 @@ async def metric(worker: WorkerProcess, name: str) -> float:
 
 
 def evict(server: Redis, policy: str) -> int:
-    """Let a server evict some of its keys; how many. It may evict from then on."""
+    """Let a server evict some keys, and leave it able to evict; return how many."""
     with server.client() as client:
         before = client.info("stats")["evicted_keys"]
         client.config_set("maxmemory-policy", policy)
@@ -91,10 +91,10 @@ async def assert_all_is_right(system: PipelineUnderTest, sent: list[Transaction]
     await system.assert_states_are_the_log()
 
 
-def test_what_is_evicted_is_computed_again_and_no_account_is_new_for_it(
+def test_evicted_states_are_computed_again_and_no_account_counts_as_new(
     kafka: Kafka, tmp_path: Path
 ) -> None:
-    """While transactions come, and while no worker runs; to be able to evict is told as well."""
+    """This holds beside live transactions and without workers; the policy is reported, too."""
     sent = transactions(6_000, ACCOUNTS)
 
     async def run(server: Redis) -> None:
@@ -106,7 +106,7 @@ def test_what_is_evicted_is_computed_again_and_no_account_is_new_for_it(
             await until_missing(worker, "redis_policy", True)
             assert await metric(worker, "recur_redis_may_evict") == 1
             await system.send(sent[:3_000])
-            await system.until_applied()  # it is scored on
+            await system.until_applied()  # scoring continues
             assert await metric(worker, "recur_redis_evicted_keys_total") == 0
             await asyncio.to_thread(set_policy, server, "noeviction")
             await until_missing(worker, "redis_policy", False)
@@ -138,7 +138,7 @@ def test_what_is_evicted_is_computed_again_and_no_account_is_new_for_it(
                 return len(lines(worker, REPAIRED)) == 2
 
             await until(is_repaired, "the worker to find what was evicted")
-            await assert_all_is_right(system, sent)  # though no further transaction came
+            await assert_all_is_right(system, sent)  # without a further transaction
 
     with Redis() as server:
         asyncio.run(run(server))
@@ -154,7 +154,7 @@ FILLER = {f"A{i}": b"x" * 400 for i in range(1_500)}
 
 
 class Watcher:
-    """What watches for one worker, its stores, and the log of its partitions."""
+    """One worker's watch over evictions, with its stores and its log."""
 
     def __init__(self, settings: Settings, kafka: MemoryKafka) -> None:
         self.settings = settings
@@ -175,7 +175,7 @@ class Watcher:
             health=self.health,
             on_repaired=self._on_repaired,
         )
-        self.store.intactness = self.merchants.intactness = self.evictions
+        self.store.loss_check = self.merchants.loss_check = self.evictions
 
     async def _labels_partitions(self) -> int:
         return PARTITIONS
@@ -192,19 +192,19 @@ class Watcher:
         await self.evictions.close()
 
     async def fill(self) -> None:
-        """States in every partition, up to the log's end, and labels that are booked."""
+        """Write states in every partition, up to the log's end, and record labels."""
         for partition in range(PARTITIONS):
-            (loaded,) = await self.store.load_as_it_is([Load(partition, [])])
+            (loaded,) = await self.store.load_unchecked([Load(partition, [])])
             mark = Watermark(PARTITIONS, RECORDS, 0, time.monotonic_ns()).to_bytes()
             save = Save(partition, loaded.watermark, mark, list(FILLER), list(FILLER.values()))
             assert await self.store.save([save]) == [True]
-            await self.merchants.book(partition, [], 0, 7)
+            await self.merchants.record_labels(partition, [], 0, 7)
 
     async def offsets(self) -> list[int]:
-        """Each partition's watermark, and up to where labels are booked."""
+        """Return each partition's watermark, and the offsets up to which labels are recorded."""
         marks = await self.store.watermarks(PARTITIONS)
         states = [Watermark.from_bytes(mark).next_offset for mark in marks.values()]
-        return states + [await self.merchants.booked_to(p) for p in range(PARTITIONS)]
+        return states + [await self.merchants.recorded_to(p) for p in range(PARTITIONS)]
 
 
 INTACT = [RECORDS] * PARTITIONS + [7] * PARTITIONS
@@ -212,7 +212,7 @@ TAKEN_BACK = [0] * PARTITIONS + [0] * PARTITIONS
 
 
 def watched(url: str, **settings: Any) -> Callable[[], Watcher]:
-    """Makes one worker's watch after the other on the same keys and the same log."""
+    """Make one worker's watch after the other on the same keys and log."""
     kafka = MemoryKafka(dict.fromkeys(("transactions", "scores"), PARTITIONS), lambda: 0)
     for number in range(PARTITIONS * RECORDS):
         kafka.produce("transactions", b"", b"", partition=number % PARTITIONS)
@@ -226,7 +226,7 @@ def watched(url: str, **settings: Any) -> Callable[[], Watcher]:
 def servers_and_watchers(
     request: pytest.FixtureRequest,
 ) -> Iterator[tuple[Sequence[Redis], Callable[[], Watcher]]]:
-    """A Redis, or the primaries of a cluster."""
+    """Provide a Redis, or the primaries of a cluster."""
     if request.param == "redis":
         with Redis() as server:
             yield [server], watched(server.url)
@@ -240,7 +240,7 @@ def _used_bytes(server: Redis) -> int:
         return int(client.info("memory")["used_memory"])
 
 
-def test_a_loss_is_repaired_once_and_only_when_nothing_is_evicted_any_more(
+def test_a_loss_is_repaired_once_and_only_after_evictions_end(
     servers_and_watchers: tuple[Sequence[Redis], Callable[[], Watcher]],
 ) -> None:
     servers, watch = servers_and_watchers
@@ -253,16 +253,16 @@ def test_a_loss_is_repaired_once_and_only_when_nothing_is_evicted_any_more(
                 assert await watcher.offsets() == INTACT
             server = max(servers, key=_used_bytes)
             evict(server, "volatile-lru")
-            # Before anybody has looked: what is absent is not believed to be new.
+            # Before any check: a missing key does not count as new.
             with pytest.raises(EvictedError, match="noeviction"):
                 await one.store.load([Load(0, ["nobody"])])
             with pytest.raises(EvictedError):
                 await one.merchants.load(["nobody"])
-            with pytest.raises(EvictedError):  # nor what is there, once a loss is known
+            with pytest.raises(EvictedError):  # after a loss, existing keys are not trusted either
                 await one.store.load([Load(0, [])])
             for _ in range(3):
                 await one.evictions.look()
-                assert await one.offsets() == INTACT  # while it may go on evicting
+                assert await one.offsets() == INTACT  # while it may still evict
             assert {"evictions", "redis_policy"} <= one.health.missing().keys()
             set_policy(server, "noeviction")
             await one.evictions.look()
@@ -270,7 +270,7 @@ def test_a_loss_is_repaired_once_and_only_when_nothing_is_evicted_any_more(
             assert not {"evictions", "redis_policy"} & one.health.missing().keys()
             await one.store.load([Load(0, ["nobody"])])
             await one.fill()
-            await other.evictions.look()  # has not seen it, and has nothing to repair
+            await other.evictions.look()  # it did not see the loss, and has nothing to repair
             assert (one.repairs, other.repairs) == (1, 1)
             async with watch() as later:
                 await later.evictions.look()
@@ -280,8 +280,8 @@ def test_a_loss_is_repaired_once_and_only_when_nothing_is_evicted_any_more(
 
 
 @pytest.mark.live
-def test_what_else_evictions_come_to() -> None:
-    """A new beginning, numbers that are reset, a second loss, a worker that repairs already."""
+def test_further_cases_of_evictions() -> None:
+    """Cases: no states yet, a reset counter, a second loss, another worker's repair."""
 
     async def run(server: Redis) -> None:
         with server.client() as client:
@@ -298,7 +298,7 @@ def test_what_else_evictions_come_to() -> None:
                 client.config_resetstat()
                 await one.evictions.look()
                 assert await one.offsets() == INTACT
-                evict(server, "volatile-lru")  # fewer than before the reset, perhaps
+                evict(server, "volatile-lru")  # perhaps fewer than before the reset
                 set_policy(server, "noeviction")
                 lock = one.evictions._keys.evictions_lock()
                 client.set(lock, "another worker", px=60_000)
@@ -315,7 +315,7 @@ def test_what_else_evictions_come_to() -> None:
                 await one.evictions.look()
                 assert await one.offsets() == TAKEN_BACK
 
-                # States of a version that did not watch: what was evicted may be of them.
+                # States of a version without the watch: evictions may concern them.
                 await one.fill()
                 client.delete(one.evictions._keys.evictions())
                 async with watch() as other:
@@ -327,8 +327,8 @@ def test_what_else_evictions_come_to() -> None:
 
 
 @pytest.mark.live
-def test_a_loss_is_not_forgotten_by_a_server_that_starts_again() -> None:
-    """As it does where its policy is set right in its file; its numbers begin at zero then."""
+def test_a_restart_of_the_server_does_not_hide_a_loss() -> None:
+    """A corrected policy in its file needs a restart, which resets its counter."""
 
     async def run(server: Redis) -> None:
         watch = watched(server.url)
@@ -345,7 +345,7 @@ def test_a_loss_is_not_forgotten_by_a_server_that_starts_again() -> None:
                 server.start()
                 with server.client() as client:
                     assert client.info("stats")["evicted_keys"] == 0
-                if not is_record_evicted:  # another finds it written down
+                if not is_record_evicted:  # another worker finds it in the record
                     async with watch() as later:
                         await later.evictions.look()
                         assert await later.offsets() == TAKEN_BACK
@@ -367,7 +367,7 @@ def test_a_loss_is_not_forgotten_by_a_server_that_starts_again() -> None:
 
 
 def evict_all(server: Redis) -> None:
-    """Let a server evict what there is."""
+    """Let a server evict its keys."""
     with server.client() as client:
         client.config_set("maxmemory-policy", "allkeys-random")
         client.config_set("maxmemory", 1)
@@ -378,7 +378,7 @@ def evict_all(server: Redis) -> None:
 
 
 @pytest.mark.live
-def test_a_full_server_and_a_replica_are_told_from_one_that_is_away() -> None:
+def test_a_full_server_and_a_replica_are_reported_as_such() -> None:
     async def run(server: Redis, replica: Redis) -> None:
         async with watched(server.url)() as one, watched(replica.url)() as of_replica:
             await one.evictions.look()
@@ -390,7 +390,7 @@ def test_a_full_server_and_a_replica_are_told_from_one_that_is_away() -> None:
             await one.evictions.look()
             assert "redis_memory" not in one.health.missing()
             with pytest.raises(StoreUnavailableError, match="ReadOnly"):
-                await of_replica.evictions.look()  # it cannot write down what is repaired
+                await of_replica.evictions.look()  # a replica cannot store the record
             assert "RECUR_REDIS_URL" in of_replica.health.missing()["redis_role"]
 
     with Redis() as server, Redis(options={"replicaof": f"{HOST} {server.port}"}) as replica:

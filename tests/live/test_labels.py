@@ -1,4 +1,4 @@
-"""Labels on the running system: they change later scores, and are booked once whoever dies."""
+"""Labels on the running system: they change later scores, and each is recorded once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
 from pipeline.storage.client import redis_client
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.storage.merchant_store import Booking, RedisMerchantStore
+from pipeline.storage.merchant_store import MerchantLabel, RedisMerchantStore
 from pipeline.worker.preflight import check_services
 from tests.fakes.memory_workers import checkpoint_of_weights
 from tests.fakes.offline import Log, offline_merchant_raw, random_checkpoint
@@ -58,14 +58,14 @@ async def send_labels(
 
 
 async def until_booked(system: PipelineUnderTest, feed: Feed) -> None:
-    """Until every label sent is booked."""
+    """Wait until every label is recorded."""
     await feed.flush()
     store = RedisMerchantStore.from_settings(system.settings)
 
     async def booked() -> bool:
         return all(
             [
-                await store.booked_to(partition) > last
+                await store.recorded_to(partition) > last
                 for partition, last in feed.count.last_offsets.items()
             ]
         )
@@ -120,7 +120,7 @@ def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
             assert before == alike, "the label came in this bucket, which is not closed"
             after, other = await scores_at(30)
             assert abs(after - other) > 1e-3
-            # The last word is legitimate: all is as if there had been no label.
+            # The last label says legitimate: the effect of the others is undone.
             await send_labels(labels, skimmed, 30 * BUCKET_MS, is_fraud=False)
             await until_booked(system, labels)
             after, other = await scores_at(31)
@@ -129,10 +129,10 @@ def test_a_label_changes_the_scores_of_later_buckets_at_its_merchant(
     asyncio.run(run())
 
 
-def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
+def test_a_fraud_with_a_low_merchant_weight_does_not_raise_its_merchants_risk(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where Redis lost what it remembered: the scores still tell."""
+    """This also holds after a loss of the notes: the scores hold the weights, too."""
     monkeypatch.setattr(rebuild_merchants, "SETTLE_SECONDS", 0.3)
     path = tmp_path / "checkpoint.safetensors"
     checkpoint_of_weights().save(path)
@@ -154,7 +154,7 @@ def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
     usual = [payment(f"usual{i}", merchant, 50.0) for merchant in names for i in range(19)]
 
     async def weights(store: RedisMerchantStore) -> list[int]:
-        """Of the two merchants' frauds, as far as they are booked."""
+        """Return the weights of the two merchants' recorded frauds."""
         values = await store.load(names)
         return [f.weight for value in values if value for f in Profile.from_bytes(value).frauds]
 
@@ -201,7 +201,7 @@ def test_a_fraud_that_explains_itself_leaves_its_merchants_risk_alone(
     asyncio.run(run())
 
 
-def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_computing(
+def test_profiles_equal_offline_computing_after_a_kill_during_labels(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
     system = PipelineUnderTest(
@@ -217,11 +217,11 @@ def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_comp
             t.timestamp // BUCKET_MS,
             (t.timestamp + 7 * DAY_MS) // BUCKET_MS,
         )
-        expected.setdefault(t.merchant_id, Profile()).book(entry, True)
+        expected.setdefault(t.merchant_id, Profile()).record(entry, True)
     contradicted = labelled[::9]
     for t in contradicted:
         entry = Fraud(transaction_hash(t.transaction_id), 0, 2**31)
-        expected[t.merchant_id].book(entry, False)
+        expected[t.merchant_id].record(entry, False)
 
     async def stream_labels(feed: Feed) -> None:
         for start in range(0, len(labelled), 200):
@@ -255,7 +255,7 @@ def test_a_worker_killed_while_labels_stream_leaves_the_profiles_of_offline_comp
 def test_the_labels_topic_may_have_another_number_of_partitions(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Partition 2 of the one topic is not partition 2 of the other, nor of the same worker."""
+    """Partition 2 of one topic is independent of partition 2 of the other."""
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, topic_partitions=2)
     sent = transactions(2_000, accounts=100)
 
@@ -285,10 +285,10 @@ def test_the_labels_topic_may_have_another_number_of_partitions(
     asyncio.run(run())
 
 
-def test_a_new_group_reads_labels_from_their_begin_whatever_its_policy(
+def test_a_new_group_reads_labels_from_the_start_with_any_reset_policy(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Transactions may begin at the end of their topic; a merchant's frauds are its past."""
+    """Transactions may start at the end of their topic; labels describe the past."""
     system = PipelineUnderTest(
         kafka.bootstrap, redis_server.url, tmp_path, kafka_auto_offset_reset="latest"
     )
@@ -307,13 +307,13 @@ def test_a_new_group_reads_labels_from_their_begin_whatever_its_policy(
 def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
     kafka: Kafka, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """Its labels would count as booked, for their offsets are low."""
+    """Otherwise its labels would count as recorded, because their offsets are low."""
     settings = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path).settings
     entry = Fraud(1, 10, 20)
 
     async def run() -> None:
         store = RedisMerchantStore.from_settings(settings)
-        await store.book(1, [Booking(6, "M1", True, entry)], 0, 7)
+        await store.record_labels(1, [MerchantLabel(6, "M1", True, entry)], 0, 7)
         await store.close()
         with pytest.raises(StartupError, match=r"labels-1 \(offset 7, the log ends at 0\)"):
             await check_services(settings, load_checkpoint(settings))
@@ -324,7 +324,7 @@ def test_a_labels_topic_that_was_recreated_keeps_a_worker_from_starting(
 async def assert_profiles(
     system: PipelineUnderTest, sent: Sequence[Transaction], expected: dict[str, Profile]
 ) -> None:
-    """Labels are booked exactly once; counts differ by the micro-batches at the crash."""
+    """Compare profiles: labels are exact, counts may differ by the micro-batches at the crash."""
     names = sorted({t.merchant_id for t in sent})
     store = RedisMerchantStore.from_settings(system.settings)
     values = await store.load(names)

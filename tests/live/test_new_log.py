@@ -1,4 +1,4 @@
-"""A topic that was deleted and made again, on a real broker and Redis: nothing of it is skipped."""
+"""A topic that was deleted and created again, on a real broker and Redis: no record is skipped."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pipeline.messages.scores import decode_alert
 from pipeline.messages.transactions import encode_transaction
 from pipeline.replay.producer import Feed
 from pipeline.settings import Settings
-from pipeline.storage.account_state import Watermark
 from pipeline.storage.state_store import RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import log_of, shown
 from pipeline.worker import preflight as startup
 from pipeline.worker.preflight import check_services
@@ -37,7 +37,7 @@ from tests.fakes.running_pipeline import PipelineUnderTest, assert_scored_once, 
 pytestmark = pytest.mark.timeout(900)
 
 SLOW_SECONDS = 300.0
-"""A worker that starts beside others may take minutes; nothing here measures that."""
+"""A worker that starts beside others may take minutes; no test here measures it."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def system(
 
 
 async def delete(settings: Settings, role: TopicRole) -> None:
-    """Delete a topic; returns once it is gone."""
+    """Delete a topic, and wait until it is gone."""
     admin = AIOKafkaAdminClient(**settings.kafka_client_options())
     await admin.start()
     try:
@@ -64,7 +64,7 @@ async def _is_gone(admin: AIOKafkaAdminClient, topic: str) -> bool:
 
 
 async def make(settings: Settings, role: TopicRole) -> None:
-    """Make a topic as it was before."""
+    """Create a topic as it was before."""
     admin = AIOKafkaAdminClient(**settings.kafka_client_options())
     await admin.start()
     try:
@@ -74,7 +74,7 @@ async def make(settings: Settings, role: TopicRole) -> None:
 
 
 async def make_again(settings: Settings, role: TopicRole) -> tuple[bytes, bytes]:
-    """Delete a topic and make it again; its ids before and after."""
+    """Delete a topic and create it again; return its ids before and after."""
     before = (await topic_ids(settings))[settings.topic(role)]
     await delete(settings, role)
     await make(settings, role)
@@ -87,7 +87,7 @@ async def _is_there(settings: Settings, role: TopicRole) -> bool:
 
 
 async def end_of(worker: WorkerProcess) -> tuple[int, str]:
-    """Exit status and log of a worker that ends by itself."""
+    """Return exit status and log of a worker that ends by itself."""
 
     async def ended() -> bool:
         return worker.process.poll() is not None
@@ -99,7 +99,7 @@ async def end_of(worker: WorkerProcess) -> tuple[int, str]:
 
 
 async def send_anew(settings: Settings, sent: list[Transaction]) -> None:
-    """By a producer that knows nothing of the topic before."""
+    """Produce with a producer that does not know the earlier topic."""
     async with Feed(settings) as feed:
         await feed.send(
             [t.account_id.encode() for t in sent], [encode_transaction(t) for t in sent]
@@ -107,15 +107,15 @@ async def send_anew(settings: Settings, sent: list[Transaction]) -> None:
 
 
 def assert_told(log: str, topic: str, ids: tuple[bytes, bytes]) -> None:
-    """One line names the topic, both ids and the command."""
+    """Check that one line names the topic, both ids and the command."""
     (line,) = [line for line in log.splitlines() if "--new-log" in line]
     for words in (f"an earlier {topic}: ", *map(shown, ids), "recur state rebuild --new-log"):
         assert words in line
-    assert "errors.StartupError" not in log  # no trace of it
+    assert "errors.StartupError" not in log  # no traceback
 
 
 async def begin(system: PipelineUnderTest) -> str:
-    """What `recur state rebuild --new-log` prints."""
+    """Return the output of `recur state rebuild --new-log`."""
     console = Console(file=StringIO())
     lines = await rebuild_lines(
         system.settings, None, dry_run=False, wait=True, console=console, new_log=True
@@ -126,7 +126,7 @@ async def begin(system: PipelineUnderTest) -> str:
 def test_a_topic_made_again_stops_workers_and_none_of_its_records_is_skipped(
     system: PipelineUnderTest,
 ) -> None:
-    """Once while no worker runs, with more records than before, and once while one does."""
+    """This happens without workers, with more records than before, and beside a running one."""
     settings = system.settings
     topic = settings.topic("transactions")
     old, new, newer = (transactions(n, accounts=20, seed=n) for n in (100, 300, 60))
@@ -163,7 +163,7 @@ def test_a_topic_made_again_stops_workers_and_none_of_its_records_is_skipped(
 def test_a_worker_that_may_begins_from_the_new_log_while_it_runs(
     system: PipelineUnderTest,
 ) -> None:
-    """A log that is longer than the one before it, and one that is shorter."""
+    """The new log is longer than the earlier one, or shorter."""
     system.use(on_new_log="begin")
     sent = [transactions(n, accounts=20, seed=n) for n in (200, 500, 50)]
 
@@ -189,7 +189,7 @@ async def _are_scored(system: PipelineUnderTest, sent: list[Transaction]) -> boo
 def test_what_a_group_commits_tells_its_log_and_hides_no_alert_of_another(
     system: PipelineUnderTest, redis_server: Redis
 ) -> None:
-    """Redis has lost its data: a partition's alerts are said again where another log is told."""
+    """After a loss of data, alerts are published again if the offset names another log."""
     system.use(review_threshold=0.0, decline_threshold=1.0)
     settings = system.settings
     topic = settings.topic("transactions")
@@ -241,7 +241,7 @@ def test_what_a_group_commits_tells_its_log_and_hides_no_alert_of_another(
 def test_a_topic_made_again_while_a_worker_starts_is_not_called_cut_off(
     system: PipelineUnderTest, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log ends before the watermark then, since it is another one."""
+    """The new log ends before the watermark of the earlier one."""
     system.use(on_new_log=policy)
     settings = system.settings
     topic = settings.topic("transactions")
@@ -278,7 +278,7 @@ def test_a_topic_made_again_while_a_worker_starts_is_not_called_cut_off(
 def test_lag_counts_what_an_open_transaction_holds_back_and_a_topic_that_goes_ends_the_worker(
     system: PipelineUnderTest,
 ) -> None:
-    """The log's end is past a marker then, which is no record and no lag."""
+    """The log then ends with a transaction marker, which is neither a record nor lag."""
     system.use(topic_missing_seconds=2.0)
     settings = system.settings
     topic = settings.topic("transactions")
@@ -312,7 +312,7 @@ def test_lag_counts_what_an_open_transaction_holds_back_and_a_topic_that_goes_en
                     await until(partial(shows, 15.0, 15.0), "the lag to be told", SLOW_SECONDS)
                     await until(lambda: _tells(worker, "behind_offset=20"), "a line", SLOW_SECONDS)
                     assert await worker.ready()
-                # Aborted, so that the log ends in records and a marker that nobody is given.
+                # Aborted, so that the log ends with invisible records and a marker.
                 await producer.begin_transaction()
                 value, key = encode_transaction(sent[35]), sent[35].account_id.encode()
                 await producer.send_and_wait(topic, value, key, partition=0)
@@ -326,7 +326,7 @@ def test_lag_counts_what_an_open_transaction_holds_back_and_a_topic_that_goes_en
             status, log = await end_of(worker)
             assert status != 0
             told = [line for line in log.splitlines() if f"topic {topic} was deleted" in line]
-            assert "was not made again within 2 s" in told[-1]
+            assert "was not created again within 2 s" in told[-1]
             assert log.count("a topic was deleted; waiting") == 1
 
     asyncio.run(run())

@@ -27,7 +27,7 @@ from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.replay.labels import encode_labels
 from pipeline.replay.producer import Feed
-from pipeline.scoring.partitions import check_watermark
+from pipeline.scoring.watermark_check import check_watermark
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import MERCHANT_SLOTS, Keys, MerchantKeys
 from pipeline.storage.merchant_profile import FIXED_BYTES, Profile

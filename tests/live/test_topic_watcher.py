@@ -1,4 +1,4 @@
-"""Topics that go or are made again while a worker runs, and transactions that stay open."""
+"""Topics deleted or created again while a worker runs, and transactions that stay open."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import pytest
 
 from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
-from pipeline.scoring.topic_watcher import Held, OpenTransactions, TopicGoneError, TopicWatcher
+from pipeline.scoring.topic_watcher import (
+    HeldRecords,
+    OpenTransactions,
+    TopicGoneError,
+    TopicWatcher,
+)
 from pipeline.topic_id import NO_ID, shown
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)
 
 
 class Clock:
-    """Shows what it is told."""
+    """A clock that a test sets."""
 
     now = 1000.0
 
@@ -26,7 +31,7 @@ class Clock:
 
 
 class Ids:
-    """A broker's topics."""
+    """A broker's topics and their ids."""
 
     def __init__(self) -> None:
         self.there = {"transactions": ONE, "scores": ONE, "alerts": ONE}
@@ -36,7 +41,7 @@ class Ids:
 
 
 class Watched:
-    """A watch on topics, with what it tells."""
+    """A topic watcher with its health."""
 
     def __init__(self, *, stops: bool = True) -> None:
         self.ids, self.clock = Ids(), Clock()
@@ -58,7 +63,7 @@ class Watched:
         return asyncio.run(self.watch.look())
 
 
-def test_a_topic_that_goes_is_told_once_waited_for_and_then_the_worker_ends(
+def test_a_deleted_topic_is_logged_once_and_ends_the_worker_after_a_wait(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     world = Watched()
@@ -77,21 +82,21 @@ def test_a_topic_that_goes_is_told_once_waited_for_and_then_the_worker_ends(
         world.look()
 
 
-def test_a_topic_that_is_back_in_time_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_topic_created_again_in_time_is_accepted(caplog: pytest.LogCaptureFixture) -> None:
     world = Watched()
     world.look()
     del world.ids.there["alerts"]
     world.look()
-    world.ids.there["alerts"] = OTHER  # nothing of it is kept anywhere
+    world.ids.there["alerts"] = OTHER  # no data depends on it
     world.clock.now += 100.0
 
     world.look()
 
-    assert "the topic is there again" in [record.message for record in caplog.records]
+    assert "the topic exists again" in [record.message for record in caplog.records]
     assert world.health.ready
 
 
-def test_another_topic_of_one_that_is_read_stops_the_worker_or_is_told() -> None:
+def test_a_recreated_input_topic_stops_the_worker_or_is_reported() -> None:
     stopping, going_on = Watched(), Watched(stops=False)
     for world in (stopping, going_on):
         world.look()
@@ -105,7 +110,7 @@ def test_another_topic_of_one_that_is_read_stops_the_worker_or_is_told() -> None
     assert going_on.watch.changed == set()
 
 
-def test_another_scores_topic_is_a_line_and_stops_nothing(
+def test_a_recreated_scores_topic_is_logged_and_stops_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     world = Watched()
@@ -119,7 +124,7 @@ def test_another_scores_topic_is_a_line_and_stops_nothing(
     assert (record.id_then, record.id_now) == (shown(ONE), shown(OTHER))  # type: ignore[attr-defined]
 
 
-def test_a_broker_that_tells_no_ids_has_no_other_topics() -> None:
+def test_a_broker_without_topic_ids_has_no_recreated_topics() -> None:
     world = Watched()
     world.ids.there = dict.fromkeys(world.ids.there, NO_ID)
     world.look()
@@ -130,19 +135,19 @@ def test_a_broker_that_tells_no_ids_has_no_other_topics() -> None:
     assert world.watch.changed == set()
 
 
-def test_a_transaction_that_stays_open_is_told_once_a_minute(
+def test_a_transaction_that_stays_open_is_logged_once_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
     transactions = OpenTransactions("transactions", clock)
 
-    def see(end: int, stable: int, position: int) -> dict[int, Held]:
-        return transactions.see({3: end}, {3: stable}, {3: position})
+    def see(end: int, stable: int, position: int) -> dict[int, HeldRecords]:
+        return transactions.check({3: end}, {3: stable}, {3: position})
 
     assert see(10, 10, 10) == {}
-    assert see(211, 10, 5) == {}  # the worker is not there yet
-    assert see(211, 10, 10) == {3: Held(10, 201)}
-    assert not caplog.records  # any transaction is open for a moment
+    assert see(211, 10, 5) == {}  # the worker has not reached it yet
+    assert see(211, 10, 10) == {3: HeldRecords(10, 201)}
+    assert not caplog.records  # every transaction is open for a moment
     for _ in range(12):
         clock.now += 5.0
         see(212, 10, 10)
@@ -156,10 +161,10 @@ def test_a_transaction_that_stays_open_is_told_once_a_minute(
     assert see(213, 213, 213) == {}
 
 
-def test_transactions_that_end_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Each look meets one, and never the same."""
+def test_transactions_that_end_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Each check finds another open transaction."""
     transactions = OpenTransactions("transactions", Clock())
     for end in range(100, 200, 10):
-        transactions.see({0: end + 5}, {0: end}, {0: end})
+        transactions.check({0: end + 5}, {0: end}, {0: end})
 
     assert not caplog.records

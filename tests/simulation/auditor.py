@@ -18,10 +18,11 @@ from pipeline.kafka.score_log import LoggedScore, read_score
 from pipeline.messages.control import FORGET
 from pipeline.messages.decision import DECISIONS
 from pipeline.messages.scores import decode_alert, decode_published
-from pipeline.storage.account_state import RECENT_IDS, StateCodec, Watermark
+from pipeline.storage.account_state import RECENT_IDS, StateCodec
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, transaction_hash
-from pipeline.storage.merchant_store import Booking
+from pipeline.storage.merchant_store import MerchantLabel
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import MemoryMerchantStore, MemoryStateStore
 from tests.simulation.chain import NO_HIDDEN, chained, score_of
 
@@ -277,7 +278,7 @@ class LabelAudit:
         weights: of transactions by their scorer, by slot and hash: those of one id may be several.
     """
 
-    bookings: list[dict[int, Booking]]
+    bookings: list[dict[int, MerchantLabel]]
     ends: list[int]
     booked_to: list[list[int]] = field(default_factory=list)
     weights: dict[tuple[int, int], set[int]] = field(default_factory=dict)
@@ -295,7 +296,7 @@ class LabelAudit:
             Violation: they are not.
         """
         slot = merchant_slot(merchant)
-        end = store.booked.get((partition, slot), 0)
+        end = store.recorded.get((partition, slot), 0)
         expected = Profile()
         found = sorted(store.profile(merchant).frauds, key=_id)
         weights = {fraud.id_hash: fraud.weight for fraud in found}
@@ -307,15 +308,15 @@ class LabelAudit:
             if offset >= end or booking.merchant_id != merchant or is_old:
                 continue
             newest[name] = booking.labelled_ms
-            if booking.told_weight is not None:
-                told[name] = booking.told_weight
+            if booking.label_weight is not None:
+                told[name] = booking.label_weight
             note = store.notes.get((slot, name))
             weight = WEIGHT_MAX
             if note is not None and note.decision is not None:
                 possible = self.weights[slot, name]
                 weight = weights[name] if weights.get(name) in possible else min(possible)
             entry = replace(booking.entry, weight=told.get(name, weight))
-            expected.book(entry, booking.is_fraud)
+            expected.record(entry, booking.is_fraud)
         if found != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
 
@@ -421,20 +422,20 @@ class Auditor:
             self._see_notes(audit, mark)
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
-    def label_booked(self, partition: int, booking: Booking) -> None:
+    def label_booked(self, partition: int, booking: MerchantLabel) -> None:
         """A label was booked, for the first time or again, or would be."""
         merchant = booking.merchant_id
         self.check(lambda: self.labels.check(self._merchants, merchant, partition))
 
     def labels_are_booked(self, partition: int) -> bool:
         """Whether all of a labels partition are."""
-        return self._merchants.all_booked_to(partition) == self.labels.ends[partition]
+        return self._merchants.all_recorded_to(partition) == self.labels.ends[partition]
 
     def booked_to(self, partition: int, slots: Iterable[int]) -> None:
         """Slots may be booked further than before."""
         furthest = self.labels.booked_to[partition]
         for slot in slots:
-            furthest[slot] = max(furthest[slot], self._merchants.booked.get((partition, slot), 0))
+            furthest[slot] = max(furthest[slot], self._merchants.recorded.get((partition, slot), 0))
 
     def alerted(self, value: bytes | None) -> None:
         """An alert is appended."""

@@ -20,17 +20,22 @@ import numpy as np
 from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import LoggedScore
+from pipeline.scoring import decoder, recovery
 from pipeline.scoring import partitions as ownership
-from pipeline.scoring import processor
-from pipeline.scoring.partitions import OwnedPartition, PartitionManager
-from pipeline.scoring.processor import Computed, Part, Processor
-from pipeline.scoring.scorer import MicroBatch, Scored
-from pipeline.storage.account_state import AccountStates, Watermark
+from pipeline.scoring.batch import ComputedPoll, PartitionBatch
+from pipeline.scoring.outputs import OutputBuilder
+from pipeline.scoring.owned_partition import OwnedPartition
+from pipeline.scoring.partitions import PartitionManager
+from pipeline.scoring.processor import Processor
+from pipeline.scoring.recovery import PartitionRecovery
+from pipeline.scoring.scorer import BatchScores, MicroBatch
+from pipeline.storage.account_state import AccountStates
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot
-from pipeline.storage.merchant_store import Booked, Booking
+from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel
 from pipeline.storage.state_store import Save
 from pipeline.storage.transaction_note import TransactionNote
+from pipeline.storage.watermark import Watermark
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
 from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
@@ -70,7 +75,7 @@ class Bug:
 class AckFirst(Worker):
     """Acks what it computed, and saves it then."""
 
-    async def _conclude(self, computed: Computed, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
         for partition, chunk in computed.poll.chunks.items():
             computed.poll.applied[partition] = chunk.end
         event.ack()
@@ -106,7 +111,7 @@ class AlertsLater(Publisher):
 class AckWhatIsNotSaved(Processor):
     """Acks a poll whether its save met the expected watermark or not."""
 
-    async def conclude(self, computed: Computed) -> None:
+    async def conclude(self, computed: ComputedPoll) -> None:
         await super().conclude(computed)
         for partition, chunk in computed.poll.chunks.items():
             computed.poll.applied[partition] = chunk.end
@@ -169,7 +174,7 @@ class LateAck(Consumer):
 class LateAckOfAll(Processor):
     """Acks what was saved, whoever owns the partition now."""
 
-    def _ack(self, poll: Any, parts: list[Part]) -> None:
+    def _ack(self, poll: Any, parts: list[PartitionBatch]) -> None:
         for part in parts:
             poll.applied[part.partition] = part.end
 
@@ -218,38 +223,36 @@ class FeaturesNotReused(ScoreLog):
         return found, position
 
 
-class NothingKept(PartitionManager):
+class NothingKept(PartitionRecovery):
     """Says again what was published and not saved."""
 
-    async def published(
+    async def published_scores(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
     ) -> dict[int, LoggedScore]:
         return {}
 
 
-class AlertsOnce(Processor):
-    """Raises no alert for a score that was published before."""
-
-    def _kept(self, *_: Any) -> Iterator[tuple[int, bytes, str]]:
-        return iter(())
+def _no_scores(*_: Any) -> Iterator[tuple[int, bytes, str]]:
+    """Raise no alert for a score that was published before."""
+    return iter(())
 
 
-class GapNotRead(PartitionManager):
+class GapNotRead(PartitionRecovery):
     """Does not look at what stands between its own scores."""
 
-    async def notice_foreign_scores(
+    async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
     ) -> None:
         owned.scores_next = appended.next or owned.scores_next
 
 
-class ScoresOffsetTooFar(PartitionManager):
+class ScoresOffsetTooFar(PartitionRecovery):
     """Its watermark passes over scores that are not applied."""
 
-    def watermark_at(
+    def next_watermark(
         self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
     ) -> Watermark:
-        mark = super().watermark_at(owned, next_offset, appended)
+        mark = super().next_watermark(owned, next_offset, appended)
         return dataclasses.replace(mark, scores_offset=max(mark.scores_offset, owned.scores_next))
 
 
@@ -263,8 +266,10 @@ class OldStates(PartitionManager):
         super().__init__(**kwargs)
         self._states: dict[int, dict[str, bytes | None]] = {}
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
-        owned = await super()._assume(partition, watermark, begin)
+    async def _take_over(
+        self, partition: int, watermark: bytes | None, begin: int
+    ) -> OwnedPartition:
+        owned = await super()._take_over(partition, watermark, begin)
         owned.states = self._states.setdefault(partition, {})
         return owned
 
@@ -291,7 +296,7 @@ class GapInLog(PartitionManager):
 class ApplyAgain(Processor):
     """Applies what is before the watermark."""
 
-    def _drop_applied(self, part: Part) -> None:
+    def _drop_applied(self, part: PartitionBatch) -> None:
         """Nothing is dropped."""
 
 
@@ -300,7 +305,7 @@ class RepeatsApplied(ChainScorer):
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
-    ) -> tuple[AccountStates, Scored, Any, int]:
+    ) -> tuple[AccountStates, BatchScores, Any, int]:
         own = (batch.offset + 1).astype(np.uint64)
         return super().score(values, dataclasses.replace(batch, id_hash=own))
 
@@ -310,17 +315,19 @@ class ConflictsDropped(ChainScorer):
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
-    ) -> tuple[AccountStates, Scored, Any, int]:
+    ) -> tuple[AccountStates, BatchScores, Any, int]:
         alike = batch.id_hash & np.uint64(0xFFFF_FFFF_0000_0000)
         return super().score(values, dataclasses.replace(batch, id_hash=alike))
 
 
-class AlwaysNew(PartitionManager):
+class AlwaysNew(PartitionRecovery):
     """Takes a store that lost everything for a new group's."""
 
-    async def _assume(self, partition: int, watermark: bytes | None, begin: int) -> OwnedPartition:
+    async def take_over(
+        self, partition: int, watermark: bytes | None, begin: int, *, is_assigned: bool
+    ) -> OwnedPartition:
         self._begin = begin
-        return await super()._assume(partition, watermark, begin)
+        return await super().take_over(partition, watermark, begin, is_assigned=is_assigned)
 
     async def _write_first_watermark(self, partition: int, begin: int | None) -> bytes | None:
         return await super()._write_first_watermark(partition, self._begin)
@@ -371,36 +378,40 @@ class RejectedDropped(Publisher):
 class BookedAgain(MerchantClient):
     """Books labels that were booked before."""
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         for label in labels:
             place = partition, merchant_slot(label.merchant_id)
-            self._store.booked[place] = min(begin, self._store.booked.get(place, 0))
-        return await super().book(partition, labels, begin, end)
+            self._store.recorded[place] = min(begin, self._store.recorded.get(place, 0))
+        return await super().record_labels(partition, labels, begin, end)
 
 
 class BookedPastTheGap(MerchantClient):
     """Books labels though the store lost some that were before them."""
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
-        return await super().book(partition, labels, 0, end)
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
+        return await super().record_labels(partition, labels, 0, end)
 
 
 class NotesLater(Processor):
     """Remembers what labels need to know of transactions once their states are saved."""
 
-    async def _remember(self, parts: list[Part]) -> None:
+    async def _write_notes(self, parts: list[PartitionBatch]) -> None:
         """Not yet."""
 
-    async def _save_all(self, parts: list[Part], saves: list[Save]) -> list[bool]:
-        stands = await super()._save_all(parts, saves)
-        await super()._remember(parts)
+    async def _save_states(self, parts: list[PartitionBatch], saves: list[Save]) -> list[bool]:
+        stands = await super()._save_states(parts, saves)
+        await super()._write_notes(parts)
         return stands
 
 
 def _last_label(note: TransactionNote, labelled_ms: int, weight: int | None) -> TransactionNote:
     """The label that comes last counts, however old it is."""
     if weight is not None:
-        note = dataclasses.replace(note, weight=weight, is_weight_told=True)
+        note = dataclasses.replace(note, weight=weight, has_label_weight=True)
     return dataclasses.replace(note, labelled_ms=labelled_ms)
 
 
@@ -422,42 +433,77 @@ BUGS = [
     Bug("a fetch across a reset dropped without a seek", 1, 10, Parts(consumer=DropWithoutSeek)),
     Bug("a fetch across a reset taken", 352, 2000, Parts(consumer=KeepAcrossReset)),
     Bug("recorded features not reused", 22, 140, Parts(score_log=FeaturesNotReused)),
-    Bug("published scores said again", 22, 44, Parts(ownership=NothingKept)),
-    Bug("alerts not published again", 338, 676, Parts(processor=AlertsOnce)),
-    Bug("the gap before a zombie's publish not read", 1199, 2398, Parts(ownership=GapNotRead)),
-    Bug("the watermark's scores offset too far", 1022, 2606, Parts(ownership=ScoresOffsetTooFar)),
+    Bug(
+        "published scores said again",
+        22,
+        44,
+        patches=[(ownership, "PartitionRecovery", NothingKept)],
+    ),
+    Bug(
+        "alerts not published again",
+        338,
+        676,
+        patches=[(OutputBuilder, "_published_before", _no_scores)],
+    ),
+    Bug(
+        "the gap before a zombie's publish not read",
+        1199,
+        2398,
+        patches=[(ownership, "PartitionRecovery", GapNotRead)],
+    ),
+    Bug(
+        "the watermark's scores offset too far",
+        1022,
+        2606,
+        patches=[(ownership, "PartitionRecovery", ScoresOffsetTooFar)],
+    ),
     Bug("held states not dropped with the partition", 167, 334, Parts(ownership=OldStates)),
     Bug(
         "computed states not held",
         2,
         10,
-        patches=[(ownership.OwnedPartition, "remember", _nothing)],
+        patches=[(OwnedPartition, "remember", _nothing)],
     ),
     Bug("any watermark taken for the expected one", 34, 90, Parts(ownership=AnyWatermark)),
     Bug("no seek back to the states", 22, 120, Parts(ownership=GapInLog)),
     Bug("what is applied not dropped", 7, 40, Parts(processor=ApplyAgain)),
     Bug("a repeated transaction id not dropped", 3, 10, Parts(scorer=RepeatsApplied)),
     Bug("another payment with an id of before dropped", 10, 20, Parts(scorer=ConflictsDropped)),
-    Bug("a store that lost everything taken for a new one", 22, 180, Parts(ownership=AlwaysNew)),
-    Bug("another log taken for the same", 14, 180, patches=[(ownership, "is_other", _same)]),
+    Bug(
+        "a store that lost everything taken for a new one",
+        22,
+        180,
+        patches=[(ownership, "PartitionRecovery", AlwaysNew)],
+    ),
+    Bug(
+        "another log taken for the same",
+        14,
+        180,
+        patches=[(ownership, "is_other", _same), (recovery, "is_other", _same)],
+    ),
     Bug(
         "an offset committed of another log taken",
         14,
         1000,
-        patches=[(ownership, "_of_this_log", _any_log)],
+        patches=[(recovery, "_committed_in_log", _any_log)],
     ),
     Bug("states kept over to another log", 14, 90, Parts(state_client=StatesOfLogBefore)),
     Bug("records of a log before taken", 5, 50, Parts(ownership=FetchedOfLogBefore)),
-    Bug("an account not forgotten", 2, 10, patches=[(processor, "_obey", _nothing)]),
+    Bug("an account not forgotten", 2, 10, patches=[(decoder, "_apply_control", _nothing)]),
     Bug("rejected records not published", 2, 10, Parts(publisher=RejectedDropped)),
     Bug("labels booked again", 7, 80, Parts(merchant_client=BookedAgain)),
     Bug("labels booked past a gap", 22, 100, Parts(merchant_client=BookedPastTheGap)),
     Bug("notes written after the states", 32, 500, Parts(processor=NotesLater)),
-    Bug("notes of kept scores not written", 22, 100, patches=[(Processor, "_note_kept", _nothing)]),
+    Bug(
+        "notes of kept scores not written",
+        22,
+        100,
+        patches=[(OutputBuilder, "_note_published_before", _nothing)],
+    ),
     Bug(
         "an older label taken for the newest",
         5,
         100,
-        patches=[(TransactionNote, "labelled", _last_label)],
+        patches=[(TransactionNote, "with_label", _last_label)],
     ),
 ]

@@ -28,9 +28,8 @@ from pipeline.messages.control import CONTROL_HEADER, FORGET, LOOK
 from pipeline.messages.extra_fields import ExtraFields
 from pipeline.messages.labels import decode_label
 from pipeline.messages.transactions import WARM_HEADER
-from pipeline.scoring import partitions as ownership
-from pipeline.scoring import processor
-from pipeline.scoring.labels import booking_of
+from pipeline.scoring import decoder, outputs, recovery, topic_id_cache
+from pipeline.scoring.labels import merchant_label_of
 from pipeline.settings import Settings, load_settings
 from pipeline.worker import faust_transport as poll_transport
 from tests.fakes import memory
@@ -121,14 +120,14 @@ def simulating() -> Iterator[None]:
     logging.disable()
     with ExitStack() as stack:
         for module, name, value in (
-            (ownership, "RECOVERY_LOOKAHEAD", 3),
-            (ownership, "LOG_LOOK_SECONDS", 0.0),
+            (recovery, "RECOVERY_LOOKAHEAD", 3),
+            (topic_id_cache, "MAX_AGE_SECONDS", 0.0),
             (memory, "FETCH_RECORDS", 2),
             (poll_transport, "monotonic", lambda: _now[-1].time()),
             (poll_transport, "FETCH_TIMEOUT_SECONDS", 20.0),
-            (processor, "Explainer", NoReasons),
+            (outputs, "Explainer", NoReasons),
             (terminal, "logtable", lambda *_, **__: ""),
-            (processor, "ExtraFields", cache(ExtraFields)),
+            (decoder, "ExtraFields", cache(ExtraFields)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         gc.collect()
@@ -370,7 +369,7 @@ class Run:
         partition = self.kafka.partition_of(self._labels_topic, key)
         offset = self.kafka.produce(self._labels_topic, key, value, partition=partition)
         try:
-            booking = booking_of(offset, *decode_label(key, value))
+            booking = merchant_label_of(offset, *decode_label(key, value))
         except RejectedError:
             pass
         else:
@@ -609,4 +608,4 @@ def _copy(store: MemoryMerchantStore) -> MemoryMerchantStore:
 def _restore(store: MemoryMerchantStore, other: MemoryMerchantStore) -> None:
     store.profiles = dict(other.profiles)
     store.notes = dict(other.notes)
-    store.booked = dict(other.booked)
+    store.recorded = dict(other.recorded)

@@ -19,11 +19,11 @@ from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
 from pipeline.storage.merchant_store import (
-    Booked,
-    Booking,
     Counts,
+    LabelOutcomes,
+    MerchantLabel,
     ScoredNote,
-    booked_of,
+    label_outcomes,
     places_by_slot,
 )
 from pipeline.storage.state_store import Load, LoadResult, Save
@@ -159,7 +159,9 @@ class MerchantClient:
             place = merchant_slot(note.merchant_id), note.transaction_hash
             self._auditor.noted(self.writer, place)
 
-    async def book(self, partition: int, labels: Sequence[Booking], begin: int, end: int) -> Booked:
+    async def record_labels(
+        self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
+    ) -> LabelOutcomes:
         """A script for each slot; each server's are carried out together or not at all."""
         parts = places_by_slot(labels)
         replies: list[list[str | None] | int] = [0] * MERCHANT_SLOTS
@@ -167,7 +169,7 @@ class MerchantClient:
         def book(slots: range) -> None:
             for slot in slots:
                 booked = [labels[i] for i in parts[slot]]
-                replies[slot] = self._store.book_slot(slot, partition, booked, begin, end)
+                replies[slot] = self._store.record_slot(slot, partition, booked, begin, end)
                 for label in booked:
                     self._auditor.label_booked(partition, label)
             self._auditor.booked_to(partition, slots)
@@ -179,14 +181,14 @@ class MerchantClient:
             [partial(book, slots) for slots in servers],
             StoreUnavailableError,
         )
-        return booked_of(len(labels), parts, replies)
+        return label_outcomes(len(labels), parts, replies)
 
-    async def booked_to(self, partition: int) -> int:
+    async def recorded_to(self, partition: int) -> int:
         """One round trip."""
         (end,) = await self._network.ask(
             self._host,
             f"booked to? {partition}",
-            [lambda: self._store.all_booked_to(partition)],
+            [lambda: self._store.all_recorded_to(partition)],
             StoreUnavailableError,
         )
         return end

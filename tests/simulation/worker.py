@@ -15,11 +15,12 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.kafka.polls import Poll
 from pipeline.kafka.producer import Outgoing
+from pipeline.scoring.batch import ComputedPoll
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Computed, Processor
+from pipeline.scoring.processor import Processor
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings
@@ -111,7 +112,7 @@ class Worker(app.Worker):
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
         consumer.take_at_once = {self._topic}
-        patience = Retrier(METRICS, self.health)
+        retrier = Retrier(METRICS, self.health)
         score_log = parts.score_log(host, network, services.kafka, settings)
         publisher = parts.publisher(
             host, network, services.kafka, settings, services.rng, self._published
@@ -124,21 +125,21 @@ class Worker(app.Worker):
             partitions=settings.topic_partitions,
             store=store,
             score_log=score_log,
-            transaction_log=PartitionLog(self._consumer, self._topic),
-            patience=patience,
+            consumer=PartitionLog(self._consumer, self._topic),
+            retrier=retrier,
             metrics=METRICS,
             on_new_log=settings.on_new_log,
         )
-        self.ownership._writer = merchants.writer = services.rng.getrandbits(64)
-        self.ownership._log._told = services.kafka.topic_id(self._topic)  # as it is at the start
+        self.ownership.recovery._writer = merchants.writer = services.rng.getrandbits(64)
+        self.ownership.recovery.log_id._last = services.kafka.topic_id(self._topic)  # as at a start
         self.processor = parts.processor(
             settings=settings,
             scorer=services.scorer,
             store=store,
             merchant_store=merchants,
             publisher=publisher,
-            ownership=self.ownership,
-            patience=patience,
+            partitions=self.ownership,
+            retrier=retrier,
             metrics=METRICS,
             health=self.health,
             clock_ms=services.clock_ms,
@@ -148,8 +149,8 @@ class Worker(app.Worker):
             store=merchants,
             publisher=publisher,
             logs=score_log,
-            labels_log=PartitionLog(self._consumer, self._labels_topic),
-            patience=patience,
+            consumer=PartitionLog(self._consumer, self._labels_topic),
+            retrier=retrier,
             metrics=METRICS,
             health=self.health,
             clock_ms=services.clock_ms,
@@ -194,7 +195,7 @@ class Worker(app.Worker):
     def _watch(self, processor: Processor) -> None:
         compute, conclude = processor.compute, processor.conclude
 
-        async def watched_compute(poll: Poll) -> Computed:
+        async def watched_compute(poll: Poll) -> ComputedPoll:
             conclusion = Conclusion(
                 self.member.app.consumer_generation_id,
                 {partition: self._known_now(partition) for partition in poll.chunks},
@@ -209,7 +210,7 @@ class Worker(app.Worker):
                 )
             return computed
 
-        async def watched_conclude(computed: Computed) -> None:
+        async def watched_conclude(computed: ComputedPoll) -> None:
             poll = computed.poll
             self._concluding = self._conclusions.pop(id(poll))
             owned = {partition: self.ownership.owned(partition) for partition in poll.chunks}

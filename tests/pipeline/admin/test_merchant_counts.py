@@ -21,7 +21,7 @@ from pipeline.admin.merchant_counts import (
 )
 from pipeline.messages.scores import CountedScore
 from pipeline.storage.merchant_profile import Fraud, Profile
-from pipeline.storage.merchant_store import Booking
+from pipeline.storage.merchant_store import MerchantLabel
 
 NOW = 100_000
 
@@ -94,7 +94,7 @@ def test_a_count_at_its_maximum_is_right() -> None:
 
 def test_known_frauds_equal_those_of_labels_recorded_in_order() -> None:
     def label(offset: int, number: int, is_fraud: bool, known: int) -> LoggedLabel:
-        return LoggedLabel(0, Booking(offset, "M", is_fraud, Fraud(number, 10, known)))
+        return LoggedLabel(0, MerchantLabel(offset, "M", is_fraud, Fraud(number, 10, known)))
 
     labels = [
         label(0, 1, True, 11),
@@ -118,8 +118,8 @@ def test_weights_come_from_labels_else_scores_else_the_profile() -> None:
     def label(offset: int, number: int, at: int, told: int | None = None, **other: Any) -> Any:
         fields = {"is_fraud": True, "bucket": 10} | other
         entry = Fraud(number, fields["bucket"], 20, 255 if told is None else told)
-        booking = Booking(
-            offset, "M", fields["is_fraud"], entry, at, is_weight_told=told is not None
+        booking = MerchantLabel(
+            offset, "M", fields["is_fraud"], entry, at, has_weight=told is not None
         )
         return LoggedLabel(0, booking)
 

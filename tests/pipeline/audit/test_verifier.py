@@ -19,7 +19,7 @@ from pipeline.audit.verifier import VerifyOptions
 from pipeline.errors import RecurError
 from pipeline.messages.scores import decode_score
 from pipeline.scoring.scorer import Scorer
-from pipeline.storage.account_state import Watermark
+from pipeline.storage.watermark import Watermark
 from tests.fakes.memory_verify import NoBar, StoreOfWorld, verify_world
 from tests.fakes.memory_workers import DAY_MS, World, finish, small_checkpoint
 

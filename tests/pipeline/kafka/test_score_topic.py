@@ -35,7 +35,7 @@ from pipeline.kafka.transactional_producer import (
     TransactionalProducer,
 )
 from pipeline.local.kafka import Kafka
-from pipeline.scoring.partitions import ALL_SOURCES
+from pipeline.scoring.recovery import ALL_SOURCES
 from pipeline.settings import Settings, load_settings
 from tests.fakes.memory import (
     MemoryKafka,

@@ -1,4 +1,4 @@
-"""Scores, alerts, rejected records and offsets in transactions of Kafka: each is said once.
+"""Exactly-once processing: scores, alerts, dead letters and offsets in Kafka transactions.
 
 On a broker in memory that fences and takes back as Kafka does; tests/live/test_transactional.py
 does it on a real one.
@@ -10,10 +10,10 @@ import random
 
 import pytest
 
-from pipeline.scoring import partitions as ownership_module
+from pipeline.scoring import recovery as recovery_module
 from tests.fakes import memory as memory_module
 from tests.fakes.memory_workers import Killed, World, finish
-from tests.pipeline.scoring.test_processor import (
+from tests.pipeline.scoring.helpers import (
     Simulation,
     at,
     count_steps,
@@ -33,10 +33,10 @@ from tests.seeds import seeds
 
 
 def assert_exactly_once(world: World) -> None:
-    """All is applied, and whoever reads what is committed sees each thing once."""
+    """Check that everything is applied, and that each committed record is published once."""
     world.assert_all_applied(alerts_once=True)
-    letters = world.dead_letters()
-    assert set(letters.values()) <= {1}, "a rejected record is in dead-letter twice"
+    dead_letters = world.dead_letters()
+    assert set(dead_letters.values()) <= {1}, "a rejected record has two dead letters"
 
 
 def committed(world: World, partition: int) -> int | None:
@@ -45,10 +45,10 @@ def committed(world: World, partition: int) -> int | None:
 
 @pytest.mark.parametrize("polls_waiting", [0, 1])
 @pytest.mark.parametrize("records_max", [1, 7, 1000])
-def test_a_clean_run_says_everything_once_and_commits_what_it_said(
+def test_a_clean_run_publishes_and_commits_everything_once(
     polls_waiting: int, records_max: int
 ) -> None:
-    """The markers between its scores are nobody's scores."""
+    """Transaction markers between scores do not count as zombie scores."""
     world = World(processing_guarantee="exactly_once")
     world.produce_many(120)
     worker = world.worker()
@@ -56,15 +56,16 @@ def test_a_clean_run_says_everything_once_and_commits_what_it_said(
     finish(worker.run(polls_waiting, records_max))
 
     assert_exactly_once(world)
-    for name in ("replayed", "scores_recovered", "guard_mismatches", "foreign_scores", "fenced"):
+    for name in ("scores_recovered", "watermark_conflicts", "zombie_scores", "fenced"):
         assert worker.count(f"recur_{name}_total") == 0
+    assert worker.count("recur_records_skipped_total", reason="applied") == 0
     for partition in world.partitions:
         assert committed(world, partition) == world.watermark(partition)
     assert not any(worker.acked), "nothing is left for the consumer to commit"
 
 
 @pytest.mark.parametrize("number", range(count_steps(processing_guarantee="exactly_once")))
-def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> None:
+def test_a_worker_killed_at_any_step_publishes_nothing_twice(number: int) -> None:
     world = small_world(processing_guarantee="exactly_once")
     world.interrupt(at(number, die))
     run_until_killed(world.worker())
@@ -78,11 +79,11 @@ def test_a_worker_killed_at_any_step_leaves_nothing_said_twice(number: int) -> N
 
 
 @pytest.mark.parametrize("seed", seeds(25))
-def test_workers_killed_again_and_again_say_nothing_twice(
+def test_workers_killed_repeatedly_publish_nothing_twice(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while they recover, and with published scores that are read piece by piece."""
-    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    """Workers are killed during recovery, too, and read published scores in pieces."""
+    monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     rng = random.Random(seed)
     world = World(micro_batch_max=rng.choice([3, 8, 30]), processing_guarantee="exactly_once")
@@ -102,13 +103,11 @@ def test_workers_killed_again_and_again_say_nothing_twice(
 
 
 @pytest.mark.parametrize("seed", seeds(100))
-def test_whoever_overtakes_whom_nothing_is_said_twice(
+def test_nothing_is_published_twice_whichever_worker_overtakes(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zombies, deaths at any step and a store that goes back: where it is at least once without
-    transactions, it is exactly once with them.
-    """
-    monkeypatch.setattr(ownership_module, "RECOVERY_LOOKAHEAD", 3)
+    """Zombies, deaths at any step and a store set back cause no duplicate in transactions."""
+    monkeypatch.setattr(recovery_module, "RECOVERY_LOOKAHEAD", 3)
     monkeypatch.setattr(memory_module, "FETCH_RECORDS", 2)
     world = Simulation(seed, workers_max=3, processing_guarantee="exactly_once").run()
     produce_everywhere(world)
@@ -118,11 +117,11 @@ def test_whoever_overtakes_whom_nothing_is_said_twice(
     assert_exactly_once(world)
 
 
-def test_what_was_committed_and_not_saved_is_applied_though_no_record_comes() -> None:
-    """The group begins past the watermark, and nothing that arrives would show it."""
+def test_committed_but_unsaved_records_are_applied_without_a_new_record() -> None:
+    """The group starts past the watermark, and no new record reveals it."""
     world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(20)
-    world.interrupt(when_nth("before save", 3, die))  # the first is the watermark's
+    world.interrupt(when_nth("before save", 3, die))  # the first save is of the watermark
     run_until_killed(world.worker())
     assert world.watermark(0) < (committed(world, 0) or 0)
 
@@ -137,7 +136,7 @@ def test_what_was_committed_and_not_saved_is_applied_though_no_record_comes() ->
     assert_exactly_once(world)
 
 
-def test_a_fenced_worker_publishes_saves_and_forgets_until_the_group_gives_the_partition() -> None:
+def test_a_fenced_worker_gives_the_partition_up_until_it_is_assigned_again() -> None:
     world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(40)
     one_poll(world.worker(), 5)
@@ -162,8 +161,8 @@ def test_a_fenced_worker_publishes_saves_and_forgets_until_the_group_gives_the_p
     assert_exactly_once(world)
 
 
-def test_a_fenced_owner_that_gets_the_partition_again_goes_on() -> None:
-    """A zombie that was given it before and takes it late is the newer one for a moment."""
+def test_a_fenced_owner_continues_when_the_partition_is_assigned_again() -> None:
+    """A zombie that takes the partition late has the newer epoch for a moment."""
     world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(40)
     owner, late = world.worker(), world.worker()
@@ -185,8 +184,8 @@ def test_a_fenced_owner_that_gets_the_partition_again_goes_on() -> None:
     assert_exactly_once(world)
 
 
-def test_offsets_never_go_back_while_a_store_that_lost_its_data_is_filled_again() -> None:
-    """Also where the scores are gone, too, and are published again on the way."""
+def test_committed_offsets_never_decrease_during_a_recovery() -> None:
+    """This also holds if the scores are lost, too, and are published again."""
     world = World(topic_partitions=1, processing_guarantee="exactly_once")
     world.produce_many(40)
     finish(world.worker().run())

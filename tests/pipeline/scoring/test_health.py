@@ -1,4 +1,4 @@
-"""What `/live` and `/ready` are told, by an injected clock."""
+"""Health for `/live` and `/ready`, with an injected clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.scoring.health import Health
 
 
 class Clock:
-    """Monotonic seconds that a test moves."""
+    """A clock of monotonic seconds that a test sets."""
 
     def __init__(self) -> None:
         self.now_seconds = 1000.0
@@ -40,7 +40,7 @@ def test_a_new_worker_is_ready_only_once_redis_kafka_and_partitions_are_there(
 
 
 @pytest.mark.parametrize("part", ["redis", "kafka", "partitions", "worker"])
-def test_a_part_that_goes_away_is_named_until_it_is_back(health: Health, part: str) -> None:
+def test_a_part_that_fails_is_named_until_it_works(health: Health, part: str) -> None:
     for everything in ("redis", "kafka", "partitions"):
         health.up(everything)
 
@@ -52,7 +52,7 @@ def test_a_part_that_goes_away_is_named_until_it_is_back(health: Health, part: s
     assert health.ready
 
 
-def test_a_worker_that_has_nothing_to_do_is_alive_for_ever(health: Health, clock: Clock) -> None:
+def test_an_idle_worker_stays_alive(health: Health, clock: Clock) -> None:
     health.records_wait(False)
     clock.now_seconds += 1e6
 
@@ -60,7 +60,7 @@ def test_a_worker_that_has_nothing_to_do_is_alive_for_ever(health: Health, clock
     assert health.stalled_seconds() == 0
 
 
-def test_records_that_wait_with_nothing_moving_end_the_life_after_the_time_and_not_before(
+def test_a_worker_without_progress_is_not_alive_after_the_watchdog_time(
     health: Health, clock: Clock
 ) -> None:
     health.records_wait(True)
@@ -72,7 +72,7 @@ def test_records_that_wait_with_nothing_moving_end_the_life_after_the_time_and_n
     assert not health.live
 
 
-def test_looking_again_does_not_start_the_wait_anew(health: Health, clock: Clock) -> None:
+def test_another_check_does_not_restart_the_wait(health: Health, clock: Clock) -> None:
     for _ in range(11):
         health.records_wait(True)
         clock.now_seconds += 1
@@ -80,7 +80,7 @@ def test_looking_again_does_not_start_the_wait_anew(health: Health, clock: Clock
     assert not health.live
 
 
-def test_each_micro_batch_starts_the_wait_anew(health: Health, clock: Clock) -> None:
+def test_each_micro_batch_restarts_the_wait(health: Health, clock: Clock) -> None:
     health.records_wait(True)
     for _ in range(100):
         clock.now_seconds += 9
@@ -103,15 +103,15 @@ def test_a_wait_that_ended_is_forgotten(health: Health, clock: Clock) -> None:
     assert health.live
 
 
-def test_being_away_is_not_being_dead(health: Health, clock: Clock) -> None:
-    """A Redis that is away makes a worker unready; only waiting records end it."""
+def test_a_worker_without_redis_is_alive(health: Health, clock: Clock) -> None:
+    """Without Redis a worker is not ready; only waiting records end it."""
     health.down("redis", "gone")
     clock.now_seconds += 1e6
 
     assert health.live
 
 
-def test_labels_that_move_do_not_hide_transactions_that_do_not(
+def test_progress_of_labels_does_not_hide_stalled_transactions(
     health: Health, clock: Clock
 ) -> None:
     health.records_wait(True)

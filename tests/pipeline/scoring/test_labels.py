@@ -1,4 +1,4 @@
-"""Labels on a broker and a store in memory, and as JSON: each is booked once, or says why not."""
+"""Labels with a broker and store in memory: each is recorded once or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from model.features.merchant import BUCKET_MS
 from pipeline.errors import RejectedError, StartupError
 from pipeline.messages.decoding import REASONS
 from pipeline.messages.labels import Label, decode_label, encode_label
-from pipeline.scoring import partitions as ownership_module
 from pipeline.scoring import retry as patience_module
+from pipeline.scoring import topic_id_cache
 from pipeline.scoring.health import Health
 from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
@@ -48,7 +48,7 @@ def reason_of(value: bytes | None, key: bytes | None = b"M1") -> str:
     return caught.value.reason
 
 
-def test_a_good_label_is_decoded_with_both_its_times() -> None:
+def test_a_valid_label_is_decoded_with_both_its_times() -> None:
     label, timestamp_ms, labelled_ms = decode_label(b"M1", json.dumps(GOOD).encode())
 
     assert (label.transaction_id, label.label, label.source) == ("t1", "fraud", "chargeback")
@@ -73,7 +73,7 @@ def test_a_good_label_is_decoded_with_both_its_times() -> None:
         ({"merchant_weight": "all"}, "wrong_type"),
     ],
 )
-def test_each_kind_of_bad_label_is_rejected_with_its_reason(
+def test_each_kind_of_invalid_label_is_rejected_with_its_reason(
     changes: dict[str, Any], reason: str
 ) -> None:
     value = json.dumps(GOOD | changes).encode()
@@ -97,7 +97,9 @@ def test_a_label_without_a_field_is_rejected(missing: str) -> None:
         (json.dumps(GOOD).encode(), None, "key_mismatch"),
     ],
 )
-def test_what_is_no_label_is_rejected(value: bytes | None, key: bytes | None, reason: str) -> None:
+def test_a_record_that_is_no_label_is_rejected(
+    value: bytes | None, key: bytes | None, reason: str
+) -> None:
     assert reason_of(value, key) == reason
 
 
@@ -113,17 +115,17 @@ def test_random_json_in_a_field_never_raises_anything_but_rejected(field: str, v
         decode_label(b"M1", msgspec.json.encode(GOOD | {field: value}))
 
 
-# booked ----------------------------------------------------------------------------------
+# recorded --------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retrier asks again at once: no test here has an event loop that could wait."""
+    """Let the Retrier repeat at once: these tests have no event loop that could wait."""
     monkeypatch.setattr(patience_module, "RETRY_SECONDS", (0,))
 
 
 class LabelWorker:
-    """What a worker does with labels: the real processor on fakes."""
+    """The worker's label processing: the real processor on fakes."""
 
     def __init__(self, world: World) -> None:
         self.metrics = Metrics(CollectorRegistry())
@@ -134,8 +136,8 @@ class LabelWorker:
             store=world.merchants,
             publisher=MemoryProducer(world.kafka, world.settings),
             logs=MemoryScoreLog(world.kafka, world.settings),
-            labels_log=self.consumer,
-            patience=Retrier(self.metrics, self.health),
+            consumer=self.consumer,
+            retrier=Retrier(self.metrics, self.health),
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
@@ -143,7 +145,7 @@ class LabelWorker:
         self.labels.assign(world.partitions)
 
     def run(self, *, commit: bool = True) -> None:
-        """Work to the end of the log."""
+        """Process the log to its end."""
         while poll := self.consumer.poll():
             finish(self.labels.process(poll))
             if commit:
@@ -168,12 +170,12 @@ def produce_label(
 
 
 def known(world: World, merchant: str = "M1") -> list[str]:
-    """Which of t0 to t99 are known frauds of a merchant."""
+    """Return the known frauds of a merchant among t0 to t99."""
     name_of = {transaction_hash(f"t{i}"): f"t{i}" for i in range(100)}
     return [name_of[fraud.id_hash] for fraud in world.merchants.profile(merchant).frauds]
 
 
-def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_letter() -> None:
+def test_labels_are_recorded_and_rejected_ones_become_dead_letters() -> None:
     world = World()
     finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
     produce_label(world, "t1")
@@ -205,15 +207,15 @@ def test_labels_are_booked_in_their_merchants_and_what_is_rejected_goes_to_dead_
     assert worker.labels.next_offsets() == ends
 
 
-def test_an_older_label_that_comes_later_changes_nothing_and_is_counted_apart() -> None:
-    """A file of last month's is sent after this week's; or two senders, one of them slow."""
+def test_an_older_label_that_comes_later_changes_nothing_and_counts_as_stale() -> None:
+    """This happens when a file of last month follows one of this week, or a sender is slow."""
     world = World(topic_partitions=1)
     produce_label(world, "t1", days=8.0)
     produce_label(world, "t1", label="legitimate", days=7.0)
     produce_label(world, "t2", label="legitimate", days=8.0)
     produce_label(world, "t2", days=7.0)
     produce_label(world, "t3", days=7.0)
-    produce_label(world, "t3", label="legitimate", days=7.0)  # the last one of the same time
+    produce_label(world, "t3", label="legitimate", days=7.0)  # the later one of the same time
     worker = LabelWorker(world)
 
     worker.run()
@@ -230,7 +232,7 @@ def test_an_older_label_that_comes_later_changes_nothing_and_is_counted_apart() 
 
 
 def test_a_label_after_60_days_does_not_count_its_transaction_as_approved() -> None:
-    """Nobody knows any more whether it was; what is still remembered is told."""
+    """The decision is unknown by then, unless the note still exists."""
     world = World(topic_partitions=1)
     finish(world.merchants.add({}, [ScoredNote("M1", transaction_hash("t1"), "decline")]))
     world.now_ms += 100 * DAY_MS
@@ -247,7 +249,7 @@ def test_a_label_after_60_days_does_not_count_its_transaction_as_approved() -> N
     assert counted == {"approve": 1, "review": 0, "decline": 1, "unknown": 1}
 
 
-def test_a_label_may_tell_how_far_its_merchant_explains_the_fraud() -> None:
+def test_a_label_may_give_the_merchant_weight() -> None:
     world = World(topic_partitions=1)
     for number, weight in enumerate((0, 0.25, 1, None)):
         fields = GOOD | {"transaction_id": f"t{number}", "labelled_at": START_MS}
@@ -281,8 +283,8 @@ def test_a_date_without_a_time_is_not_before_the_payment_of_that_day(
         assert timestamp_ms == labelled_ms
 
 
-def test_labels_that_come_again_are_booked_and_counted_once() -> None:
-    """A worker that dies before its commit, a rebalance, a zombie."""
+def test_redelivered_labels_are_recorded_and_counted_once() -> None:
+    """Causes are a worker that dies before its commit, a rebalance, a zombie."""
     world = World(topic_partitions=1)
     for i in range(20):
         produce_label(world, f"t{i % 16}", f"M{i % 2}", "legitimate" if i >= 16 else "fraud")
@@ -330,7 +332,7 @@ def test_a_worker_may_die_at_any_step(number: int) -> None:
     assert {reason for _, _, reason in world.dead_letters()} == {"not_json"}
 
 
-def test_a_store_that_is_away_is_waited_for() -> None:
+def test_a_label_worker_waits_for_redis() -> None:
     world = World(topic_partitions=1)
     produce_label(world, "t1")
     worker = LabelWorker(world)
@@ -351,10 +353,10 @@ def test_a_store_that_is_away_is_waited_for() -> None:
 def lost(world: World) -> None:
     world.merchants.profiles.clear()
     world.merchants.notes.clear()
-    world.merchants.booked.clear()
+    world.merchants.recorded.clear()
 
 
-def test_labels_that_a_redis_lost_are_booked_again_from_the_logs_begin() -> None:
+def test_lost_labels_are_recorded_again_from_the_start_of_the_log() -> None:
     world = World(topic_partitions=1)
     produce_label(world, "t1")
     produce_label(world, "t2")
@@ -367,23 +369,23 @@ def test_labels_that_a_redis_lost_are_booked_again_from_the_logs_begin() -> None
     assert known(world) == ["t1", "t2", "t3"]
 
 
-def test_labels_that_a_redis_lost_meanwhile_are_booked_again_by_the_same_worker() -> None:
-    """Those since the snapshot that Redis went back to, whether others come or not."""
+def test_labels_lost_meanwhile_are_recorded_again_by_the_same_worker() -> None:
+    """Redis lost the labels since its snapshot; new labels may come or not."""
     world = World(topic_partitions=1)
     worker = LabelWorker(world)
     produce_label(world, "t1")
     worker.run()
-    profiles, booked = dict(world.merchants.profiles), dict(world.merchants.booked)
+    profiles, booked = dict(world.merchants.profiles), dict(world.merchants.recorded)
     for transaction in ("t2", "t3"):
         produce_label(world, transaction)
     worker.run()
 
-    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
+    world.merchants.profiles, world.merchants.recorded = dict(profiles), dict(booked)
     produce_label(world, "t4")
     worker.run()
     assert known(world) == ["t1", "t2", "t3", "t4"]
 
-    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
+    world.merchants.profiles, world.merchants.recorded = dict(profiles), dict(booked)
     finish(worker.labels.look())
     worker.run()
     assert known(world) == ["t1", "t2", "t3", "t4"]
@@ -391,15 +393,15 @@ def test_labels_that_a_redis_lost_meanwhile_are_booked_again_by_the_same_worker(
     finish(worker.labels.look())
     assert worker.consumer.poll() is None
 
-    world.merchants.profiles, world.merchants.booked = dict(profiles), dict(booked)
-    other = LabelWorker(world)  # which no label has come to yet
+    world.merchants.profiles, world.merchants.recorded = dict(profiles), dict(booked)
+    other = LabelWorker(world)  # it got no label yet
     finish(other.labels.look())
     other.run()
     assert known(world) == ["t1", "t2", "t3", "t4"]
 
 
-def test_what_was_fetched_before_the_log_is_read_back_is_not_booked() -> None:
-    """Booked, it would count what lies before it as booked, too, and that would stay lost."""
+def test_labels_fetched_before_the_log_is_read_back_are_not_recorded() -> None:
+    """If recorded, they would count earlier labels as recorded, too, and these would stay lost."""
     world = World(topic_partitions=1, micro_batch_max=1)
     produce_label(world, "t1")
     produce_label(world, "t2")
@@ -419,7 +421,7 @@ def test_what_was_fetched_before_the_log_is_read_back_is_not_booked() -> None:
     assert known(world) == ["t1", "t2", "t3", "t4"]
 
 
-def test_a_log_whose_begin_is_deleted_is_read_from_where_it_begins() -> None:
+def test_a_log_whose_first_records_are_deleted_is_read_from_its_start() -> None:
     world = World(topic_partitions=1)
     for i in range(4):
         produce_label(world, f"t{i}")
@@ -430,8 +432,8 @@ def test_a_log_whose_begin_is_deleted_is_read_from_where_it_begins() -> None:
     assert known(world) == ["t2", "t3"]
 
 
-def test_a_poll_that_outlives_its_assignment_says_nothing_of_the_next_one() -> None:
-    """Or what that begins with would be left for ever, as if the log was to be read back."""
+def test_a_poll_that_outlives_its_assignment_does_not_affect_the_next_one() -> None:
+    """Otherwise the first labels of the next assignment would be skipped for ever."""
     world = World(topic_partitions=1, micro_batch_max=1)
     for i in range(3):
         produce_label(world, f"t{i}")
@@ -440,7 +442,7 @@ def test_a_poll_that_outlives_its_assignment_says_nothing_of_the_next_one() -> N
     assert late is not None
 
     def take_and_give(name: str) -> None:
-        if name == "after book":
+        if name == "after record labels":
             world.interrupt(lambda name: None)
             other = LabelWorker(world)
             other.run()
@@ -453,13 +455,13 @@ def test_a_poll_that_outlives_its_assignment_says_nothing_of_the_next_one() -> N
     assert worker.labels.next_offsets() == {}
 
 
-def test_a_partition_taken_away_meanwhile_is_not_acked() -> None:
+def test_a_partition_revoked_meanwhile_is_not_acked() -> None:
     world = World(topic_partitions=1)
     produce_label(world, "t1")
     worker = LabelWorker(world)
 
     def revoke(name: str) -> None:
-        if name == "after book":
+        if name == "after record labels":
             worker.labels.assign(())
 
     world.interrupt(revoke)
@@ -473,11 +475,11 @@ def test_a_partition_taken_away_meanwhile_is_not_acked() -> None:
 
 @pytest.mark.parametrize("count", [2, 10, 15], ids=["shorter", "as long", "longer"])
 @pytest.mark.parametrize("runs_on", [True, False])
-def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
+def test_labels_of_a_recreated_topic_are_recorded_or_the_worker_stops(
     count: int, runs_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never are they taken for those that were booked at their offsets."""
-    monkeypatch.setattr(ownership_module, "LOG_LOOK_SECONDS", 0.0)
+    """They never count as the earlier labels with the same offsets."""
+    monkeypatch.setattr(topic_id_cache, "MAX_AGE_SECONDS", 0.0)
     for policy in ("stop", "begin"):
         world = World(topic_partitions=1, on_new_log=policy)
         for i in range(10):
@@ -491,11 +493,13 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
 
         def go_on(worker: LabelWorker) -> None:
             worker.run()
-            finish(worker.labels.look())  # where no label shows it
+            finish(worker.labels.look())  # a check without new labels
             worker.run()
 
         if policy == "stop":
-            with pytest.raises(StartupError, match=r"booked labels .* earlier labels.*--new-log"):
+            with pytest.raises(
+                StartupError, match=r"recorded labels .* an earlier labels.*--new-log"
+            ):
                 go_on(worker)
             assert known(world) == [f"t{i}" for i in range(10)]
             continue
@@ -503,4 +507,4 @@ def test_labels_of_a_topic_that_was_made_again_are_booked_or_the_worker_stops(
         assert set(known(world)) == {*(f"t{i}" for i in range(10))} | {
             f"t{50 + i}" for i in range(count)
         }
-        assert finish(world.merchants.booked_to(0)) == count
+        assert finish(world.merchants.recorded_to(0)) == count

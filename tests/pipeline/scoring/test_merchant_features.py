@@ -1,4 +1,4 @@
-"""Merchants in the worker: counted once, seen only in closed buckets, the same after a crash."""
+"""Merchants in the worker: counted once, used only in closed buckets, equal after a crash."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from model.features.spec import FEATURES, INPUTS
 from pipeline.messages.scores import decode_score, stored_weight
 from pipeline.scoring import retry as patience_module
 from pipeline.scoring.health import Health
-from pipeline.scoring.merchant_features import Merchants
+from pipeline.scoring.merchant_features import MerchantFeatureCache
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
-from pipeline.storage.merchant_store import Booking
+from pipeline.storage.merchant_store import MerchantLabel
 from pipeline.storage.transaction_note import TransactionNote
 from tests.fakes.memory import MemoryMerchantStore
 from tests.fakes.memory_workers import (
@@ -47,7 +47,7 @@ def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def world_with_merchants(**settings: Any) -> World:
-    """Whose checkpoint looks at merchants."""
+    """A world whose checkpoint uses merchants' features."""
     return World(small_checkpoint(inputs=INPUTS), topic_partitions=1, **settings)
 
 
@@ -56,7 +56,7 @@ def total(world: World, merchant: str = "m1") -> int:
 
 
 def features(world: World) -> list[dict[str, float]]:
-    """Of each published score, in the order of the log."""
+    """Return a field of each published score, in log order."""
     scores = world.scores(0)
     found = [decode_score(scores[offset][0]) for offset in sorted(scores)]
     return [dict(zip(FEATURES, score.raw(FEATURES), strict=True)) for score in found]
@@ -74,7 +74,7 @@ def test_each_new_transaction_is_counted_in_its_bucket_and_nothing_else_is() -> 
     for i in range(30):
         world.produce(f"A{i % 5}", f"t{i}", merchant_id=f"m{i % 3}")
     sent_ms = world.now_ms - 3 * 60_000
-    world.produce("A1", "t26", merchant_id="m2", timestamp=sent_ms)  # a repeat
+    world.produce("A1", "t26", merchant_id="m2", timestamp=sent_ms)  # a duplicate
     world.produce_raw(b"A1", b"not a transaction")
     finish(world.worker().run())
 
@@ -127,7 +127,7 @@ def test_a_shadow_model_counts_nothing() -> None:
     assert world.merchants.notes == {}
 
 
-def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
+def test_notes_of_alerts_stand_under_the_hash_of_their_transaction() -> None:
     world = World(topic_partitions=1, review_threshold=0.0, decline_threshold=1.0)
     world.produce("A1", "t1")
     finish(world.worker().run())
@@ -137,11 +137,11 @@ def test_alerts_are_remembered_by_the_hash_of_their_transaction() -> None:
 
 
 def world_of_weights(**settings: Any) -> World:
-    """Whose network takes payments of an unusual amount for frauds that explain themselves."""
+    """A network that gives payments of an unusual amount a low merchant weight."""
     return World(checkpoint_of_weights(), topic_partitions=1, **settings)
 
 
-def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_remembered() -> None:
+def test_a_merchant_weight_below_the_maximum_is_in_the_score_and_the_note() -> None:
     world = world_of_weights(review_threshold=1.0, decline_threshold=1.0)
     for i, amount in enumerate((50.0, 50.0, 50.0, 250.0, 4_000.0)):
         world.produce("A1", f"t{i}", amount=amount)
@@ -164,7 +164,7 @@ def test_a_score_tells_its_merchant_weight_where_that_is_not_full_and_it_is_reme
     assert worker.count("recur_inputs_out_of_range_total", feature="hour_of_day") == 0
 
 
-def test_a_fraud_that_explains_itself_hardly_counts_at_its_merchant() -> None:
+def test_a_fraud_with_a_low_merchant_weight_hardly_counts_at_its_merchant() -> None:
     world = world_of_weights(review_threshold=1.0, decline_threshold=1.0)
     worker = world.worker()
     for merchant, amount in (("plain", 50.0), ("blamed", 4_000.0)):
@@ -175,9 +175,9 @@ def test_a_fraud_that_explains_itself_hardly_counts_at_its_merchant() -> None:
     bucket = world.now_ms // BUCKET_MS
     for merchant in ("plain", "blamed"):
         entry = Fraud(transaction_hash(f"f-{merchant}"), bucket, bucket)
-        offset = world.merchants.all_booked_to(0)
-        booking = Booking(offset, merchant, True, entry)
-        finish(world.merchants.book(0, [booking], offset, offset + 1))
+        offset = world.merchants.all_recorded_to(0)
+        booking = MerchantLabel(offset, merchant, True, entry)
+        finish(world.merchants.record_labels(0, [booking], offset, offset + 1))
     jump_to_next_bucket(world)
     for merchant in ("plain", "blamed"):
         world.produce(f"B-{merchant}", merchant_id=merchant)
@@ -188,8 +188,8 @@ def test_a_fraud_that_explains_itself_hardly_counts_at_its_merchant() -> None:
     assert 0.0 < blamed < 0.1
 
 
-def test_a_worker_that_dies_before_its_save_remembers_what_it_had_published() -> None:
-    """Whoever comes next finds the score, and the note with it."""
+def test_notes_of_published_scores_survive_a_worker_that_dies_before_its_save() -> None:
+    """The next owner finds the score and writes its note."""
     world = world_of_weights(review_threshold=0.0, decline_threshold=1.0)
     world.produce("A1", "t1", amount=50.0)
     world.produce("A1", "t2", amount=4_000.0)
@@ -217,7 +217,7 @@ def test_a_worker_that_dies_before_its_save_remembers_what_it_had_published() ->
 # features --------------------------------------------------------------------------------
 
 
-def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_closed() -> None:
+def test_a_transaction_uses_closed_buckets_and_labels_that_came_in_closed_buckets() -> None:
     world = world_with_merchants()
     worker = world.worker()
     for account in ("A1", "A2"):
@@ -228,7 +228,7 @@ def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_clos
     jump_to_next_bucket(world)
     world.produce("A3")
     finish(worker.run())
-    finish(world.merchants.book(0, [Booking(0, "m1", True, entry)], 0, 1))
+    finish(world.merchants.record_labels(0, [MerchantLabel(0, "m1", True, entry)], 0, 1))
     world.produce("A4")
     finish(worker.run())
     jump_to_next_bucket(world)
@@ -239,7 +239,7 @@ def test_a_transaction_sees_closed_buckets_and_labels_that_came_before_they_clos
     assert seen == [(0, 0), (0, 0), (2, 0), (2, 0), (4, 1)]
 
 
-def test_a_checkpoint_that_looks_at_no_merchant_loads_and_counts_none() -> None:
+def test_a_checkpoint_without_merchant_features_loads_and_counts_no_merchants() -> None:
     world = World(topic_partitions=1)
     steps: list[str] = []
     world.interrupt(steps.append)
@@ -268,8 +268,8 @@ def test_a_merchant_is_loaded_once_in_a_bucket() -> None:
     assert steps.count("before load merchants") == 2
 
 
-def test_a_kept_score_advances_its_state_with_the_features_that_it_records() -> None:
-    """The worker dies with a score published; before the next one comes the profile changes."""
+def test_a_published_score_advances_its_state_with_its_recorded_features() -> None:
+    """The worker dies after publishing a score. The profile changes before the next owner comes."""
     world = world_with_merchants()
     worker = world.worker()
     world.produce("A0", "t0")
@@ -291,31 +291,31 @@ def test_a_kept_score_advances_its_state_with_the_features_that_it_records() -> 
     finish(undisturbed.worker().run())
 
     entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
-    bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
-    finish(world.merchants.book(0, bookings, 0, 9))
+    bookings = [MerchantLabel(i, "m1", True, entry) for i, entry in enumerate(entries)]
+    finish(world.merchants.record_labels(0, bookings, 0, 9))
     finish(world.worker().run())
 
     assert len(world.scores(0)[1]) == 1
     assert world.store.states[0, "A1"] == undisturbed.store.states[0, "A1"]
 
 
-def test_without_the_record_the_features_would_have_been_others() -> None:
-    """What the test above rests on."""
+def test_without_the_recorded_features_the_result_would_differ() -> None:
+    """This is the assumption of the test above."""
     world = world_with_merchants()
     entries = [Fraud(i, START_BUCKET - 40, START_BUCKET - 10) for i in range(9)]
-    bookings = [Booking(i, "m1", True, entry) for i, entry in enumerate(entries)]
-    finish(world.merchants.book(0, bookings, 0, 9))
+    bookings = [MerchantLabel(i, "m1", True, entry) for i, entry in enumerate(entries)]
+    finish(world.merchants.record_labels(0, bookings, 0, 9))
     world.produce("A1", "t1")
     finish(world.worker().run())
     assert features(world)[0]["merchant_known_frauds"] == 9
 
 
-# held in memory --------------------------------------------------------------------------
+# cached in memory ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cached_max", [0, 1, 3, 7, 1000])
-def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> None:
-    """Whatever the order of buckets and merchants, and however few are held."""
+def test_cached_features_equal_loaded_ones(cached_max: int) -> None:
+    """This holds for any order of buckets and merchants, and any size of the cache."""
     rng = np.random.default_rng(cached_max)
     store = MemoryMerchantStore()
     names = [f"m{i}" for i in range(10)]
@@ -323,16 +323,16 @@ def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> 
         profile = Profile()
         for bucket in range(START_BUCKET - 50, START_BUCKET + 10):
             profile.count(bucket, int(rng.integers(0, 5)))
-        profile.book(Fraud(1, START_BUCKET - 40, START_BUCKET - int(rng.integers(5, 12))), True)
+        profile.record(Fraud(1, START_BUCKET - 40, START_BUCKET - int(rng.integers(5, 12))), True)
         store.profiles[name] = profile.to_bytes()
     store.profiles["m9"] = b"damaged"
     metrics = Metrics(CollectorRegistry())
-    merchants = Merchants(
+    merchants = MerchantFeatureCache(
         store=store,
-        patience=Retrier(metrics, Health(1.0)),
+        retrier=Retrier(metrics, Health(1.0)),
         metrics=metrics,
         label_delay_ms=7 * DAY_MS,
-        cached_max=cached_max,
+        size_max=cached_max,
     )
 
     async def go() -> None:
@@ -340,9 +340,9 @@ def test_what_is_held_gives_the_features_that_loading_gives(cached_max: int) -> 
             n = int(rng.integers(1, 8))
             ids = [names[i] for i in rng.integers(0, 10, n)]
             times = START_MS + rng.integers(-2, 3, n) * BUCKET_MS
-            wanted = merchants.look(ids, times)
+            wanted = merchants.look_up(ids, times)
             if len(wanted.missing):
-                await merchants.fill(wanted)
+                await merchants.load(wanted)
             profiles, _ = decode_profiles([store.profiles.get(name) for name in ids])
             expected = observe_merchants(profiles, np.arange(n), times, 7 * DAY_MS)
             np.testing.assert_array_equal(wanted.raw, expected)

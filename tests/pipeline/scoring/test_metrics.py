@@ -1,4 +1,4 @@
-"""Metrics: the quick histogram counts as the ordinary one does, and labels are bounded."""
+"""Metrics: the batch histogram counts as the ordinary one does, and labels are bounded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ALL_BUCKETS = [
 
 
 def samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample of a scrape, by name and labels."""
+    """Return every sample of a scrape, by name and labels."""
     text = generate_latest(registry).decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -108,7 +108,7 @@ def families(metrics: Metrics) -> list[Any]:
     return list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
 
 
-def test_every_metric_that_dashboards_read_is_there_under_its_name(metrics: Metrics) -> None:
+def test_every_metric_of_the_dashboards_exists(metrics: Metrics) -> None:
     names = {family.name for family in families(metrics)}
 
     assert names >= {
@@ -168,7 +168,7 @@ def test_every_label_has_a_closed_set_of_values_and_none_names_an_account(
         assert seen[label] == values, f"each value of {label} is there from the start"
 
 
-def test_counters_begin_at_zero_so_that_the_first_increase_is_seen(metrics: Metrics) -> None:
+def test_counters_start_at_zero_so_that_the_first_increase_shows(metrics: Metrics) -> None:
     found = samples(metrics.registry)
 
     for reason in REASONS:
@@ -177,7 +177,7 @@ def test_counters_begin_at_zero_so_that_the_first_increase_is_seen(metrics: Metr
         assert found["recur_alerts_total", (("decision", decision),)] == 0
 
 
-def test_names_end_in_their_unit_or_total_and_all_are_explained(metrics: Metrics) -> None:
+def test_names_end_in_their_unit_or_total_and_all_have_a_help_text(metrics: Metrics) -> None:
     for family in families(metrics):
         assert family.documentation, family.name
         assert re.fullmatch(r"(recur|process)_[a-z_]+", family.name)

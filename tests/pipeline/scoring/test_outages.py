@@ -1,4 +1,4 @@
-"""An outage is told of when it begins, once a minute, and when it is over."""
+"""Log lines about an outage: at its start, once a minute, at its end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.scoring.outages import TELL_SECONDS, TOLD_AT_ONCE_MAX, Outages
+from pipeline.scoring.outages import BURST_MAX, LOG_SECONDS, Outages
 
 
 class Clock:
-    """Monotonic seconds that a test moves."""
+    """A clock of monotonic seconds that a test sets."""
 
     now_seconds = 1000.0
 
@@ -36,7 +36,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return lines
 
 
-def test_a_long_outage_is_told_of_once_a_minute_with_counts(
+def test_a_long_outage_is_logged_once_a_minute_with_counts(
     outages: Outages, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(1801):  # ten times a second, for three minutes
@@ -56,7 +56,9 @@ def test_a_long_outage_is_told_of_once_a_minute_with_counts(
     assert last["seconds"] == pytest.approx(180.1)
 
 
-def test_services_are_told_of_apart(outages: Outages, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_service_has_log_lines_of_its_own(
+    outages: Outages, caplog: pytest.LogCaptureFixture
+) -> None:
     outages.failed("kafka", "")
     outages.failed("redis", "")
     outages.answered("redis")
@@ -64,7 +66,7 @@ def test_services_are_told_of_apart(outages: Outages, caplog: pytest.LogCaptureF
     assert [line["service"] for line in told(caplog)] == ["kafka", "redis", "redis"]
 
 
-def test_a_service_that_comes_and_goes_fills_no_log(
+def test_a_service_that_fails_repeatedly_does_not_fill_the_log(
     outages: Outages, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(600):
@@ -72,14 +74,14 @@ def test_a_service_that_comes_and_goes_fills_no_log(
         clock.now_seconds += 0.05
         outages.answered("redis")
         clock.now_seconds += 0.05
-    assert len(told(caplog)) == 2 * TOLD_AT_ONCE_MAX
+    assert len(told(caplog)) == 2 * BURST_MAX
 
-    clock.now_seconds += TELL_SECONDS
+    clock.now_seconds += LOG_SECONDS
     outages.failed("redis", "refused")
     assert len(told(caplog)) == 1, "one that begins later is told of again"
 
 
-def test_a_service_that_was_never_away_is_not_told_of(
+def test_a_service_without_an_outage_is_not_logged(
     outages: Outages, caplog: pytest.LogCaptureFixture
 ) -> None:
     outages.answered("kafka")

@@ -1,4 +1,4 @@
-"""Retrier: a service that is away is waited for, counted and told of, and nothing else is."""
+"""Retrier: calls to a service that does not answer are repeated, counted and logged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILURES = 9
 
 
 class Flaky:
-    """Fails some times, then answers."""
+    """A call that fails several times, then answers."""
 
     def __init__(self, error: Exception, failures: int) -> None:
         self.error = error
@@ -37,7 +37,7 @@ class Flaky:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits that patience asked for, none of them waited."""
+    """The pauses of the Retrier, recorded and not waited."""
     asked: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -74,11 +74,11 @@ def failures_counted(metrics: Metrics) -> dict[str, float | None]:
         ("kafka", "redis", LogUnavailableError("away")),
     ],
 )
-def test_a_service_that_is_away_is_asked_until_it_answers(
+def test_a_call_is_repeated_until_the_service_answers(
     waits: list[float], metrics: Metrics, health: Health, service: str, other: str, error: Exception
 ) -> None:
-    patience = Retrier(metrics, health)
-    ask = patience.retry_redis if service == "redis" else patience.ask_log
+    retrier = Retrier(metrics, health)
+    ask = retrier.retry_redis if service == "redis" else retrier.retry_kafka
     call = Flaky(error, FAILURES)
 
     assert asyncio.run(ask(call)) == "answer"
@@ -108,7 +108,7 @@ def test_the_worker_is_not_ready_while_it_waits(
         seen.append(health.missing())
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    asyncio.run(Retrier(metrics, health).ask_log(Flaky(LogUnavailableError("away"), 2)))
+    asyncio.run(Retrier(metrics, health).retry_kafka(Flaky(LogUnavailableError("away"), 2)))
 
     assert seen == [{"kafka": "it does not answer"}] * 2
 
@@ -116,7 +116,7 @@ def test_the_worker_is_not_ready_while_it_waits(
 def test_an_answer_at_once_changes_nothing(
     waits: list[float], metrics: Metrics, health: Health
 ) -> None:
-    """A part that is away for another reason is not called ready by an answer."""
+    """An answer does not clear a failure with another cause."""
     health.down("redis", "not reached yet")
 
     asyncio.run(Retrier(metrics, health).retry_redis(Flaky(StoreUnavailableError(""), 0)))
@@ -126,7 +126,7 @@ def test_an_answer_at_once_changes_nothing(
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), KeyError("x")])
-def test_a_defect_is_not_waited_for(
+def test_a_defect_is_not_retried(
     waits: list[float], metrics: Metrics, health: Health, error: Exception
 ) -> None:
     call = Flaky(error, 1)
@@ -138,7 +138,7 @@ def test_a_defect_is_not_waited_for(
     assert failures_counted(metrics) == {"redis": 0, "kafka": 0}
 
 
-def test_an_outage_is_logged_twice_and_not_at_every_try(
+def test_an_outage_is_logged_twice_and_not_at_every_retry(
     waits: list[float], metrics: Metrics, health: Health, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

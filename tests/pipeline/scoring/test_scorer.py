@@ -1,4 +1,4 @@
-"""The scorer: micro-batches leave no trace, repeats are dropped, and one culprit is left alone."""
+"""The scorer: cuts of micro-batches, duplicates, expiry, and failing transactions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from model.checkpoint import Checkpoint
 from model.features.merchant import MERCHANT_FEATURES
 from pipeline.scoring.scorer import (
     FAILURES_IN_A_ROW_MAX,
+    BatchScores,
     MicroBatch,
-    Scored,
     Scorer,
     ScorerBrokenError,
 )
@@ -25,7 +25,7 @@ from pipeline.storage.account_state import RECENT_IDS
 from tests.fakes.memory_workers import DAY_MS, HIDDEN_TOLERANCE, SCORE_TOLERANCE, small_checkpoint
 
 POISON = 666.0
-"""The amount of a transaction that makes the computation fail, where a test says so."""
+"""Amount of a transaction that makes the computation fail in some tests."""
 
 ACCOUNTS = 5
 CHECKPOINT = small_checkpoint()
@@ -40,7 +40,7 @@ def batch_of(
     explain_from: Sequence[float] | None = None,
     start: int = 0,
 ) -> MicroBatch:
-    """A micro-batch a minute apart, with ids of its own unless given, and offsets from start."""
+    """Make transactions a minute apart, with distinct ids unless given, and offsets from start."""
     n = len(rows)
     times = np.arange(n, dtype=np.int64) * 60_000 + 1_700_000_000_000
     return MicroBatch(
@@ -58,14 +58,14 @@ def batch_of(
 
 def score(
     scorer: Scorer, values: Sequence[bytes | None], batch: MicroBatch
-) -> tuple[list[bytes], Scored]:
-    """States after, as bytes, and the scores."""
+) -> tuple[list[bytes], BatchScores]:
+    """Return the states afterwards, as bytes, and the scores."""
     states, scored, _, _ = scorer.score(values, batch)
     return scorer.codec.encode(states, np.arange(len(values))), scored
 
 
 def assert_close(scorer: Scorer, found: Sequence[bytes], expected: Sequence[bytes]) -> None:
-    """Equal states, but for float16's rounding of the hidden."""
+    """Check that states are equal, except for float16's rounding of the hidden state."""
     a, b = scorer.codec.decode(found)[0], scorer.codec.decode(expected)[0]
     assert np.abs(a.hidden.astype(np.float32) - b.hidden).max(initial=0) < HIDDEN_TOLERANCE
     a.hidden[:] = b.hidden
@@ -82,7 +82,7 @@ rows_and_amounts = st.lists(
 
 @given(rows_and_amounts, st.data())
 @settings(max_examples=60)
-def test_where_a_micro_batch_is_cut_leaves_no_trace(
+def test_the_cut_of_a_micro_batch_leaves_no_trace(
     drawn: list[tuple[int, float, int]], data: st.DataObject
 ) -> None:
     rows, amounts, ids = zip(*drawn, strict=True)
@@ -98,8 +98,8 @@ def test_where_a_micro_batch_is_cut_leaves_no_trace(
         parts.append(scored)
 
     assert_close(scorer, [value or b"" for value in values], whole)
-    repeated = np.concatenate([part.repeated for part in parts])
-    assert repeated.tolist() == expected.repeated.tolist()
+    repeated = np.concatenate([part.duplicate for part in parts])
+    assert repeated.tolist() == expected.duplicate.tolist()
     scores = np.concatenate([part.score for part in parts])
     np.testing.assert_allclose(scores, expected.score, atol=SCORE_TOLERANCE)
     raw = np.concatenate([part.raw for part in parts])
@@ -108,10 +108,8 @@ def test_where_a_micro_batch_is_cut_leaves_no_trace(
 
 @given(st.lists(st.floats(0, 5000), min_size=1, max_size=20), st.data())
 @settings(max_examples=40)
-def test_cuts_that_leave_the_rounds_as_they_are_change_no_bit(
-    amounts: list[float], data: st.DataObject
-) -> None:
-    """One account: every round has one row, wherever the micro-batch is cut."""
+def test_cuts_that_keep_the_rounds_change_no_bit(amounts: list[float], data: st.DataObject) -> None:
+    """Every round of a single account has one row, wherever the micro-batch is cut."""
     batch = batch_of([0] * len(amounts), amounts)
     cut = data.draw(st.integers(0, len(amounts)))
     scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
@@ -132,7 +130,7 @@ def test_the_order_of_accounts_in_the_states_does_not_matter() -> None:
     assert_close(scorer, turned[::-1], straight)
 
 
-def test_a_score_is_the_networks_of_the_states_hidden() -> None:
+def test_a_score_is_the_networks_output_for_the_hidden_state() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
     values, _ = score(scorer, [None], batch_of([0]))
     hidden = torch.from_numpy(scorer.codec.decode(values)[0].hidden).float()
@@ -144,28 +142,28 @@ def test_a_score_is_the_networks_of_the_states_hidden() -> None:
     assert scored.score[0] == torch.sigmoid(logits)[0]
 
 
-# repeats ---------------------------------------------------------------------------------
+# duplicates ------------------------------------------------------------------------------
 
 
-def test_a_repeated_id_is_dropped_also_inside_one_micro_batch() -> None:
+def test_a_duplicate_is_dropped_also_inside_one_micro_batch() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
     once, _ = score(scorer, [None], batch_of([0, 0], ids=[7, 8]))
 
     states, scored = score(scorer, [None], batch_of([0, 0, 0, 0], ids=[7, 8, 7, 8]))
-    assert scored.repeated.tolist() == [False, False, True, True]
+    assert scored.duplicate.tolist() == [False, False, True, True]
     assert states == once
 
     states, scored = score(scorer, once, batch_of([0, 0], ids=[8, 7], start=2))
-    assert scored.repeated.tolist() == [True, True]
+    assert scored.duplicate.tolist() == [True, True]
     assert states == once
 
 
-def test_the_same_id_of_another_account_is_no_repeat() -> None:
+def test_the_same_id_of_another_account_is_no_duplicate() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
 
     _, scored = score(scorer, [None] * 2, batch_of([0, 1], ids=[7, 7]))
 
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
 
 
 def test_the_last_ids_are_remembered_and_older_ones_forgotten() -> None:
@@ -175,16 +173,16 @@ def test_the_last_ids_are_remembered_and_older_ones_forgotten() -> None:
 
     for number in ids[1:]:
         _, scored = score(scorer, states, batch_of([0], ids=[number], start=99))
-        assert scored.repeated.all(), f"id {number} is one of the last {RECENT_IDS}"
+        assert scored.duplicate.all(), f"id {number} is one of the last {RECENT_IDS}"
     _, scored = score(scorer, states, batch_of([0], ids=[1], start=99))
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
 
 
 # expiry ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("silent_ms", "expired"), [(DAY_MS, 0), (DAY_MS + 1, 1)])
-def test_an_account_silent_for_longer_than_its_time_starts_anew_by_record_time(
+def test_an_account_silent_for_longer_than_its_time_to_live_is_reset_by_record_time(
     silent_ms: int, expired: int
 ) -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
@@ -200,7 +198,7 @@ def test_an_account_silent_for_longer_than_its_time_starts_anew_by_record_time(
     assert (scored.score.tobytes() == fresh.score.tobytes()) == bool(expired)
 
 
-def test_expiry_inside_a_micro_batch_is_decided_like_between_two() -> None:
+def test_expiry_inside_a_micro_batch_works_as_between_two() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
     batch = batch_of([0, 0, 0], record_ms=[0, 2 * DAY_MS, 2 * DAY_MS + 1])
 
@@ -224,7 +222,7 @@ def test_a_record_time_that_runs_backwards_expires_nothing() -> None:
     assert scorer.codec.decode(states)[0].last_record_ms.tolist() == [10 * DAY_MS + 5]
 
 
-def test_loaded_missing_and_refused_states_are_told_apart() -> None:
+def test_loaded_missing_and_invalid_states_are_counted_separately() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=DAY_MS)
     (value,), _ = score(scorer, [None], batch_of([0]))
 
@@ -234,14 +232,14 @@ def test_loaded_missing_and_refused_states_are_told_apart() -> None:
     assert refused == 1
 
 
-# states of a watermark that was taken back -------------------------------------------------
+# states of a watermark that was set back -------------------------------------------------
 
 
 @pytest.mark.parametrize("poison", [False, True])
-def test_a_state_that_lies_past_its_transactions_counts_as_absent(poison: bool) -> None:
-    """A rebuild takes the watermark back: what the states say from there on is said again.
+def test_a_state_past_its_transactions_counts_as_absent(poison: bool) -> None:
+    """A rebuild sets the watermark back, so these transactions are computed again.
 
-    Also where the micro-batch is bisected, and the states are decoded once more.
+    This also holds if the micro-batch is bisected and the states are decoded again.
     """
     scorer = Scorer(Brittle(raise_error) if poison else CHECKPOINT, ttl_ms=30 * DAY_MS)
     batch = batch_of([0, 1, 0], [20.0, 300.0, 40.0], start=5)
@@ -255,7 +253,7 @@ def test_a_state_that_lies_past_its_transactions_counts_as_absent(poison: bool) 
 
     assert scorer.codec.encode(states, np.arange(3)) == expected
     assert (loaded.tolist(), refused) == ([False] * 3, 0)
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
     states, _, loaded, _ = scorer.score([before, None, None], batch)
     assert loaded.tolist() == [True, False, False], "one before them is theirs"
     assert states.first_offset[0] == 4
@@ -272,7 +270,7 @@ class Brittle(Checkpoint):
         self._how = how
 
     def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The inputs, unless a transaction among them is poison."""
+        """Encode the inputs, unless a transaction among them is poison."""
         inputs = super().encode(raw)
         self._how(inputs[raw[:, 0] == POISON])
         return inputs
@@ -284,7 +282,7 @@ def raise_error(poisoned: np.ndarray[Any, Any]) -> None:
 
 
 class NotANumber(Brittle):
-    """Its network gives NaN for poison."""
+    """A checkpoint whose network gives NaN for poison."""
 
     def __init__(self) -> None:
         super().__init__(lambda poisoned: None)
@@ -309,7 +307,7 @@ BRITTLE = pytest.mark.parametrize(
     )
 )
 @settings(max_examples=50)
-def test_only_what_makes_the_computation_fail_is_left_out(
+def test_only_failing_transactions_are_left_out(
     brittle: Brittle, drawn: list[tuple[int, float]]
 ) -> None:
     rows, amounts = zip(*drawn, strict=True)
@@ -326,7 +324,7 @@ def test_only_what_makes_the_computation_fail_is_left_out(
     np.testing.assert_allclose(scored.score[good], expected.score, atol=SCORE_TOLERANCE)
     np.testing.assert_array_equal(scored.raw[good], expected.raw)
     assert not scored.score[culprits].any()
-    assert not scored.repeated.any()
+    assert not scored.duplicate.any()
 
 
 def take(batch: MicroBatch, rows: np.ndarray[Any, Any]) -> MicroBatch:
@@ -334,7 +332,7 @@ def take(batch: MicroBatch, rows: np.ndarray[Any, Any]) -> MicroBatch:
 
 
 @BRITTLE
-def test_a_culprit_and_its_neighbours_of_the_same_account_leave_the_bits_without_it(
+def test_a_failing_transaction_does_not_change_its_neighbours(
     brittle: Brittle,
 ) -> None:
     scorer = Scorer(brittle, ttl_ms=DAY_MS)
@@ -348,7 +346,7 @@ def test_a_culprit_and_its_neighbours_of_the_same_account_leave_the_bits_without
     assert scored.score[[0, 2]].tobytes() == expected.score.tobytes()
 
 
-def test_the_error_of_a_culprit_is_told_and_bounded() -> None:
+def test_the_error_of_a_failing_transaction_is_reported_and_bounded() -> None:
     def tell(poisoned: np.ndarray[Any, Any]) -> None:
         if len(poisoned):
             raise ValueError("x" * 10_000)
@@ -370,7 +368,7 @@ def test_an_expiry_before_a_failure_is_undone_with_it() -> None:
     assert (scored.expired, list(scored.failed)) == (0, [0])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the computation fails with
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the cause of the failure
 @pytest.mark.parametrize(
     ("name", "number"),
     [
@@ -382,10 +380,10 @@ def test_an_expiry_before_a_failure_is_undone_with_it() -> None:
         ("last_event_ms", -(2**63)),
     ],
 )
-def test_a_state_whose_numbers_make_the_computation_fail_is_refused(
+def test_a_state_whose_numbers_make_the_computation_fail_is_invalid(
     name: str, number: float
 ) -> None:
-    """Or its account's transactions would all be rejected, and many in a row end the worker."""
+    """Otherwise all transactions of its account fail, and many failures in a row end the worker."""
     scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
     values, _ = score(scorer, [None] * 2, batch_of([0, 1]))
     table = np.frombuffer(values[1], scorer.codec.dtype).copy()
@@ -403,7 +401,7 @@ def test_a_state_whose_numbers_make_the_computation_fail_is_refused(
     assert_close(scorer, scorer.codec.encode(states, np.arange(2)), expected)
 
 
-def test_a_failure_that_passes_on_the_second_try_leaves_nothing_out() -> None:
+def test_a_failure_that_passes_on_retry_leaves_nothing_out() -> None:
     failures = iter([True])
 
     def once(poisoned: np.ndarray[Any, Any]) -> None:
@@ -418,7 +416,7 @@ def test_a_failure_that_passes_on_the_second_try_leaves_nothing_out() -> None:
     assert states == score(Scorer(CHECKPOINT, ttl_ms=DAY_MS), [None] * 2, batch_of([0, 1, 0]))[0]
 
 
-def test_when_everything_fails_the_scorer_says_so_instead_of_rejecting_everything() -> None:
+def test_a_scorer_that_always_fails_raises_instead_of_rejecting_everything() -> None:
     scorer = Scorer(Brittle(raise_error), ttl_ms=DAY_MS)
     n = FAILURES_IN_A_ROW_MAX + 1
 
@@ -452,7 +450,7 @@ def test_stacked_layers_are_advanced_together() -> None:
     assert all(hidden[0, layer].any() for layer in range(3))
 
 
-def test_nothing_to_score_is_no_error() -> None:
+def test_an_empty_micro_batch_is_no_error() -> None:
     states, scored = score(Scorer(CHECKPOINT, ttl_ms=DAY_MS), [], batch_of([]))
 
     assert states == []
@@ -469,7 +467,7 @@ def test_the_network_does_not_learn_nor_drop_out_in_the_worker() -> None:
     assert not any(p.requires_grad for p in scorer.checkpoint.network.parameters())
 
 
-def test_the_hidden_before_is_kept_of_what_reaches_its_threshold_and_of_nothing_else() -> None:
+def test_the_hidden_state_before_is_kept_only_for_scores_above_the_threshold() -> None:
     scorer = Scorer(CHECKPOINT, 30 * DAY_MS)
     rows, amounts = [0, 1, 0, 0, 1, 2], [20.0, 300.0, 5.0, 250.0, 1.0, 90.0]
     _, plain = score(scorer, [None] * ACCOUNTS, batch_of(rows, amounts))
@@ -482,7 +480,7 @@ def test_the_hidden_before_is_kept_of_what_reaches_its_threshold_and_of_nothing_
     wanted = {i for i in range(6) if plain.score[i] >= found[i]}
     assert scored.before.keys() == wanted
     states: list[bytes | None] = [None] * ACCOUNTS
-    for i in range(6):  # one at a time, so that the state before each is at hand
+    for i in range(6):  # one at a time, to observe the state before each
         if i in wanted:
             hidden = scorer.codec.decode(states)[0].hidden[rows[i]]
             difference = np.abs(scored.before[i].astype("f4") - hidden.astype("f4")).max()
@@ -491,7 +489,7 @@ def test_the_hidden_before_is_kept_of_what_reaches_its_threshold_and_of_nothing_
         states = list(after)
 
 
-def test_the_hidden_before_survives_a_bisection() -> None:
+def test_the_hidden_state_before_survives_a_bisection() -> None:
     class Poisoned(Scorer):
         def _step(self, states: Any, batch: MicroBatch, *rest: Any) -> Any:
             if POISON in batch.amount:

@@ -1,4 +1,4 @@
-"""A state's bytes: small, exact, and refused as soon as one bit is not what was written."""
+"""A state's bytes: small, exact, and invalid if any bit changed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pipeline.storage.account_state import (
     STATE_FORMAT,
     AccountStates,
     StateCodec,
-    Watermark,
     layout,
 )
+from pipeline.storage.watermark import Watermark
 
 WINDOWS = len(WINDOW_DAYS)
 
 
 def column(dtype: str, n: int, *shape: int) -> st.SearchStrategy[NDArray[Any]]:
-    """An array [n, *shape] of any numbers of a type, infinities and NaN included."""
+    """Draw an array [n, *shape] of any numbers of a type, infinities and NaN included."""
     return arrays.arrays(np.dtype(dtype), (n, *shape))
 
 
@@ -58,7 +58,7 @@ def columns_of(states: AccountStates) -> dict[str, NDArray[Any]]:
 
 
 def values_of(codec: StateCodec, n: int = 1) -> list[bytes]:
-    """N sound values of different accounts."""
+    """Return n valid values of different accounts."""
     states, _, _ = codec.decode([None] * n)
     states.history.count[:] = np.arange(1, n + 1)
     states.last_offset[:] = 41
@@ -67,7 +67,7 @@ def values_of(codec: StateCodec, n: int = 1) -> list[bytes]:
 
 
 def refused(codec: StateCodec, value: bytes) -> bool:
-    """Whether a value counts as refused, and its account as one without state."""
+    """Return whether a value is invalid and its account counts as one without a state."""
     states, loaded, refusals = codec.decode([value])
     absent = int(states.history.count[0]) == 0 and not states.hidden.any()
     assert absent == (not loaded[0]) == (refusals == 1)
@@ -94,7 +94,7 @@ def test_every_bit_of_a_state_survives_the_round_trip(
 
 
 @given(codecs_and_states(), st.data())
-def test_only_the_rows_asked_for_are_encoded_and_in_their_order(
+def test_only_the_requested_rows_are_encoded_in_order(
     codec_and_states: tuple[StateCodec, AccountStates], data: st.DataObject
 ) -> None:
     codec, states = codec_and_states
@@ -105,7 +105,7 @@ def test_only_the_rows_asked_for_are_encoded_and_in_their_order(
 
 
 @pytest.mark.parametrize(("layers", "hidden_size"), [(1, 8), (2, 3)])
-def test_a_state_with_any_single_bit_flipped_is_refused(layers: int, hidden_size: int) -> None:
+def test_a_state_with_any_single_bit_flipped_is_invalid(layers: int, hidden_size: int) -> None:
     codec = StateCodec(layers, hidden_size)
     (value,) = values_of(codec)
     flipped = []
@@ -122,11 +122,11 @@ def test_a_state_with_any_single_bit_flipped_is_refused(layers: int, hidden_size
 
 
 @given(st.binary(max_size=400))
-def test_random_bytes_are_refused(value: bytes) -> None:
+def test_random_bytes_are_invalid(value: bytes) -> None:
     assert refused(StateCodec(1, 128), value)
 
 
-def test_random_bytes_of_the_right_size_are_refused() -> None:
+def test_random_bytes_of_the_right_size_are_invalid() -> None:
     codec = StateCodec(1, 128)
     noise = hashlib.shake_128(b"noise").digest(codec.size_bytes * 1000)
     values = [noise[i : i + codec.size_bytes] for i in range(0, len(noise), codec.size_bytes)]
@@ -134,7 +134,7 @@ def test_random_bytes_of_the_right_size_are_refused() -> None:
     assert codec.decode(values)[2] == 1000
 
 
-def test_a_state_that_is_cut_or_longer_is_refused() -> None:
+def test_a_shorter_or_longer_state_is_invalid() -> None:
     codec = StateCodec(1, 8)
     (value,) = values_of(codec)
 
@@ -143,7 +143,7 @@ def test_a_state_that_is_cut_or_longer_is_refused() -> None:
         assert refused(codec, damaged), len(damaged)
 
 
-def test_a_state_of_another_network_of_the_same_size_is_refused() -> None:
+def test_a_state_of_another_network_of_the_same_size_is_invalid() -> None:
     four_by_two, two_by_four = StateCodec(4, 2), StateCodec(2, 4)
     assert four_by_two.size_bytes == two_by_four.size_bytes
     (value,) = values_of(four_by_two)
@@ -152,7 +152,7 @@ def test_a_state_of_another_network_of_the_same_size_is_refused() -> None:
     assert refused(two_by_four, value)
 
 
-def test_a_state_of_another_format_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_another_format_version_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = StateCodec(1, 8)
     monkeypatch.setattr("pipeline.storage.account_state.STATE_FORMAT", STATE_FORMAT + 1)
     (value,) = values_of(StateCodec(1, 8))
@@ -161,7 +161,7 @@ def test_a_state_of_another_format_version_is_refused(monkeypatch: pytest.Monkey
     assert refused(newer, value)
 
 
-def test_a_refused_state_leaves_its_neighbours_whole() -> None:
+def test_an_invalid_state_does_not_change_its_neighbours() -> None:
     codec = StateCodec(1, 8)
     first, second = values_of(codec, 2)
 
@@ -173,8 +173,8 @@ def test_a_refused_state_leaves_its_neighbours_whole() -> None:
     assert states.last_offset.tolist() == [41, -1, -1, 41]
 
 
-def test_a_state_that_counts_no_transaction_leaves_nothing_of_itself() -> None:
-    """No worker writes one; refused, it must not lend its hidden to an account that begins."""
+def test_a_state_without_transactions_is_reset() -> None:
+    """No worker writes such a state. Its hidden state must not pass to a new account."""
     codec = StateCodec(1, 8)
     (value,) = values_of(codec)
     table = np.frombuffer(value, codec.dtype).copy()
@@ -188,7 +188,7 @@ def test_a_state_that_counts_no_transaction_leaves_nothing_of_itself() -> None:
     assert len(set(codec.encode(states, np.arange(2)))) == 1
 
 
-def test_no_states_are_decoded_and_encoded_as_none() -> None:
+def test_an_empty_list_of_states_is_decoded_and_encoded() -> None:
     codec = StateCodec(1, 8)
 
     states, loaded, refusals = codec.decode([])
@@ -241,8 +241,8 @@ def test_a_watermark_survives_the_round_trip(
 
 
 @given(st.binary(max_size=64))
-def test_a_watermark_of_another_size_or_format_is_refused(value: bytes) -> None:
-    if len(value) == 32 and value[0] == 1:  # without ids, as an older version wrote it
+def test_a_watermark_of_another_size_or_format_is_rejected(value: bytes) -> None:
+    if len(value) == 32 and value[0] == 1:  # format 1, without ids
         value = value[:-1]
 
     with pytest.raises(ValueError, match="unknown format"):
@@ -250,13 +250,13 @@ def test_a_watermark_of_another_size_or_format_is_refused(value: bytes) -> None:
 
 
 @pytest.mark.parametrize("damaged", [(0, 1, 2, 3), (8, -1, 2, 3), (8, 1, -2, 3)])
-def test_a_watermark_of_no_partition_or_a_negative_offset_is_refused(
+def test_a_watermark_without_partitions_or_with_a_negative_offset_is_rejected(
     damaged: tuple[int, int, int, int],
 ) -> None:
-    """A worker would take its partition's whole log for lost, or replay from nowhere."""
+    """Otherwise a worker would count the whole log as lost, or read from an impossible offset."""
     with pytest.raises(ValueError, match="damaged"):
         Watermark.from_bytes(Watermark(*damaged).to_bytes())
 
 
-def test_watermarks_of_two_writers_at_one_place_differ() -> None:
+def test_watermarks_of_two_writers_at_one_offset_differ() -> None:
     assert Watermark(8, 1, 2, 3).to_bytes() != Watermark(8, 1, 2, 4).to_bytes()

@@ -1,4 +1,4 @@
-"""Keys: a partition in one Redis Cluster slot, and no two things under one key."""
+"""Keys: a partition in one slot of Redis Cluster, and distinct keys for distinct things."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ topics = st.text("abcXYZ019._-", min_size=1, max_size=40)
 
 
 @given(topics, st.integers(0, 9999), st.lists(account_ids, max_size=20))
-def test_a_partition_lies_in_one_slot_whatever_its_accounts_are_called(
+def test_a_partition_lies_in_one_slot_for_any_names_of_accounts(
     topic: str, partition: int, accounts: list[str]
 ) -> None:
     keys = Keys("recur", "0f3a5b7c9d1e", topic)
@@ -30,7 +30,7 @@ def test_partitions_lie_in_different_slots_so_that_a_cluster_shares_the_load() -
 
 
 @given(st.lists(account_ids, unique=True, min_size=2, max_size=20))
-def test_no_two_accounts_share_a_key_nor_take_the_watermarks(accounts: list[str]) -> None:
+def test_no_account_shares_a_key_with_another_or_with_the_watermark(accounts: list[str]) -> None:
     keys = Keys("recur", "m", "transactions")
 
     names = [keys.watermark(0), *keys.accounts(0, accounts), *keys.accounts(1, accounts)]
@@ -38,7 +38,7 @@ def test_no_two_accounts_share_a_key_nor_take_the_watermarks(accounts: list[str]
     assert len(set(names)) == 1 + 2 * len(accounts)
 
 
-def test_another_model_prefix_or_topic_has_keys_of_its_own() -> None:
+def test_another_model_prefix_or_topic_has_other_keys() -> None:
     everything = [
         Keys("recur", "m1", "transactions"),
         Keys("recur", "m2", "transactions"),

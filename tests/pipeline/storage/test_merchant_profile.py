@@ -1,4 +1,4 @@
-"""Profiles as bytes: nothing is lost on the way, nothing unsound is read, all stays bounded."""
+"""Profiles as bytes: exact, checked and bounded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ profiles = st.builds(
 
 
 @given(profiles)
-def test_a_profile_comes_back_from_its_bytes(profile: Profile) -> None:
+def test_a_profile_survives_the_round_trip(profile: Profile) -> None:
     again = Profile.from_bytes(profile.to_bytes())
 
     assert again.head == profile.head
@@ -42,7 +42,7 @@ def test_a_profile_comes_back_from_its_bytes(profile: Profile) -> None:
 
 @pytest.mark.slow
 @given(st.lists(st.one_of(st.none(), profiles), max_size=6))
-def test_many_are_decoded_at_once_as_one_by_one(some: list[Profile | None]) -> None:
+def test_many_profiles_are_decoded_as_one_by_one(some: list[Profile | None]) -> None:
     columns, refused = decode_profiles([None if p is None else p.to_bytes() for p in some])
 
     assert refused == 0
@@ -83,7 +83,7 @@ def test_a_value_of_another_size_or_format_counts_as_absent_and_is_counted(cut: 
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 70_000)), max_size=40))
-def test_the_ring_holds_the_newest_buckets_saturated_and_no_others(
+def test_the_ring_has_the_newest_buckets_saturated_and_no_others(
     added: list[tuple[int, int]],
 ) -> None:
     profile = Profile()
@@ -101,28 +101,28 @@ def test_the_ring_holds_the_newest_buckets_saturated_and_no_others(
     assert {b: n for b, n in held.items() if n} == expected
 
 
-def test_the_last_label_of_a_transaction_wins_and_keeps_when_it_was_first_known() -> None:
+def test_the_last_label_of_a_transaction_wins_and_keeps_the_first_time() -> None:
     profile = Profile()
 
-    assert profile.book(Fraud(1, 100, 128), is_fraud=True)
-    assert profile.book(Fraud(1, 101, 130), is_fraud=True)
+    assert profile.record(Fraud(1, 100, 128), is_fraud=True)
+    assert profile.record(Fraud(1, 101, 130), is_fraud=True)
     assert profile.frauds == [Fraud(1, 101, 128)]
-    assert profile.book(Fraud(1, 101, 131), is_fraud=False)
+    assert profile.record(Fraud(1, 101, 131), is_fraud=False)
     assert profile.frauds == []
-    assert not profile.book(Fraud(1, 101, 131), is_fraud=False)
+    assert not profile.record(Fraud(1, 101, 131), is_fraud=False)
 
 
-def test_a_fraud_that_is_said_again_takes_the_new_weight() -> None:
+def test_a_repeated_fraud_label_changes_the_weight() -> None:
     profile = Profile()
-    profile.book(Fraud(1, 100, 128, 40), is_fraud=True)
-    profile.book(Fraud(1, 100, 130, 50), is_fraud=True)
+    profile.record(Fraud(1, 100, 128, 40), is_fraud=True)
+    profile.record(Fraud(1, 100, 130, 50), is_fraud=True)
     assert profile.frauds == [Fraud(1, 100, 128, 50)]
-    assert profile.weigh(1, 60)
-    assert not profile.weigh(2, 60)
+    assert profile.set_weight(1, 60)
+    assert not profile.set_weight(2, 60)
     assert profile.frauds == [Fraud(1, 100, 128, 60)]
 
 
-def test_a_label_of_a_far_future_leaves_the_weight_alone() -> None:
+def test_a_label_of_the_far_future_does_not_change_the_weight() -> None:
     profile = Profile(frauds=[Fraud(1, 100, KNOWN_MAX + 7, 40)])
     assert Profile.from_bytes(profile.to_bytes()).frauds == [Fraud(1, 100, KNOWN_MAX, 40)]
 
@@ -130,14 +130,14 @@ def test_a_label_of_a_far_future_leaves_the_weight_alone() -> None:
 def test_known_frauds_are_bounded_by_number_and_age() -> None:
     profile = Profile()
     for i in range(FRAUDS_MAX + 10):
-        profile.book(Fraud(i, 1000, 1000), is_fraud=True)
+        profile.record(Fraud(i, 1000, 1000), is_fraud=True)
     assert [f.id_hash for f in profile.frauds] == list(range(10, FRAUDS_MAX + 10))
 
-    profile.book(Fraud(1, 1100, 1000 + FRAUD_BUCKETS_MAX), is_fraud=True)
+    profile.record(Fraud(1, 1100, 1000 + FRAUD_BUCKETS_MAX), is_fraud=True)
     assert profile.frauds == [Fraud(1, 1100, 1000 + FRAUD_BUCKETS_MAX)]
 
 
-def test_entries_are_the_tail_of_a_value() -> None:
+def test_fraud_entries_are_the_tail_of_a_value() -> None:
     some = [Fraud(2**64 - 1, 5, 6), Fraud(1, 2, 3)]
 
     assert b"".join(encode_frauds(some)) == Profile(frauds=some).to_bytes()[FIXED_BYTES:]

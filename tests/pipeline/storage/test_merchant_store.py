@@ -23,8 +23,8 @@ from pipeline.storage.keys import MERCHANT_SLOTS, MerchantKeys, merchant_slot
 from pipeline.storage.merchant_profile import FIXED_BYTES, Fraud, Profile
 from pipeline.storage.merchant_store import (
     EXPIRY_MS,
-    Booked,
-    Booking,
+    LabelOutcomes,
+    MerchantLabel,
     MerchantStore,
     RedisMerchantStore,
     ScoredNote,
@@ -38,7 +38,7 @@ SERVERS = [pytest.param(name, marks=pytest.mark.live) for name in ("redis", "clu
 
 @dataclass
 class Backend:
-    """A place for profiles; ``client`` looks at the server past the store, None in memory."""
+    """A server or fake for profiles; ``client`` reads the server directly, None in memory."""
 
     open: Callable[[], MerchantStore]
     client: Callable[[], Any] | None = None
@@ -47,7 +47,7 @@ class Backend:
     start: Callable[[], object] = field(default=lambda: None)
 
     def run(self, test: Callable[[MerchantStore], Awaitable[None]]) -> None:
-        """Run a test with a store, which is closed afterwards."""
+        """Run a test with a store, and close the store afterwards."""
 
         async def go() -> None:
             store = self.open()
@@ -90,7 +90,7 @@ def server_backend(server: Redis | RedisCluster) -> Backend:
 
 @pytest.fixture(params=["memory", *SERVERS])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Shared servers, keys of one test."""
+    """Provide each kind of store, on shared servers with keys of one test."""
     if request.param == "memory":
         return memory_backend()
     fixture = {"redis": "redis_server", "cluster": "redis_cluster"}[request.param]
@@ -99,14 +99,14 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(params=SERVERS)
 def real_backend(request: pytest.FixtureRequest) -> Backend:
-    """As ``backend``, without the fake."""
+    """Provide the backends without the fake."""
     fixture = {"redis": "redis_server", "cluster": "redis_cluster"}[request.param]
     return server_backend(request.getfixturevalue(fixture))
 
 
 @pytest.fixture(params=["memory", *SERVERS])
 def stoppable(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """A server of the test's own, which it may stop."""
+    """Provide a server that the test may stop."""
     if request.param == "memory":
         yield memory_backend()
     else:
@@ -120,26 +120,28 @@ async def profile(store: MerchantStore, merchant: str) -> Profile:
     return Profile.from_bytes(value)
 
 
-async def book(store: MerchantStore, partition: int, labels: Sequence[Booking]) -> list[str | None]:
-    """Labels of which none before them is missing; what was decided of their transactions."""
+async def book(
+    store: MerchantStore, partition: int, labels: Sequence[MerchantLabel]
+) -> list[str | None]:
+    """Record labels without a gap before them; return the decisions on their transactions."""
     end = labels[-1].offset + 1 if labels else 0
-    booked = await store.book(partition, labels, 0, end)
+    booked = await store.record_labels(partition, labels, 0, end)
     assert booked.behind is None
     return booked.decisions
 
 
-def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> Booking:
-    """A label; ``at`` is when it became known, ``weight`` is what it tells."""
+def fraud(offset: int, merchant: str, transaction: int, **changes: Any) -> MerchantLabel:
+    """Make a label that became known at ``at``, with a ``weight`` or without."""
     fields = {"bucket": 1000, "known": 1028, "is_fraud": True, "at": 0, "weight": None} | changes
     told = fields["weight"]
     entry = Fraud(transaction, fields["bucket"], fields["known"], 255 if told is None else told)
-    return Booking(
+    return MerchantLabel(
         offset,
         merchant,
         fields["is_fraud"],
         entry,
         fields["at"],
-        is_weight_told=told is not None,
+        has_weight=told is not None,
         is_late=fields.get("late", False),
     )
 
@@ -179,7 +181,7 @@ def test_merchants_may_have_any_name(backend: Backend) -> None:
     backend.run(go)
 
 
-def test_more_merchants_than_fit_a_call_are_counted_in_one(backend: Backend) -> None:
+def test_more_merchants_than_fit_one_script_call_are_counted(backend: Backend) -> None:
     names = [f"M{i}" for i in range(1500)]
 
     async def go(store: MerchantStore) -> None:
@@ -212,10 +214,10 @@ histories = st.lists(
 @given(history=histories)
 @example(history=[{348: {"M1": 33_324}}, {28: {"M1": 32_212}}])  # full, and too old to count
 @example(history=[{28: {"M1": 40_000}}, {28: {"M1": 40_000}}, {28: {"M1": 1}}])
-def test_every_history_of_counts_gives_what_a_profile_in_python_gives(
+def test_any_history_of_counts_gives_the_same_as_a_profile_in_python(
     redis_server: Redis, history: list[dict[int, dict[str, int]]]
 ) -> None:
-    """The ring moves forward, whatever the gap, wherever it wraps; old buckets are skipped."""
+    """The ring moves forward over any gap and any wrap; old buckets are skipped."""
     expected = {"M1": Profile(), "M2": Profile()}
 
     async def go(store: MerchantStore) -> None:
@@ -237,7 +239,7 @@ def test_every_history_of_counts_gives_what_a_profile_in_python_gives(
 # labels ----------------------------------------------------------------------------------
 
 
-def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> None:
+def test_a_label_is_recorded_once_for_any_redelivery(backend: Backend) -> None:
     labels = [
         fraud(10, "M1", 1),
         fraud(11, "M2", 2),
@@ -247,25 +249,25 @@ def test_a_label_is_booked_once_whatever_is_redelivered(backend: Backend) -> Non
 
     async def go(store: MerchantStore) -> None:
         await store.add({990: {"M1": 5}}, [])
-        assert await store.booked_to(0) == 0
+        assert await store.recorded_to(0) == 0
         assert await book(store, 0, labels) == ["approve"] * 4
         after = await store.load(["M1", "M2"])
 
-        for again in (labels, labels[3:], labels[1:3], labels[:2]):  # a zombie's end is lower
+        for again in (labels, labels[3:], labels[1:3], labels[:2]):  # a zombie has a lower end
             assert await book(store, 0, again) == [None] * len(again)
 
         assert await store.load(["M1", "M2"]) == after
         one = await profile(store, "M1")
         assert one.frauds == [Fraud(3, 1000, 1028)]
         assert (one.head, int(one.counts.sum())) == (990, 5)
-        assert await store.booked_to(0) == 16
-        assert await store.booked_to(1) == 0
+        assert await store.recorded_to(0) == 16
+        assert await store.recorded_to(1) == 0
 
     backend.run(go)
 
 
 def test_a_redelivered_label_does_not_undo_the_later_one(backend: Backend) -> None:
-    """A zombie books the first part of the log again after its successor booked all of it."""
+    """A zombie records the first part of the log again after its successor recorded all of it."""
     first, second = fraud(0, "M1", 1), fraud(1, "M1", 1, is_fraud=False)
 
     async def go(store: MerchantStore) -> None:
@@ -277,26 +279,28 @@ def test_a_redelivered_label_does_not_undo_the_later_one(backend: Backend) -> No
     backend.run(go)
 
 
-def test_nothing_is_booked_past_a_gap(backend: Backend) -> None:
-    """What is not booked and lies before it would count as booked, and stay lost."""
+def test_nothing_is_recorded_past_a_gap(backend: Backend) -> None:
+    """Otherwise the missing labels would count as recorded, and stay lost."""
 
     async def go(store: MerchantStore) -> None:
         first, second = fraud(3, "M1", 1), fraud(12, "M1", 2)
-        assert await store.book(0, [first], 0, 10) == Booked(["approve"])
-        assert await store.book(0, [second], 12, 20) == Booked([None], behind=10)
-        assert await store.book(0, [], 11, 20) == Booked([], behind=10)
-        assert await store.booked_to(0) == 10
+        assert await store.record_labels(0, [first], 0, 10) == LabelOutcomes(["approve"])
+        assert await store.record_labels(0, [second], 12, 20) == LabelOutcomes([None], behind=10)
+        assert await store.record_labels(0, [], 11, 20) == LabelOutcomes([], behind=10)
+        assert await store.recorded_to(0) == 10
         assert (await profile(store, "M1")).frauds == [first.entry]
 
-        assert await store.book(0, [second], 10, 20) == Booked(["approve"])
-        assert await store.book(0, [], 20, 30) == Booked([])
-        assert await store.booked_to(0) == 30
-        assert await store.book(0, [fraud(50, "M1", 3)], 0, 51) == Booked(["approve"])
+        assert await store.record_labels(0, [second], 10, 20) == LabelOutcomes(["approve"])
+        assert await store.record_labels(0, [], 20, 30) == LabelOutcomes([])
+        assert await store.recorded_to(0) == 30
+        assert await store.record_labels(0, [fraud(50, "M1", 3)], 0, 51) == LabelOutcomes(
+            ["approve"]
+        )
 
     backend.run(go)
 
 
-def test_a_labels_log_that_begins_is_booked_from_its_begin_and_others_stay(
+def test_a_new_labels_topic_is_recorded_from_its_start_and_others_stay(
     backend: Backend,
 ) -> None:
     one, other = bytes([1] * 16), bytes([2] * 16)
@@ -304,28 +308,32 @@ def test_a_labels_log_that_begins_is_booked_from_its_begin_and_others_stay(
     async def go(store: MerchantStore) -> None:
         assert await store.labels_log(0, None) is None
         assert await store.labels_log(0, one) == one
-        assert await store.labels_log(0, other) == one  # what is named stays
+        assert await store.labels_log(0, other) == one  # a stored id stays
         for partition in (0, 1):
-            await store.book(partition, [fraud(3, "M1", 1 + partition)], 0, 10)
+            await store.record_labels(partition, [fraud(3, "M1", 1 + partition)], 0, 10)
 
         await store.begin_labels_log(0, other)
 
         assert await store.labels_log(0, one) == other
-        assert [await store.booked_to(partition) for partition in (0, 1)] == [0, 10]
+        assert [await store.recorded_to(partition) for partition in (0, 1)] == [0, 10]
         assert len((await profile(store, "M1")).frauds) == 2
-        assert await store.book(0, [fraud(3, "M1", 9)], 0, 10) == Booked(["approve"])
+        assert await store.record_labels(0, [fraud(3, "M1", 9)], 0, 10) == LabelOutcomes(
+            ["approve"]
+        )
 
     backend.run(go)
 
 
-def test_more_labels_than_fit_a_call_are_booked_once_each(backend: Backend) -> None:
+def test_more_labels_than_fit_one_script_call_are_recorded_once_each(backend: Backend) -> None:
     labels = [fraud(2 * i, f"M{i % 3}", i) for i in range(900)]
 
     async def go(store: MerchantStore) -> None:
-        assert await store.book(0, labels[:500], 0, 1000) == Booked(["approve"] * 500)
-        again = await store.book(0, labels[200:], 400, 1800)
-        assert again == Booked([None] * 300 + ["approve"] * 400)
-        assert await store.booked_to(0) == 1800
+        assert await store.record_labels(0, labels[:500], 0, 1000) == LabelOutcomes(
+            ["approve"] * 500
+        )
+        again = await store.record_labels(0, labels[200:], 400, 1800)
+        assert again == LabelOutcomes([None] * 300 + ["approve"] * 400)
+        assert await store.recorded_to(0) == 1800
         for number in range(3):
             known = [f.id_hash for f in (await profile(store, f"M{number}")).frauds]
             assert known == list(range(number, 900, 3))
@@ -333,7 +341,7 @@ def test_more_labels_than_fit_a_call_are_booked_once_each(backend: Backend) -> N
     backend.run(go)
 
 
-def test_partitions_of_labels_are_apart(backend: Backend) -> None:
+def test_partitions_of_labels_are_independent(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
         assert await book(store, 0, [fraud(7, "M1", 1)]) == ["approve"]
         assert await book(store, 1, [fraud(3, "M1", 2)]) == ["approve"]
@@ -351,7 +359,7 @@ def test_a_legitimate_label_makes_no_profile(backend: Backend) -> None:
     backend.run(go)
 
 
-def test_a_profile_begun_by_a_label_counts_transactions(backend: Backend) -> None:
+def test_a_profile_created_by_a_label_counts_transactions(backend: Backend) -> None:
     async def go(store: MerchantStore) -> None:
         await book(store, 0, [fraud(0, "M1", 1)])
         await store.add({1029: {"M1": 3}}, [])
@@ -362,7 +370,7 @@ def test_a_profile_begun_by_a_label_counts_transactions(backend: Backend) -> Non
     backend.run(go)
 
 
-def test_labels_tell_what_was_decided_of_their_transactions(backend: Backend) -> None:
+def test_labels_return_the_decisions_on_their_transactions(backend: Backend) -> None:
     notes = [ScoredNote("M1", 1, "review"), ScoredNote("M2", 2, "decline")]
 
     async def go(store: MerchantStore) -> None:
@@ -374,7 +382,7 @@ def test_labels_tell_what_was_decided_of_their_transactions(backend: Backend) ->
     backend.run(go)
 
 
-def test_a_label_that_comes_too_late_for_a_note_tells_that_the_decision_is_unknown(
+def test_a_label_after_its_notes_expiry_returns_an_unknown_decision(
     backend: Backend,
 ) -> None:
     async def go(store: MerchantStore) -> None:
@@ -386,7 +394,7 @@ def test_a_label_that_comes_too_late_for_a_note_tells_that_the_decision_is_unkno
 
 
 def test_an_older_label_that_comes_later_changes_nothing(backend: Backend) -> None:
-    """Legitimate or fraud, of an alert or not; of the same time the last one wins."""
+    """This holds for both kinds of labels, with or without an alert."""
     labels = [
         fraud(0, "M1", 1, at=500),
         fraud(1, "M1", 1, at=499, is_fraud=False),
@@ -408,7 +416,7 @@ def test_an_older_label_that_comes_later_changes_nothing(backend: Backend) -> No
     backend.run(go)
 
 
-def test_a_fraud_weighs_what_its_label_tells_else_what_is_remembered_else_in_full(
+def test_a_fraud_gets_its_labels_weight_else_its_notes_else_the_full_weight(
     backend: Backend,
 ) -> None:
     notes = [ScoredNote("M1", 1, "approve", 40), ScoredNote("M1", 2, "decline", 50)]
@@ -420,7 +428,7 @@ def test_a_fraud_weighs_what_its_label_tells_else_what_is_remembered_else_in_ful
         expected = {1: 40, 2: 60, 3: 255}
         assert {f.id_hash: f.weight for f in (await profile(store, "M1")).frauds} == expected
 
-        # Said again, and remembered again: a label's own weight stays.
+        # The label and the note come again: the label's own weight stays.
         assert await book(store, 0, [*labels, fraud(3, "M1", 2)]) == [None] * 3 + ["decline"]
         await store.add({}, notes)
         assert {f.id_hash: f.weight for f in (await profile(store, "M1")).frauds} == expected
@@ -428,10 +436,10 @@ def test_a_fraud_weighs_what_its_label_tells_else_what_is_remembered_else_in_ful
     backend.run(go)
 
 
-def test_a_note_that_comes_after_its_label_weighs_the_fraud_that_was_booked(
+def test_a_note_that_comes_after_its_label_sets_the_weight_of_the_fraud(
     backend: Backend,
 ) -> None:
-    """A Redis lost both: labels are booked again at once, and states when the log comes to them."""
+    """After a loss labels are recorded again at once, and notes once the log is read back."""
 
     async def go(store: MerchantStore) -> None:
         await book(store, 0, [fraud(0, "M1", 1, at=9), fraud(1, "M1", 2)])
@@ -440,7 +448,7 @@ def test_a_note_that_comes_after_its_label_weighs_the_fraud_that_was_booked(
             Fraud(1, 1000, 1028, 40),
             Fraud(2, 1000, 1028),
         ]
-        # What labels told stays: an older one is still an older one.
+        # The time of the newest label stays: an older label still changes nothing.
         again = [fraud(2, "M1", 1, at=8, is_fraud=False), fraud(3, "M1", 1, at=9)]
         assert await book(store, 0, again) == [STALE, "review"]
         assert (await profile(store, "M1")).counts.sum() == 3
@@ -464,7 +472,7 @@ steps_of_one_partition = st.lists(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=steps_of_one_partition)
-def test_every_order_of_labels_and_notes_gives_what_the_store_in_python_gives(
+def test_any_order_of_labels_and_notes_gives_the_same_as_the_store_in_python(
     redis_server: Redis, drawn: list[tuple[str, int, int, int, str, int, int | None]]
 ) -> None:
     expected = MemoryMerchantStore()
@@ -500,7 +508,7 @@ def test_every_order_of_labels_and_notes_gives_what_the_store_in_python_gives(
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=steps_of_one_partition)
-def test_labels_that_are_booked_together_give_what_they_give_one_by_one(
+def test_labels_recorded_together_give_the_same_as_one_by_one(
     redis_server: Redis, drawn: list[tuple[str, int, int, int, str, int, int | None]]
 ) -> None:
     expected = MemoryMerchantStore()
@@ -523,7 +531,7 @@ def test_labels_that_are_booked_together_give_what_they_give_one_by_one(
 # real servers ----------------------------------------------------------------------------
 
 
-def test_profiles_and_notes_expire_and_watermarks_never(real_backend: Backend) -> None:
+def test_profiles_and_notes_expire_and_watermarks_do_not(real_backend: Backend) -> None:
     keys = real_backend.keys
 
     async def go(store: MerchantStore) -> None:
@@ -543,10 +551,10 @@ def test_profiles_and_notes_expire_and_watermarks_never(real_backend: Backend) -
         assert client.pttl(watermark) == -1
 
 
-def test_a_part_of_a_cluster_that_lost_labels_is_found_and_gets_them_again(
+def test_a_cluster_node_that_lost_labels_is_found_and_gets_them_again(
     real_backend: Backend,
 ) -> None:
-    """A replica that lags takes over for one of several primaries."""
+    """A lagging replica replaces one of several primaries."""
     keys = real_backend.keys
     labels = [fraud(i, f"M{i % 40}", i) for i in range(100)]
     lost = merchant_slot("M7")
@@ -554,20 +562,20 @@ def test_a_part_of_a_cluster_that_lost_labels_is_found_and_gets_them_again(
     with real_backend.client() as client:
 
         async def go(store: MerchantStore) -> None:
-            await store.book(0, labels[:60], 0, 60)
+            await store.record_labels(0, labels[:60], 0, 60)
             client.set(keys.labels_watermark(lost, "labels", 0), 20)
             for number in range(40):
                 if merchant_slot(f"M{number}") == lost:
                     client.delete(keys.profile(f"M{number}"))
 
-            assert await store.booked_to(0) == 20
-            found = await store.book(0, labels[60:], 60, 100)
+            assert await store.recorded_to(0) == 20
+            found = await store.record_labels(0, labels[60:], 60, 100)
             assert found.behind == 20
             for label, decision in zip(labels[60:], found.decisions, strict=True):
                 is_lost = merchant_slot(label.merchant_id) == lost
                 assert decision == (None if is_lost else "approve")
 
-            again = await store.book(0, labels[20:], 20, 100)
+            again = await store.record_labels(0, labels[20:], 20, 100)
             assert again.behind is None
             for label, decision in zip(labels[20:], again.decisions, strict=True):
                 is_lost = merchant_slot(label.merchant_id) == lost
@@ -576,7 +584,7 @@ def test_a_part_of_a_cluster_that_lost_labels_is_found_and_gets_them_again(
         real_backend.run(go)
 
 
-def test_a_profile_lives_on_while_it_is_counted_in(real_backend: Backend) -> None:
+def test_counting_extends_the_life_of_a_profile(real_backend: Backend) -> None:
     key = real_backend.keys.profile("M1")
     assert real_backend.client is not None
     with real_backend.client() as client:
@@ -592,7 +600,7 @@ def test_a_profile_lives_on_while_it_is_counted_in(real_backend: Backend) -> Non
         real_backend.run(go)
 
 
-def test_a_profile_in_another_format_begins_anew(real_backend: Backend) -> None:
+def test_a_profile_in_another_format_starts_empty(real_backend: Backend) -> None:
     key = real_backend.keys.profile("M1")
     assert real_backend.client is not None
     with real_backend.client() as client:
@@ -608,7 +616,7 @@ def test_a_profile_in_another_format_begins_anew(real_backend: Backend) -> None:
         real_backend.run(go)
 
 
-def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Backend) -> None:
+def test_a_server_that_lost_its_scripts_gets_them_again(real_backend: Backend) -> None:
     assert real_backend.client is not None
     with real_backend.client() as client:
 
@@ -623,13 +631,13 @@ def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Back
         real_backend.run(go)
 
 
-def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backend) -> None:
+def test_a_stopped_server_is_unavailable_until_it_returns(stoppable: Backend) -> None:
     async def until_back(store: MerchantStore) -> None:
-        """Asks as :class:`pipeline.scoring.retry.Patience` does."""
+        """Repeat a call as :class:`pipeline.scoring.retry.Retrier` does."""
         for _ in range(100):
             try:
                 await store.load(["M1"])
-                await store.booked_to(0)
+                await store.recorded_to(0)
             except StoreUnavailableError:
                 await asyncio.sleep(0.05)
             else:
@@ -643,7 +651,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
             lambda: store.load(["secret-merchant", "M1"]),
             lambda: store.add({1: {"secret-merchant": 1}}, []),
             lambda: book(store, 0, [fraud(0, "secret-merchant", 1)]),
-            lambda: store.booked_to(0),
+            lambda: store.recorded_to(0),
         ]
         for call in calls:
             with pytest.raises(StoreUnavailableError) as caught:
@@ -659,7 +667,7 @@ def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backe
 
 @pytest.mark.live
 @pytest.mark.parametrize("missing", ["+bitfield", "+setrange", "+pexpire", "+mget", "+set"])
-def test_a_right_that_is_missing_is_told_and_not_waited_for(missing: str) -> None:
+def test_a_missing_right_raises_at_once_and_names_the_rights(missing: str) -> None:
     rights = [right for right in RIGHTS.split() if right != missing]
 
     async def go(store: MerchantStore) -> None:
@@ -680,7 +688,7 @@ def test_a_right_that_is_missing_is_told_and_not_waited_for(missing: str) -> Non
         backend.run(go)
 
 
-def test_what_a_script_changes_together_lies_in_one_slot() -> None:
+def test_all_keys_of_a_script_call_lie_in_one_slot() -> None:
     keys = MerchantKeys("recur")
     names = [keys.profile(m) for m in ODD_IDS]
     assert len(set(names)) == len(ODD_IDS)

@@ -1,4 +1,4 @@
-"""States found by their keys: one contract for a real Redis and a real Redis Cluster."""
+"""Search for states by their keys: one contract for a real Redis and a real Redis Cluster."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from pipeline.local.redis import Redis, RedisCluster
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.account_state import StateCodec, Watermark
+from pipeline.storage.account_state import StateCodec
 from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save
+from pipeline.storage.watermark import Watermark
 
 MODEL, OTHER = "0f3a5b7c9d1e", "aaaabbbbcccc"
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
@@ -25,7 +26,7 @@ CODEC = StateCodec(1, 4)
 
 @pytest.fixture(params=SERVERS)
 def settings(request: pytest.FixtureRequest) -> Settings:
-    """Of a shared server, with keys of their own."""
+    """Provide settings of a shared server, with a key prefix of each test."""
     is_cluster = request.param == "cluster"
     server: Redis | RedisCluster = request.getfixturevalue(
         "redis_cluster" if is_cluster else "redis_server"
@@ -81,8 +82,8 @@ def run(settings: Settings, test: Callable[[StateScan], Awaitable[None]]) -> Non
     asyncio.run(go())
 
 
-def test_every_state_of_a_model_is_found_and_nothing_else(settings: Settings) -> None:
-    """Topics and models whose names begin alike are apart."""
+def test_all_states_of_a_model_are_found_and_no_others(settings: Settings) -> None:
+    """Topics and models with a common prefix stay separate."""
     alike = settings.model_copy(update={"transactions_topic": "transactions-1"})
 
     async def go(scan: StateScan) -> None:
@@ -99,8 +100,8 @@ def test_every_state_of_a_model_is_found_and_nothing_else(settings: Settings) ->
     run(settings, go)
 
 
-def test_an_accounts_copies_are_found_whatever_its_name(settings: Settings) -> None:
-    """Of all models and partitions; a name that is a pattern stands for itself alone."""
+def test_all_states_of_an_account_are_found_for_any_name(settings: Settings) -> None:
+    """The search covers all models and partitions. A name with wildcards matches itself only."""
 
     async def go(scan: StateScan) -> None:
         await save(settings, MODEL, 2, dict.fromkeys([*ODD_IDS, "b", "aXb"], b"four"))
@@ -118,8 +119,8 @@ def test_an_accounts_copies_are_found_whatever_its_name(settings: Settings) -> N
     run(settings, go)
 
 
-def test_only_states_that_lie_past_the_watermark_are_swept(settings: Settings) -> None:
-    """Those that nobody can read count as absent, too."""
+def test_only_states_past_the_watermark_are_swept(settings: Settings) -> None:
+    """States that no version can read count as absent, too."""
     states = {"before": state_at(4), "at": state_at(5), "past": state_at(2**40)}
     states |= {"moved": state_at(-1), "junk": b"junk", "other": b"\x63" + state_at(1)[1:]}
 
@@ -133,7 +134,7 @@ def test_only_states_that_lie_past_the_watermark_are_swept(settings: Settings) -
     run(settings, go)
 
 
-def test_a_copy_in_another_partition_expires_with_the_one_that_it_is_of(settings: Settings) -> None:
+def test_a_copied_state_expires_with_its_original(settings: Settings) -> None:
     async def go(scan: StateScan) -> None:
         await save(settings, MODEL, 2, {"A": b"old", "B": b"stays"})
 

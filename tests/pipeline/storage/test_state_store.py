@@ -29,7 +29,7 @@ SERVERS = [pytest.param(name, marks=pytest.mark.live) for name in ("redis", "clu
 
 
 def settings_for(url: str, *, cluster: bool = False) -> Settings:
-    """Settings with keys of their own."""
+    """Make settings with a key prefix of the test."""
     return load_settings(
         redis_url=url,
         redis_cluster=cluster,
@@ -42,7 +42,7 @@ def settings_for(url: str, *, cluster: bool = False) -> Settings:
 
 @dataclass
 class Backend:
-    """A place for states; each store that it opens is another worker's connection to it.
+    """A server or fake for states; each opened store is another worker's connection.
 
     Attributes:
         open: a new store.
@@ -58,7 +58,7 @@ class Backend:
     start: Callable[[], object] = field(default=lambda: None)
 
     def run(self, test: Callable[..., Awaitable[None]], stores: int = 1) -> None:
-        """Run a test with so many stores, which are closed afterwards."""
+        """Run a test with several stores, and close them afterwards."""
 
         async def go() -> None:
             async with AsyncExitStack() as stack:
@@ -104,7 +104,7 @@ def cluster_backend(cluster: RedisCluster) -> Backend:
 
 @pytest.fixture(params=["memory", *SERVERS])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Shared servers, keys of one test."""
+    """Provide each kind of store, on shared servers with keys of one test."""
     if request.param == "memory":
         return memory_backend()
     if request.param == "redis":
@@ -114,7 +114,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(params=SERVERS)
 def real_backend(request: pytest.FixtureRequest) -> Backend:
-    """As ``backend``, without the fake."""
+    """Provide the backends without the fake."""
     if request.param == "redis":
         return redis_backend(request.getfixturevalue("redis_server"))
     return cluster_backend(request.getfixturevalue("redis_cluster"))
@@ -122,7 +122,7 @@ def real_backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(params=["memory", *SERVERS])
 def stoppable(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """A server of the test's own, which it may stop."""
+    """Provide a server that the test may stop."""
     if request.param == "memory":
         yield memory_backend()
     elif request.param == "redis":
@@ -146,7 +146,7 @@ def save_of(
 async def content(
     store: StateStore, partition: int, *accounts: str
 ) -> tuple[bytes | None, list[bytes | None]]:
-    """Watermark and states."""
+    """Return the watermark and states."""
     (loaded,) = await store.load([Load(partition, list(accounts))])
     return loaded.watermark, list(loaded.states)
 
@@ -154,7 +154,7 @@ async def content(
 # load ------------------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_loaded_together_with_its_watermark(backend: Backend) -> None:
+def test_saved_states_are_loaded_with_their_watermark(backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         assert await content(store, 3, "A", "B") == (None, [None, None])
 
@@ -168,8 +168,8 @@ def test_what_was_saved_is_loaded_together_with_its_watermark(backend: Backend) 
     backend.run(go)
 
 
-def test_every_account_with_a_state_is_listed_and_nothing_else(real_backend: Backend) -> None:
-    """Of all nodes, whatever accounts are called, and no other topic's or model's."""
+def test_all_accounts_with_a_state_are_listed_and_no_others(real_backend: Backend) -> None:
+    """The list covers all nodes and any names, but no other topic or model."""
 
     async def go(store: StateStore) -> None:
         assert isinstance(store, RedisStateStore)
@@ -192,7 +192,7 @@ def test_every_account_with_a_state_is_listed_and_nothing_else(real_backend: Bac
     real_backend.run(go)
 
 
-def test_accounts_may_have_any_name_and_partitions_are_apart(backend: Backend) -> None:
+def test_accounts_may_have_any_name_and_partitions_are_independent(backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         for partition in range(3):
             states = {name: f"{partition}{name}".encode() for name in ODD_IDS}
@@ -206,7 +206,7 @@ def test_accounts_may_have_any_name_and_partitions_are_apart(backend: Backend) -
     backend.run(go)
 
 
-def test_many_partitions_are_loaded_and_saved_in_one_call_in_the_order_asked(
+def test_many_partitions_are_loaded_and_saved_in_one_call_in_order(
     backend: Backend,
 ) -> None:
     partitions = list(range(16))[::-1]
@@ -227,7 +227,7 @@ def test_many_partitions_are_loaded_and_saved_in_one_call_in_the_order_asked(
     backend.run(go)
 
 
-def test_asking_for_nothing_is_answered_with_nothing(backend: Backend) -> None:
+def test_an_empty_request_gets_an_empty_answer(backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         assert await store.load([]) == []
         assert await store.save([]) == []
@@ -235,10 +235,10 @@ def test_asking_for_nothing_is_answered_with_nothing(backend: Backend) -> None:
     backend.run(go)
 
 
-# save, guarded ---------------------------------------------------------------------------
+# conditional writes ----------------------------------------------------------------------
 
 
-def test_a_state_that_is_none_is_deleted_with_the_others_save(backend: Backend) -> None:
+def test_a_state_of_none_is_deleted_in_the_same_save(backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         await store.save([save_of(0, None, b"w1", {"A": b"a1", "B": b"b1", "C": b"c1"})])
         states = [None, b"b2", None]
@@ -247,7 +247,7 @@ def test_a_state_that_is_none_is_deleted_with_the_others_save(backend: Backend) 
         assert stale == [False]
         assert await content(store, 0, "A", "B") == (b"w1", [b"a1", b"b1"])
 
-        for _ in range(2):  # and once more, as after a lost answer
+        for _ in range(2):  # twice, as after a lost answer
             saved = await store.save([Save(0, b"w1", b"w2", ["A", "B", "D"], states)])
             assert saved == [True]
         found = await content(store, 0, "A", "B", "C", "D")
@@ -275,7 +275,7 @@ def test_a_save_that_expects_another_watermark_writes_nothing(
     backend.run(go)
 
 
-def test_a_save_that_expects_a_watermark_where_none_is_writes_nothing(backend: Backend) -> None:
+def test_a_save_that_expects_a_watermark_writes_nothing_without_one(backend: Backend) -> None:
     """The server lost its data, or failed over to an empty one."""
 
     async def go(store: StateStore) -> None:
@@ -285,7 +285,7 @@ def test_a_save_that_expects_a_watermark_where_none_is_writes_nothing(backend: B
     backend.run(go)
 
 
-def test_one_partition_that_is_refused_keeps_no_other_from_being_saved(backend: Backend) -> None:
+def test_one_rejected_partition_does_not_stop_the_others(backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         await store.save([save_of(p, None, b"w1", {"A": b"a1"}) for p in range(3)])
 
@@ -318,7 +318,7 @@ def test_a_repeated_save_whose_first_answer_was_lost_is_true(backend: Backend) -
     backend.run(go)
 
 
-def test_of_two_writers_one_wins_whole(backend: Backend) -> None:
+def test_one_of_two_writers_wins_completely(backend: Backend) -> None:
     accounts = [f"A{i}" for i in range(50)]
 
     async def go(first: StateStore, second: StateStore) -> None:
@@ -337,8 +337,8 @@ def test_of_two_writers_one_wins_whole(backend: Backend) -> None:
     backend.run(go, stores=2)
 
 
-def test_no_update_is_lost_between_writers(backend: Backend) -> None:
-    """Each counts up what it loaded; every save that stands is one step of the count."""
+def test_concurrent_writers_lose_no_update(backend: Backend) -> None:
+    """Each writer increments the loaded count; every successful save is one step."""
 
     async def count(store: StateStore, name: str) -> int:
         saved = 0
@@ -360,7 +360,7 @@ def test_no_update_is_lost_between_writers(backend: Backend) -> None:
 # real servers ----------------------------------------------------------------------------
 
 
-def test_states_expire_after_ttl_and_retention_and_watermarks_never(real_backend: Backend) -> None:
+def test_states_expire_after_ttl_and_retention_and_watermarks_do_not(real_backend: Backend) -> None:
     async def go(store: StateStore) -> None:
         await store.save([save_of(0, None, b"w1", {"A": b"a1", "B": b"b1"})])
 
@@ -373,7 +373,7 @@ def test_states_expire_after_ttl_and_retention_and_watermarks_never(real_backend
             assert EXPIRY_MS - 60_000 < client.pttl(key) <= EXPIRY_MS
 
 
-def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Backend) -> None:
+def test_a_server_that_lost_its_scripts_gets_them_again(real_backend: Backend) -> None:
     assert real_backend.client is not None
     with real_backend.client() as client:
 
@@ -389,10 +389,10 @@ def test_a_server_that_forgot_its_scripts_is_given_them_again(real_backend: Back
         real_backend.run(go)
 
 
-def test_an_error_of_the_server_is_unavailability_and_shows_no_account_nor_value(
+def test_a_server_error_is_unavailability_without_accounts_or_values(
     real_backend: Backend,
 ) -> None:
-    """redis-py would write the whole command into the message of a pipeline's error."""
+    """redis-py would put the whole command into the message of a pipeline's error."""
     account, value = "4111-1111-1111-1111", b"secret state"
     keys = real_backend.keys
     assert real_backend.client is not None
@@ -415,7 +415,7 @@ def test_an_error_of_the_server_is_unavailability_and_shows_no_account_nor_value
 
 
 @pytest.mark.live
-def test_a_full_server_refuses_a_save_whole() -> None:
+def test_a_full_server_rejects_a_save_completely() -> None:
     with Redis() as server, server.client() as client:
         backend = redis_backend(server)
 
@@ -432,8 +432,8 @@ def test_a_full_server_refuses_a_save_whole() -> None:
 
 
 @pytest.mark.live
-def test_a_command_that_the_server_does_not_know_is_not_quoted() -> None:
-    """Redis puts the command's first arguments, keys and so accounts, into its message."""
+def test_an_unknown_command_is_not_quoted() -> None:
+    """Redis puts the command's first arguments, and so account ids, into its message."""
     account = "4111-1111-1111-1111"
     with Redis(options={"rename-command": "MGET hidden"}) as server:
 
@@ -465,7 +465,7 @@ def test_one_node_of_a_cluster_that_may_evict_is_found(redis_cluster: RedisClust
     assert asyncio.run(go()) == []
 
 
-def test_the_eviction_policy_and_the_watermarks_can_be_checked_at_the_start(
+def test_the_eviction_policy_and_the_watermarks_are_available_at_the_start(
     real_backend: Backend,
 ) -> None:
     async def go(store: RedisStateStore) -> None:
@@ -489,15 +489,15 @@ def test_stores_of_another_model_share_nothing(redis_server: Redis) -> None:
     asyncio.run(go())
 
 
-# away and back ---------------------------------------------------------------------------
+# outages ---------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_away_is_told_and_its_return_is_enough(stoppable: Backend) -> None:
+def test_a_stopped_server_is_unavailable_until_it_returns(stoppable: Backend) -> None:
     account, value = "4111-1111-1111-1111", b"secret state"
     save = save_of(0, b"w1", b"w2", {account: value})
 
     async def answers(store: StateStore) -> None:
-        """Asks as :class:`pipeline.scoring.retry.Patience` does."""
+        """Repeat a call as :class:`pipeline.scoring.retry.Retrier` does."""
         for _ in range(100):
             try:
                 await store.ping()
@@ -545,7 +545,7 @@ def until_stopped(pid: int) -> None:
 
 
 @pytest.mark.live
-def test_a_server_that_hangs_is_unavailable_within_the_time_that_the_settings_give() -> None:
+def test_a_hanging_server_is_unavailable_after_the_timeout_of_the_settings() -> None:
     with Redis() as server:
         backend = redis_backend(server)
 
