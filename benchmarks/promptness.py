@@ -32,7 +32,7 @@ DUE_SECONDS = (0.0, 0.3, 0.6)
 LEAST_PAUSE_MS = 250
 
 Row = tuple[str, str, str, bool]
-"""What, measured, wanted, whether it is met."""
+"""Name, measured value, target, and whether it is met."""
 
 
 async def rows(bootstrap: str, directory: Path) -> AsyncIterator[Row]:

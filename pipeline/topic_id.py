@@ -49,7 +49,7 @@ def log_of(offset: int) -> bytes:
 
 
 def commit_metadata(offset: int) -> str:
-    """What is committed with an offset, so that it tells its log."""
+    """Return the metadata to commit with an offset: the id of its log."""
     log_id = log_of(offset)
     return "" if log_id == NO_ID else shown(log_id)
 

@@ -93,7 +93,7 @@ def _only_live_tests_have_services() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few_updates_of_merchant_weight() -> Iterator[None]:
-    """For trainings on little data: all updates would take most of each of them."""
+    """Shorten trainings on little data, which the usual updates would dominate."""
     from model.training import merchant_weight_fit  # here, as torch takes seconds
 
     with pytest.MonkeyPatch.context() as patch:

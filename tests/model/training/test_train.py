@@ -352,7 +352,7 @@ import sys
 from pathlib import Path
 import model.training.loop
 from model.training.settings import TrainingSettings
-from model.training.train import (train)
+from model.training.train import train
 import model.training.merchant_weight_fit
 from tests.conftest import MERCHANT_WEIGHT_UPDATES
 model.training.loop.SAVE_EVERY_SECONDS = 0.0
