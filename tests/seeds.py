@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 QUICK = 4
-"""One takes a fraction of a second, and all of them most of a minute."""
+"""Seeds that `make test-fast` runs of each family."""
 
 
 def seeds(count: int) -> list[Any]:
-    """From 0 on, for ``pytest.mark.parametrize``."""
+    """Return seeds from 0 on for ``pytest.mark.parametrize``."""
     slow = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, count)]
     return [*range(QUICK), *slow]

@@ -68,7 +68,7 @@ def log() -> Dataset:
 
 @pytest.fixture(scope="module")
 def short_log() -> Dataset:
-    """For what holds of any network, however little it has learned."""
+    """Simulate few transactions, for tests that hold of any network."""
     return simulated_dataset(**SHORT)
 
 
