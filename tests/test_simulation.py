@@ -1,4 +1,4 @@
-"""Ten thousand runs on a broker and a store that fail as a seed says, and bugs that they find."""
+"""Simulated runs with a failing broker and store, and planted bugs that such runs must find."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_whatever_fails_nothing_is_lost_said_twice_or_applied_twice() -> None:
-    """Of the worker as it is: its processors, ownership, agents and consumer."""
+    """Check the real worker: its processors, ownership, agents and consumer."""
     found = soak(range(RUNS))
 
     assert found is None, (
@@ -41,7 +41,7 @@ def test_whatever_fails_nothing_is_lost_said_twice_or_applied_twice() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_bug_planted_by_hand_is_found(bug: Bug) -> None:
-    """That nothing is found above says something only if what is wrong would be."""
+    """Check that the auditor finds bugs, because only then does a clean run prove anything."""
     with simulating(), bug.planted():
         for seed in range(bug.runs_max):
             if simulate(seed, bug.parts).violation is not None:
@@ -52,7 +52,7 @@ def test_a_bug_planted_by_hand_is_found(bug: Bug) -> None:
 
 @pytest.mark.slow
 def test_a_seed_decides_all_of_a_run_whatever_ran_before_it() -> None:
-    """Or a failing seed could not be replayed: not in another process, nor after other runs."""
+    """Check that a seed replays the same in another process and after other runs."""
     seed = 11
     command = [sys.executable, "-m", "tests.simulation", "--seed", str(seed)]
     replayed = subprocess.run(
@@ -75,7 +75,7 @@ def test_a_seed_decides_all_of_a_run_whatever_ran_before_it() -> None:
 
 @pytest.mark.slow
 def test_a_run_has_most_kinds_of_what_can_happen() -> None:
-    """Each event is in some of a few runs; without it the runs would say nothing of it."""
+    """Check that each event occurs in some of a few runs, because only then do runs test it."""
     happened: set[str] = set()
     effects = 0
     with simulating():
@@ -102,23 +102,23 @@ def test_a_run_has_most_kinds_of_what_can_happen() -> None:
 
 @pytest.mark.slow
 def test_a_failing_seed_is_told_with_the_command_that_replays_it() -> None:
-    """And the replay of a planted bug ends with what is wrong."""
+    """Check that the replay of a planted bug ends with the violation."""
     command = [sys.executable, "-m", "tests.simulation", "--seed", "0"]
     bug = next(bug for bug in BUGS if bug.runs == 1)
 
-    told = subprocess.run(
+    replayed = subprocess.run(
         [*command, "--bug", bug.name], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
 
-    assert told.returncode == 1
-    *_, wrong, what, replay = told.stdout.splitlines()
+    assert replayed.returncode == 1
+    *_, wrong, violation, replay = replayed.stdout.splitlines()
     assert "WRONG: " in wrong
-    assert what == f"seed 0: {wrong.partition('WRONG: ')[2]}"
+    assert violation == f"seed 0: {wrong.partition('WRONG: ')[2]}"
     assert replay == f'replay it:  python -m tests.simulation --seed 0 --bug "{bug.name}"'
 
 
 class Alone:
-    """A member of a group that knows nothing of it: what it commits is refused."""
+    """Member that never joined its group, so the coordinator refuses its commits."""
 
     place = TP("transactions", 0)
 
@@ -143,7 +143,7 @@ class Alone:
         self.consumer = self.member.consumer
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """To its end."""
+        """Run a coroutine in the member's process to its end."""
         with simulating():
             task = self.member.host.start(self.loop, work)
             self.loop.run(until=60.0)
@@ -151,7 +151,10 @@ class Alone:
 
 
 def test_a_commit_that_was_refused_is_not_taken_for_what_is_committed() -> None:
-    """Faust remembers it as committed; a fetch that is given up would be sought past it."""
+    """Check that the consumer clears a refused commit, which Faust remembers as committed.
+
+    A seek back after a dropped fetch would otherwise skip the records before it.
+    """
     alone = Alone()
     consumer, place = alone.consumer, alone.place
     believed = []
@@ -172,7 +175,7 @@ def test_a_commit_that_was_refused_is_not_taken_for_what_is_committed() -> None:
 
 
 def test_a_fetch_of_the_time_before_does_not_move_a_new_group_past_what_it_has_not_read() -> None:
-    """The group has committed nothing: the worker reads from the log's begin, whatever returns."""
+    """Check that a worker of a group without commits reads from the log's beginning."""
     alone = Alone()
     consumer, place = alone.consumer, alone.place
     for _ in range(3):
@@ -190,7 +193,7 @@ def test_a_fetch_of_the_time_before_does_not_move_a_new_group_past_what_it_has_n
 
 
 def test_a_seek_back_is_not_undone_by_the_seek_to_what_is_committed() -> None:
-    """A poll of the assignment before may ask for it first, and nobody asks again."""
+    """Check that a seek back from the previous assignment survives, as no poll repeats it."""
     alone = Alone()
     consumer, place = alone.consumer, alone.place
     alone.coordinator.committed[place] = 2
@@ -207,7 +210,7 @@ def test_a_seek_back_is_not_undone_by_the_seek_to_what_is_committed() -> None:
 
 
 def test_a_process_that_is_stopped_goes_on_later_and_a_dead_one_does_not() -> None:
-    """What zombies and kills in the runs rest on."""
+    """Check the basis of zombies and kills in the runs."""
     loop = Loop(lambda: None)  # type: ignore[abstract]
     stopped, dead = Host("stopped"), Host("dead")
     stopped.stopped_until = 5.0

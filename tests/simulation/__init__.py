@@ -1,7 +1,7 @@
-"""Simulated faults: the worker on a broker and a store that fail as a seed says.
+"""Simulated faults: the worker on a broker and a store whose failures a seed decides.
 
-    python -m tests.simulation --seeds 100000           runs, until one finds something wrong
-    python -m tests.simulation --seed 4711              one run again, with every step of it
+    python -m tests.simulation --seeds 100000           run seeds until one fails
+    python -m tests.simulation --seed 4711              replay one run and print every step
 
 See docs/simulation.md.
 """

@@ -1,4 +1,4 @@
-"""The command: many runs, or one with every step of it."""
+"""Command line of the simulation: many runs, or one run with every step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ RIGHT = Bug("none", 0, 0)
 
 
 def main() -> int:
-    """Exit code 1 where something is wrong."""
+    """Parse the command line and run; return exit code 1 if a run fails."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.simulation",
         description="Runs the worker on a simulated broker and store that fail as a seed says.",
     )
     parser.add_argument("--seeds", type=int, default=10_000, help="how many runs")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
-    parser.add_argument("--processes", type=int, default=processors(), help="so many at once")
+    parser.add_argument("--processes", type=int, default=processors(), help="how many run at once")
     parser.add_argument("--seed", type=int, help="one run, with every step of it")
     parser.add_argument(
         "--bug", default=RIGHT.name, help="with --seed: one of those planted by hand, by name"
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def replay(seed: int, bug: Bug) -> int:
-    """One run, step by step: virtual seconds, effects on services so far, what happens."""
+    """Run one seed and print each step: virtual seconds, effects on services so far, event."""
     with simulating(), bug.planted():
         result = simulate(seed, bug.parts, trace=True)
     print("\n".join(result.trace))
@@ -47,7 +47,7 @@ def replay(seed: int, bug: Bug) -> int:
 
 
 def many(seeds: range, processes: int) -> int:
-    """All of them, until one finds something wrong."""
+    """Run all seeds until one fails."""
     began = monotonic()
 
     def progress(done: int) -> None:
@@ -66,7 +66,7 @@ def many(seeds: range, processes: int) -> int:
 
 
 def tell(seed: int, violation: str, more: str = "") -> int:
-    """What is wrong, and how to see it again."""
+    """Print the violation and the command that replays it."""
     print(f"seed {seed}: {violation}")
     print(f"replay it:  python -m tests.simulation --seed {seed}{more}")
     return 1

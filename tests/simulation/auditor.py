@@ -1,8 +1,8 @@
-"""Knows the log, and looks after each step whether what came of it is right.
+"""Auditor of a run: it knows the log and checks the results after each step.
 
-Everything that it checks is what anybody sees from outside: the topics, the store, the committed
-offsets. Of the workers it knows only who the group's owner of a partition is, and from when on
-a worker must have known of a score (:class:`Conclusion`).
+It checks only what is visible from outside: the topics, the store and the committed offsets. It
+knows two things about the workers. One is which worker the group made owner of a partition. The
+other is from when a worker must have known a score (:class:`Conclusion`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tests.simulation.chain import NO_HIDDEN, chained, score_of
 
 
 class Violation(Exception):
-    """Something that must hold does not.
+    """Violation of a rule that must hold.
 
     Attributes:
-        rule: which.
+        rule: name of the rule.
     """
 
     def __init__(self, rule: str, text: str) -> None:
@@ -41,14 +41,14 @@ class Violation(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """What must come of a record of the transactions topic.
+    """Expected result of a record of the transactions topic.
 
     Attributes:
-        rejected: the reason, of what cannot be scored.
-        instruction: which, of what is no transaction; no score comes of it.
-        content: what a repeat has in common with it, besides the id.
-        is_repeated: its account had the same transaction before; nothing comes of it.
-        previous: the offset before it in the account's state; None where that begins anew.
+        rejected: the reason, if the record cannot be scored.
+        instruction: the instruction of a control record, which produces no score.
+        content: besides the id, the content that a duplicate has in common with it.
+        is_repeated: the record is a duplicate in its account, and produces nothing.
+        previous: the offset before it in the account's state; None if the state begins here.
     """
 
     account: str = ""
@@ -64,23 +64,23 @@ class Entry:
 
     @property
     def is_applied(self) -> bool:
-        """A state and a score come of it."""
+        """Whether the record produces a state and a score."""
         return self.rejected is None and self.instruction is None and not self.is_repeated
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where the note of its transaction lies."""
+        """Slot and hash under which the store keeps the transaction's note."""
         return merchant_slot(self.merchant), transaction_hash(self.transaction_id)
 
 
 @dataclass
 class Said:
-    """A score that was published.
+    """A published score.
 
     Attributes:
         place: its offset in the scores partition.
         merchant: its merchant's features, as float32.
-        is_late: its writer was not the partition's owner when it came.
+        is_late: its writer was not the partition's owner when the broker appended it.
     """
 
     place: int
@@ -92,12 +92,12 @@ class Said:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """A poll that is published, saved and acked.
+    """A poll that a worker publishes, saves and acks.
 
     Attributes:
-        generation: of the group, when the poll was fetched.
-        known: by partition, the offset in its scores before which the worker knew, when it
-            began to compute the poll, of every score.
+        generation: the group's generation when the worker fetched the poll.
+        known: by partition, an offset in its scores. The worker knew every score before this
+            offset when it began to compute the poll.
     """
 
     generation: int
@@ -106,7 +106,7 @@ class Conclusion:
 
 @dataclass
 class _Account:
-    """An account's way through its partition's log, as far as that was produced."""
+    """An account's history in the part of its partition's log that exists so far."""
 
     last: int | None = None
     last_record_ms: int = 0
@@ -115,11 +115,11 @@ class _Account:
 
 
 class PartitionAudit:
-    """One partition of the transactions topic, its scores and its states.
+    """Audit of one partition of the transactions topic, its scores and its states.
 
     Args:
-        ttl_ms: an account silent for longer begins anew.
-        log_id: the topic's.
+        ttl_ms: an account that is silent for longer begins with an empty state.
+        log_id: the topic's id.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class PartitionAudit:
     # the log -----------------------------------------------------------------------------
 
     def produced(self, entry: Entry, record_ms: int) -> Entry:
-        """A record is in the log; what must come of it."""
+        """Record that the log has a new record; return its expected result."""
         offset = len(self.entries)
         if entry.instruction == FORGET:
             account = self._accounts.setdefault(entry.account, _Account())
@@ -166,7 +166,7 @@ class PartitionAudit:
         return entry
 
     def possible(self, offset: int | None) -> set[bytes]:
-        """The hidden after a transaction: one, or as many as its published scores allow."""
+        """Return the hidden states after a transaction that its published scores allow."""
         if offset is None:
             return {NO_HIDDEN}
         found = self._possible.get(offset)
@@ -183,10 +183,11 @@ class PartitionAudit:
     # scores ------------------------------------------------------------------------------
 
     def scored(self, place: int, value: bytes | None, is_late: bool, known: int) -> None:
-        """A score is appended to the scores partition.
+        """Check a score that the broker appended to the scores partition.
 
         Raises:
-            Violation: it is not what must come of its transaction, or was said before.
+            Violation: the score does not follow from the log, or its worker knew that it was
+                published before.
         """
         published = read_score(value, self._source_prefix)
         if published is None:
@@ -194,7 +195,7 @@ class PartitionAudit:
         offset, kept = published
         if offset >= len(self.entries) or not self.entries[offset].is_applied:
             raise Violation("what is scored", f"a score of {self._source_prefix}{offset}")
-        score = float(np.float32(kept.score.score))  # its shortest decimal is no other float32's
+        score = float(np.float32(kept.score.score))  # its shortest decimal names one float32
         said = Said(place, score, _merchant(kept), kept.score.decision, is_late)
         before = self.said.setdefault(offset, [])
         entry = self.entries[offset]
@@ -222,10 +223,10 @@ class PartitionAudit:
     # states ------------------------------------------------------------------------------
 
     def check_states(self, store: MemoryStateStore) -> None:
-        """The store's states are the log up to the watermark.
+        """Check that the store's states are computed from the log up to the watermark.
 
         Raises:
-            Violation: they are not.
+            Violation: they differ from the log.
         """
         value = store.watermarks.get(self.number)
         if value is not None and Watermark.from_bytes(value).log_id != self.log_id:
@@ -269,13 +270,14 @@ def _merchant(kept: LoggedScore) -> bytes:
 
 @dataclass
 class LabelAudit:
-    """The labels topic and the merchants' profiles.
+    """Audit of the labels topic and the merchants' profiles.
 
     Attributes:
-        bookings: what must be booked, by offset, of each partition.
-        ends: where each partition ends.
-        booked_to: up to where each slot was ever booked, of each partition.
-        weights: of transactions by their scorer, by slot and hash: those of one id may be several.
+        bookings: for each partition, the labels that must be recorded, by offset.
+        ends: the end offset of each partition.
+        booked_to: for each partition and slot, the furthest offset to which labels were recorded.
+        weights: the scorer's merchant weights of a transaction, by slot and hash. Several
+            transactions may have the same id.
     """
 
     bookings: list[dict[int, MerchantLabel]]
@@ -287,13 +289,13 @@ class LabelAudit:
         self.booked_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
 
     def check(self, store: MemoryMerchantStore, merchant: str, partition: int) -> None:
-        """A merchant's known frauds are its labels up to where its slot is booked.
+        """Check a merchant's known frauds against its labels up to its slot's labels offset.
 
-        Of a transaction's labels the newest one counts. A fraud weighs what a label told, else
-        what its scorer said, once that is remembered, else in full.
+        The newest label of a transaction counts. A fraud has the weight of its label. Without
+        one it has the scorer's weight if a note exists, and the full weight otherwise.
 
         Raises:
-            Violation: they are not.
+            Violation: the frauds differ from the labels.
         """
         slot = merchant_slot(merchant)
         end = store.recorded.get((partition, slot), 0)
@@ -301,7 +303,7 @@ class LabelAudit:
         found = sorted(store.profile(merchant).frauds, key=_id)
         weights = {fraud.id_hash: fraud.weight for fraud in found}
         newest: dict[int, int] = {}
-        told: dict[int, int] = {}
+        label_weights: dict[int, int] = {}
         for offset, booking in self.bookings[partition].items():
             name = booking.entry.id_hash
             is_old = booking.labelled_ms < newest.get(name, 0)
@@ -309,13 +311,13 @@ class LabelAudit:
                 continue
             newest[name] = booking.labelled_ms
             if booking.label_weight is not None:
-                told[name] = booking.label_weight
+                label_weights[name] = booking.label_weight
             note = store.notes.get((slot, name))
             weight = WEIGHT_MAX
             if note is not None and note.decision is not None:
                 possible = self.weights[slot, name]
                 weight = weights[name] if weights.get(name) in possible else min(possible)
-            entry = replace(booking.entry, weight=told.get(name, weight))
+            entry = replace(booking.entry, weight=label_weights.get(name, weight))
             expected.record(entry, booking.is_fraud)
         if found != sorted(expected.frauds, key=_id):
             raise Violation("labels", f"those of {merchant} are not booked once each")
@@ -326,11 +328,11 @@ def _id(fraud: Fraud) -> int:
 
 
 class Auditor:
-    """Checks a run.
+    """Auditor of one run.
 
     Args:
-        topic, labels_topic: full names.
-        found: called with the first thing that is wrong.
+        topic: the full name of the transactions topic.
+        found: called with each violation.
     """
 
     def __init__(
@@ -347,17 +349,17 @@ class Auditor:
     ) -> None:
         self._new_audit = partial(PartitionAudit, topic=topic, codec=codec, ttl_ms=ttl_ms)
         self.partitions = [self._new_audit(p, log_id=log_id) for p in range(partitions)]
-        # Of logs before this one: how far each partition was, and which transactions they had.
+        # Earlier logs: the furthest watermark of each partition, and the transaction ids.
         self._furthest = [0] * partitions
         self._of_logs_before: set[str] = set()
         self.labels = LabelAudit([{} for _ in range(partitions)], [0] * partitions)
         self.alerts: dict[str, int] = {}
         self.letters: set[tuple[str, int, int]] = set()
-        self.data_were_lost = False  # after that a worker may commit again what it committed
+        self.data_were_lost = False  # a worker may then repeat earlier commits
         self._losses = 0
-        # Losses before a worker, named as in its watermarks, last wrote a note; and notes that were
-        # lost between that and the save of their transaction.
+        # By writer id and note: the number of losses before the worker last wrote the note.
         self._noted: dict[tuple[int, tuple[int, int]], int] = {}
+        # Notes that the store lost before the save of their transaction.
         self._cut_off: set[tuple[int, int]] = set()
         self._topic = topic
         self._store = store
@@ -365,17 +367,17 @@ class Auditor:
         self._found = found
 
     def check(self, check: Callable[[], None]) -> None:
-        """Look at something, and tell what is wrong with it."""
+        """Run a check and report its violation."""
         try:
             check()
         except Violation as violation:
             self._found(violation)
 
     def made_again(self, log_id: bytes) -> None:
-        """The transactions topic was deleted and made again: all begins anew from it.
+        """Start a new audit because the transactions topic was deleted and made again.
 
-        What workers still write of the log before, while its watermark stands, is of no
-        interest; scores that they publish of it may come for a while.
+        Workers may still save states of the old log while its watermark stands. They may also
+        publish scores of it for a while. The audit ignores both.
         """
         for audit in self.partitions:
             self._furthest[audit.number] = max(self._furthest[audit.number], audit.furthest)
@@ -386,7 +388,7 @@ class Auditor:
         self.data_were_lost = True  # offsets begin again
 
     def lost_data(self) -> None:
-        """The store, and the merchants' with it, went back to an earlier moment."""
+        """Record that both stores went back to an earlier moment."""
         self.data_were_lost = True
         self._losses += 1
         for audit in self.partitions:
@@ -395,7 +397,7 @@ class Auditor:
             audit.watermark = mark.next_offset if mark is not None and is_of_log else 0
 
     def noted(self, writer: int, place: tuple[int, int]) -> None:
-        """A worker's note of a transaction is written."""
+        """Record that a worker wrote the note of a transaction."""
         self._noted[writer, place] = self._losses
 
     def _mark(self, partition: int) -> Watermark | None:
@@ -403,7 +405,7 @@ class Auditor:
         return None if value is None else Watermark.from_bytes(value)
 
     def _see_notes(self, audit: PartitionAudit, mark: Watermark) -> None:
-        """A worker saved what it had noted, perhaps in a store that had lost the notes since."""
+        """Find the saved transactions whose notes the store lost before the save."""
         for entry in audit.entries[audit.watermark : mark.next_offset]:
             if entry.is_applied:
                 losses = self._noted.get((mark.writer, entry.place))
@@ -411,7 +413,7 @@ class Auditor:
                     self._cut_off.add(entry.place)
 
     def states_changed(self, partition: int) -> None:
-        """Something was written to a partition's states or its watermark."""
+        """Check a partition's states after a write to them or to its watermark."""
         audit = self.partitions[partition]
         mark = self._mark(partition)
         if mark is not None and mark.log_id != audit.log_id:
@@ -423,27 +425,27 @@ class Auditor:
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
     def label_booked(self, partition: int, booking: MerchantLabel) -> None:
-        """A label was booked, for the first time or again, or would be."""
+        """Check the merchant of a label after an attempt to record the label."""
         merchant = booking.merchant_id
         self.check(lambda: self.labels.check(self._merchants, merchant, partition))
 
     def labels_are_booked(self, partition: int) -> bool:
-        """Whether all of a labels partition are."""
+        """Return whether all labels of a partition are recorded."""
         return self._merchants.all_recorded_to(partition) == self.labels.ends[partition]
 
     def booked_to(self, partition: int, slots: Iterable[int]) -> None:
-        """Slots may be booked further than before."""
+        """Update the furthest labels offset of each slot."""
         furthest = self.labels.booked_to[partition]
         for slot in slots:
             furthest[slot] = max(furthest[slot], self._merchants.recorded.get((partition, slot), 0))
 
     def alerted(self, value: bytes | None) -> None:
-        """An alert is appended."""
+        """Count an alert that the broker appended."""
         source = decode_alert(value or b"").source
         self.alerts[source] = self.alerts.get(source, 0) + 1
 
     def committed(self, place: tuple[str, int], offset: int, before: int | None) -> None:
-        """The group commits an offset of a topic's partition."""
+        """Check an offset that the group commits for a topic's partition."""
         topic, partition = place
         name = f"{topic} {partition}"
 
@@ -462,20 +464,20 @@ class Auditor:
     def scored(
         self, partition: int, place: int, value: bytes | None, is_late: bool, known: int
     ) -> None:
-        """A score is appended."""
+        """Check a score that the broker appended, unless it is of an earlier log."""
         of = decode_published(value)
         if of is not None and of.transaction_id in self._of_logs_before:
             return
         self.check(lambda: self.partitions[partition].scored(place, value, is_late, known))
 
     def rejected(self, headers: dict[str, bytes]) -> None:
-        """A rejected record is appended to the dead-letter topic."""
+        """Record a dead letter that the broker appended."""
         if headers["topic"].decode() == self._topic:
             place = int(headers["partition"]), int(headers["offset"])
             self.letters.add((headers["reason"].decode(), *place))
 
     def finish(self) -> None:
-        """At the end, when everything was done that there was to do."""
+        """Check the whole run at its end, when all work is done."""
         for partition in self.partitions:
             self.check(partial(self._finish_partition, partition))
         for number, bookings in enumerate(self.labels.bookings):
@@ -484,7 +486,7 @@ class Auditor:
         self.check(self._finish_notes)
 
     def _finish_notes(self) -> None:
-        """What labels need to know of transactions is remembered, as it was said of them."""
+        """Check that every needed note exists and has a decision that was published."""
         said: dict[tuple[int, int], set[str]] = {}
         needed: set[tuple[int, int]] = set()
         for partition in self.partitions:
@@ -500,7 +502,7 @@ class Auditor:
         for place in needed:
             note = self._merchants.notes.get(place)
             if place in self._cut_off and (note is None or note.decision is None):
-                continue  # not promised: see docs/guarantees.md
+                continue  # docs/guarantees.md excludes this case
             if note is None or note.decision not in said[place]:
                 raise Violation("notes", f"of {place} is remembered {note}, not {said[place]}")
 

@@ -1,6 +1,6 @@
-"""Bugs planted by hand: each is one thing that the worker does right, done wrong.
+"""Bugs planted by hand: each one breaks one thing that the worker does right.
 
-They show that the auditor bites; docs/simulation.md says how many runs each one needs.
+They prove that the auditor finds bugs. docs/simulation.md lists how many runs each one needs.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from tests.simulation.worker import Parts, Worker
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug and what it takes to find it.
+    """A bug and the number of runs that find it.
 
     Attributes:
-        name: what is done wrong.
-        runs: how many it took until the auditor saw it, from seed 0 on.
-        runs_max: in so many it must; twice as many, or four times as many as it takes on average.
-        parts: what is put in the place of what is right.
-        patches: objects, names of their attributes, and what is put in their place.
+        name: short description of the bug.
+        runs: how many runs the auditor needed to find it, from seed 0 on.
+        runs_max: how many runs may be needed: at least twice ``runs``, or four times the average.
+        parts: the wrong parts, which replace the right ones.
+        patches: objects, names of their attributes, and the wrong values.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Bug:
 
     @contextmanager
     def planted(self) -> Iterator[None]:
-        """While this lasts, what it patches is wrong."""
+        """Apply the patches within the block."""
         with ExitStack() as stack:
             for target, name, value in self.patches:
                 stack.enter_context(mock.patch.object(target, name, value))
@@ -73,7 +73,7 @@ class Bug:
 
 
 class AckFirst(Worker):
-    """Acks what it computed, and saves it then."""
+    """Worker that acks a poll before it saves the states."""
 
     async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
         for partition, chunk in computed.poll.chunks.items():
@@ -83,7 +83,7 @@ class AckFirst(Worker):
 
 
 class PublishLater(Publisher):
-    """Publishes while what it publishes is saved."""
+    """Publisher that does not wait until the broker has the records."""
 
     async def publish(
         self,
@@ -96,7 +96,7 @@ class PublishLater(Publisher):
 
 
 class AlertsLater(Publisher):
-    """Does not wait for alerts to be published."""
+    """Publisher that does not wait until the broker has the alerts."""
 
     async def publish(
         self,
@@ -109,7 +109,7 @@ class AlertsLater(Publisher):
 
 
 class AckWhatIsNotSaved(Processor):
-    """Acks a poll whether its save met the expected watermark or not."""
+    """Processor that acks a poll although its save was refused."""
 
     async def conclude(self, computed: ComputedPoll) -> None:
         await super().conclude(computed)
@@ -121,7 +121,7 @@ class AckWhatIsNotSaved(Processor):
 
 
 class SaveWithoutGuard(StateClient):
-    """Saves whatever the watermark is."""
+    """Store client that saves without comparing the watermark."""
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         await self._network.ask(
@@ -138,7 +138,7 @@ class SaveWithoutGuard(StateClient):
 
 
 class WatermarkApart(StateClient):
-    """Writes the states, and then the watermark."""
+    """Store client that writes the states first and the watermark separately."""
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         effects = [
@@ -164,7 +164,7 @@ class WatermarkApart(StateClient):
 
 
 class LateAck(Consumer):
-    """Takes acks of polls of a time before a rebalance."""
+    """Consumer that accepts acks of polls from before a rebalance."""
 
     def ack(self, message: Any) -> bool:
         self._in_flight.setdefault(id(message), (message.topic, True))
@@ -172,7 +172,7 @@ class LateAck(Consumer):
 
 
 class LateAckOfAll(Processor):
-    """Acks what was saved, whoever owns the partition now."""
+    """Processor that acks a saved poll although its partition has a new owner."""
 
     def _ack(self, poll: Any, parts: list[PartitionBatch]) -> None:
         for part in parts:
@@ -180,7 +180,7 @@ class LateAckOfAll(Processor):
 
 
 class PositionsKept(Consumer):
-    """Commits after a rebalance what was acked before it."""
+    """Consumer that keeps its positions over a rebalance and commits them."""
 
     def _reset(self) -> None:
         positions = dict(self._positions)
@@ -189,14 +189,14 @@ class PositionsKept(Consumer):
 
 
 class DropWithoutSeek(Consumer):
-    """Drops a fetch that a rebalance or a seek overtook."""
+    """Consumer that drops an overtaken fetch and does not seek back."""
 
     def _give_up(self, records: Mapping[Any, list[Any]]) -> None:
-        """Nothing is sought."""
+        """Do not seek back."""
 
 
 class KeepAcrossReset(Consumer):
-    """Takes a fetch for one of the new assignment that began before it."""
+    """Consumer that accepts a fetch from before the new assignment."""
 
     @property
     def _resets(self) -> int:
@@ -204,14 +204,14 @@ class KeepAcrossReset(Consumer):
 
     @_resets.setter
     def _resets(self, value: int) -> None:
-        """Nobody counts."""
+        """Ignore the count."""
 
 
 # scores that were published ----------------------------------------------------------------
 
 
 class FeaturesNotReused(ScoreLog):
-    """Finds scores, and not the features in them."""
+    """Score log that loses the features in the scores."""
 
     async def read(
         self, partition: int, start: int, end: int, until_source: int
@@ -224,7 +224,7 @@ class FeaturesNotReused(ScoreLog):
 
 
 class NothingKept(PartitionRecovery):
-    """Says again what was published and not saved."""
+    """Recovery that does not find the scores that were published but not saved."""
 
     async def published_scores(
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
@@ -233,12 +233,12 @@ class NothingKept(PartitionRecovery):
 
 
 def _no_scores(*_: Any) -> Iterator[tuple[int, bytes, str]]:
-    """Raise no alert for a score that was published before."""
+    """Return no scores, so that no earlier score raises an alert."""
     return iter(())
 
 
 class GapNotRead(PartitionRecovery):
-    """Does not look at what stands between its own scores."""
+    """Recovery that does not read the scores of a zombie between its own."""
 
     async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
@@ -247,7 +247,7 @@ class GapNotRead(PartitionRecovery):
 
 
 class ScoresOffsetTooFar(PartitionRecovery):
-    """Its watermark passes over scores that are not applied."""
+    """Recovery whose watermark skips scores that are not applied."""
 
     def next_watermark(
         self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
@@ -260,7 +260,7 @@ class ScoresOffsetTooFar(PartitionRecovery):
 
 
 class OldStates(PartitionManager):
-    """Goes on with states that it held before it lost a partition, or its watermark."""
+    """Manager that reuses states from before it lost the partition."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -275,7 +275,7 @@ class OldStates(PartitionManager):
 
 
 class AnyWatermark(PartitionManager):
-    """Takes whatever watermark stands for the expected one."""
+    """Manager that accepts any watermark as the expected one."""
 
     async def accept(
         self, partition: int, chunk: Chunk, watermark: bytes | None
@@ -287,21 +287,21 @@ class AnyWatermark(PartitionManager):
 
 
 class GapInLog(PartitionManager):
-    """Applies a poll although the one before it was not."""
+    """Manager that applies a poll although the one before it is missing."""
 
     async def seek_back(self, partition: int, owned: OwnedPartition) -> None:
-        """The log is not read back."""
+        """Do not seek back."""
 
 
 class ApplyAgain(Processor):
-    """Applies what is before the watermark."""
+    """Processor that applies records before the watermark again."""
 
     def _drop_applied(self, part: PartitionBatch) -> None:
-        """Nothing is dropped."""
+        """Drop nothing."""
 
 
 class RepeatsApplied(ChainScorer):
-    """Takes a transaction id that comes again for a new one."""
+    """Scorer that takes a duplicate for a new transaction."""
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
@@ -311,7 +311,7 @@ class RepeatsApplied(ChainScorer):
 
 
 class ConflictsDropped(ChainScorer):
-    """Takes another payment for a repeat because it has an id that came before."""
+    """Scorer that takes a conflict of ids for a duplicate."""
 
     def score(
         self, values: Sequence[bytes | None], batch: MicroBatch
@@ -321,7 +321,7 @@ class ConflictsDropped(ChainScorer):
 
 
 class AlwaysNew(PartitionRecovery):
-    """Takes a store that lost everything for a new group's."""
+    """Recovery that takes a store that lost everything for the store of a new group."""
 
     async def take_over(
         self, partition: int, watermark: bytes | None, begin: int, *, is_assigned: bool
@@ -334,7 +334,7 @@ class AlwaysNew(PartitionRecovery):
 
 
 class StatesOfLogBefore(StateClient):
-    """Finds no states to delete where a log was made again."""
+    """Store client that finds no states to delete when a log was made again."""
 
     async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
         return
@@ -342,21 +342,21 @@ class StatesOfLogBefore(StateClient):
 
 
 class FetchedOfLogBefore(PartitionManager):
-    """Takes what was fetched before the log was made again for its own."""
+    """Manager that accepts records fetched from an earlier log."""
 
     async def _is_of_log(self, partition: int, owned: OwnedPartition, chunk: Chunk) -> bool:
         return True
 
 
 def _same(known: bytes, found: bytes) -> bool:
-    """Whatever the ids are."""
+    """Treat all log ids as equal."""
     return False
 
 
 def _any_log(
     committed: int | None, log_id: bytes, log_end: int, stale_to: int
 ) -> tuple[int | None, int]:
-    """Whatever log a committed offset is of, it counts."""
+    """Accept a committed offset of any log."""
     return committed, stale_to
 
 
@@ -364,7 +364,7 @@ def _any_log(
 
 
 class RejectedDropped(Publisher):
-    """Drops what cannot be scored."""
+    """Publisher that drops rejected records."""
 
     async def publish(
         self,
@@ -376,7 +376,7 @@ class RejectedDropped(Publisher):
 
 
 class BookedAgain(MerchantClient):
-    """Books labels that were booked before."""
+    """Merchant client that records labels again."""
 
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
@@ -388,7 +388,7 @@ class BookedAgain(MerchantClient):
 
 
 class BookedPastTheGap(MerchantClient):
-    """Books labels though the store lost some that were before them."""
+    """Merchant client that records labels past a gap in the store."""
 
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
@@ -397,10 +397,10 @@ class BookedPastTheGap(MerchantClient):
 
 
 class NotesLater(Processor):
-    """Remembers what labels need to know of transactions once their states are saved."""
+    """Processor that writes the notes after the states."""
 
     async def _write_notes(self, parts: list[PartitionBatch]) -> None:
-        """Not yet."""
+        """Write no notes before the save."""
 
     async def _save_states(self, parts: list[PartitionBatch], saves: list[Save]) -> list[bool]:
         stands = await super()._save_states(parts, saves)
@@ -409,14 +409,14 @@ class NotesLater(Processor):
 
 
 def _last_label(note: TransactionNote, labelled_ms: int, weight: int | None) -> TransactionNote:
-    """The label that comes last counts, however old it is."""
+    """Apply the label that arrives last, although it may be older."""
     if weight is not None:
         note = dataclasses.replace(note, weight=weight, has_label_weight=True)
     return dataclasses.replace(note, labelled_ms=labelled_ms)
 
 
 def _nothing(*_: Iterable[Any]) -> None:
-    """Is not done."""
+    """Do nothing."""
 
 
 BUGS = [

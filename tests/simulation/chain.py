@@ -1,10 +1,10 @@
 """A scorer whose states are chains of hashes: any other past gives another state and score.
 
-A network forgets and rounds, so that a transaction applied twice or left out may hardly show.
-Here an account's hidden is a hash of its hidden before, the transaction and the merchant's
-features. It is the same to the last bit whatever the micro-batch, and costs a microsecond.
-Rounds, repeats, expiry, bisection, what a state notes of a transaction and the state's bytes are
-the real scorer's.
+A network forgets and rounds, so its scores may hide a transaction that was applied twice or left
+out. Here an account's hidden state is a hash of three things: its previous hidden state, the
+transaction and the merchant's features. It is the same to the last bit in every micro-batch, and
+costs a microsecond. The real scorer does the rest: rounds, duplicates, expiry, bisection, and the
+state's bookkeeping and bytes.
 """
 
 from __future__ import annotations
@@ -28,42 +28,47 @@ from pipeline.storage.account_state import AccountStates
 from tests.fakes.memory_workers import small_checkpoint
 
 POISON = 666.0
-"""An amount for which the computation fails."""
+"""Amount that makes the computation fail."""
 
 NO_HIDDEN = bytes(8)
-"""Of an account that has made no transaction."""
+"""Hidden state of an account without transactions."""
 
 _TRANSACTION = struct.Struct("<qd")
 
 _FINITE = 0xBFFF_BFFF_BFFF_BFFF
-"""Without the highest bit of each exponent four float16 are numbers under 2, as a network's are:
-others are refused when a computation fails."""
+"""Mask that clears the highest exponent bit of four float16 values.
+
+It keeps them under 2, like a network's. Larger ones are refused when a computation fails."""
 
 
 def chained(before: bytes, offset: int, amount: float, merchant: bytes) -> bytes:
-    """The hidden after a transaction, 8 bytes; ``merchant`` are its features as float32."""
+    """Return the hidden state after a transaction, 8 bytes.
+
+    Args:
+        merchant: the merchant's features, as float32.
+    """
     bits = xxh3_64_intdigest(before + _TRANSACTION.pack(offset, amount) + merchant)
     return (bits & _FINITE).to_bytes(8, "little")
 
 
 def score_of(hidden: bytes) -> float:
-    """In [0, 1), the same as a float32."""
+    """Return the score of a hidden state, in [0, 1) and exact as a float32."""
     return int.from_bytes(hidden[:3], "little") / 2**24
 
 
 def weight_of(amount: float) -> int:
-    """The merchant weight of a payment: a third of them have one that is remembered."""
+    """Return the merchant weight of a payment; a third of payments have less than the full one."""
     return WEIGHT_MAX if amount < 67 else int(amount)
 
 
 def chain_checkpoint() -> Checkpoint:
-    """For the chain: it looks at merchants, and two fifths of all scores raise an alert."""
+    """Make a checkpoint that uses merchants and raises an alert for two fifths of all scores."""
     checkpoint = small_checkpoint(hidden_size=4, inputs=INPUTS)
     return checkpoint.with_header(thresholds=CheckpointThresholds(review=0.6, decline=0.8))
 
 
 class ChainScorer(Scorer):
-    """Advances chains."""
+    """Scorer that advances chains of hashes."""
 
     def _step(
         self,
@@ -102,11 +107,11 @@ class ChainScorer(Scorer):
 
 
 class NoReasons:
-    """In the place of :class:`model.reasons.Explainer`: reasons are not what is looked at."""
+    """Replacement of :class:`model.reasons.Explainer`, because no check reads reasons."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._reasons = [Reason("history", 1.0)]
 
     def explain(self, raw: Any, hidden: Sequence[Any]) -> list[list[Reason]]:
-        """The same one for all."""
+        """Return the same reason for each score."""
         return [self._reasons] * len(raw)

@@ -1,8 +1,8 @@
-"""An event loop whose clock jumps to the next thing that happens, and processes that can stop.
+"""An event loop whose clock jumps to the next event, and processes that can stop or die.
 
-Everything of a run is in one thread and in an order that its seed decides: callbacks that are
-ready run first come, first served, as in asyncio's own loop, and timers by their time. What runs
-in a process (:class:`Host`) runs no further once it is dead, and later once it is stopped.
+A run has one thread, and its seed decides the order of everything. Ready callbacks run in the
+order of their arrival, as in asyncio's own loop. Timers run in the order of their time. The tasks
+of a dead process (:class:`Host`) run no further; those of a stopped one run later.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Ts = TypeVarTuple("Ts")
 
 
 class Host:
-    """A process.
+    """A simulated process.
 
     Attributes:
-        name: for the trace.
-        is_dead: nothing of it runs any more.
-        stopped_until: nothing of it runs before, seconds.
-        held: share of what it sends and is sent that is held on its way.
+        name: its name in the trace.
+        is_dead: none of its tasks runs any more.
+        stopped_until: time in seconds before which none of its tasks runs.
+        held: share of its messages, in both directions, that the network holds back.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,7 +38,7 @@ class Host:
         self._context.run(_HOST.set, self)
 
     def start(self, loop: Loop, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a coroutine in this process, with all that it starts."""
+        """Run a coroutine, and all tasks that it starts, in this process."""
         return loop.create_task(work, context=self._context)
 
 
@@ -46,7 +46,7 @@ _HOST: ContextVar[Host | None] = ContextVar("host", default=None)
 
 
 class Loop(asyncio.AbstractEventLoop):
-    """The loop of one run.
+    """Event loop of one run.
 
     Args:
         after_step: called after each callback.
@@ -62,34 +62,34 @@ class Loop(asyncio.AbstractEventLoop):
         self._numbers = count()
         self._tasks: list[asyncio.Task[Any]] = []
 
-    # what asyncio asks of a loop ---------------------------------------------------------
+    # asyncio's interface -----------------------------------------------------------------
 
     def time(self) -> float:
-        """Seconds since the run began."""
+        """Return the virtual seconds since the run began."""
         return self._now
 
     def get_debug(self) -> bool:
-        """Never."""
+        """Return False: a run never uses asyncio's debug mode."""
         return False
 
     def is_running(self) -> bool:
-        """Always, while a run lasts."""
+        """Return True: callers only ask during a run."""
         return True
 
     def is_closed(self) -> bool:
-        """Never."""
+        """Return False: callers only ask during a run."""
         return False
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """Call it next."""
+        """Schedule a callback as soon as possible."""
         context = context or copy_context()
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append((handle, context.get(_HOST)))
         return handle
 
-    call_soon_threadsafe = call_soon  # there is one thread
+    call_soon_threadsafe = call_soon  # a run has one thread
 
     def call_later(
         self,
@@ -98,7 +98,7 @@ class Loop(asyncio.AbstractEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Call it so many seconds from now."""
+        """Schedule a callback after a delay in seconds."""
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(
@@ -108,7 +108,7 @@ class Loop(asyncio.AbstractEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Call it then."""
+        """Schedule a callback at a time in virtual seconds."""
         context = context or copy_context()
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         host = context.get(_HOST)
@@ -119,23 +119,26 @@ class Loop(asyncio.AbstractEventLoop):
         heapq.heappush(self._timers, (when, next(self._numbers), callback, args))
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Cancelled timers are dropped when their time comes."""
+        """Do nothing: the loop drops cancelled timers when they are due."""
 
     def create_future(self) -> asyncio.Future[Any]:
-        """A future of this loop."""
+        """Make a future of this loop."""
         return asyncio.Future(loop=self)
 
     def create_task(
         self, coro: Any, *, name: str | None = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
-        """A task of the process that asks for it, or that ``context`` names."""
+        """Make a task in the calling process, or in the process that ``context`` names."""
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
         host = (context or copy_context()).get(_HOST)
         (self._tasks if host is None else host.tasks).append(task)
         return task
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Errors of callbacks are the simulator's own; a task's are seen by who awaits it."""
+        """End the run for errors of callbacks, which are bugs of the simulator.
+
+        The caller that awaits a task sees the task's own errors.
+        """
         if "handle" in context:
             raise SystemExit(f"{context['message']}: {context['exception']!r}") from context[
                 "exception"
@@ -144,15 +147,15 @@ class Loop(asyncio.AbstractEventLoop):
     # running -----------------------------------------------------------------------------
 
     def soon(self, callback: Callable[..., object], *args: object) -> None:
-        """Call it next, in no process."""
+        """Schedule a callback as soon as possible, outside all processes."""
         self.later(0.0, callback, *args)
 
     def later(self, delay: float, callback: Callable[..., object], *args: object) -> None:
-        """Call it so many seconds from now, in no process."""
+        """Schedule a callback after a delay in seconds, outside all processes."""
         self._at(self._now + delay, callback, *args)
 
     def run(self, until: float) -> None:
-        """Run until ``is_over`` is set, nothing is left to do, or the clock is at ``until``."""
+        """Run until ``is_over`` is set, no event is left, or the clock reaches ``until``."""
         ready, timers, after_step = self._ready, self._timers, self._after_step
         asyncio._set_running_loop(self)
         try:
@@ -179,20 +182,20 @@ class Loop(asyncio.AbstractEventLoop):
             handle._run()
 
     def close_tasks(self, tasks: list[asyncio.Task[Any]]) -> None:
-        """End them where they wait: nothing of them runs any more."""
+        """Close tasks where they wait, so that they run no further."""
         for task in tasks:
             if not task.done():
-                # They were waiting, with nobody left to say anything to.
+                # Cancelling would let the task continue, so its coroutine is closed instead.
                 coroutine = task.get_coro()
                 assert coroutine is not None
                 try:
                     coroutine.close()
                 except RuntimeError:
-                    continue  # it awaits in its finally: it goes with the loop
+                    continue  # it awaits in a finally block; the loop drops it later
         tasks.clear()
 
     def close(self) -> None:
-        """End what is left."""
+        """Close all remaining callbacks, timers and tasks."""
         self._ready.clear()
         self._timers.clear()
         self.close_tasks(self._tasks)

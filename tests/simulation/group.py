@@ -1,9 +1,9 @@
-"""A consumer group and its members: the real consumer over a thread of aiokafka's that is none.
+"""A consumer group and its members: the real consumer over a simulated aiokafka thread.
 
-The coordinator rebalances eagerly, as Faust's groups do: all members give their partitions up,
-join again and are given new ones; one that does not join in time is left out and hears of it
-later. What each member does then is Faust's sequence, with the consumer of
-:mod:`pipeline.worker.faust_transport` in it.
+The coordinator rebalances eagerly, like Faust's groups. All members give up their partitions, join
+again and get new ones. The coordinator excludes a member that does not join in time, and notifies
+it later. Each member follows Faust's sequence with the consumer of
+:mod:`pipeline.worker.faust_transport`.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from tests.simulation.network import USUAL_SECONDS, Network
 T = TypeVar("T")
 
 SESSION_SECONDS = 10.0
-"""A member that is not heard of for so long is left out."""
+"""Time without a heartbeat after which the group excludes a member."""
 
 REBALANCE_SECONDS = 11.0
-"""So long the coordinator waits for members to join again."""
+"""Time that the coordinator waits for members to join again."""
 
 COMMIT_SECONDS = 1.5
-"""Between two commits."""
+"""Time between two commits."""
 
 NOTICE_SECONDS = 12.0
-"""At the latest after so long a member hears that it was left out."""
+"""Longest time until the coordinator notifies an excluded member."""
 
 
 Given = tuple[int, list[TP]]
-"""A generation, and the partitions that a member has in it."""
+"""A generation and a member's partitions in it."""
 
 
 class Coordinator:
-    """The group, at the broker.
+    """The group's coordinator at the broker.
 
     Args:
-        topics: their partitions are assigned, all of the same count.
-        on_commit: called with place, offset and the offset committed before.
+        topics: topics to assign, all with the same number of partitions.
+        on_commit: called with the partition, the offset and the previous committed offset.
 
     Attributes:
-        generation: counts the assignments.
-        owners: by partition of a topic, the member that has it.
-        committed: by partition of a topic.
+        generation: number of assignments so far.
+        owners: owner of each topic's partition.
+        committed: committed offset of each topic's partition.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Coordinator:
         self._is_rebalancing = False
 
     def join(self, member: Member) -> asyncio.Future[Given | None]:
-        """A member asks for partitions; what it is given, or None where it has to ask again."""
+        """Add a member; return a future of its partitions, or of None if it must join again."""
         future: asyncio.Future[Given | None] = self._loop.create_future()
         if member not in self.members:
             self.members.append(member)
@@ -91,7 +91,7 @@ class Coordinator:
         return future
 
     def rebalance(self, besides: Member | None = None) -> None:
-        """Have all members join again."""
+        """Make all members join again."""
         if self._is_rebalancing:
             return
         self._is_rebalancing = True
@@ -102,7 +102,7 @@ class Coordinator:
         self._loop.later(REBALANCE_SECONDS, self._time_out, self._round)
 
     def expel(self, member: Member) -> None:
-        """Nothing was heard of a member: the others get its partitions; it may live on."""
+        """Exclude a silent member, which may still run, and give its partitions to the others."""
         if member in self.members:
             self.members.remove(member)
             self._loop.later(self._rng.uniform(0, NOTICE_SECONDS), member.told)
@@ -141,11 +141,11 @@ class Coordinator:
             self._loop.later(self._network.delay(), _answer, self._joining.pop(member), answer)
 
     def is_owner(self, member: Member, topic: str, partition: int, generation: int) -> bool:
-        """Whether the group has given a partition to a member in this generation, the last one."""
+        """Return whether a member owns a partition and its generation is the current one."""
         return generation == self.generation and self.owners.get(TP(topic, partition)) is member
 
     def commit(self, member: Member, generation: int, offsets: Mapping[TP, int]) -> bool:
-        """Set offsets, unless the member is none of this generation."""
+        """Commit offsets unless the member or its generation is outdated; return whether."""
         if member not in self.members or generation != self.generation:
             return False
         for place, offset in offsets.items():
@@ -160,7 +160,7 @@ def _answer(future: asyncio.Future[Any], answer: Any) -> None:
 
 
 class Thread:
-    """In the place of Faust's thread with aiokafka's consumer in it."""
+    """Replacement of Faust's thread that runs aiokafka's consumer."""
 
     beacon = None
 
@@ -180,36 +180,36 @@ class Thread:
         return self
 
     def begin_reassignment(self) -> None:
-        """Nothing is fetched before the next assignment."""
+        """Stop fetching until the next assignment."""
         self._is_reassigning = True
 
     def assign(self, generation: int, places: Iterable[TP]) -> None:
-        """Positions are the committed ones, as soon as they are asked for."""
+        """Assign partitions, whose positions are the committed offsets at the first fetch."""
         self.generation = generation
         self.positions = dict.fromkeys(places)
         self._is_reassigning = False
         self.wake()
 
     def wake(self) -> None:
-        """There may be something to fetch."""
+        """Wake the fetcher, because there may be new records."""
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
     def assignment(self) -> set[TP]:
-        """What the member has."""
+        """Return the member's partitions."""
         return set(self.positions)
 
     async def _fetch_records(
         self,
         consumer: Thread,
         active_partitions: set[TP] | None,
-        timeout: float,  # noqa: ASYNC109 - as Faust has it
+        timeout: float,  # noqa: ASYNC109 - Faust's signature
         max_records: int,
     ) -> dict[TP, list[MemoryRecord]]:
-        """As Faust has it, and then the way to the main thread, which takes a moment."""
+        """Fetch like Faust, then delay the result on its way to the main thread."""
         until = self.thread_loop.time() + timeout
         while self.consumer.flow_active:
-            # What has arrived so far is as much as it likes to be.
+            # A real fetch returns an arbitrary part of the available records.
             most = self._member.some(max_records)
             found = {} if self._is_reassigning else self._take(active_partitions or (), most)
             left = until - self.thread_loop.time()
@@ -229,13 +229,13 @@ class Thread:
             if position is None:
                 position = self._member.coordinator.committed.get(place, 0)
             bounds = self._kafka.bounds(place.topic, place.partition)
-            if position > bounds.end:  # of a log before: as auto_offset_reset has it
+            if position > bounds.end:  # of an earlier log: auto_offset_reset applies
                 position = bounds.begin
             records = self._kafka.fetch(place.topic, place.partition, position, most)
             if records:
                 most -= len(records)
                 found[place] = records
-                # The one that waited longest is the first the next time.
+                # The partition that waited longest comes first at the next fetch.
                 del self.positions[place]
                 self.positions[place] = records[-1].offset + 1
             if not most:
@@ -243,19 +243,19 @@ class Thread:
         return found
 
     def seek(self, place: TP, offset: int) -> None:
-        """Fetch from there on."""
+        """Set the offset of the next fetch."""
         self.positions[place] = offset
         self.wake()
 
     async def earliest_offsets(self, *places: TP) -> dict[TP, int]:
-        """Where the logs begin; aiokafka asks again until it is told."""
+        """Return where the logs begin; repeat the request until it is answered, like aiokafka."""
         return {place: await self._told("begin", place, self._begin) for place in places}
 
     def _begin(self, place: TP) -> int:
         return self._kafka.bounds(place.topic, place.partition).begin
 
     async def seek_to_committed(self) -> dict[TP, int | None]:
-        """Ask for what is committed, and fetch from there on."""
+        """Request the committed offsets and seek to them."""
         found = {}
         for place in list(self.positions):
             found[place] = offset = await self.committed(place)
@@ -264,7 +264,7 @@ class Thread:
         return found
 
     async def committed(self, place: TP) -> int | None:
-        """Ask for what is committed; aiokafka asks again until it is told."""
+        """Return the committed offset; repeat the request until it is answered, like aiokafka."""
         return await self._told("committed", place, self._member.coordinator.committed.get)
 
     async def _told(self, name: str, place: TP, find: Callable[[TP], T]) -> T:
@@ -280,7 +280,7 @@ class Thread:
                 return found
 
     async def commit(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit; aiokafka asks again until it is answered."""
+        """Commit offsets; repeat the request until it is answered, like aiokafka."""
         member, generation = self._member, self.generation
         text = ", ".join(f"{p.topic} {p.partition}: {offset}" for p, offset in offsets.items())
         is_committed = False
@@ -301,7 +301,7 @@ class Thread:
 
 
 class Consumer(poll_transport.Consumer):
-    """The real one, whose messages need nothing of aiokafka's records."""
+    """The real consumer, with messages made from simulated records."""
 
     def _new_consumer_thread(self) -> Any:
         return Thread(self.transport.member, self)
@@ -315,23 +315,23 @@ class Consumer(poll_transport.Consumer):
 
 @dataclass
 class Event:
-    """A message as an agent sees it."""
+    """Event that an agent receives."""
 
     message: ConsumerMessage
     consumer: Consumer
 
     @property
     def value(self) -> Any:
-        """The poll."""
+        """The message's poll."""
         return self.message.value
 
     def ack(self) -> bool:
-        """As Faust has it."""
+        """Ack the message, like a Faust event."""
         return bool(self.message.ack(self.consumer))
 
 
 class Inbox:
-    """A topic's way from Faust's conductor to its agent."""
+    """Queue of a topic between Faust's conductor and its agent."""
 
     def __init__(self, member: Member) -> None:
         self._member = member
@@ -339,25 +339,25 @@ class Inbox:
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
-        """For the agent, when it is ready."""
+        """Queue an event for the agent."""
         self._events.append(event)
         self.wake()
 
     def wake(self) -> None:
-        """There may be something to take."""
+        """Wake the agent, because there may be a new event."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     def clear(self) -> None:
-        """A rebalance: forget what no agent works on."""
+        """Drop the queued events before a rebalance."""
         self._events.clear()
 
     def noack(self) -> Inbox:
-        """Agents ack by hand."""
+        """Return this stream, because agents ack explicitly."""
         return self
 
     async def events(self) -> AsyncIterator[Event]:
-        """As Faust's streams have it: what is of another generation is passed over."""
+        """Yield the current generation's events and skip all others, like Faust's streams."""
         app = self._member.app
         while True:
             while not (self._events and app.flow_is_active):
@@ -369,14 +369,14 @@ class Inbox:
 
 
 class App(SimpleNamespace):
-    """What the consumer and the worker use of a Faust app."""
+    """The part of a Faust app that the consumer and the worker use."""
 
     def __init__(self, member: Member) -> None:
         async def nothing(*_: Any) -> list[Any]:
             return []
 
         def ignored(*_: Any, **__: Any) -> None:
-            """Of no interest here."""
+            """Ignore the call."""
 
         super().__init__(
             in_transaction=False,
@@ -407,16 +407,16 @@ class App(SimpleNamespace):
 
     @property
     def consumer(self) -> Consumer:
-        """The member's."""
+        """The member's consumer."""
         return self._member.consumer
 
     async def crash(self, error: BaseException) -> None:
-        """The process ends."""
+        """End the member's process."""
         self._member.crashed(error)
 
 
 class Member:
-    """A worker's membership: its consumer, its agents' inboxes, and its part of rebalances."""
+    """A worker's membership in the group: its consumer, inboxes and part in rebalances."""
 
     def __init__(
         self,
@@ -456,18 +456,18 @@ class Member:
         self._recovery: asyncio.Task[None] | None = None
 
     def some(self, most: int) -> int:
-        """A number from 1 on, at most so much."""
+        """Draw a number from 1 to ``most``."""
         return self._rng.randint(1, most)
 
     def told(self) -> None:
-        """The coordinator says that the group rebalances, or that this is no member."""
+        """Accept the coordinator's notice of a rebalance or an exclusion."""
         if not self.host.is_dead:
             self._told.set()
 
     # the threads -------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Run what Faust runs."""
+        """Start the tasks that Faust would start."""
         work = [self._membership(), self._fetcher(), self._commits()]
         self._tasks = [self.host.start(self.loop, part) for part in work]
         for task in self._tasks:
@@ -502,13 +502,13 @@ class Member:
             await self.consumer.commit()
 
     async def leave(self) -> None:
-        """SIGTERM: what is at work is finished and committed, and then there is no process."""
+        """Finish and commit the polls in flight and leave the group, as after SIGTERM."""
         self._suspend()
         self._tasks[1].cancel()
         await self.consumer.wait_empty()
         self.coordinator.leave(self)
 
-    # what Faust's app does ---------------------------------------------------------------
+    # Faust's app -------------------------------------------------------------------------
 
     def _suspend(self) -> None:
         consumer = self.consumer
@@ -534,7 +534,7 @@ class Member:
         self._recovery.add_done_callback(self._ended)
 
     async def _resume(self) -> None:
-        """The recovery service, which has no tables to recover; a newer one ends it."""
+        """Resume the flow like Faust's recovery service; a newer assignment cancels it."""
         await asyncio.sleep(USUAL_SECONDS * self._rng.random())
         assignment = self.consumer.assignment()
         if assignment:
@@ -547,7 +547,7 @@ class Member:
             inbox.wake()
 
     async def _deliver(self, message: ConsumerMessage) -> None:
-        """The conductor: from the consumer to the agent."""
+        """Move a message from the consumer to its agent, like Faust's conductor."""
         await self._flow_is_active.wait()
         message.incref(1)
         self.inboxes[message.topic].put(Event(message, self.consumer))

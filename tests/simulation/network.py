@@ -1,8 +1,8 @@
-"""What lies between a worker and its services: delays, errors, answers that are lost.
+"""Network between workers and services: delays, errors and lost answers.
 
-A request arrives after a while, does its effects at the service one after another, each at a
-moment of its own, and is answered after another while. What can happen to it on the way is drawn
-for each: see :class:`Fate`. An effect that was sent happens although its sender dies.
+A request arrives after a delay. Its effects happen at the service one after another, each at its
+own moment. The answer arrives after another delay. The network draws a :class:`Fate` for each
+request. An effect that was sent happens even if its sender dies.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from tests.simulation.clock import Host, Loop
 T = TypeVar("T")
 
 USUAL_SECONDS = 0.02
-"""Most of a way from or to a service."""
+"""Longest usual delay of a message from or to a service."""
 
 SLOW_SECONDS = 12.0
-"""Of a slow one: longer than a session lasts."""
+"""Longest delay of a slow message, longer than a session timeout."""
 
 HELD_EFFECTS = 40
-"""What is held on its way comes at the latest after so many effects of others."""
+"""Largest number of other effects before the network releases a held message."""
 
 HELD_SECONDS = 35.0
-"""Or after so long, where there are none."""
+"""Longest time before the network releases a held message without other effects."""
 
 
 class Fate(Enum):
-    """What becomes of a request."""
+    """Outcome of a request."""
 
     ANSWERED = "answered"
-    LOST = "lost"  # nothing is done; an error
-    PARTIAL = "partial"  # some of its effects are done; an error
-    UNANSWERED = "unanswered"  # all is done; an error
-    LATE = "late"  # an error, and all is done before or after it
+    LOST = "lost"  # no effect; an error
+    PARTIAL = "partial"  # some effects; an error
+    UNANSWERED = "unanswered"  # all effects; an error
+    LATE = "late"  # an error, and all effects before or after it
 
 
 class UnexpectedError(Exception):
-    """What no code expects: a defect of a library, a machine out of memory."""
+    """Error that no code expects, such as a library's defect or a lack of memory."""
 
 
 @dataclass
 class Faults:
-    """Shares of requests to which something happens."""
+    """Share of requests for each kind of fault."""
 
     slow: float = 0.0
     held: float = 0.0
@@ -60,20 +60,20 @@ class Faults:
     unexpected: float = 0.0
 
     def end(self) -> None:
-        """Everything is answered, and soon."""
+        """Stop all faults."""
         self.slow = self.held = self.lost = self.partial = 0.0
         self.unanswered = self.late = self.unexpected = 0.0
 
 
 class Network:
-    """The ways of all workers to all services.
+    """Network between all workers and all services.
 
     Args:
         on_effect: called before each effect.
-        note: writes to the trace, where there is one.
+        note: writes to the trace; None without a trace.
 
     Attributes:
-        effects: how many there were.
+        effects: number of effects so far.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Network:
         self.effects = 0
 
     def delay(self) -> float:
-        """Seconds that something takes on its way."""
+        """Draw the delay of a message in seconds."""
         if self._rng.random() < self._faults.slow:
             return self._rng.uniform(USUAL_SECONDS, SLOW_SECONDS)
         return self._rng.random() * USUAL_SECONDS
 
     def send(self, host: Host, arrive: Callable[[], None]) -> None:
-        """Let something from or to a host arrive after a while.
+        """Deliver a message from or to a host after a delay.
 
-        That is a while of time, or one that others fill with what they do.
+        The delay is a time, or a number of effects of other requests.
         """
         if self._rng.random() >= max(self._faults.held, host.held):
             self._loop.later(self.delay(), arrive)
@@ -119,7 +119,7 @@ class Network:
             held[2]()
 
     async def cross(self, host: Host) -> None:
-        """From one of a process's threads to another."""
+        """Wait for a message between two threads of a process."""
         crossed = self._loop.create_future()
         self.send(host, lambda: None if crossed.done() else crossed.set_result(None))
         await crossed
@@ -144,18 +144,18 @@ class Network:
         effects: Sequence[Callable[[], T]],
         error: Callable[[str], Exception],
     ) -> list[T]:
-        """A request.
+        """Send a request and wait for its answer.
 
         Args:
-            host: who asks.
-            name: of the request, for the trace.
-            effects: what it does at the service, in order.
-            error: what is raised where no answer comes.
+            host: the process that sends the request.
+            name: the request's name in the trace.
+            effects: the request's effects at the service, in order.
+            error: makes the error that is raised if no answer arrives.
 
         Returns:
-            what each effect returned.
+            the result of each effect.
         """
-        if host.is_dead:  # it closed what it was waiting for
+        if host.is_dead:  # its tasks are closed, but one may still ask in a finally block
             raise UnexpectedError("a dead process asks")
         answer: asyncio.Future[list[T]] = self._loop.create_future()
         request = _Request(self, host, name, list(effects), self._fate(), answer, error)
@@ -165,15 +165,15 @@ class Network:
         return await answer
 
     def unexpected(self) -> bool:
-        """Whether a request ends in an error that no code expects."""
+        """Draw whether a request ends in an error that no code expects."""
         return self._rng.random() < self._faults.unexpected
 
     def some(self, most: int) -> int:
-        """How many of a request's effects are done that is cut off."""
+        """Draw how many effects of an interrupted request happen."""
         return self._rng.randrange(most)
 
     def happens(self, host: Host, name: str) -> None:
-        """An effect is about to happen."""
+        """Count an effect that is about to happen and release messages that are due."""
         self.effects += 1
         while self._held and self._held[0][0] <= self.effects:
             self._loop.soon(heapq.heappop(self._held)[2])
@@ -182,13 +182,13 @@ class Network:
         self._on_effect()
 
     def note_end(self, host: Host, name: str, fate: Fate) -> None:
-        """Write down what became of a request, unless it was answered."""
+        """Write a request's fate to the trace, unless it was answered."""
         if self._note is not None and fate is not Fate.ANSWERED:
             self._note(f"{host.name}: {name}: {fate.value}")
 
 
 class _Request:
-    """A request under way."""
+    """A request in flight."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class _Request:
             self._left = network.some(len(effects))
 
     def arrive(self) -> None:
-        """Do the first effect that is not done, and see to the others."""
+        """Apply the next effect, then schedule the others or the answer."""
         if self._left:
             self._left -= 1
             self._network.happens(self._host, self._name)
@@ -236,7 +236,7 @@ class _Request:
                 self._answer.set_result(self._results)
 
     def fail(self) -> None:
-        """No answer comes."""
+        """Raise the request's error at its sender."""
         self._network.note_end(self._host, self._name, self.fate)
         if not self._answer.done():
             self._answer.set_exception(self._error(self._name))

@@ -1,8 +1,9 @@
-"""One run: a log, workers, and what a seed does to them; and then whether everything came right.
+"""One run: a log, workers, the faults of a seed, and the check of the results.
 
-A run has a part in which things fail and one in which nothing does. What fails, how often and
-when is drawn anew for each run, some of it not at all: a fault that always comes with all others
-hides what it does alone. Events come at effects, not at times, so that they fall between any two.
+Things fail in the first part of a run, and nothing fails in the second. Each run draws its own
+faults, their frequency and their moments. It leaves some faults out, because a fault that always
+occurs with all others hides its own effects. An event occurs at an effect instead of a time, so it
+can fall between any two effects.
 """
 
 from __future__ import annotations
@@ -50,35 +51,35 @@ from tests.simulation.services import StateStore
 from tests.simulation.worker import Parts, Services, Worker
 
 HEAL_SECONDS = 300.0
-"""So long after the last fault everything must be done."""
+"""Time after the last fault within which all work must be done."""
 
 SETTLE_SECONDS = 25.0
-"""So long after the last fault the group has given all partitions to workers that live."""
+"""Time after the last fault within which live workers get all partitions."""
 
 ACCOUNTS = 3
-"""In each partition of the transactions topic."""
+"""Accounts in each partition of the transactions topic."""
 
 MERCHANTS = 2
-"""In each partition of the labels topic."""
+"""Merchants in each partition of the labels topic."""
 
 IDLE_SECONDS = 0.5
-"""Where nothing happens for so long, what is to come next comes now."""
+"""Time without an effect after which the next scheduled event occurs at once."""
 
 GC_THRESHOLD = 20_000
-"""Objects allocated and not freed before the collector looks: Python's 700 costs a tenth."""
+"""Allocations before a garbage collection. Python's default of 700 costs a tenth of a run."""
 
 HOUR_MS = 3_600_000
 
 
 @dataclass
 class Result:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
-        violation: the first thing that was wrong, if any.
-        trace: its steps, where they were asked for.
-        effects: on services.
-        events: names of what was done to it.
+        violation: the first violation, if any.
+        trace: the run's steps, if requested.
+        effects: number of effects on services.
+        events: names of the scheduled events that occurred.
     """
 
     seed: int
@@ -93,7 +94,7 @@ _scorers: dict[tuple[type[ChainScorer], int], ChainScorer] = {}
 
 
 def _scorer(kind: type[ChainScorer], ttl_ms: int) -> ChainScorer:
-    """Made once: it keeps nothing from one micro-batch to the next."""
+    """Return a shared scorer, which keeps nothing between micro-batches."""
     if (kind, ttl_ms) not in _scorers:
         _scorers[kind, ttl_ms] = kind(chain_checkpoint(), ttl_ms)
     return _scorers[kind, ttl_ms]
@@ -116,7 +117,7 @@ _now: list[Loop] = []
 
 @contextmanager
 def simulating() -> Iterator[None]:
-    """What is the same for all runs: small pieces, and the loop's clock instead of the wall's."""
+    """Patch the modules for runs: small limits and the loop's clock."""
     logging.disable()
     with ExitStack() as stack:
         for module, name, value in (
@@ -143,7 +144,7 @@ def simulating() -> Iterator[None]:
 
 
 def simulate(seed: int, parts: Parts | None = None, *, trace: bool = False) -> Result:
-    """One run, which its seed decides; inside of :func:`simulating`."""
+    """Run one seed; the caller is within :func:`simulating`."""
     run = Run(seed, parts or Parts(), trace=trace)
     _now.append(run.loop)
     try:
@@ -153,18 +154,18 @@ def simulate(seed: int, parts: Parts | None = None, *, trace: bool = False) -> R
 
 
 class Run:
-    """A world and its fate.
+    """One simulated run.
 
     Args:
-        seed: decides everything.
-        parts: what workers are made of.
-        trace: whether to write each step down.
+        seed: decides everything in the run.
+        parts: the classes that workers are built from.
+        trace: whether to record each step.
     """
 
     def __init__(self, seed: int, parts: Parts, *, trace: bool) -> None:
         rng = self.rng = Random(seed)
         self.seed = seed
-        self.loop = Loop(self._after_step)  # type: ignore[abstract]  # what nobody here asks for
+        self.loop = Loop(self._after_step)  # type: ignore[abstract]  # a run does not use the rest
         self.now_ms = START_MS
         self.settings = _settings(
             rng.choice([2, 3, 5, 8]), rng.choice([0, 0, 1000]), rng.choice([0, 2, 1000])
@@ -233,10 +234,10 @@ class Run:
     def _names(self, partition: int, letter: str, count: int) -> list[str]:
         return list(_names(letter, count, self.settings.topic_partitions)[partition])
 
-    # what is drawn -----------------------------------------------------------------------
+    # draws -------------------------------------------------------------------------------
 
     def _draw_faults(self) -> Faults:
-        """Half of all kinds do not happen in a run; the others seldom or often."""
+        """Draw the share of each kind of fault; in half of the cases it is zero."""
         rng = self.rng
 
         def share(most: float) -> float:
@@ -253,7 +254,7 @@ class Run:
         )
 
     def _draw_schedule(self) -> list[tuple[int, Callable[[], None]]]:
-        """What is done, and at which effect."""
+        """Draw the events and the effect before which each one occurs."""
         rng = self.rng
         events: list[Callable[[], None]] = []
         for event, most in (
@@ -272,7 +273,7 @@ class Run:
         records = rng.randint(8, 18)
         span = 5 * records
         schedule = [(rng.randrange(span), event) for event in events]
-        # One by one, or in bursts that workers need a while for.
+        # Records arrive one by one, or in bursts that keep the workers busy.
         moments = [rng.randrange(span // 2) for _ in range(rng.choice([1, 2, 3, 100]))]
         if len(moments) > 3:
             moments = list(range(span))
@@ -281,10 +282,10 @@ class Run:
         schedule.sort(key=lambda item: item[0])
         return schedule
 
-    # what happens ------------------------------------------------------------------------
+    # events ------------------------------------------------------------------------------
 
     def _produce(self) -> None:
-        """A record of the transactions topic."""
+        """Produce a record of the transactions topic."""
         rng = self.rng
         self.now_ms += int(rng.random() ** 2 * 6 * HOUR_MS)
         partition = rng.randrange(self.settings.topic_partitions)
@@ -304,7 +305,7 @@ class Run:
         headers: list[tuple[str, bytes]] = []
         rejected = instruction = None
         if chance < 0.05 and self._sent:
-            before = rng.choice(self._sent[-8:])  # as a producer that repeats sends it
+            before = rng.choice(self._sent[-8:])  # a producer sends it twice
             partition, fields = before["partition"], before["fields"]
         elif chance < 0.08:
             fields["amount"], rejected = POISON, "computation"
@@ -316,7 +317,7 @@ class Run:
         elif 0.18 <= chance < 0.26:
             instruction = FORGET if chance < 0.24 else LOOK
             headers.append((CONTROL_HEADER, instruction))
-        elif 0.26 <= chance < 0.30:  # ids that restart: another payment has an id of before
+        elif 0.26 <= chance < 0.30:  # a conflict of ids
             ids = [b["fields"] for b in self._sent if b["fields"]["account_id"] == account]
             if ids:
                 fields["transaction_id"] = ids[-1]["transaction_id"]
@@ -344,7 +345,7 @@ class Run:
         self._wake()
 
     def _label(self) -> None:
-        """A record of the labels topic, of a transaction that was sent."""
+        """Produce a label of an earlier transaction."""
         rng = self.rng
         if not self._sent:
             return
@@ -352,7 +353,7 @@ class Run:
         fields = rng.choice(self._sent)["fields"]
         text: dict[str, Any] = {"label": rng.choice(["fraud", "fraud", "legitimate"])}
         text["labelled_at"] = self.now_ms
-        if rng.random() < 0.4:  # known for a while
+        if rng.random() < 0.4:  # the label is late
             known_ms = self.now_ms - int(rng.random() * 12 * HOUR_MS)
             text["labelled_at"] = max(fields["timestamp"], known_ms)
         if rng.random() < 0.2:
@@ -383,7 +384,7 @@ class Run:
             worker.member.thread.wake()
 
     def _start(self) -> None:
-        """A worker joins."""
+        """Start a worker."""
         self._started += 1
         host = Host(f"worker {self._started}")
         worker = (self._parts.worker or Worker)(host, self._services, self._parts, self._died)
@@ -395,14 +396,14 @@ class Run:
         return self.rng.choice(self._workers) if self._workers else None
 
     def _kill(self) -> None:
-        """SIGKILL; the group hears of it when the session is over."""
+        """Kill a worker as with SIGKILL; the group notices at the session timeout."""
         worker = self._some_worker()
         if worker is not None:
             self._tell(f"{worker.host.name} is killed")
             self._bury(worker)
 
     def _died(self, worker: Worker) -> None:
-        """It ended by itself."""
+        """Handle a worker that ended by itself."""
         error = worker.error
         self._tell(f"{worker.host.name} ends: {error!r}")
         if error is not None and not isinstance(error, (UnexpectedError, PublishError)):
@@ -421,7 +422,7 @@ class Run:
             self._start()
 
     def _stop_for_a_while(self) -> None:
-        """SIGSTOP, and SIGCONT after a while in which the session may end."""
+        """Stop a worker as with SIGSTOP and continue it later; its session may time out."""
         worker = self._some_worker()
         if worker is None:
             return
@@ -432,14 +433,14 @@ class Run:
             self.loop.later(SESSION_SECONDS, self.coordinator.expel, worker.member)
 
     def _terminate(self) -> None:
-        """SIGTERM."""
+        """End a worker as with SIGTERM."""
         worker = self._some_worker()
         if worker is not None:
             self._tell(f"{worker.host.name} is asked to end")
             worker.stop()
 
     def _expel(self) -> None:
-        """The group hears nothing of a worker that lives on."""
+        """Exclude a worker that still runs."""
         worker = self._some_worker()
         if worker is not None:
             self._tell(f"{worker.host.name} is left out of the group")
@@ -457,7 +458,7 @@ class Run:
             worker.look_at_labels()
 
     def _make_topic_again(self) -> None:
-        """The transactions topic is deleted and made again, with what the group committed."""
+        """Delete the transactions topic and its committed offsets, and make it again."""
         self._tell("the transactions topic is made again")
         self.kafka.recreate(self._topic)
         for partition in range(self.settings.topic_partitions):
@@ -466,7 +467,7 @@ class Run:
         self.auditor.made_again(self.kafka.topic_id(self._topic))
 
     def _lose_data(self) -> None:
-        """The store goes back to an earlier moment, or to none."""
+        """Set the store back to an earlier moment, or empty it."""
         if self.rng.random() < 0.3:
             store, merchants = MemoryStateStore(), MemoryMerchantStore()
         else:
@@ -479,7 +480,7 @@ class Run:
     # running -----------------------------------------------------------------------------
 
     def result(self) -> Result:
-        """Run it."""
+        """Run the simulation and return its result."""
         try:
             self._run()
         finally:
@@ -514,7 +515,7 @@ class Run:
             self._snapshots.append((self.store.copy(), _copy(self.merchants)))
 
     def _look(self) -> None:
-        """Once a while: where nothing happens any more, go on."""
+        """Trigger the next event if the run is idle; heal or end the run when it is due."""
         if self.network.effects == self._seen_effects and self._schedule:
             _, event = self._schedule.pop(0)
             self._happened.append(event.__name__[1:])
@@ -527,7 +528,7 @@ class Run:
         self.loop.later(IDLE_SECONDS, self._look)
 
     def _heal(self) -> None:
-        """Nothing fails from now on; all take up what they have, and then look at the store."""
+        """Stop all faults and make the group rebalance, so that all work can complete."""
         self._tell("everything works from now on")
         self._is_healing = True
         self.faults.end()
@@ -539,7 +540,7 @@ class Run:
         self.loop.later(HEAL_SECONDS, self._give_up)
 
     def _produce_last(self) -> None:
-        """A record in each partition: without any, nobody looks at its states."""
+        """Produce a record and a label in each partition, so that workers check its states."""
         for partition, accounts in enumerate(self._accounts):
             self._append(partition, accounts[0], 1.0)
         for merchant in self._merchant_names[::MERCHANTS]:
@@ -553,7 +554,7 @@ class Run:
             self._found(Violation("lost", f"not all is done after {HEAL_SECONDS:.0f} s"))
 
     def _is_done(self) -> bool:
-        """Everything is applied, booked and committed."""
+        """Return whether everything is applied, recorded and committed."""
         committed = self.coordinator.committed
         for partition, audit in enumerate(self.auditor.partitions):
             if committed.get(TP(self._topic, partition), 0) < len(audit.entries):
@@ -586,7 +587,7 @@ class Run:
 
 @cache
 def _names(letter: str, count: int, partitions: int) -> list[list[str]]:
-    """Names that lie in each partition."""
+    """Return names for each partition whose key the broker maps to it."""
     kafka = MemoryKafka({"any": partitions}, lambda: 0)
     found: list[list[str]] = [[] for _ in range(partitions)]
     number = 0

@@ -1,7 +1,7 @@
 """A worker's clients of the state store, the merchant store and the broker, over the network.
 
-The services themselves are those of :mod:`tests.fakes.memory`; each method here is one request, or
-as many at once as the real client sends.
+The services are those of :mod:`tests.fakes.memory`. Each method sends one request, or as many at
+once as the real client.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from tests.simulation.clock import Host
 from tests.simulation.network import Network
 
 SERVERS = 2
-"""Of a cluster that holds merchants: of a request, one may carry out its part and another not."""
+"""Servers of the merchants' cluster; a request may succeed at one and fail at another."""
 
 UNKNOWN_OFFSET = 0.03
-"""Share of appends whose first answer is lost, and that are repeated: the broker has them, and
-says no offset."""
+"""Share of appends that the producer repeats after a lost answer.
+
+The broker already has the records and returns no offset."""
 
 
 class StateStore(MemoryStateStore):
-    """The service.
+    """State store that records its changes.
 
     Attributes:
-        changed: partitions in which something was written.
+        changed: partitions with new writes.
     """
 
     def __init__(self) -> None:
@@ -70,7 +71,7 @@ class StateClient:
         self.store = store
 
     async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
-        """One MGET."""
+        """Load states, as with one MGET."""
         (loaded,) = await self._network.ask(
             self._host,
             "load " + " ".join(f"{r.partition}" for r in requests),
@@ -80,7 +81,7 @@ class StateClient:
         return loaded
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
-        """One script for each partition, one after another."""
+        """Save states with one script for each partition, one after another."""
         return await self._network.ask(
             self._host,
             "save " + " ".join(f"{r.partition}" for r in requests),
@@ -89,7 +90,7 @@ class StateClient:
         )
 
     async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
-        """One SCAN."""
+        """Yield the stored accounts, as with one SCAN."""
         (places,) = await self._network.ask(
             self._host,
             f"accounts {partition}",
@@ -99,21 +100,21 @@ class StateClient:
         yield places
 
     async def ping(self) -> None:
-        """Nobody asks here."""
+        """Refuse: the simulation does not use it."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because no connection is open."""
 
 
 class MerchantClient:
     """A :class:`pipeline.storage.merchant_store.MerchantStore` over the network.
 
     Args:
-        auditor: is told of each label that is booked, and of each note.
+        auditor: notified of each recorded label and each note.
 
     Attributes:
-        writer: names its worker, as watermarks do.
+        writer: the worker's id, as in watermarks.
     """
 
     writer = 0
@@ -131,7 +132,7 @@ class MerchantClient:
         self._auditor = auditor
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
-        """One MGET."""
+        """Load profiles, as with one MGET."""
         (values,) = await self._network.ask(
             self._host,
             "load merchants",
@@ -141,7 +142,7 @@ class MerchantClient:
         return values
 
     async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
-        """One script for each bucket, and one for notes."""
+        """Add counts with one script for each bucket, and write notes with another."""
         effects: list[Callable[[], None]] = [
             partial(self._count, bucket, merchants) for bucket, merchants in counts.items()
         ]
@@ -162,15 +163,15 @@ class MerchantClient:
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
     ) -> LabelOutcomes:
-        """A script for each slot; each server's are carried out together or not at all."""
+        """Record labels with a script for each slot; a server runs all of its scripts or none."""
         parts = places_by_slot(labels)
         replies: list[list[str | None] | int] = [0] * MERCHANT_SLOTS
 
         def book(slots: range) -> None:
             for slot in slots:
-                booked = [labels[i] for i in parts[slot]]
-                replies[slot] = self._store.record_slot(slot, partition, booked, begin, end)
-                for label in booked:
+                recorded = [labels[i] for i in parts[slot]]
+                replies[slot] = self._store.record_slot(slot, partition, recorded, begin, end)
+                for label in recorded:
                     self._auditor.label_booked(partition, label)
             self._auditor.booked_to(partition, slots)
 
@@ -184,7 +185,7 @@ class MerchantClient:
         return label_outcomes(len(labels), parts, replies)
 
     async def recorded_to(self, partition: int) -> int:
-        """One round trip."""
+        """Return the offset before which all labels of a partition are recorded."""
         (end,) = await self._network.ask(
             self._host,
             f"booked to? {partition}",
@@ -194,7 +195,7 @@ class MerchantClient:
         return end
 
     async def labels_log(self, partition: int, log_id: bytes | None) -> bytes | None:
-        """One round trip."""
+        """Return the id of a partition's labels log; store ``log_id`` if there is none."""
         (found,) = await self._network.ask(
             self._host,
             f"id of the labels log {partition}",
@@ -204,7 +205,7 @@ class MerchantClient:
         return found
 
     async def begin_labels_log(self, partition: int, log_id: bytes) -> None:
-        """One round trip."""
+        """Begin a new labels log in a partition."""
         await self._network.ask(
             self._host,
             f"begin the labels log {partition}",
@@ -213,18 +214,18 @@ class MerchantClient:
         )
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because no connection is open."""
 
 
 Published = Callable[[str, int, int, Sequence[Outgoing]], None]
-"""Called as ``(topic, partition, first offset, records)`` when records are appended."""
+"""Callback ``(topic, partition, first offset, records)`` for appended records."""
 
 
 class Publisher:
-    """A :class:`pipeline.kafka.producer.Publisher` over the network: all topics side by side.
+    """A :class:`pipeline.kafka.producer.Publisher` over the network; topics are concurrent.
 
     Args:
-        published: gives what to call when what is sent now is appended.
+        published: returns the callback for the records that are sent now.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ class Publisher:
         alerts: Sequence[Outgoing],
         rejected: Sequence[Outgoing],
     ) -> dict[int, AppendResult]:
-        """See :class:`pipeline.kafka.producer.Publisher`."""
+        """Publish like :class:`pipeline.kafka.producer.Publisher`."""
         topic = self._settings.topic
         others = [(topic("alerts"), alerts), (topic("dead_letter"), rejected)]
         sent = [
@@ -294,7 +295,7 @@ class ScoreLog:
         self._log = MemoryScoreLog(kafka, settings)
 
     async def bounds(self, topic: str, partition: int) -> Bounds:
-        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
+        """Return where a partition's log begins and ends."""
         (bounds,) = await self._network.ask(
             self._host,
             f"bounds {topic} {partition}",
@@ -304,7 +305,7 @@ class ScoreLog:
         return bounds
 
     async def topic_id(self, topic: str) -> bytes | None:
-        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
+        """Return a topic's id."""
         (found,) = await self._network.ask(
             self._host, f"id of {topic}", [lambda: self._kafka.topic_id(topic)], LogUnavailableError
         )
@@ -313,7 +314,7 @@ class ScoreLog:
     async def read(
         self, partition: int, start: int, end: int, until_source: int
     ) -> tuple[dict[int, LoggedScore], int]:
-        """See :class:`pipeline.kafka.score_log.ScoreLog`."""
+        """Read scores like :class:`pipeline.kafka.score_log.ScoreLog`."""
         (found,) = await self._network.ask(
             self._host,
             f"read scores {partition} [{start}, {end})",

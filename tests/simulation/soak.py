@@ -1,4 +1,4 @@
-"""Many runs, side by side in as many processes as there are processors."""
+"""Many concurrent runs, with one process for each processor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from itertools import islice
 from tests.simulation.run import simulate, simulating
 
 SEEDS_AT_ONCE = 100
-"""Given to a process together."""
+"""Number of seeds that a process gets at once."""
 
 
 def failures(seeds: range) -> list[tuple[int, str]]:
-    """Seeds at which something is wrong, with what; the runs end at the first one."""
+    """Run seeds until one fails; return that seed with its violation, if any."""
     with simulating():
         for seed in seeds:
             violation = simulate(seed).violation
@@ -28,19 +28,19 @@ def failures(seeds: range) -> list[tuple[int, str]]:
 def soak(
     seeds: range, processes: int | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[int, str] | None:
-    """Run seeds in order until one finds something wrong.
+    """Run seeds in order until one fails.
 
     Args:
-        processes: how many at once; as many as there are processors if none is given.
-        progress: called with how many runs are done.
+        processes: number of processes; by default the number of processors.
+        progress: called with the number of completed runs.
 
     Returns:
-        the first seed at which something is wrong, with what.
+        the first failing seed with its violation, or None.
     """
     processes = processes or processors()
     parts = (seeds[i : i + SEEDS_AT_ONCE] for i in range(0, len(seeds), SEEDS_AT_ONCE))
     done = 0
-    # A forked process would have the locks of this one's threads, and not the threads.
+    # A forked process would copy the locks of this process's threads without the threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         under_way = deque((part, pool.submit(failures, part)) for part in islice(parts, processes))
@@ -57,5 +57,5 @@ def soak(
 
 
 def processors() -> int:
-    """How many this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """A worker's process: the real agents, processors, ownership and consumer on simulated services.
 
-:class:`pipeline.worker.app.Worker` itself, but for its construction: its agents compute each poll
-while the one before is concluded, and its callbacks take partitions and give them up.
+It is :class:`pipeline.worker.app.Worker` with another constructor. The agents compute each poll
+while they conclude the previous one. The callbacks take over partitions and give them up.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from tests.simulation.network import Network
 from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient, StateStore
 
 METRICS = Metrics(CollectorRegistry())
-"""Nobody reads them, and making them would take a tenth of a run."""
+"""Shared metrics that no check reads; making them for each run would take a tenth of it."""
 
 
 @dataclass
 class Parts:
-    """What workers are made of; a bug planted by hand replaces one."""
+    """Classes that workers are built from; a bug planted by hand replaces one."""
 
     consumer: type[Consumer] = Consumer
     state_client: type[StateClient] = StateClient
@@ -56,7 +56,7 @@ class Parts:
 
 @dataclass
 class Services:
-    """What all workers share."""
+    """Objects that all workers share."""
 
     loop: Loop
     rng: Random
@@ -72,10 +72,10 @@ class Services:
 
 
 class Worker(app.Worker):
-    """One process.
+    """A worker in one simulated process.
 
     Args:
-        died: called when it ended by itself.
+        died: called when the process ends by itself.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ class Worker(app.Worker):
         self._watch(self.processor)
 
     async def _end(self, error: BaseException) -> None:
-        """Without the timer that ends a real process."""
+        """End the process without the timer of a real one."""
         await self.app.crash(error)
 
     def start(self) -> None:
-        """Run it."""
+        """Start the member and the agents."""
         member = self.member
         member.start()
         for topic, agent in ((self._topic, self._score), (self._labels_topic, self._record_labels)):
@@ -170,17 +170,17 @@ class Worker(app.Worker):
             task.add_done_callback(member._ended)
 
     def look_at_labels(self) -> None:
-        """What a monitor does every so often."""
+        """Check once that the labels are still recorded; a real worker repeats this."""
         task = self.host.start(self._services.loop, self.labels.look())
         task.add_done_callback(self.member._ended)
 
     def stop(self) -> None:
-        """SIGTERM."""
+        """End the process as with SIGTERM."""
         task = self.host.start(self._services.loop, self.member.leave())
         task.add_done_callback(lambda _: self._crashed(None))
 
     def kill(self) -> None:
-        """SIGKILL: nothing of it runs any more; what it has sent may arrive."""
+        """Kill the process as with SIGKILL; messages that it sent may still arrive."""
         self.host.is_dead = True
         self._services.loop.close_tasks(self.host.tasks)
 
@@ -190,7 +190,7 @@ class Worker(app.Worker):
             self.host.is_dead = True
             self._services.loop.soon(self._died, self)
 
-    # what a worker must have known, for the auditor -----------------------------------------
+    # the auditor's record of the scores that a worker must know -------------------------------
 
     def _watch(self, processor: Processor) -> None:
         compute, conclude = processor.compute, processor.conclude
@@ -225,15 +225,15 @@ class Worker(app.Worker):
         processor.conclude = watched_conclude  # type: ignore[method-assign]
 
     def _known_now(self, partition: int) -> int:
-        """Every score before this offset is known from now on, if it is not yet."""
+        """Return the offset before which the worker knows every score."""
         owned = self.ownership.owned(partition)
-        if owned is None:  # it will be asked for
+        if owned is None:  # taking it over reads its scores
             return self._services.kafka.bounds(self._settings.topic("scores"), partition).end
         known, end = self._known.get(partition, (None, 0))
         return end if known is owned else 0
 
     def _published(self) -> Callable[[str, int, int, Sequence[Outgoing]], None]:
-        """What to do when that which is published now is appended."""
+        """Return the callback that reports appended records to the auditor."""
         services, settings, concluding = self._services, self._settings, self._concluding
         auditor = services.auditor
         scores, alerts = settings.topic("scores"), settings.topic("alerts")
