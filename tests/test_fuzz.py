@@ -1,4 +1,4 @@
-"""A short run of the fuzzer on every decoder, and all inputs that ever found something."""
+"""Short fuzz runs on every decoder, and a replay of all inputs that once found something."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.fuzz.engine import run_mutations
 from tests.fuzz.guard import CORPUS, Guard, corpus
 from tests.fuzz.targets import TARGETS, Target
 
-# Numbers of a forged state may overflow on the way to being refused.
+# Numbers of a forged state may overflow before the decoder refuses it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INPUTS = {"transaction": 6000, "label": 6000, "watermark": 6000, "profile": 3000}
@@ -23,7 +23,7 @@ SEED = 20_251
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_thousand_inputs_find_nothing(name: str) -> None:
-    """Nothing but declared errors, within bounds of memory and time; accepted ones can be used."""
+    """Check that inputs only raise declared errors, within bounds, and accepted ones are usable."""
     guard = Guard(TARGETS[name], INPUTS[name])
 
     run_mutations(TARGETS[name], guard, SEED, corpus(TARGETS[name]))
@@ -35,7 +35,7 @@ def test_a_few_thousand_inputs_find_nothing(name: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_inputs() -> None:
-    """So that a finding can be had again."""
+    """Check that a finding can be reproduced from its seed."""
     runs: list[list[bytes]] = [[], [], []]
     for inputs, seed in zip(runs, (1, 1, 2), strict=True):
 
@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
     "path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}"
 )
 def test_what_found_something_once_finds_nothing_now(path: Path) -> None:
-    """Each of these crashed a decoder, or took too much, before it was corrected."""
+    """Replay an input that once crashed a decoder or exceeded a bound."""
     guard = Guard(TARGETS[path.parent.name], 1)
 
     guard.run(path.read_bytes())
@@ -77,7 +77,7 @@ def _any_of(data: bytes, random: Random) -> bytes:
 
 
 def test_the_guard_bites(tmp_path: Path) -> None:
-    """A crash and an allocation past the bound are found, once for each place, and kept."""
+    """Check that the guard finds a crash and a large allocation, once each, and keeps both."""
     target = Target("weak", _attack, (b"good",), _any_of, 1 << 28)
     guard = Guard(target, 200, found=tmp_path, out=None)
 

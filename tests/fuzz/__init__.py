@@ -1,7 +1,7 @@
-"""Input that attacks: a fuzzer of every decoder, ``python -m tests.fuzz`` (``make fuzz``).
+"""Fuzzer of every decoder: ``python -m tests.fuzz`` (``make fuzz``).
 
-targets.py    what is fuzzed, with its seeds and what it may raise
-mutation.py   inputs made from others, that know JSON, states and safetensors
-guard.py      runs inputs one by one: findings, memory, progress
-corpus/       inputs that found something; ``make test`` replays them
+targets.py    the decoders with their seeds and the errors that they may raise
+mutation.py   mutations of bytes, JSON, states and safetensors files
+guard.py      runs inputs one by one; limits memory, keeps findings, shows progress
+corpus/       inputs that once found something; ``make test`` replays them
 """

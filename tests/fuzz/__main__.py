@@ -1,9 +1,8 @@
-"""``python -m tests.fuzz --target transaction --inputs 1000000``; see ``--help``.
+"""Fuzz the decoders: ``python -m tests.fuzz --target transaction --inputs 1000000``.
 
-With atheris, where it is installed, inputs follow the coverage of our own modules; otherwise they
-follow what came of those before. Each target runs in a process of its own, and no input may take
-more than so much memory. An input that finds something is kept in tests/fuzz/corpus, and the exit
-code is 1.
+If atheris is installed, the coverage of our own modules guides the inputs. Otherwise the outcomes
+of earlier inputs guide them. Each target runs in its own process with bounded memory. The fuzzer
+keeps an input that finds something in tests/fuzz/corpus; its exit code is then 1.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ NAMES = ("transaction", "label", "state", "watermark", "profile", "checkpoint")
 ENGINES = ("atheris", "mutations")
 
 COMPARE_ARRAYS = ("state", "profile")
-"""Atheris 3.0 keeps what instrumented code compares arrays to: 6 GiB after a million inputs."""
+"""Targets without atheris, because it keeps compared arrays: 6 GiB after a million inputs (3.0)."""
 
 
 def main() -> int:
-    """Parse the command line and fuzz; the exit code."""
+    """Parse the command line and fuzz; return the exit code."""
     has_atheris = importlib.util.find_spec("atheris") is not None
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--target", choices=("all", *NAMES), default="all")
@@ -44,7 +43,7 @@ def main() -> int:
 
 
 def fuzz(name: str, inputs: int, seed: int, engine: str) -> NoReturn:
-    """Fuzz one target in this process and end it: with 0, or 1 where something was found."""
+    """Fuzz one target in this process and exit with 0, or 1 if there are findings."""
     if engine == "atheris":
         import atheris
 
@@ -57,10 +56,10 @@ def fuzz(name: str, inputs: int, seed: int, engine: str) -> NoReturn:
     from tests.fuzz.engine import run_atheris, run_mutations
     from tests.fuzz.guard import CORPUS, Guard, corpus
 
-    torch.set_num_threads(1)  # a network this small is not worth waking others
+    torch.set_num_threads(1)  # threads would slow a network this small
     target = targets.TARGETS[name]
     for data in target.seeds:
-        target.run(data)  # what is made at the first time counts for no input
+        target.run(data)  # lazy imports and caches must not count for an input
     guard = Guard(target, inputs, found=CORPUS, out=sys.stdout)
     known = corpus(target)
     if engine == "atheris":

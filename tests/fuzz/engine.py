@@ -1,4 +1,4 @@
-"""Where inputs come from: atheris, which follows the coverage, or mutations of what was new."""
+"""Sources of inputs: atheris, guided by coverage, or mutations of inputs with new outcomes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.fuzz.mutation import LONGEST_BYTES, PARENT_MAX_BYTES, mutate_bytes
 from tests.fuzz.targets import Target
 
 POOL_MAX = 2000
-"""Inputs that others are made from."""
+"""Largest number of inputs to mutate."""
 
 SEED_SHARE = 0.3
-"""So many are made from the seeds, whatever has been found since."""
+"""Share of inputs that are always made from the seeds."""
 
 
 def run_mutations(target: Target, guard: Guard, seed: int, corpus: list[bytes]) -> None:
-    """Make inputs from the seeds and from those with a new outcome; the same for the same seed."""
+    """Mutate the seeds and inputs with new outcomes; the same seed gives the same inputs."""
     random = Random(_seed_of(target.name, seed))
     pool = [*target.seeds, *corpus]
     for data in pool:
@@ -37,10 +37,10 @@ def run_mutations(target: Target, guard: Guard, seed: int, corpus: list[bytes]) 
 def run_atheris(
     target: Target, guard: Guard, seed: int, corpus: list[bytes], folder: Path
 ) -> NoReturn:
-    """Have libFuzzer choose inputs by coverage; half of them it makes itself.
+    """Let libFuzzer choose inputs by coverage; its own mutator makes half of them.
 
     Args:
-        folder: an empty one, for the inputs to begin with; removed at the end.
+        folder: an empty folder for the first inputs; removed at the end.
     """
     import atheris
 
@@ -61,7 +61,7 @@ def run_atheris(
             shutil.rmtree(folder)
             guard.end()
 
-    kept = CORPUS / target.name  # what ends the process itself
+    kept = CORPUS / target.name  # libFuzzer keeps inputs that end the process
     kept.mkdir(parents=True, exist_ok=True)
     options = [
         f"-seed={seed}", f"-max_len={LONGEST_BYTES}", f"-artifact_prefix={kept}/",

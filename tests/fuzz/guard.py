@@ -1,4 +1,4 @@
-"""Runs inputs one by one: what it finds is kept, memory is bounded, progress is shown."""
+"""Guard of a fuzz run: it bounds memory, keeps findings and shows progress."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from tests.fuzz.targets import Target
 CORPUS = Path(__file__).parent / "corpus"
 
 SLOW_SECONDS = 5.0
-"""An input that takes longer is a finding."""
+"""Longest time for an input; a slower one is a finding."""
 
 SHOWN_EACH_SECONDS = 5.0
 
 FINDINGS_MAX = 20
-"""So many different findings are enough for one run."""
+"""Number of different findings that ends a run."""
 
 OUTCOMES_MAX = 100_000
-"""So many kinds of outcome are told apart."""
+"""Largest number of outcomes that a run distinguishes."""
 
 
 class Guard:
-    """Counts inputs and keeps those that find something.
+    """Counter of inputs that keeps the ones that find something.
 
     Args:
-        target: what is fuzzed.
-        inputs: how many there will be.
-        found: folder for what finds something; None keeps it in memory only.
-        out: where progress goes, if anywhere.
+        target: the decoder to fuzz.
+        inputs: number of inputs in the run.
+        found: folder for inputs that find something; None keeps findings in memory only.
+        out: stream for progress; None shows no progress.
 
     Attributes:
-        findings: a traceback for each place where something was found.
-        outcomes: how often what came of an input.
+        findings: a traceback for each place with a finding.
+        outcomes: how often each outcome occurred.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Guard:
         self.outcomes: Counter[str] = Counter()
 
     def run(self, data: bytes) -> bool:
-        """Run an input; whether what came of it is new."""
+        """Run an input; return whether its outcome is new."""
         self.count += 1
-        begin = time.process_time()  # not of what runs beside it
+        begin = time.process_time()  # excludes other processes
         try:
             with bounded_memory(self._target.memory_bytes):
                 outcome = self._target.run(data)
-        except Exception as error:  # whatever is not declared
+        except Exception as error:  # the target catches declared errors
             outcome = self._find(data, error)
         took = time.process_time() - begin
         if took > SLOW_SECONDS:
@@ -80,11 +80,11 @@ class Guard:
 
     @property
     def is_over(self) -> bool:
-        """Whether there are inputs enough, or findings."""
+        """Whether the run has reached its number of inputs or findings."""
         return self.count >= self._inputs or len(self.findings) >= FINDINGS_MAX
 
     def summary(self) -> str:
-        """One line: inputs, rate, kinds of outcomes, memory, findings."""
+        """Summarize inputs, rate, outcomes, memory and findings in one line."""
         seconds = time.monotonic() - self._start
         accepted = sum(n for outcome, n in self.outcomes.items() if "accepted" in outcome)
         return (
@@ -95,13 +95,13 @@ class Guard:
         )
 
     def end(self) -> NoReturn:
-        """Print the summary and end the process: with 0, or 1 where something was found."""
+        """Print the summary and exit with 0, or 1 if there are findings."""
         print(self.summary(), file=self._out, flush=True)
         os._exit(bool(self.findings))
 
     @property
     def growth_mib(self) -> float:
-        """How far the process's largest size has grown since the start."""
+        """Growth of the process's peak memory since the start."""
         return (_peak_kib() - self._peak_kib) / 1024
 
     def _find(self, data: bytes, error: Exception) -> str:
@@ -134,9 +134,9 @@ class Guard:
 
 @contextmanager
 def bounded_memory(more_bytes: int) -> Iterator[None]:
-    """Within the block the address space grows by no more than this: what asks for more fails.
+    """Limit the growth of the address space within the block; larger allocations fail.
 
-    Only Linux tells how large the address space is; elsewhere nothing is bounded.
+    Only Linux reports the size of the address space. Other systems have no limit.
     """
     if sys.platform != "linux":
         yield
@@ -158,5 +158,5 @@ def _peak_kib() -> int:
 
 
 def corpus(target: Target) -> list[bytes]:
-    """The inputs that found something once."""
+    """Return the inputs that once found something."""
     return [path.read_bytes() for path in sorted((CORPUS / target.name).glob("*"))]

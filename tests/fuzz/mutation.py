@@ -1,8 +1,8 @@
-"""Inputs made from others: broken in the places where decoders break.
+"""Mutations of inputs in the places where decoders break.
 
-Half of what is made is still of the right form, JSON that parses or a state whose checksum is
-right, so that what lies behind the first check is reached, too. All of it is decided by the
-random numbers of the caller, so that a seed gives the same inputs again.
+Half of the mutated inputs are still well-formed: JSON that parses, or a state with the right
+checksum. They reach the code behind the first check. The caller's random numbers decide every
+mutation, so the same seed gives the same inputs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ Mutator = Callable[[bytes, Random], bytes]
 LONGEST_BYTES = 1 << 20
 
 PARENT_MAX_BYTES = 1 << 16
-"""Others are made from inputs up to here, or what makes them would take more than what reads
-them."""
+"""Largest input to mutate; mutating larger ones would take longer than decoding them."""
 
 _NESTED = 20_000
 
 
 class Text(str):
-    """JSON text that is put in as it is, whether it is JSON or not."""
+    """Raw text for a JSON value, which may be invalid JSON."""
 
 
 SCALARS: tuple[Any, ...] = (
@@ -75,7 +74,7 @@ INTEGERS = (
 
 
 def mutate_bytes(data: bytes, random: Random) -> bytes:
-    """A few bytes flipped, overwritten, cut out, doubled or put in."""
+    """Flip, overwrite, delete, repeat or insert a few bytes."""
     changed = bytearray(data)
     for _ in range(1 << random.randrange(4)):
         at = random.randrange(len(changed) + 1)
@@ -102,18 +101,18 @@ def mutate_bytes(data: bytes, random: Random) -> bytes:
 
 
 def mutate_json(data: bytes, random: Random) -> bytes:
-    """Another value, name, length or depth at some place; names that come twice."""
+    """Change a value, name, length or depth of a JSON text, or repeat a name."""
     try:
         tree = json.loads(data)
         for _ in range(random.choice((1, 1, 1, 2, 4))):
             tree = mutate_tree(tree, random)
         return written(tree, random).encode(errors="surrogatepass")
-    except (ValueError, RecursionError):  # no JSON, or too deep to be taken apart here
+    except (ValueError, RecursionError):  # no JSON, or nested too deep
         return mutate_bytes(data, random)
 
 
 def mutate_tree(tree: Any, random: Random) -> Any:
-    """The tree with one place of it changed."""
+    """Return the tree with one changed place."""
     if isinstance(tree, dict) and tree and random.random() < 0.9:
         return _mutate_object(dict(tree), random)
     if isinstance(tree, list) and tree and random.random() < 0.8:
@@ -169,7 +168,7 @@ def _mutate_text(text: str, random: Random) -> Any:
 
 
 def written(tree: Any, random: Random) -> str:
-    """JSON of the tree; now and then an object has a name twice, or escapes in its texts."""
+    """Encode the tree as JSON; some objects repeat a name, and some texts have escapes."""
     if isinstance(tree, Text):
         return str(tree)
     if isinstance(tree, dict):
@@ -183,7 +182,7 @@ def written(tree: Any, random: Random) -> str:
         return "[" + ",".join(written(item, random) for item in tree) + "]"
     try:
         return json.dumps(tree, ensure_ascii=random.random() < 0.5)
-    except ValueError:  # a number of more digits than Python writes
+    except ValueError:  # a number has more digits than Python writes
         return "1e999"
 
 
@@ -194,12 +193,12 @@ def _name(name: str, random: Random) -> str:
 
 
 def mutate_record(data: bytes, random: Random) -> bytes:
-    """A record's JSON value."""
+    """Mutate a record's JSON value, or its bytes."""
     return (mutate_bytes if random.random() < 0.25 else mutate_json)(data, random)
 
 
 def mutate_safetensors(data: bytes, random: Random) -> bytes:
-    """A safetensors file: its length field, header, our header in it, or tensors."""
+    """Mutate a safetensors file: its length field, header, our header in it, or tensors."""
     length = int.from_bytes(data[:8], "little")
     header, tensors = data[8 : 8 + length], data[8 + length :]
     kind = random.random()

@@ -1,7 +1,7 @@
-"""What is fuzzed: each decoder with its seeds, what it may raise, and what must hold of the rest.
+"""Targets of the fuzzer: each decoder with its seeds, declared errors and checks.
 
-A target takes bytes and returns what came of them in a few words. Whatever it raises is a finding:
-errors that are declared are caught here, and an input that is accepted must be fit for use.
+A target takes bytes and returns a short outcome. It catches declared errors, so every error that it
+raises is a finding. It also checks that an accepted input is usable.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ DAY_MS = 86_400_000
 NOW_MS = 1_700_000_000_000
 
 MARK = "4111-1111-1111-1111"
-"""Of the seeds' account numbers: no message may hold it."""
+"""Account number in the seeds, which no error message may contain."""
 
 
 MESSAGE_MAX = 2000
-"""Longest message of an error, characters: it goes into a header or a log line."""
+"""Longest error message in characters, because it goes into a header or a log line."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A decoder under attack.
+    """A decoder to fuzz.
 
     Attributes:
-        run: takes an input; what came of it.
-        seeds: inputs to begin with.
+        run: decodes an input and returns its outcome.
+        seeds: the first inputs.
         mutate: makes an input from another.
-        memory_bytes: what one input may take.
+        memory_bytes: memory that one input may take.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Target:
 
 
 def said(error: Exception) -> str:
-    """An error's message, without the numbers in it, as a kind of outcome."""
+    """Return an error's message without its numbers and quotes, as an outcome."""
     text = str(error)
     assert MARK not in text, "the message quotes the input"
     assert text.isprintable(), "a message of several lines, or worse"
@@ -92,7 +92,7 @@ def said(error: Exception) -> str:
 
 
 def rejected(error: RejectedError) -> str:
-    """The same, of a record's."""
+    """Return the outcome of a rejected record, and check its reason."""
     assert error.reason in REASONS, error.reason
     return said(error)
 
@@ -112,7 +112,7 @@ _NO_FEATURES = np.zeros((1, len(FEATURES)), np.float32)
 
 
 def run_transaction(data: bytes) -> str:
-    """A record's value, for a checkpoint without and one with further fields."""
+    """Decode a record's value for a checkpoint without extra fields and for one with them."""
     outcomes = [_run_transaction(data, further) for further in (NO_EXTRA_FIELDS, _FURTHER)]
     field_names(data)
     return " / ".join(outcomes)
@@ -125,13 +125,13 @@ def _run_transaction(data: bytes, further: ExtraFields) -> str:
         outcome = rejected(error)
         if error.reason != "key_mismatch":
             return outcome
-        transaction = further.decode_json(data)  # what follows, as if the key were right
+        transaction = further.decode_json(data)  # check the rest as with the right key
     _use(transaction, further)
     return "accepted"
 
 
 def _use(transaction: Transaction, further: ExtraFields) -> None:
-    """What the worker does with a transaction."""
+    """Use a transaction like the worker does."""
     timestamp = epoch_ms(transaction.timestamp)
     assert timestamp <= TIMESTAMP_MAX_MS + DAY_MS
     assert 0 <= transaction.amount < math.inf
@@ -187,7 +187,7 @@ DATED_LABEL = LABEL.replace(b"T10:00:00Z", b"").replace(b"T10:00:00+02:00", b"")
 
 
 def run_label(data: bytes) -> str:
-    """A label's record; one that is accepted is made into what the store books."""
+    """Decode a label; encode an accepted one like the merchant store."""
     key = b"M0004321"
     try:
         label, timestamp_ms, labelled_ms = decode_label(key, data)
@@ -204,7 +204,7 @@ def run_label(data: bytes) -> str:
 
 
 def small_checkpoint() -> Checkpoint:
-    """An untrained network that sees no merchants."""
+    """Make an untrained checkpoint without merchants."""
     roles = FeatureSpec(ACCOUNT_INPUTS).roles
     architecture = Architecture(
         len(ACCOUNT_INPUTS), 4, 8, head_size=4, dropout=0.0, rising_size=4, roles=roles
@@ -222,7 +222,7 @@ _CODEC = _SCORER.codec
 
 
 def _batch(rows: list[int], first_offset: int) -> MicroBatch:
-    """A transaction of each of these accounts."""
+    """Make a micro-batch with one transaction for each row."""
     n = len(rows)
     place = np.arange(n)
     return MicroBatch(
@@ -247,7 +247,7 @@ STATE = _state()
 
 
 def sealed(value: bytes) -> bytes:
-    """A state's bytes with the checksum that they should have."""
+    """Return a state's bytes with the right checksum."""
     if len(value) != _CODEC.size_bytes:
         return value
     table = np.frombuffer(value, _CODEC.dtype).copy()
@@ -255,7 +255,7 @@ def sealed(value: bytes) -> bytes:
 
 
 def mutate_state(data: bytes, random: Random) -> bytes:
-    """A state's bytes, in half of the cases with the checksum right again."""
+    """Mutate a state's bytes, and correct the checksum in half of the cases."""
     changed = mutate_bytes(data, random)
     if random.random() < 0.5:
         size = _CODEC.size_bytes
@@ -264,7 +264,7 @@ def mutate_state(data: bytes, random: Random) -> bytes:
 
 
 def run_state(data: bytes) -> str:
-    """A state beside a good one and an absent one; if it is accepted, all three are scored."""
+    """Decode a state beside a valid and an absent one; if it is accepted, score all three."""
     states, loaded, refused = _CODEC.decode([STATE, data, None])
     assert loaded[0]
     assert not loaded[2]
@@ -290,7 +290,7 @@ WATERMARK = Watermark(8, 51_234, 51_300, 2**63 + 5).to_bytes()
 
 
 def run_watermark(data: bytes) -> str:
-    """A watermark; one that is accepted is what was written."""
+    """Decode a watermark; check that an accepted one encodes and decodes unchanged."""
     try:
         mark = Watermark.from_bytes(data)
     except ValueError as error:
@@ -319,7 +319,7 @@ PROFILE = _profile().to_bytes()
 
 
 def run_profile(data: bytes) -> str:
-    """A profile beside a good one and an absent one; then the features of all three."""
+    """Decode a profile beside a valid and an absent one, and compute the features of all three."""
     profiles, refused = decode_profiles([PROFILE, data, None])
     assert len(profiles) == 3
     try:
@@ -347,13 +347,13 @@ def run_profile(data: bytes) -> str:
 
 
 class InMemoryFile:
-    """As much of a path as the checkpoint reader uses."""
+    """The part of a path that the checkpoint reader uses."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
 
     def open(self, mode: str) -> BytesIO:
-        """The content, as a file opened for reading has it."""
+        """Open the content for reading."""
         assert mode == "rb"
         return BytesIO(self._content)
 
@@ -388,14 +388,14 @@ def _checkpoint_bytes(fields: tuple[Field, ...] = ()) -> bytes:
 
 
 def run_checkpoint(data: bytes) -> str:
-    """A checkpoint file; one that is accepted computes."""
+    """Load a checkpoint file; run a step of an accepted one."""
     try:
         checkpoint = Checkpoint.load(cast(Path, InMemoryFile(data)))
     except CheckpointError as error:
         return said(error)
     assert re.fullmatch("[0-9a-f]{12}", checkpoint.digest)
     raw = np.ones((2, len(checkpoint.header.features.names)), np.float32)
-    raw[:, len(FEATURES) :] = 0.0  # unknown categories, as there are in any vocabulary
+    raw[:, len(FEATURES) :] = 0.0  # unknown categories, which every vocabulary has
     with np.errstate(all="ignore"), torch.inference_mode():
         inputs = torch.from_numpy(checkpoint.encode(raw))
         logits, hidden = checkpoint.network.step(inputs, checkpoint.network.empty_hidden(2))
