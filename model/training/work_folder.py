@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from model.training.settings import TrainingError
 
@@ -38,13 +38,7 @@ def open_work_folder(output: Path, identity: str) -> Iterator[Path]:
     try:
         found = _claim_of(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise TrainingError(
-                    f"another training is writing {output}: wait for it, or name another file"
-                ) from error
+        with _locked(folder / "lock", output):
             if found != claim:
                 for path in folder.iterdir():
                     if path.name != "lock":
@@ -54,6 +48,17 @@ def open_work_folder(output: Path, identity: str) -> Iterator[Path]:
     except OSError as error:
         raise TrainingError(
             f"cannot write in {folder}: {error.strerror or error}; name a file elsewhere"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path, output: Path) -> Iterator[None]:
+    try:
+        with FileLock(path, blocking=False):
+            yield
+    except Timeout as error:
+        raise TrainingError(
+            f"another training is writing {output}: wait for it, or name another file"
         ) from error
 
 

@@ -7,7 +7,6 @@ is right. To fetch from a mirror, name it as the repository ``central`` in jgo's
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from pipeline.errors import ServiceError
 
@@ -131,21 +132,19 @@ def _complete(jars: Path) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock on ``path``; the system releases it if this process is killed."""
-    deadline = time.monotonic() + FETCH_LIMIT_SECONDS
-    waiting = False
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"another run has held {path} for too long") from None
-            if not waiting:
-                waiting = True
-                print("Waiting for another run to fetch Apache Kafka", file=sys.stderr, flush=True)
-            time.sleep(0.1)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print("Waiting for another run to fetch Apache Kafka", file=sys.stderr, flush=True)
+        try:
+            lock.acquire(timeout=FETCH_LIMIT_SECONDS)
+        except Timeout:
+            raise TimeoutError(f"another run has held {path} for too long") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _fetch_into(jars: Path) -> None:
