@@ -226,6 +226,7 @@ def with_merchant_inputs(
 def embedding_sizes(spec: FeatureSpec) -> tuple[tuple[int, int], ...]:
     """Return the number of codes and the embedding size of each category.
 
+    >>> from model.features.spec import INPUTS, Field
     >>> spec = FeatureSpec(fields=(Field("category", "categorical", tuple("abcdefgh")),),
     ...                    inputs=(*INPUTS, Input("category", "category")))
     >>> embedding_sizes(spec)

@@ -382,10 +382,10 @@ def test_without_the_spread_of_amounts_the_scale_of_inputs_decides_what_is_high(
 
 
 def test_every_code_is_explained_to_people_with_the_same_words() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/messages.md").read_text()
 
     for code, text in REASONS.items():
-        assert f"| `{code}` | {text} |" in readme
+        assert f"| `{code}` | {text} |" in page
 
 
 def test_agreement_is_counted_by_scenario() -> None:

@@ -57,5 +57,5 @@ def test_folding_scales_every_part_of_the_logit(roles: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0])
 def test_a_falling_calibration_is_refused(scale: float) -> None:
     network = Network(Architecture(2, 4, 4, head_size=4))
-    with pytest.raises(AssertionError, match="would turn what rises"):
+    with pytest.raises(AssertionError, match="would reverse the parts that rise"):
         network.scale_logits(scale, 0.0)
