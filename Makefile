@@ -55,7 +55,8 @@ check: $(ENVIRONMENT) ## run linter, type checker, spelling, and the tests of ro
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/python -m pytest --quiet tests/test_layers.py tests/test_language.py tests/test_docs.py
+	$(BIN)/python -m pytest --quiet tests/test_layers.py tests/test_language.py tests/test_names.py \
+		tests/test_docs.py
 
 format: $(ENVIRONMENT) ## put the code in ruff's form
 	$(BIN)/ruff check --fix

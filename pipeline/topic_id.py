@@ -38,6 +38,7 @@ class LogOffset(int):
     log_id: bytes
 
     def __new__(cls, offset: int, log_id: bytes = NO_ID) -> LogOffset:
+        """Make an int that also holds its log's id."""
         made = super().__new__(cls, offset)
         made.log_id = log_id
         return made

@@ -72,6 +72,7 @@ def complaints(folders: list[Path]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_docstrings_and_comments_keep_the_rules_of_style_md() -> None:
     found = complaints([ROOT / folder for folder in PYTHON])
 

@@ -35,6 +35,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_evaluation_measures_exactly_the_network_that_training_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

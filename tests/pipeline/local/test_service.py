@@ -249,6 +249,7 @@ with embedded() as started, Redis(directory=pathlib.Path(sys.argv[1])) as keeper
 """
 
 
+@pytest.mark.slow
 def test_a_parent_killed_with_sigkill_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, tmp_path],
