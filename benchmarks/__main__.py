@@ -315,12 +315,15 @@ class Bench:
 def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
     """Make a network of the same size with account features only and random weights."""
     inputs = tuple(i for i in checkpoint.header.features.inputs if i.feature in ACCOUNT_FEATURES)
-    architecture = replace(checkpoint.network.architecture, inputs=len(inputs))
+    features = FeatureSpec(inputs)
+    architecture = replace(
+        checkpoint.network.architecture, inputs=len(inputs), roles=features.roles
+    )
     return Checkpoint(
         Network(architecture),
         Header(
             architecture=architecture,
-            features=FeatureSpec(inputs),
+            features=features,
             thresholds=CheckpointThresholds(review=1.0, decline=1.0),
         ),
     )
