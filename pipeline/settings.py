@@ -26,8 +26,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from model.units import DAY_SECONDS, HOUR_SECONDS
 from pipeline.errors import SettingsError
-from pipeline.units import DAY_SECONDS, HOUR_SECONDS
 
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.safetensors"
 CONFIG_VARIABLE = "RECUR_CONFIG"

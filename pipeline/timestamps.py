@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.transaction import TIMESTAMP_MAX_MS
+from model.units import DAY_MS
 from pipeline.errors import SettingsError
-from pipeline.units import DAY_MS
 
 ANY_AGE_SECONDS = 1e11
 """A maximum age without effect, for workers that only get records of the past."""

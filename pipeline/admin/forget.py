@@ -76,8 +76,7 @@ class ForgetCommand:
         self._console = console
         checkpoint = load_checkpoint(settings)
         self._model = checkpoint.digest
-        architecture = checkpoint.network.architecture
-        self._codec = StateCodec(architecture.layers, architecture.hidden_size)
+        self._codec = StateCodec.of(checkpoint)
 
     async def run(self, *, dry_run: bool, wait_seconds: float) -> ForgetReceipt:
         """Append the control records, and wait until the workers have applied them.

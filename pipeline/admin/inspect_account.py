@@ -14,6 +14,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.features.account import WINDOW_DAYS
+from model.units import DAY_MS, DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.partitioner import key_partition
@@ -23,7 +24,6 @@ from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, RedisStateStore
 from pipeline.tables import pair_lines
-from pipeline.units import DAY_MS, DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 
 ACCOUNT_HEAD_METRIC = "verdict_auc"
 """Checkpoint metric that only a trained account head has: its area under the ROC curve."""
@@ -66,8 +66,7 @@ async def load_view(settings: Settings, checkpoint: Checkpoint, account_id: str)
             f"{settings.state_ttl_days:g} days and longer. See that "
             "RECUR_CHECKPOINT, RECUR_REDIS_KEY_PREFIX and RECUR_REDIS_URL are the workers'"
         )
-    architecture = checkpoint.network.architecture
-    codec = StateCodec(architecture.layers, architecture.hidden_size)
+    codec = StateCodec.of(checkpoint)
     state, loaded, _ = codec.decode([location.value])
     if not loaded.all():
         raise RecurError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
+from model.units import DAY_MS
 from pipeline.admin.inspect_account import (
     StateLocation,
     history_rows,
@@ -39,7 +40,6 @@ from pipeline.storage.keys import Keys
 from pipeline.storage.watermark import Watermark
 from pipeline.tables import pair_lines
 from pipeline.topic_id import NO_ID, is_other, other_log, shown
-from pipeline.units import DAY_MS
 
 
 async def show_lines(settings: Settings, account_id: str) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from model.units import DAY_SECONDS
 from pipeline.admin.control import send_control_records
 from pipeline.admin.wait import wait_until_applied
 from pipeline.checkpoint import load_checkpoint
@@ -35,7 +36,6 @@ from pipeline.storage.state_scan import StateScan
 from pipeline.storage.state_store import Load, RedisStateStore, Save, StateStore
 from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID, is_other, log_of
-from pipeline.units import DAY_SECONDS
 
 WAIT_SECONDS = float(DAY_SECONDS)
 """Longest wait for a rebuild: a day, as a person ends the wait with Ctrl-C."""

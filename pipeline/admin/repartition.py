@@ -82,8 +82,7 @@ class Repartition:
         self._scores_topic = settings.topic("scores")
         checkpoint = load_checkpoint(settings)
         self._model = checkpoint.digest
-        architecture = checkpoint.network.architecture
-        self._codec = StateCodec(architecture.layers, architecture.hidden_size)
+        self._codec = StateCodec.of(checkpoint)
         self._store = RedisStateStore.from_settings(settings, self._model)
 
     async def run(self, *, dry_run: bool, accept_stranded: bool) -> RepartitionResult | None:

@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from model.checkpoint import Checkpoint
+from model.units import DAY_MS
 from pipeline.audit.account_filter import AccountFilter, AllAccounts, SampledAccounts, SingleAccount
 from pipeline.audit.recompute import RecomputedBatch, RecomputedPartition
 from pipeline.audit.result import Difference, Verification
@@ -38,7 +39,6 @@ from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError, 
 from pipeline.storage.state_store import Load, RedisStateStore, StateStore
 from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
-from pipeline.units import DAY_MS
 
 HIDDEN_TOLERANCE = 2e-3
 """Hidden states that differ by at most this count as equal; docs/verify.md has measurements."""

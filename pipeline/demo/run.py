@@ -30,6 +30,7 @@ from types import FrameType
 from rich.console import Console
 
 from model.simulator.world import WORLDS, WorldName
+from model.units import DAY_MS
 from pipeline.demo.labels import DelayedLabels
 from pipeline.demo.stage import Stage
 from pipeline.demo.summary import DemoResult, summarize
@@ -43,7 +44,6 @@ from pipeline.replay.producer import Block, Feed
 from pipeline.replay.score_counter import TopicReader
 from pipeline.replay.simulated import SimulatedStream, SimulatedTransactions
 from pipeline.settings import load_settings
-from pipeline.units import DAY_MS
 
 CUSTOMERS = 5_000
 TERMINALS = 10_000

@@ -13,12 +13,12 @@ import psutil
 from redis.asyncio import Redis
 
 from model.simulator.world import LEGITIMATE, SCENARIOS
+from model.units import DAY_MS
 from pipeline.demo.stage import Phase, Stage
 from pipeline.demo.view import DemoSummary, DetectionRate, milliseconds
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings
 from pipeline.storage.keys import MerchantKeys
-from pipeline.units import DAY_MS
 
 _ACCOUNT_STATE = re.compile(rb"^[^:]+:[0-9a-f]{12}:\{[^{}]+\}:")
 SAMPLED = 100

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from model.transaction import AMOUNT_MAX, ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
+from model.units import DAY_MS
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import TimeForm
 from pipeline.timestamps import labelled_time
-from pipeline.units import DAY_MS
 
 LABEL_UNKNOWN = -1
 

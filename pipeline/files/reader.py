@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from model.transaction import TIMESTAMP_MAX_MS
+from model.units import DAY_MS
 from pipeline.errors import RecurError
 from pipeline.files.column_mapping import OPTIONAL_FIELDS, ColumnMapping
 from pipeline.files.parsing import (
@@ -41,7 +42,6 @@ from pipeline.files.sources import (
     without_content,
 )
 from pipeline.timestamps import look_like_seconds
-from pipeline.units import DAY_MS
 
 REPEAT_WINDOW_IDS = 65_536
 """Number of rows within which a second use of a transaction id is found."""

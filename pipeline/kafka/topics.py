@@ -19,11 +19,11 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.conn import collect_hosts, create_conn
 
+from model.units import DAY_MS
 from pipeline.errors import StartupError
 from pipeline.kafka.metadata_request import ask_ids
 from pipeline.logs import quiet
 from pipeline.settings import Settings
-from pipeline.units import DAY_MS
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from model.transaction import Id, ShortText, Timestamp, epoch_ms
+from model.units import DAY_MS, HOUR_MS
 from pipeline.errors import RejectedError
 from pipeline.messages.decoding import (
     TIME_FIELDS,
@@ -19,7 +20,6 @@ from pipeline.messages.decoding import (
     payment_ms,
 )
 from pipeline.timestamps import labelled_time
-from pipeline.units import DAY_MS, HOUR_MS
 
 LABELS = ("fraud", "legitimate")
 

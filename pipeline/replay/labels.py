@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from model.transaction import ID_MAX_CHARACTERS, TIMESTAMP_MAX_MS
+from model.units import DAY_MS
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_label_mapping, load_mapping
 from pipeline.files.label_reader import LabelFile, LabelPart
@@ -30,7 +31,6 @@ from pipeline.replay.feeding import feed_with_bar
 from pipeline.replay.producer import Block, Feed
 from pipeline.settings import Settings
 from pipeline.timestamps import epoch_ms_of, labelled_time
-from pipeline.units import DAY_MS
 
 SOURCE_FILE = "file"
 SOURCE_HAND = "hand"

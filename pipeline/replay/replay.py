@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from model.units import DAY_MS
 from pipeline.errors import SettingsError
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
@@ -37,7 +38,6 @@ from pipeline.replay.report import (
 )
 from pipeline.replay.score_counter import TopicReader
 from pipeline.settings import Settings
-from pipeline.units import DAY_MS
 
 OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
 """Topics that a report reads, in the order of :class:`OutputReaders`."""

@@ -21,13 +21,13 @@ from model.metrics import (
     average_precision,
     card_precision_at,
 )
+from model.units import DAY_MS
 from pipeline.errors import RecurError
 from pipeline.files.parsing import LABEL_UNKNOWN
 from pipeline.files.reader import TransactionPart
 from pipeline.files.scenarios import ScenarioNumbers
 from pipeline.messages.decision import DECISIONS
 from pipeline.replay.score_counter import ScoreCounter, TopicReader
-from pipeline.units import DAY_MS
 
 ROWS_MAX = 50_000_000
 """Limit of the rows of a report; more would take gigabytes."""

@@ -25,11 +25,11 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from model.units import DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 from pipeline.messages.decision import DECISIONS
 from pipeline.messages.decoding import REASONS
 from pipeline.messages.labels import LABELS
 from pipeline.storage.transaction_note import UNKNOWN
-from pipeline.units import DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 
 LATENCY_BUCKETS_SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,

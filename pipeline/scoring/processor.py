@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.features.merchant import BUCKET_MS
+from model.units import DAY_MS
 from pipeline.kafka.polls import Poll
 from pipeline.kafka.producer import AppendResult, PartOutput, Publisher, Transactions
 from pipeline.messages.decision import DecisionThresholds, thresholds_of
@@ -51,7 +52,6 @@ from pipeline.timestamps import (
     are_record_times,
 )
 from pipeline.topic_id import LogOffset
-from pipeline.units import DAY_MS
 
 MAX_LATENCY_AGE_MS = DAY_MS
 """An older record belongs to a copied log: its age says nothing about latency."""

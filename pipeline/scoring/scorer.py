@@ -17,9 +17,9 @@ from model.checkpoint import Checkpoint
 from model.features.account import ACCOUNT_FEATURES, observe, rounds_of
 from model.features.merchant import WEIGHT_MAX
 from model.features.spec import FEATURES
+from model.units import DAY_MS
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
-from pipeline.units import DAY_MS
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,7 @@ class Scorer:
         self, checkpoint: Checkpoint, ttl_ms: int, *, reject_conflicts: bool = False
     ) -> None:
         self.checkpoint = checkpoint
-        architecture = checkpoint.network.architecture
-        self.codec = StateCodec(architecture.layers, architecture.hidden_size)
+        self.codec = StateCodec.of(checkpoint)
         self._ttl_ms = ttl_ms
         self._reject_conflicts = reject_conflicts
         self._columns = len(checkpoint.header.features.names)

@@ -13,12 +13,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.features.account import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
+
+if TYPE_CHECKING:  # it imports torch
+    from model.checkpoint import Checkpoint
 
 STATE_FORMAT = 3
 """Version of the layout; raise it with every change of the layout."""
@@ -83,6 +86,12 @@ class StateCodec:
         self._empty["hidden_size"] = hidden_size
         self._empty["first_offset"] = self._empty["last_offset"] = -1
         self._empty_bytes = self._sealed(self._empty.copy()).tobytes()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> StateCodec:
+        """Make the codec of a checkpoint's states."""
+        architecture = checkpoint.network.architecture
+        return cls(architecture.layers, architecture.hidden_size)
 
     def decode(
         self, values: Sequence[bytes | None], *, check_numbers: bool = False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
+from model.units import DAY_MS
 from pipeline.settings import Settings
 from pipeline.storage.client import RedisClient
 from pipeline.storage.client import StoreUnavailableError as StoreUnavailableError
@@ -19,7 +20,6 @@ from pipeline.storage.client import redis_client as redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.script import Command, load_script
 from pipeline.storage.servers import RedisServer, servers
-from pipeline.units import DAY_MS
 
 _SAVE_STATES = load_script("save_states")
 

@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass, replace
 
 from model.features.merchant import WEIGHT_MAX
+from model.units import DAY_MS
 from pipeline.messages.decision import DECISIONS
-from pipeline.units import DAY_MS
 
 NOTE_EXPIRY_MS = 60 * DAY_MS
 """Time to live of a note after the transaction or its last label: 60 days."""

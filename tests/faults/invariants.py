@@ -168,8 +168,7 @@ def _numbers_of(transaction_ids: Sequence[str]) -> NDArray[np.int64]:
 
 async def _applied_by_account(settings: Settings, checkpoint: Checkpoint) -> dict[str, int]:
     """Read how many transactions the states in Redis count, by account."""
-    architecture = checkpoint.network.architecture
-    codec = StateCodec(architecture.layers, architecture.hidden_size)
+    codec = StateCodec.of(checkpoint)
     store = RedisStateStore.from_settings(settings, checkpoint.digest)
     found: dict[tuple[int, str], int] = {}  # SCAN may return a key twice
     try:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from model.features.account import AccountHistory
+from model.units import DAY_MS
 from pipeline.admin.inspect_account import AccountView, describe, load_view
 from pipeline.errors import RecurError
 from pipeline.kafka.topics import ensure_topics
@@ -19,7 +20,6 @@ from pipeline.settings import Settings, load_settings
 from pipeline.storage.account_state import AccountStates, StateCodec
 from pipeline.storage.client import redis_client
 from pipeline.storage.keys import Keys
-from pipeline.units import DAY_MS
 from tests.fakes.memory_workers import small_checkpoint
 
 CHECKPOINT = small_checkpoint()
