@@ -92,6 +92,15 @@ def _only_live_tests_have_services() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Use one thread, because threads that wait for each other are slow on a busy machine."""
+    from model.torch_threads import one_thread  # here, as torch takes seconds
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
 def few_updates_of_merchant_weight() -> Iterator[None]:
     """Shorten trainings on little data, which the usual updates would dominate."""
     from model.training import merchant_weight_fit  # here, as torch takes seconds

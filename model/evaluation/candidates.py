@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from model.features.account import Float32
 from model.features.spec import FeatureSpec, Field
 from model.merchant_weight import MerchantWeightNetwork
 from model.network import Cell, Network
+from model.torch_threads import one_thread
 from model.training.account_head import states_of
 from model.training.feature_table import EncodedInputs, field_values
 from model.training.inputs import chosen_fields
@@ -304,7 +304,7 @@ def _parameters(network: Network) -> int:
 
 
 def _microseconds(compute: Callable[[], object], transactions: int) -> float:
-    with _one_thread():
+    with one_thread():
         rounds = []
         for _ in range(TIMED_ROUNDS):
             began = time.perf_counter()
@@ -312,13 +312,3 @@ def _microseconds(compute: Callable[[], object], transactions: int) -> float:
                 compute()
             rounds.append(time.perf_counter() - began)
     return min(rounds) / TIMED_BATCHES / transactions * 1e6
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

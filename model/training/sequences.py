@@ -27,6 +27,7 @@ from model.features.account import (
     rounds_of,
 )
 from model.network import Network
+from model.torch_threads import one_thread
 
 UNROLL_STEPS = 256
 UNROLL_ACCOUNTS = 256
@@ -169,13 +170,8 @@ def unrolled_logits(network: Network, inputs: Inputs, sequences: Sequences) -> F
 @contextmanager
 def one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Open a pool of threads in which each operation uses one core."""
-    intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # also applies to threads that start from here on
-    try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="unroll") as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(intra_op)
+    with one_thread(), ThreadPoolExecutor(threads, thread_name_prefix="unroll") as pool:
+        yield pool
 
 
 def score_stepwise(

@@ -8,16 +8,16 @@ read from there. Everything else is computed. `recur verify` and `recur state at
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.features.account import ACCOUNT_FEATURES
 from model.features.merchant import MERCHANT_FEATURES
+from model.torch_threads import one_thread
 from pipeline.audit.account_filter import AccountFilter, AllAccounts
 from pipeline.audit.score_reader import ScoreReader
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
@@ -257,7 +257,7 @@ class RecomputedPartition:
 
     async def __aenter__(self) -> RecomputedPartition:
         async with AsyncExitStack() as stack:
-            stack.enter_context(_one_thread())
+            stack.enter_context(one_thread())
             await stack.enter_async_context(self._records)
             await stack.enter_async_context(self._scores)
             await self._find_begin()
@@ -332,14 +332,3 @@ class RecomputedPartition:
         batch = self.states.keep(computed, recorded)
         unexpected = self._scores.forget(part.chunk.end, batch.offset[batch.applied])
         return replace(batch, unexpected=unexpected)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread, as in a worker: for small matrices two only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

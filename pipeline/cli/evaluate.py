@@ -96,7 +96,7 @@ def evaluate_options(
     world: str,
     **options: Any,
 ) -> EvaluateOptions:
-    """Return the options of a command line; an option that is None keeps its default."""
+    """Return evaluation options; None stands for an option's default."""
     training = {
         **{"customers": customers, "terminals": terminals, "days": days},
         **{"world": world},

@@ -17,17 +17,9 @@ from pipeline.scoring.topic_watcher import (
     TopicWatcher,
 )
 from pipeline.topic_id import NO_ID, shown
+from tests.fakes.clock import Clock
 
 ONE, OTHER = bytes([1] * 16), bytes([2] * 16)
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Ids:
@@ -71,13 +63,13 @@ def test_a_deleted_topic_is_logged_once_and_ends_the_worker_after_a_wait(
     del world.ids.there["alerts"]
 
     assert world.look() == {"transactions", "scores"}
-    world.clock.now += 29.0
+    world.clock.now_seconds += 29.0
     world.look()
 
     (record,) = caplog.records
     assert (record.levelno, record.topic, record.seconds) == (logging.ERROR, "alerts", 30.0)  # type: ignore[attr-defined]
     assert world.health.missing() == {"topics": "alerts was deleted"}
-    world.clock.now += 1.0
+    world.clock.now_seconds += 1.0
     with pytest.raises(TopicGoneError, match=r"alerts .* 30 s .*RECUR_ON_NEW_LOG=begin"):
         world.look()
 
@@ -88,7 +80,7 @@ def test_a_topic_created_again_in_time_is_accepted(caplog: pytest.LogCaptureFixt
     del world.ids.there["alerts"]
     world.look()
     world.ids.there["alerts"] = OTHER  # no data depends on it
-    world.clock.now += 100.0
+    world.clock.now_seconds += 100.0
 
     world.look()
 
@@ -149,13 +141,13 @@ def test_a_transaction_that_stays_open_is_logged_once_a_minute(
     assert see(211, 10, 10) == {3: HeldRecords(10, 201)}
     assert not caplog.records  # every transaction is open for a moment
     for _ in range(12):
-        clock.now += 5.0
+        clock.now_seconds += 5.0
         see(212, 10, 10)
 
     (record,) = caplog.records
     told = record.topic, record.partition, record.behind_offset, record.records  # type: ignore[attr-defined]
     assert told == ("transactions", 3, 10, 202)
-    clock.now += 5.0
+    clock.now_seconds += 5.0
     see(212, 10, 10)
     assert len(caplog.records) == 2
     assert see(213, 213, 213) == {}

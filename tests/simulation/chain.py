@@ -52,7 +52,7 @@ def chained(before: bytes, offset: int, amount: float, merchant: bytes) -> bytes
 
 
 def score_of(hidden: bytes) -> float:
-    """Return the score of a hidden state, in [0, 1) and exact as a float32."""
+    """Compute a float32 score in [0, 1) from the hidden state."""
     return int.from_bytes(hidden[:3], "little") / 2**24
 
 

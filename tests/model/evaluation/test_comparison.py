@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import torch
 
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
@@ -39,7 +37,10 @@ from pipeline.cli.evaluate import EvaluateOptions, run_evaluate
 from pipeline.errors import RecurError
 from tests.fakes.datasets import simulated_dataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_torch_thread", "few_updates_of_merchant_weight"),
+]
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -50,15 +51,6 @@ SMALL: dict[str, Any] = {
 }
 SIMULATED = {"customers": 200, "terminals": 500, "days": 60}
 SHORT = SIMULATED | {"customers": 50, "terminals": 100}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Use one thread, because threads that wait for each other are slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from model.training.settings import TrainingSettings
 from model.training.train import train
 from pipeline.cli.evaluate import EvaluateOptions, run_evaluate
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SETTINGS: dict[str, Any] = {
     "world": "handbook",
     "customers": 150,
@@ -25,14 +26,6 @@ SETTINGS: dict[str, Any] = {
     "device": "cpu",
 }
 TRAIN_UNTIL, TEST_FROM = "2018-04-28", "2018-05-05"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +37,10 @@ from model.units import DAY_MS
 from pipeline.progress import TrainingProgress
 from tests.model.simulated_log import SimulatedLog, observe_all, simulate
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_updates_of_merchant_weight")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_torch_thread", "few_updates_of_merchant_weight"),
+]
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = Path(__file__).parents[3] / "pipeline" / "checkpoints" / "default.safetensors"
@@ -55,15 +57,6 @@ SMALL = TrainingSettings(
     learning_rate=1e-2,
     device="cpu",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Use one thread, because threads that wait for each other are slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network_of(settings: TrainingSettings, inputs: int) -> Network:

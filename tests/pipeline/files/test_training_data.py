@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from benchmarks.bursts import MAPPING as BURSTS_MAPPING
@@ -43,15 +41,7 @@ label = "fraud"
 EURO = 'currency = "EUR"'
 START = datetime(2020, 1, 1, tzinfo=UTC)
 
-pytestmark = pytest.mark.usefixtures("few_updates_of_merchant_weight")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "few_updates_of_merchant_weight")
 
 
 def table(n: int = 2000, days: int = 40, **changes: Any) -> pa.Table:

@@ -60,6 +60,25 @@ def run_until_killed(worker: MemoryWorker) -> None:
         finish(worker.run())
 
 
+def kill_at(world: World, number: int) -> None:
+    """Kill a worker at the n-th step of its run."""
+    world.interrupt(at(number, die))
+    run_until_killed(world.worker())
+    world.assert_published_before_saved()
+
+
+def kill_repeatedly(world: World, rng: random.Random) -> None:
+    """Kill one worker after the other at random steps, until one finishes."""
+    for _ in range(100):
+        world.interrupt(at(rng.randrange(30), die))
+        try:
+            finish(world.worker().run(choose=rng.choice))
+        except Killed:
+            world.assert_published_before_saved()
+        else:
+            break
+
+
 def next_poll(worker: MemoryWorker, records_max: int | None = None) -> Poll:
     poll = worker.consumer.poll(records_max)
     assert poll is not None

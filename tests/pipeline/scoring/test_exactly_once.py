@@ -12,12 +12,13 @@ import pytest
 
 from pipeline.scoring import recovery as recovery_module
 from tests.fakes import memory as memory_module
-from tests.fakes.memory_workers import Killed, World, finish
+from tests.fakes.memory_workers import World, finish
 from tests.pipeline.scoring.helpers import (
     Simulation,
-    at,
     count_steps,
     die,
+    kill_at,
+    kill_repeatedly,
     lose_everything,
     next_poll,
     nothing,
@@ -67,9 +68,7 @@ def test_a_clean_run_publishes_and_commits_everything_once(
 @pytest.mark.parametrize("number", range(count_steps(processing_guarantee="exactly_once")))
 def test_a_worker_killed_at_any_step_publishes_nothing_twice(number: int) -> None:
     world = small_world(processing_guarantee="exactly_once")
-    world.interrupt(at(number, die))
-    run_until_killed(world.worker())
-    world.assert_published_before_saved()
+    kill_at(world, number)
 
     worker = read_on(world)
 
@@ -88,14 +87,7 @@ def test_workers_killed_repeatedly_publish_nothing_twice(
     rng = random.Random(seed)
     world = World(micro_batch_max=rng.choice([3, 8, 30]), processing_guarantee="exactly_once")
     world.produce_many(60, seed=seed)
-    for _ in range(100):
-        world.interrupt(at(rng.randrange(30), die))
-        try:
-            finish(world.worker().run(choose=rng.choice))
-        except Killed:
-            world.assert_published_before_saved()
-        else:
-            break
+    kill_repeatedly(world, rng)
 
     read_on(world)
 

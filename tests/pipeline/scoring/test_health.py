@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.scoring.health import Health
-
-
-class Clock:
-    """A clock of monotonic seconds that a test sets."""
-
-    def __init__(self) -> None:
-        self.now_seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_seconds
+from tests.fakes.clock import Clock
 
 
 @pytest.fixture

@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.scoring.outages import BURST_MAX, LOG_SECONDS, Outages
-
-
-class Clock:
-    """A clock of monotonic seconds that a test sets."""
-
-    now_seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_seconds
+from tests.fakes.clock import Clock
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from tests.fakes.memory_workers import (
     finish,
 )
 from tests.pipeline.scoring.helpers import (
-    at,
     count_steps,
     die,
+    kill_at,
+    kill_repeatedly,
     nothing,
     read_on,
     run_until_killed,
@@ -57,9 +58,7 @@ def test_a_worker_killed_at_any_step_loses_nothing_and_publishes_no_score_twice(
     number: int,
 ) -> None:
     world = small_world()
-    world.interrupt(at(number, die))
-    run_until_killed(world.worker())
-    world.assert_published_before_saved()
+    kill_at(world, number)
 
     worker = read_on(world)
 
@@ -78,14 +77,7 @@ def test_workers_killed_repeatedly_lose_nothing_and_publish_no_score_twice(
     rng = random.Random(seed)
     world = World(micro_batch_max=rng.choice([3, 8, 30]))
     world.produce_many(60, seed=seed)
-    for _ in range(100):
-        world.interrupt(at(rng.randrange(30), die))
-        try:
-            finish(world.worker().run(choose=rng.choice))
-        except Killed:
-            world.assert_published_before_saved()
-        else:
-            break
+    kill_repeatedly(world, rng)
 
     read_on(world)
 
