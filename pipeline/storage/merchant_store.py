@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from model.features.merchant import BUCKET_MS, BUCKETS, COUNT_MAX, WEIGHT_MAX
@@ -138,8 +139,7 @@ class LabelOutcomes:
     behind: int | None = None
 
 
-@dataclass(frozen=True)
-class ScoredNote:
+class ScoredNote(msgspec.Struct, frozen=True, gc=False):
     """A worker's note of a transaction that it scored.
 
     Attributes:
