@@ -120,7 +120,7 @@ class AckWhatIsNotSaved(Processor):
 # the store ---------------------------------------------------------------------------------
 
 
-class SaveWithoutGuard(StateClient):
+class SaveWithoutWatermark(StateClient):
     """Store client that saves without comparing the watermark."""
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
@@ -375,7 +375,7 @@ class RejectedDropped(Publisher):
         return await super().publish(scores, alerts, [])
 
 
-class BookedAgain(MerchantClient):
+class RecordedAgain(MerchantClient):
     """Merchant client that records labels again."""
 
     async def record_labels(
@@ -387,7 +387,7 @@ class BookedAgain(MerchantClient):
         return await super().record_labels(partition, labels, begin, end)
 
 
-class BookedPastTheGap(MerchantClient):
+class RecordedPastTheGap(MerchantClient):
     """Merchant client that records labels past a gap in the store."""
 
     async def record_labels(
@@ -424,7 +424,7 @@ BUGS = [
     Bug("ack of what was not saved", 1, 110, Parts(processor=AckWhatIsNotSaved)),
     Bug("save before publish", 13, 26, Parts(publisher=PublishLater)),
     Bug("save before alerts are published", 361, 722, Parts(publisher=AlertsLater)),
-    Bug("a save without the guard", 24, 50, Parts(state_client=SaveWithoutGuard)),
+    Bug("a save without the watermark", 24, 50, Parts(state_client=SaveWithoutWatermark)),
     Bug(
         "a watermark that is not atomic with its states", 1, 10, Parts(state_client=WatermarkApart)
     ),
@@ -434,7 +434,7 @@ BUGS = [
     Bug("a fetch across a reset taken", 352, 2000, Parts(consumer=KeepAcrossReset)),
     Bug("recorded features not reused", 22, 140, Parts(score_log=FeaturesNotReused)),
     Bug(
-        "published scores said again",
+        "published scores repeated",
         22,
         44,
         patches=[(ownership, "PartitionRecovery", NothingKept)],
@@ -491,8 +491,8 @@ BUGS = [
     Bug("records of a log before taken", 5, 50, Parts(ownership=FetchedOfLogBefore)),
     Bug("an account not forgotten", 2, 10, patches=[(decoder, "_apply_control", _nothing)]),
     Bug("rejected records not published", 2, 10, Parts(publisher=RejectedDropped)),
-    Bug("labels booked again", 7, 80, Parts(merchant_client=BookedAgain)),
-    Bug("labels booked past a gap", 22, 100, Parts(merchant_client=BookedPastTheGap)),
+    Bug("labels recorded again", 7, 80, Parts(merchant_client=RecordedAgain)),
+    Bug("labels recorded past a gap", 22, 100, Parts(merchant_client=RecordedPastTheGap)),
     Bug("notes written after the states", 32, 500, Parts(processor=NotesLater)),
     Bug(
         "notes of kept scores not written",

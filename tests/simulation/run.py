@@ -454,7 +454,7 @@ class Run:
     def _look_at_labels(self) -> None:
         worker = self._some_worker()
         if worker is not None:
-            self._tell(f"{worker.host.name} looks whether its labels are still booked")
+            self._tell(f"{worker.host.name} looks whether its labels are still recorded")
             worker.look_at_labels()
 
     def _make_topic_again(self) -> None:
@@ -561,7 +561,7 @@ class Run:
                 return False
             if audit.watermark < len(audit.entries):
                 return False
-            if not self.auditor.labels_are_booked(partition):
+            if not self.auditor.labels_are_recorded(partition):
                 return False
         return True
 

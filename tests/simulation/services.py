@@ -172,8 +172,8 @@ class MerchantClient:
                 recorded = [labels[i] for i in parts[slot]]
                 replies[slot] = self._store.record_slot(slot, partition, recorded, begin, end)
                 for label in recorded:
-                    self._auditor.label_booked(partition, label)
-            self._auditor.booked_to(partition, slots)
+                    self._auditor.label_recorded(partition, label)
+            self._auditor.recorded_to(partition, slots)
 
         servers = [range(first, MERCHANT_SLOTS, SERVERS) for first in range(SERVERS)]
         await self._network.ask(
@@ -188,7 +188,7 @@ class MerchantClient:
         """Return the offset before which all labels of a partition are recorded."""
         (end,) = await self._network.ask(
             self._host,
-            f"booked to? {partition}",
+            f"recorded to? {partition}",
             [lambda: self._store.all_recorded_to(partition)],
             StoreUnavailableError,
         )
