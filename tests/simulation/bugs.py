@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,15 +30,14 @@ from pipeline.scoring.processor import Processor
 from pipeline.scoring.recovery import PartitionRecovery
 from pipeline.scoring.scorer import BatchScores, MicroBatch
 from pipeline.storage.account_state import AccountStates
-from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot
-from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel
+from pipeline.storage.merchant_store import Counts, LabelOutcomes, MerchantLabel
 from pipeline.storage.state_store import Save
 from pipeline.storage.transaction_note import TransactionNote
 from pipeline.storage.watermark import Watermark
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
-from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
+from tests.simulation.services import MerchantClient, PollClient, Publisher, ScoreLog, StateClient
 from tests.simulation.worker import Parts, Worker
 
 
@@ -123,31 +122,19 @@ class AckWhatIsNotSaved(Processor):
 class SaveWithoutWatermark(StateClient):
     """Store client that saves without comparing the watermark."""
 
-    async def save(self, requests: Sequence[Save]) -> list[bool]:
-        await self._network.ask(
-            self._host,
-            "save",
-            [partial(self._write, request) for request in requests],
-            StoreUnavailableError,
-        )
-        return [True] * len(requests)
+    def effects(self, request: Save) -> list[Callable[[], bool]]:
+        return [partial(self._write, request)]
 
-    def _write(self, request: Save) -> None:
+    def _write(self, request: Save) -> bool:
         standing = self.store.watermarks.get(request.partition)
-        self.store.write(dataclasses.replace(request, expected=standing))
+        return self.store.write(dataclasses.replace(request, expected=standing))
 
 
 class WatermarkApart(StateClient):
     """Store client that writes the states first and the watermark separately."""
 
-    async def save(self, requests: Sequence[Save]) -> list[bool]:
-        effects = [
-            effect
-            for request in requests
-            for effect in (partial(self._states, request), partial(self._watermark, request))
-        ]
-        done = await self._network.ask(self._host, "save", effects, StoreUnavailableError)
-        return done[1::2]
+    def effects(self, request: Save) -> list[Callable[[], bool]]:
+        return [partial(self._states, request), partial(self._watermark, request)]
 
     def _states(self, request: Save) -> bool:
         stands = self.store.watermarks.get(request.partition) == request.expected
@@ -396,15 +383,13 @@ class RecordedPastTheGap(MerchantClient):
         return await super().record_labels(partition, labels, 0, end)
 
 
-class NotesLater(Processor):
-    """Processor that writes the notes after the states."""
+class NotesLater(PollClient):
+    """Store client that writes the notes after the states."""
 
-    async def _write_notes(self, parts: list[PartitionBatch]) -> None:
-        """Write no notes before the save."""
-
-    async def _save_states(self, parts: list[PartitionBatch], saves: list[Save]) -> list[bool]:
-        stands = await super()._save_states(parts, saves)
-        await super()._write_notes(parts)
+    async def save(self, requests: Sequence[Save], counts: Counts) -> list[bool]:
+        without = [dataclasses.replace(request, notes=()) for request in requests]
+        stands = await super().save(without, counts)
+        await self._merchants.add({}, [note for request in requests for note in request.notes])
         return stands
 
 
@@ -493,7 +478,7 @@ BUGS = [
     Bug("rejected records not published", 2, 10, Parts(publisher=RejectedDropped)),
     Bug("labels recorded again", 7, 80, Parts(merchant_client=RecordedAgain)),
     Bug("labels recorded past a gap", 22, 100, Parts(merchant_client=RecordedPastTheGap)),
-    Bug("notes written after the states", 32, 500, Parts(processor=NotesLater)),
+    Bug("notes written after the states", 32, 500, Parts(poll_client=NotesLater)),
     Bug(
         "notes of kept scores not written",
         22,
