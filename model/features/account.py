@@ -27,6 +27,7 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 UInt32 = NDArray[np.uint32]
+Rows = NDArray[np.intp] | slice
 
 WINDOW_DAYS = (1, 7, 30)
 """Time constants of the decayed aggregates, days. A transaction that old weighs 1/e."""
@@ -112,11 +113,11 @@ class AccountHistory:
     def __len__(self) -> int:
         return len(self.count)
 
-    def take(self, rows: NDArray[np.intp] | slice) -> AccountHistory:
+    def take(self, rows: Rows) -> AccountHistory:
         """Return these rows in this order: copies, or views if ``rows`` is a slice."""
         return AccountHistory(*(getattr(self, name)[rows] for name in HISTORY_COLUMNS))
 
-    def put(self, rows: NDArray[np.intp] | slice, other: AccountHistory) -> None:
+    def put(self, rows: Rows, other: AccountHistory) -> None:
         """Overwrite these rows with the rows of ``other``."""
         for name in HISTORY_COLUMNS:
             getattr(self, name)[rows] = getattr(other, name)
