@@ -360,7 +360,7 @@ class Scorer:
         inputs = self.checkpoint.encode(raw)  # [m, I]
         logits, hidden_after = self._stepper.step(inputs, hidden)
         score = sigmoid(logits)
-        if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
+        if not (_all_finite(score) and _all_finite(raw[:, :FEATURES_END])):
             raise ComputationError("the score is not a number")
         note_applied(states, batch, members, rows)
         states.history.put(rows, after)
@@ -369,6 +369,10 @@ class Scorer:
         if self._weighs:
             return score, self._stepper.merchant_weight(inputs)
         return score, np.full(len(score), WEIGHT_MAX, np.uint8)
+
+
+def _all_finite(numbers: NDArray[np.float32]) -> bool:
+    return np.count_nonzero(np.isfinite(numbers)) == numbers.size
 
 
 def _join_outside(first: BatchScores, second: BatchScores) -> NDArray[np.bool_] | None:
