@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint
 from model.features.account import ACCOUNT_FEATURES, Rows, observe, rounds_of
 from model.features.merchant import WEIGHT_MAX
 from model.features.spec import FEATURES
-from model.stepper import Stepper, sigmoid
+from model.stepper import sigmoid
 from model.units import DAY_MS
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
@@ -172,7 +172,7 @@ class Scorer:
         self.codec = StateCodec.of(checkpoint)
         self._ttl_ms = ttl_ms
         self._reject_conflicts = reject_conflicts
-        self._stepper = Stepper(checkpoint.network)
+        self._stepper = checkpoint.stepper
         self._columns = len(checkpoint.header.features.names)
         self._scale = checkpoint.header.features.scale
         self._failures_in_a_row = 0
@@ -298,7 +298,7 @@ class Scorer:
             if np.count_nonzero(stale):
                 stale &= states.history.count[rows] > 0  # the others have no last record
                 states.reset(batch.row[members][stale])
-                expired += np.count_nonzero(stale)
+                expired += int(np.count_nonzero(stale))
             hidden = states.hidden[rows].copy()
             of_round = raw[members]
             score[members], weight[members] = self._step(
@@ -372,7 +372,7 @@ class Scorer:
 
 
 def _all_finite(numbers: NDArray[np.float32]) -> bool:
-    return np.count_nonzero(np.isfinite(numbers)) == numbers.size
+    return int(np.count_nonzero(np.isfinite(numbers))) == numbers.size
 
 
 def _join_outside(first: BatchScores, second: BatchScores) -> NDArray[np.bool_] | None:

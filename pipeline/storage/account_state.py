@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Checkpoint
 from model.features.account import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
-
-if TYPE_CHECKING:  # it imports torch
-    from model.checkpoint import Checkpoint
 
 STATE_FORMAT = 3
 """Version of the layout; raise it with every change of the layout."""
@@ -95,7 +93,7 @@ class StateCodec:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StateCodec:
         """Make the codec of a checkpoint's states."""
-        architecture = checkpoint.network.architecture
+        architecture = checkpoint.header.architecture
         return cls(architecture.layers, architecture.hidden_size)
 
     def empty(self, n: int) -> AccountStates:
@@ -129,7 +127,7 @@ class StateCodec:
         if check_numbers:
             loaded &= _has_valid_numbers(table)
         states = AccountStates(table, self._empty)
-        invalid = len(values) - values.count(None) - np.count_nonzero(loaded)
+        invalid = len(values) - values.count(None) - int(np.count_nonzero(loaded))
         if invalid:
             states.reset(np.flatnonzero(~loaded))
         return states, loaded, invalid
