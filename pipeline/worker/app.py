@@ -111,7 +111,7 @@ class Worker:
         self._register()
 
     def _set_model_info(self, checkpoint: Checkpoint) -> None:
-        architecture = checkpoint.network.architecture
+        architecture = checkpoint.header.architecture
         self.metrics.model.info(
             {
                 "digest": checkpoint.digest,

@@ -17,12 +17,15 @@ import msgspec
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.account import AccountHistory, observe
 from model.features.spec import ACCOUNT_INPUTS, FEATURES, INPUTS, FeatureSpec, Input
-from model.network import Architecture, Network
+from model.network import Network
+from model.stepper import sigmoid
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError
@@ -96,7 +99,7 @@ def small_checkpoint(
         features=FeatureSpec(inputs),
         thresholds=CheckpointThresholds(review=0.3, decline=0.6),
     )
-    return Checkpoint(network, header)
+    return Checkpoint.of(network, header)
 
 
 def checkpoint_of_weights() -> Checkpoint:
@@ -119,7 +122,7 @@ def checkpoint_of_weights() -> Checkpoint:
     ranges[FEATURES.index("amount")] = (0.0, 300.0)
     features = msgspec.structs.replace(checkpoint.header.features, ranges=tuple(ranges))
     header = msgspec.structs.replace(checkpoint.header, features=features)
-    return Checkpoint(checkpoint.network, header)
+    return Checkpoint.of(checkpoint.network, header)
 
 
 class Killed(BaseException):
@@ -131,7 +134,7 @@ class AccountReference:
     """One account's state, computed transaction by transaction without the worker's code."""
 
     history: AccountHistory
-    hidden: torch.Tensor  # [1, L, H]
+    hidden: NDArray[np.floating]  # [1, L, H]
     sent: list[Transaction] = field(default_factory=list)
     first_offset: int = -1
     last_offset: int = -1
@@ -223,7 +226,7 @@ def _apply(
     sent_ms = epoch_ms(transaction.timestamp)
     record_ms = _record_ms(transaction, record)
     if state is None or record_ms - state.last_record_ms > ttl_ms:
-        state = AccountReference(AccountHistory.empty(1), checkpoint.network.empty_hidden(1))
+        state = AccountReference(AccountHistory.empty(1), checkpoint.stepper.empty_hidden(1))
         state.first_offset = record.offset
         accounts[transaction.account_id] = state
     raw, state.history = observe(
@@ -232,15 +235,14 @@ def _apply(
         np.array([min(sent_ms, record_ms + TOLERANCE_MS)]),
         checkpoint.header.features.scale,
     )
-    with torch.inference_mode():
-        others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)
-        inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others))))
-        logits, hidden = checkpoint.network.step(inputs, state.hidden)
-        state.hidden = hidden.half().float()
+    others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)
+    inputs = checkpoint.encode(np.hstack((raw, others)))
+    logits, hidden = checkpoint.stepper.step(inputs, state.hidden)
+    state.hidden = hidden.astype(np.float16)
     state.sent.append(transaction)
     state.last_offset = record.offset
     state.last_record_ms = max(state.last_record_ms, record_ms)
-    return float(torch.sigmoid(logits))
+    return float(sigmoid(logits)[0])
 
 
 class AuditedStateStore(MemoryStateStore):
@@ -510,8 +512,8 @@ def assert_states(world: World, partition: int, expected: PartitionReference) ->
         assert {entry >> 32 for entry in remembered} == ids, account
         contents = {(t.transaction_id, t.merchant_id, t.amount, t.timestamp) for t in last}
         assert len(remembered) == len(contents), account
-        hidden = torch.from_numpy(found.hidden[0]).float()
-        assert (hidden - state.hidden[0]).abs().max() < HIDDEN_TOLERANCE, account
+        difference = found.hidden[0].astype(np.float32) - state.hidden[0]
+        assert np.abs(difference).max() < HIDDEN_TOLERANCE, account
 
 
 Choose = Callable[[Sequence[int]], int]
