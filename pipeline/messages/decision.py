@@ -15,6 +15,8 @@ Decision = Literal["approve", "review", "decline"]
 DECISIONS = ("approve", "review", "decline")
 """All decisions, in the order of their scores."""
 
+APPROVE = DECISIONS[0]
+
 
 @dataclass(frozen=True)
 class DecisionThresholds:
@@ -30,9 +32,8 @@ class DecisionThresholds:
 
     def decide(self, scores: NDArray[np.float32]) -> NDArray[np.intp]:
         """Decide each score: indexes into :data:`DECISIONS`, intp[n]."""
-        return np.searchsorted(
-            np.array([self.review, self.decline], np.float32), scores, side="right"
-        )
+        limits = np.array((self.review, self.decline), np.float32)
+        return limits.searchsorted(scores, side="right")
 
 
 def thresholds_of(settings: Settings, shipped: CheckpointThresholds) -> DecisionThresholds:

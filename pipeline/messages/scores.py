@@ -1,4 +1,4 @@
-"""Scores and alerts in JSON, encoded for a whole micro-batch in one call.
+"""Scores and alerts in JSON, the numbers encoded for a whole micro-batch at once.
 
 orjson prints the shortest decimal that is the same float32. So a reader of a score can compute
 its decision again exactly.
@@ -24,13 +24,16 @@ from pipeline.messages.decoding import NOT_JSON, Share, encode_json
 WEIGHT_DIGITS = 3
 """Decimals of a merchant weight in JSON: enough to tell all stored weights apart."""
 
-STATE_REFUSED = "refused"
+STATE_REFUSED: Literal["refused"] = "refused"
 """Mark of a score whose account state was damaged or of another version, and counted as absent."""
 
 SECONDS_SINCE_LAST = "seconds_since_last"
 _KNOWN_FRAUDS = "merchant_known_frauds"
 
 OFFSET_MAX_DIGITS = 18
+
+_SHARES = (*(round(weight / WEIGHT_MAX, WEIGHT_DIGITS) for weight in range(WEIGHT_MAX)), None)
+"""Merchant weight in JSON by stored weight; a full one is left out."""
 
 
 class Score(msgspec.Struct, frozen=True, gc=False):
@@ -68,7 +71,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
         return [math.nan if value is None else value for value in values]
 
 
-class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
+class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """:class:`Score` with the numbers in JSON already."""
 
     transaction_id: str
@@ -81,6 +84,10 @@ class _ScoreToWrite(msgspec.Struct, frozen=True, gc=False):
     model: str
     source: str
     features: msgspec.Raw
+    thresholds: DecisionThresholds | None = None
+    merchant_weight: float | None = None
+    out_of_range: Sequence[str] | None = None
+    state: str | None = None
 
 
 class Alert(Score, frozen=True, gc=False, kw_only=True):
@@ -208,7 +215,7 @@ def source_offset(source: str, prefix: str) -> int | None:
 
 
 class ScoreEncoder:
-    """Encodes the scores of a micro-batch.
+    """Encoder of scores: the numbers of a micro-batch at once, then each score once.
 
     Args:
         feature_names: names of the raw inputs, a column each.
@@ -223,89 +230,73 @@ class ScoreEncoder:
         self._known_frauds = feature_names.index(_KNOWN_FRAUDS) if left_out else None
         short = [name for name in feature_names if name not in left_out]
         self._short_template = _template(short)
-        self._short_columns = [0, *(1 + feature_names.index(name) for name in short)]
+        self._short_columns = np.array([feature_names.index(name) for name in short], np.intp)
 
-    def encode(
-        self,
-        transactions: Sequence[Transaction],
-        timestamps_ms: Sequence[int],
-        sources: Sequence[str],
-        scores: NDArray[np.float32],
-        decisions: Sequence[str],
-        raw: NDArray[np.float32],
-    ) -> list[bytes]:
-        """Encode n scores as JSON.
+    def numbers(
+        self, scores: NDArray[np.float32], raw: NDArray[np.float32]
+    ) -> list[tuple[bytes, bytes]]:
+        """Encode n scores, and the features of each as an object.
 
         Args:
-            transactions, timestamps_ms, sources, decisions: n of each.
             scores: float32[n].
             raw: float32[n, features], the raw inputs.
         """
-        if not transactions:
-            return []
-        raw_json = msgspec.Raw
-        model = self._model
-        values = []
-        for transaction, timestamp, source, decision, (score, features) in zip(
-            transactions,
-            timestamps_ms,
-            sources,
-            decisions,
-            self._numbers(np.column_stack((scores, raw))),
-            strict=True,
-        ):
-            values.append(
-                encode_json(
-                    _ScoreToWrite(
-                        transaction.transaction_id,
-                        transaction.account_id,
-                        transaction.merchant_id,
-                        transaction.amount,
-                        timestamp,
-                        raw_json(score),
-                        decision,
-                        model,
-                        source,
-                        raw_json(features),
-                    )
-                )
-            )
-        return values
-
-    def _numbers(self, table: NDArray[np.float32]) -> list[tuple[bytes, bytes]]:
-        """Encode each row's score, and its features as an object."""
         if self._known_frauds is None:
-            return _numbers(table, self._template)
-        short = np.ascontiguousarray(table[:, self._short_columns])
-        numbers = _numbers(short, self._short_template)
-        rated = np.flatnonzero(table[:, 1 + self._known_frauds])
+            return _numbers(scores, raw, self._template)
+        short = raw.take(self._short_columns, axis=1)
+        numbers = _numbers(scores, short, self._short_template)
+        rated = raw[:, self._known_frauds].nonzero()[0]
         if len(rated):
-            full = _numbers(table[rated], self._template)
+            full = _numbers(scores[rated], raw[rated], self._template)
             for row, text in zip(rated.tolist(), full, strict=True):
                 numbers[row] = text
         return numbers
 
+    def encode(
+        self,
+        transaction: Transaction,
+        timestamp_ms: int,
+        source: str,
+        numbers: tuple[bytes, bytes],
+        decision: str,
+        thresholds: DecisionThresholds | None = None,
+        weight: int = WEIGHT_MAX,
+        out_of_range: Sequence[str] | None = None,
+        state: Literal["refused"] | None = None,
+    ) -> bytes:
+        """Encode a score as JSON.
+
+        Args:
+            numbers: what :meth:`numbers` returns for the transaction.
+            thresholds: what led to the decision; None for an approval.
+            weight: the stored merchant weight; a full one is left out.
+            out_of_range: the names of inputs beyond the range of training.
+            state: :data:`STATE_REFUSED` if the account's state could not be used.
+        """
+        score, features = numbers
+        return encode_json(
+            _ScoreToWrite(
+                transaction.transaction_id,
+                transaction.account_id,
+                transaction.merchant_id,
+                transaction.amount,
+                timestamp_ms,
+                msgspec.Raw(score),
+                decision,
+                self._model,
+                source,
+                msgspec.Raw(features),
+                thresholds,
+                _SHARES[weight],
+                out_of_range,
+                state,
+            )
+        )
+
 
 def with_thresholds(score: bytes, thresholds: DecisionThresholds) -> bytes:
-    """Add the thresholds to a score that raises an alert: they explain its decision later."""
-    more = encode_json({"thresholds": {"review": thresholds.review, "decline": thresholds.decline}})
-    return score[:-1] + b"," + more[1:]
-
-
-def with_refused_state(score: bytes) -> bytes:
-    """Mark a score whose account state was refused, so that it was computed without one."""
-    return score[:-1] + b"," + encode_json({"state": STATE_REFUSED})[1:]
-
-
-def with_merchant_weight(score: bytes, weight: int) -> bytes:
-    """Add the stored weight of a fraud that the merchant does not explain in full."""
-    share = round(weight / WEIGHT_MAX, WEIGHT_DIGITS)
-    return score[:-1] + b"," + encode_json({"merchant_weight": share})[1:]
-
-
-def with_out_of_range(score: bytes, names: Sequence[str]) -> bytes:
-    """Add the names of inputs beyond the range of training to a score."""
-    return score[:-1] + b"," + encode_json({"out_of_range": names})[1:]
+    """Add the thresholds to a score of an older version that raises an alert."""
+    return score[:-1] + b"," + encode_json({"thresholds": thresholds})[1:]
 
 
 def stored_weight(share: float) -> int:
@@ -319,8 +310,13 @@ def _template(names: Sequence[str]) -> bytes:
     return b"{" + b",".join(fields) + b"}"
 
 
-def _numbers(table: NDArray[np.float32], template: bytes) -> list[tuple[bytes, bytes]]:
-    """Encode each row's first number, and the others by the template."""
+def _numbers(
+    scores: NDArray[np.float32], inputs: NDArray[np.float32], template: bytes
+) -> list[tuple[bytes, bytes]]:
+    """Encode n scores, and the inputs [n, names] of each by the template."""
+    table = np.empty((len(scores), 1 + inputs.shape[1]), np.float32)
+    table[:, 0] = scores
+    table[:, 1:] = inputs
     text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)  # [[score,input,...],...]
     numbers = []
     for row in text[2:-2].split(b"],["):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,15 +14,13 @@ from model.transaction import Transaction
 from pipeline.kafka.polls import Chunk, Poll, Record
 from pipeline.kafka.producer import Outgoing
 from pipeline.kafka.score_log import LoggedScore
-from pipeline.messages.decision import DECISIONS
+from pipeline.messages.decision import APPROVE
 from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.scorer import BatchScores, MicroBatch, id_hashes
 from pipeline.storage.merchant_profile import transaction_hash
 from pipeline.storage.transaction_note import ScoredNote
 from pipeline.timestamps import are_record_times
-
-APPROVE = DECISIONS[0]
 
 UNREACHABLE = 2.0
 """A threshold that no score can reach."""
@@ -88,7 +86,7 @@ class PartitionBatch:
     loaded_rows: list[int] = field(default_factory=list)
     published: dict[int, LoggedScore] = field(default_factory=dict)
     begin: int = 0
-    invalid_states: list[int] = field(default_factory=list)
+    invalid_states: Collection[int] = ()
     span: slice = field(default_factory=lambda: slice(0, 0))
     new: list[int] = field(default_factory=list)
     scored_count: int = 0

@@ -23,10 +23,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model.features.merchant import BUCKET_MS
 from model.units import DAY_MS
@@ -38,7 +38,7 @@ from pipeline.scoring.dead_letter import DeadLetters, ThrottledWarning
 from pipeline.scoring.decoder import BatchDecoder
 from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import MerchantFeatureCache
-from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.metrics import Metrics, add
 from pipeline.scoring.outputs import OutputBuilder
 from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.retry import Retrier
@@ -47,9 +47,7 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.poll_store import PollStore
 from pipeline.storage.state_store import Load, LoadResult, Save
-from pipeline.timestamps import (
-    are_record_times,
-)
+from pipeline.timestamps import is_record_time
 from pipeline.topic_id import LogOffset
 
 MAX_LATENCY_AGE_MS = DAY_MS
@@ -306,43 +304,47 @@ class Processor:
         micro_batch = micro_batch_of(batches, self._decoder.extra_fields, thresholds.review)
         values = [value for batch in batches for value in batch.values]
         states, scores, valid, invalid = self._scorer.score(values, micro_batch)
+        is_valid = valid.tolist()
         n_loaded = first_row = 0
         for batch in batches:
-            n_loaded += int(np.count_nonzero(valid[first_row:][batch.loaded_rows]))
+            n_loaded += sum(is_valid[first_row + row] for row in batch.loaded_rows)
             first_row += len(batch.accounts)
-        n_cached = int(np.count_nonzero(valid)) - n_loaded
-        counter = self._metrics.states
-        counter.labels("loaded").inc(n_loaded)
-        counter.labels("refused").inc(invalid)
-        counter.labels("cached").inc(n_cached)
-        counter.labels("missing").inc(len(values) - n_cached - n_loaded - invalid)
-        counter.labels("expired").inc(scores.expired)
+        n_cached = sum(is_valid) - n_loaded
+        counters = self._metrics.state_results
+        add(counters["loaded"], n_loaded)
+        add(counters["refused"], invalid)
+        add(counters["cached"], n_cached)
+        add(counters["missing"], len(values) - n_cached - n_loaded - invalid)
+        add(counters["expired"], scores.expired)
         if invalid:
             unusable = ~valid & np.array([value is not None for value in values], bool)
             of_invalid = np.flatnonzero(unusable[micro_batch.row]).tolist()
             for batch in batches:
-                batch.invalid_states = batch.indices(of_invalid)
+                batch.invalid_states = set(batch.indices(of_invalid))
         return states, scores, micro_batch
 
     def _keep_in_memory(self, batches: list[PartitionBatch], states: AccountStates) -> None:
         """Keep the computed states in memory; the next poll continues from them."""
-        begins = np.repeat([b.begin for b in batches], [len(b.accounts) for b in batches])
-        changed = np.flatnonzero(states.last_offset >= begins)
-        values = self._scorer.codec.encode(states, changed)
-        first_row = start = 0
+        last_offset = states.last_offset.tolist()
+        first_rows, changed = [], []
+        n = 0
         for batch in batches:
-            last_row = first_row + len(batch.accounts)
-            stop = start + int(np.count_nonzero(changed[start:] < last_row))
-            accounts = [batch.accounts[row - first_row] for row in changed[start:stop].tolist()]
-            batch.changed = accounts, values[start:stop]
+            first_rows.append(n)
+            n += len(batch.accounts)
+            changed.append([r for r in range(first_rows[-1], n) if last_offset[r] >= batch.begin])
+        all_changed = np.array([row for rows in changed for row in rows], np.intp)
+        values = iter(self._scorer.codec.encode(states, all_changed))
+        for batch, first_row, rows in zip(batches, first_rows, changed, strict=True):
+            accounts = [batch.accounts[row - first_row] for row in rows]
+            saved: list[bytes | None] = list(islice(values, len(rows)))
             if batch.forgets:
                 last = {batch.accounts[forget.row]: forget.row for forget in batch.forgets}
-                alive = set((changed[start:stop] - first_row).tolist())
-                gone = [account for account, row in last.items() if row not in alive]
-                batch.changed = accounts + gone, [*values[start:stop], *[None] * len(gone)]
-            batch.partition_owned.remember(*batch.changed)
+                gone = [account for account, row in last.items() if first_row + row not in rows]
+                accounts += gone
+                saved += [None] * len(gone)
+            batch.changed = accounts, saved
+            batch.partition_owned.remember(accounts, saved)
             batch.partition_owned.computed_to = batch.end
-            first_row, start = last_row, stop
 
     # publish -----------------------------------------------------------------------------
 
@@ -396,37 +398,53 @@ class Processor:
             return
         now_ms = self._clock_ms()
         metrics = self._metrics
-        applied = ~scores.duplicate
-        applied[list(scores.failed)] = False
-        self._observe_times(computed.batches, applied, now_ms)
-        metrics.micro_batch.observe([len(micro_batch)])
-        metrics.score.observe(scores.score[applied])
+        unapplied = {*np.flatnonzero(scores.duplicate).tolist(), *scores.failed}
+        self._observe_times(computed.batches, unapplied, now_ms)
+        metrics.micro_batch.observe((len(micro_batch),))
+        metrics.score.observe(np.delete(scores.score, [*unapplied]) if unapplied else scores.score)
         metrics.event_age.set((now_ms - int(micro_batch.timestamp_ms.max())) / 1000.0)
-        metrics.duplicate_transactions.inc(int(scores.duplicate.sum()))
-        metrics.id_conflicts.inc(int(scores.conflict.sum()))
-        for batch in computed.batches:
-            found = np.flatnonzero(scores.conflict[batch.span])
-            if len(found):
-                offset = batch.records[int(found[0])].offset
+        add(metrics.duplicate_transactions, int(np.count_nonzero(scores.duplicate)))
+        conflicts = np.flatnonzero(scores.conflict).tolist()
+        add(metrics.id_conflicts, len(conflicts))
+        for batch in computed.batches if conflicts else ():
+            found = batch.indices(conflicts)
+            if found:
+                offset = batch.records[found[0]].offset
                 self._conflicts.log(self._topic, batch.partition, offset, now_ms, len(found))
 
     def _observe_times(
-        self, batches: list[PartitionBatch], applied: NDArray[np.bool_], now_ms: int
+        self, batches: list[PartitionBatch], unapplied: Collection[int], now_ms: int
     ) -> None:
-        """Record the latency of applied transactions, and clocks that are wrong."""
-        records = [record.timestamp for batch in batches for record in batch.records]
-        created = np.array(records, np.int64)
-        sent = np.array([ms for batch in batches for ms in batch.sent_ms], np.int64)
-        is_history = np.array([past for batch in batches for past in batch.is_history], bool)
-        has_time = applied & are_record_times(created)
-        age_ms = now_ms - created[has_time]
-        metrics, tolerance_ms = self._metrics, self._tolerance_ms
-        metrics.latency.observe(np.maximum(age_ms[age_ms <= MAX_LATENCY_AGE_MS], 0) / 1000.0)
-        metrics.clock_skew.inc(int((age_ms < 0).sum()))
-        ahead_ms = (sent - created)[has_time]
-        behind = (ahead_ms < -tolerance_ms) & ~is_history[has_time]
-        metrics.event_time_skew.labels("ahead").inc(int((ahead_ms > tolerance_ms).sum()))
-        metrics.event_time_skew.labels("behind").inc(int(behind.sum()))
+        """Record the latency of applied transactions, and clocks that are wrong.
+
+        Args:
+            unapplied: indices of the micro-batch's transactions that were not applied.
+        """
+        tolerance_ms = self._tolerance_ms
+        latencies = []
+        n_skewed = n_ahead = n_behind = 0
+        for batch in batches:
+            for i, (record, sent_ms) in enumerate(
+                zip(batch.records, batch.sent_ms, strict=True), batch.span.start
+            ):
+                created_ms = record.timestamp
+                if i in unapplied or not is_record_time(created_ms):
+                    continue
+                age_ms = now_ms - created_ms
+                if age_ms < 0:
+                    n_skewed += 1
+                    age_ms = 0
+                if age_ms <= MAX_LATENCY_AGE_MS:
+                    latencies.append(age_ms / 1000.0)
+                if sent_ms > created_ms + tolerance_ms:
+                    n_ahead += 1
+                elif sent_ms < created_ms - tolerance_ms:
+                    n_behind += not batch.is_history[i - batch.span.start]
+        metrics = self._metrics
+        metrics.latency.observe(latencies)
+        add(metrics.clock_skew, n_skewed)
+        add(metrics.event_time_skew.labels("ahead"), n_ahead)
+        add(metrics.event_time_skew.labels("behind"), n_behind)
 
     # save --------------------------------------------------------------------------------
 

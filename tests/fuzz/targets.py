@@ -141,9 +141,8 @@ def _use(transaction: Transaction, further: ExtraFields) -> None:
     assert len(name) < 2048
     assert not np.isinf(further.columns([transaction])).any()
     assert further.decode_json(encode_transaction(transaction)) == transaction
-    (value,) = _ENCODER.encode(
-        [transaction], [timestamp], ["t:0:1"], np.zeros(1, np.float32), ["approve"], _NO_FEATURES
-    )
+    (numbers,) = _ENCODER.numbers(np.zeros(1, np.float32), _NO_FEATURES)
+    value = _ENCODER.encode(transaction, timestamp, "t:0:1", numbers, "approve")
     assert decode_score(value).account_id == transaction.account_id
     assert decode_published(value) is not None
 

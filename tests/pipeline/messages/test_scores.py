@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -15,14 +17,12 @@ from model.transaction import AMOUNT_MAX, Transaction
 from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.decision import DECISIONS, DecisionThresholds
 from pipeline.messages.scores import (
+    STATE_REFUSED,
     ScoreEncoder,
     decode_alert,
     decode_published,
     decode_score,
     encode_alert,
-    with_merchant_weight,
-    with_out_of_range,
-    with_refused_state,
     with_thresholds,
 )
 from tests.pipeline.messages.test_transactions import ids, texts
@@ -58,16 +58,14 @@ def test_a_score_keeps_ids_amounts_and_every_bit_of_its_numbers(
         [[data.draw(float32s) for _ in names] for _ in rows], np.float32
     )  # [n, features]
 
-    values = ScoreEncoder(names, "0f3a").encode(
-        transactions,
-        list(range(len(rows))),
-        [f"t:0:{i}" for i in range(len(rows))],
-        scores,
-        ["review"] * len(rows),
-        raw_inputs,
-    )
+    encoder = ScoreEncoder(names, "0f3a")
+    numbers = encoder.numbers(scores, raw_inputs)
+    values = [
+        encoder.encode(transaction, i, f"t:0:{i}", numbers[i], "review")
+        for i, transaction in enumerate(transactions)
+    ]
 
-    assert len(values) == len(rows)
+    assert len(numbers) == len(rows)
     for i, (value, transaction) in enumerate(zip(values, transactions, strict=True)):
         score = decode_score(value)
         assert score.transaction_id == score.account_id == transaction.account_id
@@ -80,71 +78,63 @@ def test_a_score_keeps_ids_amounts_and_every_bit_of_its_numbers(
         assert read.tobytes() == raw_inputs[i].tobytes()
 
 
-def test_an_empty_batch_has_no_scores() -> None:
-    empty = np.empty((0, 2), np.float32)
-
-    assert ScoreEncoder(["a", "b"], "m").encode([], [], [], empty[:, 0], [], empty) == []
-
-
-def score_of(account: str) -> bytes:
+def score_of(account: str, **marks: Any) -> bytes:
     """Make an account's score with the source ``t:0:9``."""
-    (value,) = ScoreEncoder(["amount"], "0f3a").encode(
-        [transaction_of(account)],
-        [7],
-        ["t:0:9"],
-        np.array([0.75], np.float32),
-        ["decline"],
-        np.array([[1.5]], np.float32),
-    )
-    return value
+    encoder = ScoreEncoder(["amount"], "0f3a")
+    (numbers,) = encoder.numbers(np.array([0.75], np.float32), np.array([[1.5]], np.float32))
+    return encoder.encode(transaction_of(account), 7, "t:0:9", numbers, "decline", **marks)
 
 
+THRESHOLDS = DecisionThresholds(0.5, 0.7)
 REASONS_FOUND = [Reason("amount_high", 0.75), Reason("history", 0.25)]
 
 
 @given(ids)
 def test_an_alert_is_its_score_with_thresholds_and_reasons(account: str) -> None:
-    value = score_of(account)
+    value = score_of(account, thresholds=THRESHOLDS)
 
-    alert = decode_alert(
-        encode_alert(with_thresholds(value, DecisionThresholds(0.5, 0.7)), REASONS_FOUND, 99)
-    )
+    alert = decode_alert(encode_alert(value, REASONS_FOUND, 99))
 
     score = decode_score(value)
     assert {name: getattr(alert, name) for name in score.__struct_fields__} == (
-        msgspec.structs.asdict(score) | {"thresholds": alert.thresholds}
+        msgspec.structs.asdict(score)
     )
     assert alert.thresholds == {"review": 0.5, "decline": 0.7}
     assert (alert.reasons, alert.created_at) == (REASONS_FOUND, 99)
 
 
 @given(ids)
-def test_a_refused_state_only_marks_the_score_and_its_alert(
-    account: str,
-) -> None:
+def test_thresholds_added_to_an_older_score_give_the_same_record(account: str) -> None:
+    added = with_thresholds(score_of(account), THRESHOLDS)
+
+    assert added == score_of(account, thresholds=THRESHOLDS)
+
+
+@given(ids)
+def test_a_refused_state_only_marks_the_score_and_its_alert(account: str) -> None:
     value = score_of(account)
-    marked = with_refused_state(value)
+    marked = score_of(account, state=STATE_REFUSED)
 
     assert decode_score(value).state is None
     assert decode_score(marked) == msgspec.structs.replace(decode_score(value), state="refused")
-    alert = encode_alert(with_thresholds(marked, DecisionThresholds(0.5, 0.7)), REASONS_FOUND, 99)
-    assert decode_alert(alert).state == "refused"
+    both = score_of(account, state=STATE_REFUSED, thresholds=THRESHOLDS)
+    assert decode_alert(encode_alert(both, REASONS_FOUND, 99)).state == "refused"
     published, plain = decode_published(marked), decode_published(value)
     assert published == plain, "recovery reads it as any other score"
 
 
 def test_a_merchant_weight_and_names_out_of_range_are_decoded_as_stored() -> None:
-    value = score_of("A1")
     for weight in range(WEIGHT_MAX):
-        weighed = decode_published(with_merchant_weight(value, weight))
+        weighed = decode_published(score_of("A1", weight=weight))
         assert weighed is not None
         assert weighed.weight == weight
-    plain = decode_published(value)
+    plain = decode_published(score_of("A1", weight=WEIGHT_MAX))
     assert plain is not None
+    assert plain.merchant_weight is None, "a full weight is left out"
     assert plain.weight == WEIGHT_MAX
-    odd = decode_score(with_out_of_range(value, ["amount", "count_1d"]))
+    odd = decode_score(score_of("A1", out_of_range=["amount", "count_1d"]))
     assert odd.out_of_range == ["amount", "count_1d"]
-    assert decode_score(value).out_of_range is None
+    assert decode_score(score_of("A1")).out_of_range is None
 
 
 def test_recovery_reads_what_a_worker_published() -> None:
@@ -192,9 +182,12 @@ def test_a_score_leaves_out_what_every_merchant_without_known_frauds_has() -> No
     raw[1, FEATURES.index("merchant_known_frauds")] = 3
     raw[1, FEATURES.index("merchant_oldest_fraud_days")] = 20.25
     transactions = [Transaction(f"t{i}", "a", "m", 1.0, "EUR", i) for i in range(2)]
-    values = ScoreEncoder(FEATURES, "0f3a").encode(
-        transactions, [1, 2], ["t:0:1", "t:0:2"], np.zeros(2, np.float32), ["approve"] * 2, raw
-    )
+    encoder = ScoreEncoder(FEATURES, "0f3a")
+    numbers = encoder.numbers(np.zeros(2, np.float32), raw)
+    values = [
+        encoder.encode(transaction, 1, "t:0:1", numbers[i], "approve")
+        for i, transaction in enumerate(transactions)
+    ]
     first, second = (decode_score(value).features for value in values)
     assert FEATURES == tuple(name for name in FEATURES if name in second)
     assert set(first) == set(FEATURES) - set(WITHOUT_KNOWN_FRAUDS)

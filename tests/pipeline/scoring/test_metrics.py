@@ -18,6 +18,7 @@ from pipeline.scoring.metrics import (
     BATCH_BUCKETS,
     DELAY_BUCKETS_SECONDS,
     LATENCY_BUCKETS_SECONDS,
+    PENDING_MAX,
     SCORE_BUCKETS,
     SKEWS,
     STAGE_BUCKETS_SECONDS,
@@ -196,3 +197,26 @@ def test_a_stage_is_timed_even_when_it_fails(metrics: Metrics) -> None:
 
     count = samples(metrics.registry)["recur_stage_duration_seconds_count", (("stage", "publish"),)]
     assert count == 1
+
+
+def test_a_scrape_shows_every_value_observed_before_it() -> None:
+    registry = CollectorRegistry()
+    histogram = BatchHistogram("name", "Text.", [1.0, 2.0], registry)
+
+    for observed in range(1, 3 * PENDING_MAX):
+        histogram.observe((0.5,))
+        if observed % 50 == 0:
+            assert samples(registry)["name_count", ()] == observed
+    assert samples(registry)["name_count", ()] == 3 * PENDING_MAX - 1
+
+
+def test_each_value_of_a_label_has_its_own_counts() -> None:
+    registry = CollectorRegistry()
+    histogram = BatchHistogram("name", "Text.", [1.0], registry, ("stage", ["load", "save"]))
+
+    histogram.labels("save").observe([0.5, 7.0])
+
+    found = samples(registry)
+    assert found["name_count", (("stage", "load"),)] == 0
+    assert found["name_bucket", (("le", "1.0"), ("stage", "save"))] == 1
+    assert found["name_sum", (("stage", "save"),)] == 7.5
