@@ -319,7 +319,7 @@ def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
     architecture = replace(
         checkpoint.network.architecture, inputs=len(inputs), roles=features.roles
     )
-    return Checkpoint(
+    return Checkpoint.of(
         Network(architecture),
         Header(
             architecture=architecture,

@@ -16,20 +16,19 @@ from typing import Any
 import faust
 import numpy as np
 import redis.asyncio as redis_asyncio
-import torch
 
 from model.checkpoint import Checkpoint
 from model.features.account import HISTORY_COLUMNS, AccountHistory, observe
 from model.features.merchant import MERCHANT_FEATURES
 from model.features.spec import FEATURES
+from model.stepper import sigmoid
 from pipeline.settings import SHIPPED_CHECKPOINT
 
 TAKE_MAX = 1000
 TAKE_WITHIN_SECONDS = 0.05
 
-torch.set_num_threads(1)
 checkpoint = Checkpoint.load(SHIPPED_CHECKPOINT)
-SIZES = checkpoint.network.architecture
+SIZES = checkpoint.header.architecture
 EMPTY_HISTORY = AccountHistory.empty(1)
 STATE = np.dtype(
     [
@@ -85,14 +84,12 @@ def _score(
     times = np.array([payment.timestamp for payment in batch])
     raw, after = observe(history, amounts, times, checkpoint.header.features.scale)
     raw = np.hstack((raw, np.zeros((len(raw), len(MERCHANT_FEATURES)), np.float32)))
-    with torch.inference_mode():
-        hidden = torch.from_numpy(table["hidden"].astype(np.float32))
-        logits, hidden = checkpoint.network.step(torch.from_numpy(checkpoint.encode(raw)), hidden)
-        scores = torch.sigmoid(logits).tolist()
+    logits, hidden = checkpoint.stepper.step(checkpoint.encode(raw), table["hidden"])
+    scores = sigmoid(logits).tolist()
     new = np.empty(len(batch), STATE)
     for name in HISTORY_COLUMNS:
         new[name] = getattr(after, name)
-    new["hidden"] = hidden.numpy()
+    new["hidden"] = hidden
     results = [
         {
             "transaction_id": payment.transaction_id,

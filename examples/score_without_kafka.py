@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from model.checkpoint import Checkpoint
 from model.features.account import AccountHistory, observe
 from model.features.merchant import MerchantProfiles, observe_merchants
+from model.stepper import sigmoid
 from pipeline.settings import SHIPPED_CHECKPOINT
 
 HOUR_MS = 3_600_000
@@ -24,7 +24,7 @@ def score(checkpoint: Checkpoint, amounts: tuple[float, ...]) -> list[float]:
     """Score payments of one account, a day apart, each at a merchant without a known fraud."""
     features = checkpoint.header.features
     history = AccountHistory.empty(1)
-    hidden = checkpoint.network.empty_hidden(1)
+    hidden = checkpoint.stepper.empty_hidden(1)
     scores = []
     for day, amount in enumerate(amounts):
         now_ms = np.array([START_MS + day * 24 * HOUR_MS])
@@ -33,12 +33,9 @@ def score(checkpoint: Checkpoint, amounts: tuple[float, ...]) -> list[float]:
             MerchantProfiles.empty(1), np.array([0]), now_ms, features.label_delay_ms
         )
         raw = np.hstack((account, merchant))
-        with torch.inference_mode():
-            logit, hidden = checkpoint.network.step(
-                torch.from_numpy(checkpoint.encode(raw)), hidden
-            )
-        hidden = hidden.half().float()  # as a worker stores it
-        scores.append(float(torch.sigmoid(logit)[0]))
+        logit, hidden = checkpoint.stepper.step(checkpoint.encode(raw), hidden)
+        hidden = hidden.astype(np.float16)  # as a worker stores it
+        scores.append(float(sigmoid(logit)[0]))
     return scores
 
 

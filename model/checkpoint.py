@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from model.architecture import Architecture
 from model.features.account import OUTLIER, Float32, Float64
 from model.features.spec import Encoder, FeatureSpec, FeatureSpecError
-from model.network import Architecture, Network
+from model.stepper import Stepper
+
+if TYPE_CHECKING:  # it imports torch
+    from model.network import Network
 
 FORMAT_VERSION = 3
 """Version of the header and of the tensors' names."""
@@ -135,11 +140,15 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checkpoint:
-    """A network in evaluation mode with its header.
+    """A trained network with its header.
+
+    Args:
+        weights: its tensors by name; see :meth:`Architecture.tensor_shapes`.
 
     Attributes:
-        network: its parameters do not change any more.
+        weights: they do not change any more.
         header: see :class:`Header`.
+        stepper: the network for a worker.
         digest: 12 hex digits over everything that decides scores and states: weights,
             architecture and feature specification. Thresholds and metrics are not.
 
@@ -147,22 +156,43 @@ class Checkpoint:
         CheckpointError: the header does not fit the network, or a weight is not finite.
     """
 
-    def __init__(self, network: Network, header: Header) -> None:
-        if header.architecture != network.architecture:
-            raise CheckpointError("the header's architecture is not the network's")
-        if header.architecture.cell != "gru":
-            raise CheckpointError(f"a checkpoint holds a GRU, not {header.architecture.cell!r}")
+    def __init__(self, weights: Mapping[str, Float32], header: Header) -> None:
+        _check_cell(header)
         try:  # first, because its message names the wrong input
             self._encoder = Encoder(header.features)
         except FeatureSpecError as error:
             raise CheckpointError(str(error)) from error
         _check_inputs(header)
-        for name, weight in network.state_dict().items():
-            if not torch.isfinite(weight).all():
+        for name, weight in weights.items():
+            if not np.isfinite(weight).all():
                 raise CheckpointError(f"the tensor {name} has values that are not finite")
-        self.network = network.eval().requires_grad_(False)
+        self.weights = weights
         self.header = header
-        self.digest = _digest(network, header)
+        self.stepper = Stepper(header.architecture, weights)
+        self.digest = _digest(weights, header)
+
+    @classmethod
+    def of(cls, network: Network, header: Header) -> Checkpoint:
+        """Make a checkpoint of a copy of a network's weights."""
+        if header.architecture != network.architecture:
+            raise CheckpointError("the header's architecture is not the network's")
+        return cls(network.weights(), header)
+
+    @cached_property
+    def network(self) -> Network:
+        """The network in torch, in evaluation mode: a copy of the weights.
+
+        Only training and evaluation need it. Torch takes seconds and 500 MB to import.
+        """
+        import torch
+
+        from model.network import Network
+
+        with torch.device("meta"):
+            network = Network(self.header.architecture)
+        weights = {name: torch.tensor(weight) for name, weight in self.weights.items()}
+        network.load_state_dict(weights, assign=True)
+        return network.eval().requires_grad_(False)
 
     def encode(self, raw: Float32) -> Float32:
         """Encode raw features [n, R] to the inputs [n, I] of the network."""
@@ -174,7 +204,7 @@ class Checkpoint:
 
     def with_header(self, **changes: Any) -> Checkpoint:
         """Return a checkpoint of the same network with changed entries of the header."""
-        return Checkpoint(self.network, msgspec.structs.replace(self.header, **changes))
+        return Checkpoint(self.weights, msgspec.structs.replace(self.header, **changes))
 
     def save(self, path: Path) -> None:
         """Write the file completely or not at all; equal checkpoints give equal bytes.
@@ -183,8 +213,7 @@ class Checkpoint:
             CheckpointError: the header is too long, or the file cannot be written.
         """
         text = msgspec.json.encode(self.header, order="deterministic").decode()
-        weights = {k: v.contiguous().cpu() for k, v in self.network.state_dict().items()}
-        content = safetensors.torch.save(weights, {_METADATA_KEY: text})
+        content = safetensors.numpy.save(dict(self.weights), {_METADATA_KEY: text})
         if _header_bytes(content) > HEADER_MAX_BYTES:
             raise CheckpointError(
                 f"the header of {path} would have {_header_bytes(content)} bytes, over the limit "
@@ -213,17 +242,20 @@ class Checkpoint:
         content = _read(path)
         header = _header(content, path)
         try:
-            weights = safetensors.torch.load(content)
+            _check_cell(header)
+            weights = safetensors.numpy.load(content)
         except (SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-        with torch.device("meta"):  # shapes only, until the tensors are known to fit
-            network = Network(header.architecture)
-        _check_tensors(weights, network, path)
-        network.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
+        _check_tensors(weights, header.architecture, path)
         try:
-            return cls(network, header)
+            return cls(weights, header)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_cell(header: Header) -> None:
+    if header.architecture.cell != "gru":
+        raise CheckpointError(f"a checkpoint holds a GRU, not {header.architecture.cell!r}")
 
 
 def _check_inputs(header: Header) -> None:
@@ -305,27 +337,29 @@ def _header(content: bytes, path: Path) -> Header:
         raise CheckpointError(f"{path} has a header that cannot be read: {error}") from error
 
 
-def _check_tensors(weights: dict[str, torch.Tensor], network: Network, path: Path) -> None:
-    expected = network.state_dict()
+def _check_tensors(
+    weights: Mapping[str, NDArray[Any]], architecture: Architecture, path: Path
+) -> None:
+    expected = architecture.tensor_shapes()
     if missing := sorted(expected.keys() - weights.keys()):
         raise CheckpointError(f"{path} lacks the tensors {', '.join(missing)}")
     if unknown := sorted(weights.keys() - expected.keys()):
         raise CheckpointError(f"{path} has unknown tensors: {', '.join(unknown)[:200]}")
-    for name, tensor in expected.items():
+    for name, shape in expected.items():
         found = weights[name]
-        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+        if found.shape != shape or found.dtype != np.float32:
             raise CheckpointError(
                 f"{path}: tensor {name} is {found.dtype} {list(found.shape)}; the header's "
-                f"architecture needs {tensor.dtype} {list(tensor.shape)}"
+                f"architecture needs float32 {list(shape)}"
             )
 
 
-def _digest(network: Network, header: Header) -> str:
+def _digest(weights: Mapping[str, Float32], header: Header) -> str:
     digest = hashlib.sha256()
     digest.update(msgspec.json.encode(header.architecture, order="deterministic"))
     digest.update(msgspec.json.encode(header.features, order="deterministic"))
-    for name, weight in sorted(network.state_dict().items()):
-        array = np.ascontiguousarray(weight.cpu().numpy(), dtype="<f4")
+    for name, weight in sorted(weights.items()):
+        array = np.ascontiguousarray(weight, dtype="<f4")
         digest.update(f"{name}{list(array.shape)}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:DIGEST_DIGITS]

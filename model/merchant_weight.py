@@ -19,15 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.features.merchant import WEIGHT_MAX
-
-HIDDEN_SIZE = 32
-"""Hidden units of the network."""
-
-REMEMBERED_WEIGHT = 63
-"""Largest weight that is stored as it is; a greater one becomes the full weight.
-
-So the weights of only few transactions must be remembered."""
+from model.architecture import MERCHANT_WEIGHT_SIZE
+from model.features.merchant import REMEMBERED_WEIGHT, WEIGHT_MAX
 
 
 class MerchantWeightNetwork(nn.Module):
@@ -39,8 +32,8 @@ class MerchantWeightNetwork(nn.Module):
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(inputs, HIDDEN_SIZE)
-        self.explained = nn.Linear(HIDDEN_SIZE, 1)
+        self.hidden = nn.Linear(inputs, MERCHANT_WEIGHT_SIZE)
+        self.explained = nn.Linear(MERCHANT_WEIGHT_SIZE, 1)
         self.rest = nn.Parameter(torch.zeros(1))
 
     def log_risk(self, payment: Tensor) -> Tensor:

@@ -1,20 +1,19 @@
 """The network: embeddings and an input layer, a GRU, and a head on state and input.
 
-The same parameters run in two ways, which agree to 1e-5. :meth:`Network.step` advances n accounts
-by one transaction each, as the worker does. :meth:`Network.unroll` runs whole sequences, for
-training and evaluation.
+:meth:`Network.unroll` runs whole sequences, for training and evaluation. A worker advances accounts
+by one transaction each: that is :class:`model.stepper.Stepper`, with the same weights and without
+torch. The two agree to 1e-5.
 
 Cells other than the GRU exist only for comparison, and only a GRU runs stepwise.
 
 Shapes: n accounts, T transactions each, I inputs with the category codes last, X input layer,
-L layers, H hidden, D head.
+L layers, H hidden, D head, M units of each rising part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,117 +22,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features.spec import Role, payment_columns
+from model.architecture import Architecture
+from model.features.spec import payment_columns
 from model.merchant_weight import MerchantWeightNetwork
 
-SIZE_MAX = 4096
-"""Largest size of any layer."""
-
-LAYERS_MAX = 8
-"""Most recurrent layers."""
-
-EMBEDDINGS_MAX = 64
-"""Most embedded categories."""
-
-VOCABULARY_MAX = 100_000
-"""Most codes of one category."""
-
-Cell = Literal["gru", "lstm", "rnn", "none"]
 _CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a :class:`Network`.
-
-    Attributes:
-        inputs: number of numeric inputs; the codes of ``embeddings`` follow them.
-        cell: recurrent layer; ``none`` makes a feed-forward network of one transaction.
-        embeddings: number of codes and size of the vectors of each category.
-        rising_size: units of the part that rises with the amount, and of the part that rises with
-            known frauds; even.
-        roles: role of each input; empty: all are ``own``.
-
-    Raises:
-        ValueError: a size is out of bounds; the message names it.
-    """
-
-    inputs: int
-    input_size: int = 64
-    hidden_size: int = 128
-    layers: int = 1
-    head_size: int = 64
-    dropout: float = 0.1
-    cell: Cell = "gru"
-    embeddings: tuple[tuple[int, int], ...] = ()
-    rising_size: int = 32
-    roles: tuple[Role, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.roles:
-            object.__setattr__(self, "roles", ("own",) * self.inputs)
-        if len(self.roles) != self.inputs:
-            raise ValueError(f"{len(self.roles)} roles for {self.inputs} inputs")
-        self._check_sizes()
-        if self.cell not in (*_CELLS, "none"):
-            raise ValueError(f"cell is {self.cell!r}; it must be one of {', '.join(_CELLS)}, none")
-        if len(self.embeddings) > EMBEDDINGS_MAX:
-            raise ValueError(f"{len(self.embeddings)} embeddings; at most {EMBEDDINGS_MAX}")
-        for codes, size in self.embeddings:
-            if not (1 <= codes <= VOCABULARY_MAX and 1 <= size <= SIZE_MAX):
-                raise ValueError(
-                    f"an embedding of {codes} codes in vectors of {size}; at most "
-                    f"{VOCABULARY_MAX} and {SIZE_MAX}"
-                )
-
-    def _check_sizes(self) -> None:
-        for name in ("inputs", "input_size", "hidden_size", "head_size", "rising_size"):
-            if not 1 <= getattr(self, name) <= SIZE_MAX:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {SIZE_MAX}")
-        if self.rising_size % 2:
-            raise ValueError(f"rising_size is {self.rising_size}; it must be even")
-        if not 1 <= self.layers <= LAYERS_MAX:
-            raise ValueError(f"layers is {self.layers}; it must be 1 to {LAYERS_MAX}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be 0 up to, but not, 1")
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Weights of a GRU layer, laid out for one step; H hidden, X input from the layer below.
-
-    One product of [below, hidden] gives the gates r and z. torch.gru_cell computes two products of
-    all three gates with twice the temporaries, which do not fit the cache at n = 2,000.
-    """
-
-    gates: Tensor  # [X + H, 2 H], r and z
-    gates_bias: Tensor  # [2 H]
-    new_below: Tensor  # [X, H]
-    new_below_bias: Tensor  # [H]
-    new_hidden: Tensor  # [H, H]
-    new_hidden_bias: Tensor  # [H]
-
-    @classmethod
-    def of(cls, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> _Cell:
-        """Rearrange the weights of nn.GRU, which stacks the rows of r, z and n."""
-        w_ih, w_hh, b_ih, b_hh = (w.detach() for w in (w_ih, w_hh, b_ih, b_hh))
-        rz = 2 * w_hh.shape[1]
-        return cls(
-            torch.cat((w_ih[:rz], w_hh[:rz]), 1).t().contiguous(),
-            (b_ih + b_hh)[:rz],
-            w_ih[rz:].t().contiguous(),
-            b_ih[rz:],
-            w_hh[rz:].t().contiguous(),
-            b_hh[rz:],
-        )
-
-    def step(self, below: Tensor, hidden: Tensor) -> Tensor:
-        """Compute h' = n + z (h - n) with n = tanh(W x + r (U h)): [n, X], [n, H] -> [n, H]."""
-        joined = torch.cat((below, hidden), 1)  # [n, X + H]
-        r, z = torch.addmm(self.gates_bias, joined, self.gates).sigmoid_().chunk(2, 1)  # [n, H]
-        recurrent = torch.addmm(self.new_hidden_bias, hidden, self.new_hidden)  # [n, H]
-        new = torch.addmm(self.new_below_bias, below, self.new_below)  # [n, H]
-        return torch.lerp(new.addcmul_(r, recurrent).tanh_(), hidden, z)
 
 
 def _embedding(codes: int, size: int) -> nn.Embedding:
@@ -211,51 +104,12 @@ class Network(nn.Module):
         self.register_buffer("_amount_mask", amount, persistent=False)
         self.register_buffer("_fraud_mask", amount + frauds, persistent=False)
         self.register_buffer("_ages_mask", ages, persistent=False)
-        self._cells: list[_Cell] = []
-        self._packed: _Packed | None = None
-
-    def train(self, mode: bool = True) -> Network:
-        """Set training or evaluation mode; :meth:`step` uses the weights at this time."""
-        self._cells = []
-        self._packed = None
-        return super().train(mode)
 
     def empty_hidden(self, n: int) -> Tensor:
         """Return the hidden states [n, L, H] of n accounts without a transaction: zeros."""
         a = self.architecture
         size = a.hidden_size * (2 if a.cell == "lstm" else 1)
         return torch.zeros(n, a.layers, size, device=self.logit.weight.device)
-
-    def step(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance n accounts by one transaction each; only for a GRU, without gradients.
-
-        Args:
-            inputs: [n, I] float32.
-            hidden: [n, L, H] float32 before the transaction; not changed.
-
-        Returns:
-            logits: [n].
-            hidden: [n, L, H] after the transaction.
-        """
-        if self._packed is None:
-            assert isinstance(self.recurrent, nn.GRU)
-            self._cells = [_Cell.of(*weights) for weights in self.recurrent.all_weights]
-            self._packed = _Packed.of(self)
-        x = self._embedded(inputs)  # [n, width]
-        packed, size = self._packed, self.architecture.input_size
-        first = torch.addmm(packed.first_bias, x, packed.first)  # [n, 2 X + 2 M]
-        shown = first[:, : 2 * size].relu_()
-        below = shown[:, :size]
-        after = []
-        for layer, cell in enumerate(self._cells):
-            below = cell.step(below, hidden[:, layer])  # [n, H]
-            after.append(below)
-        joined = torch.cat((hidden[:, -1], shown[:, size:]), 1)  # [n, H + X]
-        head = torch.addmm(packed.head_bias, joined, packed.head)  # [n, D + 2 M]
-        head[:, -packed.rising.shape[0] :] += first[:, 2 * size :]
-        logits = self._sum(head, packed.context, packed.amount, packed.frauds, x)
-        stacked = after[0].unsqueeze(1) if len(after) == 1 else torch.stack(after, 1)
-        return logits, stacked  # [n], [n, L, H]
 
     def unroll(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run T transactions of each of n accounts and score each of them (many to many).
@@ -285,9 +139,9 @@ class Network(nn.Module):
         earlier = torch.cat((before[-1].unsqueeze(1), outputs[:, :-1]), 1)  # [n, T, H]
         return self._logits(earlier, x), after.transpose(0, 1)
 
-    def merchant_weight(self, inputs: Tensor) -> NDArray[np.uint8]:
-        """Return the merchant weight of each transaction, if it is fraud: [n, I] -> uint8[n]."""
-        return self.own.merchant_weight(self.payment_inputs(inputs))
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """Return copies of the tensors by name, as :class:`model.stepper.Stepper` takes them."""
+        return {name: t.numpy(force=True).copy() for name, t in self.state_dict().items()}
 
     def payment_inputs(self, inputs: Tensor) -> Tensor:
         """Return the inputs of the payment and its account: [n, I] -> [n, P]."""
@@ -331,21 +185,13 @@ class Network(nn.Module):
         head = self.head(self.dropout(joined))  # [..., D + 2 M]
         rising = torch.cat((self._amount_weight(), self._fraud_weight()))  # [2 M, width]
         context, given = head.split((self.architecture.head_size, len(rising)), -1)
-        head = torch.cat((context, given + F.linear(x, rising)), -1)
-        amount, frauds = self.amount_logit.weight.abs().t(), self.fraud_logit.weight.abs().t()
-        return self._sum(head, self.logit.weight.t(), amount, frauds, x)
-
-    def _sum(
-        self, head: Tensor, context: Tensor, amount: Tensor, frauds: Tensor, x: Tensor
-    ) -> Tensor:
-        """Add the three parts: [..., D + 2 M], output weights, [..., width] -> [...]."""
-        size, rising = self.architecture.head_size, self.architecture.rising_size
-        logit = F.relu(head[..., :size]) @ context + self.logit.bias
-        logit = logit + _rise(head[..., size : size + rising]) @ amount
+        amount, frauds = (given + F.linear(x, rising)).chunk(2, -1)
+        logit = self.logit(F.relu(context))
+        logit = logit + F.linear(_rise(amount), self.amount_logit.weight.abs())
         if self._any_fraud is not None:
             share = x[..., self._any_fraud].clamp(0.0, 1.0).unsqueeze(-1)
-            logit = logit + share * (_rise(head[..., size + rising :]) @ frauds)
-        return logit.squeeze(-1)
+            logit = logit + share * F.linear(_rise(frauds), self.fraud_logit.weight.abs())
+        return cast("Tensor", logit.squeeze(-1))
 
 
 def _rise(z: Tensor) -> Tensor:
@@ -357,39 +203,3 @@ def _rise(z: Tensor) -> Tensor:
 def _columns(roles: Sequence[str], *wanted: str) -> Tensor:
     # On the CPU even if the network itself is made on the meta device.
     return torch.tensor([float(role in wanted) for role in roles], device="cpu")
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Layers around the GRU, laid out for one step."""
-
-    first: Tensor  # [width, 2 X + 2 M]: to the GRU, free, amount, frauds
-    first_bias: Tensor
-    head: Tensor  # [H + X, D + 2 M]
-    head_bias: Tensor
-    context: Tensor  # [D, 1]
-    amount: Tensor  # [M, 1]
-    frauds: Tensor  # [M, 1]
-    rising: Tensor  # [2 M]
-
-    @classmethod
-    def of(cls, network: Network) -> _Packed:
-        """Copy the present weights of the network."""
-        with torch.no_grad():
-            rising = torch.zeros(2 * network.architecture.rising_size)
-            rows = (
-                network.input_layer.weight,
-                network._free_weight(),
-                network._amount_weight(),
-                network._fraud_weight(),
-            )
-            return cls(
-                torch.cat(rows).t().contiguous(),
-                torch.cat((network.input_layer.bias, network.free_layer.bias, rising)),
-                network.head.weight.detach().t().contiguous(),
-                network.head.bias.detach(),
-                network.logit.weight.detach().t().contiguous(),
-                network.amount_logit.weight.abs().t().contiguous(),
-                network.fraud_logit.weight.abs().t().contiguous(),
-                rising,
-            )

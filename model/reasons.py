@@ -14,10 +14,10 @@ rarity of the amount among all payments, and its rarity for an account with this
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.checkpoint import TAIL_MAX, Amounts, Checkpoint
@@ -74,11 +74,7 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class Explainer:
-    """Explainer of the scores of one checkpoint.
-
-    Args:
-        checkpoint: on the CPU.
-    """
+    """Explainer of the scores of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -114,13 +110,10 @@ class Explainer:
         inputs = self._checkpoint.encode(variants.reshape(-1, raw.shape[1]))
         # No hour is typical. Zero is the centre of the circle, equally far from every hour.
         inputs[(1 + _TIME) * n : (2 + _TIME) * n, self._waves] = 0.0
-        before = np.repeat(hidden[None].astype(np.float32), 1 + len(_GROUPS), axis=0)
+        before = np.repeat(hidden[None], 1 + len(_GROUPS), axis=0)
         before[1 + _HISTORY] = 0.0
-        with torch.inference_mode():
-            logits, _ = self._checkpoint.network.step(
-                torch.from_numpy(inputs), torch.from_numpy(before).flatten(0, 1)
-            )
-        logit = np.nan_to_num(logits.numpy().astype(np.float64)).reshape(-1, n)
+        logits = self._checkpoint.stepper.logits(inputs, before.reshape(-1, *hidden.shape[1:]))
+        logit = np.nan_to_num(logits.astype(np.float64)).reshape(-1, n)
         fall = logit[0] - logit[1:]  # [groups, n]
         unusual = self._unusual_share(raw)
         return np.column_stack((fall[0] * unusual, fall[0] * (1.0 - unusual), *fall[1:]))
@@ -235,8 +228,8 @@ def _lognormal(spec: FeatureSpec) -> Amounts:
     if not scale:
         return Amounts()
     mean, deviation, unit = scale[0]
-    shares = torch.tensor(0.5, dtype=torch.float64) ** torch.arange(1, TAIL_MAX)
-    z = -torch.special.ndtri(shares).numpy()
+    normal = NormalDist()
+    z = np.array([normal.inv_cdf(1.0 - 0.5**halvings) for halvings in range(1, TAIL_MAX)])
     return Amounts((0.0, *(unit * np.expm1(mean + deviation * z)).tolist()))
 
 
@@ -261,7 +254,6 @@ def explain_log(
     """Return the reasons of chosen transactions of a whole log, as a worker gives them.
 
     Args:
-        checkpoint: on the CPU.
         account: [N]; the log is in order of time.
         raw: [N, R] the raw features.
         chosen: [N] whether to explain the transaction.
@@ -269,19 +261,18 @@ def explain_log(
     Returns:
         The reasons of each chosen transaction, in the order of the log.
     """
-    network = checkpoint.network
+    stepper = checkpoint.stepper
     rounds = rounds_of(account)
-    hidden = network.empty_hidden(len(rounds[0]) if rounds else 0)
+    hidden = stepper.empty_hidden(len(rounds[0]) if rounds else 0)
     place = np.cumsum(chosen) - 1
-    kept = torch.zeros(int(chosen.sum()), *hidden.shape[1:])
-    with torch.inference_mode():
-        for rows in rounds:
-            before = hidden[: len(rows)]
-            explained = np.flatnonzero(chosen[rows])
-            kept[place[rows[explained]]] = before[explained]
-            inputs = torch.from_numpy(checkpoint.encode(raw[rows]))
-            hidden[: len(rows)] = network.step(inputs, before)[1].half().float()
-    return Explainer(checkpoint).explain(raw[chosen], kept.numpy())
+    kept = stepper.empty_hidden(int(chosen.sum()))
+    for rows in rounds:
+        before = hidden[: len(rows)]
+        explained = np.flatnonzero(chosen[rows])
+        kept[place[rows[explained]]] = before[explained]
+        _, after = stepper.step(checkpoint.encode(raw[rows]), before)
+        before[:] = after.astype(np.float16)
+    return Explainer(checkpoint).explain(raw[chosen], kept)
 
 
 SCENARIO_REASONS: Mapping[int, str] = {1: "amount_high", 2: "merchant_risky", 3: "amount_unusual"}

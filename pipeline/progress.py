@@ -1,120 +1,97 @@
-"""Progress of a training or a long transfer: a bar in a terminal, else a line at intervals."""
+"""Progress of anything that takes longer than two seconds.
+
+A terminal shows a bar. Anything else gets a line at each new stage, and one at intervals.
+"""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from model.training.settings import Report
 
-PLAIN_LINE_SECONDS = 2.0
+LINE_EVERY_SECONDS = 10.0
+"""Shortest time between two lines of one stage."""
+
+GUESS_UNDER = 0.06
+"""Share of the work below which the time left would be a guess."""
 
 
-class Bar(Protocol):
-    """A display of progress and speed."""
+class Bar:
+    """A display of progress, as a context manager.
 
-    def __enter__(self) -> Bar: ...
+    Args:
+        console: a terminal, or not.
+        command: begins each line, if the console is no terminal.
+    """
 
-    def __exit__(self, *error: object) -> None: ...
-
-    def show(self, what: str, done: int, fraction: float) -> None:
-        """Show the number of done items and their fraction of all."""
-
-
-def bar_for(console: Console) -> Bar:
-    """Choose a progress bar for a terminal, and lines at intervals for anything else."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        return _TerminalBar(console)
-    return _PlainBar(console)
-
-
-class _Speed:
-    """Speed over the last calls, from a growing count."""
-
-    def __init__(self) -> None:
-        self._what = ""
+    def __init__(self, console: Console, command: str = "") -> None:
+        self._console = console
+        self._prefix = f"{command}: " if command else ""
+        self._has_bar = console.is_terminal and not console.is_dumb_terminal
+        self._bar = Progress(
+            TextColumn("{task.description:>18}", style="dim"),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}", style="bold"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not self._has_bar,
+        )
+        self._task = self._bar.add_task("starting", total=1.0, note="", left="")
+        self._began = time.monotonic()
+        self._line_at = self._began - LINE_EVERY_SECONDS
+        self._line_stage = ""
         self._marks: list[tuple[float, int]] = []
+        self._marks_stage = ""
 
-    def per_second(self, what: str, done: int) -> float:
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, stage: str, done: int, fraction: float) -> None:
+        """Show the number of done items, their speed, and their fraction of all."""
+        self.update(stage, fraction, f"{done:,}  {self._per_second(stage, done):,.0f}/s")
+
+    def update(self, stage: str, fraction: float, note: str = "") -> None:
+        """Show a stage, the fraction of all work that is done, and a note."""
         now = time.monotonic()
-        if what != self._what:
-            self._what, self._marks = what, []
+        left = time_left(now - self._began, fraction)
+        if self._has_bar:
+            self._bar.update(
+                self._task, description=stage, completed=min(1.0, fraction), note=note, left=left
+            )
+        elif stage != self._line_stage or now - self._line_at >= LINE_EVERY_SECONDS:
+            self._line_at, self._line_stage = now, stage
+            first = f"{min(1.0, fraction):4.0%} {stage}"
+            self.print_line(", ".join(text for text in (first, note, left) if text))
+
+    def print_line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(self._prefix + text, highlight=False, soft_wrap=True)
+
+    def _per_second(self, stage: str, done: int) -> float:
+        """Compute the speed over the last calls of the stage."""
+        now = time.monotonic()
+        if stage != self._marks_stage:
+            self._marks_stage, self._marks = stage, []
         self._marks = [*self._marks[-10:], (now, done)]
         then, before = self._marks[0]
         return (done - before) / (now - then) if now > then else 0.0
 
 
-class _TerminalBar:
-    def __init__(self, console: Console) -> None:
-        self._speed = _Speed()
-        self._progress = Progress(
-            TextColumn("{task.description:>18}", style="dim"),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[counts]}", style="bold"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=1.0, counts="")
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, what: str, done: int, fraction: float) -> None:
-        counts = f"{done:,}  {self._speed.per_second(what, done):,.0f}/s"
-        self._progress.update(
-            self._task, description=what, completed=min(1.0, fraction), counts=counts
-        )
-
-
-class _PlainBar:
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._speed = _Speed()
-        self._last_line = self._started = time.monotonic()
-        self._what = ""
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def show(self, what: str, done: int, fraction: float) -> None:
-        now = time.monotonic()
-        speed = self._speed.per_second(what, done)
-        if what != self._what:
-            self._what, self._started = what, now
-        if now - self._last_line < PLAIN_LINE_SECONDS:
-            return
-        self._last_line = now
-        left = f", {(now - self._started) * (1 / fraction - 1):,.0f} s left" if fraction else ""
-        self._console.print(f"{what}: {done:,} ({min(1.0, fraction):.0%}), {speed:,.0f}/s{left}")
-
-
-LINE_EVERY_SECONDS = 10.0
-"""Shortest time between two lines of one stage if stderr is not a terminal."""
-
-
-class TrainingProgress:
-    """A progress bar of a training on a terminal, else plain lines.
+class TrainingProgress(Bar):
+    """A display of the reports of a training, an evaluation or a probe.
 
     Use it as a context manager::
 
@@ -123,55 +100,14 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console | None = None, command: str = "train") -> None:
-        self._console = console or Console(stderr=True)
-        self._command = command
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=1.0, left="", note="")
-        self._began = time.monotonic()
-        self._line_at = -LINE_EVERY_SECONDS
-        self._line_stage = ""
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+        super().__init__(console or Console(stderr=True), command)
 
     def report(self, report: Report) -> None:
         """Show a report of :func:`model.training.train.train`."""
-        elapsed = time.monotonic() - self._began
-        left = time_left(elapsed, report.done)
         if report.lasting:
-            self._console.print(f"{self._command}: {report.note}", highlight=False, soft_wrap=True)
-            return
-        if self._console.is_terminal:
-            self._bar.update(
-                self._task,
-                completed=report.done,
-                description=report.stage,
-                left=left,
-                note=report.note,
-            )
-        elif report.stage != self._line_stage or elapsed - self._line_at >= LINE_EVERY_SECONDS:
-            self._line_at, self._line_stage = elapsed, report.stage
-            line = f"{self._command}: {report.done:4.0%} {report.stage}"
-            extra = [text for text in (report.note, left) if text]
-            self._console.print(", ".join([line, *extra]), highlight=False, soft_wrap=True)
+            self.print_line(report.note)
+        else:
+            self.update(report.stage, report.done, report.note)
 
 
 def time_left(elapsed_seconds: float, done: float) -> str:
@@ -180,7 +116,7 @@ def time_left(elapsed_seconds: float, done: float) -> str:
     >>> time_left(60.0, 0.5), time_left(30.0, 0.02), time_left(90.0, 1.0)
     ('1:00 left', '', '')
     """
-    if done < 0.06 or done >= 1.0:
+    if done < GUESS_UNDER or done >= 1.0:
         return ""
     seconds = round(elapsed_seconds * (1 - done) / done)
     return f"{seconds // 60}:{seconds % 60:02d} left"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.architecture import Cell
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
 from model.evaluation.lightgbm_reference import TREES, fit_boosted
@@ -27,7 +28,8 @@ from model.evaluation.windows import WINDOW_INPUTS, window_inputs
 from model.features.account import Float32
 from model.features.spec import FeatureSpec, Field
 from model.merchant_weight import MerchantWeightNetwork
-from model.network import Cell, Network
+from model.network import Network
+from model.stepper import Stepper
 from model.torch_threads import one_thread
 from model.training.account_head import states_of
 from model.training.feature_table import EncodedInputs, field_values
@@ -283,11 +285,13 @@ def _timed(network: Network, inputs: EncodedInputs) -> float:
     """
     position = np.arange(BATCH_TRANSACTIONS) % len(inputs)
     batch = inputs.at(position).cpu()  # [n, I]
+    if network.architecture.cell == "gru":
+        stepper = Stepper(network.architecture, network.weights())
+        rows, states = batch.numpy(), stepper.empty_hidden(len(batch))
+        return _microseconds(lambda: stepper.step(rows, states), len(batch))
     hidden = network.empty_hidden(len(batch))
 
     def step() -> object:
-        if network.architecture.cell == "gru":
-            return network.step(batch, hidden)
         return network.unroll(batch.unsqueeze(1), hidden)
 
     with torch.inference_mode():

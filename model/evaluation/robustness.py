@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from model.checkpoint import Checkpoint
 from model.data.dataset import Dataset
 from model.evaluation.protocol import Fold, days_of, iso_date
 from model.features.account import ACCOUNT_FEATURES, AccountHistory, Float32, observe, rounds_of
 from model.metrics import average_precision
+from model.stepper import sigmoid
 from model.training.sequences import one_core_each
 from model.units import DAY_MS
 
@@ -44,7 +44,7 @@ class Faults:
     """
 
     title: str
-    hidden_dtype: torch.dtype = torch.float32
+    hidden_dtype: DTypeLike = np.float32
     expire_days: float | None = None
     twice_share: float = 0.0
     lost_share: float = 0.0
@@ -54,7 +54,7 @@ class Faults:
 
 NO_FAULTS = Faults("none")
 FAULTS: tuple[Faults, ...] = (
-    Faults("states kept in float16", hidden_dtype=torch.float16),
+    Faults("states kept in float16", hidden_dtype=np.float16),
     Faults("states expire after 30 days", expire_days=30.0),
     Faults("1 % of transactions applied twice", twice_share=0.01),
     Faults("1 % of state writes lost", lost_share=0.01),
@@ -99,7 +99,6 @@ def score_with_faults(
     """Score the first n transactions of a log step by step, from empty account states.
 
     Args:
-        checkpoint: on the CPU.
         log: the transactions.
         raw_of: gives the raw features [m, R] of rows [m] of the log. The columns of the account
             are computed again from the disturbed states.
@@ -110,7 +109,7 @@ def score_with_faults(
     rounds = rounds_of(log.account[:n_scored].astype(np.int64))
     n = len(rounds[0]) if rounds else 0
     history = AccountHistory.empty(n)
-    hidden = checkpoint.network.empty_hidden(n)
+    hidden = checkpoint.stepper.empty_hidden(n)
     wiped = np.zeros(n, np.bool_)  # True after the account's first transaction since the wipe
     rng = np.random.default_rng(faults.seed)
     twice = rng.random(n_scored) < faults.twice_share
@@ -120,31 +119,29 @@ def score_with_faults(
 
     def advance(
         account: NDArray[np.intp], rows: NDArray[np.intp]
-    ) -> tuple[AccountHistory, torch.Tensor, torch.Tensor]:
+    ) -> tuple[AccountHistory, Float32, Float32]:
         of_account, after = observe(
             history.take(account), log.amount[rows], log.timestamp_ms[rows], scale
         )
         whole = np.hstack((of_account, raw_of(rows)[:, len(ACCOUNT_FEATURES) :]))
-        inputs = torch.from_numpy(checkpoint.encode(whole))
-        logits, advanced = checkpoint.network.step(inputs, hidden[torch.from_numpy(account)])
-        return after, advanced.to(faults.hidden_dtype).float(), logits
+        logits, advanced = checkpoint.stepper.step(checkpoint.encode(whole), hidden[account])
+        return after, advanced.astype(faults.hidden_dtype), logits
 
-    with torch.inference_mode():
-        for rows in rounds:
-            account = np.arange(len(rows))  # accounts have the same order in each round
-            gone = _gone(history.take(account), wiped, log.timestamp_ms[rows], faults)
-            history.put(gone, AccountHistory.empty(len(gone)))
-            hidden[torch.from_numpy(gone)] = 0.0
-            after, advanced, logits = advance(account, rows)
-            scores[rows] = torch.sigmoid(logits).numpy()
-            kept = np.flatnonzero(~lost[rows])
-            history.put(kept, after.take(kept))
-            hidden[torch.from_numpy(kept)] = advanced[torch.from_numpy(kept)]
-            again = np.flatnonzero(twice[rows])
-            if len(again):
-                after, advanced, _ = advance(again, rows[again])
-                history.put(again, after)
-                hidden[torch.from_numpy(again)] = advanced
+    for rows in rounds:
+        account = np.arange(len(rows))  # accounts have the same order in each round
+        gone = _gone(history.take(account), wiped, log.timestamp_ms[rows], faults)
+        history.put(gone, AccountHistory.empty(len(gone)))
+        hidden[gone] = 0.0
+        after, advanced, logits = advance(account, rows)
+        scores[rows] = sigmoid(logits)
+        kept = np.flatnonzero(~lost[rows])
+        history.put(kept, after.take(kept))
+        hidden[kept] = advanced[kept]
+        again = np.flatnonzero(twice[rows])
+        if len(again):
+            after, advanced, _ = advance(again, rows[again])
+            history.put(again, after)
+            hidden[again] = advanced
     return scores
 
 
@@ -173,7 +170,6 @@ def measure_robustness(
     """Measure the cost of each of :data:`FAULTS`, and of the loss of all states, on a test.
 
     Args:
-        checkpoint: on the CPU.
         log: the transactions.
         raw_of: gives the raw features [m, R] of rows [m] of the log for this checkpoint.
         fold: its test is measured; all states are lost at its start.

@@ -27,6 +27,7 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 UInt32 = NDArray[np.uint32]
+Rows = NDArray[np.intp] | slice
 
 WINDOW_DAYS = (1, 7, 30)
 """Time constants of the decayed aggregates, days. A transaction that old weighs 1/e."""
@@ -67,6 +68,10 @@ USUAL_PRIOR_COUNT = 1.0
 
 _MONDAY_OFFSET = 3  # 1970-01-01 was a Thursday
 _COUNT_MAX = np.uint32(2**32 - 1)
+_OUTLIER = np.float32(OUTLIER)
+_USUAL_COUNT_MAX = np.uint8(USUAL_COUNT_MAX)
+_USUAL_PRIOR_COUNT = np.float32(USUAL_PRIOR_COUNT)
+_ONE = np.float32(1.0)
 _WINDOWS = len(WINDOW_DAYS)
 _DECAY_PER_MS = np.array([-1.0 / (days * DAY_MS) for days in WINDOW_DAYS])[:, None]  # [3, 1]
 
@@ -112,11 +117,11 @@ class AccountHistory:
     def __len__(self) -> int:
         return len(self.count)
 
-    def take(self, rows: NDArray[np.intp] | slice) -> AccountHistory:
+    def take(self, rows: Rows) -> AccountHistory:
         """Return these rows in this order: copies, or views if ``rows`` is a slice."""
         return AccountHistory(*(getattr(self, name)[rows] for name in HISTORY_COLUMNS))
 
-    def put(self, rows: NDArray[np.intp] | slice, other: AccountHistory) -> None:
+    def put(self, rows: Rows, other: AccountHistory) -> None:
         """Overwrite these rows with the rows of ``other``."""
         for name in HISTORY_COLUMNS:
             getattr(self, name)[rows] = getattr(other, name)
@@ -166,7 +171,6 @@ def observe(
     """
     n = len(amount)
     first = history.count == 0
-    some_first = bool(first.any())
     last_event_ms = np.maximum(history.last_event_ms, timestamp_ms)
     elapsed_ms = last_event_ms - history.last_event_ms
     # Transposed to [., n], so that inner loops run over n and not over 3.
@@ -175,46 +179,48 @@ def observe(
     amount_before = history.decayed_amount.T  # [3, n]
 
     raw = np.empty((len(ACCOUNT_FEATURES), n), np.float32)
-    raw[0] = amount
+    paid, means, usual = raw[0], raw[8:11], raw[12]
+    paid[:] = amount
     np.divide(elapsed_ms, 1000.0, out=raw[1], casting="same_kind")
     days, ms_of_day = np.divmod(timestamp_ms, DAY_MS)
     np.divide(ms_of_day, HOUR_MS, out=raw[2], casting="same_kind")
-    raw[3] = (days + _MONDAY_OFFSET) % 7
+    days += _MONDAY_OFFSET
+    np.remainder(days, 7, out=raw[3], casting="same_kind")
     count = history.count + (history.count != _COUNT_MAX)
     raw[4] = count
-    count_after = raw[5:8]
-    np.multiply(count_before, decay, out=count_after)
-    count_after += np.float32(1.0)
+    count_after = np.multiply(count_before, decay, out=raw[5:8])
+    count_after += _ONE
     # The decay since the last transaction cancels. A count is at least 1 after the first
     # transaction, because the last one weighs 1 at last_event_ms.
-    np.divide(amount_before, np.maximum(count_before, np.float32(1.0)), out=raw[8:11])
-    raw[12] = history.usual_amount
-    if some_first:
+    np.divide(amount_before, np.maximum(count_before, _ONE), out=means)
+    usual[:] = history.usual_amount
+    if np.count_nonzero(first):
         raw[1, first] = -1.0
-        raw[8:11, first] = raw[12, first] = np.float32(scale.usual)
+        means[:, first] = usual[first] = np.float32(scale.usual)
     floor = np.float32(scale.floor)
-    np.divide(raw[0], np.maximum(raw[10], floor), out=raw[11])
-    np.divide(raw[0], np.maximum(raw[12], floor), out=raw[13])
+    # The mean of 30 days and the usual amount, then the ratios to them.
+    np.divide(paid, np.maximum(raw[10:13:2], floor), out=raw[11:14:2])
     np.maximum(raw[11], raw[13], out=raw[14])
 
     # A card check does not enter the means, and an outlier only in part.
-    within = np.minimum(raw[0], np.maximum(np.float32(OUTLIER) * raw[12], raw[8]))
-    checks = raw[0] < floor
+    within = np.minimum(paid, np.maximum(_OUTLIER * usual, means[0]))
+    checks = paid < floor
     entered = np.empty((_WINDOWS, n), np.float32)
-    entered[0] = raw[0]
+    entered[0] = paid
     entered[1:] = within
-    np.copyto(entered, raw[8:11], where=checks)
-    amount_after = np.multiply(amount_before, decay)
+    np.copyto(entered, means, where=checks)
+    amount_after = amount_before * decay
     amount_after += entered
-    counted = np.minimum(history.usual_count + ~checks, USUAL_COUNT_MAX).astype(np.uint8)
-    share = np.float32(1.0) / (counted + np.float32(USUAL_PRIOR_COUNT))
-    usual_after = raw[12] + np.where(checks, np.float32(0.0), within - raw[12]) * share
+    counted = np.minimum(history.usual_count + ~checks, _USUAL_COUNT_MAX)
+    change = within - usual
+    change[checks] = 0.0
+    change *= _ONE / (counted + _USUAL_PRIOR_COUNT)
     after = AccountHistory(
         last_event_ms,
         count.astype(np.uint32, copy=False),
-        np.ascontiguousarray(count_after.T),
-        np.ascontiguousarray(amount_after.T),
-        usual_after,
+        count_after.T,
+        amount_after.T,
+        usual + change,
         counted,
     )
     return np.ascontiguousarray(raw.T), after

@@ -51,6 +51,11 @@ COUNT_MAX = 65_535
 WEIGHT_MAX = 255
 """Stored weight of a fraud that only its merchant explains."""
 
+REMEMBERED_WEIGHT = 63
+"""Largest weight that is stored as it is; a greater one becomes the full weight.
+
+So the weights of only few transactions must be remembered."""
+
 STRONG_WEIGHT = 128
 """Smallest stored weight of a fraud that counts for the ages of a merchant's frauds."""
 

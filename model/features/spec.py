@@ -8,6 +8,7 @@ specification in its header, so that every reader of the checkpoint makes the sa
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -302,6 +303,20 @@ class FeatureSpecError(ValueError):
     """This version cannot compute a feature specification; the message says why."""
 
 
+_GROUP_OF: dict[Transform, int] = {
+    "log1p": 0,
+    "sin": 1,
+    "cos": 1,
+    "is_first": 2,
+    "step": 3,
+    "is_missing": 4,
+    "linear": 5,
+    "as_is": 5,
+    "category": 5,
+}
+"""Group of each transform in an :class:`Encoder`; the last one needs no computation."""
+
+
 class Encoder:
     """Encoder of a :class:`FeatureSpec`: ``encode(raw [n, R]) -> inputs [n, I]``.
 
@@ -315,35 +330,39 @@ class Encoder:
         names = spec.names
         transforms = [i.transform for i in spec.inputs]
 
-        def chosen(*wanted: Transform) -> slice | NDArray[np.intp] | None:
-            return _slice_or_rows(np.array([t in wanted for t in transforms]))
+        # In here the inputs are grouped by transform, so that each group is a slice: a view.
+        order = sorted(range(len(transforms)), key=lambda i: _GROUP_OF[transforms[i]])
+        inputs = [spec.inputs[i] for i in order]
+        groups = [_GROUP_OF[i.transform] for i in inputs]
+        self._place = None if order == sorted(order) else np.argsort(order)
 
-        def column(values: Sequence[float], rows: slice | NDArray[np.intp] | None) -> Float32:
-            return np.array(values, np.float64)[slice(0) if rows is None else rows].astype(
-                np.float32
-            )[:, None]
+        def chosen(group: int) -> slice | None:
+            begin, end = bisect_left(groups, group), bisect_right(groups, group)
+            return slice(begin, end) if begin < end else None
 
-        self._column = np.array([names.index(i.feature) for i in spec.inputs], np.intp)
+        def column(values: Iterable[float], rows: slice | None = slice(None)) -> Float32:
+            if rows is None:
+                rows = slice(0)
+            return np.array(list(values), np.float64)[rows].astype(np.float32)[:, None]
+
+        self._column = np.array([names.index(i.feature) for i in inputs], np.intp)
         low, high = _bounds(spec)
         self._low, self._high = low, high  # [R]
         self._is_bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
-        most = [np.inf if i.at_most is None else i.at_most for i in spec.inputs]
+        self._log, self._wave, self._first, self._step, self._missing = map(chosen, range(5))
+        most = [np.inf if i.at_most is None else i.at_most for i in inputs]
         self._least = low[self._column][:, None]  # [I, 1]
         self._most = np.minimum(high[self._column], np.array(most, np.float32))[:, None]
-        self._is_clipped = bool(np.isfinite(self._least).any() or np.isfinite(self._most).any())
-        self._log, self._wave, self._first = (
-            chosen("log1p"),
-            chosen("sin", "cos"),
-            chosen("is_first"),
-        )
-        self._step, self._missing = chosen("step"), chosen("is_missing")
+        if self._log is not None:  # negative values count as 0
+            np.maximum(self._least[self._log], 0.0, out=self._least[self._log])
+            np.maximum(self._most[self._log], 0.0, out=self._most[self._log])
         # cos(x) = sin(x + a quarter turn): one call for all.
-        self._turn = column([2 * np.pi / i.period for i in spec.inputs], self._wave)
-        self._phase = column([np.pi / 2 * (t == "cos") for t in transforms], self._wave)
-        self._threshold = column([i.threshold for i in spec.inputs], self._step)
-        self._unit = column([1 / i.unit for i in spec.inputs], self._log)
-        self._scale = column([1 / i.deviation for i in spec.inputs], slice(None))  # [I, 1]
-        self._shift = column([-i.mean / i.deviation for i in spec.inputs], slice(None))
+        self._turn = column((2 * np.pi / i.period for i in inputs), self._wave)
+        self._phase = column((np.pi / 2 * (i.transform == "cos") for i in inputs), self._wave)
+        self._threshold = column((i.threshold for i in inputs), self._step)
+        self._unit = column((1 / i.unit for i in inputs), self._log)
+        self._scale = column(1 / i.deviation for i in inputs)  # [I, 1]
+        self._shift = column(-i.mean / i.deviation for i in inputs)
         self._may_miss = any(field.kind == "numeric" for field in spec.fields)
 
     def encode(self, raw: Float32) -> Float32:
@@ -351,11 +370,13 @@ class Encoder:
 
         A missing value becomes 0, the mean.
         """
-        inputs = self.transformed(raw)
+        inputs = self._grouped(raw)
         inputs *= self._scale
         inputs += self._shift
         if self._may_miss:
-            np.nan_to_num(inputs, copy=False, nan=0.0)
+            inputs[np.isnan(inputs)] = 0.0
+        if self._place is not None:
+            inputs = inputs.take(self._place, axis=0)
         return np.ascontiguousarray(inputs.T)
 
     def outside(self, raw: Float32) -> NDArray[np.bool_] | None:
@@ -367,14 +388,23 @@ class Encoder:
 
     def transformed(self, raw: Float32) -> Float32:
         """Return the inputs [I, n] before standardisation; NaN for a missing value."""
-        inputs = raw.T[self._column]  # [I, n]
-        if self._is_clipped:
-            np.clip(inputs, self._least, self._most, out=inputs)
+        inputs = self._grouped(raw)
+        return inputs if self._place is None else inputs.take(self._place, axis=0)
+
+    def _grouped(self, raw: Float32) -> Float32:
+        """Return the inputs [I, n] before standardisation, grouped by transform."""
+        inputs = raw.T.take(self._column, axis=0)  # [I, n]
+        np.maximum(inputs, self._least, out=inputs)
+        np.minimum(inputs, self._most, out=inputs)
         if self._log is not None:
-            positive = np.maximum(inputs[self._log], np.float32(0.0))
-            inputs[self._log] = np.log1p(positive * self._unit)
+            logarithms = inputs[self._log]
+            logarithms *= self._unit
+            np.log1p(logarithms, out=logarithms)
         if self._wave is not None:
-            inputs[self._wave] = np.sin(inputs[self._wave] * self._turn + self._phase)
+            waves = inputs[self._wave]
+            waves *= self._turn
+            waves += self._phase
+            np.sin(waves, out=waves)
         if self._first is not None:
             inputs[self._first] = inputs[self._first] < 0
         if self._step is not None:
@@ -424,16 +454,6 @@ def _bounds(spec: FeatureSpec) -> tuple[Float32, Float32]:
     low = np.where(low <= -_FLOAT32_MAX, -np.inf, low)
     high = np.where(high >= _FLOAT32_MAX, np.inf, high)
     return low.astype(np.float32), high.astype(np.float32)
-
-
-def _slice_or_rows(chosen: NDArray[np.bool_]) -> slice | NDArray[np.intp] | None:
-    """Return the chosen rows, as a slice if they are consecutive, because views cost less."""
-    rows = np.flatnonzero(chosen)
-    if len(rows) == 0:
-        return None
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows
 
 
 def _check(spec: FeatureSpec) -> None:

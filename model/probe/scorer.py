@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.features.account import AccountHistory, Float32, Float64, Int64, observe
@@ -29,6 +27,7 @@ from model.features.merchant import (
     observe_merchants,
     present_bucket,
 )
+from model.stepper import sigmoid
 from model.training.sequences import one_core_each
 from model.units import DAY_MS
 
@@ -126,7 +125,7 @@ class ProbeStates:
     """
 
     history: AccountHistory
-    hidden: Tensor
+    hidden: Float32
     fields: Float32
 
     def __len__(self) -> int:
@@ -134,23 +133,17 @@ class ProbeStates:
 
     def take(self, rows: Rows) -> ProbeStates:
         """Return copies of these rows in this order."""
-        return ProbeStates(
-            self.history.take(rows), self.hidden[torch.from_numpy(rows)], self.fields[rows]
-        )
+        return ProbeStates(self.history.take(rows), self.hidden[rows], self.fields[rows])
 
     def put(self, rows: Rows, other: ProbeStates) -> None:
         """Overwrite these rows with the rows of ``other``."""
         self.history.put(rows, other.history)
-        self.hidden[torch.from_numpy(rows)] = other.hidden
+        self.hidden[rows] = other.hidden
         self.fields[rows] = other.fields
 
 
 class ProbeScorer:
-    """Scorer of possible transactions by one checkpoint.
-
-    Args:
-        checkpoint: on the CPU.
-    """
+    """Scorer of possible transactions by one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -189,7 +182,7 @@ class ProbeScorer:
         )
         return ProbeStates(
             AccountHistory.empty(n),
-            self.checkpoint.network.empty_hidden(n),
+            self.checkpoint.stepper.empty_hidden(n),
             np.tile(fields, (n, 1)),
         )
 
@@ -262,7 +255,7 @@ class ProbeScorer:
                 taken, amount[chunk], timestamp_ms[chunk], _part(merchant, chunk)
             )
             scores[chunk], hidden = self._step(raw, taken.hidden)
-            rounded = hidden.to(torch.float16).to(torch.float32)
+            rounded = hidden.astype(np.float16).astype(np.float32)
             after.put(rows, ProbeStates(history, rounded, taken.fields))
 
         self._each_chunk(len(states), advance)
@@ -293,11 +286,9 @@ class ProbeScorer:
         of_merchant = np.broadcast_to(merchant, (len(amount), merchant.shape[1]))
         return np.hstack((of_account, of_merchant, states.fields)), history
 
-    def _step(self, raw: Float32, hidden: Tensor) -> tuple[Float32, Tensor]:
-        inputs = torch.from_numpy(self.checkpoint.encode(raw))
-        with torch.inference_mode():
-            logits, advanced = self.checkpoint.network.step(inputs, hidden)
-            return torch.sigmoid(logits).numpy(), advanced
+    def _step(self, raw: Float32, hidden: Float32) -> tuple[Float32, Float32]:
+        logits, advanced = self.checkpoint.stepper.step(self.checkpoint.encode(raw), hidden)
+        return sigmoid(logits), advanced
 
 
 def _part(merchant: Float32, chunk: slice) -> Float32:

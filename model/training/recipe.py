@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 
 from model import metrics as evaluation
+from model.architecture import Cell
 from model.checkpoint import Amounts, Checkpoint, Header
 from model.data.dataset import Dataset
 from model.features.account import Float32
 from model.features.spec import FeatureSpec
-from model.network import Cell, Network
+from model.network import Network
 from model.training.account_head import (
     SampledStates,
     account_scores,
@@ -211,7 +212,7 @@ def make_checkpoint(
         amounts=_amounts(data),
         data_digest=dataset.digest(),
     )
-    return Checkpoint(fitted.network.cpu(), header), accounts
+    return Checkpoint.of(fitted.network.cpu(), header), accounts
 
 
 def score_accounts(

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from model.features.account import (
     rounds_of,
 )
 from model.network import Network
+from model.stepper import sigmoid
 from model.torch_threads import one_thread
 
 UNROLL_STEPS = 256
@@ -180,12 +181,11 @@ def score_stepwise(
     amount: Float64,
     timestamp_ms: Int64,
     others: Float32 | None = None,
-    hidden_dtype: torch.dtype = torch.float16,
-) -> tuple[Float32, AccountHistory, Tensor]:
+    hidden_dtype: DTypeLike = np.float16,
+) -> tuple[Float32, AccountHistory, Float32]:
     """Score a log exactly as a worker does, from empty account states.
 
     Args:
-        checkpoint: on the CPU.
         account: [N] in the order in which the transactions are applied.
         amount: [N].
         timestamp_ms: [N].
@@ -200,22 +200,20 @@ def score_stepwise(
     rounds = rounds_of(account)
     order = account[rounds[0]] if rounds else account  # accounts have this order in every round
     history = AccountHistory.empty(len(order))
-    hidden = checkpoint.network.empty_hidden(len(order))
+    hidden = checkpoint.stepper.empty_hidden(len(order))
     scores = np.empty(len(account), np.float32)
     scale = checkpoint.header.features.scale
     if others is None:
         columns = len(checkpoint.header.features.names) - len(ACCOUNT_FEATURES)
         others = np.zeros((len(account), columns), np.float32)
-    with torch.inference_mode():
-        for rows in rounds:
-            n = len(rows)
-            active = slice(0, n)
-            taken = history.take(active)
-            raw, after = observe(taken, amount[rows], timestamp_ms[rows], scale)
-            history.put(active, after)
-            inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others[rows]))))
-            logits, advanced = checkpoint.network.step(inputs, hidden[:n])
-            hidden[:n] = advanced.to(hidden_dtype)
-            scores[rows] = torch.sigmoid(logits).numpy()
+    for rows in rounds:
+        active = slice(0, len(rows))
+        taken = history.take(active)
+        raw, after = observe(taken, amount[rows], timestamp_ms[rows], scale)
+        history.put(active, after)
+        inputs = checkpoint.encode(np.hstack((raw, others[rows])))
+        logits, advanced = checkpoint.stepper.step(inputs, hidden[active])
+        hidden[active] = advanced.astype(hidden_dtype)
+        scores[rows] = sigmoid(logits)
     ascending = np.argsort(order)
-    return scores, history.take(ascending), hidden[torch.from_numpy(ascending)].clone()
+    return scores, history.take(ascending), hidden[ascending]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from model.architecture import Architecture
 from model.features.spec import LABEL_DELAY_MAX_DAYS, FeatureSpec
-from model.network import Architecture
 from model.simulator.world import WORLDS, WorldName
 from model.training.inputs import embedding_sizes
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import torch
-
 from model.checkpoint import Checkpoint
 from model.features.account import WINDOW_DAYS
+from model.stepper import sigmoid
 from model.units import DAY_MS, DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
@@ -137,9 +136,7 @@ async def locate_state(
 def _risk(checkpoint: Checkpoint, state: AccountStates) -> float | None:
     if ACCOUNT_HEAD_METRIC not in checkpoint.header.metrics:
         return None
-    with torch.inference_mode():
-        logit = checkpoint.network.account_logit(torch.from_numpy(state.hidden).float())
-    return float(torch.sigmoid(logit))
+    return float(sigmoid(checkpoint.stepper.account_logits(state.hidden))[0])
 
 
 def describe(view: AccountView, checkpoint: Checkpoint, ttl_days: float) -> Iterator[str]:

@@ -31,7 +31,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
 from pipeline.kafka.topics import topic_ids
-from pipeline.progress import Bar, bar_for
+from pipeline.progress import Bar
 from pipeline.scoring.scorer import scorer_of
 from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
@@ -212,6 +212,6 @@ def state_at_lines(settings: Settings, account_id: str, time_ms: int) -> list[st
         RecurError: there is nothing to print; the message says why.
     """
     checkpoint = load_checkpoint(settings)
-    with bar_for(Console(stderr=True, highlight=False)) as bar:
+    with Bar(Console(stderr=True, highlight=False)) as bar:
         past = asyncio.run(state_at(settings, checkpoint, account_id, time_ms, bar))
     return list(describe_past(account_id, past, checkpoint, time_ms))

@@ -36,7 +36,7 @@ from pipeline.kafka.polls import LogUnavailableError, Record
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.scores import decode_counted, source_prefix, stored_weight
-from pipeline.progress import Bar, bar_for
+from pipeline.progress import Bar
 from pipeline.scoring.labels import label_of, merchant_label_of
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
@@ -343,7 +343,7 @@ async def rebuild_merchants_lines(
     """
     counts = await ensure_topics(settings)
     try:
-        with bar_for(console) as bar:
+        with Bar(console) as bar:
             async with MerchantRepair(settings, counts["labels"]) as repair:
                 rebuild = MerchantRebuild(
                     settings, counts["scores"], counts["labels"], repair, bar, dry_run

@@ -27,7 +27,7 @@ from pipeline.kafka.partitioner import key_partition
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import add_partitions, group_members, partition_count, topic_ids
-from pipeline.progress import Bar, bar_for
+from pipeline.progress import Bar
 from pipeline.scoring.watermark_check import read_watermark
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
@@ -132,7 +132,7 @@ class Repartition:
                 f"{members} workers of group {self._settings.kafka_group_id} are running: stop all"
                 " of them, and run the command again"
             )
-        with bar_for(self._console) as bar:
+        with Bar(self._console) as bar:
             stranded = await self._count_stranded(marks, before, after, bar)
             if stranded and not (dry_run or accept_stranded):
                 raise RecurError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from pipeline.progress import bar_for
+from pipeline.progress import Bar
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.state_store import Load, StateStore
 from pipeline.storage.watermark import Watermark
@@ -34,7 +34,7 @@ async def wait_until_applied(
     """
     deadline = time.monotonic() + seconds
     most = None
-    with bar_for(console) as bar:
+    with Bar(console) as bar:
         while True:
             left = await _records_left(store, targets)
             if left == 0:

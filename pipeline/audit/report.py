@@ -14,7 +14,7 @@ from pipeline.audit.result import Difference, Verification
 from pipeline.audit.verifier import VerifyOptions, verify
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import SettingsError
-from pipeline.progress import bar_for
+from pipeline.progress import Bar
 from pipeline.settings import Settings
 from pipeline.tables import pair_lines
 
@@ -39,7 +39,7 @@ def run_verify(
     console = console or Console(highlight=False, soft_wrap=True)
     checkpoint = load_checkpoint(settings)
     started = time.monotonic()
-    with bar_for(Console(stderr=True, highlight=False)) as bar:
+    with Bar(Console(stderr=True, highlight=False)) as bar:
         found = asyncio.run(verify(settings, checkpoint, options, bar))
     seconds = time.monotonic() - started
     for line in describe(found, options, checkpoint.digest, seconds):

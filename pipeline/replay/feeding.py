@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from rich.console import Console
 
-from pipeline.progress import bar_for
+from pipeline.progress import Bar
 from pipeline.replay.producer import Block, Feed, ahead
 
 FRAME_SECONDS = 0.2
@@ -32,7 +32,7 @@ async def feed_with_bar(
         fraction: share of the work that is done, 0 to 1, by the number of acked records.
         rate: see :meth:`pipeline.replay.producer.Feed.run`, as for the other arguments.
     """
-    with bar_for(console) as bar:
+    with Bar(console) as bar:
         async with feed:
             run = feed.run(ahead(blocks), rate=rate, warm=warm, history=history, stop=stop)
             feeding = asyncio.ensure_future(run)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from model.units import DAY_MS
 from pipeline.errors import SettingsError
@@ -25,7 +24,7 @@ from pipeline.files.column_mapping import load_mapping
 from pipeline.files.reader import TransactionFile
 from pipeline.kafka.committed_offsets import committed_offsets
 from pipeline.kafka.topics import TopicRole, ensure_topics
-from pipeline.progress import bar_for
+from pipeline.progress import Bar
 from pipeline.replay.feeding import feed_with_bar
 from pipeline.replay.producer import Block, Feed, encode_block
 from pipeline.replay.report import (
@@ -38,6 +37,7 @@ from pipeline.replay.report import (
 )
 from pipeline.replay.score_counter import TopicReader
 from pipeline.settings import Settings
+from pipeline.tables import pair_lines
 
 OUTPUTS: tuple[TopicRole, ...] = ("scores", "alerts", "dead_letter")
 """Topics that a report reads, in the order of :class:`OutputReaders`."""
@@ -251,7 +251,7 @@ class _Replay:
             committed = await committed_offsets(self._settings)
             return all(committed.get(part, 0) > last for part, last in last_offsets.items())
 
-        with bar_for(self._console) as bar:
+        with Bar(self._console) as bar:
 
             def show(what: str, done: int, total: int) -> None:
                 bar.show(what, done, done / max(1, total))
@@ -265,12 +265,8 @@ class _Replay:
         return INTERRUPTED if self._stop.is_set() else 0
 
     def _print(self, rows: list[tuple[str, str]]) -> None:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", justify="right", min_width=18)
-        grid.add_column()
-        for name, text in rows:
-            grid.add_row(name, text)
-        self._console.print(grid)
+        for line in pair_lines(rows, align_right=True):
+            self._console.print(line, soft_wrap=True)
 
 
 def _by_partition(counts: dict[int, int]) -> str:

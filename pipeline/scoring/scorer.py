@@ -5,18 +5,17 @@ This is pure computation on columns; the processor does the input and output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.features.account import ACCOUNT_FEATURES, observe, rounds_of
+from model.features.account import ACCOUNT_FEATURES, Rows, observe, rounds_of
 from model.features.merchant import WEIGHT_MAX
 from model.features.spec import FEATURES
+from model.stepper import sigmoid
 from model.units import DAY_MS
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
@@ -144,6 +143,9 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words
 
 
+ACCOUNT_END = len(ACCOUNT_FEATURES)
+"""Number of columns of ``raw`` of the account; those of the merchant follow."""
+
 FEATURES_END = len(FEATURES)
 """Number of columns of ``raw`` before the extra fields, which may be missing (NaN)."""
 
@@ -176,6 +178,7 @@ class Scorer:
         self.codec = StateCodec.of(checkpoint)
         self._ttl_ms = ttl_ms
         self._reject_conflicts = reject_conflicts
+        self._stepper = checkpoint.stepper
         self._columns = len(checkpoint.header.features.names)
         self._scale = checkpoint.header.features.scale
         self._failures_in_a_row = 0
@@ -205,16 +208,18 @@ class Scorer:
         """
         states, valid, invalid = self.codec.decode(values)
         is_past = states.last_offset[batch.row] >= batch.offset
-        past = np.unique(batch.row[is_past]) if is_past.any() else batch.row[:0]
-        states.reset(past)
-        valid[past] = False
+        past = np.unique(batch.row[is_past]) if np.count_nonzero(is_past) else None
+        if past is not None:
+            states.reset(past)
+            valid[past] = False
         try:
             scored = self._advance(states, batch)
             self._failures_in_a_row = 0
-        except Exception:  # a transaction may cause any error in NumPy or torch
+        except Exception:  # a transaction may cause any error in NumPy
             states, valid, invalid = self.codec.decode(values, check_numbers=True)
-            states.reset(past)
-            valid[past] = False
+            if past is not None:
+                states.reset(past)
+                valid[past] = False
             scored = self._bisect(states, batch)
         return states, scored, valid, invalid
 
@@ -263,120 +268,117 @@ class Scorer:
 
     def _restore(self, states: AccountStates, values: Sequence[bytes]) -> None:
         saved, _, _ = self.codec.decode(values)
-        rows = np.arange(len(states))
-        states.history.put(rows, saved.history)
-        for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids", "hidden"):
-            getattr(states, name)[:] = getattr(saved, name)
+        states.table[:] = saved.table
 
     def _advance(self, states: AccountStates, batch: MicroBatch) -> BatchScores:
         """Advance ``states`` in place, round by round."""
         n = len(batch)
-        score = np.zeros(n, np.float32)
+        score, weight = np.zeros(n, np.float32), np.full(n, WEIGHT_MAX, np.uint8)
         raw = np.zeros((n, self._columns), np.float32)
-        others = len(ACCOUNT_FEATURES)
-        raw[:, others:FEATURES_END] = batch.merchant_raw
+        raw[:, ACCOUNT_END:FEATURES_END] = batch.merchant_raw
         raw[:, FEATURES_END:] = batch.fields
         duplicate, conflict = np.zeros(n, bool), np.zeros(n, bool)
         failed: dict[int, str] = {}
         expired = 0
         before: dict[int, NDArray[np.float16]] = {}
-        own: list[tuple[NDArray[np.intp], Tensor]] = []
-        for members in rounds_of(batch.row):
-            rows = batch.row[members]
+        for members, rows in self._rounds(batch.row, len(states)):
             known = states.recent_ids[rows]  # [m, RECENT_IDS]
             differing = known ^ batch.id_hash[members, None]
-            same_id = ((differing & _ID_HALF) == 0) & (known != 0)
-            if same_id.any():
+            same_id = differing <= _CONTENT_HALF
+            if np.count_nonzero(same_id):
+                same_id &= known != 0
                 seen = (differing == 0).any(axis=1)
                 conflicts = same_id.any(axis=1) & ~seen
-                duplicate[members[seen]] = True
-                conflict[members[conflicts]] = True
+                all_members = np.arange(n)[members]
+                duplicate[all_members[seen]] = True
+                conflict[all_members[conflicts]] = True
                 dropped = seen
                 if self._reject_conflicts:
                     dropped = seen | conflicts
-                    failed |= dict.fromkeys(members[conflicts].tolist(), ID_CONFLICT)
-                members, rows = members[~dropped], rows[~dropped]
+                    failed |= dict.fromkeys(all_members[conflicts].tolist(), ID_CONFLICT)
+                members = all_members[~dropped]
+                rows = batch.row[members]
                 if len(members) == 0:
                     continue
-            silent_ms = batch.record_ms[members] - states.last_record_ms[rows]
-            stale = (silent_ms > self._ttl_ms) & (states.history.count[rows] > 0)
-            if stale.any():
-                states.reset(rows[stale])
-                expired += int(stale.sum())
-            hidden = states.hidden[rows]  # a copy
-            score[members], raw[members], of_payment = self._step(
-                states, batch, members, rows, raw[members, others:], hidden
+            stale = batch.record_ms[members] - states.last_record_ms[rows] > self._ttl_ms
+            if np.count_nonzero(stale):
+                stale &= states.history.count[rows] > 0  # the others have no last record
+                states.reset(batch.row[members][stale])
+                expired += int(np.count_nonzero(stale))
+            hidden = states.hidden[rows].copy()
+            of_round = raw[members]
+            score[members], weight[members] = self._step(
+                states, batch, members, rows, of_round, hidden
             )
-            own.append((members, of_payment))
-            for place in np.flatnonzero(score[members] >= batch.explain_from[members]).tolist():
-                before[int(members[place])] = hidden[place]
-        weight = np.full(n, WEIGHT_MAX, np.uint8)
-        if own and self._weighs:
-            scored = np.concatenate([members for members, _ in own])
-            weight[scored] = self._merchant_weight(torch.cat([part for _, part in own]))
-        unscored = duplicate.copy()
-        unscored[list(failed)] = True
-        outside = self._outside(raw, unscored)
+            raw[members] = of_round
+            explained = score[members] >= batch.explain_from[members]
+            if np.count_nonzero(explained):
+                places = np.flatnonzero(explained)
+                for place, i in zip(places, np.arange(n)[members][places].tolist(), strict=True):
+                    before[i] = hidden[place]
+        outside = self.checkpoint.outside(raw)
+        if outside is not None:
+            outside &= self._is_input
+            outside[duplicate] = False
+            outside[list(failed)] = False
+            outside = outside if outside.any() else None
         return BatchScores(
             score, raw, duplicate, conflict, failed, expired, before, weight, outside
         )
 
-    def _merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
-        """Compute merchant weights, uint8[m], from the own inputs, [m, own]."""
-        return self.checkpoint.network.own.merchant_weight(own)
+    def _rounds(self, row: NDArray[np.intp], accounts: int) -> Iterator[tuple[Rows, Rows]]:
+        """Yield the transactions and the accounts of each round.
 
-    def _outside(
-        self, raw: NDArray[np.float32], unscored: NDArray[np.bool_]
-    ) -> NDArray[np.bool_] | None:
-        """Find the network's inputs beyond their range; None without any.
-
-        Args:
-            unscored: [n] transactions that were not scored.
+        Most small polls hold each account once, in the order of the states. Their one round is a
+        slice: views of the states take the place of copies of their rows.
         """
-        outside = self.checkpoint.outside(raw)
-        if outside is None:
-            return None
-        outside &= self._is_input
-        outside[unscored] = False
-        return outside if outside.any() else None
+        n = len(row)
+        if n == accounts and (row == np.arange(n)).all():
+            yield slice(0, n), slice(0, n)
+        else:
+            for members in rounds_of(row):
+                yield members, row[members]
 
     def _step(
         self,
         states: AccountStates,
         batch: MicroBatch,
-        members: NDArray[np.intp],
-        rows: NDArray[np.intp],
-        others: NDArray[np.float32],
-        hidden16: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Tensor]:
+        members: Rows,
+        rows: Rows,
+        raw: NDArray[np.float32],
+        hidden: NDArray[np.float16],
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Apply one transaction of each of m distinct accounts.
 
         Args:
-            others: float32[m, R - A], the raw columns after the account's.
-            hidden16: float16[m, L, H], hidden states before.
+            members: the transactions.
+            rows: their accounts.
+            raw: float32[m, R], the raw features; those of the account are filled in.
+            hidden: float16[m, L, H], hidden states before.
 
         Returns:
-            scores float32[m], raw inputs float32[m, R], own inputs [m, own].
+            scores float32[m], merchant weights uint8[m].
         """
-        before = states.history.take(rows)
-        raw, after = observe(
-            before, batch.amount[members], batch.timestamp_ms[members], self._scale
+        history = states.history.take(rows)
+        raw[:, :ACCOUNT_END], after = observe(
+            history, batch.amount[members], batch.timestamp_ms[members], self._scale
         )
-        raw = np.concatenate((raw, others), axis=1)
-        with torch.inference_mode():
-            inputs = torch.from_numpy(self.checkpoint.encode(raw))  # [m, I]
-            hidden = torch.from_numpy(hidden16).float()  # [m, L, H]
-            logits, hidden = self.checkpoint.network.step(inputs, hidden)
-            score: NDArray[np.float32] = torch.sigmoid(logits).numpy()
-            # Rounding after each step makes the result independent of the micro-batch's end.
-            after16 = hidden.half().numpy()
-            own = self.checkpoint.network.payment_inputs(inputs)
-        if not (np.isfinite(score).all() and np.isfinite(raw[:, :FEATURES_END]).all()):
+        inputs = self.checkpoint.encode(raw)  # [m, I]
+        logits, hidden_after = self._stepper.step(inputs, hidden)
+        score = sigmoid(logits)
+        if not (_all_finite(score) and _all_finite(raw[:, :FEATURES_END])):
             raise ComputationError("the score is not a number")
+        note_applied(states, batch, members, rows)
         states.history.put(rows, after)
-        states.hidden[rows] = after16
-        note_applied(states, batch, members, rows, before.count)
-        return score, raw, own
+        # Rounding after each step makes the result independent of the micro-batch's end.
+        states.hidden[rows] = hidden_after
+        if self._weighs:
+            return score, self._stepper.merchant_weight(inputs)
+        return score, np.full(len(score), WEIGHT_MAX, np.uint8)
+
+
+def _all_finite(numbers: NDArray[np.float32]) -> bool:
+    return int(np.count_nonzero(np.isfinite(numbers))) == numbers.size
 
 
 def _join_outside(first: BatchScores, second: BatchScores) -> NDArray[np.bool_] | None:
@@ -399,22 +401,17 @@ def scorer_of(settings: Settings, checkpoint: Checkpoint) -> Scorer:
     )
 
 
-def note_applied(
-    states: AccountStates,
-    batch: MicroBatch,
-    members: NDArray[np.intp],
-    rows: NDArray[np.intp],
-    count: NDArray[np.uint32],
-) -> None:
-    """Record in the states of m distinct accounts which transactions they applied.
+def note_applied(states: AccountStates, batch: MicroBatch, members: Rows, rows: Rows) -> None:
+    """Record in the states of m distinct accounts which transactions they apply.
 
     Args:
         members: [m] the transactions.
-        rows: [m] their accounts.
-        count: [m] number of the account's transactions before.
+        rows: [m] their accounts; their history is still the one before.
     """
-    states.recent_ids[rows, count % RECENT_IDS] = batch.id_hash[members]
-    states.last_offset[rows] = batch.offset[members]
+    count, offset, places = states.history.count[rows], batch.offset[members], batch.row[members]
+    states.recent_ids[places, count % RECENT_IDS] = batch.id_hash[members]
+    states.last_offset[rows] = offset
     states.last_record_ms[rows] = np.maximum(states.last_record_ms[rows], batch.record_ms[members])
     new = count == 0
-    states.first_offset[rows[new]] = batch.offset[members[new]]
+    if np.count_nonzero(new):
+        states.first_offset[places[new]] = offset[new]

@@ -4,24 +4,21 @@ The layout is fixed and little-endian (see :func:`layout`): a header, the memory
 features, hashes of the account's last transactions, the hidden state as float16, a checksum.
 A value of another format, size or checksum is invalid and counts as absent.
 
-In memory the states of a micro-batch are columns (:class:`AccountStates`). So a round is a few
-vector operations, whatever its size.
+In memory the states of a micro-batch are these bytes, seen as columns (:class:`AccountStates`). So
+a round is a few vector operations, whatever its size.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.checkpoint import Checkpoint
 from model.features.account import HISTORY_COLUMNS, WINDOW_DAYS, AccountHistory
-
-if TYPE_CHECKING:  # it imports torch
-    from model.checkpoint import Checkpoint
 
 STATE_FORMAT = 3
 """Version of the layout; raise it with every change of the layout."""
@@ -29,12 +26,19 @@ STATE_FORMAT = 3
 RECENT_IDS = 8
 """How many transaction ids a state remembers, to drop duplicates."""
 
+_HEAD_BITS = np.uint64(0xFFFF_FFFF)
+"""Format, layers and hidden size in a state's first word; its other half is the count."""
 
-@dataclass
+
 class AccountStates:
-    """States of n accounts as columns.
+    """States of n accounts, as a table and as views of its columns.
+
+    Args:
+        table: [n] of the type :func:`layout`; the states are written to in place.
+        empty: [1] the state of an unknown account.
 
     Attributes:
+        table: the same.
         first_offset, last_offset: int64[n], offsets of the first and last applied transaction.
         last_record_ms: int64[n], CreateTime of the last record, epoch milliseconds.
         history: memory of the features; its ``count`` is 0 for an account without a state.
@@ -43,24 +47,22 @@ class AccountStates:
         hidden: float16[n, layers, hidden_size].
     """
 
-    first_offset: NDArray[np.int64]
-    last_offset: NDArray[np.int64]
-    last_record_ms: NDArray[np.int64]
-    history: AccountHistory
-    recent_ids: NDArray[np.uint64]
-    hidden: NDArray[np.float16]
+    def __init__(self, table: NDArray[Any], empty: NDArray[Any]) -> None:
+        self.table = table
+        self._empty = empty
+        self.first_offset: NDArray[np.int64] = table["first_offset"]
+        self.last_offset: NDArray[np.int64] = table["last_offset"]
+        self.last_record_ms: NDArray[np.int64] = table["last_record_ms"]
+        self.history = AccountHistory(*[table[name] for name in HISTORY_COLUMNS])
+        self.recent_ids: NDArray[np.uint64] = table["recent_ids"]
+        self.hidden: NDArray[np.float16] = table["hidden"]
 
     def __len__(self) -> int:
-        return len(self.last_offset)
+        return len(self.table)
 
     def reset(self, rows: NDArray[np.intp]) -> None:
         """Reset the states of ``rows`` to those of unknown accounts."""
-        self.first_offset[rows] = -1
-        self.last_offset[rows] = -1
-        self.last_record_ms[rows] = 0
-        self.history.put(rows, AccountHistory.empty(len(rows)))
-        self.recent_ids[rows] = 0
-        self.hidden[rows] = 0
+        self.table[rows] = self._empty
 
 
 class StateCodec:
@@ -85,13 +87,18 @@ class StateCodec:
         self._empty["layers"] = layers
         self._empty["hidden_size"] = hidden_size
         self._empty["first_offset"] = self._empty["last_offset"] = -1
+        self._head = self._words(self._empty)[0, 0]  # its count is 0
         self._empty_bytes = self._sealed(self._empty.copy()).tobytes()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StateCodec:
         """Make the codec of a checkpoint's states."""
-        architecture = checkpoint.network.architecture
+        architecture = checkpoint.header.architecture
         return cls(architecture.layers, architecture.hidden_size)
+
+    def empty(self, n: int) -> AccountStates:
+        """Return the states of n unknown accounts."""
+        return AccountStates(np.repeat(self._empty, n), self._empty)
 
     def decode(
         self, values: Sequence[bytes | None], *, check_numbers: bool = False
@@ -108,57 +115,43 @@ class StateCodec:
         """
         size = self.size_bytes
         empty = self._empty_bytes
-        blob = b"".join(
+        blob = bytearray().join(
             [value if value is not None and len(value) == size else empty for value in values]
         )
         table = np.frombuffer(blob, self.dtype)
-        present = np.fromiter((value is not None for value in values), bool, len(values))
-        valid = (
-            (table["checksum"] == self._checksums(table))
-            & (table["format"] == STATE_FORMAT)
-            & (table["layers"] == self.layers)
-            & (table["hidden_size"] == self.hidden_size)
-        )
+        words = self._words(table)
+        loaded = words[:, -1] == self._checksums(words)
+        loaded &= (words[:, 0] & _HEAD_BITS) == self._head
+        # A state that counts no transactions is invalid, whatever else is in it.
+        loaded &= table["count"] != 0
         if check_numbers:
-            valid &= _has_valid_numbers(table)
-        if not valid.all():
-            table = np.where(valid, table, self._empty)
-        states = AccountStates(
-            first_offset=table["first_offset"].copy(),
-            last_offset=table["last_offset"].copy(),
-            last_record_ms=table["last_record_ms"].copy(),
-            history=AccountHistory(*(table[name].copy() for name in HISTORY_COLUMNS)),
-            recent_ids=table["recent_ids"].copy(),
-            hidden=table["hidden"].copy(),
-        )
-        loaded = present & (states.history.count > 0)
-        invalid = int(present.sum() - loaded.sum())
-        if invalid:  # this includes a state that counts no transactions, whatever else is in it
-            states.reset(np.flatnonzero(present & ~loaded))
+            loaded &= _has_valid_numbers(table)
+        states = AccountStates(table, self._empty)
+        invalid = len(values) - values.count(None) - int(np.count_nonzero(loaded))
+        if invalid:
+            states.reset(np.flatnonzero(~loaded))
         return states, loaded, invalid
 
     def encode(self, states: AccountStates, rows: NDArray[np.intp]) -> list[bytes]:
         """Encode ``rows``, each as a value of :attr:`size_bytes`."""
-        table = np.zeros(len(rows), self.dtype)
-        table["format"] = STATE_FORMAT
-        table["layers"] = self.layers
-        table["hidden_size"] = self.hidden_size
-        for name in ("first_offset", "last_offset", "last_record_ms", "recent_ids", "hidden"):
-            table[name] = getattr(states, name)[rows]
-        for name in HISTORY_COLUMNS:
-            table[name] = getattr(states.history, name)[rows]
-        blob = self._sealed(table).tobytes()
+        blob = self._sealed(states.table[rows]).tobytes()
         size = self.size_bytes
         return [blob[start : start + size] for start in range(0, len(blob), size)]
 
     def _sealed(self, table: NDArray[Any]) -> NDArray[Any]:
-        table["checksum"] = self._checksums(table)
+        """Fill in the checksums of a table, in place."""
+        words = self._words(table)
+        words[:, -1] = self._checksums(words)
         return table
 
-    def _checksums(self, table: NDArray[Any]) -> NDArray[np.uint64]:
-        words = table.view("<u8").reshape(len(table), self.size_bytes // 8)[:, :-1]
-        sums: NDArray[np.uint64] = words @ self._constants
-        return sums + np.uint64(self._constants[0])
+    def _words(self, table: NDArray[Any]) -> NDArray[np.uint64]:
+        """Return a table [n] as words [n, words]; the last one is the checksum."""
+        return table.view("<u8").reshape(len(table), self.size_bytes // 8)
+
+    def _checksums(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        sums: NDArray[np.uint64] = words[:, :-1] @ self._constants
+        sums += self._constants[0]
+        return sums
 
 
 def _has_valid_numbers(table: NDArray[Any]) -> NDArray[np.bool_]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import faust
-import torch
 import uvloop
 from aiokafka.errors import KafkaError
 
@@ -92,7 +91,6 @@ def run_worker(settings: Settings) -> int:
         RecurError: the worker cannot start or go on; the message says what to do.
     """
     logs.configure(settings.log_level, settings.log_format)
-    torch.set_num_threads(1)
     checkpoint = load_checkpoint(settings)
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     loop = asyncio.new_event_loop()

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rich.console import Console
+
 from pipeline.audit.result import Verification
 from pipeline.audit.verifier import Verifier, VerifyOptions
 from pipeline.kafka.partition_reader import PartitionReader
@@ -87,19 +89,14 @@ class StoreOfWorld:
         return None
 
 
-class NoBar:
+class NoBar(Bar):
     """A progress bar that shows nothing and keeps its last value."""
 
     def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
         self.fraction = 0.0
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def show(self, what: str, done: int, fraction: float) -> None:
+    def show(self, stage: str, done: int, fraction: float) -> None:
         self.fraction = fraction
 
 

@@ -17,12 +17,15 @@ import msgspec
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.account import AccountHistory, observe
 from model.features.spec import ACCOUNT_INPUTS, FEATURES, INPUTS, FeatureSpec, Input
-from model.network import Architecture, Network
+from model.network import Network
+from model.stepper import sigmoid
 from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError
@@ -46,6 +49,7 @@ from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,
     MemoryMerchantStore,
+    MemoryPollStore,
     MemoryProducer,
     MemoryRecord,
     MemoryScoreLog,
@@ -95,7 +99,7 @@ def small_checkpoint(
         features=FeatureSpec(inputs),
         thresholds=CheckpointThresholds(review=0.3, decline=0.6),
     )
-    return Checkpoint(network, header)
+    return Checkpoint.of(network, header)
 
 
 def checkpoint_of_weights() -> Checkpoint:
@@ -118,7 +122,7 @@ def checkpoint_of_weights() -> Checkpoint:
     ranges[FEATURES.index("amount")] = (0.0, 300.0)
     features = msgspec.structs.replace(checkpoint.header.features, ranges=tuple(ranges))
     header = msgspec.structs.replace(checkpoint.header, features=features)
-    return Checkpoint(checkpoint.network, header)
+    return Checkpoint.of(checkpoint.network, header)
 
 
 class Killed(BaseException):
@@ -130,7 +134,7 @@ class AccountReference:
     """One account's state, computed transaction by transaction without the worker's code."""
 
     history: AccountHistory
-    hidden: torch.Tensor  # [1, L, H]
+    hidden: NDArray[np.floating]  # [1, L, H]
     sent: list[Transaction] = field(default_factory=list)
     first_offset: int = -1
     last_offset: int = -1
@@ -222,7 +226,7 @@ def _apply(
     sent_ms = epoch_ms(transaction.timestamp)
     record_ms = _record_ms(transaction, record)
     if state is None or record_ms - state.last_record_ms > ttl_ms:
-        state = AccountReference(AccountHistory.empty(1), checkpoint.network.empty_hidden(1))
+        state = AccountReference(AccountHistory.empty(1), checkpoint.stepper.empty_hidden(1))
         state.first_offset = record.offset
         accounts[transaction.account_id] = state
     raw, state.history = observe(
@@ -231,15 +235,14 @@ def _apply(
         np.array([min(sent_ms, record_ms + TOLERANCE_MS)]),
         checkpoint.header.features.scale,
     )
-    with torch.inference_mode():
-        others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)
-        inputs = torch.from_numpy(checkpoint.encode(np.hstack((raw, others))))
-        logits, hidden = checkpoint.network.step(inputs, state.hidden)
-        state.hidden = hidden.half().float()
+    others = np.zeros((1, len(FEATURES) - raw.shape[1]), np.float32)
+    inputs = checkpoint.encode(np.hstack((raw, others)))
+    logits, hidden = checkpoint.stepper.step(inputs, state.hidden)
+    state.hidden = hidden.astype(np.float16)
     state.sent.append(transaction)
     state.last_offset = record.offset
     state.last_record_ms = max(state.last_record_ms, record_ms)
-    return float(torch.sigmoid(logits))
+    return float(sigmoid(logits)[0])
 
 
 class AuditedStateStore(MemoryStateStore):
@@ -509,8 +512,8 @@ def assert_states(world: World, partition: int, expected: PartitionReference) ->
         assert {entry >> 32 for entry in remembered} == ids, account
         contents = {(t.transaction_id, t.merchant_id, t.amount, t.timestamp) for t in last}
         assert len(remembered) == len(contents), account
-        hidden = torch.from_numpy(found.hidden[0]).float()
-        assert (hidden - state.hidden[0]).abs().max() < HIDDEN_TOLERANCE, account
+        difference = found.hidden[0].astype(np.float32) - state.hidden[0]
+        assert np.abs(difference).max() < HIDDEN_TOLERANCE, account
 
 
 Choose = Callable[[Sequence[int]], int]
@@ -540,18 +543,6 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) ->
     finally:
         for coroutine in coroutines:
             coroutine.close()
-    return results
-
-
-async def one_after_another(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Do what :func:`asyncio.gather` does, in a repeatable order."""
-    results = []
-    try:
-        for call in calls:
-            results.append(await call)
-    finally:
-        for call in calls:
-            call.close()
     return results
 
 
@@ -585,8 +576,7 @@ class MemoryWorker:
         self.processor = Processor(
             settings=settings,
             scorer=self.scorer,
-            store=world.store,
-            merchant_store=world.merchants,
+            store=MemoryPollStore(world.store, world.merchants),
             publisher=MemoryProducer(world.kafka, settings),
             transactions=transactions,
             partitions=self.ownership,
@@ -594,7 +584,6 @@ class MemoryWorker:
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
-            together=one_after_another,
         )
         self.acked: list[dict[int, int]] = []
         self._generation = 0

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, Header
 from model.features.account import observe_log
 from model.features.amount_scale import AmountScale
@@ -37,7 +38,7 @@ from model.features.merchant import (
     observe_merchant_log,
 )
 from model.features.spec import Encoder, FeatureSpec, ranges_of
-from model.network import Architecture, Network
+from model.network import Network
 from model.training import merchant_weight_fit
 from model.training.sequences import score_stepwise
 from pipeline.files.column_mapping import load_mapping
@@ -160,7 +161,7 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
         network.own = merchant_weight_fit.fit_merchant_weight(
             lambda rows: own[torch.from_numpy(rows)], log.is_fraud, own.shape[1], seed
         )
-    return Checkpoint(network, Header(architecture=architecture, features=features))
+    return Checkpoint.of(network, Header(architecture=architecture, features=features))
 
 
 @dataclass
@@ -301,7 +302,7 @@ def merchant_weights(log: Log, checkpoint: Checkpoint) -> NDArray[np.uint8]:
     scale = checkpoint.header.features.scale
     raw = observe_log(log.account, log.amount, log.timestamp_ms, scale)
     raw = np.hstack((raw, np.zeros((len(log), len(MERCHANT_FEATURES)), np.float32)))
-    return checkpoint.network.merchant_weight(torch.from_numpy(checkpoint.encode(raw)))
+    return checkpoint.stepper.merchant_weight(checkpoint.encode(raw))
 
 
 def run(

@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.progress import bar_for
+from pipeline.progress import Bar
 from tests.faults.fault import FRAME_SECONDS, Fault, Row, Shared, run_fault
 from tests.faults.registry import FAULTS
 
@@ -110,7 +110,7 @@ async def run_all(
     for fault in chosen:
         started = time.monotonic()
         console.print(f"{fault.name}: {fault.what} ...", style="dim", markup=False)
-        with bar_for(console) as bar:
+        with Bar(console) as bar:
             row = await run_fault(
                 fault,
                 shared,

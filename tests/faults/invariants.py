@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from pipeline.audit.result import Verification
@@ -17,6 +18,7 @@ from pipeline.kafka.partition_reader import kafka_readers
 from pipeline.kafka.topics import TopicRole, partition_count
 from pipeline.messages.decision import DECISIONS
 from pipeline.messages.scores import decode_alert
+from pipeline.progress import Bar
 from pipeline.replay.score_counter import ScoreCounter
 from pipeline.settings import Settings
 from pipeline.storage.account_state import StateCodec
@@ -89,19 +91,6 @@ class Invariants:
         ]
 
 
-class _SilentBar:
-    """Progress bar that shows nothing, since verifying takes seconds."""
-
-    def __enter__(self) -> _SilentBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def show(self, what: str, done: int, fraction: float) -> None:
-        return None
-
-
 async def check_invariants(
     settings: Settings, checkpoint: Checkpoint, workload: Workload
 ) -> Invariants:
@@ -136,7 +125,7 @@ async def check_invariants(
         duplicates=counter.duplicates,
         unknown=counter.unknown + int((~is_expected & (counter.times > 0)).sum()),
         alerts_missing=len(alert_sources - alerted),
-        verification=await verify(settings, checkpoint, VerifyOptions(), _SilentBar()),
+        verification=await verify(settings, checkpoint, VerifyOptions(), Bar(Console(quiet=True))),
     )
 
 

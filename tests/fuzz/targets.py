@@ -21,10 +21,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, CheckpointError, Header
 from model.features.merchant import MERCHANT_FEATURES, observe_merchants
 from model.features.spec import ACCOUNT_INPUTS, FEATURES, FeatureSpec, Field, Input
-from model.network import Architecture, Network
+from model.network import Network
 from model.transaction import TIMESTAMP_MAX_MS, Transaction, epoch_ms
 from pipeline.errors import RejectedError
 from pipeline.messages.decoding import REASONS
@@ -211,7 +212,7 @@ def small_checkpoint() -> Checkpoint:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         network = Network(architecture)
-    return Checkpoint(
+    return Checkpoint.of(
         network, Header(architecture=architecture, features=FeatureSpec(ACCOUNT_INPUTS))
     )
 
@@ -395,9 +396,9 @@ def run_checkpoint(data: bytes) -> str:
     assert re.fullmatch("[0-9a-f]{12}", checkpoint.digest)
     raw = np.ones((2, len(checkpoint.header.features.names)), np.float32)
     raw[:, len(FEATURES) :] = 0.0  # unknown categories, which every vocabulary has
-    with np.errstate(all="ignore"), torch.inference_mode():
-        inputs = torch.from_numpy(checkpoint.encode(raw))
-        logits, hidden = checkpoint.network.step(inputs, checkpoint.network.empty_hidden(2))
+    stepper = checkpoint.stepper
+    with np.errstate(all="ignore"):
+        logits, hidden = stepper.step(checkpoint.encode(raw), stepper.empty_hidden(2))
     assert logits.shape == (2,)
     assert hidden.shape[0] == 2
     return "accepted"

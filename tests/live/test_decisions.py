@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.spec import ACCOUNT_INPUTS, FeatureSpec, Field, Input
-from model.network import Architecture, Network
+from model.network import Network
 from model.reasons import REASONS, REASONS_MAX
+from model.stepper import sigmoid
 from pipeline.admin.inspect_account import account_lines, describe, load_view
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
@@ -53,7 +56,7 @@ def checkpoint_with_fields(seed: int = 3, **changes: Any) -> Checkpoint:
         "features": features,
         "thresholds": CheckpointThresholds(0.0, 1.0),
     } | changes
-    return Checkpoint(network, Header(**header))
+    return Checkpoint.of(network, Header(**header))
 
 
 @pytest.fixture
@@ -85,13 +88,12 @@ def record(number: int, account: str, **more: Any) -> tuple[bytes, bytes]:
 def recomputed(checkpoint: Checkpoint, scores: list[Score]) -> list[float]:
     """Compute the scores of one account, step by step from their recorded features."""
     found = []
-    hidden = checkpoint.network.empty_hidden(1)
+    hidden: NDArray[np.floating] = checkpoint.stepper.empty_hidden(1)
     for score in scores:
         raw = np.array([score.raw(checkpoint.header.features.names)], np.float32)
-        inputs = torch.from_numpy(checkpoint.encode(raw))
-        logits, hidden = checkpoint.network.step(inputs, hidden)
-        hidden = hidden.half().float()
-        found.append(float(torch.sigmoid(logits)))
+        logits, hidden = checkpoint.stepper.step(checkpoint.encode(raw), hidden)
+        hidden = hidden.astype(np.float16)
+        found.append(float(sigmoid(logits)[0]))
     return found
 
 
@@ -142,7 +144,7 @@ async def assert_the_account_can_be_looked_at(system: PipelineUnderTest) -> None
 
     fitted = system.scorer.checkpoint.with_header(metrics={"verdict_auc": 0.9})
     view = await load_view(system.settings, fitted, "A")
-    hidden = torch.from_numpy(view.state.hidden).float()
+    hidden = torch.tensor(view.state.hidden).float()
     expected = float(torch.sigmoid(fitted.network.account_logit(hidden)))
     assert view.risk == pytest.approx(expected)
     text = "\n".join(describe(view, fitted, ttl_days=30.0))
@@ -232,7 +234,9 @@ def test_a_field_of_every_transaction_is_no_extra_field(system: PipelineUnderTes
     architecture = Architecture(
         len(ACCOUNT_INPUTS), 4, 4, head_size=4, embeddings=((2, 2),), roles=spec.roles
     )
-    checkpoint = Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
+    checkpoint = Checkpoint.of(
+        Network(architecture), Header(architecture=architecture, features=spec)
+    )
 
     with pytest.raises(StartupError, match="merchant_id as an extra field"):
         asyncio.run(check_services(system.settings, checkpoint))

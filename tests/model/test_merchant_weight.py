@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import merchant_weight
-from model.features.merchant import WEIGHT_MAX
+from model.architecture import MERCHANT_WEIGHT_SIZE
+from model.features.merchant import REMEMBERED_WEIGHT, WEIGHT_MAX
 from model.merchant_weight import MerchantWeightNetwork
 from model.training import merchant_weight_fit
 from model.training.merchant_weight_fit import fit_merchant_weight
@@ -94,14 +94,14 @@ def test_a_weight_is_the_share_of_the_rest_and_small_ones_are_kept() -> None:
     with torch.no_grad():
         network.hidden.weight.fill_(1.0)
         network.hidden.bias.fill_(0.0)
-        network.explained.weight.fill_(1 / merchant_weight.HIDDEN_SIZE)  # f(x) = max(x, 0) - 8
+        network.explained.weight.fill_(1 / MERCHANT_WEIGHT_SIZE)  # f(x) = max(x, 0) - 8
         network.explained.bias.fill_(-8.0)
         network.rest.fill_(-5.0)
     x = np.array([0.0, 3.0, 5.0, 8.0, 20.0])
     r, s = 1 / (1 + np.exp(5.0)), 1 / (1 + np.exp(8.0 - x))
     exact = r / (1 - (1 - r) * (1 - s)) * WEIGHT_MAX
     found = network.merchant_weight(torch.from_numpy(x.astype(np.float32))[:, None])
-    kept = np.round(exact) <= merchant_weight.REMEMBERED_WEIGHT
+    kept = np.round(exact) <= REMEMBERED_WEIGHT
     assert kept.tolist() == [False, False, True, True, True]
     np.testing.assert_array_equal(found, np.where(kept, np.round(exact), WEIGHT_MAX))
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from model.architecture import Architecture
 from model.checkpoint import Amounts, Checkpoint, Header
 from model.features.spec import FEATURES, INPUTS, FeatureSpec, Field, Input
-from model.network import Architecture, Network
+from model.network import Network
 from model.reasons import (
     EXPLAINED_AT_ONCE,
     REASONS,
@@ -113,7 +114,7 @@ def additive(weights: dict[tuple[str, str], float], hidden_weight: float = 0.0) 
             network.amount_layer.weight[0, place] = weight
             network.fraud_layer.weight[0, place] = weight * (i.role not in ("amount", "own"))
     header = Header(architecture=architecture, features=spec, amounts=AMOUNTS)
-    return Checkpoint(network, header)
+    return Checkpoint.of(network, header)
 
 
 def keep_hidden(network: Network) -> None:
@@ -244,7 +245,7 @@ def test_a_category_is_rare_or_risky_against_the_commonest(
         (Input("amount", "log1p"), Input("category", "category")),
         fields=(Field("category", "categorical", ("a", "b", "c")),),
     )
-    checkpoint = Checkpoint(network, Header(architecture=architecture, features=spec))
+    checkpoint = Checkpoint.of(network, Header(architecture=architecture, features=spec))
 
     (reasons,) = Explainer(checkpoint).explain(
         np.append(raw_of(), np.float32(code))[None], hidden(1.0)
@@ -258,7 +259,7 @@ def random_checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     spec = FeatureSpec().fitted(raws(200, seed=1))
     architecture = Architecture(len(INPUTS), 8, 4, head_size=8, roles=spec.roles)
-    return Checkpoint(
+    return Checkpoint.of(
         Network(architecture), Header(architecture=architecture, features=spec, amounts=AMOUNTS)
     )
 
@@ -313,7 +314,9 @@ def test_a_missing_number_in_an_extra_field_does_no_harm() -> None:
         (Input("amount", "log1p"), Input("age", "linear")), fields=(Field("age", "numeric"),)
     )
     torch.manual_seed(0)
-    checkpoint = Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
+    checkpoint = Checkpoint.of(
+        Network(architecture), Header(architecture=architecture, features=spec)
+    )
 
     (reasons,) = Explainer(checkpoint).explain(
         np.append(payment(500.0, 20.0), np.float32(np.nan))[None], hidden()
@@ -337,11 +340,11 @@ def test_reasons_of_a_log_are_those_of_its_states() -> None:
     assert len(found) == chosen.sum()
     first = np.flatnonzero(chosen)[0]
     earlier = np.flatnonzero(account[:first] == account[first])
-    state = checkpoint.network.empty_hidden(1)
+    state: NDArray[np.floating] = checkpoint.stepper.empty_hidden(1)
     for row in earlier:
-        inputs = torch.from_numpy(checkpoint.encode(raw[row : row + 1]))
-        state = checkpoint.network.step(inputs, state)[1].half().float()
-    (alone,) = Explainer(checkpoint).explain(raw[first : first + 1], state.numpy())
+        inputs = checkpoint.encode(raw[row : row + 1])
+        state = checkpoint.stepper.step(inputs, state)[1].astype(np.float16)
+    (alone,) = Explainer(checkpoint).explain(raw[first : first + 1], state)
     assert dict_of(alone) == pytest.approx(dict_of(found[0]), abs=0.01)
     assert len(score_stepwise(checkpoint, account, amount, timestamp_ms)[0]) == n
 
@@ -374,7 +377,9 @@ def test_without_the_spread_of_amounts_the_scale_of_inputs_decides_what_is_high(
     torch.manual_seed(0)
     architecture = Architecture(1, 2, 4, head_size=1, roles=("amount",))
     spec = FeatureSpec((Input("amount", "log1p", mean=3.5, deviation=1.0),))
-    checkpoint = Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
+    checkpoint = Checkpoint.of(
+        Network(architecture), Header(architecture=architecture, features=spec)
+    )
     falls = Explainer(checkpoint).falls(np.stack([payment(5000.0, 4000.0)]), hidden())[0]
 
     high, unusual = falls[CODES.index("amount_high")], falls[CODES.index("amount_unusual")]

@@ -11,10 +11,11 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.spec import INPUTS, FeatureSpec
 from model.metrics import operating_points
-from model.network import Architecture, Network
+from model.network import Network
 from model.thresholds import OperatingPoints, ThresholdGoals
 from pipeline.cli.main import main, recur
 from pipeline.errors import RecurError
@@ -58,7 +59,7 @@ def checkpoint(**changes: object) -> Checkpoint:
             "legitimate_amount_per_day": (float(DATA.amount.sum()) - fraud) / DAYS,
         },
     } | changes
-    return Checkpoint(
+    return Checkpoint.of(
         Network(architecture),
         Header(architecture=architecture, features=FeatureSpec(), **header),  # type: ignore[arg-type]
     )

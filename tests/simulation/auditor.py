@@ -74,7 +74,7 @@ class Entry:
 
 
 @dataclass
-class Said:
+class PublishedScore:
     """A published score.
 
     Attributes:
@@ -128,7 +128,7 @@ class PartitionAudit:
         self.number = number
         self.log_id = log_id
         self.entries: list[Entry] = []
-        self.said: dict[int, list[Said]] = {}
+        self.published_scores: dict[int, list[PublishedScore]] = {}
         self.watermark = 0
         self.furthest = 0
         self._source_prefix = f"{topic}:{number}:"
@@ -173,9 +173,9 @@ class PartitionAudit:
         if found is None:
             entry = self.entries[offset]
             found = {
-                chained(before, offset, entry.amount, said.merchant)
+                chained(before, offset, entry.amount, published.merchant)
                 for before in self.possible(entry.previous)
-                for said in self.said.get(offset, ())
+                for published in self.published_scores.get(offset, ())
             }
             self._possible[offset] = found
         return found
@@ -189,35 +189,35 @@ class PartitionAudit:
             Violation: the score does not follow from the log, or its worker knew that it was
                 published before.
         """
-        published = read_score(value, self._source_prefix)
-        if published is None:
+        logged = read_score(value, self._source_prefix)
+        if logged is None:
             raise Violation("what is scored", f"no score of partition {self.number}: {value!r}")
-        offset, kept = published
+        offset, kept = logged
         if offset >= len(self.entries) or not self.entries[offset].is_applied:
             raise Violation("what is scored", f"a score of {self._source_prefix}{offset}")
         score = float(np.float32(kept.score.score))  # its shortest decimal names one float32
-        said = Said(place, score, _merchant(kept), kept.score.decision, is_late)
-        before = self.said.setdefault(offset, [])
+        published = PublishedScore(place, score, _merchant(kept), kept.score.decision, is_late)
+        before = self.published_scores.setdefault(offset, [])
         entry = self.entries[offset]
         if not any(
-            score_of(chained(hidden, offset, entry.amount, said.merchant)) == said.score
+            score_of(chained(hidden, offset, entry.amount, published.merchant)) == published.score
             for hidden in self.possible(entry.previous)
         ):
             raise Violation("score", f"that of {self._source_prefix}{offset} is not the log's")
-        self._check_said_before(offset, said, before, known)
-        if all(other.merchant != said.merchant for other in before):
+        self._check_published_before(offset, published, before, known)
+        if all(other.merchant != published.merchant for other in before):
             self._possible = {k: v for k, v in self._possible.items() if k < offset}
-        before.append(said)
+        before.append(published)
 
-    def _check_said_before(
-        self, offset: int, said: Said, before: Sequence[Said], known: int
+    def _check_published_before(
+        self, offset: int, published: PublishedScore, before: Sequence[PublishedScore], known: int
     ) -> None:
         if not before:
             return
         source = f"{self._source_prefix}{offset}"
         if before[0].place < known:
             raise Violation("score again", f"its worker knew the score of {source}")
-        if not said.is_late and not any(other.is_late for other in before):
+        if not published.is_late and not any(other.is_late for other in before):
             raise Violation("score again", f"{source}, and no zombie had a part in it")
 
     # states ------------------------------------------------------------------------------
@@ -275,18 +275,18 @@ class LabelAudit:
     Attributes:
         bookings: for each partition, the labels that must be recorded, by offset.
         ends: the end offset of each partition.
-        booked_to: for each partition and slot, the furthest offset to which labels were recorded.
+        recorded_to: for each partition and slot, the furthest offset to which labels were recorded.
         weights: the scorer's merchant weights of a transaction, by slot and hash. Several
             transactions may have the same id.
     """
 
     bookings: list[dict[int, MerchantLabel]]
     ends: list[int]
-    booked_to: list[list[int]] = field(default_factory=list)
+    recorded_to: list[list[int]] = field(default_factory=list)
     weights: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.booked_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
+        self.recorded_to = [[0] * MERCHANT_SLOTS for _ in self.ends]
 
     def check(self, store: MemoryMerchantStore, merchant: str, partition: int) -> None:
         """Check a merchant's known frauds against its labels up to its slot's labels offset.
@@ -304,23 +304,23 @@ class LabelAudit:
         weights = {fraud.id_hash: fraud.weight for fraud in found}
         newest: dict[int, int] = {}
         label_weights: dict[int, int] = {}
-        for offset, booking in self.bookings[partition].items():
-            name = booking.entry.id_hash
-            is_old = booking.labelled_ms < newest.get(name, 0)
-            if offset >= end or booking.merchant_id != merchant or is_old:
+        for offset, label in self.bookings[partition].items():
+            name = label.entry.id_hash
+            is_old = label.labelled_ms < newest.get(name, 0)
+            if offset >= end or label.merchant_id != merchant or is_old:
                 continue
-            newest[name] = booking.labelled_ms
-            if booking.label_weight is not None:
-                label_weights[name] = booking.label_weight
+            newest[name] = label.labelled_ms
+            if label.label_weight is not None:
+                label_weights[name] = label.label_weight
             note = store.notes.get((slot, name))
             weight = WEIGHT_MAX
             if note is not None and note.decision is not None:
                 possible = self.weights[slot, name]
                 weight = weights[name] if weights.get(name) in possible else min(possible)
-            entry = replace(booking.entry, weight=label_weights.get(name, weight))
-            expected.record(entry, booking.is_fraud)
+            entry = replace(label.entry, weight=label_weights.get(name, weight))
+            expected.record(entry, label.is_fraud)
         if found != sorted(expected.frauds, key=_id):
-            raise Violation("labels", f"those of {merchant} are not booked once each")
+            raise Violation("labels", f"those of {merchant} are not recorded once each")
 
 
 def _id(fraud: Fraud) -> int:
@@ -354,7 +354,7 @@ class Auditor:
         self._of_logs_before: set[str] = set()
         self.labels = LabelAudit([{} for _ in range(partitions)], [0] * partitions)
         self.alerts: dict[str, int] = {}
-        self.letters: set[tuple[str, int, int]] = set()
+        self.dead_letters: set[tuple[str, int, int]] = set()
         self.data_were_lost = False  # a worker may then repeat earlier commits
         self._losses = 0
         # By writer id and note: the number of losses before the worker last wrote the note.
@@ -384,7 +384,7 @@ class Auditor:
             self._of_logs_before.update(entry.transaction_id for entry in audit.entries)
         self.partitions = [self._new_audit(a.number, log_id=log_id) for a in self.partitions]
         self.alerts.clear()
-        self.letters.clear()
+        self.dead_letters.clear()
         self.data_were_lost = True  # offsets begin again
 
     def lost_data(self) -> None:
@@ -424,18 +424,18 @@ class Auditor:
             self._see_notes(audit, mark)
         self.check(lambda: self.partitions[partition].check_states(self._store))
 
-    def label_booked(self, partition: int, booking: MerchantLabel) -> None:
+    def label_recorded(self, partition: int, label: MerchantLabel) -> None:
         """Check the merchant of a label after an attempt to record the label."""
-        merchant = booking.merchant_id
+        merchant = label.merchant_id
         self.check(lambda: self.labels.check(self._merchants, merchant, partition))
 
-    def labels_are_booked(self, partition: int) -> bool:
+    def labels_are_recorded(self, partition: int) -> bool:
         """Return whether all labels of a partition are recorded."""
         return self._merchants.all_recorded_to(partition) == self.labels.ends[partition]
 
-    def booked_to(self, partition: int, slots: Iterable[int]) -> None:
+    def recorded_to(self, partition: int, slots: Iterable[int]) -> None:
         """Update the furthest labels offset of each slot."""
-        furthest = self.labels.booked_to[partition]
+        furthest = self.labels.recorded_to[partition]
         for slot in slots:
             furthest[slot] = max(furthest[slot], self._merchants.recorded.get((partition, slot), 0))
 
@@ -453,7 +453,7 @@ class Auditor:
             if topic == self._topic:
                 furthest = max(self.partitions[partition].furthest, self._furthest[partition])
             else:
-                furthest = min(self.labels.booked_to[partition])
+                furthest = min(self.labels.recorded_to[partition])
             if offset > furthest:
                 raise Violation("commit", f"{offset} of {name}, which is done up to {furthest}")
             if before is not None and offset < before and not self.data_were_lost:
@@ -474,20 +474,20 @@ class Auditor:
         """Record a dead letter that the broker appended."""
         if headers["topic"].decode() == self._topic:
             place = int(headers["partition"]), int(headers["offset"])
-            self.letters.add((headers["reason"].decode(), *place))
+            self.dead_letters.add((headers["reason"].decode(), *place))
 
     def finish(self) -> None:
         """Check the whole run at its end, when all work is done."""
         for partition in self.partitions:
             self.check(partial(self._finish_partition, partition))
         for number, bookings in enumerate(self.labels.bookings):
-            for booking in bookings.values():
-                self.label_booked(number, booking)
+            for label in bookings.values():
+                self.label_recorded(number, label)
         self.check(self._finish_notes)
 
     def _finish_notes(self) -> None:
         """Check that every needed note exists and has a decision that was published."""
-        said: dict[tuple[int, int], set[str]] = {}
+        published: dict[tuple[int, int], set[str]] = {}
         needed: set[tuple[int, int]] = set()
         for partition in self.partitions:
             for offset, entry in enumerate(partition.entries):
@@ -495,28 +495,28 @@ class Auditor:
                     continue
                 place = entry.place
                 decisions = {DECISIONS[0]} if entry.is_warm else set()
-                decisions |= {one.decision for one in partition.said.get(offset, ())}
-                said.setdefault(place, set()).update(decisions)
+                decisions |= {one.decision for one in partition.published_scores.get(offset, ())}
+                published.setdefault(place, set()).update(decisions)
                 if DECISIONS[0] not in decisions or min(self.labels.weights[place]) < WEIGHT_MAX:
                     needed.add(place)
         for place in needed:
             note = self._merchants.notes.get(place)
             if place in self._cut_off and (note is None or note.decision is None):
                 continue  # docs/guarantees.md excludes this case
-            if note is None or note.decision not in said[place]:
-                raise Violation("notes", f"of {place} is remembered {note}, not {said[place]}")
+            if note is None or note.decision not in published[place]:
+                raise Violation("notes", f"of {place} is remembered {note}, not {published[place]}")
 
     def _finish_partition(self, partition: PartitionAudit) -> None:
         for offset, entry in enumerate(partition.entries):
             source = f"{self._topic}:{partition.number}:{offset}"
             if entry.rejected is not None:
-                if (entry.rejected, partition.number, offset) not in self.letters:
+                if (entry.rejected, partition.number, offset) not in self.dead_letters:
                     raise Violation("rejected", f"{source} is not in dead-letter")
             elif entry.is_applied:
-                said = partition.said.get(offset)
-                if not said:
+                published = partition.published_scores.get(offset)
+                if not published:
                     raise Violation("lost", f"no score of {source}")
-                raises = [one.decision != DECISIONS[0] for one in said]
+                raises = [one.decision != DECISIONS[0] for one in published]
                 if all(raises) and not entry.is_warm and source not in self.alerts:
                     raise Violation("alerts", f"none of {source}")
                 if entry.is_warm and source in self.alerts:

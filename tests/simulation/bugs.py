@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,15 +30,15 @@ from pipeline.scoring.processor import Processor
 from pipeline.scoring.recovery import PartitionRecovery
 from pipeline.scoring.scorer import BatchScores, MicroBatch
 from pipeline.storage.account_state import AccountStates
-from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import merchant_slot
-from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel
+from pipeline.storage.merchant_store import Counts, LabelOutcomes, MerchantLabel
 from pipeline.storage.state_store import Save
 from pipeline.storage.transaction_note import TransactionNote
 from pipeline.storage.watermark import Watermark
+from pipeline.worker.faust_transport import Delivery
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
-from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
+from tests.simulation.services import MerchantClient, PollClient, Publisher, ScoreLog, StateClient
 from tests.simulation.worker import Parts, Worker
 
 
@@ -75,11 +75,11 @@ class Bug:
 class AckFirst(Worker):
     """Worker that acks a poll before it saves the states."""
 
-    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, delivery: Delivery) -> None:
         for partition, chunk in computed.poll.chunks.items():
             computed.poll.applied[partition] = chunk.end
-        event.ack()
-        await super()._conclude(computed, event)
+        self._consumer().ack(delivery)
+        await super()._conclude(computed, delivery)
 
 
 class PublishLater(Publisher):
@@ -120,34 +120,22 @@ class AckWhatIsNotSaved(Processor):
 # the store ---------------------------------------------------------------------------------
 
 
-class SaveWithoutGuard(StateClient):
+class SaveWithoutWatermark(StateClient):
     """Store client that saves without comparing the watermark."""
 
-    async def save(self, requests: Sequence[Save]) -> list[bool]:
-        await self._network.ask(
-            self._host,
-            "save",
-            [partial(self._write, request) for request in requests],
-            StoreUnavailableError,
-        )
-        return [True] * len(requests)
+    def effects(self, request: Save) -> list[Callable[[], bool]]:
+        return [partial(self._write, request)]
 
-    def _write(self, request: Save) -> None:
+    def _write(self, request: Save) -> bool:
         standing = self.store.watermarks.get(request.partition)
-        self.store.write(dataclasses.replace(request, expected=standing))
+        return self.store.write(dataclasses.replace(request, expected=standing))
 
 
 class WatermarkApart(StateClient):
     """Store client that writes the states first and the watermark separately."""
 
-    async def save(self, requests: Sequence[Save]) -> list[bool]:
-        effects = [
-            effect
-            for request in requests
-            for effect in (partial(self._states, request), partial(self._watermark, request))
-        ]
-        done = await self._network.ask(self._host, "save", effects, StoreUnavailableError)
-        return done[1::2]
+    def effects(self, request: Save) -> list[Callable[[], bool]]:
+        return [partial(self._states, request), partial(self._watermark, request)]
 
     def _states(self, request: Save) -> bool:
         stands = self.store.watermarks.get(request.partition) == request.expected
@@ -166,9 +154,9 @@ class WatermarkApart(StateClient):
 class LateAck(Consumer):
     """Consumer that accepts acks of polls from before a rebalance."""
 
-    def ack(self, message: Any) -> bool:
-        self._in_flight.setdefault(id(message), (message.topic, True))
-        return super().ack(message)
+    def ack(self, delivery: Delivery) -> bool:
+        self._in_flight.add(delivery)
+        return super().ack(delivery)
 
 
 class LateAckOfAll(Processor):
@@ -375,7 +363,7 @@ class RejectedDropped(Publisher):
         return await super().publish(scores, alerts, [])
 
 
-class BookedAgain(MerchantClient):
+class RecordedAgain(MerchantClient):
     """Merchant client that records labels again."""
 
     async def record_labels(
@@ -387,7 +375,7 @@ class BookedAgain(MerchantClient):
         return await super().record_labels(partition, labels, begin, end)
 
 
-class BookedPastTheGap(MerchantClient):
+class RecordedPastTheGap(MerchantClient):
     """Merchant client that records labels past a gap in the store."""
 
     async def record_labels(
@@ -396,15 +384,13 @@ class BookedPastTheGap(MerchantClient):
         return await super().record_labels(partition, labels, 0, end)
 
 
-class NotesLater(Processor):
-    """Processor that writes the notes after the states."""
+class NotesLater(PollClient):
+    """Store client that writes the notes after the states."""
 
-    async def _write_notes(self, parts: list[PartitionBatch]) -> None:
-        """Write no notes before the save."""
-
-    async def _save_states(self, parts: list[PartitionBatch], saves: list[Save]) -> list[bool]:
-        stands = await super()._save_states(parts, saves)
-        await super()._write_notes(parts)
+    async def save(self, requests: Sequence[Save], counts: Counts) -> list[bool]:
+        without = [dataclasses.replace(request, notes=()) for request in requests]
+        stands = await super().save(without, counts)
+        await self._merchants.add({}, [note for request in requests for note in request.notes])
         return stands
 
 
@@ -424,7 +410,7 @@ BUGS = [
     Bug("ack of what was not saved", 1, 110, Parts(processor=AckWhatIsNotSaved)),
     Bug("save before publish", 13, 26, Parts(publisher=PublishLater)),
     Bug("save before alerts are published", 361, 722, Parts(publisher=AlertsLater)),
-    Bug("a save without the guard", 24, 50, Parts(state_client=SaveWithoutGuard)),
+    Bug("a save without the watermark", 24, 50, Parts(state_client=SaveWithoutWatermark)),
     Bug(
         "a watermark that is not atomic with its states", 1, 10, Parts(state_client=WatermarkApart)
     ),
@@ -434,7 +420,7 @@ BUGS = [
     Bug("a fetch across a reset taken", 352, 2000, Parts(consumer=KeepAcrossReset)),
     Bug("recorded features not reused", 22, 140, Parts(score_log=FeaturesNotReused)),
     Bug(
-        "published scores said again",
+        "published scores repeated",
         22,
         44,
         patches=[(ownership, "PartitionRecovery", NothingKept)],
@@ -491,9 +477,9 @@ BUGS = [
     Bug("records of a log before taken", 5, 50, Parts(ownership=FetchedOfLogBefore)),
     Bug("an account not forgotten", 2, 10, patches=[(decoder, "_apply_control", _nothing)]),
     Bug("rejected records not published", 2, 10, Parts(publisher=RejectedDropped)),
-    Bug("labels booked again", 7, 80, Parts(merchant_client=BookedAgain)),
-    Bug("labels booked past a gap", 22, 100, Parts(merchant_client=BookedPastTheGap)),
-    Bug("notes written after the states", 32, 500, Parts(processor=NotesLater)),
+    Bug("labels recorded again", 7, 80, Parts(merchant_client=RecordedAgain)),
+    Bug("labels recorded past a gap", 22, 100, Parts(merchant_client=RecordedPastTheGap)),
+    Bug("notes written after the states", 32, 500, Parts(poll_client=NotesLater)),
     Bug(
         "notes of kept scores not written",
         22,

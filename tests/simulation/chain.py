@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from model.checkpoint import Checkpoint, CheckpointThresholds
+from model.features.account import Rows
 from model.features.merchant import WEIGHT_MAX
 from model.features.spec import INPUTS
 from model.reasons import Reason
-from pipeline.scoring.scorer import MicroBatch, Scorer, note_applied
+from pipeline.scoring.scorer import ACCOUNT_END, MicroBatch, Scorer, note_applied
 from pipeline.storage.account_state import AccountStates
 from tests.fakes.memory_workers import small_checkpoint
 
@@ -74,36 +73,29 @@ class ChainScorer(Scorer):
         self,
         states: AccountStates,
         batch: MicroBatch,
-        members: NDArray[np.intp],
-        rows: NDArray[np.intp],
-        others: NDArray[np.float32],
-        hidden16: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Tensor]:
+        members: Rows,
+        rows: Rows,
+        raw: NDArray[np.float32],
+        hidden: NDArray[np.float16],
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         amounts = batch.amount[members].tolist()
         if POISON in amounts:
             raise FloatingPointError("it fails")
-        hidden = b"".join(
+        after = list(
             map(
                 chained,
-                (row.tobytes() for row in hidden16),
+                (row.tobytes() for row in hidden),
                 batch.offset[members].tolist(),
                 amounts,
-                (row.tobytes() for row in others),
+                (row.tobytes() for row in raw[:, ACCOUNT_END:]),
             )
         )
-        states.hidden[rows] = np.frombuffer(hidden, np.float16).reshape(hidden16.shape)
-        count = states.history.count[rows]
-        states.history.count[rows] = count + 1
-        note_applied(states, batch, members, rows, count)
-        raw = np.zeros((len(members), self._columns), np.float32)
+        note_applied(states, batch, members, rows)
+        states.hidden[rows] = np.frombuffer(b"".join(after), np.float16).reshape(hidden.shape)
+        states.history.count[rows] += 1
         raw[:, 0] = amounts
-        raw[:, self._columns - others.shape[1] :] = others
-        places = range(0, len(hidden), 8)
-        score = np.array([score_of(hidden[i : i + 8]) for i in places], np.float32)
-        return score, raw, torch.from_numpy(raw[:, :1])
-
-    def _merchant_weight(self, own: Tensor) -> NDArray[np.uint8]:
-        return np.array([weight_of(amount) for amount in own[:, 0].tolist()], np.uint8)
+        score = np.array([score_of(state) for state in after], np.float32)
+        return score, np.array([weight_of(amount) for amount in amounts], np.uint8)
 
 
 class NoReasons:

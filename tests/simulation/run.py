@@ -215,6 +215,7 @@ class Run:
             self.merchants,
             self.auditor,
             lambda: self.now_ms,
+            is_cluster=rng.random() < 0.5,
         )
         self._snapshots = [(self.store.copy(), _copy(self.merchants))]
         self._workers: list[Worker] = []
@@ -454,7 +455,7 @@ class Run:
     def _look_at_labels(self) -> None:
         worker = self._some_worker()
         if worker is not None:
-            self._tell(f"{worker.host.name} looks whether its labels are still booked")
+            self._tell(f"{worker.host.name} looks whether its labels are still recorded")
             worker.look_at_labels()
 
     def _make_topic_again(self) -> None:
@@ -561,7 +562,7 @@ class Run:
                 return False
             if audit.watermark < len(audit.entries):
                 return False
-            if not self.auditor.labels_are_booked(partition):
+            if not self.auditor.labels_are_recorded(partition):
                 return False
         return True
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.architecture import Architecture
 from model.checkpoint import Checkpoint, Header
 from model.data.dataset import Dataset
 from model.evaluation.protocol import Fold
@@ -20,7 +21,7 @@ from model.evaluation.robustness import (
 )
 from model.features.account import Float32, observe_log
 from model.features.spec import FEATURES, Encoder, FeatureSpec
-from model.network import Architecture, Network
+from model.network import Network
 from model.training.sequences import score_unrolled
 from model.units import DAY_MS
 from tests.fakes.datasets import rows_of
@@ -61,7 +62,7 @@ def checkpoint(raw: Float32) -> Checkpoint:
     torch.manual_seed(0)
     spec = FeatureSpec().fitted(raw)
     network = Network(Architecture(len(spec.inputs), hidden_size=8, layers=2, roles=spec.roles))
-    return Checkpoint(network, Header(architecture=network.architecture, features=spec))
+    return Checkpoint.of(network, Header(architecture=network.architecture, features=spec))
 
 
 def score(

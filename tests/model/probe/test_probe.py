@@ -13,13 +13,14 @@ import torch
 
 import pipeline
 import pipeline.cli.probe
+from model.architecture import Architecture
 from model.checkpoint import Amounts, Checkpoint, CheckpointThresholds, Header
 from model.evaluation.lightgbm_reference import MissingRequirementError
 from model.features.amount_scale import AmountScale
 from model.features.merchant import BUCKET_MS, Labels, observe_merchant_log
 from model.features.spec import FeatureSpec, Input, Role
 from model.metrics import OPERATING_POINT
-from model.network import Architecture, Network
+from model.network import Network
 from model.probe.exposure import (
     AMOUNT_MOST,
     ExposureSettings,
@@ -119,7 +120,7 @@ def toy(
             network.free_layer.weight[n, which] = 1.0
             network.free_layer.bias[n] = -value
             network.logit.weight[0, n] = weight
-    return Checkpoint(
+    return Checkpoint.of(
         network,
         Header(
             architecture=architecture,
@@ -157,7 +158,7 @@ def drawn() -> Checkpoint:
     architecture = Architecture(
         len(spec.roles), input_size=8, hidden_size=16, head_size=8, roles=spec.roles
     )
-    return Checkpoint(Network(architecture), Header(architecture=architecture, features=spec))
+    return Checkpoint.of(Network(architecture), Header(architecture=architecture, features=spec))
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_states_and_scores_are_those_of_a_worker() -> None:
         )
         assert scores[number] == pytest.approx(expected, abs=1e-6)
         assert states.history.take(np.array([number])).usual_amount == after.usual_amount
-        assert torch.allclose(states.hidden[number], hidden[0], atol=1e-3)
+        assert np.allclose(states.hidden[number], hidden[0], atol=1e-3)
 
 
 def test_a_variant_scores_as_the_step_that_makes_it() -> None:

@@ -71,7 +71,7 @@ def raw_as_trained(log: SimulatedLog, checkpoint: Checkpoint) -> Float32:
     """Compute the raw features of a log with the merchant weights of the checkpoint."""
     spec = checkpoint.header.features
     raw = observe_all(log, spec)
-    weight = checkpoint.network.merchant_weight(torch.from_numpy(checkpoint.encode(raw)))
+    weight = checkpoint.stepper.merchant_weight(checkpoint.encode(raw))
     labels = Labels.delayed(log.is_fraud, log.timestamp_ms, spec.label_delay_ms, weight)
     raw[:, ACCOUNT:] = observe_merchant_log(
         log.merchant, log.timestamp_ms, labels, spec.label_delay_ms
@@ -107,7 +107,7 @@ def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(
     log = simulate(SMALL)
     raw = raw_as_trained(log, checkpoint)
     scores, _, _ = score_stepwise(
-        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], np.float32
     )
     held_out = log.day >= Split.of(SMALL.days).held_out
     metrics = checkpoint.header.metrics
@@ -265,7 +265,7 @@ def test_unrolled_and_stepwise_scores_of_a_log_agree(layers: int, tmp_path: Path
     inputs = torch.from_numpy(checkpoint.encode(raw))
     unrolled = score_unrolled(checkpoint.network, inputs, log.account)
     stepwise, history, hidden = score_stepwise(
-        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], np.float32
     )
     np.testing.assert_allclose(stepwise, unrolled, atol=1e-5)
     accounts = np.unique(log.account)
@@ -584,11 +584,11 @@ def test_the_shipped_checkpoint_finds_fraud_it_never_saw_with_states_in_float16(
     assert np.abs(rounded - exact).max() < 0.02
 
 
-def histories_of(log: SimulatedLog, checkpoint: Checkpoint) -> tuple[AccountHistory, torch.Tensor]:
+def histories_of(log: SimulatedLog, checkpoint: Checkpoint) -> tuple[AccountHistory, Float32]:
     """Return the histories and hidden states of all accounts after a log."""
     raw = raw_as_trained(log, checkpoint)
     _, history, hidden = score_stepwise(
-        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], torch.float32
+        checkpoint, log.account, log.amount, log.timestamp_ms, raw[:, ACCOUNT:], np.float32
     )
     return history, hidden
 
@@ -596,7 +596,7 @@ def histories_of(log: SimulatedLog, checkpoint: Checkpoint) -> tuple[AccountHist
 def logits_of(
     checkpoint: Checkpoint,
     history: AccountHistory,
-    hidden: torch.Tensor,
+    hidden: Float32,
     amount: Float64,
     merchant: Float32,
     later_ms: int,
@@ -605,15 +605,14 @@ def logits_of(
     times = history.last_event_ms + later_ms
     of_account, _ = observe(history, amount, times, checkpoint.header.features.scale)
     inputs = checkpoint.encode(np.hstack((of_account, merchant)))
-    with torch.inference_mode():
-        logits, _ = checkpoint.network.step(torch.from_numpy(inputs), hidden)
-    return np.asarray(logits.numpy(), np.float32), inputs
+    logits, _ = checkpoint.stepper.step(inputs, hidden)
+    return logits, inputs
 
 
 @pytest.fixture(scope="module")
 def swept(
     trained: tuple[Checkpoint, Path, list[Report]],
-) -> tuple[Checkpoint, AccountHistory, torch.Tensor, Float32]:
+) -> tuple[Checkpoint, AccountHistory, Float32, Float32]:
     """Return the trained checkpoint, histories, states, and merchants with and without frauds."""
     checkpoint, _, _ = trained
     log = simulate(replace(SMALL, customers=60, terminals=100, seed=9))
@@ -627,7 +626,7 @@ def swept(
 
 @pytest.mark.parametrize("later_ms", [1000, 3_600_000, 20 * DAY_MS])
 def test_more_money_never_lowers_a_trained_score(
-    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], later_ms: int
+    swept: tuple[Checkpoint, AccountHistory, Float32, Float32], later_ms: int
 ) -> None:
     """This holds from the usual amount or the mean on; a smaller one may be a card test."""
     checkpoint, history, hidden, merchant = swept
@@ -649,7 +648,7 @@ def test_more_money_never_lowers_a_trained_score(
 
 @pytest.mark.parametrize("age_days", [-1.0, 3.0, 20.0])
 def test_more_known_frauds_never_lower_a_trained_score(
-    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32], age_days: float
+    swept: tuple[Checkpoint, AccountHistory, Float32, Float32], age_days: float
 ) -> None:
     """The fraud ages are fixed; -1 is a merchant whose frauds have little weight."""
     checkpoint, history, hidden, merchant = swept
@@ -675,7 +674,7 @@ def test_more_known_frauds_never_lower_a_trained_score(
 
 
 def test_a_cent_more_changes_a_trained_score_by_next_to_nothing_but_at_a_step(
-    swept: tuple[Checkpoint, AccountHistory, torch.Tensor, Float32],
+    swept: tuple[Checkpoint, AccountHistory, Float32, Float32],
 ) -> None:
     """The score must not show whether an amount is divisible by 5 cents."""
     checkpoint, history, hidden, merchant = swept

@@ -215,7 +215,7 @@ class Brittle(Checkpoint):
 
     def __init__(self) -> None:
         sound = small_checkpoint()
-        super().__init__(sound.network, sound.header)
+        super().__init__(sound.weights, sound.header)
 
     def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if (raw[:, 0] == POISON).any():

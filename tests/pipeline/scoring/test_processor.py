@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from model.features.spec import FEATURES
 from model.reasons import REASONS_MAX
+from model.stepper import sigmoid
 from pipeline.messages.decision import DecisionThresholds, thresholds_of
 from pipeline.messages.scores import decode_alert, decode_score
 from pipeline.settings import load_settings
@@ -103,11 +103,9 @@ def test_a_score_has_all_documented_fields_and_can_be_recomputed() -> None:
     assert score.features["amount"] == 300.5
     assert score.features["transactions_seen"] == 1
     raw = np.array([score.raw(FEATURES)], np.float32)
-    network = world.checkpoint.network
-    logits, _ = network.step(
-        torch.from_numpy(world.checkpoint.encode(raw)), network.empty_hidden(1)
-    )
-    assert np.float32(score.score) == logits.sigmoid().numpy()[0], "cannot be recomputed"
+    stepper = world.checkpoint.stepper
+    logits, _ = stepper.step(world.checkpoint.encode(raw), stepper.empty_hidden(1))
+    assert np.float32(score.score) == sigmoid(logits)[0], "cannot be recomputed"
 
 
 def test_an_alert_has_its_score_thresholds_and_time() -> None:

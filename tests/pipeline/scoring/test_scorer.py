@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.features.merchant import MERCHANT_FEATURES
+from model.stepper import sigmoid
 from pipeline.scoring.scorer import (
     FAILURES_IN_A_ROW_MAX,
     BatchScores,
@@ -133,13 +133,12 @@ def test_the_order_of_accounts_in_the_states_does_not_matter() -> None:
 def test_a_score_is_the_networks_output_for_the_hidden_state() -> None:
     scorer = Scorer(CHECKPOINT, ttl_ms=30 * DAY_MS)
     values, _ = score(scorer, [None], batch_of([0]))
-    hidden = torch.from_numpy(scorer.codec.decode(values)[0].hidden).float()
+    hidden = scorer.codec.decode(values)[0].hidden
 
     _, scored = score(scorer, values, batch_of([0], [50.0], ids=[9], start=1))
 
-    inputs = torch.from_numpy(CHECKPOINT.encode(scored.raw))
-    logits, _ = CHECKPOINT.network.step(inputs, hidden)
-    assert scored.score[0] == torch.sigmoid(logits)[0]
+    logits, _ = CHECKPOINT.stepper.step(CHECKPOINT.encode(scored.raw), hidden)
+    assert scored.score[0] == sigmoid(logits)[0]
 
 
 # duplicates ------------------------------------------------------------------------------
@@ -266,7 +265,7 @@ class Brittle(Checkpoint):
     """A checkpoint whose computation fails for :data:`POISON`."""
 
     def __init__(self, how: Callable[[np.ndarray[Any, Any]], None]) -> None:
-        super().__init__(CHECKPOINT.network, CHECKPOINT.header)
+        super().__init__(CHECKPOINT.weights, CHECKPOINT.header)
         self._how = how
 
     def encode(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
