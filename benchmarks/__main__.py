@@ -284,6 +284,7 @@ class Bench:
         environment = {
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OPENBLAS_NUM_THREADS": "1",  # as a worker's
             "STOCK_MODE": mode,
             "STOCK_BROKER": settings.kafka_bootstrap_servers,
             "STOCK_REDIS": settings.redis_url,

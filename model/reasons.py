@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from model.checkpoint import TAIL_MAX, Amounts, Checkpoint
 from model.features.account import Float32, Float64, Int64, rounds_of
-from model.features.spec import FeatureSpec
+from model.features.spec import AMOUNTS, FRAUD_AGES, FRAUD_FEATURES, FeatureSpec
 
 REASONS: Mapping[str, str] = {
     "amount_unusual": "the amount is far over what this account usually spends",
@@ -52,6 +52,15 @@ _GROUPS = ("amount", "merchant_risky", "new_merchant", "velocity", "time", "hist
 _LOG_AMOUNT = ("amount", "log1p")
 _TIME = _GROUPS.index("time")
 _HISTORY = _GROUPS.index("history")
+_DAYS_OF_FRAUDS = tuple(name for name in FRAUD_AGES if name != "merchant_legitimate_days")
+_MERCHANT_COUNTS = ("merchant_count_1d", "merchant_count_7d", "merchant_count_30d")
+_ORDINARY: Mapping[str, Mapping[str, float | None]] = {
+    "amount": dict.fromkeys(("amount_to_mean", "amount_to_usual", "amount_to_least"), 1.0),
+    "merchant_risky": dict.fromkeys(FRAUD_FEATURES, 0.0) | dict.fromkeys(_DAYS_OF_FRAUDS, -1.0),
+    "velocity": dict.fromkeys(("seconds_since_last", "count_1d", "count_7d", "count_30d")),
+}
+"""Features that are always the same in a group's variant; None: the typical value."""
+
 _DEGREES_OF_FREEDOM = 8
 """Degrees of freedom of the Student distribution of an account's amounts.
 
@@ -80,7 +89,20 @@ class Explainer:
         self._checkpoint = checkpoint
         spec = checkpoint.header.features
         self._column = {name: place for place, name in enumerate(spec.names)}
-        self._typical = _typical(spec)
+        at, typical = self._column, _typical(spec)
+        constants = [
+            (1 + _GROUPS.index(group), at[name], typical[name] if value is None else value)
+            for group, values in _ORDINARY.items()
+            for name, value in values.items()
+        ]
+        self._constant_variants = [variant for variant, _, _ in constants]
+        self._constant_columns = [column for _, column, _ in constants]
+        self._constants = np.array([[value] for _, _, value in constants], np.float32)
+        self._spent = [at[name] for name in AMOUNTS]
+        self._counts = [at[name] for name in _MERCHANT_COUNTS]
+        self._typical_counts = np.array([typical[name] for name in _MERCHANT_COUNTS], np.float32)
+        self._legitimate = at["merchant_legitimate_days"]
+        self._typical_legitimate = typical["merchant_legitimate_days"]
         self._amounts = checkpoint.header.amounts or _lognormal(spec)
         self._waves = np.array(
             [place for place, i in enumerate(spec.inputs) if i.transform in ("sin", "cos")],
@@ -99,7 +121,7 @@ class Explainer:
         found: list[list[Reason]] = []
         for start in range(0, len(raw), EXPLAINED_AT_ONCE):
             part = slice(start, start + EXPLAINED_AT_ONCE)
-            found += map(_reasons, self.falls(raw[part], hidden[part]))
+            found += map(_reasons, self.falls(raw[part], hidden[part]).tolist())
         return found
 
     def falls(self, raw: Float32, hidden: NDArray[np.floating]) -> Float64:
@@ -113,41 +135,25 @@ class Explainer:
         before = np.repeat(hidden[None], 1 + len(_GROUPS), axis=0)
         before[1 + _HISTORY] = 0.0
         logits = self._checkpoint.stepper.logits(inputs, before.reshape(-1, *hidden.shape[1:]))
-        logit = np.nan_to_num(logits.astype(np.float64)).reshape(-1, n)
-        fall = logit[0] - logit[1:]  # [groups, n]
+        logit = logits.astype(np.float64).reshape(-1, n)
+        fall = np.empty((n, len(_CODES)))
+        fall[:, 1:] = (logit[0] - logit[1:]).T
         unusual = self._unusual_share(raw)
-        return np.column_stack((fall[0] * unusual, fall[0] * (1.0 - unusual), *fall[1:]))
+        fall[:, 0] = fall[:, 1] * unusual
+        fall[:, 1] *= 1.0 - unusual
+        fall[~np.isfinite(fall)] = 0.0
+        return fall
 
     def _make_ordinary(self, variants: Float32) -> None:
         """Replace the features of each group in its variant of [1 + groups, n, R]."""
-        at, typical = self._column, self._typical
+        at = self._column
         raw = variants[0]
-        amount, risky, new, velocity = variants[1:5]
-        usual = raw[:, at["usual_amount"]]
-        amount[:, at["amount"]] = usual
-        for name in ("usual_amount", "mean_amount_1d", "mean_amount_7d", "mean_amount_30d"):
-            amount[:, at[name]] = usual
-        amount[
-            :, [at[name] for name in ("amount_to_mean", "amount_to_usual", "amount_to_least")]
-        ] = 1.0
-
-        known = raw[:, at["merchant_known_frauds"]] > 0
-        for window in ("1d", "7d", "30d"):
-            risky[:, at[f"merchant_risk_{window}"]] = 0.0
-        risky[:, [at["merchant_known_frauds"], at["merchant_streak_frauds"]]] = 0.0
-        for name in ("oldest_fraud", "newest_fraud", "streak"):
-            risky[:, at[f"merchant_{name}_days"]] = -1.0
-        risky[known, at["merchant_legitimate_days"]] = typical["merchant_legitimate_days"]
-
-        for window in ("1d", "7d", "30d"):
-            name = f"merchant_count_{window}"
-            new[:, at[name]] = np.maximum(raw[:, at[name]], typical[name])
-        never = raw[:, at["merchant_legitimate_days"]] < 0
-        new[never, at["merchant_legitimate_days"]] = typical["merchant_legitimate_days"]
-
-        for name in ("seconds_since_last", "count_1d", "count_7d", "count_30d"):
-            velocity[:, at[name]] = typical[name]
-
+        amount, risky, new, _ = variants[1:5]
+        variants[self._constant_variants, :, self._constant_columns] = self._constants
+        amount[:, self._spent] = raw[:, at["usual_amount"], None]
+        risky[raw[:, at["merchant_known_frauds"]] > 0, self._legitimate] = self._typical_legitimate
+        new[:, self._counts] = np.maximum(raw[:, self._counts], self._typical_counts)
+        new[raw[:, self._legitimate] < 0, self._legitimate] = self._typical_legitimate
         if self._has_categories:  # 0 is an unknown category, 1 the most frequent one
             category = raw[:, at["category"]]
             new[:, at["category"]] = np.where(category == 0, 1, category)
@@ -233,19 +239,16 @@ def _lognormal(spec: FeatureSpec) -> Amounts:
     return Amounts((0.0, *(unit * np.expm1(mean + deviation * z)).tolist()))
 
 
-def _reasons(falls: Float64) -> list[Reason]:
+def _reasons(falls: list[float]) -> list[Reason]:
     """Return the reasons of greatest weight; negative falls count as 0."""
-    order = np.argsort(-falls, kind="stable")[:REASONS_MAX]
-    counted = np.maximum(falls[order], 0.0)
-    counted[counted < WEIGHT_MIN * counted.sum()] = 0.0
-    shown = max(1, int(np.count_nonzero(counted)))
-    total = counted[:shown].sum()
-    weights = (counted[:shown] / total if total > 0 else np.ones(1)).round(3).tolist()
+    order = sorted(range(len(falls)), key=falls.__getitem__, reverse=True)[:REASONS_MAX]
+    counted = [max(falls[code], 0.0) for code in order]
+    least = WEIGHT_MIN * sum(counted)
+    shown = max(1, sum(fall > 0.0 and fall >= least for fall in counted))
+    total = sum(counted[:shown])
+    weights = [round(fall / total, 3) for fall in counted[:shown]] if total > 0 else [1.0]
     weights[0] = round(1.0 - sum(weights[1:]), 3)
-    return [
-        Reason(_CODES[code], weight)
-        for code, weight in zip(order[:shown].tolist(), weights, strict=True)
-    ]
+    return [Reason(_CODES[code], weight) for code, weight in zip(order, weights, strict=False)]
 
 
 def explain_log(

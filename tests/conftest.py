@@ -16,9 +16,9 @@ from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis, RedisCluster
 from pipeline.local.service import Service
 
-# Before torch is imported, here and in every process that a test starts: threads that wait for
-# each other crawl where several processes share two cores.
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+# Before NumPy and torch are imported, here and in every process that a test starts: threads that
+# wait for each other crawl where several processes share two cores.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 # An environment that forbids bytecode has each worker compile all of torch and Faust at its

@@ -154,7 +154,7 @@ class Tampered(Fault):
         partition = int(score["source"].split(":")[1])
         keys = Keys(settings.redis_key_prefix, checkpoint.digest, settings.topic("transactions"))
         (key,) = keys.accounts(partition, [score["account_id"]])
-        architecture = checkpoint.network.architecture
+        architecture = checkpoint.header.architecture
         codec = StateCodec(architecture.layers, architecture.hidden_size)
         client = redis_client(settings)
         try:

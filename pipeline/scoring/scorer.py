@@ -50,19 +50,18 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.row)
 
-    def between(self, start: int, stop: int) -> MicroBatch:
-        """Select a range of transactions, as views."""
-        part = slice(start, stop)
+    def take(self, transactions: Rows) -> MicroBatch:
+        """Select transactions in this order: copies, or views if it is a slice."""
         return MicroBatch(
-            self.row[part],
-            self.amount[part],
-            self.timestamp_ms[part],
-            self.record_ms[part],
-            self.offset[part],
-            self.id_hash[part],
-            self.merchant_raw[part],
-            self.fields[part],
-            self.explain_from[part],
+            self.row[transactions],
+            self.amount[transactions],
+            self.timestamp_ms[transactions],
+            self.record_ms[transactions],
+            self.offset[transactions],
+            self.id_hash[transactions],
+            self.merchant_raw[transactions],
+            self.fields[transactions],
+            self.explain_from[transactions],
         )
 
 
@@ -252,8 +251,8 @@ class Scorer:
         else:
             self._failures_in_a_row = 0
             return scored
-        first = self._bisect(states, batch.between(0, n // 2))
-        second = self._bisect(states, batch.between(n // 2, n))
+        first = self._bisect(states, batch.take(slice(n // 2)))
+        second = self._bisect(states, batch.take(slice(n // 2, n)))
         return BatchScores(
             score=np.concatenate((first.score, second.score)),
             raw=np.concatenate((first.raw, second.raw)),
@@ -275,47 +274,36 @@ class Scorer:
         n = len(batch)
         score, weight = np.zeros(n, np.float32), np.full(n, WEIGHT_MAX, np.uint8)
         raw = np.zeros((n, self._columns), np.float32)
-        raw[:, ACCOUNT_END:FEATURES_END] = batch.merchant_raw
-        raw[:, FEATURES_END:] = batch.fields
         duplicate, conflict = np.zeros(n, bool), np.zeros(n, bool)
         failed: dict[int, str] = {}
         expired = 0
         before: dict[int, NDArray[np.float16]] = {}
-        for members, rows in self._rounds(batch.row, len(states)):
-            known = states.recent_ids[rows]  # [m, RECENT_IDS]
-            differing = known ^ batch.id_hash[members, None]
-            same_id = differing <= _CONTENT_HALF
+        for members, part, taken in _rounds(states, batch):
+            same_id = (part.recent_ids ^ taken.id_hash[:, None]) <= _CONTENT_HALF
             if np.count_nonzero(same_id):
-                same_id &= known != 0
-                seen = (differing == 0).any(axis=1)
-                conflicts = same_id.any(axis=1) & ~seen
-                all_members = np.arange(n)[members]
-                duplicate[all_members[seen]] = True
-                conflict[all_members[conflicts]] = True
+                seen, conflicts = _repeated(part, taken)
+                duplicate[members[seen]] = True
+                conflict[members[conflicts]] = True
                 dropped = seen
                 if self._reject_conflicts:
                     dropped = seen | conflicts
-                    failed |= dict.fromkeys(all_members[conflicts].tolist(), ID_CONFLICT)
-                members = all_members[~dropped]
-                rows = batch.row[members]
-                if len(members) == 0:
+                    failed |= dict.fromkeys(members[conflicts].tolist(), ID_CONFLICT)
+                kept = np.flatnonzero(~dropped)
+                if len(kept) == 0:
                     continue
-            stale = batch.record_ms[members] - states.last_record_ms[rows] > self._ttl_ms
+                members, part, taken = members[kept], part.take(kept), taken.take(kept)
+            stale = taken.record_ms - part.last_record_ms > self._ttl_ms
             if np.count_nonzero(stale):
-                stale &= states.history.count[rows] > 0  # the others have no last record
-                states.reset(batch.row[members][stale])
+                stale &= part.history.count > 0  # the others have no last record
+                part.reset(np.flatnonzero(stale))
                 expired += int(np.count_nonzero(stale))
-            hidden = states.hidden[rows].copy()
-            of_round = raw[members]
-            score[members], weight[members] = self._step(
-                states, batch, members, rows, of_round, hidden
-            )
-            raw[members] = of_round
-            explained = score[members] >= batch.explain_from[members]
+            hidden = part.hidden.copy()
+            score[members], weight[members], raw[members] = self._step(part, taken)
+            explained = score[members] >= taken.explain_from
             if np.count_nonzero(explained):
-                places = np.flatnonzero(explained)
-                for place, i in zip(places, np.arange(n)[members][places].tolist(), strict=True):
-                    before[i] = hidden[place]
+                before |= zip(members[explained].tolist(), hidden[explained], strict=True)
+            if part is not states:
+                states.put(taken.row, part)
         outside = self.checkpoint.outside(raw)
         if outside is not None:
             outside &= self._is_input
@@ -326,55 +314,61 @@ class Scorer:
             score, raw, duplicate, conflict, failed, expired, before, weight, outside
         )
 
-    def _rounds(self, row: NDArray[np.intp], accounts: int) -> Iterator[tuple[Rows, Rows]]:
-        """Yield the transactions and the accounts of each round.
-
-        Most small polls hold each account once, in the order of the states. Their one round is a
-        slice: views of the states take the place of copies of their rows.
-        """
-        n = len(row)
-        if n == accounts and (row == np.arange(n)).all():
-            yield slice(0, n), slice(0, n)
-        else:
-            for members in rounds_of(row):
-                yield members, row[members]
-
     def _step(
-        self,
-        states: AccountStates,
-        batch: MicroBatch,
-        members: Rows,
-        rows: Rows,
-        raw: NDArray[np.float32],
-        hidden: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Apply one transaction of each of m distinct accounts.
-
-        Args:
-            members: the transactions.
-            rows: their accounts.
-            raw: float32[m, R], the raw features; those of the account are filled in.
-            hidden: float16[m, L, H], hidden states before.
+        self, states: AccountStates, batch: MicroBatch
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]:
+        """Apply one transaction to each of m states, in place.
 
         Returns:
-            scores float32[m], merchant weights uint8[m].
+            scores float32[m], merchant weights uint8[m], raw features float32[m, R].
         """
-        history = states.history.take(rows)
+        n = len(batch)
+        raw = np.empty((n, self._columns), np.float32)
+        raw[:, ACCOUNT_END:FEATURES_END] = batch.merchant_raw
+        raw[:, FEATURES_END:] = batch.fields
         raw[:, :ACCOUNT_END], after = observe(
-            history, batch.amount[members], batch.timestamp_ms[members], self._scale
+            states.history, batch.amount, batch.timestamp_ms, self._scale
         )
         inputs = self.checkpoint.encode(raw)  # [m, I]
-        logits, hidden_after = self._stepper.step(inputs, hidden)
+        logits, hidden = self._stepper.step(inputs, states.hidden)
         score = sigmoid(logits)
         if not (_all_finite(score) and _all_finite(raw[:, :FEATURES_END])):
             raise ComputationError("the score is not a number")
-        note_applied(states, batch, members, rows)
-        states.history.put(rows, after)
+        note_applied(states, batch)
+        states.history.put(slice(None), after)
         # Rounding after each step makes the result independent of the micro-batch's end.
-        states.hidden[rows] = hidden_after
+        states.hidden[:] = hidden
         if self._weighs:
-            return score, self._stepper.merchant_weight(inputs)
-        return score, np.full(len(score), WEIGHT_MAX, np.uint8)
+            return score, self._stepper.merchant_weight(inputs), raw
+        return score, np.full(n, WEIGHT_MAX, np.uint8), raw
+
+
+def _rounds(
+    states: AccountStates, batch: MicroBatch
+) -> Iterator[tuple[NDArray[np.intp], AccountStates, MicroBatch]]:
+    """Yield each round: its transactions, and a copy of their states and of their columns.
+
+    Most small polls hold each account once, in the order of the states. Their one round has the
+    states themselves.
+    """
+    n = len(batch)
+    everything = np.arange(n)
+    if n == len(states) and np.count_nonzero(batch.row == everything) == n:
+        yield everything, states, batch
+        return
+    for members in rounds_of(batch.row):
+        taken = batch.take(members)
+        yield members, states.take(taken.row), taken
+
+
+def _repeated(
+    states: AccountStates, batch: MicroBatch
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Find the transactions [m] whose account has their id: with their content, with another."""
+    differing = states.recent_ids ^ batch.id_hash[:, None]  # [m, RECENT_IDS]
+    same_id = ((differing & _ID_HALF) == 0) & (states.recent_ids != 0)
+    seen: NDArray[np.bool_] = (differing == 0).any(axis=1)
+    return seen, same_id.any(axis=1) & ~seen
 
 
 def _all_finite(numbers: NDArray[np.float32]) -> bool:
@@ -401,17 +395,10 @@ def scorer_of(settings: Settings, checkpoint: Checkpoint) -> Scorer:
     )
 
 
-def note_applied(states: AccountStates, batch: MicroBatch, members: Rows, rows: Rows) -> None:
-    """Record in the states of m distinct accounts which transactions they apply.
-
-    Args:
-        members: [m] the transactions.
-        rows: [m] their accounts; their history is still the one before.
-    """
-    count, offset, places = states.history.count[rows], batch.offset[members], batch.row[members]
-    states.recent_ids[places, count % RECENT_IDS] = batch.id_hash[members]
-    states.last_offset[rows] = offset
-    states.last_record_ms[rows] = np.maximum(states.last_record_ms[rows], batch.record_ms[members])
-    new = count == 0
-    if np.count_nonzero(new):
-        states.first_offset[places[new]] = offset[new]
+def note_applied(states: AccountStates, batch: MicroBatch) -> None:
+    """Record in m states which transaction each applies; their history is still the one before."""
+    count = states.history.count
+    states.recent_ids[np.arange(len(count)), count % RECENT_IDS] = batch.id_hash
+    states.last_offset[:] = batch.offset
+    np.maximum(states.last_record_ms, batch.record_ms, out=states.last_record_ms)
+    np.copyto(states.first_offset, batch.offset, where=count == 0)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from model.checkpoint import Checkpoint, CheckpointThresholds
-from model.features.account import Rows
 from model.features.merchant import WEIGHT_MAX
 from model.features.spec import INPUTS
 from model.reasons import Reason
@@ -70,32 +69,29 @@ class ChainScorer(Scorer):
     """Scorer that advances chains of hashes."""
 
     def _step(
-        self,
-        states: AccountStates,
-        batch: MicroBatch,
-        members: Rows,
-        rows: Rows,
-        raw: NDArray[np.float32],
-        hidden: NDArray[np.float16],
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        amounts = batch.amount[members].tolist()
+        self, states: AccountStates, batch: MicroBatch
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]:
+        amounts = batch.amount.tolist()
         if POISON in amounts:
             raise FloatingPointError("it fails")
+        others = np.concatenate((batch.merchant_raw, batch.fields), axis=1)
         after = list(
             map(
                 chained,
-                (row.tobytes() for row in hidden),
-                batch.offset[members].tolist(),
+                (row.tobytes() for row in states.hidden),
+                batch.offset.tolist(),
                 amounts,
-                (row.tobytes() for row in raw[:, ACCOUNT_END:]),
+                (row.tobytes() for row in others),
             )
         )
-        note_applied(states, batch, members, rows)
-        states.hidden[rows] = np.frombuffer(b"".join(after), np.float16).reshape(hidden.shape)
-        states.history.count[rows] += 1
+        note_applied(states, batch)
+        states.hidden[:] = np.frombuffer(b"".join(after), np.float16).reshape(states.hidden.shape)
+        states.history.count[:] += 1
+        raw = np.zeros((len(batch), self._columns), np.float32)
         raw[:, 0] = amounts
-        score = np.array([score_of(state) for state in after], np.float32)
-        return score, np.array([weight_of(amount) for amount in amounts], np.uint8)
+        raw[:, ACCOUNT_END:] = others
+        score = np.array([score_of(hidden) for hidden in after], np.float32)
+        return score, np.array([weight_of(amount) for amount in amounts], np.uint8), raw
 
 
 class NoReasons:

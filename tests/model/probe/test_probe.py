@@ -420,6 +420,7 @@ def test_a_thief_waits_if_a_pause_pays() -> None:
         network.free_layer.weight[1, 1] = -1.0  # 20 - log1p(seconds) is over 0, as ReLU needs
         network.logit.weight[0, 1] = 1.6
         network.logit.bias[0] = 4.0 - 1.6 * 20.0
+    checkpoint = Checkpoint.of(network, checkpoint.header)
     history = paying("20 of 30", "", [30.0] * 20, DAY_MS, DAY_MS)
     scorer = ProbeScorer(checkpoint)
     states, _ = replay(scorer, [history])
