@@ -19,7 +19,7 @@ from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.scorer import BatchScores, MicroBatch, id_hashes
 from pipeline.storage.merchant_profile import transaction_hash
-from pipeline.storage.merchant_store import ScoredNote
+from pipeline.storage.transaction_note import ScoredNote
 from pipeline.timestamps import are_record_times
 
 APPROVE = DECISIONS[0]

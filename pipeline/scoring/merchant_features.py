@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 from model.features.merchant import MERCHANT_FEATURES, observe_merchants, present_bucket
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Retrier
 from pipeline.storage.merchant_profile import decode_profiles
-from pipeline.storage.merchant_store import MerchantStore
 
 M = len(MERCHANT_FEATURES)
 NONE_SEEN = -1
@@ -30,13 +28,15 @@ class BatchMerchantFeatures:
     Attributes:
         raw: float32[n, M]; the rows of ``missing`` are not filled yet.
         missing: intp[k], the rows to load.
-        merchant_ids: n ids.
-        timestamp_ms: int64[n], event time.
+        place: intp[k], place of each missing row's merchant in ``merchant_ids``.
+        merchant_ids: the distinct merchants to load.
+        timestamp_ms: int64[k], event time of each missing row.
     """
 
     raw: NDArray[np.float32]
     missing: NDArray[np.intp]
-    merchant_ids: Sequence[str]
+    place: NDArray[np.intp]
+    merchant_ids: list[str]
     timestamp_ms: NDArray[np.int64]
 
 
@@ -44,7 +44,7 @@ class MerchantFeatureCache:
     """Cache of merchants' features.
 
     Args:
-        store: profiles.
+        metrics: count the merchants by where their features came from.
         label_delay_ms: label delay of the checkpoint.
         size_max: maximum number of merchants; a merchant too many clears the cache.
     """
@@ -52,14 +52,10 @@ class MerchantFeatureCache:
     def __init__(
         self,
         *,
-        store: MerchantStore,
-        retrier: Retrier,
         metrics: Metrics,
         label_delay_ms: int,
         size_max: int,
     ) -> None:
-        self._store = store
-        self._retrier = retrier
         self._metrics = metrics
         self._label_delay_ms = label_delay_ms
         self._size_max = size_max
@@ -77,19 +73,27 @@ class MerchantFeatureCache:
         row = np.array([get(merchant, unknown) for merchant in merchant_ids], np.intp)
         missing = np.flatnonzero(self._present[row] != present_bucket(timestamp_ms))
         self._metrics.profiles.labels("cached").inc(len(row) - len(missing))
-        return BatchMerchantFeatures(self._raw[row], missing, merchant_ids, timestamp_ms)
-
-    async def load(self, features: BatchMerchantFeatures) -> None:
-        """Load the missing features, and cache the newest of each merchant."""
-        names = [features.merchant_ids[i] for i in features.missing.tolist()]
         place_of: dict[str, int] = {}
-        place = np.array([place_of.setdefault(name, len(place_of)) for name in names], np.intp)
-        values = await self._retrier.retry_redis(lambda: self._store.load(list(place_of)))
+        place = [place_of.setdefault(merchant_ids[i], len(place_of)) for i in missing.tolist()]
+        return BatchMerchantFeatures(
+            self._raw[row],
+            missing,
+            np.array(place, np.intp),
+            list(place_of),
+            timestamp_ms[missing],
+        )
+
+    def fill(self, features: BatchMerchantFeatures, values: Sequence[bytes | None]) -> None:
+        """Fill in the missing features, and cache the newest of each merchant.
+
+        Args:
+            values: the store's value for each of ``features.merchant_ids``; None if absent.
+        """
         profiles, invalid = decode_profiles(values)
-        times = features.timestamp_ms[features.missing]
+        place, times = features.place, features.timestamp_ms
         raw = observe_merchants(profiles, place, times, self._label_delay_ms)
         features.raw[features.missing] = raw
-        self._put(list(place_of), place, present_bucket(times), raw)
+        self._put(features.merchant_ids, place, present_bucket(times), raw)
         absent = values.count(None)
         counter = self._metrics.profiles
         counter.labels("refused").inc(invalid)

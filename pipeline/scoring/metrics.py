@@ -7,7 +7,7 @@ number. The values of a micro-batch are added at once: :class:`BatchHistogram` t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from time import perf_counter
 
 import numpy as np
@@ -97,6 +97,21 @@ class BatchHistogram(Collector):
 def _text(bound: float) -> str:
     """Write a bucket's bound as Prometheus's own client does."""
     return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
+
+
+class _Timer:
+    """Context manager that observes its own duration; contextlib's costs three times as much."""
+
+    __slots__ = ("_histogram", "_start")
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+
+    def __enter__(self) -> None:
+        self._start = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._histogram.observe(perf_counter() - self._start)
 
 
 class Metrics:
@@ -281,11 +296,6 @@ class Metrics:
             self.states.labels(result)
         self._stages = {stage: self.stage.labels(stage) for stage in STAGES}
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> AbstractContextManager[None]:
         """Observe the duration of a stage, one of :data:`STAGES`."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self._stages[stage].observe(perf_counter() - start)
+        return _Timer(self._stages[stage])

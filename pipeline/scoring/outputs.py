@@ -28,8 +28,7 @@ from pipeline.scoring.decoder import is_warm_up
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.scorer import ID_CONFLICT, BatchScores
 from pipeline.storage.merchant_profile import transaction_hash
-from pipeline.storage.merchant_store import ScoredNote
-from pipeline.storage.transaction_note import NOTE_EXPIRY_MS
+from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, ScoredNote
 
 
 class OutputBuilder:

@@ -23,8 +23,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +45,8 @@ from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import BatchScores, MicroBatch, Scorer
 from pipeline.settings import Settings
 from pipeline.storage.account_state import AccountStates
-from pipeline.storage.merchant_store import MerchantStore
-from pipeline.storage.state_store import Load, LoadResult, Save, StateStore
+from pipeline.storage.poll_store import PollStore
+from pipeline.storage.state_store import Load, LoadResult, Save
 from pipeline.timestamps import (
     are_record_times,
 )
@@ -69,7 +68,7 @@ class Processor:
     Args:
         settings: limits and names.
         scorer: the model.
-        store, merchant_store: account states and merchants' profiles.
+        store: account states and merchants' profiles.
         publisher: publishes scores, alerts and dead letters.
         transactions: publishes them together with the group's offsets instead; None to publish
             and acknowledge.
@@ -77,7 +76,6 @@ class Processor:
         retrier: repeats calls to services that do not answer.
         metrics, health: monitoring.
         clock_ms: wall clock, epoch milliseconds.
-        together: awaits calls side by side, as :func:`asyncio.gather` does.
     """
 
     def __init__(
@@ -85,8 +83,7 @@ class Processor:
         *,
         settings: Settings,
         scorer: Scorer,
-        store: StateStore,
-        merchant_store: MerchantStore,
+        store: PollStore,
         publisher: Publisher,
         transactions: Transactions | None = None,
         partitions: PartitionManager,
@@ -94,11 +91,9 @@ class Processor:
         metrics: Metrics,
         health: Health,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        together: Callable[..., Awaitable[Any]] = asyncio.gather,
     ) -> None:
         self._scorer = scorer
         self._store = store
-        self._merchant_store = merchant_store
         self._publisher = publisher
         self._transactions = transactions
         self._partitions = partitions
@@ -106,15 +101,12 @@ class Processor:
         self._metrics = metrics
         self._health = health
         self._clock_ms = clock_ms
-        self._together = together
         features = scorer.checkpoint.header.features
         self._writes_notes = settings.update_merchant_profiles
         self._counts_merchants = self._writes_notes and features.uses_merchants
         self._merchants: MerchantFeatureCache | None = None
         if features.uses_merchants:
             self._merchants = MerchantFeatureCache(
-                store=merchant_store,
-                retrier=retrier,
                 metrics=metrics,
                 label_delay_ms=features.label_delay_ms,
                 size_max=settings.merchant_cache_size,
@@ -223,26 +215,32 @@ class Processor:
     async def _load_all(self, batches: list[PartitionBatch]) -> None:
         """Load states and watermarks, and the merchants' features that are not in memory."""
         if self._merchants is None:
-            await self._load_states(batches)
+            await self._load_states(batches, ())
             return
         features = self._merchants.look_up(
             [transaction.merchant_id for batch in batches for transaction in batch.transactions],
             np.array([time for batch in batches for time in batch.sent_ms], np.int64),
         )
-        if len(features.missing):
-            await self._together(self._load_states(batches), self._merchants.load(features))
-        else:
-            await self._load_states(batches)
+        profiles = await self._load_states(batches, features.merchant_ids)
+        if profiles:
+            self._merchants.fill(features, profiles)
         start = 0
         for batch in batches:
             stop = start + len(batch.transactions)
             batch.merchant_raw = features.raw[start:stop]
             start = stop
 
-    async def _load_states(self, batches: list[PartitionBatch]) -> None:
-        """Load watermarks and the states that are not in memory, and accept each chunk."""
+    async def _load_states(
+        self, batches: list[PartitionBatch], merchant_ids: Sequence[str]
+    ) -> list[bytes | None]:
+        """Load watermarks and the states that are not in memory, and accept each chunk.
+
+        Returns:
+            the values of the merchants' profiles.
+        """
         again = []
-        for batch, reply in zip(batches, await self._request_states(batches), strict=True):
+        replies, profiles = await self._request_states(batches, merchant_ids)
+        for batch, reply in zip(batches, replies, strict=True):
             known = batch.owned
             batch.owned = await self._partitions.accept(
                 batch.partition, batch.chunk, reply.watermark
@@ -251,7 +249,8 @@ class Processor:
                 if known is None and batch.owned.watermark == reply.watermark:
                     continue
                 again.append(batch)  # the loaded states belong to another watermark
-        for batch, reply in zip(again, await self._request_states(again), strict=True):
+        replies, _ = await self._request_states(again, ())
+        for batch, reply in zip(again, replies, strict=True):
             known = batch.partition_owned
             batch.owned = await self._partitions.accept(
                 batch.partition, batch.chunk, reply.watermark
@@ -259,11 +258,14 @@ class Processor:
             if batch.owned is not None and batch.owned is not known:
                 await self._partitions.seek_back(batch.partition, batch.owned)
                 batch.owned = None
+        return profiles
 
-    async def _request_states(self, batches: list[PartitionBatch]) -> list[LoadResult]:
+    async def _request_states(
+        self, batches: list[PartitionBatch], merchant_ids: Sequence[str]
+    ) -> tuple[list[LoadResult], list[bytes | None]]:
         """Fill ``values`` from memory and store; return the store's replies."""
         if not batches:
-            return []
+            return [], []
         requests = []
         for batch in batches:
             held = batch.owned.states if batch.owned is not None else {}
@@ -272,11 +274,13 @@ class Processor:
             absent = [i for i, value in enumerate(values) if value is None]
             batch.loaded_rows = [i for i in absent if accounts[i] not in held]
             requests.append(Load(batch.partition, [accounts[i] for i in batch.loaded_rows]))
-        replies = await self._retrier.retry_redis(lambda: self._store.load(requests))
+        replies, profiles = await self._retrier.retry_redis(
+            self._store.load, requests, merchant_ids
+        )
         for batch, reply in zip(batches, replies, strict=True):
             for i, value in zip(batch.loaded_rows, reply.states, strict=True):
                 batch.values[i] = value
-        return replies
+        return replies, profiles
 
     def _drop_applied(self, batch: PartitionBatch) -> None:
         """Drop records before the watermark."""
@@ -427,7 +431,11 @@ class Processor:
     # save --------------------------------------------------------------------------------
 
     async def _save(self, batches: list[PartitionBatch], appended: dict[int, AppendResult]) -> None:
-        """Save states and watermarks: each batch completely or not at all."""
+        """Save states and watermarks: each batch completely or not at all.
+
+        Notes are written before the states, so that a crash in between repeats them. Writing a
+        note twice changes nothing.
+        """
         requests = []
         for batch in batches:
             where = appended.get(batch.partition)
@@ -436,8 +444,8 @@ class Processor:
                     batch.partition, batch.partition_owned, where, batch.end
                 )
             requests.append(self._save_request(batch, where))
-        await self._write_notes(batches)
-        stands = await self._save_states(batches, requests)
+        counts = self._merchant_counts(batches)
+        stands = await self._retrier.retry_redis(self._store.save, requests, counts)
         for batch, request, is_saved in zip(batches, requests, stands, strict=True):
             batch.is_saved = is_saved
             owned = batch.partition_owned
@@ -454,28 +462,8 @@ class Processor:
         owned = batch.partition_owned
         watermark = self._partitions.recovery.next_watermark(owned, batch.end, where).to_bytes()
         owned.neighbour = watermark
-        return Save(batch.partition, owned.watermark, watermark, *batch.changed)
-
-    async def _write_notes(self, batches: list[PartitionBatch]) -> None:
-        """Write notes before the states, so that a crash in between repeats them.
-
-        Writing a note twice changes nothing.
-        """
-        notes = [note for batch in batches for note in batch.notes] if self._writes_notes else []
-        if notes:
-            await self._retrier.retry_redis(lambda: self._merchant_store.add({}, notes))
-
-    async def _save_states(self, batches: list[PartitionBatch], requests: list[Save]) -> list[bool]:
-        """Save states, and count in merchants' profiles meanwhile; return which saves stand."""
-        counts = self._merchant_counts(batches)
-        saving = self._retrier.retry_redis(lambda: self._store.save(requests))
-        if not counts:
-            return await saving
-        stands, _ = await self._together(
-            saving,
-            self._retrier.retry_redis(lambda: self._merchant_store.add(counts, [])),
-        )
-        return list(stands)
+        notes = batch.notes if self._writes_notes else ()
+        return Save(batch.partition, owned.watermark, watermark, *batch.changed, notes)
 
     def _merchant_counts(self, batches: list[PartitionBatch]) -> dict[int, Counter[str]]:
         """Count the transactions with a first score, by time bucket and merchant."""

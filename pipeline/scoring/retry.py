@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from itertools import count
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.scoring.health import Health
@@ -15,6 +15,7 @@ from pipeline.storage.client import StoreUnavailableError
 RETRY_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Pauses between two calls; the last one repeats."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -28,18 +29,28 @@ class Retrier:
         self._health = health
         self._errors = {"redis": metrics.redis_errors, "kafka": metrics.kafka_errors}
 
-    async def retry_redis(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Return the answer of Redis, however long it takes."""
-        return await self._retry("redis", call)
+    def retry_redis(
+        self, call: Callable[P, Awaitable[T]], *arguments: P.args, **options: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        """Return the answer of Redis to ``call(*arguments)``, however long it takes."""
+        return self._retry("redis", call, *arguments, **options)
 
-    async def retry_kafka(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Return the answer of the broker, however long it takes."""
-        return await self._retry("kafka", call)
+    def retry_kafka(
+        self, call: Callable[P, Awaitable[T]], *arguments: P.args, **options: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        """Return the answer of the broker to ``call(*arguments)``, however long it takes."""
+        return self._retry("kafka", call, *arguments, **options)
 
-    async def _retry(self, service: str, call: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(
+        self,
+        service: str,
+        call: Callable[P, Awaitable[T]],
+        *arguments: P.args,
+        **options: P.kwargs,
+    ) -> T:
         for attempt in count():
             try:
-                answer = await call()
+                answer = await call(*arguments, **options)
             except (StoreUnavailableError, LogUnavailableError) as error:
                 self._errors[service].inc()
                 self._health.down(service, "it does not answer", str(error))

@@ -14,13 +14,15 @@ from redis.exceptions import (
     ClusterCrossSlotError,
     MovedError,
     NoScriptError,
+    ReadOnlyError,
     RedisClusterException,
     RedisError,
 )
 
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import Settings, sentinel_address
-from pipeline.storage.script import Command, Script
+from pipeline.storage.connection import HeldConnection
+from pipeline.storage.script import Command, scripts_of
 
 # AttributeError: after an error of one call, redis-py's cluster client closes the connections of
 # all other calls. Some of these then find no socket.
@@ -80,16 +82,15 @@ NO_SUCH_DATABASE = (
 
 
 class RedisClient:
-    """Connection to Redis that runs commands and loads scripts.
+    """Client that runs commands and loads the scripts that they call.
 
     Args:
-        client: a connected client that returns bytes.
-        scripts: the scripts that the commands may call.
+        client: a client of redis-py that returns bytes.
     """
 
-    def __init__(self, client: Any, *scripts: Script) -> None:
+    def __init__(self, client: Any) -> None:
         self.client = client
-        self._scripts = scripts
+        self._held = None if self.is_cluster else HeldConnection(client)
 
     @property
     def is_cluster(self) -> bool:
@@ -99,42 +100,55 @@ class RedisClient:
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip to each server, and return their replies.
 
+        One server runs them in order, and goes on after a command that fails.
+
         Raises:
             StoreUnavailableError: Redis did not answer one command; others may have run.
             StoreForbiddenError: Redis forbids one command.
         """
+        if not commands:
+            return []
         try:
-            return await self._execute(commands)
-        except NoScriptError:  # a new server, or one that forgot its scripts
-            await self._load_scripts()
-            try:
-                return await self._execute(commands)
-            except NoScriptError as error:
-                raise StoreUnavailableError("it forgets scripts at once after loading") from error
-
-    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
-        try:
-            if len(commands) == 1:
-                return [await self.client.execute_command(*commands[0])]
-            async with self.client.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                # raise_on_error would put keys, and so account ids, into the message of the
-                # exception.
-                replies: list[Any] = await pipeline.execute(raise_on_error=False)
-            for reply in replies:
-                if isinstance(reply, BaseException):
-                    raise reply
-            return replies
-        except NoScriptError:
-            raise
+            replies = await self._replies(commands)
+            # A new server, or one that forgot its scripts.
+            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if unknown:
+                again = [commands[i] for i in unknown]
+                await self._load_scripts(again)
+                for i, reply in zip(unknown, await self._replies(again), strict=True):
+                    replies[i] = reply
+            _raise_errors(replies)
+        except NoScriptError as error:
+            raise StoreUnavailableError("it forgets scripts at once after loading") from error
         except _UNAVAILABLE as error:
             raise await self._error_for(error) from error
+        return replies
 
-    async def _load_scripts(self) -> None:
-        options = {"target_nodes": RedisCluster.PRIMARIES} if self.is_cluster else {}
-        for script in self._scripts:
-            await self.ask("SCRIPT LOAD", script.source, **options)
+    async def _replies(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands; the reply of one that fails is its error."""
+        if self._held is not None:
+            return await self._held.run(commands)
+        if len(commands) == 1:
+            try:
+                return [await self.client.execute_command(*commands[0])]
+            except NoScriptError as error:
+                return [error]
+        async with self.client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            # raise_on_error would put keys, and so account ids, into the message of the
+            # exception.
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            return replies
+
+    async def _load_scripts(self, commands: Sequence[Command]) -> None:
+        """Load the scripts that the commands call, on each primary."""
+        sources = [script.source for script in scripts_of(commands)]
+        if self._held is not None:
+            _raise_errors(await self._held.run([("SCRIPT", "LOAD", source) for source in sources]))
+            return
+        for source in sources:
+            await self.ask("SCRIPT LOAD", source, target_nodes=RedisCluster.PRIMARIES)
 
     async def ask(self, *command: str | bytes, **options: Any) -> Any:
         """Run one command and return its reply.
@@ -177,13 +191,16 @@ class RedisClient:
             return StoreAddressError(IS_A_CLUSTER)
         if "DB index is out of range" in message:
             return StoreAddressError(NO_SUCH_DATABASE)
-        if "READONLY" in message and not self.is_cluster:
+        if self._held is not None and (isinstance(error, ReadOnlyError) or "READONLY" in message):
             # This server was the primary once. Connect again: Sentinel or DNS now name another.
+            self._held.drop()
             await self.client.connection_pool.disconnect(inuse_connections=False)
         return StoreUnavailableError(_complaint(error))
 
     async def close(self) -> None:
         """Close the connections."""
+        if self._held is not None:
+            await self._held.close()
         await self.client.aclose()
 
 
@@ -233,6 +250,13 @@ def _client_sentinel_options(settings: Settings, options: dict[str, Any]) -> Any
     return sentinel.master_for(
         address.master, redis_class=_SentinelPrimary, db=address.database, **options
     )
+
+
+def _raise_errors(replies: Sequence[Any]) -> None:
+    """Raise the first reply that is an error."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
 
 
 def _complaint(error: BaseException) -> str:

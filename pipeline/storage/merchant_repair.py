@@ -50,7 +50,7 @@ class MerchantRepair:
 
     def __init__(self, settings: Settings, labels_partitions: int) -> None:
         self.profiles = RedisMerchantStore.from_settings(settings)
-        self._redis = RedisClient(redis_client(settings), _REPLACE_FRAUDS, _SUBTRACT_COUNTS)
+        self._redis = RedisClient(redis_client(settings))
         self._keys = MerchantKeys(settings.redis_key_prefix)
         self._topic = settings.topic("labels")
         self._partitions = labels_partitions

@@ -13,7 +13,7 @@ changes nothing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -42,10 +42,11 @@ from pipeline.storage.state_store import LossCheck
 from pipeline.storage.transaction_note import (
     LABELLED_NOTE_BYTES,
     NOTE_BYTES,
+    NOTE_CONSTANTS,
     NOTE_EXPIRY_MS,
     STALE,
     UNKNOWN,
-    TransactionNote,
+    ScoredNote,
 )
 
 EXPIRY_MS = FRAUD_BUCKETS_MAX * BUCKET_MS
@@ -68,13 +69,7 @@ _COUNT_TRANSACTIONS = load_script(
     HEAD_NONE=HEAD_NONE,
     COUNT_MAX=COUNT_MAX,
 )
-_WRITE_NOTES = load_script(
-    "write_notes",
-    LABELLED_NOTE_BYTES=LABELLED_NOTE_BYTES,
-    FIXED_BYTES=FIXED_BYTES,
-    PROFILE_FORMAT=PROFILE_FORMAT,
-    FRAUD_BYTES=FRAUD_BYTES,
-)
+_WRITE_NOTES = load_script("notes", "write_notes", **NOTE_CONSTANTS)
 _RECORD_LABELS = load_script(
     "record_labels",
     FIXED_BYTES=FIXED_BYTES,
@@ -92,7 +87,6 @@ _RECORD_LABELS = load_script(
 )
 
 _LABEL_HEAD = struct.Struct(">IQBBBQ")
-_NOTE_HEAD = struct.Struct(">Q")
 
 
 @dataclass(frozen=True)
@@ -136,21 +130,6 @@ class LabelOutcomes:
 
     decisions: list[str | None]
     behind: int | None = None
-
-
-@dataclass(frozen=True)
-class ScoredNote:
-    """A worker's note of a transaction that it scored.
-
-    Attributes:
-        decision: decision on the transaction.
-        weight: merchant weight of the transaction if it is a fraud.
-    """
-
-    merchant_id: str
-    transaction_hash: int
-    decision: str
-    weight: int = WEIGHT_MAX
 
 
 Counts = Mapping[int, Mapping[str, int]]
@@ -230,7 +209,7 @@ class RedisMerchantStore:
 
     def __init__(self, client: Any, keys: MerchantKeys, labels_topic: str) -> None:
         self.loss_check: LossCheck | None = None
-        self._redis = RedisClient(client, _COUNT_TRANSACTIONS, _WRITE_NOTES, _RECORD_LABELS)
+        self._redis = RedisClient(client)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
         self._labels_topic = labels_topic
@@ -245,35 +224,37 @@ class RedisMerchantStore:
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
         """See :class:`MerchantStore`: it takes one MGET, on a cluster one for each slot."""
-        if not merchant_ids:
-            return []
-        found = await self._load(merchant_ids)
-        if self.loss_check is not None:
+        replies = await self._redis.execute(self.load_commands(merchant_ids))
+        found = self.loaded(merchant_ids, replies)
+        if self.loss_check is not None and merchant_ids:
             await self.loss_check.require_no_loss(absent=None in found)
         return found
 
-    async def _load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
+    def load_commands(self, merchant_ids: Sequence[str]) -> list[Command]:
+        """Make the commands that load profiles."""
         profile = self._profile
         if not self._redis.is_cluster:
-            (values,) = await self._redis.execute([("MGET", *map(profile, merchant_ids))])
-            return list(values)
-        places = by_slot(merchant_ids)
-        replies = await self._redis.execute(
-            [("MGET", *(profile(merchant_ids[i]) for i in part)) for part in places.values()]
-        )
+            return [("MGET", *map(profile, merchant_ids))] if merchant_ids else []
+        places = by_slot(merchant_ids).values()
+        return [("MGET", *(profile(merchant_ids[i]) for i in part)) for part in places]
+
+    def loaded(self, merchant_ids: Sequence[str], replies: Sequence[Any]) -> list[bytes | None]:
+        """Read the replies of :meth:`load_commands`: values in the order of the ids."""
+        if not self._redis.is_cluster:
+            return list(replies[0]) if merchant_ids else []
         found: list[bytes | None] = [None] * len(merchant_ids)
-        for part, reply in zip(places.values(), replies, strict=True):
+        for part, reply in zip(by_slot(merchant_ids).values(), replies, strict=True):
             for i, value in zip(part, reply, strict=True):
                 found[i] = value
         return found
 
     async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
         """See :class:`MerchantStore`: it takes one round trip."""
-        commands = [command for bucket in counts for command in self._count(bucket, counts[bucket])]
-        if notes:
-            commands += self._write_notes(notes)
-        if commands:
-            await self._redis.execute(commands)
+        await self._redis.execute(self.count_commands(counts) + self.note_commands(notes))
+
+    def count_commands(self, counts: Counts) -> list[Command]:
+        """Make the commands that count transactions."""
+        return [command for bucket in counts for command in self._count(bucket, counts[bucket])]
 
     def _count(self, bucket: int, counts: Mapping[str, int]) -> list[Command]:
         """Make the calls that count transactions of one bucket."""
@@ -295,8 +276,8 @@ class RedisMerchantStore:
             for part in calls
         ]
 
-    def _write_notes(self, notes: Sequence[ScoredNote]) -> list[Command]:
-        """Make the calls that write notes."""
+    def note_commands(self, notes: Sequence[ScoredNote]) -> list[Command]:
+        """Make the commands that write notes."""
         places = [list(range(len(notes)))]
         if self._redis.is_cluster:
             places = list(by_slot([note.merchant_id for note in notes]).values())
@@ -305,14 +286,16 @@ class RedisMerchantStore:
         return [self._notes_call([notes[i] for i in part]) for part in calls]
 
     def _notes_call(self, notes: Sequence[ScoredNote]) -> Command:
+        values = b"".join([note.to_bytes() for note in notes])
+        return _WRITE_NOTES.call(self.note_keys(notes), self._note_expiry, values)
+
+    def note_keys(self, notes: Iterable[ScoredNote]) -> list[bytes]:
+        """List for each note its key and its merchant's profile."""
         keys: list[bytes] = []
-        values = []
         for note in notes:
             slot = merchant_slot(note.merchant_id)
             keys += self._keys.note(slot, note.transaction_hash), self._profile(note.merchant_id)
-            value = TransactionNote().with_score(note.decision, note.weight).to_bytes()
-            values.append(_NOTE_HEAD.pack(note.transaction_hash) + value)
-        return _WRITE_NOTES.call(keys, self._note_expiry, b"".join(values))
+        return keys
 
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int

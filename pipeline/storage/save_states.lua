@@ -1,13 +1,18 @@
--- Save a partition's states and its watermark, if the watermark is the expected one.
--- KEYS: the watermark, then states.
--- ARGV: the expected watermark ('' if there is none), the new watermark, the time to live in
---   milliseconds, then states ('' deletes one).
+-- Save a partition's states, notes and watermark, if the watermark is the expected one.
+-- KEYS: the watermark, then states, then for each note its key and its merchant's profile.
+-- ARGV: the expected watermark ('' if there is none), the new watermark, the number of states,
+--   their time to live in milliseconds, that of notes, 11 bytes for each note (notes.lua), then
+--   states ('' deletes one).
 -- Returns the watermark that stands afterwards.
+-- Notes come first: if one cannot be written, the script ends and the states stay as they were.
 local current = redis.call('GET', KEYS[1]) or ''
 if current ~= ARGV[1] then return current end
-for i = 2, #KEYS do
-  if ARGV[i + 2] == '' then redis.call('DEL', KEYS[i])
-  else redis.call('SET', KEYS[i], ARGV[i + 2], 'PX', ARGV[3]) end
+local states = tonumber(ARGV[3])
+write_notes(KEYS, 2 + states, ARGV[5], ARGV[6])
+for i = 1, states do
+  local key, state = KEYS[1 + i], ARGV[6 + i]
+  if state == '' then redis.call('DEL', key)
+  else redis.call('SET', key, state, 'PX', ARGV[4]) end
 end
 redis.call('SET', KEYS[1], ARGV[2])
 return ARGV[2]

@@ -51,7 +51,7 @@ class StateScan:
     def __init__(self, settings: Settings) -> None:
         self._prefix = settings.redis_key_prefix
         self._topic = settings.topic("transactions")
-        self._redis = RedisClient(redis_client(settings), _SWEEP_STATES)
+        self._redis = RedisClient(redis_client(settings))
         head, topic = re.escape(self._prefix), re.escape(self._topic)
         self._state = re.compile(rf"{head}:([0-9a-f]+):\{{{topic}-(\d+)\}}:(.*)", re.DOTALL)
 

@@ -7,7 +7,7 @@ exactly its log up to its watermark at any moment, whichever worker writes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -20,8 +20,9 @@ from pipeline.storage.client import redis_client as redis_client
 from pipeline.storage.keys import Keys
 from pipeline.storage.script import Command, load_script
 from pipeline.storage.servers import RedisServer, servers
+from pipeline.storage.transaction_note import NOTE_CONSTANTS, NOTE_EXPIRY_MS, ScoredNote
 
-_SAVE_STATES = load_script("save_states")
+_SAVE_STATES = load_script("notes", "save_states", **NOTE_CONSTANTS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Save:
     """A request to write states and the new watermark, if ``expected`` still stands.
 
     A state of None is deleted. An account may appear twice: the last one counts.
+
+    Attributes:
+        notes: notes of the transactions that the states contain. Only a
+            :class:`pipeline.storage.poll_store.PollStore` writes them.
     """
 
     partition: int
@@ -52,6 +57,7 @@ class Save:
     watermark: bytes
     account_ids: list[str]
     states: Sequence[bytes | None]
+    notes: Sequence[ScoredNote] = ()
 
 
 class LossCheck(Protocol):
@@ -66,6 +72,11 @@ class LossCheck(Protocol):
         Raises:
             StoreUnavailableError: keys are lost and not repaired yet; call again.
         """
+
+
+def is_absent(found: Sequence[LoadResult]) -> bool:
+    """Return whether a watermark or a state is missing."""
+    return any(one.watermark is None or None in one.states for one in found)
 
 
 class StateStore(Protocol):
@@ -118,13 +129,15 @@ class RedisStateStore:
 
     Attributes:
         loss_check: called before the result of a load is trusted; None trusts all.
+        redis: the client.
     """
 
     def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
         self.loss_check: LossCheck | None = None
-        self._redis = RedisClient(client, _SAVE_STATES)
+        self.redis = RedisClient(client)
         self._keys = keys
-        self._expiry = str(expiry_ms).encode()
+        self._expiry = b"%d" % expiry_ms
+        self._note_expiry = b"%d" % NOTE_EXPIRY_MS
 
     @classmethod
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
@@ -140,12 +153,15 @@ class RedisStateStore:
         """
         found = await self.load_unchecked(requests)
         if self.loss_check is not None:
-            absent = any(one.watermark is None or None in one.states for one in found)
-            await self.loss_check.require_no_loss(absent=absent)
+            await self.loss_check.require_no_loss(absent=is_absent(found))
         return found
 
     async def load_unchecked(self, requests: Sequence[Load]) -> list[LoadResult]:
         """Load without the loss check, for the repair itself."""
+        return self.loaded(requests, await self.redis.execute(self.load_commands(requests)))
+
+    def load_commands(self, requests: Sequence[Load]) -> list[Command]:
+        """Make the commands that load watermarks and states."""
         keys = self._keys
         wanted = [
             [
@@ -154,39 +170,64 @@ class RedisStateStore:
             ]
             for request in requests
         ]
-        if self._redis.is_cluster and wanted:
-            replies = await self._redis.execute([("MGET", *part) for part in wanted])
-        elif wanted:
-            (values,) = await self._redis.execute([("MGET", *chain.from_iterable(wanted))])
-            flat = iter(values)
-            replies = [list(islice(flat, len(part))) for part in wanted]
-        else:
-            replies = []
-        return [LoadResult(reply[0], reply[1:]) for reply in replies]
+        if self.redis.is_cluster or not wanted:
+            return [("MGET", *part) for part in wanted]
+        return [("MGET", *chain.from_iterable(wanted))]
+
+    def loaded(self, requests: Sequence[Load], replies: Sequence[Any]) -> list[LoadResult]:
+        """Read the replies of :meth:`load_commands`."""
+        values = chain.from_iterable(replies)
+        return [
+            LoadResult(next(values), list(islice(values, len(request.account_ids))))
+            for request in requests
+        ]
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         """See :class:`StateStore`: it takes one script call for each partition."""
-        replies = await self._redis.execute([self._save(request) for request in requests])
+        return self.saved(requests, await self.redis.execute(self.save_commands(requests)))
+
+    def save_commands(
+        self,
+        requests: Sequence[Save],
+        note_keys: Callable[[Sequence[ScoredNote]], list[bytes]] | None = None,
+    ) -> list[Command]:
+        """Make the commands that save states, and notes if their keys are given.
+
+        Args:
+            note_keys: returns for each note its key and its merchant's profile; None on a
+                cluster, where a script cannot write both.
+        """
+        return [self._save(request, note_keys) for request in requests]
+
+    def _save(
+        self, request: Save, note_keys: Callable[[Sequence[ScoredNote]], list[bytes]] | None
+    ) -> Command:
+        keys, partition, accounts = self._keys, request.partition, request.account_ids
+        notes = request.notes if note_keys is not None else ()
+        return _SAVE_STATES.call(
+            [
+                keys.watermark(partition),
+                *keys.accounts(partition, accounts),
+                *(note_keys(notes) if note_keys is not None else ()),
+            ],
+            request.expected or b"",
+            request.watermark,
+            b"%d" % len(accounts),
+            self._expiry,
+            self._note_expiry,
+            b"".join([note.to_bytes() for note in notes]),
+            *[state or b"" for state in request.states],
+        )
+
+    def saved(self, requests: Sequence[Save], replies: Sequence[Any]) -> list[bool]:
+        """Read the replies of :meth:`save_commands`: for each, whether its values stand."""
         return [
             reply == request.watermark for reply, request in zip(replies, requests, strict=True)
         ]
 
-    def _save(self, request: Save) -> Command:
-        keys = self._keys
-        return _SAVE_STATES.call(
-            [
-                keys.watermark(request.partition),
-                *keys.accounts(request.partition, request.account_ids),
-            ],
-            request.expected or b"",
-            request.watermark,
-            self._expiry,
-            *(state or b"" for state in request.states),
-        )
-
     async def ping(self) -> None:
         """See :class:`StateStore`."""
-        await self._redis.ask("PING")
+        await self.redis.ask("PING")
 
     async def servers(self) -> list[RedisServer]:
         """Describe the Redis, or each primary of the cluster.
@@ -194,7 +235,7 @@ class RedisStateStore:
         Raises:
             StoreUnavailableError: a server does not answer.
         """
-        return await servers(self._redis)
+        return await servers(self.redis)
 
     async def watermarks(self, partitions: int) -> dict[int, bytes]:
         """Load the existing watermarks, by partition.
@@ -219,9 +260,9 @@ class RedisStateStore:
             StoreUnavailableError: Redis does not answer.
             StoreForbiddenError: Redis forbids its user to list keys.
         """
-        async for keys in self._redis.scan(self._keys.accounts_pattern(partition)):
+        async for keys in self.redis.scan(self._keys.accounts_pattern(partition)):
             yield [place for key in keys if (place := self._keys.account_of(key)) is not None]
 
     async def close(self) -> None:
         """See :class:`StateStore`."""
-        await self._redis.close()
+        await self.redis.close()

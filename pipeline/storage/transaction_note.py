@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from model.features.merchant import WEIGHT_MAX
 from model.units import DAY_MS
 from pipeline.messages.decision import DECISIONS
+from pipeline.storage.merchant_profile import FIXED_BYTES, FRAUD_BYTES, PROFILE_FORMAT
 
 NOTE_EXPIRY_MS = 60 * DAY_MS
 """Time to live of a note after the transaction or its last label: 60 days."""
@@ -28,6 +29,15 @@ STALE = "stale"
 NOTE_BYTES = 3
 LABELLED_NOTE_BYTES = 9
 
+NOTE_CONSTANTS = {
+    "LABELLED_NOTE_BYTES": LABELLED_NOTE_BYTES,
+    "FIXED_BYTES": FIXED_BYTES,
+    "PROFILE_FORMAT": PROFILE_FORMAT,
+    "FRAUD_BYTES": FRAUD_BYTES,
+}
+"""Constants of the scripts that write notes."""
+
+_SCORED = struct.Struct(">QBBB")
 _DECISION_OF = {decision[0].encode()[0]: decision for decision in DECISIONS}
 _NO_LABEL = -1
 
@@ -84,6 +94,25 @@ class TransactionNote:
         if len(value) == LABELLED_NOTE_BYTES:
             labelled_ms = int.from_bytes(value[NOTE_BYTES:], "big")
         return cls(_DECISION_OF.get(value[0]), value[1], bool(value[2]), labelled_ms)
+
+
+@dataclass(frozen=True)
+class ScoredNote:
+    """A worker's note of a transaction that it scored.
+
+    Attributes:
+        decision: decision on the transaction.
+        weight: merchant weight of the transaction if it is a fraud.
+    """
+
+    merchant_id: str
+    transaction_hash: int
+    decision: str
+    weight: int = WEIGHT_MAX
+
+    def to_bytes(self) -> bytes:
+        """Return the transaction's hash and its note without a label, 11 bytes."""
+        return _SCORED.pack(self.transaction_hash, ord(self.decision[0]), self.weight, 0)
 
 
 def decision_of(note: TransactionNote, *, is_late: bool) -> str:

@@ -39,6 +39,7 @@ from pipeline.scoring.topic_watcher import TopicWatcher
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
+from pipeline.storage.poll_store import RedisPollStore
 from pipeline.storage.state_store import RedisStateStore
 from pipeline.worker import faust_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
@@ -164,8 +165,7 @@ class Worker:
         self.processor = Processor(
             settings=settings,
             scorer=scorer_of(settings, checkpoint),
-            store=self._store,
-            merchant_store=self._merchant_store,
+            store=RedisPollStore(self._store, self._merchant_store),
             publisher=self._publisher,
             transactions=self._transactions,
             partitions=self.ownership,

@@ -46,6 +46,7 @@ from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,
     MemoryMerchantStore,
+    MemoryPollStore,
     MemoryProducer,
     MemoryRecord,
     MemoryScoreLog,
@@ -543,18 +544,6 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) ->
     return results
 
 
-async def one_after_another(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Do what :func:`asyncio.gather` does, in a repeatable order."""
-    results = []
-    try:
-        for call in calls:
-            results.append(await call)
-    finally:
-        for call in calls:
-            call.close()
-    return results
-
-
 class MemoryWorker:
     """A worker: the real processor on fakes."""
 
@@ -585,8 +574,7 @@ class MemoryWorker:
         self.processor = Processor(
             settings=settings,
             scorer=self.scorer,
-            store=world.store,
-            merchant_store=world.merchants,
+            store=MemoryPollStore(world.store, world.merchants),
             publisher=MemoryProducer(world.kafka, settings),
             transactions=transactions,
             partitions=self.ownership,
@@ -594,7 +582,6 @@ class MemoryWorker:
             metrics=self.metrics,
             health=self.health,
             clock_ms=lambda: world.now_ms,
-            together=one_after_another,
         )
         self.acked: list[dict[int, int]] = []
         self._generation = 0

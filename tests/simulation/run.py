@@ -215,6 +215,7 @@ class Run:
             self.merchants,
             self.auditor,
             lambda: self.now_ms,
+            is_cluster=rng.random() < 0.5,
         )
         self._snapshots = [(self.store.copy(), _copy(self.merchants))]
         self._workers: list[Worker] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from itertools import accumulate, chain
 from random import Random
 from typing import Any
 
@@ -22,11 +23,11 @@ from pipeline.storage.merchant_store import (
     Counts,
     LabelOutcomes,
     MerchantLabel,
-    ScoredNote,
     label_outcomes,
     places_by_slot,
 )
 from pipeline.storage.state_store import Load, LoadResult, Save
+from pipeline.storage.transaction_note import ScoredNote
 from tests.fakes.memory import MemoryKafka, MemoryMerchantStore, MemoryScoreLog, MemoryStateStore
 from tests.simulation.auditor import Auditor
 from tests.simulation.clock import Host
@@ -82,12 +83,23 @@ class StateClient:
 
     async def save(self, requests: Sequence[Save]) -> list[bool]:
         """Save states with one script for each partition, one after another."""
-        return await self._network.ask(
+        effects = [self.effects(request) for request in requests]
+        done = await self._network.ask(
             self._host,
             "save " + " ".join(f"{r.partition}" for r in requests),
-            [partial(self.store.write, request) for request in requests],
+            list(chain.from_iterable(effects)),
             StoreUnavailableError,
         )
+        return self.stands(effects, done)
+
+    def effects(self, request: Save) -> list[Callable[[], bool]]:
+        """Return the effects of a request's commands; the last one returns whether it stands."""
+        return [partial(self.store.write, request)]
+
+    @staticmethod
+    def stands(effects: Sequence[Sequence[Any]], done: Sequence[bool]) -> list[bool]:
+        """Read the results of requests' effects: whether each request stands."""
+        return [done[end - 1] for end in accumulate(map(len, effects))]
 
     async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
         """Yield the stored accounts, as with one SCAN."""
@@ -136,25 +148,32 @@ class MerchantClient:
         (values,) = await self._network.ask(
             self._host,
             "load merchants",
-            [lambda: [self._store.profiles.get(merchant) for merchant in merchant_ids]],
+            [lambda: self.read(merchant_ids)],
             StoreUnavailableError,
         )
         return values
 
     async def add(self, counts: Counts, notes: Sequence[ScoredNote]) -> None:
         """Add counts with one script for each bucket, and write notes with another."""
-        effects: list[Callable[[], None]] = [
-            partial(self._count, bucket, merchants) for bucket, merchants in counts.items()
-        ]
+        effects = self.count_effects(counts)
         if notes:
-            effects.append(partial(self._remember, notes))
+            effects.append(partial(self.remember, notes))
         await self._network.ask(self._host, "count", effects, StoreUnavailableError)
+
+    def read(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
+        """Read profiles at once."""
+        return [self._store.profiles.get(merchant) for merchant in merchant_ids]
+
+    def count_effects(self, counts: Counts) -> list[Callable[[], None]]:
+        """Return the effect of the script for each bucket."""
+        return [partial(self._count, bucket, merchants) for bucket, merchants in counts.items()]
 
     def _count(self, bucket: int, merchants: Any) -> None:
         for merchant, n in merchants.items():
             self._store.count(bucket, merchant, n)
 
-    def _remember(self, notes: Sequence[ScoredNote]) -> None:
+    def remember(self, notes: Sequence[ScoredNote]) -> None:
+        """Write notes at once."""
         for note in notes:
             self._store.remember(note)
             place = merchant_slot(note.merchant_id), note.transaction_hash
@@ -215,6 +234,75 @@ class MerchantClient:
 
     async def close(self) -> None:
         """Do nothing, because no connection is open."""
+
+
+class PollClient:
+    """A :class:`pipeline.storage.poll_store.PollStore` over the network.
+
+    Args:
+        is_cluster: whether the store is a Redis Cluster, where a script cannot write notes
+            together with states.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        network: Network,
+        states: StateClient,
+        merchants: MerchantClient,
+        *,
+        is_cluster: bool,
+    ) -> None:
+        self._host = host
+        self._network = network
+        self._states = states
+        self._merchants = merchants
+        self._is_cluster = is_cluster
+
+    async def load(
+        self, requests: Sequence[Load], merchant_ids: Sequence[str]
+    ) -> tuple[list[LoadResult], list[bytes | None]]:
+        """Load states with one MGET, and profiles with another."""
+        effects: list[Callable[[], list[Any]]] = [
+            lambda: [self._states.store.read(request) for request in requests]
+        ]
+        if merchant_ids:
+            effects.append(lambda: self._merchants.read(merchant_ids))
+        name = "load " + " ".join(f"{r.partition}" for r in requests)
+        done = await self._network.ask(self._host, name, effects, StoreUnavailableError)
+        return done[0], done[1] if merchant_ids else []
+
+    async def save(self, requests: Sequence[Save], counts: Counts) -> list[bool]:
+        """Save with a script for each partition, then count with one for each bucket."""
+        states, merchants = self._states, self._merchants
+        if self._is_cluster:
+            notes = [note for request in requests for note in request.notes]
+            if notes:
+                await merchants.add({}, notes)
+            stands = await states.save(requests)
+            if counts:
+                await merchants.add(counts, [])
+            return stands
+        saves = [self._with_notes(request) for request in requests]
+        effects: list[Callable[[], Any]] = [*chain.from_iterable(saves)]
+        done = await self._network.ask(
+            self._host,
+            "save and count " + " ".join(f"{r.partition}" for r in requests),
+            effects + merchants.count_effects(counts),
+            StoreUnavailableError,
+        )
+        return states.stands(saves, done)
+
+    def _with_notes(self, request: Save) -> list[Callable[[], bool]]:
+        """Return the effects of a request whose first command writes its notes, too."""
+        first, *others = self._states.effects(request)
+
+        def save() -> bool:
+            if self._states.store.watermarks.get(request.partition) == request.expected:
+                self._merchants.remember(request.notes)
+            return first()
+
+        return [save, *others]
 
 
 Published = Callable[[str, int, int, Sequence[Outgoing]], None]

@@ -32,7 +32,14 @@ from tests.simulation.chain import ChainScorer
 from tests.simulation.clock import Host, Loop
 from tests.simulation.group import Consumer, Coordinator, Member
 from tests.simulation.network import Network
-from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient, StateStore
+from tests.simulation.services import (
+    MerchantClient,
+    PollClient,
+    Publisher,
+    ScoreLog,
+    StateClient,
+    StateStore,
+)
 
 METRICS = Metrics(CollectorRegistry())
 """Shared metrics that no check reads; making them for each run would take a tenth of it."""
@@ -45,6 +52,7 @@ class Parts:
     consumer: type[Consumer] = Consumer
     state_client: type[StateClient] = StateClient
     merchant_client: type[MerchantClient] = MerchantClient
+    poll_client: type[PollClient] = PollClient
     publisher: type[Publisher] = Publisher
     score_log: type[ScoreLog] = ScoreLog
     ownership: type[PartitionManager] = PartitionManager
@@ -69,6 +77,7 @@ class Services:
     merchants: MemoryMerchantStore
     auditor: Auditor
     clock_ms: Callable[[], int]
+    is_cluster: bool
 
 
 class Worker(app.Worker):
@@ -135,8 +144,9 @@ class Worker(app.Worker):
         self.processor = parts.processor(
             settings=settings,
             scorer=services.scorer,
-            store=store,
-            merchant_store=merchants,
+            store=parts.poll_client(
+                host, network, store, merchants, is_cluster=services.is_cluster
+            ),
             publisher=publisher,
             partitions=self.ownership,
             retrier=retrier,

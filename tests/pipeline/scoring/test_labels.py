@@ -23,7 +23,7 @@ from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.merchant_profile import Fraud, transaction_hash
-from pipeline.storage.merchant_store import ScoredNote
+from pipeline.storage.transaction_note import ScoredNote
 from tests.fakes.memory import MemoryConsumer, MemoryProducer, MemoryScoreLog
 from tests.fakes.memory_workers import DAY_MS, START_MS, Killed, World, finish
 

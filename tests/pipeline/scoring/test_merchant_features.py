@@ -19,10 +19,8 @@ from model.features.merchant import (
 from model.features.spec import FEATURES, INPUTS
 from pipeline.messages.scores import decode_score, stored_weight
 from pipeline.scoring import retry as patience_module
-from pipeline.scoring.health import Health
 from pipeline.scoring.merchant_features import MerchantFeatureCache
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.retry import Retrier
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_profile import Fraud, Profile, decode_profiles, transaction_hash
 from pipeline.storage.merchant_store import MerchantLabel
@@ -328,8 +326,6 @@ def test_cached_features_equal_loaded_ones(cached_max: int) -> None:
     store.profiles["m9"] = b"damaged"
     metrics = Metrics(CollectorRegistry())
     merchants = MerchantFeatureCache(
-        store=store,
-        retrier=Retrier(metrics, Health(1.0)),
         metrics=metrics,
         label_delay_ms=7 * DAY_MS,
         size_max=cached_max,
@@ -341,8 +337,8 @@ def test_cached_features_equal_loaded_ones(cached_max: int) -> None:
             ids = [names[i] for i in rng.integers(0, 10, n)]
             times = START_MS + rng.integers(-2, 3, n) * BUCKET_MS
             wanted = merchants.look_up(ids, times)
-            if len(wanted.missing):
-                await merchants.load(wanted)
+            if wanted.merchant_ids:
+                merchants.fill(wanted, await store.load(wanted.merchant_ids))
             profiles, _ = decode_profiles([store.profiles.get(name) for name in ids])
             expected = observe_merchants(profiles, np.arange(n), times, 7 * DAY_MS)
             np.testing.assert_array_equal(wanted.raw, expected)

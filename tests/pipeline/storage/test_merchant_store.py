@@ -27,9 +27,8 @@ from pipeline.storage.merchant_store import (
     MerchantLabel,
     MerchantStore,
     RedisMerchantStore,
-    ScoredNote,
 )
-from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN
+from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, STALE, UNKNOWN, ScoredNote
 from tests.fakes.memory import MemoryMerchantStore
 
 ODD_IDS = ["a b", "é", "日本語", "{x}", "}{", "a:b", "a\nb", "\0", "%s", "x" * 256]
