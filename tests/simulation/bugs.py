@@ -409,7 +409,7 @@ BUGS = [
     Bug("ack of what was not saved", 3, 110, Parts(processor=AckWhatIsNotSaved)),
     Bug("save before publish", 7, 26, Parts(publisher=PublishLater)),
     Bug("save before alerts are published", 197, 722, Parts(publisher=AlertsLater)),
-    Bug("a save without the watermark", 24, 50, Parts(state_client=SaveWithoutWatermark)),
+    Bug("a save without the watermark", 3, 50, Parts(state_client=SaveWithoutWatermark)),
     Bug(
         "a watermark that is not atomic with its states", 1, 10, Parts(state_client=WatermarkApart)
     ),
@@ -420,8 +420,8 @@ BUGS = [
     Bug("recorded features not reused", 99, 198, Parts(score_log=FeaturesNotReused)),
     Bug(
         "published scores repeated",
-        22,
-        44,
+        28,
+        56,
         patches=[(ownership, "PartitionRecovery", NothingKept)],
     ),
     Bug(
