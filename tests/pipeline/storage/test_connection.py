@@ -44,7 +44,7 @@ async def held(url: str, timeout_seconds: float = 30.0, **options: Any) -> Async
 
 
 Answer = Callable[[list[bytes]], bytes | None]
-"""What a server sends for a command; None closes the connection."""
+"""Reply of a server to a command; None closes the connection."""
 
 
 @asynccontextmanager
@@ -199,6 +199,7 @@ def test_after_a_broken_reply_the_next_call_connects_again(loop: Any, bad: bytes
             found = await asyncio.gather(connection.run([("ECHO", "x")]), return_exceptions=True)
             assert found[0] == [b"one"] or isinstance(found[0], RedisError)
             await asyncio.sleep(0.05)  # the reply too many comes
+            assert connection._replies.is_lost
             assert await connection.run([("ECHO", "x")] * 2) == [b"fine"] * 2
 
     run(go, loop)
