@@ -22,7 +22,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from pipeline.storage.script import Command
 
 _INCOMPLETE = object()
-"""What the parser returns for a reply that has not arrived whole."""
+"""The parser returns it for a reply that has not arrived whole."""
 
 
 class HeldConnection:

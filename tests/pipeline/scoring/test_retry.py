@@ -88,6 +88,21 @@ def test_a_call_is_repeated_until_the_service_answers(
     assert health.ready, "ready again once it answers"
 
 
+def test_each_attempt_gets_the_arguments(
+    waits: list[float], metrics: Metrics, health: Health
+) -> None:
+    seen: list[tuple[int, str]] = []
+
+    async def call(number: int, *, name: str) -> int:
+        seen.append((number, name))
+        if len(seen) < 3:
+            raise StoreUnavailableError("away")
+        return number + 1
+
+    assert asyncio.run(Retrier(metrics, health).retry_redis(call, 7, name="a")) == 8
+    assert seen == [(7, "a")] * 3
+
+
 def test_waits_grow_and_stay_bounded(waits: list[float], metrics: Metrics, health: Health) -> None:
     call = Flaky(StoreUnavailableError("away"), FAILURES)
 

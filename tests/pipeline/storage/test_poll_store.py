@@ -206,7 +206,7 @@ def test_states_are_not_saved_while_a_note_cannot_be_written(either: Server) -> 
 def test_on_a_cluster_nothing_is_counted_while_states_cannot_be_saved(
     redis_cluster: RedisCluster,
 ) -> None:
-    """So a save that is repeated during a failover counts once."""
+    """A save that is repeated during a failover must count once."""
     server = server_of(redis_cluster)
 
     async def go(stores: Opened) -> None:
