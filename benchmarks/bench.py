@@ -1,0 +1,246 @@
+"""The bench: a broker and a Redis, on which one contender runs at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from benchmarks.peers.batch_scorer import PeerSettings
+from benchmarks.peers.environment import ROOT, missing, peers_python
+from benchmarks.results import Results
+from model.checkpoint import Checkpoint, CheckpointThresholds, Header
+from model.features.account import ACCOUNT_FEATURES
+from model.features.spec import FeatureSpec
+from model.network import Network
+from pipeline.checkpoint import load_checkpoint
+from pipeline.kafka.score_log import KafkaScoreLog
+from pipeline.kafka.topics import admin_client, ensure_topics
+from pipeline.local.embedded import Services
+from pipeline.local.supervisor import SupervisedProcess
+from pipeline.local.workers import WorkerProcess, start_worker, until_ready
+from pipeline.settings import Settings, load_settings
+from pipeline.timestamps import ANY_AGE_SECONDS
+
+READY_SECONDS = 120.0
+SAMPLE_SECONDS = 0.25
+
+FAUST_EVENT, FAUST_TAKE = "stock Faust, event", "stock Faust, take"
+BYTEWAX, QUIX = "Bytewax", "Quix Streams"
+
+PEERS: dict[str, list[str]] = {
+    BYTEWAX: ["-m", "bytewax.run", "benchmarks.peers.bytewax_job:flow"],
+    QUIX: ["-m", "benchmarks.peers.quix_job"],
+    FAUST_EVENT: ["-m", "benchmarks.peers.stock_faust", "worker", "-l", "warn"],
+    FAUST_TAKE: ["-m", "benchmarks.peers.stock_faust", "worker", "-l", "warn"],
+}
+"""Arguments of Python by the name of a contender."""
+
+MODULES = {BYTEWAX: "bytewax.connectors.kafka", QUIX: "quixstreams"}
+"""Module that a contender needs from the environment of the peers."""
+
+
+@dataclass
+class Contender:
+    """A process that scores.
+
+    Attributes:
+        worker: its metrics too, if it is Recur.
+    """
+
+    name: str
+    process: SupervisedProcess
+    log_path: Path
+    worker: WorkerProcess | None = None
+
+    def check(self) -> None:
+        """End the benchmark if the process has ended."""
+        if self.process.poll() is not None:
+            tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-12:])
+            raise SystemExit(f"{self.name} ended early:\n{tail}")
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all its threads so far, user and system."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+
+class Bench:
+    """Bench with a broker, a Redis, and one contender at a time.
+
+    Attributes:
+        results: rows of the table.
+        accounts_checkpoint: network of the shipped size that sees account features only.
+    """
+
+    def __init__(self, services: Services, directory: Path) -> None:
+        self.services = services
+        self.directory = directory
+        self.results = Results()
+        self.accounts_checkpoint = directory / "accounts.safetensors"
+        accounts_only(load_checkpoint(load_settings())).save(self.accounts_checkpoint)
+        self._number = itertools.count(1)
+
+    def settings(self, **changes: Any) -> Settings:
+        """Make settings with separate topics, group and keys for a measurement."""
+        name = uuid.uuid4().hex[:6]
+        return load_settings(
+            kafka_bootstrap_servers=self.services.kafka_bootstrap_servers,
+            redis_url=self.services.redis_url,
+            topic_prefix=f"{name}-",
+            redis_key_prefix=f"bench-{name}",
+            kafka_group_id=f"bench-{name}",
+            max_timestamp_age_seconds=ANY_AGE_SECONDS,
+            **changes,
+        )
+
+    @asynccontextmanager
+    async def recur(self, settings: Settings) -> AsyncIterator[Contender]:
+        """Run a worker of Recur."""
+        names = (
+            "kafka_bootstrap_servers",
+            "redis_url",
+            "topic_prefix",
+            "redis_key_prefix",
+            "kafka_group_id",
+            "checkpoint",
+            "processing_guarantee",
+            "max_timestamp_age_seconds",
+            "review_threshold",
+            "decline_threshold",
+        )
+        values = {name: getattr(settings, name) for name in names}
+        environment = {f"RECUR_{k.upper()}": str(v) for k, v in values.items() if v is not None}
+        worker = start_worker(next(self._number), self.directory, environment)
+        try:
+            yield Contender("Recur", worker.process, worker.log_path, worker)
+        finally:
+            await worker.stop()
+
+    @asynccontextmanager
+    async def peer(self, name: str, settings: Settings) -> AsyncIterator[Contender]:
+        """Run the job of a peer."""
+        job = PeerSettings(
+            settings.kafka_bootstrap_servers,
+            settings.redis_url,
+            settings.kafka_group_id,
+            settings.topic("transactions"),
+            settings.topic("scores"),
+            self.accounts_checkpoint,
+        )
+        environment = {
+            **os.environ,
+            **job.environment(),
+            "PYTHONPATH": str(ROOT),
+            "PEER_MODE": name.rpartition(" ")[2],
+        }
+        python = str(peers_python()) if name in MODULES else sys.executable
+        log_path = self.directory / f"peer-{next(self._number)}.log"
+        process = SupervisedProcess(
+            [python, *PEERS[name]],
+            log_path=log_path,
+            directory=self.directory,
+            environment=environment,
+        )
+        try:
+            yield Contender(name, process, log_path)
+        finally:
+            process.kill()
+
+    def run(self, name: str, settings: Settings) -> Any:
+        """Run a contender by its name: ``Recur``, or a peer."""
+        return self.peer(name, settings) if name in PEERS else self.recur(settings)
+
+    def installed_peers(self) -> list[str]:
+        """Name the peers that can run here; tell why the others cannot."""
+        found = [FAUST_EVENT, FAUST_TAKE]
+        for name, module in MODULES.items():
+            error = missing(module)
+            if error is None:
+                found.append(name)
+            else:
+                self.results.add(name, f"not installed here: {error}")
+        return found
+
+
+def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
+    """Make a network of the same size with account features only and random weights."""
+    inputs = tuple(i for i in checkpoint.header.features.inputs if i.feature in ACCOUNT_FEATURES)
+    features = FeatureSpec(inputs)
+    architecture = replace(
+        checkpoint.network.architecture, inputs=len(inputs), roles=features.roles
+    )
+    return Checkpoint(
+        Network(architecture),
+        Header(
+            architecture=architecture,
+            features=features,
+            thresholds=CheckpointThresholds(review=1.0, decline=1.0),
+        ),
+    )
+
+
+async def make_topics(settings: Settings) -> None:
+    """Create the topics; the broker stamps each score when it appends it."""
+    await ensure_topics(settings)
+    stamped = ConfigResource(
+        ConfigResourceType.TOPIC,
+        settings.topic("scores"),
+        {"message.timestamp.type": "LogAppendTime"},
+    )
+    async with admin_client(settings) as admin:
+        await admin.alter_configs([stamped])
+
+
+async def start_up(contender: Contender) -> float:
+    """Wait until a worker of Recur is ready; return the seconds since now."""
+    began = time.monotonic()
+    if contender.worker is not None:
+        await until_ready([contender.worker], READY_SECONDS)
+    return time.monotonic() - began
+
+
+Point = tuple[float, float]
+"""Number of scores published, time in seconds."""
+
+
+async def published(settings: Settings, count: float, contender: Contender) -> list[Point]:
+    """Follow a contender's progress by the records in its scores topic."""
+    score_log = KafkaScoreLog(settings)
+    await score_log.start()
+    points: list[Point] = []
+    try:
+        while not points or points[-1][0] < count:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            contender.check()
+            ends = await score_log.ends(
+                settings.topic("scores"), list(range(settings.topic_partitions))
+            )
+            done = float(sum(ends.values()))
+            if done > (points[-1][0] if points else 0.0):
+                points.append((done, time.monotonic()))
+    finally:
+        await score_log.stop()
+    return points
+
+
+def steady_rate(points: list[Point], transactions: int) -> float:
+    """Compute transactions/s from the first tenth to the end, without the start-up.
+
+    >>> steady_rate([(5, 0.0), (20, 2.0), (100, 10.0)], 100)
+    10.0
+    """
+    begin = next(p for p in points if p[0] >= transactions / 10)
+    end = points[-1]
+    return (end[0] - begin[0]) / (end[1] - begin[1])
