@@ -1,6 +1,6 @@
 """``make bench``: measure a worker and its peers on this machine, and print a table.
 
-One contender at a time shares the cores with broker and Redis. docs/performance.md tells the method.
+One contender at a time shares the cores with broker and Redis. docs/performance.md tells how.
 
     python -m benchmarks [--quick] [--rounds N] [--transactions N] [--seconds S] [--only NAME]
 """
@@ -11,7 +11,9 @@ import os
 import platform
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import uvloop
@@ -30,35 +32,54 @@ from pipeline.local.embedded import embedded
 ONLY = ["throughput", "latency", "poll-cost", "memory", "promptness", "tail", "transactional"]
 """Measurements; ``poll-cost`` is ``latency`` without peers. The last two run only if named."""
 
-QUICK_TRANSACTIONS = 60_000
-QUICK_SECONDS = 4.0
+QUICK: dict[str, Any] = {
+    "rounds": 1,
+    "transactions": 60_000,
+    "memory_transactions": 0,
+    "seconds": 4.0,
+}
 
 
-async def run(
-    bench: Bench, only: str | None, transactions: int, memory_run: int, seconds: float, rounds: int
-) -> None:
-    """Run all measurements, or one."""
-    peers = bench.installed_peers() if only in (None, "throughput", "latency") else []
-    if only in (None, "throughput"):
-        await throughput(bench, peers, transactions, rounds)
-    if only in (None, "latency", "poll-cost"):
-        await latency(bench, peers, seconds, rounds)
-    if only in (None, "promptness"):
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how long."""
+
+    only: str | None
+    rounds: int
+    transactions: int
+    memory_transactions: int
+    seconds: float
+    tail_seconds: float
+
+    def includes(self, *names: str) -> bool:
+        """Whether one of these measurements runs."""
+        return self.only in (None, *names)
+
+
+async def run(bench: Bench, plan: Plan) -> None:
+    """Run all measurements of the plan."""
+    peers = bench.installed_peers() if plan.includes("throughput", "latency") else []
+    if plan.includes("throughput"):
+        await throughput(bench, peers, plan.transactions, plan.rounds)
+    if plan.includes("latency", "poll-cost"):
+        await latency(bench, peers, plan.seconds, plan.rounds)
+    if plan.includes("promptness"):
         async for row in promptness.rows(bench.services.kafka_bootstrap_servers, bench.directory):
             bench.results.add(*row)
-    if only in (None, "memory") and memory_run:
-        await memory(bench, memory_run)
-    if only == "tail":
-        await tail(bench)
-    if only == "transactional":
-        await transactional(bench, transactions, seconds)
+    if plan.includes("memory") and plan.memory_transactions:
+        await memory(bench, plan.memory_transactions)
+    if plan.only == "tail":
+        await tail(bench, plan.tail_seconds)
+    if plan.only == "transactional":
+        await transactional(bench, plan.transactions, plan.seconds)
 
 
 @click.command()
 @click.option("--rounds", default=3, help="rounds in turn; the table has their medians")
-@click.option("--transactions", default=240_000, help="transactions of a throughput measurement")
+@click.option("--transactions", default=200_000, help="transactions of a throughput measurement")
 @click.option("--memory-transactions", default=1_000_000, help="of the memory run; 0: skip it")
-@click.option("--seconds", default=10.0, help="duration at each rate of the latency measurement")
+@click.option("--seconds", default=8.0, help="duration at each rate of the latency measurement")
+@click.option("--tail-seconds", default=600.0, help="duration of the tail measurement")
 @click.option("--quick", is_flag=True, help="one short round, to see that everything runs")
 @click.option("--only", type=click.Choice(ONLY), help="run only this measurement")
 def main(
@@ -66,13 +87,14 @@ def main(
     transactions: int,
     memory_transactions: int,
     seconds: float,
+    tail_seconds: float,
     quick: bool,
     only: str | None,
 ) -> None:
     """Measure a worker and its peers on this machine."""
+    plan = Plan(only, rounds, transactions, memory_transactions, seconds, tail_seconds)
     if quick:
-        rounds, transactions, memory_transactions = 1, QUICK_TRANSACTIONS, 0
-        seconds = QUICK_SECONDS
+        plan = replace(plan, **QUICK)
     began = time.monotonic()
     console.print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
@@ -83,7 +105,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="recur-bench-") as directory:
         with embedded() as services:
             bench = Bench(services, Path(directory))
-            uvloop.run(run(bench, only, transactions, memory_transactions, seconds, rounds))
+            uvloop.run(run(bench, plan))
     bench.results.add("this machine before and after", f"{before}; {measure_machine()}")
     bench.results.add("duration", f"{(time.monotonic() - began) / 60:.0f} minutes")
     console.print(bench.results.table())

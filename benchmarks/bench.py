@@ -36,19 +36,39 @@ from pipeline.timestamps import ANY_AGE_SECONDS
 READY_SECONDS = 120.0
 SAMPLE_SECONDS = 0.25
 
+BATCH_RECORDS = 2048
+"""Most records of a batch, for all: Recur's default."""
+LARGE_BATCH_RECORDS = 10_000
+"""So large that an account pays several times in a batch and its state moves once for them all."""
+
+RECUR = "Recur"
 FAUST_EVENT, FAUST_TAKE = "stock Faust, event", "stock Faust, take"
-BYTEWAX, QUIX = "Bytewax", "Quix Streams"
+BYTEWAX = "Bytewax"
+BYTEWAX_LARGE = f"Bytewax, batches of {LARGE_BATCH_RECORDS:,}"
+QUIX = "Quix Streams"
+QUIX_PROMPT = "Quix Streams, short checkpoints"
 
+_FAUST = ["-m", "benchmarks.peers.stock_faust", "worker", "-l", "warn"]
+_BYTEWAX = ["-m", "bytewax.run"]
+_QUIX = ["-m", "benchmarks.peers.quix_job", str(BATCH_RECORDS)]
 PEERS: dict[str, list[str]] = {
-    BYTEWAX: ["-m", "bytewax.run", "benchmarks.peers.bytewax_job:flow"],
-    QUIX: ["-m", "benchmarks.peers.quix_job"],
-    FAUST_EVENT: ["-m", "benchmarks.peers.stock_faust", "worker", "-l", "warn"],
-    FAUST_TAKE: ["-m", "benchmarks.peers.stock_faust", "worker", "-l", "warn"],
+    FAUST_EVENT: _FAUST,
+    FAUST_TAKE: _FAUST,
+    BYTEWAX: [*_BYTEWAX, f"benchmarks.peers.bytewax_job:flow({BATCH_RECORDS})"],
+    BYTEWAX_LARGE: [*_BYTEWAX, f"benchmarks.peers.bytewax_job:flow({LARGE_BATCH_RECORDS})"],
+    QUIX: [*_QUIX, "1.0"],
+    QUIX_PROMPT: [*_QUIX, "0.005"],
 }
-"""Arguments of Python by the name of a contender."""
+"""Arguments of Python by the name of a peer. Quix Streams needs a checkpoint a second for its
+throughput, and one every 5 ms for its latency."""
 
-MODULES = {BYTEWAX: "bytewax.connectors.kafka", QUIX: "quixstreams"}
-"""Module that a contender needs from the environment of the peers."""
+MODULES = {
+    BYTEWAX: "bytewax.connectors.kafka",
+    BYTEWAX_LARGE: "bytewax.connectors.kafka",
+    QUIX: "quixstreams",
+    QUIX_PROMPT: "quixstreams",
+}
+"""Module that a peer needs from the peers' environment."""
 
 
 @dataclass
@@ -119,12 +139,14 @@ class Bench:
             "max_timestamp_age_seconds",
             "review_threshold",
             "decline_threshold",
+            "micro_batch_max",
         )
         values = {name: getattr(settings, name) for name in names}
         environment = {f"RECUR_{k.upper()}": str(v) for k, v in values.items() if v is not None}
+        environment["RECUR_LOG_FORMAT"] = "json"
         worker = start_worker(next(self._number), self.directory, environment)
         try:
-            yield Contender("Recur", worker.process, worker.log_path, worker)
+            yield Contender(RECUR, worker.process, worker.log_path, worker)
         finally:
             await worker.stop()
 
@@ -137,7 +159,7 @@ class Bench:
             settings.kafka_group_id,
             settings.topic("transactions"),
             settings.topic("scores"),
-            self.accounts_checkpoint,
+            str(self.accounts_checkpoint),
         )
         environment = {
             **os.environ,
@@ -164,14 +186,11 @@ class Bench:
 
     def installed_peers(self) -> list[str]:
         """Name the peers that can run here; tell why the others cannot."""
-        found = [FAUST_EVENT, FAUST_TAKE]
-        for name, module in MODULES.items():
-            error = missing(module)
-            if error is None:
-                found.append(name)
-            else:
-                self.results.add(name, f"not installed here: {error}")
-        return found
+        errors = {module: missing(module) for module in set(MODULES.values())}
+        for module, error in errors.items():
+            if error is not None:
+                self.results.add(module, f"cannot run here: {error}")
+        return [name for name in PEERS if errors.get(MODULES.get(name, "")) is None]
 
 
 def accounts_only(checkpoint: Checkpoint) -> Checkpoint:

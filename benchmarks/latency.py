@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from benchmarks.alert_share import chosen_thresholds
-from benchmarks.bench import BYTEWAX, QUIX, Bench, Contender, make_topics, published, start_up
+from benchmarks.bench import (
+    BYTEWAX,
+    QUIX_PROMPT,
+    RECUR,
+    Bench,
+    Contender,
+    make_topics,
+    published,
+    start_up,
+)
 from benchmarks.results import Rounds, console
 from benchmarks.score_times import Offsets, ScoreTimes, ends, read_score_times
 from benchmarks.traffic import blocks, feed
 from pipeline.local.worker_metrics import LATENCY, Samples, buckets, quantile
 from pipeline.settings import Settings
 
-RECUR = "Recur"
 RATES = (500, 1_000, 2_000, 5_000)
 QUANTILES = (0.5, 0.99)
 WARM_UP_RATE = 5_000
@@ -78,7 +87,7 @@ class PollCosts:
 async def latency(bench: Bench, peers: list[str], seconds: float, rounds: int) -> None:
     """Measure latencies and CPU at each rate."""
     thresholds = await _thresholds(bench)
-    contenders = [RECUR, *(name for name in peers if name in (BYTEWAX, QUIX))]
+    contenders = [RECUR, *(name for name in (BYTEWAX, QUIX_PROMPT) if name in peers)]
     found = Rounds()
     costs = PollCosts()
     kept_up = {(name, rate): True for name in contenders for rate in RATES}
@@ -165,7 +174,11 @@ async def _thresholds(bench: Bench) -> dict[str, Any]:
 
 
 async def measure(
-    bench: Bench, name: str, settings: Settings, seconds: float
+    bench: Bench,
+    name: str,
+    settings: Settings,
+    seconds: float,
+    rates: Sequence[int] = RATES,
 ) -> tuple[float, dict[int, RateRun]]:
     """Warm a contender up and run it at each rate, until it does not keep up."""
     await make_topics(settings)
@@ -175,7 +188,7 @@ async def measure(
         stream = blocks(live=True)
         await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
         await published(settings, WARM_UP_TRANSACTIONS, contender)
-        for rate in RATES:
+        for rate in rates:
             await feed(settings, stream, int(rate * SETTLE_SECONDS), rate)
             runs[rate] = await run_at(settings, contender, stream, rate, seconds)
             if not runs[rate].kept_up:

@@ -14,9 +14,12 @@ import numpy as np
 from benchmarks.alert_share import chosen_thresholds
 from benchmarks.bench import (
     BYTEWAX,
+    BYTEWAX_LARGE,
     FAUST_EVENT,
     FAUST_TAKE,
+    LARGE_BATCH_RECORDS,
     QUIX,
+    RECUR,
     Bench,
     make_topics,
     published,
@@ -29,10 +32,10 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings
 
-RECUR = "Recur"
 ACCOUNTS_ONLY = "Recur, account features only"
 LIVE = "Recur, shipped checkpoint, live"
 WEEKS = "Recur, shipped checkpoint, a log of weeks"
+LARGE = f"Recur, account features only, batches of {LARGE_BATCH_RECORDS:,}"
 AS_SHIPPED = "Recur, shipped checkpoint and thresholds, live"
 
 SLOW_TRANSACTIONS = {FAUST_EVENT: 4_000, FAUST_TAKE: 20_000}
@@ -42,6 +45,7 @@ TARGETS = (
     (ACCOUNTS_ONLY, BYTEWAX, 1.5),
     (LIVE, BYTEWAX, 1.2),
     (WEEKS, BYTEWAX, 1.0),
+    (LARGE, BYTEWAX_LARGE, None),
     (ACCOUNTS_ONLY, QUIX, None),
     (ACCOUNTS_ONLY, FAUST_EVENT, 25.0),
     (ACCOUNTS_ONLY, FAUST_TAKE, 8.0),
@@ -63,13 +67,15 @@ async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: 
     """Measure transactions/s of Recur and the peers, in turn."""
     live = await _thresholds(bench, "live stamps", transactions, live=True)
     weeks = await _thresholds(bench, "a log of weeks", transactions, live=False)
+    accounts = {"checkpoint": bench.accounts_checkpoint}
     cases = [
-        Case(ACCOUNTS_ONLY, RECUR, {"checkpoint": bench.accounts_checkpoint}),
-        *(Case(name, name, {}) for name in peers if name in (BYTEWAX, QUIX)),
+        Case(ACCOUNTS_ONLY, RECUR, accounts),
+        *(Case(name, name, {}) for name in (BYTEWAX, QUIX) if name in peers),
         Case(LIVE, RECUR, live, live=True),
         Case(WEEKS, RECUR, weeks),
         Case(AS_SHIPPED, RECUR, {}, live=True),
-        *(Case(name, name, {}) for name in peers if name in SLOW_TRANSACTIONS),
+        Case(LARGE, RECUR, {**accounts, "micro_batch_max": LARGE_BATCH_RECORDS}),
+        *(Case(name, name, {}) for name in (BYTEWAX_LARGE, *SLOW_TRANSACTIONS) if name in peers),
     ]
     rates, shares = Rounds(), Rounds()
     for _ in range(rounds):

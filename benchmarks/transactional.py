@@ -6,8 +6,8 @@ from statistics import fmean
 
 import numpy as np
 
-from benchmarks.bench import Bench
-from benchmarks.latency import QUANTILES, RATES, RECUR, measure
+from benchmarks.bench import RECUR, Bench
+from benchmarks.latency import QUANTILES, RATES, measure
 from benchmarks.throughput import Case, drain
 
 MODES = ("at_least_once", "exactly_once")

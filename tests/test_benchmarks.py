@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.__main__ import accounts_only
+from benchmarks.bench import accounts_only
 from model.features.account import ACCOUNT_FEATURES
 from pipeline.checkpoint import load_checkpoint
 from pipeline.settings import load_settings

@@ -57,17 +57,16 @@ class PeerSettings(NamedTuple):
     group: str
     transactions: str
     scores: str
-    checkpoint: Path
+    checkpoint: str
 
     @classmethod
     def read(cls) -> PeerSettings:
         """Read the environment variables that the benchmark sets."""
-        values = [os.environ[f"PEER_{name.upper()}"] for name in cls._fields]
-        return cls(*values[:-1], Path(values[-1]))
+        return cls(**{name: os.environ[f"PEER_{name.upper()}"] for name in cls._fields})
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables of a job."""
-        return {f"PEER_{name.upper()}": str(value) for name, value in self._asdict().items()}
+        return {f"PEER_{name.upper()}": value for name, value in self._asdict().items()}
 
 
 _decode = msgspec.json.Decoder(Payment).decode
@@ -79,7 +78,7 @@ class BatchScorer:
 
     def __init__(self, settings: PeerSettings) -> None:
         torch.set_num_threads(1)
-        self._checkpoint = Checkpoint.load(settings.checkpoint)
+        self._checkpoint = Checkpoint.load(Path(settings.checkpoint))
         sizes = self._checkpoint.network.architecture
         empty = AccountHistory.empty(1)
         columns: list[Any] = [

@@ -1,15 +1,16 @@
 """The job with Quix Streams: a sink that scores what came between two checkpoints.
 
-    PEER_BROKER=... PEER_REDIS_URL=... ... python -m benchmarks.peers.quix_job
+    PEER_BROKER=... python -m benchmarks.peers.quix_job 2048 1.0
 
 Quix Streams hands records over one by one. Its sinks collect them, and a checkpoint flushes them:
-after :data:`CHECKPOINT_RECORDS`, or :data:`CHECKPOINT_SECONDS`. A checkpoint commits the offsets.
+after the given number of records, or the given time in seconds. A checkpoint commits the offsets.
 The sink takes the records of all partitions in one batch, unlike ``BatchingSink``, which takes one
 partition at a time.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from confluent_kafka import Producer
@@ -18,10 +19,8 @@ from quixstreams.sinks import BaseSink
 
 from benchmarks.peers.batch_scorer import BatchScorer, PeerSettings
 
-CHECKPOINT_RECORDS = 2000
-CHECKPOINT_SECONDS = 0.005
 POLL_SECONDS = 0.005
-"""Longest wait for a record: as long as a record may wait for its checkpoint."""
+"""Longest wait for a record, after which the age of the checkpoint is looked at."""
 
 
 class ScoringSink(BaseSink):  # type: ignore[misc]
@@ -60,7 +59,7 @@ class ScoringSink(BaseSink):  # type: ignore[misc]
         self._values, self._sources = [], []
 
 
-def main() -> None:
+def main(checkpoint_records: int, checkpoint_seconds: float) -> None:
     """Run until a signal."""
     settings = PeerSettings.read()
     application = Application(
@@ -68,8 +67,8 @@ def main() -> None:
         consumer_group=settings.group,
         auto_offset_reset="earliest",
         auto_create_topics=False,
-        commit_interval=CHECKPOINT_SECONDS,
-        commit_every=CHECKPOINT_RECORDS,
+        commit_interval=checkpoint_seconds,
+        commit_every=checkpoint_records,
         consumer_poll_timeout=POLL_SECONDS,
         loglevel="WARNING",
     )
@@ -81,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), float(sys.argv[2]))

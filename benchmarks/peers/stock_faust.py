@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import faust
@@ -29,7 +30,7 @@ TAKE_WITHIN_SECONDS = 0.05
 
 settings = PeerSettings.read()
 torch.set_num_threads(1)
-checkpoint = Checkpoint.load(settings.checkpoint)
+checkpoint = Checkpoint.load(Path(settings.checkpoint))
 SIZES = checkpoint.network.architecture
 EMPTY_HISTORY = AccountHistory.empty(1)
 STATE = np.dtype(
