@@ -42,7 +42,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how long."""
+    """The measurements and their sizes."""
 
     only: str | None
     rounds: int

@@ -39,7 +39,7 @@ SAMPLE_SECONDS = 0.25
 BATCH_RECORDS = 2048
 """Most records of a batch, for all: Recur's default."""
 LARGE_BATCH_RECORDS = 10_000
-"""So large that an account pays several times in a batch and its state moves once for them all."""
+"""A size at which an account pays several times in a batch and its state moves once for all."""
 
 RECUR = "Recur"
 FAUST_EVENT, FAUST_TAKE = "stock Faust, event", "stock Faust, take"

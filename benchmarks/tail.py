@@ -54,7 +54,7 @@ class Pause(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What the machine had done until a moment.
+    """The work of the machine until a moment.
 
     Attributes:
         at_ms: epoch milliseconds.

@@ -110,7 +110,7 @@ class BatchScorer:
         amounts = np.array([p.amount for p in payments])
         times = np.array([p.timestamp for p in payments])
         scores = np.empty(len(payments), np.float32)
-        for part in _rounds(row):
+        for part in rounds(row):
             at = row[part]
             scores[part], states[at] = self._step(states[at], amounts[part], times[part])
         size, saved = self._state.itemsize, states.tobytes()
@@ -144,10 +144,10 @@ class BatchScorer:
         return scores, after
 
 
-def _rounds(row: NDArray[np.int64]) -> list[NDArray[np.intp]]:
+def rounds(row: NDArray[np.int64]) -> list[NDArray[np.intp]]:
     """Split a batch, so that a part holds each account at most once, in log order.
 
-    >>> [part.tolist() for part in _rounds(np.array([0, 1, 0, 2, 0]))]
+    >>> [part.tolist() for part in rounds(np.array([0, 1, 0, 2, 0]))]
     [[0, 1, 3], [2], [4]]
     """
     order = np.argsort(row, kind="stable")
