@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -230,8 +230,12 @@ async def start_up(contender: Contender) -> float:
     return time.monotonic() - began
 
 
-Point = tuple[float, float]
-"""Number of scores published, time in seconds."""
+class Point(NamedTuple):
+    """The progress of a contender: scores published, when, and its CPU so far, seconds."""
+
+    scores: float
+    at_seconds: float
+    cpu_seconds: float
 
 
 async def published(settings: Settings, count: float, contender: Contender) -> list[Point]:
@@ -240,26 +244,33 @@ async def published(settings: Settings, count: float, contender: Contender) -> l
     await score_log.start()
     points: list[Point] = []
     try:
-        while not points or points[-1][0] < count:
+        while not points or points[-1].scores < count:
             await asyncio.sleep(SAMPLE_SECONDS)
             contender.check()
             ends = await score_log.ends(
                 settings.topic("scores"), list(range(settings.topic_partitions))
             )
             done = float(sum(ends.values()))
-            if done > (points[-1][0] if points else 0.0):
-                points.append((done, time.monotonic()))
+            if done > (points[-1].scores if points else 0.0):
+                points.append(Point(done, time.monotonic(), contender.cpu_seconds()))
     finally:
         await score_log.stop()
     return points
 
 
-def steady_rate(points: list[Point], transactions: int) -> float:
-    """Compute transactions/s from the first tenth to the end, without the start-up.
+class Steady(NamedTuple):
+    """Transactions/s, and CPU in µs of each transaction, without the start-up."""
 
-    >>> steady_rate([(5, 0.0), (20, 2.0), (100, 10.0)], 100)
-    10.0
-    """
-    begin = next(p for p in points if p[0] >= transactions / 10)
+    rate: float
+    cpu_us: float
+
+
+def steady(points: list[Point], transactions: int) -> Steady:
+    """Compute both from the first tenth of the transactions to the end."""
+    begin = next(p for p in points if p.scores >= transactions / 10)
     end = points[-1]
-    return (end[0] - begin[0]) / (end[1] - begin[1])
+    scored = end.scores - begin.scores
+    return Steady(
+        scored / (end.at_seconds - begin.at_seconds),
+        (end.cpu_seconds - begin.cpu_seconds) / scored * 1e6,
+    )

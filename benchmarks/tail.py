@@ -37,8 +37,6 @@ GAP_MS = 50
 PAUSES_MAX = 100
 """Most pauses that are printed."""
 SAMPLE_SECONDS = 0.1
-BUSY = 0.5
-"""Share of a core from which a process counts as busy in a pause."""
 STOLEN = 0.05
 """Share of the machine's time from which the hypervisor counts as a cause."""
 
@@ -59,12 +57,14 @@ class Sample:
     Attributes:
         at_ms: epoch milliseconds.
         cpu_seconds: of each process since its start, by name.
+        waited_ms: time that the worker's main thread was ready to run and had no core.
         stolen_seconds: time that the hypervisor gave to others, of all cores.
         redis: ``INFO persistence`` of Redis.
     """
 
     at_ms: float
     cpu_seconds: dict[str, float]
+    waited_ms: float
     stolen_seconds: float
     redis: dict[str, Any]
 
@@ -126,7 +126,7 @@ def pauses(times: ScoreTimes) -> Iterator[Pause]:
 
 def _print_pauses(times: ScoreTimes, samples: list[Sample], log_path: Path) -> None:
     found = list(pauses(times))
-    console.print(f"  {len(found)} pauses over {PAUSE_MS} ms")
+    console.print(f"  pauses over {PAUSE_MS} ms: {len(found)}")
     log = _logged(log_path)
     for pause in sorted(found, key=lambda p: -p.longest_ms)[:PAUSES_MAX]:
         at = datetime.fromtimestamp(pause.begin_ms / 1000).astimezone()
@@ -150,6 +150,9 @@ def _causes(pause: Pause, times: ScoreTimes, samples: list[Sample]) -> Iterator[
         for name, cpu in last.cpu_seconds.items()
     }
     yield "cores used: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    waited_ms = last.waited_ms - first.waited_ms
+    if waited_ms > PAUSE_MS / 2:
+        yield f"the worker waited {waited_ms:.0f} ms for a core"
     stolen = (last.stolen_seconds - first.stolen_seconds) / seconds / psutil.cpu_count()
     if stolen > STOLEN:
         yield f"the hypervisor took {stolen:.0%} of the machine"
@@ -198,6 +201,14 @@ def _log_lines(pause: Pause, log: list[tuple[float, str]]) -> Iterator[str]:
             yield f"the worker logged: {line}"
 
 
+def _waited_ms(pid: int) -> float:
+    """Read how long a process's main thread has waited for a core; 0 where Linux does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e6
+    except (OSError, IndexError):
+        return 0.0
+
+
 async def _sample(bench: Bench, contender: Contender, samples: list[Sample]) -> None:
     """Sample until cancelled."""
     processes = {"worker": psutil.Process(contender.process.pid), "this": psutil.Process()}
@@ -210,7 +221,9 @@ async def _sample(bench: Bench, contender: Contender, samples: list[Sample]) -> 
             persistence = await client.info("persistence")
             cpu_seconds = {name: sum(p.cpu_times()[:2]) for name, p in processes.items()}
             stolen = getattr(psutil.cpu_times(), "steal", 0.0)
-            samples.append(Sample(time.time() * 1000, cpu_seconds, stolen, persistence))
+            waited_ms = _waited_ms(contender.process.pid)
+            now_ms = time.time() * 1000
+            samples.append(Sample(now_ms, cpu_seconds, waited_ms, stolen, persistence))
             await asyncio.sleep(SAMPLE_SECONDS)
     finally:
         await client.aclose()

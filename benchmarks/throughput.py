@@ -21,9 +21,10 @@ from benchmarks.bench import (
     QUIX,
     RECUR,
     Bench,
+    Steady,
     make_topics,
     published,
-    steady_rate,
+    steady,
 )
 from benchmarks.results import Rounds
 from benchmarks.score_times import ends, read_score_times
@@ -77,18 +78,21 @@ async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: 
         Case(LARGE, RECUR, {**accounts, "micro_batch_max": LARGE_BATCH_RECORDS}),
         *(Case(name, name, {}) for name in (BYTEWAX_LARGE, *SLOW_TRANSACTIONS) if name in peers),
     ]
-    rates, shares = Rounds(), Rounds()
+    rates, cpu, shares = Rounds(), Rounds(), Rounds()
     for _ in range(rounds):
         for case in cases:
             count = SLOW_TRANSACTIONS.get(case.name, transactions)
             settings = bench.settings(**case.changes)
-            rates.add(case.name, await drain(bench, case, settings, count))
+            found = await drain(bench, case, settings, count)
+            rates.add(case.name, found.rate)
+            cpu.add(f"{case.name}, CPU in µs", found.cpu_us)
             if case.contender == RECUR:
                 alerts = sum((await ends(settings, settings.topic("alerts"))).values())
                 shares.add(f"{case.name}, alerts in %", 100 * alerts / count)
     for case in cases:
         share = shares.median(f"{case.name}, alerts in %")
-        note = "" if np.isnan(share) else f"; {share:.2g} % alert"
+        note = f"; {cpu.median(f'{case.name}, CPU in µs'):.0f} µs of CPU each"
+        note += "" if np.isnan(share) else f"; {share:.2g} % alert"
         bench.results.add(
             f"throughput, {case.name}", f"{rates.spread(case.name)} transactions/s{note}"
         )
@@ -103,12 +107,12 @@ async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: 
     bench.results.add("size of a state", f"{size} bytes", "at most 450", size <= 450)
 
 
-async def drain(bench: Bench, case: Case, settings: Settings, transactions: int) -> float:
+async def drain(bench: Bench, case: Case, settings: Settings, transactions: int) -> Steady:
     """Fill the log, start the contender and measure its rate."""
     await make_topics(settings)
     await feed(settings, blocks(live=case.live), transactions, rate=None)
     async with bench.run(case.contender, settings) as contender:
-        return steady_rate(await published(settings, transactions, contender), transactions)
+        return steady(await published(settings, transactions, contender), transactions)
 
 
 async def _thresholds(bench: Bench, kind: str, transactions: int, *, live: bool) -> dict[str, Any]:

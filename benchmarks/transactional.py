@@ -20,7 +20,7 @@ async def transactional(bench: Bench, transactions: int, seconds: float) -> None
     for mode in (*MODES, *reversed(MODES)):  # this order cancels a drift of the machine
         changes = {"processing_guarantee": mode}
         case = Case(mode, RECUR, changes, live=True)
-        rates[mode].append(await drain(bench, case, bench.settings(**changes), transactions))
+        rates[mode].append((await drain(bench, case, bench.settings(**changes), transactions)).rate)
         _, runs = await measure(bench, RECUR, bench.settings(**changes), seconds)
         latencies[mode].append(
             {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.alert_share import REVIEW_SHARE, chosen_thresholds
-from benchmarks.bench import PEERS, accounts_only, make_topics, steady_rate
+from benchmarks.bench import PEERS, Point, Steady, accounts_only, make_topics, steady
 from benchmarks.latency import PollCosts
 from benchmarks.peers.batch_scorer import BatchScorer, PeerSettings, Score, rounds
 from benchmarks.results import Rounds
@@ -94,7 +94,9 @@ async def publish(settings: Settings, role: TopicRole, values: list[bytes]) -> i
 
 
 def test_a_rate_leaves_out_the_start() -> None:
-    assert steady_rate([(5, 0.0), (20, 2.0), (100, 10.0)], 100) == 10.0
+    points = [Point(5, 0.0, 9.0), Point(20, 2.0, 9.5), Point(100, 10.0, 9.9)]
+
+    assert steady(points, 100) == pytest.approx(Steady(rate=10.0, cpu_us=5_000.0))
 
 
 def test_a_ratio_is_one_of_the_same_round() -> None:
