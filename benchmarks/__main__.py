@@ -76,7 +76,7 @@ async def run(bench: Bench, plan: Plan) -> None:
 
 @click.command()
 @click.option("--rounds", default=3, help="rounds in turn; the table has their medians")
-@click.option("--transactions", default=200_000, help="transactions of a throughput measurement")
+@click.option("--transactions", default=150_000, help="transactions of a throughput measurement")
 @click.option("--memory-transactions", default=1_000_000, help="of the memory run; 0: skip it")
 @click.option("--seconds", default=8.0, help="duration at each rate of the latency measurement")
 @click.option("--tail-seconds", default=600.0, help="duration of the tail measurement")

@@ -63,6 +63,12 @@ class Case:
     changes: dict[str, Any]
     live: bool = False
 
+    def transactions(self, usual: int) -> int:
+        """Choose how many it drains: few if it is slow, more if its batches are large."""
+        if self.name in (LARGE, BYTEWAX_LARGE):
+            return 2 * usual
+        return SLOW_TRANSACTIONS.get(self.name, usual)
+
 
 async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: int) -> None:
     """Measure transactions/s of Recur and the peers, in turn."""
@@ -81,7 +87,7 @@ async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: 
     rates, cpu, shares = Rounds(), Rounds(), Rounds()
     for _ in range(rounds):
         for case in cases:
-            count = SLOW_TRANSACTIONS.get(case.name, transactions)
+            count = case.transactions(transactions)
             settings = bench.settings(**case.changes)
             found = await drain(bench, case, settings, count)
             rates.add(case.name, found.rate)
