@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,7 @@ async def latency(bench: Bench, peers: list[str], seconds: float, rounds: int) -
     contenders = [RECUR, *(name for name in (BYTEWAX, QUIX_PROMPT) if name in peers)]
     found = Rounds()
     costs = PollCosts()
-    kept_up = {(name, rate): True for name in contenders for rate in RATES}
+    times_kept_up: Counter[tuple[str, int]] = Counter()
     ready = []
     for _ in range(rounds):
         for name in contenders:
@@ -100,9 +101,8 @@ async def latency(bench: Bench, peers: list[str], seconds: float, rounds: int) -
             if name == RECUR:
                 ready.append(seconds_to_ready)
             for rate in RATES:
-                run = runs.get(rate)
-                kept_up[name, rate] &= run is not None and run.kept_up
-                if run is not None:
+                if (run := runs.get(rate)) is not None:
+                    times_kept_up[name, rate] += run.kept_up
                     _add(found, name, run)
                     costs.add(run)
     until_ready = float(np.median(ready))
@@ -112,6 +112,7 @@ async def latency(bench: Bench, peers: list[str], seconds: float, rounds: int) -
         f"{READY_AT_MOST_SECONDS:.0f}",
         until_ready <= READY_AT_MOST_SECONDS,
     )
+    kept_up = {key for key, times in times_kept_up.items() if times > rounds / 2}
     for rate in RATES:
         _add_rows(bench, found, kept_up, rate, contenders)
     _add_cost(bench, costs)
@@ -133,13 +134,13 @@ def _cpu_us(run: RateRun) -> float:
 def _add_rows(
     bench: Bench,
     found: Rounds,
-    kept_up: dict[tuple[str, int], bool],
+    kept_up: set[tuple[str, int]],
     rate: int,
     contenders: list[str],
 ) -> None:
     """Add a rate's rows: each contender's values, and Recur's ratio to the better peer."""
     for name in contenders:
-        if not kept_up[name, rate]:
+        if (name, rate) not in kept_up:
             bench.results.add(f"latency at {rate:,}/s, {name}", "does not keep up")
             continue
         p50, p99 = (found.median(f"{name}, p{p} at {rate:,}/s, ms") for p in (50, 99))
@@ -149,12 +150,12 @@ def _add_rows(
             text += "; its own measure {:.1f}, {:.1f}".format(*own)
         cpu = found.median(f"{name}, CPU at {rate:,}/s, µs a payment")
         bench.results.add(f"latency at {rate:,}/s, {name}", f"{text}; {cpu:.0f} µs of CPU each")
-    rivals = [name for name in contenders if name != RECUR and kept_up[name, rate]]
+    rivals = [name for name in contenders if name != RECUR and (name, rate) in kept_up]
     for share in QUANTILES:
         key = f"p{share * 100:.0f} at {rate:,}/s, ms"
         best = min((found.median(f"{name}, {key}") for name in rivals), default=float("nan"))
         ratio = found.median(f"{RECUR}, {key}") / best
-        if rivals and kept_up[RECUR, rate]:
+        if rivals and (RECUR, rate) in kept_up:
             bench.results.add(
                 f"latency p{share * 100:.0f} at {rate:,}/s, Recur / better peer",
                 f"{ratio:.2f} times",
