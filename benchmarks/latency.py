@@ -71,8 +71,8 @@ class PollCosts:
     cpu_ms: list[float] = field(default_factory=list)
 
     def add(self, run: RateRun) -> None:
-        """Add a rate of a round."""
-        if run.polls:
+        """Add a rate of a round that the worker kept up with."""
+        if run.polls and run.kept_up:
             self.sizes.append(len(run.times.scores) / run.polls)
             self.cpu_ms.append(run.cpu_seconds * 1000 / run.polls)
 
