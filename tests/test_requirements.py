@@ -22,6 +22,11 @@ EMBEDDED = [Requirement(text) for text in PROJECT["optional-dependencies"]["embe
 EVALUATE = [Requirement(text) for text in PROJECT["optional-dependencies"]["evaluate"]]
 DEV = [Requirement(text) for text in PYPROJECT["dependency-groups"]["dev"]]
 PINNED_FILES = ("bootstrap", "torch", "runtime", "redis", "evaluate", "dev")
+PEERS = [
+    Requirement(line)
+    for line in (ROOT / "requirements/peers.in").read_text().splitlines()
+    if not line.startswith("#")
+]
 OURS = {"benchmarks", "model", "pipeline", "tests"}
 
 
@@ -78,13 +83,28 @@ def test_only_its_own_file_pins_torch_and_what_another_build_replaces() -> None:
         assert not [n for n in pins(file) if re.match(r"nvidia-|cuda-|triton$|torch$", n)]
 
 
+def test_the_peers_of_the_benchmark_are_pinned_with_hashes() -> None:
+    pinned = pins("peers")
+    for requirement in PEERS:
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: run `make requirements`"
+    text = (ROOT / "requirements/peers.txt").read_text()
+    entries = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
+    assert len(entries) >= len(pinned)
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_the_peers_take_torch_from_the_main_environment() -> None:
+    assert not [n for n in pins("peers") if re.match(r"nvidia-|cuda-|triton$|torch$", n)]
+
+
 @pytest.mark.parametrize(
     ("folder", "declared"),
     [
         ("model", names(RUNTIME) | names(EVALUATE)),
         ("pipeline", names(RUNTIME) | names(EMBEDDED)),
         ("tests", names(RUNTIME) | names(EMBEDDED) | names(EVALUATE) | names(DEV)),
-        ("benchmarks", names(RUNTIME) | names(EMBEDDED) | names(DEV)),
+        ("benchmarks", names(RUNTIME) | names(EMBEDDED) | names(DEV) | pins("peers").keys()),
         ("docs", names(RUNTIME)),
         ("examples", names(RUNTIME)),
     ],

@@ -168,21 +168,6 @@ def _text(bound: float) -> str:
     return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
 
 
-class _Timer:
-    """Context manager that observes its own duration; contextlib's costs three times as much."""
-
-    __slots__ = ("_histogram", "_start")
-
-    def __init__(self, histogram: Histogram) -> None:
-        self._histogram = histogram
-
-    def __enter__(self) -> None:
-        self._start = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._histogram.observe(perf_counter() - self._start)
-
-
 class Metrics:
     """The metrics of one worker.
 

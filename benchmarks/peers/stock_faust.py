@@ -1,33 +1,35 @@
-"""Reference worker: the job of a Recur worker, written with Faust alone.
+"""The job with Faust alone, on asyncio Redis.
 
 ``event``: an agent that handles one event at a time, each with one Redis read, one Redis write and
 one send. ``take``: an agent that handles batches of Faust's ``take``, each with one MGET and one
 pipeline of writes, and one send for each score.
 
-    STOCK_MODE=event STOCK_BROKER=... STOCK_REDIS=... python -m benchmarks.stock_faust worker
+    PEER_MODE=event PEER_BROKER=... python -m benchmarks.peers.stock_faust worker
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import faust
 import numpy as np
 import redis.asyncio as redis_asyncio
 
+from benchmarks.peers.batch_scorer import PeerSettings
 from model.checkpoint import Checkpoint
 from model.features.account import HISTORY_COLUMNS, AccountHistory, observe
 from model.features.merchant import MERCHANT_FEATURES
 from model.features.spec import FEATURES
 from model.stepper import sigmoid
-from pipeline.settings import SHIPPED_CHECKPOINT
 
 TAKE_MAX = 1000
 TAKE_WITHIN_SECONDS = 0.05
 
-checkpoint = Checkpoint.load(SHIPPED_CHECKPOINT)
+settings = PeerSettings.read()
+checkpoint = Checkpoint.load(Path(settings.checkpoint))
 SIZES = checkpoint.header.architecture
 EMPTY_HISTORY = AccountHistory.empty(1)
 STATE = np.dtype(
@@ -41,11 +43,11 @@ STATE = np.dtype(
     ]
 )
 EMPTY = bytes(STATE.itemsize)
-states: Any = redis_asyncio.Redis.from_url(os.environ["STOCK_REDIS"])
+states: Any = redis_asyncio.Redis.from_url(settings.redis_url)
 
 app = faust.App(
-    os.environ["STOCK_GROUP"],
-    broker=f"kafka://{os.environ['STOCK_BROKER']}",
+    settings.group,
+    broker=f"kafka://{settings.broker}",
     autodiscover=False,
     web_enabled=False,
     store="memory://",
@@ -66,8 +68,8 @@ class Payment(faust.Record, serializer="json"):  # type: ignore[call-arg,misc]
     timestamp: int
 
 
-payments = app.topic(os.environ["STOCK_TRANSACTIONS"], value_type=Payment, key_type=bytes)
-scores = app.topic(os.environ["STOCK_SCORES"], key_type=bytes, value_serializer="json")
+payments = app.topic(settings.transactions, value_type=Payment, key_type=bytes)
+scores = app.topic(settings.scores, key_type=bytes, value_serializer="json")
 
 
 def _key(payment: Payment) -> str:
@@ -137,7 +139,7 @@ async def score_batches(stream: faust.StreamT[Payment]) -> None:
             await pipeline.execute()
 
 
-app.agent(payments)(score_batches if os.environ["STOCK_MODE"] == "take" else score_events)
+app.agent(payments)(score_batches if os.environ["PEER_MODE"] == "take" else score_events)
 
 if __name__ == "__main__":
     app.main()
