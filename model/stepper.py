@@ -3,6 +3,11 @@
 It has the weights of a :class:`model.network.Network` and agrees with its ``unroll`` to 1e-5. It
 is the only way in which a worker and ``recur verify`` compute.
 
+NumPy takes the place of torch at every size, because a call costs less, above all on a cold cache,
+and tanh is 7 times as fast. CPU of a step with its scores, rounding and merchant weights, on one
+core, in torch and here: n = 1: 209 and 44 us, cold 518 and 176; n = 32: 553 and 173; n = 2,000: 9.3
+and 9.3 ms. A worker without torch imports 2.4 s less and takes 490 MB less memory.
+
 Shapes: n accounts, I inputs with the category codes last, X input layer, L layers, H hidden,
 D head, M units of each rising part; width: numeric inputs and the categories' vectors.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -462,6 +464,20 @@ def test_the_network_does_not_learn_nor_drop_out_in_the_worker() -> None:
     second = score(scorer, [None], batch_of([0]))[1].score
 
     assert first.tobytes() == second.tobytes()
+
+
+def test_a_worker_scores_without_torch() -> None:
+    """Torch takes seconds to import and most of a worker's memory."""
+    code = """
+import sys
+from pipeline.checkpoint import load_checkpoint
+from pipeline.settings import load_settings
+from pipeline.worker.process import run_worker
+from pipeline.scoring.scorer import scorer_of
+scorer_of(load_settings(), load_checkpoint(load_settings()))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_hidden_state_before_is_kept_only_for_scores_above_the_threshold() -> None:
