@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from model.features.account import ACCOUNT_FEATURES
 from model.features.merchant import MERCHANT_FEATURES
-from model.torch_threads import one_thread
 from pipeline.audit.account_filter import AccountFilter, AllAccounts
 from pipeline.audit.score_reader import ScoreReader
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
@@ -257,7 +256,6 @@ class RecomputedPartition:
 
     async def __aenter__(self) -> RecomputedPartition:
         async with AsyncExitStack() as stack:
-            stack.enter_context(one_thread())
             await stack.enter_async_context(self._records)
             await stack.enter_async_context(self._scores)
             await self._find_begin()
