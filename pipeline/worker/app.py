@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -42,10 +44,13 @@ from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import RedisStateStore
 from pipeline.worker import faust_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
+from pipeline.worker.faust_transport import Delivery
 from pipeline.worker.http_server import HttpServer
 from pipeline.worker.lag_monitor import LagMonitor
 
 log = logging.getLogger(__name__)
+
+Agent = Callable[[AsyncIterator[Delivery]], Coroutine[Any, Any, None]]
 
 REDIS_CHECK_SECONDS = 1.0
 """Time between two checks of Redis."""
@@ -216,9 +221,9 @@ class Worker:
         agents = {self._topic: ("score", self._score)}
         if self._settings.update_merchant_profiles:
             agents[self._labels_topic] = "record_labels", self._record_labels
-        for topic, (name, agent) in agents.items():
-            polls = app.topic(topic, schema=faust_transport.PollSchema())
-            app.agent(polls, name=name, supervisor_strategy=CrashingSupervisor)(agent)
+        for topic, (name, work) in agents.items():
+            agent = partial(self._run_agent, work, topic)
+            app.agent(app.topic(topic), name=name, supervisor_strategy=CrashingSupervisor)(agent)
         app.task(self._monitor_redis)
         app.task(self._monitor_lag)
         if self._settings.update_merchant_profiles:
@@ -246,51 +251,49 @@ class Worker:
 
     # agents ------------------------------------------------------------------------------
 
-    async def _score(self, polls: Any) -> None:
+    async def _run_agent(self, work: Agent, topic: str, stream: Any) -> None:
+        """Hand a topic's polls to its agent; Faust's stream only subscribes to the topic."""
+        await work(self._consumer().deliveries(topic))
+
+    async def _score(self, deliveries: AsyncIterator[Delivery]) -> None:
         """Compute polls in order, each while the one before is concluded."""
-        consumer = self._consumer()
         concluding: asyncio.Task[None] | None = None
-        async for event in polls.noack().events():
-            if not consumer.start_work(event.message):
-                continue
+        async for delivery in deliveries:
             try:
-                computed = await self.processor.compute(event.value)
+                computed = await self.processor.compute(delivery.poll)
                 if concluding is not None:
                     await concluding
             except BaseException as error:
-                consumer.abandon(event.message)
+                self._consumer().abandon(delivery)
                 if isinstance(error, StartupError):
                     await self._end(error)
                     return
                 raise
-            concluding = asyncio.create_task(self._conclude(computed, event))
+            concluding = asyncio.create_task(self._conclude(computed, delivery))
 
-    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, delivery: Delivery) -> None:
         """Publish and save the computed poll, then ack it."""
         try:
             await self.processor.conclude(computed)
         except BaseException as error:
-            self._consumer().abandon(event.message)
+            self._consumer().abandon(delivery)
             if not isinstance(error, asyncio.CancelledError):
                 await self.app.crash(error)
             raise
-        event.ack()
+        self._consumer().ack(delivery)
 
-    async def _record_labels(self, polls: Any) -> None:
+    async def _record_labels(self, deliveries: AsyncIterator[Delivery]) -> None:
         """Record the labels of polls in order."""
-        consumer = self._consumer()
-        async for event in polls.noack().events():
-            if not consumer.start_work(event.message):
-                continue
+        async for delivery in deliveries:
             try:
-                await self.labels.process(event.value)
+                await self.labels.process(delivery.poll)
             except BaseException as error:
-                consumer.abandon(event.message)
+                self._consumer().abandon(delivery)
                 if isinstance(error, StartupError):
                     await self._end(error)
                     return
                 raise
-            event.ack()
+            self._consumer().ack(delivery)
 
     # lifecycle ---------------------------------------------------------------------------
 

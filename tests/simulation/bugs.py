@@ -36,6 +36,7 @@ from pipeline.storage.merchant_store import LabelOutcomes, MerchantLabel
 from pipeline.storage.state_store import Save
 from pipeline.storage.transaction_note import TransactionNote
 from pipeline.storage.watermark import Watermark
+from pipeline.worker.faust_transport import Delivery
 from tests.simulation.chain import ChainScorer
 from tests.simulation.group import Consumer
 from tests.simulation.services import MerchantClient, Publisher, ScoreLog, StateClient
@@ -75,11 +76,11 @@ class Bug:
 class AckFirst(Worker):
     """Worker that acks a poll before it saves the states."""
 
-    async def _conclude(self, computed: ComputedPoll, event: Any) -> None:
+    async def _conclude(self, computed: ComputedPoll, delivery: Delivery) -> None:
         for partition, chunk in computed.poll.chunks.items():
             computed.poll.applied[partition] = chunk.end
-        event.ack()
-        await super()._conclude(computed, event)
+        self._consumer().ack(delivery)
+        await super()._conclude(computed, delivery)
 
 
 class PublishLater(Publisher):
@@ -166,9 +167,9 @@ class WatermarkApart(StateClient):
 class LateAck(Consumer):
     """Consumer that accepts acks of polls from before a rebalance."""
 
-    def ack(self, message: Any) -> bool:
-        self._in_flight.setdefault(id(message), (message.topic, True))
-        return super().ack(message)
+    def ack(self, delivery: Delivery) -> bool:
+        self._in_flight.add(delivery)
+        return super().ack(delivery)
 
 
 class LateAckOfAll(Processor):

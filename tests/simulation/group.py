@@ -9,15 +9,13 @@ it later. Each member follows Faust's sequence with the consumer of
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from random import Random
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from faust.types import TP, ConsumerMessage
+from faust.types import TP
 
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.settings import Settings
@@ -301,71 +299,10 @@ class Thread:
 
 
 class Consumer(poll_transport.Consumer):
-    """The real consumer, with messages made from simulated records."""
+    """The real consumer over a simulated thread."""
 
     def _new_consumer_thread(self) -> Any:
         return Thread(self.transport.member, self)
-
-    def _to_message(self, tp: TP, record: MemoryRecord) -> ConsumerMessage:
-        return ConsumerMessage(
-            tp.topic, tp.partition, record.offset, record.timestamp / 1000.0, 0, (), None, None,
-            None, 0, 0, tp, generation_id=self.app.consumer_generation_id,
-        )  # fmt: skip
-
-
-@dataclass
-class Event:
-    """Event that an agent receives."""
-
-    message: ConsumerMessage
-    consumer: Consumer
-
-    @property
-    def value(self) -> Any:
-        """The message's poll."""
-        return self.message.value
-
-    def ack(self) -> bool:
-        """Ack the message, like a Faust event."""
-        return bool(self.message.ack(self.consumer))
-
-
-class Inbox:
-    """Queue of a topic between Faust's conductor and its agent."""
-
-    def __init__(self, member: Member) -> None:
-        self._member = member
-        self._events: deque[Event] = deque()
-        self._waiting: asyncio.Future[None] | None = None
-
-    def put(self, event: Event) -> None:
-        """Queue an event for the agent."""
-        self._events.append(event)
-        self.wake()
-
-    def wake(self) -> None:
-        """Wake the agent, because there may be a new event."""
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    def clear(self) -> None:
-        """Drop the queued events before a rebalance."""
-        self._events.clear()
-
-    def noack(self) -> Inbox:
-        """Return this stream, because agents ack explicitly."""
-        return self
-
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield the current generation's events and skip all others, like Faust's streams."""
-        app = self._member.app
-        while True:
-            while not (self._events and app.flow_is_active):
-                self._waiting = self._member.loop.create_future()
-                await self._waiting
-            event = self._events.popleft()
-            if event.message.generation_id == app.consumer_generation_id:
-                yield event
 
 
 class App(SimpleNamespace):
@@ -384,7 +321,6 @@ class App(SimpleNamespace):
             client_only=False,
             should_stop=False,
             consumer_generation_id=-1,
-            flow_is_active=False,
             sensors=SimpleNamespace(
                 on_message_in=ignored, on_commit_initiated=ignored, on_commit_completed=ignored
             ),
@@ -416,7 +352,7 @@ class App(SimpleNamespace):
 
 
 class Member:
-    """A worker's membership in the group: its consumer, inboxes and part in rebalances."""
+    """A worker's membership in the group: its consumer and part in rebalances."""
 
     def __init__(
         self,
@@ -439,19 +375,14 @@ class Member:
         self.crashed = crashed
         self._rng = rng
         self._told = asyncio.Event()
-        self._flow_is_active = asyncio.Event()
         self.app = App(self)
         transport = SimpleNamespace(
             app=self.app, member=self, create_transaction_manager=lambda **_: None
         )
         self.consumer = consumer(
-            transport, self._deliver, self._on_revoked, self._on_assigned, loop=loop
+            transport, self._unused, self._on_revoked, self._on_assigned, loop=loop
         )
         self.thread: Thread = self.consumer._thread
-        self.inboxes = {
-            settings.topic("transactions"): Inbox(self),
-            settings.topic("labels"): Inbox(self),
-        }
         self._tasks: list[asyncio.Task[Any]] = []
         self._recovery: asyncio.Task[None] | None = None
 
@@ -513,11 +444,7 @@ class Member:
     def _suspend(self) -> None:
         consumer = self.consumer
         consumer.stop_flow()
-        self.app.flow_is_active = False
-        self._flow_is_active.clear()
         consumer.pause_partitions(consumer.assignment())
-        for inbox in self.inboxes.values():
-            inbox.clear()
         self.thread.wake()
 
     async def _on_revoked(self, revoked: set[TP]) -> None:
@@ -540,14 +467,8 @@ class Member:
         if assignment:
             self.consumer.resume_partitions(assignment)
             await self.consumer.perform_seek()
-        self.app.flow_is_active = True
-        self._flow_is_active.set()
         self.consumer.resume_flow()
-        for inbox in self.inboxes.values():
-            inbox.wake()
 
-    async def _deliver(self, message: ConsumerMessage) -> None:
-        """Move a message from the consumer to its agent, like Faust's conductor."""
-        await self._flow_is_active.wait()
-        message.incref(1)
-        self.inboxes[message.topic].put(Event(message, self.consumer))
+    async def _unused(self, message: Any) -> None:
+        """Refuse: the consumer hands polls to the agents itself."""
+        raise NotImplementedError

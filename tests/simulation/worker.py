@@ -166,7 +166,7 @@ class Worker(app.Worker):
         member = self.member
         member.start()
         for topic, agent in ((self._topic, self._score), (self._labels_topic, self._record_labels)):
-            task = self.host.start(self._services.loop, agent(member.inboxes[topic]))
+            task = self.host.start(self._services.loop, agent(member.consumer.deliveries(topic)))
             task.add_done_callback(member._ended)
 
     def look_at_labels(self) -> None:

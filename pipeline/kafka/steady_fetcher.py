@@ -1,0 +1,268 @@
+"""aiokafka's fetcher, with a loop of its own for each broker while nothing unusual happens.
+
+aiokafka makes several tasks for each fetch, and asks each partition twice what to do with it.
+Here one task fetches from a broker, waits until the records are read, and fetches again. Whatever
+is unusual ends the loop, and aiokafka's own code handles it: errors, lost connections, partitions
+without a position or leader, older brokers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from time import monotonic, time
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.consumer import fetcher
+from aiokafka.errors import KafkaError
+from aiokafka.structs import TopicPartition
+
+from pipeline.kafka.decompression_limit import BoundedRecords, PartitionRecords
+from pipeline.kafka.fetch_session import FetchAnswer, FetchSession, has_sessions
+
+
+class _Records(PartitionRecords):
+    """The records of a partition as they are decoded, without a copy of each."""
+
+    def _consumer_record(self, tp: TopicPartition, record: Any) -> Any:
+        return record
+
+
+class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
+    """Fetched records of a partition.
+
+    Attributes:
+        on_read: called once all of them are read.
+    """
+
+    on_read: Callable[[], None]
+
+
+class _Changed:
+    """A wake-up of one task: set() lets its wait() return."""
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """Wake the waiting task, if there is one."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait for the next set()."""
+        self._future = asyncio.get_running_loop().create_future()
+        await self._future
+
+
+class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
+    """See the module. It fetches all assigned partitions; none of them may be paused."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # A wake-up for the loop of each broker.
+        self._loops: dict[int, _Changed] = {}
+        # Brokers whose next fetch is aiokafka's own.
+        self._unusual: set[int] = set()
+        super().__init__(*args, **options)
+
+    async def _proc_fetch_request(self, assignment: Any, node_id: int, request: Any) -> bool:
+        """Fetch from a broker as long as nothing is unusual; aiokafka starts this as a task."""
+        places = [
+            TopicPartition(topic, partition)
+            for topic, partitions in request.topics
+            for partition, *_ in partitions
+        ]
+        if node_id in self._unusual or not await self._is_usual(assignment, node_id, places):
+            self._unusual.discard(node_id)
+            return bool(await super()._proc_fetch_request(assignment, node_id, request))
+        changed = self._loops[node_id] = _Changed()
+        try:
+            await self._fetch_steadily(assignment, node_id, places, changed)
+        except KafkaError:
+            self._unusual.add(node_id)  # aiokafka meets the error again, logs it, and waits
+        except asyncio.CancelledError:
+            pass  # as aiokafka does: the assignment is another one now
+        finally:
+            del self._loops[node_id]
+        return False
+
+    async def _is_usual(
+        self, assignment: Any, node_id: int, places: Collection[TopicPartition]
+    ) -> bool:
+        """Tell whether the request has all of the broker's partitions, and it knows sessions."""
+        led = {
+            tp for tp in assignment.tps if self._client.cluster.leader_for_partition(tp) == node_id
+        }
+        if led != set(places):
+            return False
+        try:
+            connection = await self._client._get_conn(node_id)
+        except asyncio.CancelledError:
+            return False
+        return connection is not None and has_sessions(connection._versions)
+
+    async def _fetch_steadily(
+        self, assignment: Any, node_id: int, places: Collection[TopicPartition], changed: _Changed
+    ) -> None:
+        """Fetch, wait until all is read, and repeat; return when something is unusual."""
+        session = FetchSession(
+            wait_ms=self._fetch_max_wait_ms,
+            min_bytes=self._fetch_min_bytes,
+            max_bytes=self._fetch_max_bytes,
+            isolation_level=self._isolation_level,
+            partition_bytes=self._max_partition_fetch_bytes,
+        )
+        states = {tp: assignment.state_value(tp) for tp in places}
+        while True:
+            positions = {tp: s.position for tp, s in states.items() if s.has_valid_position}
+            if len(positions) < len(states):
+                return  # aiokafka looks up where to begin
+            answer = await self._client.send(node_id, session.request(positions))
+            if not assignment.active:
+                return
+            if answer.error:
+                return  # the session is gone; the next one begins with all partitions
+            session.accept(answer)
+            if not self._keep(assignment, answer, positions, states, changed.set):
+                self._unusual.add(node_id)
+                return
+            while any(tp in self._records for tp in places):
+                await changed.wait()
+                if not all(state.has_valid_position for state in states.values()):
+                    return
+
+    def _keep(
+        self,
+        assignment: Any,
+        answer: FetchAnswer,
+        asked: Mapping[TopicPartition, int],
+        states: Mapping[TopicPartition, Any],
+        on_read: Callable[[], None],
+    ) -> bool:
+        """Keep fetched records until they are read; return False if a partition has an error."""
+        now_ms = int(time() * 1000)
+        is_usual = True
+        for place, error, highwater, stable, aborted, data in answer.partitions:
+            state = states[place]
+            if error:
+                is_usual = False
+                continue
+            if not state.has_valid_position or state.position != asked[place]:
+                continue  # a seek came meanwhile
+            state.highwater, state.lso, state.timestamp = highwater, stable, now_ms
+            records = BoundedRecords(data)
+            if not records.has_next():
+                is_usual = is_usual and not data  # a batch that was cut off is aiokafka's to tell
+                continue
+            self._records[place] = fetched = _Fetched(
+                place,
+                assignment=assignment,
+                partition_records=_Records(
+                    place, records, aborted, asked[place], None, None, self._check_crcs,
+                    self._isolation_level,
+                ),
+                backoff=self._prefetch_backoff,
+            )  # fmt: skip
+            fetched.on_read = on_read
+        if self._records:
+            for waiter in self._fetch_waiters:
+                self._notify(waiter)
+        return is_usual
+
+    async def fetched_records(
+        self,
+        partitions: Collection[TopicPartition],
+        timeout: float = 0,  # noqa: ASYNC109 - aiokafka's signature
+        max_records: int | None = None,
+    ) -> dict[TopicPartition, list[Any]]:
+        """Return fetched records; wait for some if there are none."""
+        until = monotonic() + timeout
+        while True:
+            if self._subscriptions.reassignment_in_progress:
+                await self._subscriptions.wait_for_assignment()
+            found = self._read(partitions, max_records)
+            left = until - monotonic()
+            if found or left <= 0 or self._closed:
+                return found
+            waiter = self._create_fetch_waiter()
+            timer = self._loop.call_later(left, self._notify, waiter)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
+
+    def _read(
+        self, partitions: Collection[TopicPartition], max_records: int | None
+    ) -> dict[TopicPartition, list[Any]]:
+        """Take fetched records of these partitions.
+
+        Raises:
+            KafkaError: the broker refused one of them.
+        """
+        found: dict[TopicPartition, list[Any]] = {}
+        room = max_records
+        for tp in list(self._records):
+            if partitions and tp not in partitions:
+                if not self._subscriptions.is_assigned(tp):
+                    del self._records[tp]
+                continue
+            fetched = self._records[tp]
+            if not isinstance(fetched, fetcher.FetchResult):
+                if found:
+                    break  # the next call raises the error
+                del self._records[tp]
+                self._notify(self._wait_consume_future)
+                fetched.check_raise()
+            records = fetched.getall(room)
+            if not fetched.has_more():
+                del self._records[tp]
+                self._was_read(fetched)
+            if not records:
+                continue
+            found[tp] = records
+            if room is not None:
+                room -= len(records)
+                if room <= 0:
+                    break
+        return found
+
+    def _was_read(self, fetched: Any) -> None:
+        if isinstance(fetched, _Fetched):
+            fetched.on_read()
+        else:
+            self._notify(self._wait_consume_future)
+
+    def seek_to(self, tp: TopicPartition, offset: int) -> None:
+        """Read a partition from another offset on."""
+        super().seek_to(tp, offset)
+        self._wake_loops()
+
+    def request_offset_reset(self, tps: Collection[TopicPartition], strategy: int) -> Any:
+        """Read partitions from their begin or end on."""
+        positioned = super().request_offset_reset(tps, strategy)
+        self._wake_loops()
+        return positioned
+
+    def _wake_loops(self) -> None:
+        for changed in self._loops.values():
+            changed.set()
+
+
+async def fetch_steadily(consumer: AIOKafkaConsumer) -> None:
+    """Replace the fetcher of a consumer that has started and has no partitions yet."""
+    old = consumer._fetcher
+    await old.close()
+    consumer._fetcher = SteadyFetcher(
+        consumer._client,
+        consumer._subscription,
+        fetch_min_bytes=old._fetch_min_bytes,
+        fetch_max_bytes=old._fetch_max_bytes,
+        fetch_max_wait_ms=old._fetch_max_wait_ms,
+        max_partition_fetch_bytes=old._max_partition_fetch_bytes,
+        check_crcs=old._check_crcs,
+        fetcher_timeout=old._fetcher_timeout,
+        retry_backoff_ms=old._retry_backoff * 1000,
+        auto_offset_reset=consumer._auto_offset_reset,
+        isolation_level=consumer._isolation_level,
+    )
