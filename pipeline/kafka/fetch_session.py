@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import NamedTuple
 
-from aiokafka.protocol.api import Request, RequestStruct
-from aiokafka.protocol.fetch import FetchRequest_v11, FetchResponse_v11
 from aiokafka.structs import TopicPartition
+
+from pipeline.kafka.connection import INT32, Packable, Packed, Versions
 
 FETCH_KEY, FETCH_VERSION = 1, 11
 """The newest fetch request that names topics; Kafka 2.3 and later know it."""
@@ -21,7 +21,6 @@ FETCH_KEY, FETCH_VERSION = 1, 11
 SESSION_EPOCH_MAX = 2**31 - 1
 
 _INT16 = struct.Struct(">h")
-_INT32 = struct.Struct(">i")
 _HEAD = struct.Struct(">iiiibii")
 _ASKED = struct.Struct(">iiqqi")
 _ANSWER = struct.Struct(">ihi")
@@ -68,14 +67,14 @@ class FetchAnswer:
         """Decode what follows the header of a response."""
         data, at = stream.getbuffer(), stream.tell()
         _, error, session = _ANSWER.unpack_from(data, at)
-        (topics,) = _INT32.unpack_from(data, at + 10)
+        (topics,) = INT32.unpack_from(data, at + 10)
         at += 14
         partitions: list[FetchedPartition] = []
         for _ in range(topics):
             (length,) = _INT16.unpack_from(data, at)
             at += 2
             topic = str(data[at : at + length], "utf-8")
-            (count,) = _INT32.unpack_from(data, at + length)
+            (count,) = INT32.unpack_from(data, at + length)
             at += length + 4
             for _ in range(count):
                 number, code, highwater, stable, _, aborts = _PARTITION.unpack_from(data, at)
@@ -92,43 +91,19 @@ class FetchAnswer:
         return cls(error, session, partitions)
 
 
-class _FetchStruct(FetchRequest_v11):  # type: ignore[misc]
-    """A request that is packed already; its answer is decoded in one pass."""
-
-    RESPONSE_TYPE = FetchAnswer
-
-    def __init__(self, packed: bytes) -> None:
-        self._packed = packed
-
-    def encode(self) -> bytes:
-        return self._packed
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self._packed)} bytes)"
-
-
-class SessionRequest(Request[FetchRequest_v11]):  # type: ignore[misc]
+class SessionRequest(Packable):
     """A request of a session, for a broker that :func:`has_sessions`."""
 
-    API_KEY = FETCH_KEY
+    def __init__(self, body: bytes) -> None:
+        self._body = body
 
-    def __init__(self, packed: bytes) -> None:
-        self._packed = packed
-
-    def build(self, request_struct_class: type[RequestStruct]) -> RequestStruct:
-        """Return the packed request."""
-        return _FetchStruct(self._packed)
+    def pack(self, versions: Versions) -> Packed:
+        """Return the request."""
+        return Packed(FETCH_KEY, FETCH_VERSION, self._body, FetchAnswer)
 
 
-assert FetchResponse_v11.API_VERSION == FETCH_VERSION
-
-
-def has_sessions(versions: Mapping[int, tuple[int, int]]) -> bool:
-    """Tell whether a broker knows the request.
-
-    Args:
-        versions: lowest and highest version of each request, by its key.
-    """
+def has_sessions(versions: Versions) -> bool:
+    """Tell whether a broker knows the request."""
     low, high = versions.get(FETCH_KEY, (0, -1))
     return low <= FETCH_VERSION <= high
 
@@ -141,7 +116,7 @@ class FetchSession:
         partition_bytes: most bytes of a partition in an answer.
 
     Attributes:
-        offsets: the offset that the broker knows for each partition.
+        offsets: the offset that is read next of each partition.
     """
 
     def __init__(
@@ -162,21 +137,20 @@ class FetchSession:
         """Make the next request.
 
         Args:
-            positions: the offset to read each partition from; the same partitions each time.
+                positions: the offset to read from, of all partitions at first and later of those
+                that moved.
         """
         by_topic: dict[str, list[bytes]] = {}
-        known = self.offsets if self._epoch else {}
-        for place, offset in positions.items():
-            if known.get(place) != offset:
-                by_topic.setdefault(place.topic, []).append(
-                    _ASKED.pack(place.partition, -1, offset, -1, self._partition_bytes)
-                )
-                self.offsets[place] = offset
-        parts = [_HEAD.pack(*self._fixed, self._id, self._epoch), _INT32.pack(len(by_topic))]
+        self.offsets.update(positions)
+        for place, offset in (positions if self._id else self.offsets).items():
+            by_topic.setdefault(place.topic, []).append(
+                _ASKED.pack(place.partition, -1, offset, -1, self._partition_bytes)
+            )
+        parts = [_HEAD.pack(*self._fixed, self._id, self._epoch), INT32.pack(len(by_topic))]
         for topic, asked in by_topic.items():
             name = topic.encode()
-            parts += (_INT16.pack(len(name)), name, _INT32.pack(len(asked)), *asked)
-        parts += (_INT32.pack(0), _INT16.pack(0))  # no partition is forgotten; no rack
+            parts += (_INT16.pack(len(name)), name, INT32.pack(len(asked)), *asked)
+        parts += (INT32.pack(0), _INT16.pack(0))  # no partition is forgotten; no rack
         return SessionRequest(b"".join(parts))
 
     def accept(self, answer: FetchAnswer) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import BrokerResponseError, KafkaError, OutOfOrderSequenceNumber
 
+import pipeline.kafka.produce_request  # noqa: F401 - packs the requests of aiokafka's producers
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits
 from pipeline.settings import Settings

@@ -9,7 +9,7 @@ without a position or leader, older brokers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from time import monotonic, time
 from typing import Any
 
@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from pipeline.kafka.decompression_limit import BoundedRecords, PartitionRecords
-from pipeline.kafka.fetch_session import FetchAnswer, FetchSession, has_sessions
+from pipeline.kafka.fetch_session import FetchedPartition, FetchSession, has_sessions
 
 
 class _Records(PartitionRecords):
@@ -39,29 +39,33 @@ class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
     on_read: Callable[[], None]
 
 
-class _Changed:
-    """A wake-up of one task: set() lets its wait() return."""
+class _Loop:
+    """The loop of a broker, as the rest of the fetcher sees it.
+
+    Attributes:
+        has_moved: whether a partition was sent elsewhere, which ends the loop.
+    """
 
     def __init__(self) -> None:
-        self._future: asyncio.Future[None] | None = None
+        self.has_moved = False
+        self._woken: asyncio.Future[None] | None = None
 
-    def set(self) -> None:
-        """Wake the waiting task, if there is one."""
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
+    def wake(self) -> None:
+        """Wake the loop: records were read, or a partition was sent elsewhere."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
     async def wait(self) -> None:
-        """Wait for the next set()."""
-        self._future = asyncio.get_running_loop().create_future()
-        await self._future
+        """Wait until it is woken."""
+        self._woken = asyncio.get_running_loop().create_future()
+        await self._woken
 
 
 class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
     """See the module. It fetches all assigned partitions; none of them may be paused."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # A wake-up for the loop of each broker.
-        self._loops: dict[int, _Changed] = {}
+        self._loops: dict[int, _Loop] = {}  # by broker
         # Brokers whose next fetch is aiokafka's own.
         self._unusual: set[int] = set()
         super().__init__(*args, **options)
@@ -76,9 +80,9 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
         if node_id in self._unusual or not await self._is_usual(assignment, node_id, places):
             self._unusual.discard(node_id)
             return bool(await super()._proc_fetch_request(assignment, node_id, request))
-        changed = self._loops[node_id] = _Changed()
+        loop = self._loops[node_id] = _Loop()
         try:
-            await self._fetch_steadily(assignment, node_id, places, changed)
+            await self._fetch_steadily(assignment, node_id, places, loop)
         except KafkaError:
             self._unusual.add(node_id)  # aiokafka meets the error again, logs it, and waits
         except asyncio.CancelledError:
@@ -103,7 +107,7 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
         return connection is not None and has_sessions(connection._versions)
 
     async def _fetch_steadily(
-        self, assignment: Any, node_id: int, places: Collection[TopicPartition], changed: _Changed
+        self, assignment: Any, node_id: int, places: Collection[TopicPartition], loop: _Loop
     ) -> None:
         """Fetch, wait until all is read, and repeat; return when something is unusual."""
         session = FetchSession(
@@ -113,62 +117,43 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
             isolation_level=self._isolation_level,
             partition_bytes=self._max_partition_fetch_bytes,
         )
-        states = {tp: assignment.state_value(tp) for tp in places}
+        moved: Collection[TopicPartition] = places
         while True:
-            positions = {tp: s.position for tp, s in states.items() if s.has_valid_position}
-            if len(positions) < len(states):
-                return  # aiokafka looks up where to begin
+            positions = {tp: assignment.state_value(tp).position for tp in moved}
             answer = await self._client.send(node_id, session.request(positions))
-            if not assignment.active:
-                return
-            if answer.error:
-                return  # the session is gone; the next one begins with all partitions
+            if answer.error or loop.has_moved or not assignment.active:
+                return  # the next loop begins with all partitions
             session.accept(answer)
-            if not self._keep(assignment, answer, positions, states, changed.set):
+            if any(part.error for part in answer.partitions):
                 self._unusual.add(node_id)
                 return
-            while any(tp in self._records for tp in places):
-                await changed.wait()
-                if not all(state.has_valid_position for state in states.values()):
+            moved = [part.place for part in answer.partitions if part.data]
+            for part in answer.partitions:
+                self._keep(assignment, part, session.offsets[part.place], loop)
+            while any(tp in self._records for tp in moved):
+                await loop.wait()
+                if loop.has_moved:
                     return
 
-    def _keep(
-        self,
-        assignment: Any,
-        answer: FetchAnswer,
-        asked: Mapping[TopicPartition, int],
-        states: Mapping[TopicPartition, Any],
-        on_read: Callable[[], None],
-    ) -> bool:
-        """Keep fetched records until they are read; return False if a partition has an error."""
-        now_ms = int(time() * 1000)
-        is_usual = True
-        for place, error, highwater, stable, aborted, data in answer.partitions:
-            state = states[place]
-            if error:
-                is_usual = False
-                continue
-            if not state.has_valid_position or state.position != asked[place]:
-                continue  # a seek came meanwhile
-            state.highwater, state.lso, state.timestamp = highwater, stable, now_ms
-            records = BoundedRecords(data)
-            if not records.has_next():
-                is_usual = is_usual and not data  # a batch that was cut off is aiokafka's to tell
-                continue
-            self._records[place] = fetched = _Fetched(
-                place,
-                assignment=assignment,
-                partition_records=_Records(
-                    place, records, aborted, asked[place], None, None, self._check_crcs,
-                    self._isolation_level,
-                ),
-                backoff=self._prefetch_backoff,
-            )  # fmt: skip
-            fetched.on_read = on_read
-        if self._records:
-            for waiter in self._fetch_waiters:
-                self._notify(waiter)
-        return is_usual
+    def _keep(self, assignment: Any, part: FetchedPartition, offset: int, loop: _Loop) -> None:
+        """Keep what was fetched of a partition until it is read."""
+        state = assignment.state_value(part.place)
+        state.highwater, state.lso = part.highwater, part.stable
+        state.timestamp = int(time() * 1000)
+        if not part.data:
+            return
+        self._records[part.place] = fetched = _Fetched(
+            part.place,
+            assignment=assignment,
+            partition_records=_Records(
+                part.place, BoundedRecords(part.data), part.aborted, offset, None, None,
+                self._check_crcs, self._isolation_level,
+            ),
+            backoff=self._prefetch_backoff,
+        )  # fmt: skip
+        fetched.on_read = loop.wake
+        for waiter in self._fetch_waiters:
+            self._notify(waiter)
 
     async def fetched_records(
         self,
@@ -236,17 +221,18 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
     def seek_to(self, tp: TopicPartition, offset: int) -> None:
         """Read a partition from another offset on."""
         super().seek_to(tp, offset)
-        self._wake_loops()
+        self._end_loops()
 
     def request_offset_reset(self, tps: Collection[TopicPartition], strategy: int) -> Any:
         """Read partitions from their begin or end on."""
         positioned = super().request_offset_reset(tps, strategy)
-        self._wake_loops()
+        self._end_loops()
         return positioned
 
-    def _wake_loops(self) -> None:
-        for changed in self._loops.values():
-            changed.set()
+    def _end_loops(self) -> None:
+        for loop in self._loops.values():
+            loop.has_moved = True
+            loop.wake()
 
 
 async def fetch_steadily(consumer: AIOKafkaConsumer) -> None:

@@ -184,7 +184,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
                 if self.flow_active:
                     self._send_empty_polls()
                 resets = self._resets
-                records, _ = await self._wait_next_records(FETCH_TIMEOUT_SECONDS)
+                records = await self._fetch()
                 if not records:
                     continue
                 if self.should_stop or not self.flow_active or resets != self._resets:
@@ -194,6 +194,26 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         except (*self.consumer_stopped_errors, asyncio.CancelledError):
             if not self.transport.app.should_stop:
                 raise
+
+    async def _fetch(self) -> Mapping[TP, list[Any]]:
+        """Return the records of one fetch; wait a while for some."""
+        if not self.flow_active:
+            await self.wait(self.can_resume_flow)
+        active = self._active_partitions
+        if not active:
+            await self.sleep(FETCH_TIMEOUT_SECONDS)
+            return {}
+        consumer = self._thread._ensure_consumer()
+        with one_poll():
+            return cast(
+                "Mapping[TP, list[Any]]",
+                await self._thread._fetch_records(
+                    consumer,
+                    active,
+                    timeout=FETCH_TIMEOUT_SECONDS,
+                    max_records=consumer._max_poll_records,
+                ),
+            )
 
     def _send(self, polls: Mapping[str, Poll]) -> None:
         """Send each topic's poll to its agent."""
@@ -270,21 +290,6 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """Discard fetched records, and seek to where they began."""
         for tp, fetched in records.items():
             self._seek_if_assigned(tp, self._begin.get(tp, fetched[0].offset))
-
-    async def _getmany(
-        self,
-        active_partitions: set[TP] | None,
-        timeout: float,  # noqa: ASYNC109 - as Faust calls it
-    ) -> Any:
-        """Return the records of one fetch from aiokafka, without Faust's queue."""
-        consumer = self._thread._ensure_consumer()
-        with one_poll():
-            return await self._thread._fetch_records(
-                consumer,
-                active_partitions,
-                timeout=timeout,
-                max_records=consumer._max_poll_records,
-            )
 
     # acks --------------------------------------------------------------------------------
 
