@@ -139,6 +139,14 @@ class Settings(BaseSettings):
     kafka_ssl_keyfile: Path | None = Field(None, description="PEM file of the client's key")
     kafka_ssl_key_password: SecretStr | None = Field(None, description="password of that key")
     kafka_group_id: str = Field("recur", min_length=1, description="consumer group of the workers")
+    kafka_group_instance_id: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9._-]{0,249}$",
+        description="this worker's own name in the group, another for each worker: one that is"
+        " restarted within the session timeout gets its partitions back, and no other worker"
+        " gives up its own. A worker that ends for good keeps its partitions until the timeout."
+        " Empty: they move at once",
+    )
     kafka_session_timeout_seconds: float = Field(
         10.0, ge=1, le=300, description="a silent worker loses its partitions after this, seconds"
     )
@@ -158,6 +166,14 @@ class Settings(BaseSettings):
     )
     kafka_compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = Field(
         "none", description="compression of published records"
+    )
+    kafka_linger_ms: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="time that alerts and dead letters wait for more of their partition before"
+        " they are sent, milliseconds; the micro-batch waits, too. Its scores are one batch for"
+        " each partition and never wait",
     )
 
     # Topics

@@ -57,8 +57,6 @@ class ProduceAnswer:
 class ProduceRequest(produce.ProduceRequest, Packable):  # type: ignore[misc]
     """aiokafka's request, which packs itself for a broker that knows its newest layout."""
 
-    _CLASSES = produce.ProduceRequest._CLASSES
-
     def pack(self, versions: Versions) -> Packed | None:
         """Pack the request."""
         low, high = versions.get(PRODUCE_KEY, (0, -1))

@@ -162,6 +162,7 @@ class KafkaProducer:
                 "acks": "all",
                 "enable_idempotence": True,
                 "compression_type": None if compression == "none" else compression,
+                "linger_ms": settings.kafka_linger_ms,
             }
             | options
         )

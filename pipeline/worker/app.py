@@ -448,6 +448,7 @@ def faust_app(settings: Settings, directory: Path) -> faust.App:
         topic_disable_leader=True,
         stream_wait_empty=True,
         consumer_auto_offset_reset=settings.kafka_auto_offset_reset,
+        consumer_group_instance_id=settings.kafka_group_instance_id or None,
         broker_commit_interval=settings.kafka_commit_interval_seconds,
         broker_session_timeout=settings.kafka_session_timeout_seconds,
         broker_heartbeat_interval=min(3.0, settings.kafka_session_timeout_seconds / 3),

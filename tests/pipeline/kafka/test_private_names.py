@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, conn
 from aiokafka import codec as aiokafka_codec
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
@@ -27,22 +27,27 @@ from aiokafka.consumer.subscription_state import (
     SubscriptionState,
     TopicPartitionState,
 )
+from aiokafka.producer import sender
 from aiokafka.producer.message_accumulator import MessageAccumulator
 from aiokafka.producer.sender import Sender
 from aiokafka.producer.transaction_manager import TransactionManager
+from aiokafka.protocol import produce
 from aiokafka.protocol.api import Request
 from aiokafka.record.memory_records import MemoryRecords
-from faust import Schema
 from faust.transport import drivers
 from faust.transport.drivers import aiokafka as driver
 from mode.threads import ServiceThread
 
 ROOT = Path(__file__).resolve().parents[3]
 
-PARTITION_RECORDS = next(
-    kind for kind in fetcher.PartitionRecords.__mro__ if kind.__module__ == fetcher.__name__
-)
-"""aiokafka's own class, even where the product has replaced it in this process."""
+
+def own_class(kind: type, module: Any) -> Any:
+    """Return aiokafka's own class, even where the product has replaced it in this process."""
+    return next(base for base in kind.__mro__ if base.__module__ == module.__name__)
+
+
+PARTITION_RECORDS = own_class(fetcher.PartitionRecords, fetcher)
+CONNECTION = own_class(conn.AIOKafkaConnection, conn)
 
 METHODS = [
     # pipeline/kafka: called
@@ -61,6 +66,36 @@ METHODS = [
         "self, tp, records, aborted_transactions, fetch_offset, key_deserializer,"
         " value_deserializer, check_crcs, isolation_level",
     ),
+    # pipeline/kafka/steady_fetcher.py: called
+    (
+        AIOKafkaClient,
+        "_get_conn",
+        "self, node_id, *, group=<ConnectionGroup.DEFAULT: 0>, no_hint=False",
+    ),
+    (ClusterMetadata, "leader_for_partition", "self, partition"),
+    (SubscriptionState, "is_assigned", "self, tp"),
+    (SubscriptionState, "wait_for_assignment", "self"),
+    (fetcher.Fetcher, "_create_fetch_waiter", "self"),
+    (fetcher.Fetcher, "_notify", "self, future"),
+    (fetcher.FetchResult, "__init__", "self, tp, *, assignment, partition_records, backoff"),
+    (fetcher.FetchResult, "getall", "self, max_records=None"),
+    (fetcher.FetchResult, "has_more", "self"),
+    (fetcher.FetchError, "check_raise", "self"),
+    # pipeline/kafka/steady_fetcher.py: overridden
+    (fetcher.Fetcher, "_proc_fetch_request", "self, assignment, node_id, request"),
+    (fetcher.Fetcher, "fetched_records", "self, partitions, timeout=0, max_records=None"),
+    (fetcher.Fetcher, "seek_to", "self, tp, offset"),
+    (fetcher.Fetcher, "request_offset_reset", "self, tps, strategy"),
+    (PARTITION_RECORDS, "_consumer_record", "self, tp, record"),
+    # pipeline/kafka/connection.py: called
+    (CONNECTION, "_handle_frame", "self, resp"),
+    (CONNECTION, "_next_correlation_id", "self"),
+    (CONNECTION, "_on_read_task_error", "self_ref, read_task"),
+    # pipeline/kafka/connection.py: overridden
+    (CONNECTION, "_create_reader_task", "self"),
+    (CONNECTION, "send", "self, request, expect_response=True"),
+    # pipeline/kafka/produce_request.py: overridden
+    (produce.ProduceRequest, "__init__", "self, transactional_id, required_acks, timeout, topics"),
     # pipeline/worker/faust_transport.py: called
     (AIOKafkaClient, "force_metadata_update", "self"),
     (GroupCoordinator, "check_errors", "self"),
@@ -75,15 +110,13 @@ METHODS = [
     ),
     (driver.AIOKafkaConsumerThread, "earliest_offsets", "self, *partitions"),
     (driver.AIOKafkaConsumerThread, "seek", "self, partition, offset"),
-    (driver.Consumer, "_wait_next_records", "self, timeout"),
-    (driver.Consumer, "_to_message", "self, tp, record"),
     (driver.Consumer, "commit_and_end_transactions", "self"),
     # pipeline/worker/faust_transport.py: overridden
     (driver.AIOKafkaConsumerThread, "_create_worker_consumer", "self, transport"),
     (driver.AIOKafkaConsumerThread, "_gather_remaining_tasks", "self"),
     (driver.Consumer, "_new_consumer_thread", "self"),
     (driver.Consumer, "_drain_messages", "self, fetcher"),
-    (driver.Consumer, "_getmany", "self, active_partitions, timeout"),
+    (driver.Consumer, "resume_flow", "self"),
     (driver.Consumer, "_filter_tps_with_pending_acks", "self, topics=None"),
     (driver.Consumer, "_new_offset", "self, tp"),
     (driver.Consumer, "ack", "self, message"),
@@ -92,8 +125,6 @@ METHODS = [
     (driver.Consumer, "on_partitions_assigned", "self, assigned, generation_id=0"),
     (driver.Consumer, "perform_seek", "self"),
     (driver.Consumer, "verify_event_path", "self, now, tp"),
-    (Schema, "loads_key", "self, app, message, *, loads=None, serializer=None"),
-    (Schema, "loads_value", "self, app, message, *, loads=None, serializer=None"),
 ]
 """Class, method and parameters as the installed versions have them."""
 
@@ -104,6 +135,18 @@ PROPERTIES = [
     (TopicPartitionState, "position"),
     (TopicPartitionState, "has_valid_position"),
 ]
+
+FETCHER = {
+    "_check_crcs", "_closed", "_fetch_max_bytes", "_fetch_max_wait_ms", "_fetch_min_bytes",
+    "_fetch_waiters", "_fetcher_timeout", "_isolation_level", "_loop",
+    "_max_partition_fetch_bytes", "_prefetch_backoff", "_records", "_retry_backoff",
+    "_subscriptions", "_wait_consume_future",
+}  # fmt: skip
+
+CONNECTIONS = {
+    "_client_id", "_closed_fut", "_host", "_loop", "_port", "_reader", "_request_timeout",
+    "_requests", "_versions", "_writer",
+}  # fmt: skip
 
 ATTRIBUTES = {
     "_client": "AIOKafkaConsumer, AIOKafkaAdminClient",
@@ -121,6 +164,11 @@ ATTRIBUTES = {
     "_consumer": "AIOKafkaConsumerThread",
     "_thread": "Consumer of Faust",
     "_committed_offset": "Consumer of Faust",
+    "_active_partitions": "Consumer of Faust",
+    **dict.fromkeys(FETCHER, "Fetcher"),
+    **dict.fromkeys(CONNECTIONS, "AIOKafkaConnection"),
+    **dict.fromkeys(("_transactional_id", "_timeout", "_topics"), "ProduceRequest"),
+    "_auto_offset_reset": "AIOKafkaConsumer",
 }
 """Private attributes, and the classes whose constructors set them; a test below looks at each."""
 
@@ -152,17 +200,33 @@ def test_a_consumer_has_the_attributes_that_we_read() -> None:
         try:
             assert vars(consumer).keys() >= {
                 "_client", "_fetcher", "_coordinator", "_subscription", "_isolation_level",
-                "_max_poll_records",
+                "_max_poll_records", "_auto_offset_reset",
             }  # fmt: skip
             assert isinstance(consumer._client, AIOKafkaClient)
             assert isinstance(consumer._subscription, SubscriptionState)
             fetch = fetcher.Fetcher(consumer._client, consumer._subscription, prefetch_backoff=7.0)
             assert fetch._prefetch_backoff == 7.0
+            assert vars(fetch).keys() >= FETCHER
             await fetch.close()
         finally:
             await consumer.stop()
 
     asyncio.run(look())
+
+
+def test_a_connection_and_its_requests_have_the_attributes_that_we_read() -> None:
+    async def look() -> None:
+        assert vars(CONNECTION("127.0.0.1", 1)).keys() >= CONNECTIONS
+
+    asyncio.run(look())
+    request = produce.ProduceRequest("id", -1, 7, [])
+    assert vars(request).keys() >= {"_transactional_id", "_timeout", "_topics"}
+    assert request.required_acks == -1
+
+
+def test_aiokafka_makes_connections_and_requests_through_the_names_that_we_replace() -> None:
+    assert "AIOKafkaConnection(" in inspect.getsource(conn.create_conn)
+    assert "ProduceRequest(" in inspect.getsource(sender.SendProduceReqHandler.create_request)
 
 
 def test_an_admin_client_has_the_attribute_that_we_read() -> None:
@@ -212,6 +276,7 @@ def test_fausts_classes_have_the_attributes_that_we_read() -> None:
     assert "self._thread = " in source
     base = inspect.getsource(inspect.getmodule(driver.ConsumerThread) or driver)
     assert "self._committed_offset = " in base
+    assert "self._active_partitions = " in base
 
 
 def test_aiokafka_decompresses_and_fetches_through_the_names_that_we_replace() -> None:
@@ -263,11 +328,14 @@ def test_every_private_name_that_the_product_reads_is_listed_here() -> None:
     listed = {name for _, name, _ in METHODS} | ATTRIBUTES.keys()
     of_our_base = own_names((ROOT / "pipeline/kafka/producer.py").read_text())
     modules = modules_with_private_names()
-
     assert [file.name for file in modules] == [
-        "acl.py", "score_log.py", "topics.py", "transactional_producer.py", "faust_transport.py",
+        "acl.py", "score_log.py", "steady_fetcher.py", "topics.py", "transactional_producer.py",
+        "faust_transport.py",
     ]  # fmt: skip
-    for file in modules:
+    of_base_classes = [
+        ROOT / f"pipeline/kafka/{name}.py" for name in ("connection", "produce_request")
+    ]
+    for file in [*modules, *of_base_classes]:
         source = file.read_text()
         found = private_names(source, own_names(source) | of_our_base)
         assert found - {"_replace"} <= listed, file.name  # _replace: of a named tuple

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faust.types import TP, ConsumerMessage
+from faust.types import TP
 from mode import Service
 
+from pipeline.kafka.polls import Chunk, Poll
 from pipeline.settings import load_settings
 from pipeline.worker.app import faust_app
 from pipeline.worker.faust_transport import (
@@ -19,6 +20,7 @@ from pipeline.worker.faust_transport import (
     PREFETCH_BACKOFF_SECONDS,
     PREFETCH_BACKOFF_SEEKING_SECONDS,
     Consumer,
+    Delivery,
 )
 
 PAYMENTS, LABELS = TP("payments", 3), TP("labels", 3)
@@ -82,8 +84,11 @@ class FakeFetcher(Service):  # type: ignore[misc]
         first = self.position
         end = self.position = min(first + self.fetch_size, LOG_END)
         await self.release.wait()
-        await asyncio.sleep(0 if end > first else 3600)  # at the end it waits for new records
-        return {PAYMENTS: [SimpleNamespace(offset=n) for n in range(first, end)]}
+        await asyncio.sleep(0)
+        while first == end == self.position:  # at the end it waits for a seek
+            await asyncio.sleep(0.001)
+        records = [SimpleNamespace(offset=n) for n in range(first, end)]
+        return {PAYMENTS: records} if records else {}
 
 
 class ConsumerUnderTest(Consumer):
@@ -94,16 +99,21 @@ class ConsumerUnderTest(Consumer):
     def _new_consumer_thread(self) -> Any:
         return FakeFetcher()
 
-    def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
-        return self._empty_message(tp, record.offset)
+    def __init__(self, polls: list[Delivery], *args: Any) -> None:
+        super().__init__(*args)
+        self._polls = polls
+
+    def _send(self, polls: Mapping[str, Poll]) -> None:
+        super()._send(polls)
+        self._polls += [self._waiting[topic][-1] for topic in polls]
 
 
-def consumer_in(directory: Path, polls: list[ConsumerMessage]) -> ConsumerUnderTest:
-    """Make a consumer of a real Faust app; it appends its messages to ``polls``."""
+def consumer_in(directory: Path, polls: list[Delivery]) -> ConsumerUnderTest:
+    """Make a consumer of a real Faust app; it appends what it sends to ``polls``."""
     app = faust_app(load_settings(), directory)
 
-    async def deliver(message: ConsumerMessage) -> None:
-        polls.append(message)
+    async def unused(message: Any) -> None:
+        raise AssertionError("the consumer hands polls to the agents itself")
 
     async def on_revoked(revoked: set[TP]) -> None:
         raise AssertionError("no partition is revoked here")
@@ -114,7 +124,7 @@ def consumer_in(directory: Path, polls: list[ConsumerMessage]) -> ConsumerUnderT
             await consumer._thread.before_seek()
         await consumer.perform_seek()  # Faust does it in another task
 
-    consumer = ConsumerUnderTest(app.transport, deliver, on_revoked, on_assigned)
+    consumer = ConsumerUnderTest(polls, app.transport, unused, on_revoked, on_assigned)
     consumer.from_begin = {LABELS.topic}
     return consumer
 
@@ -142,8 +152,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def chunks(polls: list[ConsumerMessage]) -> list[tuple[int, int]]:
-    found = [poll.value.chunks[PAYMENTS.partition] for poll in polls]
+def chunks(polls: list[Delivery]) -> list[tuple[int, int]]:
+    found = [delivery.poll.chunks[PAYMENTS.partition] for delivery in polls]
     return [(chunk.begin, chunk.end) for chunk in found]
 
 
@@ -164,7 +174,7 @@ def test_records_that_come_during_a_seek_are_read_again(tmp_path: Path) -> None:
     """Otherwise the next chunk begins behind them, and they count as read: they are lost."""
 
     async def run() -> None:
-        polls: list[ConsumerMessage] = []
+        polls: list[Delivery] = []
         consumer = consumer_in(tmp_path, polls)
         fetcher = consumer._thread
         tasks: list[asyncio.Task[None]] = []
@@ -188,7 +198,7 @@ def test_a_fetch_from_before_a_seek_is_discarded(tmp_path: Path) -> None:
     """It continues from an earlier position than the committed one."""
 
     async def run() -> None:
-        polls: list[ConsumerMessage] = []
+        polls: list[Delivery] = []
         consumer = consumer_in(tmp_path, polls)
         fetcher = consumer._thread
         tasks: list[asyncio.Task[None]] = []
@@ -215,7 +225,7 @@ def test_a_stop_while_a_poll_makes_room_is_not_lost(tmp_path: Path, ticks: int) 
     """A worker whose cancellation was lost waited for ever, until it was killed."""
 
     async def run() -> None:
-        polls: list[ConsumerMessage] = []
+        polls: list[Delivery] = []
         consumer = consumer_in(tmp_path, polls)
         await consumer.on_partitions_assigned({PAYMENTS, LABELS})
         consumer._thread.fetch_size = 1
@@ -223,11 +233,81 @@ def test_a_stop_while_a_poll_makes_room_is_not_lost(tmp_path: Path, ticks: int) 
         await until(lambda: len(polls) == POLLS_IN_FLIGHT_MAX)
         await asyncio.sleep(0.01)  # now it waits for room
 
-        consumer.start_work(polls[0])
         consumer.abandon(polls[0])
         for _ in range(ticks):
             await asyncio.sleep(0)
 
         await cancel(draining)
+
+    asyncio.run(run())
+
+
+def delivered(consumer: Consumer, polls: list[Delivery]) -> asyncio.Task[None]:
+    """Collect what the agent of the payments gets."""
+
+    async def agent() -> None:
+        async for delivery in consumer.deliveries(PAYMENTS.topic):
+            polls.append(delivery)
+
+    return asyncio.create_task(agent())
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def payments(offset: int) -> dict[str, Poll]:
+    return {PAYMENTS.topic: Poll({PAYMENTS.partition: Chunk(offset, offset + 1, ())})}
+
+
+def test_an_agent_gets_no_poll_from_the_begin_of_a_rebalance_to_the_end_of_its_seeks(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        got: list[Delivery] = []
+        consumer = consumer_in(tmp_path, [])
+        consumer.resume_flow()
+        agent = delivered(consumer, got)
+        consumer._send(payments(0))
+        await turns()
+        assert chunks(got) == [(0, 1)]
+        assert got[0].at_work
+
+        consumer.stop_flow()
+        consumer._send(payments(1))
+        await turns()
+        assert len(got) == 1
+        waiting = asyncio.create_task(consumer.wait_empty())
+        await turns()
+        assert not waiting.done(), "the poll at work is waited for"
+        assert consumer.ack(got[0])
+        await waiting
+
+        consumer._reset()
+        consumer.resume_flow()
+        await turns()
+        assert len(got) == 1, "the poll from before the rebalance is dropped"
+        consumer._send(payments(2))
+        await turns()
+        assert chunks(got)[1:] == [(2, 3)]
+        await cancel(agent)
+
+    asyncio.run(run())
+
+
+def test_a_late_ack_of_a_poll_from_before_a_rebalance_has_no_effect(tmp_path: Path) -> None:
+    async def run() -> None:
+        got: list[Delivery] = []
+        consumer = consumer_in(tmp_path, [])
+        consumer.resume_flow()
+        agent = delivered(consumer, got)
+        consumer._send(payments(0))
+        await turns()
+        consumer._reset()
+        got[0].poll.applied[PAYMENTS.partition] = 1
+        assert not consumer.ack(got[0])
+        assert not list(consumer._filter_tps_with_pending_acks())
+        await cancel(agent)
 
     asyncio.run(run())
