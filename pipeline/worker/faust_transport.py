@@ -169,6 +169,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         # Partitions that get an empty poll next, and its offset.
         self._empty_polls: dict[TP, int] = {}
         self.stop_seconds = float(self.app.conf.broker_session_timeout)
+        self.stop_flow()  # until the seeks of the first assignment are done
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)

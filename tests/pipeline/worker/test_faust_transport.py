@@ -85,8 +85,7 @@ class FakeFetcher(Service):  # type: ignore[misc]
         end = self.position = min(first + self.fetch_size, LOG_END)
         await self.release.wait()
         await asyncio.sleep(0)
-        while first == end == self.position:  # at the end it waits for a seek
-            await asyncio.sleep(0.001)
+        await until(lambda: not first == end == self.position)  # at the end it waits for a seek
         records = [SimpleNamespace(offset=n) for n in range(first, end)]
         return {PAYMENTS: records} if records else {}
 
@@ -267,9 +266,11 @@ def test_an_agent_gets_no_poll_from_the_begin_of_a_rebalance_to_the_end_of_its_s
     async def run() -> None:
         got: list[Delivery] = []
         consumer = consumer_in(tmp_path, [])
-        consumer.resume_flow()
         agent = delivered(consumer, got)
         consumer._send(payments(0))
+        await turns()
+        assert not got
+        consumer.resume_flow()
         await turns()
         assert chunks(got) == [(0, 1)]
         assert got[0].at_work
