@@ -30,7 +30,7 @@ _RECORDS = struct.Struct(">ii")
 
 
 class FetchedPartition(NamedTuple):
-    """What an answer holds of a partition.
+    """A partition's part of an answer.
 
     Attributes:
         error: Kafka's error code; 0 without one.

@@ -629,6 +629,31 @@ def test_a_dead_letter_that_is_refused_stops_nothing_and_is_counted(
     assert (line.partition, line.offset) == ("0", "7")  # type: ignore[attr-defined]
 
 
+async def seconds_of_publish(broker: Broker, linger_ms: int, alerts: Sequence[Outgoing]) -> float:
+    """Publish a score, and alerts, with that linger."""
+    settings = broker.settings.model_copy(update={"kafka_linger_ms": linger_ms})
+    publisher = KafkaProducer(settings)
+    await publisher.start()
+    clock = asyncio.get_running_loop().time
+    before = clock()
+    try:
+        async with asyncio.timeout(60):
+            await publisher.publish({0: scores(broker, 0, [0])}, alerts, [])
+            return clock() - before
+    finally:
+        await publisher.stop()
+
+
+def test_alerts_linger_as_long_as_the_setting_says_and_scores_never_do(kafka: Kafka) -> None:
+    async def test(broker: Broker) -> None:
+        assert await seconds_of_publish(broker, 400, [Outgoing(b"A", b"alert")]) > 0.39
+        assert await seconds_of_publish(broker, 600_000, []) < 60
+        assert len(await all_records(broker, "alerts")) == 1
+        assert len(await all_records(broker, "scores")) == 2
+
+    run(open_real(kafka), test)
+
+
 def test_interleaved_batches_have_unknown_offsets(kafka: Kafka) -> None:
     padding = 2_000
     count = 6 * PRODUCE_BATCH_BYTES // padding

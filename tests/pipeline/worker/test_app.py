@@ -9,7 +9,7 @@ from faust.types import TP
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.settings import load_settings
-from pipeline.worker.app import Worker
+from pipeline.worker.app import Worker, faust_app
 
 
 def test_a_worker_that_never_begins_on_its_partitions_is_stalled(
@@ -32,3 +32,11 @@ def test_a_worker_that_never_begins_on_its_partitions_is_stalled(
         assert not worker.health.live
     finally:
         worker.http_server.stop()
+
+
+@pytest.mark.parametrize(("name", "told"), [("", None), ("worker-3", "worker-3")])
+def test_the_group_is_told_a_workers_own_name_if_it_has_one(
+    tmp_path: Path, name: str, told: str | None
+) -> None:
+    app = faust_app(load_settings(kafka_group_instance_id=name), tmp_path)
+    assert app.conf.consumer_group_instance_id == told
