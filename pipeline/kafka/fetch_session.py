@@ -1,7 +1,7 @@
 """Fetch requests that name only what has changed since the last one (KIP-227).
 
-aiokafka names each partition in each request, and the broker names each in its answer. Packing
-them in Python took 0.5 ms of a poll's 0.7 ms with eight partitions, most of them unchanged.
+aiokafka names each partition in each request, and the broker names each in its answer. With eight
+partitions, most of them unchanged, half of a fetch's Python calls were for naming them.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Faust's own driver makes an event of each record, which costs more than scoring it. This
 transport extends the aiokafka driver, and replaces the way from fetch to agent. All records that
 one fetch returned of a topic travel as one :class:`Delivery` of a poll. It goes straight to the
-topic's agent: Faust's conductor, channel and stream took 0.4 ms for it, and stay empty. At most
-:data:`POLLS_IN_FLIGHT_MAX` polls of a topic are between fetch and ack. The next fetch
-waits for room, so no partition is ever paused. aiokafka prefetches while the agent waits for
-broker and Redis.
+topic's agent; Faust's conductor, channel and stream stay empty. At most
+:data:`POLLS_IN_FLIGHT_MAX` polls of a topic are between fetch and ack. The next fetch waits for
+room, so no partition is ever paused. aiokafka prefetches while the agent waits for broker and
+Redis.
 
 Fetched records are discarded only together with a seek to their begin. Faust finds the transport
 by URLs that begin with ``poll://``.

@@ -20,10 +20,9 @@ import numpy as np
 from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import LoggedScore
-from pipeline.scoring import decoder, recovery
+from pipeline.scoring import decoder, outputs, recovery
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring.batch import ComputedPoll, PartitionBatch
-from pipeline.scoring.outputs import OutputBuilder
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Processor
@@ -220,9 +219,19 @@ class NothingKept(PartitionRecovery):
         return {}
 
 
-def _no_scores(*_: Any) -> Iterator[tuple[int, bytes, str]]:
-    """Return no scores, so that no earlier score raises an alert."""
-    return iter(())
+_follow_published = outputs._follow_published
+
+
+def _no_alerts(batch: PartitionBatch, *arguments: Any) -> None:
+    """Write only the notes of scores that were published before."""
+    _follow_published(batch, *arguments)
+    batch.alert_candidates.clear()
+
+
+def _no_notes(batch: PartitionBatch, *arguments: Any) -> None:
+    """Raise only the alerts of scores that were published before."""
+    _follow_published(batch, *arguments)
+    batch.notes.clear()
 
 
 class GapNotRead(PartitionRecovery):
@@ -429,7 +438,7 @@ BUGS = [
         "alerts not published again",
         181,
         676,
-        patches=[(OutputBuilder, "_published_before", _no_scores)],
+        patches=[(outputs, "_follow_published", _no_alerts)],
     ),
     Bug(
         "the gap before a zombie's publish not read",
@@ -484,7 +493,7 @@ BUGS = [
         "notes of kept scores not written",
         28,
         100,
-        patches=[(OutputBuilder, "_note_published_before", _nothing)],
+        patches=[(outputs, "_follow_published", _no_notes)],
     ),
     Bug(
         "an older label taken for the newest",
