@@ -39,7 +39,7 @@ demo: $(ENVIRONMENT) ## run Kafka, Redis, two workers and a stream of payments f
 	$(BIN)/recur demo $(ARGS)
 
 test: $(ENVIRONMENT) ## run every test, on a real broker and Redis
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 test-fast: $(ENVIRONMENT) ## run the tests that are quick and need no broker or Redis (a minute)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not live and not slow" $(ARGS)
