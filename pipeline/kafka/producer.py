@@ -359,7 +359,7 @@ class KafkaProducer:
         headers = {name: value.decode() for name, value in dead_letter.headers}
         log.error(
             "the broker refused a dead letter, which is lost: see the limits, policies and rights"
-            " of the dead-letter topic; recur_letters_lost_total counts lost dead letters",
+            " of the dead-letter topic; recur_dead_letters_lost_total counts lost dead letters",
             extra={
                 "dead_letter_topic": self._dead_letter_topic,
                 "why": type(error).__name__,

@@ -24,7 +24,7 @@ from pipeline.messages.decoding import NOT_JSON, Share, encode_json
 WEIGHT_DIGITS = 3
 """Decimals of a merchant weight in JSON: enough to tell all stored weights apart."""
 
-STATE_REFUSED: Literal["refused"] = "refused"
+STATE_INVALID: Literal["invalid"] = "invalid"
 """Mark of a score whose account state was damaged or of another version, and counted as absent."""
 
 SECONDS_SINCE_LAST = "seconds_since_last"
@@ -45,7 +45,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
 
     The other fields are only there where they say something. ``thresholds`` led to the decision;
     an approval leaves them out. ``state`` is set if the account's state could not be used
-    (:data:`STATE_REFUSED`). ``merchant_weight`` is how far a fraud of the transaction would count
+    (:data:`STATE_INVALID`). ``merchant_weight`` is how far a fraud of the transaction would count
     at its merchant, if not in full. ``out_of_range`` names inputs beyond the range of training.
     """
 
@@ -60,7 +60,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     source: str
     features: dict[str, float | None]
     thresholds: dict[str, float] | None = None
-    state: Literal["refused"] | None = None
+    state: Literal["invalid", "refused"] | None = None  # refused: of version 0.1
     merchant_weight: float | None = None
     out_of_range: list[str] | None = None
 
@@ -262,7 +262,7 @@ class ScoreEncoder:
         thresholds: DecisionThresholds | None = None,
         weight: int = WEIGHT_MAX,
         out_of_range: Sequence[str] | None = None,
-        state: Literal["refused"] | None = None,
+        state: Literal["invalid"] | None = None,
     ) -> bytes:
         """Encode a score as JSON.
 
@@ -271,7 +271,7 @@ class ScoreEncoder:
             thresholds: what led to the decision; None for an approval.
             weight: the stored merchant weight; a full one is left out.
             out_of_range: the names of inputs beyond the range of training.
-            state: :data:`STATE_REFUSED` if the account's state could not be used.
+            state: :data:`STATE_INVALID` if the account's state could not be used.
         """
         score, features = numbers
         return encode_json(

@@ -212,7 +212,7 @@ class LabelProcessor:
 
     async def _record(self, partition: int, chunk: Chunk) -> int | None:
         """Record a chunk; if the store lacks earlier labels, return the offset to read back to."""
-        with self._metrics.timed("book"):
+        with self._metrics.timed("record"):
             labels: list[MerchantLabel] = []
             names: list[str] = []
             delays_ms: list[int] = []

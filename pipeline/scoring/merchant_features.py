@@ -96,7 +96,7 @@ class MerchantFeatureCache:
         self._put(features.merchant_ids, place, present_bucket(times), raw)
         absent = values.count(None)
         counter = self._metrics.profiles
-        counter.labels("refused").inc(invalid)
+        counter.labels("invalid").inc(invalid)
         counter.labels("missing").inc(absent)
         counter.labels("loaded").inc(len(values) - absent - invalid)
 

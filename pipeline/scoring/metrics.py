@@ -46,10 +46,10 @@ DELAY_BUCKETS_SECONDS = (
     *(DAY_SECONDS * days for days in (1, 2, 3, 5, 7, 10, 14, 21, 30, 45, 60, 90)),
 )  # fmt: skip
 
-STAGES = ("decode", "load", "compute", "publish", "save", "ack", "book")
-PROFILE_RESULTS = ("cached", "loaded", "missing", "refused")
+STAGES = ("decode", "load", "compute", "publish", "save", "ack", "record")
+PROFILE_RESULTS = ("cached", "loaded", "missing", "invalid")
 SKEWS = ("ahead", "behind")
-STATE_RESULTS = ("cached", "loaded", "missing", "refused", "expired")
+STATE_RESULTS = ("cached", "loaded", "missing", "invalid", "expired")
 
 
 PENDING_MAX = 64
@@ -191,8 +191,9 @@ class Metrics:
             "recur_rejected", "Records sent to the dead-letter topic", ["reason"],
             registry=registry,
         )  # fmt: skip
-        self.letters_lost = Counter(
-            "recur_letters_lost", "Rejected records that the broker rejected as dead letters, too",
+        self.dead_letters_lost = Counter(
+            "recur_dead_letters_lost",
+            "Rejected records that the broker rejected as dead letters, too",
             registry=registry,
         )  # fmt: skip
         self.duplicate_transactions = Counter(

@@ -13,7 +13,7 @@ from model.reasons import Explainer
 from pipeline.kafka.producer import Outgoing
 from pipeline.messages.decision import APPROVE, DECISIONS, DecisionThresholds
 from pipeline.messages.scores import (
-    STATE_REFUSED,
+    STATE_INVALID,
     ScoreEncoder,
     encode_alert,
     source_prefix,
@@ -125,7 +125,7 @@ class OutputBuilder:
                     None if decision == APPROVE else thresholds,
                     weight,
                     outside.get(place),
-                    STATE_REFUSED if i in refused else None,
+                    STATE_INVALID if i in refused else None,
                 )
                 batch.scores.append(Outgoing(record.key, value))
                 if decision != APPROVE or weight < WEIGHT_MAX:

@@ -312,7 +312,7 @@ class Processor:
         n_cached = sum(is_valid) - n_loaded
         counters = self._metrics.state_results
         add(counters["loaded"], n_loaded)
-        add(counters["refused"], invalid)
+        add(counters["invalid"], invalid)
         add(counters["cached"], n_cached)
         add(counters["missing"], len(values) - n_cached - n_loaded - invalid)
         add(counters["expired"], scores.expired)

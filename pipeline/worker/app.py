@@ -132,11 +132,13 @@ class Worker:
         self._merchant_store = RedisMerchantStore.from_settings(settings)
         self._score_log = KafkaScoreLog(settings)
         self._limits = MessageLimits(settings)
-        lost_letters = self.metrics.letters_lost.inc
-        self._publisher = KafkaProducer(settings, self._limits, on_lost_dead_letters=lost_letters)
+        lost_dead_letters = self.metrics.dead_letters_lost.inc
+        self._publisher = KafkaProducer(
+            settings, self._limits, on_lost_dead_letters=lost_dead_letters
+        )
         self._transactions: TransactionalProducer | None = None
         if settings.exactly_once:
-            self._transactions = TransactionalProducer(settings, self._limits, lost_letters)
+            self._transactions = TransactionalProducer(settings, self._limits, lost_dead_letters)
 
     def _make_processors(self, checkpoint: Checkpoint, partitions: int) -> None:
         """Make what computes, publishes and saves."""

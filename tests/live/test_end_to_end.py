@@ -288,17 +288,17 @@ def test_an_invalid_state_counts_as_absent_is_counted_and_marks_its_scores(
             (worker,) = await system.start_workers(1)
             await system.send(sent[300:])
             await system.until_applied()
-            assert await metric(worker, 'recur_states_total{result="refused"}') == len(damaged)
+            assert await metric(worker, 'recur_states_total{result="invalid"}') == len(damaged)
             scores = await system.scores()
             assert_scored_once(scores, sent)
             before = {t.transaction_id for t in sent[:300]}
             later = [s for s in scores if s.transaction_id not in before]
-            assert {s.account_id for s in scores if s.state == "refused"} == damaged.keys()
+            assert {s.account_id for s in scores if s.state == "invalid"} == damaged.keys()
             assert not [s for s in scores if s.state and s.transaction_id in before]
             for account in damaged:
                 own = [s for s in later if s.account_id == account]
                 own.sort(key=lambda s: s.features["transactions_seen"] or 0.0)
-                assert own[0].state == "refused"
+                assert own[0].state == "invalid"
                 assert own[0].features["transactions_seen"] == 1, "it was not reset"
 
     asyncio.run(run())

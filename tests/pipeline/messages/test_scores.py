@@ -17,7 +17,7 @@ from model.transaction import AMOUNT_MAX, Transaction
 from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.decision import DECISIONS, DecisionThresholds
 from pipeline.messages.scores import (
-    STATE_REFUSED,
+    STATE_INVALID,
     ScoreEncoder,
     decode_alert,
     decode_published,
@@ -111,16 +111,18 @@ def test_thresholds_added_to_an_older_score_give_the_same_record(account: str) -
 
 
 @given(ids)
-def test_a_refused_state_only_marks_the_score_and_its_alert(account: str) -> None:
+def test_an_invalid_state_only_marks_the_score_and_its_alert(account: str) -> None:
     value = score_of(account)
-    marked = score_of(account, state=STATE_REFUSED)
+    marked = score_of(account, state=STATE_INVALID)
 
     assert decode_score(value).state is None
-    assert decode_score(marked) == msgspec.structs.replace(decode_score(value), state="refused")
-    both = score_of(account, state=STATE_REFUSED, thresholds=THRESHOLDS)
-    assert decode_alert(encode_alert(both, REASONS_FOUND, 99)).state == "refused"
+    assert decode_score(marked) == msgspec.structs.replace(decode_score(value), state="invalid")
+    both = score_of(account, state=STATE_INVALID, thresholds=THRESHOLDS)
+    assert decode_alert(encode_alert(both, REASONS_FOUND, 99)).state == "invalid"
     published, plain = decode_published(marked), decode_published(value)
     assert published == plain, "recovery reads it as any other score"
+    older = marked.replace(b'"invalid"', b'"refused"')
+    assert decode_score(older).state == "refused", "version 0.1 wrote this word"
 
 
 def test_a_merchant_weight_and_names_out_of_range_are_decoded_as_stored() -> None:

@@ -125,9 +125,9 @@ def test_states_are_counted_by_result() -> None:
     applied_by(third := world.worker(), "A")
 
     for worker in (first, second, third):
-        for result in ("cached", "loaded", "missing", "refused", "expired"):
+        for result in ("cached", "loaded", "missing", "invalid", "expired"):
             counts[result] += int(worker.count("recur_states_total", result=result))
-    assert counts == {"cached": 2, "loaded": 2, "missing": 3, "refused": 1, "expired": 1}
+    assert counts == {"cached": 2, "loaded": 2, "missing": 3, "invalid": 1, "expired": 1}
 
 
 def test_scores_of_an_account_with_an_invalid_state_are_marked() -> None:
@@ -140,8 +140,8 @@ def test_scores_of_an_account_with_an_invalid_state_are_marked() -> None:
 
     def marked(records: Iterator[bytes | None]) -> set[str]:
         found = [decode_score(value or b"") for value in records]
-        assert {score.state for score in found} <= {None, "refused"}
-        return {score.source for score in found if score.state == "refused"}
+        assert {score.state for score in found} <= {None, "invalid"}
+        return {score.source for score in found if score.state == "invalid"}
 
     produce(a, b, c)
     finish(world.worker().run())
@@ -159,7 +159,7 @@ def test_scores_of_an_account_with_an_invalid_state_are_marked() -> None:
     scores = world.kafka.records("scores", 0) + world.kafka.records("scores", 1)
     assert marked(record.value for record in scores) == {first, again, of_c}
     assert marked(record.value for record in world.kafka.records("alerts")) == {first, again, of_c}
-    assert worker.count("recur_states_total", result="refused") == 2
+    assert worker.count("recur_states_total", result="invalid") == 2
 
     produce(a, b, c)
     finish(worker.run())
