@@ -275,14 +275,13 @@ def test_a_parent_killed_with_sigkill_leaves_no_process_and_no_directory(tmp_pat
 
 
 @pytest.mark.live
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of the death")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a parent's death")
 def test_a_service_dies_with_its_supervisor() -> None:
     with Redis() as server:
         pid = server.pid
         os.kill(server.supervisor_pid, signal.SIGKILL)
         wait_until(lambda: not exists(pid), "Redis ends with its supervisor")
-        assert not server.running
+        wait_until(lambda: not server.running, "the supervisor's end is noticed")
 
 
 @pytest.mark.parametrize("service", [Kafka, Redis])
