@@ -13,12 +13,12 @@ import pytest
 from benchmarks.alert_share import REVIEW_SHARE, chosen_thresholds
 from benchmarks.bench import PEERS, Point, Steady, accounts_only, make_topics, steady
 from benchmarks.latency import PollCosts
-from benchmarks.peers.batch_scorer import BatchScorer, PeerSettings, Score, rounds
+from benchmarks.peers.batch_scorer import BatchScorer, PeerSettings, Score
 from benchmarks.results import Rounds
 from benchmarks.score_times import ScoreTimes, read_score_times
 from benchmarks.tail import Pause, pauses
 from benchmarks.traffic import blocks, first
-from model.features.account import ACCOUNT_FEATURES
+from model.features.account import ACCOUNT_FEATURES, rounds_of
 from pipeline.checkpoint import load_checkpoint
 from pipeline.kafka.topics import TopicRole
 from pipeline.local.kafka import Kafka
@@ -39,7 +39,7 @@ def test_the_network_of_accounts_alone_sees_no_merchant() -> None:
 
 
 def test_a_round_of_a_peer_holds_an_account_once_and_in_log_order() -> None:
-    found = [part.tolist() for part in rounds(np.array([0, 1, 0, 2, 0]))]
+    found = [part.tolist() for part in rounds_of(np.array([0, 1, 0, 2, 0]))]
 
     assert found == [[0, 1, 3], [2], [4]]
 

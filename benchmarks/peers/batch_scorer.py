@@ -27,6 +27,7 @@ from model.features.account import (
     AccountHistory,
     Float32,
     observe,
+    rounds_of,
 )
 from model.stepper import sigmoid
 
@@ -73,8 +74,13 @@ _decode = msgspec.json.Decoder(Payment).decode
 _encode = msgspec.json.Encoder().encode
 
 
-class BatchScorer:
-    """The network, and the states in Redis."""
+class PeerNetwork:
+    """The network, and the states that it advances: history and float16 hidden state.
+
+    Attributes:
+        state: layout of a state in Redis.
+        empty: the bytes of a new account's state.
+    """
 
     def __init__(self, settings: PeerSettings) -> None:
         self._checkpoint = Checkpoint.load(Path(settings.checkpoint))
@@ -84,9 +90,37 @@ class BatchScorer:
             (name, getattr(empty, name).dtype, getattr(empty, name).shape[1:])
             for name in HISTORY_COLUMNS
         ]
-        self._state = np.dtype([*columns, ("hidden", "<f2", (sizes.layers, sizes.hidden_size))])
-        self._empty = bytes(self._state.itemsize)
+        self.state = np.dtype([*columns, ("hidden", "<f2", (sizes.layers, sizes.hidden_size))])
+        self.empty = bytes(self.state.itemsize)
         self._raw_columns = len(self._checkpoint.header.features.names)
+
+    def decode(self, values: Sequence[bytes | None]) -> NDArray[np.void]:
+        """Decode the states of n accounts; None is a new one."""
+        return np.frombuffer(b"".join([v or self.empty for v in values]), self.state).copy()
+
+    def step(
+        self, states: NDArray[np.void], amounts: NDArray[np.float64], times: NDArray[np.int64]
+    ) -> tuple[Float32, Float32, NDArray[np.void]]:
+        """Advance n distinct accounts: their scores, raw features, and states afterwards."""
+        history = AccountHistory(*(states[name] for name in HISTORY_COLUMNS))
+        scale = self._checkpoint.header.features.scale
+        seen, history = observe(history, amounts, times, scale)
+        raw = np.zeros((len(seen), self._raw_columns), np.float32)
+        raw[:, : len(ACCOUNT_FEATURES)] = seen
+        inputs = self._checkpoint.encode(raw)
+        logits, hidden = self._checkpoint.stepper.step(inputs, states["hidden"])
+        after = np.empty(len(states), self.state)
+        for name in HISTORY_COLUMNS:
+            after[name] = getattr(history, name)
+        after["hidden"] = hidden
+        return sigmoid(logits), raw, after
+
+
+class BatchScorer:
+    """The network, and the states in Redis."""
+
+    def __init__(self, settings: PeerSettings) -> None:
+        self._network = PeerNetwork(settings)
         self._prefix = f"{settings.group}:"
         self._redis: Any = redis.Redis.from_url(settings.redis_url)
 
@@ -105,14 +139,14 @@ class BatchScorer:
         row = np.array([rows.setdefault(p.account_id, len(rows)) for p in payments])
         keys = [self._prefix + account for account in rows]
         found = self._redis.mget(keys)
-        states = np.frombuffer(b"".join([v or self._empty for v in found]), self._state).copy()
+        states = self._network.decode(found)
         amounts = np.array([p.amount for p in payments])
         times = np.array([p.timestamp for p in payments])
         scores = np.empty(len(payments), np.float32)
-        for part in rounds(row):
+        for part in rounds_of(row):
             at = row[part]
-            scores[part], states[at] = self._step(states[at], amounts[part], times[part])
-        size, saved = self._state.itemsize, states.tobytes()
+            scores[part], _, states[at] = self._network.step(states[at], amounts[part], times[part])
+        size, saved = states.itemsize, states.tobytes()
         self._redis.mset({key: saved[i * size : (i + 1) * size] for i, key in enumerate(keys)})
         return [
             (
@@ -121,34 +155,3 @@ class BatchScorer:
             )
             for p, score, source in zip(payments, scores.tolist(), sources, strict=True)
         ]
-
-    def _step(
-        self, states: NDArray[np.void], amounts: NDArray[np.float64], times: NDArray[np.int64]
-    ) -> tuple[Float32, NDArray[np.void]]:
-        """Advance n distinct accounts: their scores, and their states afterwards."""
-        history = AccountHistory(*(states[name] for name in HISTORY_COLUMNS))
-        scale = self._checkpoint.header.features.scale
-        seen, history = observe(history, amounts, times, scale)
-        raw = np.zeros((len(seen), self._raw_columns), np.float32)
-        raw[:, : len(ACCOUNT_FEATURES)] = seen
-        inputs = self._checkpoint.encode(raw)
-        logits, hidden = self._checkpoint.stepper.step(inputs, states["hidden"])
-        after = np.empty(len(states), self._state)
-        for name in HISTORY_COLUMNS:
-            after[name] = getattr(history, name)
-        after["hidden"] = hidden
-        return sigmoid(logits), after
-
-
-def rounds(row: NDArray[np.int64]) -> list[NDArray[np.intp]]:
-    """Split a batch, so that a part holds each account at most once, in log order.
-
-    >>> [part.tolist() for part in rounds(np.array([0, 1, 0, 2, 0]))]
-    [[0, 1, 3], [2], [4]]
-    """
-    order = np.argsort(row, kind="stable")
-    ordered = row[order]
-    first = np.searchsorted(ordered, ordered)
-    place = np.empty(len(row), np.intp)
-    place[order] = np.arange(len(row)) - first
-    return [np.flatnonzero(place == number) for number in range(int(place.max()) + 1)]

@@ -11,38 +11,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import faust
 import numpy as np
 import redis.asyncio as redis_asyncio
 
-from benchmarks.peers.batch_scorer import PeerSettings
-from model.checkpoint import Checkpoint
-from model.features.account import HISTORY_COLUMNS, AccountHistory, observe
-from model.features.merchant import MERCHANT_FEATURES
+from benchmarks.peers.batch_scorer import PeerNetwork, PeerSettings
 from model.features.spec import FEATURES
-from model.stepper import sigmoid
 
 TAKE_MAX = 1000
 TAKE_WITHIN_SECONDS = 0.05
 
 settings = PeerSettings.read()
-checkpoint = Checkpoint.load(Path(settings.checkpoint))
-SIZES = checkpoint.header.architecture
-EMPTY_HISTORY = AccountHistory.empty(1)
-STATE = np.dtype(
-    [
-        *(
-            (name, column.dtype, column.shape[1:])
-            for name in HISTORY_COLUMNS
-            for column in [getattr(EMPTY_HISTORY, name)]
-        ),
-        ("hidden", "<f2", (SIZES.layers, SIZES.hidden_size)),
-    ]
-)
-EMPTY = bytes(STATE.itemsize)
+network = PeerNetwork(settings)
 states: Any = redis_asyncio.Redis.from_url(settings.redis_url)
 
 app = faust.App(
@@ -80,18 +62,9 @@ def _score(
     values: list[bytes | None], batch: list[Payment]
 ) -> tuple[list[bytes], list[dict[str, Any]]]:
     """Compute new states of distinct accounts, and scores as JSON objects."""
-    table = np.frombuffer(b"".join(value or EMPTY for value in values), STATE)
-    history = AccountHistory(*(table[name] for name in HISTORY_COLUMNS))
     amounts = np.array([payment.amount for payment in batch])
     times = np.array([payment.timestamp for payment in batch])
-    raw, after = observe(history, amounts, times, checkpoint.header.features.scale)
-    raw = np.hstack((raw, np.zeros((len(raw), len(MERCHANT_FEATURES)), np.float32)))
-    logits, hidden = checkpoint.stepper.step(checkpoint.encode(raw), table["hidden"])
-    scores = sigmoid(logits).tolist()
-    new = np.empty(len(batch), STATE)
-    for name in HISTORY_COLUMNS:
-        new[name] = getattr(after, name)
-    new["hidden"] = hidden
+    scores, raw, new = network.step(network.decode(values), amounts, times)
     results = [
         {
             "transaction_id": payment.transaction_id,
@@ -102,7 +75,7 @@ def _score(
             "score": score,
             "features": dict(zip(FEATURES, row, strict=True)),
         }
-        for payment, score, row in zip(batch, scores, raw.tolist(), strict=True)
+        for payment, score, row in zip(batch, scores.tolist(), raw.tolist(), strict=True)
     ]
     return [state.tobytes() for state in new], results
 
