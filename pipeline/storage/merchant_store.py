@@ -260,29 +260,28 @@ class RedisMerchantStore:
         """Make the calls that count transactions of one bucket."""
         merchant_ids = list(counts)
         numbers = np.minimum(list(counts.values()), COUNT_MAX).astype(">u2")
-        places = [list(range(len(merchant_ids)))]
-        if self._redis.is_cluster:
-            places = list(by_slot(merchant_ids).values())
-        most = KEYS_PER_CALL_MAX
-        calls = [part[i : i + most] for part in places for i in range(0, len(part), most)]
         profile = self._profile
         return [
             _COUNT_TRANSACTIONS.call(
                 [profile(merchant_ids[i]) for i in part],
                 self._expiry,
                 b"%d" % bucket,
-                numbers[part].tobytes(),
+                numbers[list(part)].tobytes(),
             )
-            for part in calls
+            for part in self._calls(merchant_ids)
         ]
+
+    def _calls(self, merchant_ids: Sequence[str]) -> list[Sequence[int]]:
+        """Split the indices of the ids into calls of a script; a call has one slot on a cluster."""
+        places: Iterable[Sequence[int]] = [range(len(merchant_ids))]
+        if self._redis.is_cluster:
+            places = by_slot(merchant_ids).values()
+        most = KEYS_PER_CALL_MAX
+        return [part[i : i + most] for part in places for i in range(0, len(part), most)]
 
     def note_commands(self, notes: Sequence[ScoredNote]) -> list[Command]:
         """Make the commands that write notes."""
-        places = [list(range(len(notes)))]
-        if self._redis.is_cluster:
-            places = list(by_slot([note.merchant_id for note in notes]).values())
-        most = KEYS_PER_CALL_MAX
-        calls = [part[i : i + most] for part in places for i in range(0, len(part), most)]
+        calls = self._calls([note.merchant_id for note in notes])
         return [self._notes_call([notes[i] for i in part]) for part in calls]
 
     def _notes_call(self, notes: Sequence[ScoredNote]) -> Command:
