@@ -91,8 +91,7 @@ class Network(nn.Module):
         self.logit = nn.Linear(a.head_size, 1)
         self.amount_logit = nn.Linear(rising, 1, bias=False)
         self.fraud_logit = nn.Linear(rising, 1, bias=False)
-        self._payment_columns = payment_columns(a.roles)
-        self.own = MerchantWeightNetwork(max(1, len(self._payment_columns)))
+        self.own = MerchantWeightNetwork(max(1, len(payment_columns(a.roles))))
         self.verdict = nn.Linear(a.hidden_size, 1)
         self._roles = a.roles + ("own",) * embedded
         self._any_fraud = a.roles.index("any_fraud") if "any_fraud" in a.roles else None
@@ -142,10 +141,6 @@ class Network(nn.Module):
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """Return copies of the tensors by name, as :class:`model.stepper.Stepper` takes them."""
         return {name: t.numpy(force=True).copy() for name, t in self.state_dict().items()}
-
-    def payment_inputs(self, inputs: Tensor) -> Tensor:
-        """Return the inputs of the payment and its account: [n, I] -> [n, P]."""
-        return inputs[:, self._payment_columns]
 
     def account_logit(self, hidden: Tensor) -> Tensor:
         """Return the logit that an account is compromised, from its state: [n, L, H] -> [n]."""

@@ -37,7 +37,7 @@ from model.features.merchant import (
     bucket_of,
     observe_merchant_log,
 )
-from model.features.spec import Encoder, FeatureSpec, ranges_of
+from model.features.spec import Encoder, FeatureSpec, payment_columns, ranges_of
 from model.network import Network
 from model.training import merchant_weight_fit
 from model.training.sequences import score_stepwise
@@ -156,7 +156,7 @@ def random_checkpoint(log: Log, merchant_raw: NDArray[np.float32], seed: int = 1
         network = Network(architecture)
     with torch.no_grad():
         network.logit.weight *= 4
-    own = network.payment_inputs(torch.from_numpy(Encoder(features).encode(raw)))
+    own = torch.from_numpy(Encoder(features).encode(raw)[:, payment_columns(features.roles)])
     with mock.patch.object(merchant_weight_fit, "UPDATES", OWN_UPDATES):
         network.own = merchant_weight_fit.fit_merchant_weight(
             lambda rows: own[torch.from_numpy(rows)], log.is_fraud, own.shape[1], seed
