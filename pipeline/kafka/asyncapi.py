@@ -36,12 +36,7 @@ JSON = "application/json"
 
 _TIME = 1_534_327_200_000
 _TRANSACTION = Transaction(
-    "t-1001",
-    "a-17",
-    "m-204",
-    412.5,
-    "EUR",
-    "2018-08-15T10:00:00Z",  # type: ignore[arg-type]
+    "t-1001", "a-17", "m-204", 412.5, "EUR", _TIME, "electronics", "online", "DE"
 )
 _LABEL = Label("t-1001", "a-17", "m-204", "fraud", _TIME, _TIME + 9 * DAY_MS, "chargeback")
 _ROLE = re.compile(r":\w+:`([^`]+)`")
@@ -311,7 +306,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _plain(docstring: str) -> str:
-    """Turn a docstring into text: without examples and attributes, a line for each paragraph."""
+    """Turn a docstring into one paragraph, without examples and attributes."""
     text = re.split(r"\n\n(?:>>>|Attributes:)", inspect.cleandoc(docstring))[0]
     text = _ROLE.sub(r"`\1`", text).replace("``", "`")
-    return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    return " ".join(text.split())
