@@ -293,7 +293,7 @@ class Settings(BaseSettings):
     )
     cloudevents_scores: bool = Field(
         False,
-        description="whether scores carry them too: 0.2 kB and 2 microseconds more for each score",
+        description="whether scores carry them too: 0.2 kB and 3 microseconds more for each score",
     )
     dead_letter_value_max_bytes: int = Field(
         65_536, ge=0, le=900_000, description="longer rejected values are truncated, bytes"

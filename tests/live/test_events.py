@@ -28,7 +28,7 @@ PLAIN, KEPT = 100, 200
 def test_readers_of_events_and_readers_of_json_both_read_everything(
     kafka: Kafka, redis_server: Redis, tmp_path: Path, guarantee: str
 ) -> None:
-    """Half of the scores are events; then the store loses its data, and a worker recovers."""
+    """Some scores are events; then the store loses its data, and a worker recovers."""
     system = PipelineUnderTest(
         kafka.bootstrap,
         redis_server.url,
