@@ -14,7 +14,7 @@ from pipeline.messages.decoding import REASONS
 from pipeline.messages.labels import decode_label
 from pipeline.messages.scores import Score, decode_alert, decode_score
 from pipeline.messages.transactions import decode_transaction
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load_settings
 from tests.fakes.memory_workers import World
 from tests.pipeline.scoring.helpers import read_on
 
@@ -34,7 +34,7 @@ def references(part: Any) -> Iterator[str]:
 
 
 def test_every_topic_is_a_channel_under_its_name() -> None:
-    settings = Settings(topic_prefix="eu-", alerts_topic="alarm")
+    settings = load_settings(topic_prefix="eu-", alerts_topic="alarm")
     channels = asyncapi_document(settings)["channels"]
 
     assert channels.keys() == CHANNELS.keys() == set(ROLES)

@@ -21,7 +21,7 @@ from pipeline.messages.cloudevents import (
     event_source,
     score_events,
 )
-from pipeline.settings import Settings
+from pipeline.settings import load_settings
 
 LOG_ID = bytes(range(16))
 HEADERS_MAX_BYTES = LARGEST_OUTPUT_BYTES // 4
@@ -105,7 +105,7 @@ def test_a_topic_made_again_and_another_output_are_other_sources() -> None:
 def test_alerts_are_events_by_default_and_scores_are_not(
     settings: dict[str, bool], scores: bool, alerts: bool
 ) -> None:
-    made = Settings(**settings)  # type: ignore[arg-type]
+    made = load_settings(**settings)
 
     assert (score_events(made) is not None) == scores
     assert (alert_events(made) is not None) == alerts
