@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from model.reasons import REASONS, Reason
 from model.transaction import Transaction
 from model.units import DAY_MS
-from pipeline.kafka.topics import ROLES, TopicRole
+from pipeline.kafka.topics import TopicRole
 from pipeline.messages import decoding
 from pipeline.messages.cloudevents import ALERT_TYPE, SCORE_TYPE, EventHeaders
 from pipeline.messages.control import CONTROL_HEADER, FORGET, LOOK
@@ -30,6 +30,8 @@ from pipeline.settings import Settings
 
 VERSION = "1.0.0"
 """Version of the records' layout. A change that breaks readers or producers raises its first."""
+
+TOPICS: tuple[TopicRole, ...] = get_args(TopicRole)
 
 KAFKA_BINDING = "0.5.0"
 JSON = "application/json"
@@ -123,18 +125,14 @@ def asyncapi_document(settings: Settings) -> dict[str, Any]:
                 "description": "Kafka brokers (RECUR_KAFKA_BOOTSTRAP_SERVERS)",
             }
         },
-        "channels": {role: _channel(role, settings) for role in ROLES},
-        "operations": {f"{CHANNELS[role].action}_{role}": _operation(role) for role in ROLES},
+        "channels": {role: _channel(role, settings) for role in TOPICS},
+        "operations": {f"{CHANNELS[role].action}_{role}": _operation(role) for role in TOPICS},
         "components": {"messages": _messages(settings), "schemas": _schemas()},
     }
 
 
 def _channel(role: TopicRole, settings: Settings) -> dict[str, Any]:
     channel = CHANNELS[role]
-    configuration = {
-        "cleanup.policy": ["delete"],
-        "retention.ms": round(settings.log_retention_days * DAY_MS),
-    }
     return {
         "address": settings.topic(role),
         "description": channel.description,
@@ -142,8 +140,7 @@ def _channel(role: TopicRole, settings: Settings) -> dict[str, Any]:
         "bindings": {
             "kafka": {
                 "topic": settings.topic(role),
-                "partitions": settings.topic_partitions,
-                "topicConfiguration": configuration,
+                "topicConfiguration": {"cleanup.policy": ["delete"]},
                 "bindingVersion": KAFKA_BINDING,
             }
         },

@@ -232,7 +232,7 @@ class OutputBuilder:
 def _with_headers(
     events: EventHeaders, draft: _Draft, at: Sequence[int], records: Sequence[Outgoing]
 ) -> list[Outgoing]:
-    """Return the records with the headers of the transactions at these indices."""
+    """Add the headers of the transactions at these indices to the records."""
     loaded = draft.part.loaded
     decoded = loaded.decoded
     headers = events.of(
@@ -243,7 +243,7 @@ def _with_headers(
         [decoded.transactions[i].transaction_id for i in at],
     )
     return [
-        Outgoing(record.key, record.value, of_record)
+        Outgoing(record.key, record.value, record.headers + of_record)
         for record, of_record in zip(records, headers, strict=True)
     ]
 

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline.kafka.asyncapi import CHANNELS, DEAD_LETTER_HEADERS, asyncapi_document
-from pipeline.kafka.topics import ROLES
+from pipeline.kafka.asyncapi import CHANNELS, DEAD_LETTER_HEADERS, TOPICS, asyncapi_document
 from pipeline.messages.decoding import REASONS
 from pipeline.messages.labels import decode_label
 from pipeline.messages.scores import Score, decode_alert, decode_score
@@ -37,9 +36,9 @@ def test_every_topic_is_a_channel_under_its_name() -> None:
     settings = load_settings(topic_prefix="eu-", alerts_topic="alarm")
     channels = asyncapi_document(settings)["channels"]
 
-    assert channels.keys() == CHANNELS.keys() == set(ROLES)
+    assert channels.keys() == CHANNELS.keys() == set(TOPICS)
     assert {name: channel["address"] for name, channel in channels.items()} == {
-        role: settings.topic(role) for role in ROLES
+        role: settings.topic(role) for role in TOPICS
     }
 
 
