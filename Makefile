@@ -18,17 +18,18 @@ COMPOSE ?= docker compose
 PROMTOOL ?= promtool
 HADOLINT ?= hadolint
 PIP_AUDIT ?= pip-audit==2.10.1
+ASYNCAPI ?= npx --yes @asyncapi/cli@4.1.1
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-fast soak fuzz check format docs bench faults requirements audit check-deploy \
-	clean
+	asyncapi-validate clean
 
 help: ## list the targets (this)
 	@echo "make TARGET [VARIABLE=value]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS=...         more arguments, for demo, test, soak, fuzz, bench and faults"
 	@echo "  PYTHON=...       the Python to make $(VENV) with"
@@ -62,7 +63,7 @@ format: $(ENVIRONMENT) ## put the code in ruff's form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(ENVIRONMENT) ## write docs/reference from the code: settings, metrics, commands
+docs: $(ENVIRONMENT) ## write docs/reference and docs/asyncapi.yaml from the code
 	$(BIN)/python docs/generate.py
 
 bench: $(ENVIRONMENT) ## measure Recur beside its peers, 25 minutes (ARGS=--quick: 4)
@@ -95,6 +96,10 @@ check-deploy: $(ENVIRONMENT) ## check the deployment files with docker compose, 
 	$(PROMTOOL) test rules deploy/prometheus/alerts.test.yml
 	$(BIN)/python deploy/grafana/as_rules.py | $(PROMTOOL) check rules /dev/stdin
 	$(HADOLINT) deploy/Dockerfile
+
+# CI=true: the CLI sends no metrics.
+asyncapi-validate: ## validate docs/asyncapi.yaml with the AsyncAPI CLI (Node.js 20; not in make check)
+	CI=true $(ASYNCAPI) validate docs/asyncapi.yaml
 
 clean: ## remove everything that make made, .venv too
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

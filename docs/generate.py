@@ -1,4 +1,4 @@
-"""Write docs/reference/*.md from the code: settings, metrics and commands (`make docs`).
+"""Write docs/reference/*.md and docs/asyncapi.yaml from the code (`make docs`).
 
 With ``--check`` nothing is written; the exit status is 1 if a page is not current.
 """
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
+import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli.main import recur
+from pipeline.kafka.asyncapi import asyncapi_document
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import RENAMED, Settings, describe
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parent
 WIDTH = 96
 GENERATED = "<!-- Written by `make docs` from the code. Change the code instead. -->\n"
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -159,7 +161,28 @@ def _page(lines: list[str]) -> str:
     return GENERATED + "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "commands.md": commands_page}
+class _WithoutAliases(yaml.SafeDumper):
+    """Dumper that writes a part that occurs twice out twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def asyncapi_file() -> str:
+    """The topics and their records, as an AsyncAPI document."""
+    document = asyncapi_document(Settings.model_construct())
+    text: str = yaml.dump(
+        document, Dumper=_WithoutAliases, sort_keys=False, width=WIDTH, allow_unicode=True
+    )
+    return "# Written by `make docs` from the code. Change the code instead.\n" + text
+
+
+PAGES = {
+    "reference/settings.md": settings_page,
+    "reference/metrics.md": metrics_page,
+    "reference/commands.md": commands_page,
+    "asyncapi.yaml": asyncapi_file,
+}
 
 
 def main(check: bool) -> int:
@@ -169,9 +192,9 @@ def main(check: bool) -> int:
         file, text = FOLDER / name, page()
         if file.is_file() and file.read_text() == text:
             continue
-        stale.append(f"docs/reference/{name}")
+        stale.append(f"docs/{name}")
         if not check:
-            FOLDER.mkdir(exist_ok=True)
+            file.parent.mkdir(exist_ok=True)
             file.write_text(text)
     if check and stale:
         print(f"{', '.join(stale)}: not current; run `make docs`", file=sys.stderr)

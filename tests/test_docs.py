@@ -167,7 +167,7 @@ def test_a_page_that_is_not_current_is_named(
     main = runpy.run_path(str(ROOT / "docs/generate.py"))["main"]
     main.__globals__["FOLDER"] = tmp_path
     assert main(check=False) == 0
-    (tmp_path / "metrics.md").write_text("# Metrics of last year\n")
+    (tmp_path / "reference/metrics.md").write_text("# Metrics of last year\n")
 
     assert main(check=True) == 1
     assert capsys.readouterr().err.startswith("docs/reference/metrics.md: not current")

@@ -105,7 +105,7 @@ def test_the_peers_take_torch_from_the_main_environment() -> None:
         ("pipeline", names(RUNTIME) | names(EMBEDDED)),
         ("tests", names(RUNTIME) | names(EMBEDDED) | names(EVALUATE) | names(DEV)),
         ("benchmarks", names(RUNTIME) | names(EMBEDDED) | names(DEV) | pins("peers").keys()),
-        ("docs", names(RUNTIME)),
+        ("docs", names(RUNTIME) | names(DEV)),
         ("examples", names(RUNTIME)),
     ],
 )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.kafka.polls import Poll
 from pipeline.kafka.score_log import LoggedScore
+from pipeline.messages.cloudevents import alert_events, score_events
 from pipeline.messages.decision import DecisionThresholds, thresholds_of
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.decoder import BatchDecoder
@@ -101,7 +102,15 @@ class PollComputer:
         topic = settings.topic("transactions")
         dead_letters = DeadLetters(topic, settings.dead_letter_value_max_bytes, metrics, clock_ms)
         self._decoder = BatchDecoder(settings, checkpoint, clock_ms)
-        self._outputs = OutputBuilder(topic, checkpoint, dead_letters, metrics, clock_ms)
+        self._outputs = OutputBuilder(
+            topic,
+            checkpoint,
+            dead_letters,
+            metrics,
+            clock_ms,
+            score_events=score_events(settings),
+            alert_events=alert_events(settings),
+        )
         self.use(thresholds_of(settings, checkpoint.header.thresholds))
 
     def use(self, thresholds: DecisionThresholds) -> None:

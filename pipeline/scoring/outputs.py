@@ -11,6 +11,7 @@ from model.checkpoint import Checkpoint
 from model.features.merchant import WEIGHT_MAX
 from model.reasons import Explainer
 from pipeline.kafka.producer import Outgoing
+from pipeline.messages.cloudevents import EventHeaders
 from pipeline.messages.decision import APPROVE, DECISIONS, DecisionThresholds
 from pipeline.messages.scores import (
     STATE_INVALID,
@@ -81,6 +82,7 @@ class OutputBuilder:
         dead_letters: makes dead letters of rejected records.
         metrics: counts alerts and inputs out of range.
         clock_ms: wall clock, epoch milliseconds.
+        score_events, alert_events: make the headers of scores and of alerts; None for none.
     """
 
     def __init__(
@@ -90,6 +92,9 @@ class OutputBuilder:
         dead_letters: DeadLetters,
         metrics: Metrics,
         clock_ms: Callable[[], int],
+        *,
+        score_events: EventHeaders | None = None,
+        alert_events: EventHeaders | None = None,
     ) -> None:
         names = checkpoint.header.features.names
         self._topic = topic
@@ -99,6 +104,8 @@ class OutputBuilder:
         self._dead_letters = dead_letters
         self._metrics = metrics
         self._clock_ms = clock_ms
+        self._score_events = score_events
+        self._alert_events = alert_events
         for name in names:
             metrics.out_of_range.labels(name)
 
@@ -121,6 +128,7 @@ class OutputBuilder:
             drafts.append(draft)
         self._build_scores(drafts, scores, thresholds, now_ms)
         self._build_alerts(drafts, scores, now_ms)
+        self._add_headers(drafts)
         return [draft.finish() for draft in drafts]
 
     def _reject(self, draft: _Draft, scores: BatchScores) -> None:
@@ -210,6 +218,34 @@ class OutputBuilder:
                 decisions.append(decision)
         for decision in set(decisions):
             self._metrics.alerts.labels(decision).inc(decisions.count(decision))
+
+    def _add_headers(self, drafts: Sequence[_Draft]) -> None:
+        """Add the events' headers to scores and alerts, after everything else about them."""
+        for draft in drafts:
+            if self._score_events is not None and draft.scores:
+                draft.scores = _with_headers(self._score_events, draft, draft.new, draft.scores)
+            if self._alert_events is not None and draft.alerts:
+                at = [i for i, _, _ in draft.alert_candidates]
+                draft.alerts = _with_headers(self._alert_events, draft, at, draft.alerts)
+
+
+def _with_headers(
+    events: EventHeaders, draft: _Draft, at: Sequence[int], records: Sequence[Outgoing]
+) -> list[Outgoing]:
+    """Add the headers of the transactions at these indices to the records."""
+    loaded = draft.part.loaded
+    decoded = loaded.decoded
+    headers = events.of(
+        decoded.partition,
+        loaded.owned.log_id,
+        [decoded.records[i].offset for i in at],
+        [decoded.sent_ms[i] for i in at],
+        [decoded.transactions[i].transaction_id for i in at],
+    )
+    return [
+        Outgoing(record.key, record.value, record.headers + of_record)
+        for record, of_record in zip(records, headers, strict=True)
+    ]
 
 
 def _follow_published(

@@ -7,7 +7,7 @@ other is from when a worker must have known a score (:class:`Conclusion`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -354,6 +354,7 @@ class Auditor:
         self._of_logs_before: set[str] = set()
         self.labels = LabelAudit([{} for _ in range(partitions)], [0] * partitions)
         self.alerts: dict[str, int] = {}
+        self._event_headers: dict[tuple[bytes, bytes], Mapping[str, bytes]] = {}
         self.dead_letters: set[tuple[str, int, int]] = set()
         self.data_were_lost = False  # a worker may then repeat earlier commits
         self._losses = 0
@@ -439,10 +440,20 @@ class Auditor:
         for slot in slots:
             furthest[slot] = max(furthest[slot], self._merchants.recorded.get((partition, slot), 0))
 
-    def alerted(self, value: bytes | None) -> None:
-        """Count an alert that the broker appended."""
+    def alerted(self, value: bytes | None, headers: Mapping[str, bytes]) -> None:
+        """Count an alert that the broker appended, and check its event's headers."""
         source = decode_alert(value or b"").source
         self.alerts[source] = self.alerts.get(source, 0) + 1
+        self.check(lambda: self._check_event(source, headers))
+
+    def _check_event(self, source: str, headers: Mapping[str, bytes]) -> None:
+        """Check that an event that is published again has the headers that it had."""
+        if headers["ce_id"] != source.encode():
+            raise Violation("events", f"the event of {source} has the id {headers['ce_id']!r}")
+        event = headers["ce_source"], headers["ce_id"]
+        before = self._event_headers.setdefault(event, headers)
+        if before != headers:
+            raise Violation("events", f"{event} had {before} before, and has {headers} now")
 
     def committed(self, place: tuple[str, int], offset: int, before: int | None) -> None:
         """Check an offset that the group commits for a topic's partition."""

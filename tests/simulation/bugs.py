@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import numpy as np
 from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import LoggedScore
+from pipeline.messages import cloudevents
 from pipeline.scoring import assembly, decoder, outputs, recovery
 from pipeline.scoring import partitions as ownership
 from pipeline.scoring.computer import PollComputer
@@ -424,6 +426,14 @@ def _last_label(note: TransactionNote, labelled_ms: int, weight: int | None) -> 
     return dataclasses.replace(note, labelled_ms=labelled_ms)
 
 
+_hours = itertools.count()
+
+
+def _time_of_now(times_ms: Sequence[int]) -> list[bytes]:
+    """Give events the time of their publication: another one each time."""
+    return [f"2026-01-01T{next(_hours):02}:00:00Z".encode() for _ in times_ms]
+
+
 def _nothing(*_: Iterable[Any]) -> None:
     """Do nothing."""
 
@@ -535,5 +545,11 @@ BUGS = [
         10,
         20,
         patches=[(TransactionNote, "with_label", _last_label)],
+    ),
+    Bug(
+        "events with the time of their publication",
+        14,
+        28,
+        patches=[(cloudevents, "_rfc3339", _time_of_now)],
     ),
 ]

@@ -240,7 +240,7 @@ class Worker(app.Worker):
             else:
                 for record in records:
                     if topic == alerts:
-                        auditor.alerted(record.value)
+                        auditor.alerted(record.value, dict(record.headers))
                     else:
                         auditor.rejected(dict(record.headers))
 
