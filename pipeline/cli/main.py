@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.keys import keys
 from pipeline.cli.options import (
     EXAMPLE_HINT,
     EXISTING_FILE,
@@ -469,6 +470,7 @@ def label(file: Path | None, **options: Any) -> None:
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 
 
+recur.add_command(keys)
 recur.add_command(state)
 
 

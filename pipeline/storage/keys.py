@@ -8,6 +8,8 @@
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
     recur:labels:<topic>-<partition>:id                 the topic id of the recorded labels
     recur:note:{<slot>}:<hash of the transaction id>    facts of a transaction for its labels
+    recur:api-keys                                      the gateways' API keys, a hash by key id
+    recur:rate:<principal>                              requests taken from a rate limit
 
 The braces are Redis Cluster's hash tag. A partition's states and its watermark lie in one slot,
 so one MGET reads them and one script writes them, atomically. ``<model>`` is the checkpoint's
@@ -128,3 +130,22 @@ class MerchantKeys:
     def profiles_begin(self) -> bytes:
         """Return the prefix of all profile keys."""
         return f"{self.prefix}:merchant:{{".encode()
+
+
+@dataclass(frozen=True)
+class GatewayKeys:
+    """Names of the keys that gateways share, whatever the model.
+
+    >>> GatewayKeys("recur").rate("k3v9q2")
+    b'recur:rate:k3v9q2'
+    """
+
+    prefix: str
+
+    def api_keys(self) -> bytes:
+        """Return the key of the hash of all API keys."""
+        return f"{self.prefix}:api-keys".encode()
+
+    def rate(self, principal: str) -> bytes:
+        """Return the key of what a principal has taken from their rate limit."""
+        return f"{self.prefix}:rate:{principal}".encode()
