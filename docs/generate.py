@@ -1,4 +1,4 @@
-"""Write docs/reference/*.md from the code: settings, metrics and commands (`make docs`).
+"""Write docs/reference/*.md from the code: settings, metrics, commands, errors (`make docs`).
 
 With ``--check`` nothing is written; the exit status is 1 if a page is not current.
 """
@@ -16,6 +16,7 @@ import click
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli.main import recur
+from pipeline.gateway.problems import PROBLEM_TYPES
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import RENAMED, Settings, describe
 
@@ -136,6 +137,35 @@ def _commands(
             yield from _commands(child, context, f"{path} {name}")
 
 
+def gateway_errors_page() -> str:
+    """Every type of problem that a gateway answers with."""
+    lines = [
+        "# Errors of the gateway",
+        "",
+        "Every error is a problem of RFC 9457: `application/problem+json` with `type`, `title`,",
+        "`status`, `request_id`, and where it helps `detail` and `errors`. `type` is a reference",
+        "relative to the gateway's address. An entry of `errors` has `detail` and one of `pointer`",
+        "(a JSON pointer into the body), `parameter` and `header`. A problem with `Retry-After` is",
+        "worth another try after so long; the others come again until the request is changed.",
+        "",
+        "```json",
+        '{"type": "/problems/invalid-fields", "title": "Fields of the body are not valid",',
+        ' "status": 422, "request_id": "4bf92f3577b34da6a3ce929d0e0e4736",',
+        ' "errors": [{"detail": "Expected `float`, got `str`", "pointer": "/amount"}]}',
+        "```",
+        "",
+        "| type | status | retry | title | meaning |",
+        "|---|---:|---|---|---|",
+    ]
+    for kind in PROBLEM_TYPES.values():
+        wait = kind.retry_after_seconds
+        retry = "no" if wait is None else f"after {wait} s or more"
+        meaning = re.sub(r"(RECUR_[A-Z_]+)", r"`\1`", kind.meaning)
+        cells = (f"`{kind.uri}`", str(kind.status), retry, kind.title, meaning)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return _page(lines)
+
+
 def _code(text: str) -> str:
     """Text as code, in TOML's form; what stands for no value or the shipped file stays text."""
     if not text or text == "-":
@@ -159,7 +189,12 @@ def _page(lines: list[str]) -> str:
     return GENERATED + "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "commands.md": commands_page}
+PAGES = {
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "commands.md": commands_page,
+    "gateway-errors.md": gateway_errors_page,
+}
 
 
 def main(check: bool) -> int:

@@ -331,6 +331,7 @@ class Settings(BaseSettings):
     )
     gateway_default_rate: str = Field(
         "1000/s",
+        pattern=r"^(none|\d{1,8}/\d{0,5}(s|min|h|day))$",
         description="rate limit of a key without one of its own, over all gateways: 100/s,"
         " 6000/min, or none",
     )

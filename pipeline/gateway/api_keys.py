@@ -233,11 +233,13 @@ class InvalidKeyError(Exception):
 
     Attributes:
         reason: ``malformed``, ``unknown``, ``secret``, ``expired`` or ``revoked``.
+        key_id: the public id in the token; ``-`` if it has none.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, key_id: str = "-") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.key_id = key_id
 
 
 class ApiKeyCache:
@@ -279,12 +281,12 @@ class ApiKeyCache:
         expected = _NO_HASH if key is None else key.secret_hash
         matches = hmac.compare_digest(hash_secret(secret), expected)
         if key is None:
-            raise InvalidKeyError("unknown")
+            raise InvalidKeyError("unknown", key_id)
         if not matches:
-            raise InvalidKeyError("secret")
+            raise InvalidKeyError("secret", key_id)
         state = key.state(self._epoch_ms())
         if state != "active":
-            raise InvalidKeyError(state)
+            raise InvalidKeyError(state, key_id)
         return key.principal()
 
     async def _find(self, key_id: str) -> ApiKey | None:

@@ -67,8 +67,10 @@ class Authenticator:
         except (StoreUnavailableError, JwksUnavailableError) as error:
             raise Problem(IDENTITY_UNAVAILABLE) from error
         except (InvalidKeyError, InvalidJwtError) as error:
+            key_id = error.key_id if isinstance(error, InvalidKeyError) else "-"
             log.info(
-                "credentials were refused", extra={"why": error.reason, "request_id": request_id}
+                "credentials were refused",
+                extra={"why": error.reason, "key": key_id, "request_id": request_id},
             )
             detail = _DETAILS.get(error.reason, "the credentials are not valid")
             raise unauthenticated(detail, invalid=True) from None

@@ -35,6 +35,9 @@ LEEWAY_SECONDS = 30.0
 
 TOKEN_MAX_CHARACTERS = 8_192
 
+# PyJWT parses a key set that is not what it expects with any of these.
+_NO_KEY_SET = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
 log = logging.getLogger(__name__)
 
 
@@ -160,7 +163,7 @@ class JwtVerifier:
             try:
                 self._keys = self._parse(await asyncio.to_thread(self._read_jwks))
                 self._read_at = self._clock()
-            except (OSError, ValueError, RecursionError, self._jwt.exceptions.PyJWTError) as error:
+            except (OSError, *_NO_KEY_SET, self._jwt.exceptions.PyJWTError) as error:
                 log.warning(
                     "the keys of the JWT issuer cannot be read",
                     extra={"why": type(error).__name__, "known_keys": len(self._keys)},

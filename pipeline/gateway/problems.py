@@ -1,6 +1,6 @@
 """Problems of the gateway's HTTP API (RFC 9457): one table of all types, and their responses.
 
-``make docs`` writes docs/gateway-errors.md from the table. A problem's ``type`` is a
+``make docs`` writes docs/reference/gateway-errors.md from the table. A problem's ``type`` is a
 relative reference, ``/problems/<name>``, that a gateway answers with the type's meaning.
 """
 
@@ -54,7 +54,8 @@ NOT_JSON = ProblemType(
 )  # fmt: skip
 TOO_DEEP = ProblemType(
     "too-deep", 400, "The body is nested too deeply",
-    "Arrays and objects lie in each other deeper than RECUR_GATEWAY_MAX_JSON_DEPTH.",
+    "Arrays and objects lie in each other deeper than RECUR_GATEWAY_MAX_JSON_DEPTH, or brackets"
+    " have no partner.",
 )  # fmt: skip
 INVALID_PARAMETER = ProblemType(
     "invalid-parameter", 400, "A parameter or header is not valid",

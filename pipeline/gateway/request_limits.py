@@ -26,8 +26,11 @@ from pipeline.gateway.problems import (
 )
 from pipeline.settings import Settings
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+# A text without an end takes all the rest: searching for each of its quotes again would take
+# quadratic time.
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_EMPTY_PAIR = re.compile(rb"\[\]|\{\}")
 
 
 class ClientGoneError(Exception):
@@ -37,19 +40,17 @@ class ClientGoneError(Exception):
 def json_depth_exceeds(body: bytes, depth_max: int) -> bool:
     """Tell whether arrays and objects lie deeper in each other than allowed.
 
-    A decoder would find it out by recursion. Text that is not JSON may get any answer.
+    A decoder would find it out by recursion. Brackets that do not match count as too deep.
 
     >>> json_depth_exceeds(b'{"a": [1, "[[["]}', 2), json_depth_exceeds(b"[[[]]]", 2)
     (False, True)
     """
     if body.count(b"[") + body.count(b"{") <= depth_max:  # almost always
         return False
-    depth = 0
-    for byte in _STRINGS.sub(b"", body).translate(None, _NO_BRACKETS):
-        depth += 1 if byte in b"[{" else -1
-        if depth > depth_max:
-            return True
-    return False
+    brackets = _STRINGS.sub(b"", body).translate(None, _NO_BRACKETS)
+    for _ in range(depth_max):  # each time the innermost ones vanish
+        brackets = _EMPTY_PAIR.sub(b"", brackets)
+    return bool(brackets)
 
 
 class Admission:
@@ -115,7 +116,7 @@ class RequestLimits:
         if json_depth_exceeds(body, self._depth_max):
             raise Problem(
                 TOO_DEEP,
-                f"at most {self._depth_max} arrays and objects may lie in each other",
+                f"brackets must match, and at most {self._depth_max} may lie in each other",
                 errors=[FieldError("nested too deeply", pointer="")],
             )
         if self.working >= self._working_max:

@@ -13,6 +13,9 @@ import traceback
 from collections.abc import Collection
 from pathlib import Path
 
+from aiokafka.errors import KafkaError
+
+from pipeline.gateway.audit import AuditUnavailableError
 from pipeline.gateway.context import (
     CONTEXT_KEY,
     AsgiApp,
@@ -23,14 +26,24 @@ from pipeline.gateway.context import (
     Send,
     request_id_of,
 )
-from pipeline.gateway.problems import INTERNAL, Problem
+from pipeline.gateway.problems import (
+    AUDIT_UNAVAILABLE,
+    INTERNAL,
+    LOG_UNAVAILABLE,
+    STORE_UNAVAILABLE,
+    Problem,
+)
 from pipeline.gateway.request_limits import ClientGoneError
+from pipeline.storage.client import StoreUnavailableError
 
 QUIET_PATHS = frozenset({"/live", "/ready", "/metrics"})
 """Paths whose answered requests are logged at debug: probes ask every few seconds."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Methods that the log names. A client may send any text as its method."""
+
+POLICY_VIOLATION = 1008
+"""WebSocket's code for a connection that the server does not take."""
 
 NO_ROUTE = "(none)"
 
@@ -47,6 +60,22 @@ def route_of(scope: AsgiScope) -> str:
     return template if isinstance(template, str) else NO_ROUTE
 
 
+def problem_of(error: Exception) -> Problem:
+    """Return the problem to answer with when a handler fails.
+
+    For exception handlers of the framework, too: they make the same responses then.
+    """
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, AuditUnavailableError):
+        return Problem(AUDIT_UNAVAILABLE)
+    if isinstance(error, StoreUnavailableError):
+        return Problem(STORE_UNAVAILABLE)
+    if isinstance(error, KafkaError):
+        return Problem(LOG_UNAVAILABLE)
+    return Problem(INTERNAL)
+
+
 class RequestLog:
     """ASGI middleware: gives each request an id and a log line, and answers with its problem.
 
@@ -61,8 +90,11 @@ class RequestLog:
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve a request; raise nothing but the server's own errors."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no middleware behind this one knows WebSockets
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
             return
         began = time.perf_counter()
         context = scope[CONTEXT_KEY] = RequestContext(request_id_of(scope["headers"]))
@@ -81,11 +113,11 @@ class RequestLog:
                 await self._app(scope, receive, answer)
             except ClientGoneError:
                 status = status or 499  # as nginx writes it: nobody is left to read an answer
-            except Problem as problem:
-                await self._send_problem(context, problem, status, answer)
             except Exception as error:
-                _log_failure(error, context, status)
-                await self._send_problem(context, Problem(INTERNAL), status, answer)
+                problem = problem_of(error)
+                if problem.kind is INTERNAL:
+                    _log_failure(error, context, status)
+                await self._send_problem(context, problem, status, answer)
         finally:
             self._write(scope, context, status, began)
 
