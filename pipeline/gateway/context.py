@@ -1,4 +1,4 @@
-"""What the gateway knows of one request: its id, its principal, and headers for the response.
+"""Context of one request: its id, its principal, and headers for the response.
 
 The middlewares share it under ``scope["recur"]`` of the ASGI scope; handlers read it there with
 :func:`context_of`.

@@ -1,8 +1,8 @@
 """Rate limits that hold across gateways: one script in Redis, one round trip for a request.
 
-The library `limits` (5.8) needs a second round trip for the headers, and keeps a list entry for
-each request of a moving window. `throttled-py` (3.5) calls one script, through redis-py: docs/
-gateway-security.md has the measured difference.
+The library `limits` (5.8) needs a second round trip for the headers, and a list entry for each
+request in a moving window. `throttled-py` (3.5) calls one script through a pool of redis-py: 156 µs
+of CPU for a request, a connection for each call in flight. Recur's connection takes 61 µs, and one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who makes a request, and what they may do."""
+"""Principals: the owners of credentials, and the scopes and tenants that bound them."""
 
 from __future__ import annotations
 

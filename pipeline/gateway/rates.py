@@ -5,6 +5,7 @@ Header syntax: draft-ietf-httpapi-ratelimit-headers-11.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Rate:
         return f"{self.quota}/{self.window_seconds}s"
 
 
+@functools.lru_cache(maxsize=1_024)
 def parse_rate(text: str) -> Rate | None:
     """Parse ``100/s``, ``5000/10min`` or ``none``.
 
