@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from aiokafka.errors import KafkaConnectionError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import logs
 from pipeline.gateway.api_keys import ApiKeyStore
@@ -176,6 +178,27 @@ def test_bodies_are_bounded_in_bytes_and_depth(redis_server: Redis) -> None:
 )
 def test_depth_is_counted_outside_of_texts(text: bytes, deep: bool) -> None:
     assert json_depth_exceeds(text, 3) == deep
+
+
+_JSON = st.recursive(
+    st.none() | st.integers() | st.text(alphabet='[]{}"\\\\a'),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+def depth_of(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(depth_of, value), default=0) if isinstance(value, list) else 0
+
+
+@given(_JSON)
+def test_depth_is_that_of_the_decoded_json(value: Any) -> None:
+    text, depth = json.dumps(value).encode(), depth_of(value)
+
+    assert not json_depth_exceeds(text, depth)
+    if depth:
+        assert json_depth_exceeds(text, depth - 1)
 
 
 def test_a_slow_body_is_refused_and_holds_up_nobody(redis_server: Redis) -> None:
