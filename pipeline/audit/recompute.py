@@ -22,9 +22,9 @@ from pipeline.audit.score_reader import ScoreReader
 from pipeline.kafka.partition_reader import OpenReader, kafka_readers
 from pipeline.kafka.polls import Chunk
 from pipeline.messages.scores import SECONDS_SINCE_LAST, RecordedScore
-from pipeline.scoring.batch import PartitionBatch, micro_batch_of
 from pipeline.scoring.decoder import BatchDecoder
 from pipeline.scoring.scorer import BatchScores, Scorer
+from pipeline.scoring.stages import DecodedPart, micro_batch_of
 from pipeline.settings import Settings
 
 MICRO_BATCH = 8_192
@@ -100,13 +100,11 @@ class RecomputedStates:
         self._begins_in_log = np.zeros(0, bool)
         self._seen = np.zeros(0, np.int64)
 
-    def decode(self, chunk: Chunk) -> PartitionBatch:
+    def decode(self, chunk: Chunk) -> DecodedPart:
         """Decode records to transactions, by the worker's rules."""
         return self._decoder.decode(self._partition, chunk)
 
-    def compute(
-        self, part: PartitionBatch, recorded: Sequence[RecordedScore | None]
-    ) -> Computation:
+    def compute(self, part: DecodedPart, recorded: Sequence[RecordedScore | None]) -> Computation:
         """Compute the next states of a part's accounts, as a worker would, without keeping them."""
         m = len(MERCHANT_FEATURES)
         raw = np.zeros((len(part.records), m), np.float32)
@@ -116,11 +114,10 @@ class RecomputedStates:
             has_features[:] = [item is not None for item in found]
             known = [item for item in found if item is not None]
             raw[has_features] = np.array(known, np.float32).reshape(len(known), m)
-        part.merchant_raw = raw
         values = [self._value(account) for account in part.accounts]
         for forget in part.forgets:
             values[forget.row] = None
-        batch = micro_batch_of([part], self._decoder.extra_fields)
+        batch = micro_batch_of([part], [raw], extra_fields=self._decoder.extra_fields)
         states, scored, _, _ = self._scorer.score(values, batch)
         after = self._scorer.codec.encode(states, np.arange(len(states)))
         return Computation(part, scored, after, has_features)
@@ -206,7 +203,7 @@ class Computation:
         has_features: bool[n], whether the merchant's features are recorded.
     """
 
-    part: PartitionBatch
+    part: DecodedPart
     scored: BatchScores
     after: Sequence[bytes]
     has_features: NDArray[np.bool_]
@@ -313,7 +310,7 @@ class RecomputedPartition:
             self.next_offset = end
             yield replace(batch, records=read)
 
-    async def _advance(self, part: PartitionBatch) -> RecomputedBatch:
+    async def _advance(self, part: DecodedPart) -> RecomputedBatch:
         sources = [record.offset for record in part.records]
         recorded = await self._scores.read(sources)
         computed = await asyncio.to_thread(self.states.compute, part, recorded)

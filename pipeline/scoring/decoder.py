@@ -14,7 +14,7 @@ from pipeline.messages.control import CONTROL_HEADER, decode_control
 from pipeline.messages.decoding import payment_ms
 from pipeline.messages.extra_fields import ExtraFields
 from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER, decode_transaction
-from pipeline.scoring.batch import ForgetRequest, PartitionBatch
+from pipeline.scoring.stages import DecodedPart, ForgetRequest
 from pipeline.settings import Settings
 from pipeline.timestamps import RECORD_TIME_MAX_MS, event_time, is_record_time
 
@@ -41,30 +41,50 @@ class BatchDecoder:
         self._max_age_ms = int(settings.max_timestamp_age_seconds * 1000)
         self._clock_ms = clock_ms
 
-    def decode(self, partition: int, chunk: Chunk) -> PartitionBatch:
+    def decode(self, partition: int, chunk: Chunk) -> DecodedPart:
         """Decode a chunk; invalid records go to ``rejected`` with their reason."""
-        batch = PartitionBatch(partition, chunk)
+        records: list[Record] = []
+        transactions: list[Transaction] = []
+        sent: list[int] = []
+        timestamps: list[int] = []
+        histories: list[bool] = []
+        rows: list[int] = []
+        accounts: list[str] = []
+        forgets: list[ForgetRequest] = []
+        rejected: list[tuple[Record, str, str]] = []
         row_of: dict[str, int] = {}
         for record in chunk.records:
             try:
                 if record.headers and _is_control_record(record):
-                    _apply_control(batch, row_of, record)
+                    _apply_control(forgets, accounts, row_of, record)
                     continue
                 is_history = bool(record.headers) and _is_history(record)
                 transaction, sent_ms, timestamp_ms = self._transaction(record, is_history)
             except RejectedError as error:
-                batch.rejected.append((record, error.reason, str(error)))
+                rejected.append((record, error.reason, str(error)))
                 continue
-            batch.records.append(record)
-            batch.transactions.append(transaction)
-            batch.sent_ms.append(sent_ms)
-            batch.timestamps_ms.append(timestamp_ms)
-            batch.is_history.append(is_history)
-            row = row_of.setdefault(transaction.account_id, len(batch.accounts))
-            if row == len(batch.accounts):
-                batch.accounts.append(transaction.account_id)
-            batch.rows.append(row)
-        return batch
+            records.append(record)
+            transactions.append(transaction)
+            sent.append(sent_ms)
+            timestamps.append(timestamp_ms)
+            histories.append(is_history)
+            row = row_of.setdefault(transaction.account_id, len(accounts))
+            if row == len(accounts):
+                accounts.append(transaction.account_id)
+            rows.append(row)
+        return DecodedPart(
+            partition,
+            chunk,
+            records,
+            transactions,
+            sent,
+            timestamps,
+            histories,
+            rows,
+            accounts,
+            forgets,
+            rejected,
+        )
 
     def _transaction(self, record: Record, is_history: bool) -> tuple[Transaction, int, int]:
         """Decode a transaction, its event time as sent, and its event time for the features."""
@@ -120,14 +140,16 @@ def _is_history(record: Record) -> bool:
     return any(name in (HISTORY_HEADER, WARM_HEADER) for name, _ in record.headers)
 
 
-def _apply_control(batch: PartitionBatch, row_of: dict[str, int], record: Record) -> None:
-    """Enter a control record into a batch.
+def _apply_control(
+    forgets: list[ForgetRequest], accounts: list[str], row_of: dict[str, int], record: Record
+) -> None:
+    """Enter a control record among the requests to forget an account.
 
     Raises:
         RejectedError: this version does not know the control record.
     """
     account_id = decode_control(record.key, record.value, record.headers)
     if account_id is not None:
-        batch.forgets.append(ForgetRequest(record.offset, len(batch.accounts)))
-        row_of[account_id] = len(batch.accounts)
-        batch.accounts.append(account_id)
+        forgets.append(ForgetRequest(record.offset, len(accounts)))
+        row_of[account_id] = len(accounts)
+        accounts.append(account_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
@@ -19,13 +19,57 @@ from pipeline.messages.scores import (
     source_prefix,
     with_thresholds,
 )
-from pipeline.scoring.batch import PartitionBatch
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.decoder import is_warm_up
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.scorer import ID_CONFLICT, BatchScores
+from pipeline.scoring.stages import DecidedPart, ScoredPart
 from pipeline.storage.merchant_profile import transaction_hash
 from pipeline.storage.transaction_note import NOTE_EXPIRY_MS, ScoredNote
+
+
+class _Draft:
+    """A part while its output is built.
+
+    Attributes:
+        new: indices of the transactions that get their first score.
+        scored_count: number of transactions with a score, old or new.
+        scores, alerts, dead_letters, notes: what it writes.
+        alert_candidates: index, score and decision of each transaction that raises an alert.
+    """
+
+    __slots__ = (
+        "alert_candidates",
+        "alerts",
+        "dead_letters",
+        "new",
+        "notes",
+        "part",
+        "scored_count",
+        "scores",
+    )
+
+    def __init__(self, part: ScoredPart, new: list[int]) -> None:
+        self.part = part
+        self.new = new
+        self.scored_count = len(new)
+        self.scores: list[Outgoing] = []
+        self.alerts: list[Outgoing] = []
+        self.dead_letters: list[Outgoing] = []
+        self.alert_candidates: list[tuple[int, bytes, str]] = []
+        self.notes: list[ScoredNote] = []
+
+    def finish(self) -> DecidedPart:
+        """Return the part with its output."""
+        return DecidedPart(
+            self.part,
+            self.new,
+            self.scored_count,
+            self.scores,
+            self.alerts,
+            self.dead_letters,
+            self.notes,
+        )
 
 
 class OutputBuilder:
@@ -58,47 +102,51 @@ class OutputBuilder:
         for name in names:
             metrics.out_of_range.labels(name)
 
-    def build(
-        self, batches: list[PartitionBatch], scores: BatchScores, thresholds: DecisionThresholds
-    ) -> None:
-        """Decide on all transactions, and fill in what each batch publishes."""
+    def decide(
+        self, parts: Sequence[ScoredPart], scores: BatchScores, thresholds: DecisionThresholds
+    ) -> list[DecidedPart]:
+        """Decide on all transactions, and build what each part writes."""
         now_ms = self._clock_ms()
         unscored = {*scores.duplicate.nonzero()[0].tolist(), *scores.failed}
-        for batch in batches:
-            skipped = set(batch.indices(unscored))
-            new = [i for i in range(len(batch.records)) if i not in skipped]
-            batch.scored_count = len(new)
-            if scores.failed or batch.rejected:
-                self._reject(batch, scores)
-            if batch.published:
-                new = [i for i in new if batch.records[i].offset not in batch.published]
-                _follow_published(batch, skipped, thresholds, now_ms)
-            batch.new = new
-        self._build_scores(batches, scores, thresholds, now_ms)
-        self._build_alerts(batches, scores, now_ms)
+        drafts = []
+        for part in parts:
+            records, published = part.loaded.decoded.records, part.loaded.published
+            skipped = set(part.indices(unscored))
+            draft = _Draft(part, [i for i in range(len(records)) if i not in skipped])
+            if scores.failed or part.loaded.decoded.rejected:
+                self._reject(draft, scores)
+            if published:
+                draft.new = [i for i in draft.new if records[i].offset not in published]
+                _follow_published(draft, skipped, thresholds, now_ms)
+            drafts.append(draft)
+        self._build_scores(drafts, scores, thresholds, now_ms)
+        self._build_alerts(drafts, scores, now_ms)
+        return [draft.finish() for draft in drafts]
 
-    def _reject(self, batch: PartitionBatch, scores: BatchScores) -> None:
+    def _reject(self, draft: _Draft, scores: BatchScores) -> None:
         """Make dead letters of rejected records and failed computations."""
-        for i in batch.indices(scores.failed):
-            error = scores.failed[i + batch.span.start]
+        part, loaded = draft.part, draft.part.loaded
+        rejected = list(loaded.decoded.rejected)
+        for i in part.indices(scores.failed):
+            error = scores.failed[i + part.start]
             reason = "id_conflict" if error == ID_CONFLICT else "computation"
-            batch.rejected.append((batch.records[i], reason, error))
-        alerts_from = batch.partition_owned.alerts_from
-        batch.dead_letters = [
-            self._dead_letters.encode(batch.partition, record, reason, error)
-            for record, reason, error in batch.rejected
-            if record.offset >= alerts_from or record.offset in batch.published
+            rejected.append((loaded.decoded.records[i], reason, error))
+        alerts_from = loaded.owned.alerts_from
+        draft.dead_letters = [
+            self._dead_letters.encode(loaded.decoded.partition, record, reason, error)
+            for record, reason, error in rejected
+            if record.offset >= alerts_from or record.offset in loaded.published
         ]
 
     def _build_scores(
         self,
-        batches: list[PartitionBatch],
+        drafts: Sequence[_Draft],
         scores: BatchScores,
         thresholds: DecisionThresholds,
         now_ms: int,
     ) -> None:
-        """Encode the first scores of transactions; the numbers of all batches together."""
-        at = [i + batch.span.start for batch in batches for i in batch.new]
+        """Encode the first scores of transactions; the numbers of all parts together."""
+        at = [i + draft.part.start for draft in drafts for i in draft.new]
         if not at:
             return
         # Views instead of copies if all transactions are new, as they almost always are.
@@ -110,15 +158,16 @@ class OutputBuilder:
         outside = self._inputs_out_of_range(scores, at)
         encode = self._encoder.encode
         place = 0
-        for batch in batches:
-            prefix = source_prefix(self._topic, batch.partition)
-            refused = batch.invalid_states
-            for i in batch.new:
-                record, weight = batch.records[i], weights[place]
+        for draft in drafts:
+            decoded, refused = draft.part.loaded.decoded, draft.part.invalid_states
+            records, transactions, sent_ms = decoded.records, decoded.transactions, decoded.sent_ms
+            prefix = source_prefix(self._topic, decoded.partition)
+            for i in draft.new:
+                record, weight = records[i], weights[place]
                 decision = DECISIONS[choices[place]]
                 value = encode(
-                    batch.transactions[i],
-                    batch.sent_ms[i],
+                    transactions[i],
+                    sent_ms[i],
                     f"{prefix}{record.offset}",
                     numbers[place],
                     decision,
@@ -127,9 +176,9 @@ class OutputBuilder:
                     outside.get(place),
                     STATE_INVALID if i in refused else None,
                 )
-                batch.scores.append(Outgoing(record.key, value))
+                draft.scores.append(Outgoing(record.key, value))
                 if decision != APPROVE or weight < WEIGHT_MAX:
-                    _follow(batch, i, value, decision, weight, now_ms)
+                    _follow(draft, i, value, decision, weight, now_ms)
                 place += 1
 
     def _inputs_out_of_range(self, scores: BatchScores, at: list[int]) -> dict[int, list[str]]:
@@ -145,27 +194,26 @@ class OutputBuilder:
             for i in np.flatnonzero(outside.any(axis=1)).tolist()
         }
 
-    def _build_alerts(
-        self, batches: list[PartitionBatch], scores: BatchScores, now_ms: int
-    ) -> None:
+    def _build_alerts(self, drafts: Sequence[_Draft], scores: BatchScores, now_ms: int) -> None:
         """Encode alerts; their reasons are computed in one batch."""
-        at = [i + batch.span.start for batch in batches for i, _, _ in batch.alert_candidates]
+        at = [i + draft.part.start for draft in drafts for i, _, _ in draft.alert_candidates]
         if not at:
             return
         before = np.array([scores.before[i] for i in at])
         reasons = iter(self._explainer.explain(scores.raw[at], before))
         decisions = []
-        for batch in batches:
-            for i, score, decision in batch.alert_candidates:
+        for draft in drafts:
+            records = draft.part.loaded.decoded.records
+            for i, score, decision in draft.alert_candidates:
                 alert = encode_alert(score, next(reasons), now_ms)
-                batch.alerts.append(Outgoing(batch.records[i].key, alert))
+                draft.alerts.append(Outgoing(records[i].key, alert))
                 decisions.append(decision)
         for decision in set(decisions):
             self._metrics.alerts.labels(decision).inc(decisions.count(decision))
 
 
 def _follow_published(
-    batch: PartitionBatch, skipped: AbstractSet[int], thresholds: DecisionThresholds, now_ms: int
+    draft: _Draft, skipped: AbstractSet[int], thresholds: DecisionThresholds, now_ms: int
 ) -> None:
     """Add alerts and notes of transactions whose score was published before.
 
@@ -174,34 +222,34 @@ def _follow_published(
     Args:
         skipped: indices of the transactions without a score.
     """
-    for i, record in enumerate(batch.records):
-        published = batch.published.get(record.offset)
+    loaded = draft.part.loaded
+    for i, record in enumerate(loaded.decoded.records):
+        published = loaded.published.get(record.offset)
         if published is None or i in skipped:
             continue
         score, value = published.score, published.value
         if score.decision != APPROVE and score.thresholds is None:
             # An older version published this score without its thresholds.
             value = with_thresholds(value, thresholds)
-        _follow(batch, i, value, score.decision, score.weight, now_ms)
+        _follow(draft, i, value, score.decision, score.weight, now_ms)
 
 
-def _follow(
-    batch: PartitionBatch, i: int, value: bytes, decision: str, weight: int, now_ms: int
-) -> None:
+def _follow(draft: _Draft, i: int, value: bytes, decision: str, weight: int, now_ms: int) -> None:
     """Add the alert and the note that follow from a score, unless it needs none.
 
     Args:
         value: the score's record.
         weight: stored merchant weight.
     """
-    record = batch.records[i]
+    loaded = draft.part.loaded
+    record = loaded.decoded.records[i]
     if is_warm_up(record):  # it raises no alert
         decision = APPROVE
-    if decision != APPROVE and record.offset >= batch.partition_owned.alerts_from:
-        batch.alert_candidates.append((i, value, decision))
+    if decision != APPROVE and record.offset >= loaded.owned.alerts_from:
+        draft.alert_candidates.append((i, value, decision))
     if decision == APPROVE and weight == WEIGHT_MAX:
         return
     if now_ms - record.timestamp <= NOTE_EXPIRY_MS:
-        transaction = batch.transactions[i]
+        transaction = loaded.decoded.transactions[i]
         id_hash = transaction_hash(transaction.transaction_id)
-        batch.notes.append(ScoredNote(transaction.merchant_id, id_hash, decision, weight))
+        draft.notes.append(ScoredNote(transaction.merchant_id, id_hash, decision, weight))

@@ -11,6 +11,7 @@ from pipeline.kafka.score_log import ScoreLog
 from pipeline.scoring.consumer import PartitionConsumer
 from pipeline.scoring.metrics import Metrics
 from pipeline.scoring.owned_partition import OwnedPartition
+from pipeline.scoring.ownership import ChunkDecision, ChunkFacts, decide_chunk
 from pipeline.scoring.recovery import ON_NEW_LOG, PartitionRecovery
 from pipeline.scoring.retry import Retrier
 from pipeline.storage.state_store import StateStore
@@ -28,6 +29,7 @@ class PartitionManager:
         store, score_log, consumer: watermarks, published scores, committed offsets and seeks.
         retrier: repeats calls to services that do not answer.
         metrics: monitoring.
+        writer: id of this worker in the watermarks that it writes, u64.
         transactions: transactions of exactly-once processing; None without them.
         on_fenced: called with a partition that another worker took.
         on_new_log: reaction to a topic that was deleted and created again.
@@ -47,6 +49,7 @@ class PartitionManager:
         consumer: PartitionConsumer,
         retrier: Retrier,
         metrics: Metrics,
+        writer: int,
         transactions: Transactions | None = None,
         on_fenced: Callable[[int], None] = lambda partition: None,
         on_new_log: ON_NEW_LOG = "stop",
@@ -66,6 +69,7 @@ class PartitionManager:
             consumer=consumer,
             retrier=retrier,
             metrics=metrics,
+            writer=writer,
             transactions=transactions,
             on_new_log=on_new_log,
         )
@@ -144,21 +148,51 @@ class PartitionManager:
         """
         owned = self._owned.get(partition)
         if owned is None or not owned.expects(watermark):
-            if owned is not None:
+            facts = ChunkFacts("not owned" if owned is None else "other")
+        else:
+            # Offsets that go back are a redelivery or a new log. Find out which before dropping
+            # them.
+            log_id = await self._log_id.get(now=chunk.begin < owned.computed_to)
+            facts = self._facts(
+                partition, owned, chunk, is_other_log=is_other(owned.log_id, log_id)
+            )
+        decision = decide_chunk(facts)
+        if decision is ChunkDecision.TAKE_OVER:
+            if facts.watermark == "other":
                 self._metrics.watermark_conflicts.inc()
             owned = await self._take_over(partition, watermark, chunk.begin)
-        # Offsets that go back are a redelivery or a new log. Find out which before dropping them.
-        elif is_other(owned.log_id, await self._log_id.get(now=chunk.begin < owned.computed_to)):
-            owned = await self._take_over(partition, watermark, chunk.begin)
-        if not await self._is_of_log(partition, owned, chunk):
-            return None
-        if chunk.begin > owned.computed_to:
+            decision = decide_chunk(self._facts(partition, owned, chunk))
+        assert owned is not None
+        if decision is ChunkDecision.FETCH_AGAIN:
+            await self._fetch_again(partition, owned)
+        elif decision is ChunkDecision.SEEK_BACK:
             await self.seek_back(partition, owned)
-            return None
-        owned.seeking = False
-        if chunk.records and chunk.records[0].offset > owned.computed_to:
+        elif decision is ChunkDecision.SKIP_DELETED:
+            owned.arrived()
             await self.recovery.skip_deleted_records(partition, owned)
-        return owned
+            return owned
+        elif decision is ChunkDecision.CONTINUE:
+            owned.arrived()
+            return owned
+        return None
+
+    def _facts(
+        self, partition: int, owned: OwnedPartition, chunk: Chunk, *, is_other_log: bool = False
+    ) -> ChunkFacts:
+        """Gather the facts about a chunk of an owned partition whose watermark is expected.
+
+        A chunk fetched before the topic was created again may have any of the new offsets.
+        """
+        fetched_of = self._fetched_of.get(partition, NO_ID)
+        end = owned.computed_to
+        return ChunkFacts(
+            "expected",
+            is_other_log,
+            fetched_of not in (NO_ID, owned.log_id),
+            chunk.epoch < self._epochs.get(partition, 0),
+            chunk.begin > end,
+            bool(chunk.records) and chunk.records[0].offset > end,
+        )
 
     async def _take_over(
         self, partition: int, watermark: bytes | None, begin: int
@@ -171,22 +205,15 @@ class PartitionManager:
             self._owned[partition] = owned
         return owned
 
-    async def _is_of_log(self, partition: int, owned: OwnedPartition, chunk: Chunk) -> bool:
-        """Return whether a chunk belongs to the partition's log; if in doubt, fetch it again.
-
-        A chunk fetched before the topic was created again may have any of the new offsets.
-        """
-        if self._fetched_of.get(partition, NO_ID) not in (NO_ID, owned.log_id):
-            self._fetched_of[partition] = owned.log_id
-            owned.seeking = True
-            self._epochs[partition] = await self._consumer.seek(partition, owned.computed_to)
-            return False
-        return chunk.epoch >= self._epochs.get(partition, 0)
+    async def _fetch_again(self, partition: int, owned: OwnedPartition) -> None:
+        """Fetch the partition again from where its states end, and drop older chunks."""
+        self._fetched_of[partition] = owned.log_id
+        owned.start_seek()
+        self._epochs[partition] = await self._consumer.seek(partition, owned.computed_to)
 
     async def seek_back(self, partition: int, owned: OwnedPartition) -> None:
         """Read the partition again from where its states end, unless this is under way."""
-        if not owned.seeking:
-            owned.seeking = True
+        if owned.start_seek():
             await self._consumer.seek(partition, owned.computed_to)
 
     async def recover_from_conflict(

@@ -12,7 +12,6 @@ Manual commands for damaged states are in :mod:`pipeline.admin`.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pipeline.kafka.producer import AppendResult, Transactions
 from pipeline.kafka.score_log import LoggedScore, ScoreLog
 from pipeline.scoring.consumer import PartitionConsumer
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.owned_partition import OwnedPartition, ScoreRecovery
+from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.topic_id_cache import TopicIdCache
 from pipeline.scoring.watermark_check import check_watermark, read_watermark
@@ -50,6 +49,7 @@ class PartitionRecovery:
         topic, scores_topic: full names.
         partitions: partition count of both.
         store, score_log, consumer: watermarks, published scores and committed offsets.
+        writer: id of this worker in the watermarks that it writes, u64.
         transactions: transactions of exactly-once processing; None without them.
         on_new_log: reaction to a topic that was deleted and created again.
     """
@@ -65,6 +65,7 @@ class PartitionRecovery:
         consumer: PartitionConsumer,
         retrier: Retrier,
         metrics: Metrics,
+        writer: int,
         transactions: Transactions | None,
         on_new_log: ON_NEW_LOG,
     ) -> None:
@@ -80,7 +81,7 @@ class PartitionRecovery:
         self._on_new_log = on_new_log
         self.log_id = TopicIdCache(topic, score_log, retrier)
         self._scores_log_id = TopicIdCache(scores_topic, score_log, retrier)
-        self._writer = secrets.randbits(64)
+        self._writer = writer
         # Number of publications of each partition. Bounds from before the last one are outdated.
         self._publications: Counter[int] = Counter()
         # A poll may outlive its assignment. If it finds no watermark, data was lost.
@@ -124,17 +125,13 @@ class PartitionRecovery:
             self._warn_new_scores_log(partition, mark.scores_log_id, scores_log_id)
         # An offset past the end belongs to a scores topic that was created again: read it all.
         is_in_log = is_same and scores.begin <= mark.scores_offset <= scores.end
-        recovery = ScoreRecovery(mark.scores_offset if is_in_log else scores.begin, scores.end)
         committed, stale_to = _committed_in_log(committed, log_id, bounds.end, mark.stale_to)
         owned = OwnedPartition(
             watermark=watermark,
             next_offset=mark.next_offset,
-            computed_to=mark.next_offset,
-            scores_next=scores.end,
-            scores_from=recovery.position,
-            alerts_from=max(mark.next_offset, committed or 0),
-            recovery=recovery if recovery.position < recovery.end else None,
-            committed=committed or 0,
+            scores_from=mark.scores_offset if is_in_log else scores.begin,
+            scores_end=scores.end,
+            committed=committed,
             producer_epoch=producer_epoch,
             log_id=log_id,
             scores_log_id=scores_log_id,
@@ -272,15 +269,13 @@ class PartitionRecovery:
         self._skip_deleted_records(partition, owned, bounds.begin)
 
     def _skip_deleted_records(self, partition: int, owned: OwnedPartition, log_begin: int) -> None:
-        lost = log_begin - owned.computed_to
-        if lost <= 0:
-            return
-        self._metrics.records_lost.inc(lost)
-        log.error(
-            "retention deleted records before they were applied; raise the topic's retention",
-            extra={"partition": partition, "records": lost},
-        )
-        owned.computed_to = log_begin
+        lost = owned.skip_to(log_begin)
+        if lost:
+            self._metrics.records_lost.inc(lost)
+            log.error(
+                "retention deleted records before they were applied; raise the topic's retention",
+                extra={"partition": partition, "records": lost},
+            )
 
     # published scores --------------------------------------------------------------------
 
@@ -288,23 +283,17 @@ class PartitionRecovery:
         self, partition: int, owned: OwnedPartition, records: Sequence[Record]
     ) -> dict[int, LoggedScore]:
         """Return the scores of these records that were published before, by offset."""
-        recovery = owned.recovery
-        if recovery is None or not records:
+        if not records:
             return {}
         last = records[-1].offset
-        if max(recovery.published, default=-1) < last and recovery.position < recovery.end:
-            start = recovery.position
-            scores, recovery.position = await self._retrier.retry_kafka(
-                lambda: self._score_log.read(
-                    partition, start, recovery.end, last + RECOVERY_LOOKAHEAD
-                )
+        unread = owned.unread_scores(last)
+        if unread is not None:
+            start, end = unread
+            scores, position = await self._retrier.retry_kafka(
+                lambda: self._score_log.read(partition, start, end, last + RECOVERY_LOOKAHEAD)
             )
-            for source, score in scores.items():
-                _, first = found_before = recovery.published.setdefault(source, (start, score))
-                if first is not score:
-                    recovery.published[source] = found_before[0], first.and_then(score)
-        found = recovery.published
-        return {r.offset: found[r.offset][1] for r in records if r.offset in found}
+            owned.add_read_scores(scores, position)
+        return owned.published_scores(records)
 
     async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
@@ -315,16 +304,15 @@ class PartitionRecovery:
         from ``next_offset`` on were published first, so they are kept.
         """
         self._publications[partition] += 1
-        expected = owned.scores_next
         if appended.first is None or appended.next is None:
-            bounds = await self._bounds(self._scores_topic, partition)
-            owned.scores_next = end = bounds.end
+            end_now = (await self._bounds(self._scores_topic, partition)).end
+            start, end = owned.note_appended(end_now, end_now)
         else:
-            owned.scores_next, end = appended.next, appended.first
-        if end <= expected:
+            start, end = owned.note_appended(appended.first, appended.next)
+        if end <= start:
             return
         scores, _ = await self._retrier.retry_kafka(
-            lambda: self._score_log.read(partition, expected, end, ALL_SOURCES)
+            lambda: self._score_log.read(partition, start, end, ALL_SOURCES)
         )
         if scores and appended.first is not None:
             self._metrics.zombie_scores.inc(len(scores))
@@ -337,23 +325,19 @@ class PartitionRecovery:
             for source, score in scores.items()
             if source >= next_offset
         }
-        if later:
-            owned.recovery = owned.recovery or ScoreRecovery(end, end)
-            for source, score in later.items():
-                owned.recovery.published.setdefault(source, (expected, score))
+        owned.keep_later_scores(later, start, end)
 
     def next_watermark(
         self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
     ) -> Watermark:
         """Return the watermark to save once everything before ``next_offset`` is applied."""
-        if owned.recovery is not None:
-            owned.scores_from = _unapplied_scores_from(owned, owned.recovery, next_offset)
-        elif appended is not None and appended.next is not None:
-            owned.scores_from = appended.next
+        scores_from = owned.next_scores_from(
+            next_offset, None if appended is None else appended.next
+        )
         return Watermark(
             self._partitions,
             next_offset,
-            owned.scores_from,
+            scores_from,
             self._writer,
             owned.log_id,
             owned.scores_log_id,
@@ -414,12 +398,3 @@ def _committed_in_log(
     if committed > log_end:  # it refers to an earlier log, which was longer
         stale_to = max(stale_to, committed)
     return (None if committed <= stale_to else committed), stale_to
-
-
-def _unapplied_scores_from(owned: OwnedPartition, recovery: ScoreRecovery, next_offset: int) -> int:
-    """Return where the published scores of transactions from ``next_offset`` on start."""
-    recovery.forget_before(next_offset)
-    if recovery.is_complete:
-        owned.recovery = None
-        return owned.scores_next
-    return min((start for start, _ in recovery.published.values()), default=recovery.position)

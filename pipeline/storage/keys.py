@@ -2,6 +2,7 @@
 
     recur:<model>:{<topic>-<partition>}                 the partition's watermark
     recur:<model>:{<topic>-<partition>}:<account_id>    an account's state
+    recur:<model>:{<topic>-<partition>}=<hash>       a transaction's answer; the hash is its id's
     recur:evictions:<model>:<topic>                     counts of evicted keys already repaired
     recur:evictions:<model>:<topic>:lock                held by the worker that repairs
     recur:merchant:{<slot>}:<merchant_id>               a merchant's profile
@@ -10,6 +11,7 @@
     recur:note:{<slot>}:<hash of the transaction id>    facts of a transaction for its labels
     recur:api-keys                                      the gateways' API keys, a hash by key id
     recur:rate:<principal>                              requests taken from a rate limit
+    recur:replies:<gateway id>                          a channel, not a key: answers to a gateway
 
 The braces are Redis Cluster's hash tag. A partition's states and its watermark lie in one slot,
 so one MGET reads them and one script writes them, atomically. ``<model>`` is the checkpoint's
@@ -19,7 +21,9 @@ a small number that the merchant's id determines. A script changes keys of one s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import xxhash
 
@@ -57,6 +61,21 @@ class Keys:
         """Return the keys of accounts' states, in the given order."""
         start = f"{self.prefix}:{self.model}:{{{self.topic}-{partition}}}:"
         return [(start + account_id).encode() for account_id in account_ids]
+
+    def answers(self, partition: int, transaction_ids: Sequence[str]) -> list[bytes]:
+        """Return the keys of transactions' answers, in the given order.
+
+        They hold no id, only its hash. No account's key ever equals one.
+        """
+        start = f"{self.prefix}:{self.model}:{{{self.topic}-{partition}}}=".encode()
+        return [
+            start + blake2b(name.encode(), digest_size=16).hexdigest().encode()
+            for name in transaction_ids
+        ]
+
+    def replies(self, gateway_id: str) -> bytes:
+        """Return the channel to which answers for a gateway are published."""
+        return f"{self.prefix}:replies:{gateway_id}".encode()
 
     def evictions(self) -> bytes:
         """Return the key of the eviction record."""

@@ -29,15 +29,12 @@ from pipeline.kafka.score_log import KafkaScoreLog
 from pipeline.kafka.topics import ROLES, partition_count
 from pipeline.kafka.transactional_producer import TransactionalProducer
 from pipeline.messages.decision import thresholds_of
-from pipeline.scoring.batch import ComputedPoll
+from pipeline.scoring.assembly import WorkerParts, WorkerServices, assemble
 from pipeline.scoring.evictions import Evictions
 from pipeline.scoring.health import Health
-from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Processor
-from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import scorer_of
+from pipeline.scoring.stages import ComputedPoll
 from pipeline.scoring.topic_watcher import TopicWatcher
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
@@ -156,41 +153,24 @@ class Worker:
             on_repaired=lambda: self._consumer().recheck_watermarks(self._topic),
         )
         self._store.loss_check = self._merchant_store.loss_check = self._evictions
-        retrier = Retrier(self.metrics, self.health)
-        self.ownership = PartitionManager(
-            topic=self._topic,
-            scores_topic=settings.topic("scores"),
-            partitions=partitions,
+        services = WorkerServices(
             store=self._store,
+            merchants=self._merchant_store,
+            polls=RedisPollStore(self._store, self._merchant_store),
+            publisher=self._publisher,
             score_log=self._score_log,
             consumer=faust_transport.PartitionLog(self._consumer, self._topic),
-            retrier=retrier,
+            labels_consumer=faust_transport.PartitionLog(self._consumer, self._labels_topic),
             metrics=self.metrics,
+            health=self.health,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
-            on_new_log=settings.on_new_log,
         )
-        self.processor = Processor(
-            settings=settings,
-            scorer=scorer_of(settings, checkpoint),
-            store=RedisPollStore(self._store, self._merchant_store),
-            publisher=self._publisher,
-            transactions=self._transactions,
-            partitions=self.ownership,
-            retrier=retrier,
-            metrics=self.metrics,
-            health=self.health,
-        )
-        self.labels = LabelProcessor(
-            settings=settings,
-            store=self._merchant_store,
-            publisher=self._publisher,
-            logs=self._score_log,
-            consumer=faust_transport.PartitionLog(self._consumer, self._labels_topic),
-            retrier=retrier,
-            metrics=self.metrics,
-            health=self.health,
-        )
+        self._use(assemble(settings, scorer_of(settings, checkpoint), partitions, services))
+
+    def _use(self, parts: WorkerParts) -> None:
+        """Work with these parts."""
+        self.ownership, self.processor, self.labels = parts.ownership, parts.processor, parts.labels
 
     def _make_lag_monitor(self) -> LagMonitor:
         settings = self._settings

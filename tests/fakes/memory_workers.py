@@ -30,17 +30,16 @@ from model.transaction import Transaction, epoch_ms
 from pipeline.admin.rebuild_states import Rebuild
 from pipeline.errors import RejectedError
 from pipeline.kafka.polls import Poll
+from pipeline.kafka.producer import Publisher
 from pipeline.kafka.topics import ROLES
 from pipeline.messages.control import CONTROL_HEADER, FORGET
 from pipeline.messages.scores import decode_alert, decode_score
 from pipeline.messages.transactions import WARM_HEADER, decode_transaction
-from pipeline.scoring.batch import ComputedPoll
+from pipeline.scoring.assembly import WorkerServices, assemble
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Processor
-from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer, scorer_of
+from pipeline.scoring.stages import ComputedPoll
 from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS
 from pipeline.storage.state_store import Save
@@ -350,12 +349,14 @@ class World:
     # workers -----------------------------------------------------------------------------
 
     def worker(
-        self, assigned: Collection[int] | None = None, checkpoint: Checkpoint | None = None
+        self,
+        assigned: Collection[int] | None = None,
+        checkpoint: Checkpoint | None = None,
+        publisher: Publisher | None = None,
     ) -> MemoryWorker:
         """Start a new worker with these partitions, or all."""
-        return MemoryWorker(
-            self, self.partitions if assigned is None else assigned, checkpoint or self.checkpoint
-        )
+        assigned = self.partitions if assigned is None else assigned
+        return MemoryWorker(self, assigned, checkpoint or self.checkpoint, publisher)
 
     def rebuild(self) -> Rebuild:
         """Return the rebuild of states, over this store and log."""
@@ -549,42 +550,39 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, Any], choose: Choose) ->
 class MemoryWorker:
     """A worker: the real processor on fakes."""
 
-    def __init__(self, world: World, assigned: Collection[int], checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        world: World,
+        assigned: Collection[int],
+        checkpoint: Checkpoint,
+        publisher: Publisher | None = None,
+    ) -> None:
         self.world = world
         settings = world.settings
         self.metrics = Metrics(CollectorRegistry())
         self.health = Health(10.0, clock=lambda: 0.0)
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
-        retrier = Retrier(self.metrics, self.health)
-        self.scorer = scorer_of(settings, checkpoint)
-        transactions = MemoryTransactions(world.kafka, settings) if settings.exactly_once else None
         self.fenced: list[int] = []
-        self.ownership = PartitionManager(
-            topic=world.topic,
-            scores_topic=settings.topic("scores"),
-            partitions=settings.topic_partitions,
+        self.scorer = scorer_of(settings, checkpoint)
+        services = WorkerServices(
             store=world.store,
+            merchants=world.merchants,
+            polls=MemoryPollStore(world.store, world.merchants),
+            publisher=publisher or MemoryProducer(world.kafka, settings),
             score_log=MemoryScoreLog(world.kafka, settings),
             consumer=self.consumer,
-            retrier=retrier,
-            metrics=self.metrics,
-            transactions=transactions,
-            on_fenced=self.fenced.append,
-            on_new_log=settings.on_new_log,
-        )
-        self.ownership.assign(assigned)
-        self.processor = Processor(
-            settings=settings,
-            scorer=self.scorer,
-            store=MemoryPollStore(world.store, world.merchants),
-            publisher=MemoryProducer(world.kafka, settings),
-            transactions=transactions,
-            partitions=self.ownership,
-            retrier=retrier,
+            labels_consumer=MemoryConsumer(world.kafka, settings, (), "labels"),
             metrics=self.metrics,
             health=self.health,
+            transactions=(
+                MemoryTransactions(world.kafka, settings) if settings.exactly_once else None
+            ),
+            on_fenced=self.fenced.append,
             clock_ms=lambda: world.now_ms,
         )
+        parts = assemble(settings, self.scorer, settings.topic_partitions, services)
+        self.ownership, self.processor = parts.ownership, parts.processor
+        self.ownership.assign(assigned)
         self.acked: list[dict[int, int]] = []
         self._generation = 0
 

@@ -24,9 +24,9 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
 from pipeline.messages.scores import Score, decode_score
 from pipeline.messages.transactions import encode_transaction
-from pipeline.scoring.batch import micro_batch_of
 from pipeline.scoring.decoder import BatchDecoder
 from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.stages import micro_batch_of
 from pipeline.settings import load_settings
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.client import redis_client
@@ -265,10 +265,11 @@ class PipelineUnderTest:
         part = decoder.decode(partition, Chunk(0, len(records), records))
         topic = self.settings.topic("transactions")
         scores = [recorded[f"{topic}:{partition}:{r.offset}"] for r in part.records]
-        part.merchant_raw = np.array(
-            [score.raw(MERCHANT_FEATURES) for score in scores], np.float32
-        ).reshape(len(scores), len(MERCHANT_FEATURES))
-        states, _, _, _ = self.scorer.score([None] * len(part.accounts), micro_batch_of([part]))
+        raw = np.array([score.raw(MERCHANT_FEATURES) for score in scores], np.float32).reshape(
+            len(scores), len(MERCHANT_FEATURES)
+        )
+        batch = micro_batch_of([part], [raw])
+        states, _, _, _ = self.scorer.score([None] * len(part.accounts), batch)
         # A forgotten account has two rows: its state is the last one.
         row_of = {account: row for row, account in enumerate(part.accounts)}
         values = self.scorer.codec.encode(states, np.array(list(row_of.values()), np.intp))

@@ -20,14 +20,16 @@ import numpy as np
 from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import LoggedScore
-from pipeline.scoring import decoder, outputs, recovery
+from pipeline.scoring import assembly, decoder, outputs, recovery
 from pipeline.scoring import partitions as ownership
-from pipeline.scoring.batch import ComputedPoll, PartitionBatch
+from pipeline.scoring.computer import PollComputer
 from pipeline.scoring.owned_partition import OwnedPartition
+from pipeline.scoring.ownership import ChunkFacts
 from pipeline.scoring.partitions import PartitionManager
-from pipeline.scoring.processor import Processor
 from pipeline.scoring.recovery import PartitionRecovery
 from pipeline.scoring.scorer import BatchScores, MicroBatch
+from pipeline.scoring.stages import ComputedPoll, DecidedPart, DecodedPart
+from pipeline.scoring.writer import PollWriter
 from pipeline.storage.account_state import AccountStates
 from pipeline.storage.keys import merchant_slot
 from pipeline.storage.merchant_store import Counts, LabelOutcomes, MerchantLabel
@@ -107,8 +109,8 @@ class AlertsLater(Publisher):
         return await super().publish(scores, [], rejected)
 
 
-class AckWhatIsNotSaved(Processor):
-    """Processor that acks a poll although its save was refused."""
+class AckWhatIsNotSaved(PollWriter):
+    """Writer that acks a poll although its save was refused."""
 
     async def conclude(self, computed: ComputedPoll) -> None:
         await super().conclude(computed)
@@ -158,11 +160,11 @@ class LateAck(Consumer):
         return super().ack(delivery)
 
 
-class LateAckOfAll(Processor):
-    """Processor that acks a saved poll although its partition has a new owner."""
+class LateAckOfAll(PollWriter):
+    """Writer that acks a saved poll although its partition has a new owner."""
 
-    def _ack(self, poll: Any, parts: list[PartitionBatch]) -> None:
-        for part in parts:
+    def _ack(self, poll: Any, saved: Sequence[DecidedPart]) -> None:
+        for part in saved:
             poll.applied[part.partition] = part.end
 
 
@@ -222,16 +224,16 @@ class NothingKept(PartitionRecovery):
 _follow_published = outputs._follow_published
 
 
-def _no_alerts(batch: PartitionBatch, *arguments: Any) -> None:
+def _no_alerts(draft: Any, *arguments: Any) -> None:
     """Write only the notes of scores that were published before."""
-    _follow_published(batch, *arguments)
-    batch.alert_candidates.clear()
+    _follow_published(draft, *arguments)
+    draft.alert_candidates.clear()
 
 
-def _no_notes(batch: PartitionBatch, *arguments: Any) -> None:
+def _no_notes(draft: Any, *arguments: Any) -> None:
     """Raise only the alerts of scores that were published before."""
-    _follow_published(batch, *arguments)
-    batch.notes.clear()
+    _follow_published(draft, *arguments)
+    draft.notes.clear()
 
 
 class GapNotRead(PartitionRecovery):
@@ -240,7 +242,8 @@ class GapNotRead(PartitionRecovery):
     async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
     ) -> None:
-        owned.scores_next = appended.next or owned.scores_next
+        if appended.next is not None:
+            owned.note_appended(appended.next, appended.next)
 
 
 class ScoresOffsetTooFar(PartitionRecovery):
@@ -267,7 +270,7 @@ class OldStates(PartitionManager):
         self, partition: int, watermark: bytes | None, begin: int
     ) -> OwnedPartition:
         owned = await super()._take_over(partition, watermark, begin)
-        owned.states = self._states.setdefault(partition, {})
+        owned._states = self._states.setdefault(partition, {})
         return owned
 
 
@@ -279,7 +282,7 @@ class AnyWatermark(PartitionManager):
     ) -> OwnedPartition | None:
         owned = self.owned(partition)
         if owned is not None and watermark is not None:
-            owned.watermark = watermark
+            owned._watermark = watermark
         return await super().accept(partition, chunk, watermark)
 
 
@@ -290,11 +293,11 @@ class GapInLog(PartitionManager):
         """Do not seek back."""
 
 
-class ApplyAgain(Processor):
-    """Processor that applies records before the watermark again."""
+class ApplyAgain(PollComputer):
+    """Computer that applies records before the watermark again."""
 
-    def _drop_applied(self, part: PartitionBatch) -> None:
-        """Drop nothing."""
+    def _drop_applied(self, part: DecodedPart, begin: int) -> DecodedPart:
+        return part
 
 
 class RepeatsApplied(ChainScorer):
@@ -341,8 +344,13 @@ class StatesOfLogBefore(StateClient):
 class FetchedOfLogBefore(PartitionManager):
     """Manager that accepts records fetched from an earlier log."""
 
-    async def _is_of_log(self, partition: int, owned: OwnedPartition, chunk: Chunk) -> bool:
-        return True
+    def _facts(
+        self, partition: int, owned: OwnedPartition, chunk: Chunk, *, is_other_log: bool = False
+    ) -> ChunkFacts:
+        facts = super()._facts(partition, owned, chunk, is_other_log=is_other_log)
+        return msgspec.structs.replace(
+            facts, is_fetched_of_other_log=False, is_fetched_before_seek=False
+        )
 
 
 def _same(known: bytes, found: bytes) -> bool:
@@ -416,14 +424,20 @@ def _nothing(*_: Iterable[Any]) -> None:
 
 BUGS = [
     Bug("ack before save", 7, 14, Parts(worker=AckFirst)),
-    Bug("ack of what was not saved", 7, 14, Parts(processor=AckWhatIsNotSaved)),
+    Bug("ack of what was not saved", 7, 14, patches=[(assembly, "PollWriter", AckWhatIsNotSaved)]),
     Bug("save before publish", 11, 22, Parts(publisher=PublishLater)),
     Bug("save before alerts are published", 171, 342, Parts(publisher=AlertsLater)),
     Bug("a save without the watermark", 75, 150, Parts(state_client=SaveWithoutWatermark)),
     Bug(
         "a watermark that is not atomic with its states", 1, 10, Parts(state_client=WatermarkApart)
     ),
-    Bug("a late ack after a reset", 92, 184, Parts(consumer=LateAck, processor=LateAckOfAll)),
+    Bug(
+        "a late ack after a reset",
+        92,
+        184,
+        Parts(consumer=LateAck),
+        patches=[(assembly, "PollWriter", LateAckOfAll)],
+    ),
     Bug("positions kept over a reset", 187, 374, Parts(consumer=PositionsKept)),
     Bug("a fetch across a reset dropped without a seek", 1, 10, Parts(consumer=DropWithoutSeek)),
     Bug("a fetch across a reset taken", 895, 1790, Parts(consumer=KeepAcrossReset)),
@@ -452,16 +466,26 @@ BUGS = [
         298,
         patches=[(ownership, "PartitionRecovery", ScoresOffsetTooFar)],
     ),
-    Bug("held states not dropped with the partition", 86, 172, Parts(ownership=OldStates)),
+    Bug(
+        "held states not dropped with the partition",
+        86,
+        172,
+        patches=[(assembly, "PartitionManager", OldStates)],
+    ),
     Bug(
         "computed states not held",
         2,
         10,
         patches=[(OwnedPartition, "remember", _nothing)],
     ),
-    Bug("any watermark taken for the expected one", 86, 172, Parts(ownership=AnyWatermark)),
-    Bug("no seek back to the states", 122, 244, Parts(ownership=GapInLog)),
-    Bug("what is applied not dropped", 3, 10, Parts(processor=ApplyAgain)),
+    Bug(
+        "any watermark taken for the expected one",
+        86,
+        172,
+        patches=[(assembly, "PartitionManager", AnyWatermark)],
+    ),
+    Bug("no seek back to the states", 122, 244, patches=[(assembly, "PartitionManager", GapInLog)]),
+    Bug("what is applied not dropped", 3, 10, patches=[(assembly, "PollComputer", ApplyAgain)]),
     Bug("a repeated transaction id not dropped", 4, 10, Parts(scorer=RepeatsApplied)),
     Bug("another payment with an id of before dropped", 3, 10, Parts(scorer=ConflictsDropped)),
     Bug(
@@ -483,7 +507,12 @@ BUGS = [
         patches=[(recovery, "_committed_in_log", _any_log)],
     ),
     Bug("states kept over to another log", 21, 42, Parts(state_client=StatesOfLogBefore)),
-    Bug("records of a log before taken", 5, 10, Parts(ownership=FetchedOfLogBefore)),
+    Bug(
+        "records of a log before taken",
+        5,
+        10,
+        patches=[(assembly, "PartitionManager", FetchedOfLogBefore)],
+    ),
     Bug("an account not forgotten", 7, 14, patches=[(decoder, "_apply_control", _nothing)]),
     Bug("rejected records not published", 2, 10, Parts(publisher=RejectedDropped)),
     Bug("labels recorded again", 11, 22, Parts(merchant_client=RecordedAgain)),

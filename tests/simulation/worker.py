@@ -15,14 +15,12 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.kafka.polls import Poll
 from pipeline.kafka.producer import Outgoing
-from pipeline.scoring.batch import ComputedPoll
+from pipeline.scoring.assembly import WorkerServices, assemble
 from pipeline.scoring.health import Health
-from pipeline.scoring.labels import LabelProcessor
 from pipeline.scoring.metrics import Metrics
-from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.processor import Processor
-from pipeline.scoring.retry import Retrier
 from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.stages import ComputedPoll
 from pipeline.settings import Settings
 from pipeline.worker import app
 from pipeline.worker.faust_transport import PartitionLog
@@ -55,9 +53,6 @@ class Parts:
     poll_client: type[PollClient] = PollClient
     publisher: type[Publisher] = Publisher
     score_log: type[ScoreLog] = ScoreLog
-    ownership: type[PartitionManager] = PartitionManager
-    processor: type[Processor] = Processor
-    labels: type[LabelProcessor] = LabelProcessor
     scorer: type[ChainScorer] = ChainScorer
     worker: type[Worker] | None = None
 
@@ -121,50 +116,33 @@ class Worker(app.Worker):
         consumer.on_revoked = self._on_revoked
         consumer.from_begin = {self._labels_topic}
         consumer.take_at_once = {self._topic}
-        retrier = Retrier(METRICS, self.health)
-        score_log = parts.score_log(host, network, services.kafka, settings)
-        publisher = parts.publisher(
-            host, network, services.kafka, settings, services.rng, self._published
-        )
         merchants = parts.merchant_client(host, network, services.merchants, services.auditor)
         store = parts.state_client(host, network, services.store)
-        self.ownership = parts.ownership(
-            topic=self._topic,
-            scores_topic=settings.topic("scores"),
-            partitions=settings.topic_partitions,
-            store=store,
-            score_log=score_log,
-            consumer=PartitionLog(self._consumer, self._topic),
-            retrier=retrier,
-            metrics=METRICS,
-            on_new_log=settings.on_new_log,
-        )
-        self.ownership.recovery._writer = merchants.writer = services.rng.getrandbits(64)
-        self.ownership.recovery.log_id._last = services.kafka.topic_id(self._topic)  # as at a start
-        self.processor = parts.processor(
-            settings=settings,
-            scorer=services.scorer,
-            store=parts.poll_client(
-                host, network, store, merchants, is_cluster=services.is_cluster
+        merchants.writer = services.rng.getrandbits(64)
+        assembled = assemble(
+            settings,
+            services.scorer,
+            settings.topic_partitions,
+            WorkerServices(
+                store=store,
+                merchants=merchants,
+                polls=parts.poll_client(
+                    host, network, store, merchants, is_cluster=services.is_cluster
+                ),
+                publisher=parts.publisher(
+                    host, network, services.kafka, settings, services.rng, self._published
+                ),
+                score_log=parts.score_log(host, network, services.kafka, settings),
+                consumer=PartitionLog(self._consumer, self._topic),
+                labels_consumer=PartitionLog(self._consumer, self._labels_topic),
+                metrics=METRICS,
+                health=self.health,
+                clock_ms=services.clock_ms,
+                writer=merchants.writer,
             ),
-            publisher=publisher,
-            partitions=self.ownership,
-            retrier=retrier,
-            metrics=METRICS,
-            health=self.health,
-            clock_ms=services.clock_ms,
         )
-        self.labels = parts.labels(
-            settings=settings,
-            store=merchants,
-            publisher=publisher,
-            logs=score_log,
-            consumer=PartitionLog(self._consumer, self._labels_topic),
-            retrier=retrier,
-            metrics=METRICS,
-            health=self.health,
-            clock_ms=services.clock_ms,
-        )
+        self._use(assembled)
+        self.ownership.recovery.log_id._last = services.kafka.topic_id(self._topic)  # as at a start
         self._watch(self.processor)
 
     async def _end(self, error: BaseException) -> None:

@@ -87,8 +87,7 @@ def test_an_unknown_offset_of_scores_is_looked_up() -> None:
             appended = await super().publish(scores, alerts, rejected)
             return dict.fromkeys(appended, AppendResult(None, None))
 
-    worker = world.worker()
-    worker.processor._publisher = Forgetful(world.kafka, world.settings)
+    worker = world.worker(publisher=Forgetful(world.kafka, world.settings))
     world.interrupt(when_nth("before save", 3, die))
     run_until_killed(worker)
 

@@ -47,3 +47,18 @@ def test_another_model_prefix_or_topic_has_other_keys() -> None:
     ]
 
     assert len({keys.watermark(0) for keys in everything}) == len(everything)
+
+
+@given(topics, st.integers(0, 99), st.lists(account_ids, unique=True, max_size=9))
+def test_answers_lie_with_the_states_and_are_no_states(
+    topic: str, partition: int, names: list[str]
+) -> None:
+    keys = Keys("recur", "m", topic)
+
+    answers = keys.answers(partition, names)
+
+    assert len({*answers, *keys.accounts(partition, names)}) == 2 * len(names)
+    assert {key_slot(key) for key in answers} <= {key_slot(keys.watermark(partition))}
+    assert all(keys.account_of(key) is None for key in answers)
+    pattern_begin = f"recur:m:{{{topic}-{partition}}}:".encode()
+    assert not any(key.startswith(pattern_begin) for key in answers)
