@@ -304,6 +304,50 @@ class Settings(BaseSettings):
         65_536, ge=0, le=900_000, description="longer rejected values are truncated, bytes"
     )
 
+    # Gateway
+    gateway_host: str = Field("127.0.0.1", description="address of the gateway's HTTP API")
+    gateway_port: int = Field(8080, ge=0, le=65_535, description="its port; 0 takes a free one")
+    gateway_wait_ms: int = Field(
+        1_000,
+        ge=0,
+        le=60_000,
+        description="longest wait for a score before the answer is 202, milliseconds; a request's"
+        " `Prefer: wait=` may ask for another one",
+    )
+    gateway_wait_max_ms: int = Field(
+        20_000,
+        ge=0,
+        le=60_000,
+        description="longest wait that a request may ask for, milliseconds; set it below"
+        " gateway_request_timeout_seconds",
+    )
+    gateway_produce_seconds: float = Field(
+        10.0,
+        ge=0.5,
+        le=120,
+        description="a gateway gives up a record that the broker has not confirmed for this long,"
+        " seconds; set it alike on all gateways",
+    )
+    gateway_max_transactions: int = Field(
+        1_024, ge=1, le=100_000, description="most transactions that wait in a gateway at once"
+    )
+    gateway_batch_max: int = Field(
+        200, ge=1, le=10_000, description="most transactions in a batch, or variants in a what-if"
+    )
+    gateway_search_records: int = Field(
+        1_000,
+        ge=0,
+        le=100_000,
+        description="last records of each partition in which a gateway looks for a score that has"
+        " no answer key, and for an account's scores; 0: it looks for none",
+    )
+    answer_seconds: float = Field(
+        86_400.0,
+        ge=1,
+        le=31_536_000,
+        description="how long the answer to a transaction of a gateway is kept, seconds",
+    )
+
     # Access
     gateway_max_body_bytes: int = Field(
         1_048_576, ge=1_024, le=67_108_864, description="largest body of a request, bytes"
