@@ -55,7 +55,7 @@ class RecordProducer:
         }
         self._seconds = settings.gateway_produce_seconds
         self._producer: AIOKafkaProducer | None = None
-        self._replacing = asyncio.Lock()
+        self._connecting = asyncio.Lock()
         self._ending: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -100,10 +100,7 @@ class RecordProducer:
             LogUnavailableError: there is no connection; the record is not in the log.
             RefusedRecordError: the record is too large for the producer.
         """
-        if self._producer is None:
-            await self._replace(None)
-        producer = self._producer
-        assert producer is not None
+        producer = self._producer or await self._connected()
         try:
             async with asyncio.timeout(self._seconds):
                 sent = await producer.send(topic, value, key, partition, headers=list(headers))
@@ -118,31 +115,35 @@ class RecordProducer:
     async def _deliver(self, producer: AIOKafkaProducer, sent: asyncio.Future[Any]) -> int:
         done, _ = await asyncio.wait([sent], timeout=self._seconds)
         if not done:
-            await self._replace(producer)
+            self._drop(producer)
             raise LogUnavailableError("the broker did not confirm a record in time")
         try:
             return int(sent.result().offset)
         except KafkaError as error:
-            await self._replace(producer)  # a failed batch leaves a gap in its sequence
+            self._drop(producer)  # a failed batch leaves a gap in its sequence
             if is_refusal(error):
                 raise RefusedRecordError(error) from error
             raise LogUnavailableError(type(error).__name__) from error
 
-    async def _replace(self, old: AIOKafkaProducer | None) -> None:
-        """Give up a producer, and connect a new one.
+    async def _connected(self) -> AIOKafkaProducer:
+        """Return the producer; connect one after the last was given up.
 
         Raises:
-            LogUnavailableError: the broker does not answer; the next call connects.
+            LogUnavailableError: the broker does not answer.
         """
-        async with self._replacing:
-            if self._producer is not old:
-                return
+        async with self._connecting:
+            if self._producer is None:
+                await self.start()
+            assert self._producer is not None
+            return self._producer
+
+    def _drop(self, producer: AIOKafkaProducer) -> None:
+        """Give up a producer; the next record connects another one."""
+        if self._producer is producer:
             self._producer = None
-            if old is not None:
-                task = asyncio.create_task(_give_up(old))
-                self._ending.add(task)
-                task.add_done_callback(self._ending.discard)
-            await self.start()
+            task = asyncio.create_task(_give_up(producer))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
 
 async def _give_up(producer: AIOKafkaProducer) -> None:

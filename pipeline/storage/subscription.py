@@ -77,7 +77,8 @@ class Subscription:
         try:
             await connection.connect()
             reader, writer = connection._reader, connection._writer
-            assert reader is not None and writer is not None
+            assert reader is not None
+            assert writer is not None
             ended = asyncio.get_running_loop().create_future()
             protocol = _Messages(self._on_message, self._activate, ended)
             transport = cast("asyncio.Transport", writer.transport)
