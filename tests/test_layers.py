@@ -35,7 +35,7 @@ ROOMS = {
     "pipeline.worker": _SCORING,
     "pipeline.audit": _SCORING,
     "pipeline.admin": f"{_SCORING} pipeline.audit",
-    "pipeline.gateway": _CLIENTS,
+    "pipeline.gateway": _SCORING,
     "pipeline.files": f"{_MODEL} pipeline",
     "pipeline.replay": f"{_MODEL} pipeline pipeline.messages pipeline.kafka pipeline.files",
     "pipeline.local": "pipeline",

@@ -55,6 +55,18 @@ def worker() -> None:
 
 
 @recur.command()
+def gateway() -> None:
+    """Serve scores, labels, accounts and alerts over HTTP until SIGTERM or Ctrl-C.
+
+    Any number of gateways run side by side. Workers must run, too: they compute the scores.
+    """
+    exit_on_signals()  # the imports below take a while
+    from pipeline.gateway.process import run_gateway
+
+    sys.exit(run_gateway(load_settings()))
+
+
+@recur.command()
 def settings() -> None:
     """Print every setting with its value, default and meaning."""
     rows = list(describe(load_settings()))

@@ -44,6 +44,11 @@ class GatewayMetrics:
         self.replies = Counter(
             "recur_gateway_replies_total", "answers of workers to this gateway", registry=registry
         )
+        self.unread_keys = Counter(
+            "recur_gateway_unread_keys_total",
+            "looks at answer keys that Redis did not answer",
+            registry=registry,
+        )
         self.claims_left = Counter(
             "recur_gateway_claims_left_total",
             "claims that could not be deleted after a failure; they are taken over later",

@@ -144,8 +144,15 @@ class TransactionReader:
         )
 
 
-def read_object(body: bytes, pointer: str = "") -> dict[str, Any]:
+def read_object(
+    body: bytes, pointer: str = "", size_max: int | None = VALUE_MAX_BYTES
+) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        body: JSON.
+        pointer: JSON pointer of the object in the request's body.
+        size_max: most bytes; None: the request's limit is enough.
 
     Raises:
         Problem: it is no JSON (400), no object (422), or too large for a record (422).
@@ -158,8 +165,8 @@ def read_object(body: bytes, pointer: str = "") -> dict[str, Any]:
     if not isinstance(fields, dict):
         detail = "must be an object"
         raise Problem(INVALID_FIELDS, errors=[FieldError(detail, pointer=pointer)])
-    if len(body) > VALUE_MAX_BYTES:
-        detail = f"has over {VALUE_MAX_BYTES} bytes"
+    if size_max is not None and len(body) > size_max:
+        detail = f"has over {size_max} bytes"
         raise Problem(INVALID_FIELDS, errors=[FieldError(detail, pointer=pointer)])
     return fields
 

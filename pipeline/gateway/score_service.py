@@ -304,7 +304,7 @@ class ScoreService:
             Problem: it was rejected, or the record was refused.
             LogUnavailableError: the broker did not confirm the record.
         """
-        incoming, loop = ticket.incoming, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         pause, longest = FAST_POLL_SECONDS
         if ticket.delivery is not None:
             pause = longest = SLOW_POLL_SECONDS
@@ -316,18 +316,9 @@ class ScoreService:
             if reply is not None and reply.kind != DUPLICATE:
                 return self._replied(reply, ticket)
             await self._raise_failed_delivery(ticket)
-            try:
-                answer = await self._answers.read(incoming.partition, incoming.transaction_id)
-            except StoreUnavailableError:
-                answer = None
-                if loop.time() >= deadline:
-                    break
-            if answer is not None and answer.kind != "P":
-                if answer.content != incoming.content:
-                    raise Problem(CONFLICT, "another body came under this transaction_id")
-                return await self._answered(
-                    incoming.partition, incoming.transaction_id, answer, ticket.source
-                )
+            outcome = await self._by_key(ticket)
+            if outcome is not None:
+                return outcome
             if reply is not None:
                 return await self._duplicate(ticket)
             if loop.time() >= deadline:
@@ -337,7 +328,26 @@ class ScoreService:
                 await asyncio.shield(ticket.delivery)
             except RefusedRecordError as error:
                 raise await self._not_produced(ticket, error) from error
-        return Pending(incoming.transaction_id)
+        return Pending(ticket.incoming.transaction_id)
+
+    async def _by_key(self, ticket: _Ticket) -> Outcome | None:
+        """Return what the answer key says; None while it says nothing, or Redis is away.
+
+        Raises:
+            Problem, LogUnavailableError: see :meth:`_answered`.
+        """
+        incoming = ticket.incoming
+        place = incoming.partition, incoming.transaction_id
+        try:
+            answer = await self._answers.read(*place)
+        except StoreUnavailableError:
+            self._metrics.unread_keys.inc()  # the record is in the log: wait on
+            return None
+        if answer is None or answer.kind == "P":
+            return None
+        if answer.content != incoming.content:
+            raise Problem(CONFLICT, "another body came under this transaction_id")
+        return await self._answered(*place, answer, ticket.source)
 
     async def _raise_failed_delivery(self, ticket: _Ticket) -> None:
         delivery = ticket.delivery

@@ -6,6 +6,7 @@ Redis. Each variant starts from that state, as if the others did not exist.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ class WhatIfService:
             record_ms=np.full(n, now_ms, np.int64),
             offset=np.full(n, AFTER_ALL, np.int64),
             # A hash that no state has: a variant is no duplicate of what was scored.
-            id_hash=np.zeros(n, np.uint64),
+            id_hash=np.full(n, secrets.randbits(64) | 1, np.uint64),
             merchant_raw=merchant_raw,
             fields=self._extra_fields.columns([v.transaction for v in variants]),
             explain_from=np.full(n, self._thresholds.review, np.float32),

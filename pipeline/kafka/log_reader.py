@@ -84,7 +84,7 @@ class LogReader:
     @property
     def _client(self) -> Any:
         assert self._consumer is not None
-        return self._consumer._client
+        return self._consumer._client  # noqa: SLF001 - as the rest of this room does
 
     def partitions(self, topic: str) -> int:
         """Return the number of partitions of a topic that :meth:`start` named."""

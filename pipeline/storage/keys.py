@@ -11,6 +11,7 @@
     recur:note:{<slot>}:<hash of the transaction id>    facts of a transaction for its labels
     recur:api-keys                                      the gateways' API keys, a hash by key id
     recur:rate:<principal>                              requests taken from a rate limit
+    recur:idempotency:<hash>                            content that came under an Idempotency-Key
     recur:replies:<gateway id>                          a channel, not a key: answers to a gateway
 
 The braces are Redis Cluster's hash tag. A partition's states and its watermark lie in one slot,
@@ -168,3 +169,8 @@ class GatewayKeys:
     def rate(self, principal: str) -> bytes:
         """Return the key of what a principal has taken from their rate limit."""
         return f"{self.prefix}:rate:{principal}".encode()
+
+    def idempotency(self, principal: str, key: str) -> bytes:
+        """Return the key of the content that came under a principal's Idempotency-Key."""
+        digest = blake2b(f"{principal} {key}".encode(), digest_size=16).hexdigest()
+        return f"{self.prefix}:idempotency:{digest}".encode()

@@ -76,7 +76,8 @@ class Subscription:
             connection = pool.connection_class(**pool.connection_kwargs | {"protocol": 2})
         try:
             await connection.connect()
-            reader, writer = connection._reader, connection._writer
+            # redis-py has no public name for the streams of a connection.
+            reader, writer = connection._reader, connection._writer  # noqa: SLF001
             assert reader is not None
             assert writer is not None
             ended = asyncio.get_running_loop().create_future()
