@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from litestar import Litestar, Request
 from litestar.exceptions import HTTPException, MethodNotAllowedException
 
+from pipeline.gateway.authentication import PUBLIC_PATHS
 from pipeline.gateway.context import AsgiApp, AsgiMessage, AsgiScope, Receive, Send
 from pipeline.gateway.docs_page import render_page
 from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.openapi import make_document
 from pipeline.gateway.problems import INTERNAL, METHOD_NOT_ALLOWED, NOT_FOUND, Problem
-from pipeline.gateway.protection import PUBLIC_PATHS, protect
+from pipeline.gateway.protection import protect
 from pipeline.gateway.request_log import route_of
 from pipeline.gateway.routes import make_routes, problem_from
 from pipeline.gateway.service import Gateway
@@ -44,7 +45,9 @@ def make_app(gateway: Gateway) -> AsgiApp:
         request_max_body_size=None,  # the middleware has read it already
         exception_handlers={Exception: _hand_on},
     )
-    protected = protect(app, gateway.settings, gateway.authenticator, gateway.limiter, OPEN_PATHS)
+    protected = protect(
+        cast("AsgiApp", app), gateway.settings, gateway.authenticator, gateway.limiter, OPEN_PATHS
+    )
     return Measured(protected, gateway.metrics)
 
 
@@ -55,14 +58,24 @@ def _hand_on(request: Request[Any, Any, Any], error: Exception) -> NoReturn:
         Exception: always.
     """
     if isinstance(error, MethodNotAllowedException):
-        allowed = (error.headers or {}).get("Allow", "")
-        headers = ((b"allow", allowed.encode()),) if allowed else ()
-        raise Problem(METHOD_NOT_ALLOWED, headers=headers) from error
+        allowed = ", ".join(sorted(_methods_of(request)))
+        raise Problem(METHOD_NOT_ALLOWED, headers=((b"allow", allowed.encode()),)) from error
     if isinstance(error, HTTPException) and error.status_code == NOT_FOUND.status:
         raise Problem(NOT_FOUND) from error
     if isinstance(error, HTTPException):
         raise Problem(INTERNAL) from error
     raise problem_from(error) from error
+
+
+def _methods_of(request: Request[Any, Any, Any]) -> set[str]:
+    """Return the methods of the routes that have a request's path."""
+    path = request.scope["path"].rstrip("/")
+    found: set[str] = set()
+    for route in request.app.routes:
+        fixed, is_open, _ = route.path.partition("{")
+        if path == route.path or (is_open and path.startswith(fixed) and len(path) > len(fixed)):
+            found |= getattr(route, "methods", set())
+    return found
 
 
 class Measured:

@@ -7,7 +7,7 @@ it is about to produce.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,15 @@ class Incoming:
         return self.transaction.account_id.encode()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Record:
     """A record as the decoder sees it."""
 
-    key: bytes
-    value: bytes
+    key: bytes | None
+    value: bytes | None
     timestamp: int
     offset: int = 0
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: Sequence[tuple[str, bytes]] = ()
 
 
 class TransactionReader:

@@ -6,7 +6,9 @@ import asyncio
 import gc
 import logging
 import math
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -76,12 +78,19 @@ def run_gateway(settings: Settings) -> int:
         "gateway starts",
         extra={"model": checkpoint.digest, "gateway": gateway.id, "address": f"{host}:{port}"},
     )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises a signal again once it has stopped for it.
+        signal.signal(number, _ignore)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(server.serve(sockets=[sock]))
     if gateway.failure is not None:
         raise gateway.failure
     log.info("gateway ends")
     return 0 if server.started else 1
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the server has stopped already."""
 
 
 def _listen(settings: Settings) -> socket.socket:

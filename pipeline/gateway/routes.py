@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from litestar import Request, Response, get, post
@@ -12,7 +12,7 @@ from litestar.handlers import HTTPRouteHandler
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pipeline.gateway.alert_feed import CURSOR_MAX_CHARACTERS, AlertFilter
-from pipeline.gateway.context import context_of
+from pipeline.gateway.context import AsgiScope, context_of
 from pipeline.gateway.incoming import Incoming, encode_sorted, read_label, read_object
 from pipeline.gateway.principal import Principal
 from pipeline.gateway.problems import (
@@ -60,6 +60,11 @@ Req = Request[Any, Any, Any]
 Resp = Response[bytes]
 
 _encode = msgspec.json.Encoder().encode
+
+
+def _scope(request: Req) -> AsgiScope:
+    """Return a request's ASGI scope; Litestar's type of it is narrower."""
+    return cast("AsgiScope", request.scope)
 
 
 class BatchItem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -110,15 +115,17 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/scores", status_code=200)
     async def post_score(request: Req) -> Resp:
         """Score one transaction."""
-        context = context_of(request.scope)
+        context = context_of(_scope(request))
         principal = context.require("score")
-        Query(request.scope, ())
-        require_json(request.scope)
+        Query(_scope(request), ())
+        require_json(_scope(request))
         incoming = gateway.transactions.read(await request.body())
         _check_seen(principal, incoming)
-        wait = preferred_wait(request.scope, settings.gateway_wait_ms, settings.gateway_wait_max_ms)
+        wait = preferred_wait(
+            _scope(request), settings.gateway_wait_ms, settings.gateway_wait_max_ms
+        )
         _check_services(gateway)
-        key = idempotency_key(request.scope)
+        key = idempotency_key(_scope(request))
         if key is not None:
             await gateway.remember(principal.label, key, incoming.value)
         try:
@@ -132,16 +139,18 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/scores/batch", status_code=200)
     async def post_batch(request: Req) -> Resp:
         """Score several transactions, each with its own outcome."""
-        context = context_of(request.scope)
+        context = context_of(_scope(request))
         principal = context.require("score")
-        Query(request.scope, ())
-        require_json(request.scope)
+        Query(_scope(request), ())
+        require_json(_scope(request))
         body = await request.body()
         listed = _list_of(read_batch(body), "transactions", settings.gateway_batch_max)
         await gateway.limiter.charge(principal, len(listed) - 1)
-        wait = preferred_wait(request.scope, settings.gateway_wait_ms, settings.gateway_wait_max_ms)
+        wait = preferred_wait(
+            _scope(request), settings.gateway_wait_ms, settings.gateway_wait_max_ms
+        )
         _check_services(gateway)
-        key = idempotency_key(request.scope)
+        key = idempotency_key(_scope(request))
         if key is not None:
             await gateway.remember(principal.label, key, body)
         valid: list[Incoming] = []
@@ -166,14 +175,14 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @get("/v1/scores/{transaction_id:path}")
     async def get_score(request: Req) -> Resp:
         """Return the score of a transaction."""
-        context = context_of(request.scope)
+        context = context_of(_scope(request))
         principal = context.principal
         allowed: Any = "score" if principal and "score" in principal.scopes else "read"
         principal = context.require(allowed)
-        Query(request.scope, ())
-        name = id_of_path(request.scope, "/v1/scores/")
+        Query(_scope(request), ())
+        name = id_of_path(_scope(request), "/v1/scores/")
         check_seen(principal, transaction_id=name)
-        wait = preferred_wait(request.scope, 0, settings.gateway_wait_max_ms)
+        wait = preferred_wait(_scope(request), 0, settings.gateway_wait_max_ms)
         outcome = await _find(gateway, principal, name, wait.seconds)
         return _answer(outcome, wait.is_preferred, wait.seconds)
 
@@ -285,9 +294,9 @@ def _reading_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/what-if", status_code=200)
     async def post_what_if(request: Req) -> Resp:
         """Score variants of a transaction, and change nothing."""
-        principal = context_of(request.scope).require("score")
-        Query(request.scope, ())
-        require_json(request.scope)
+        principal = context_of(_scope(request)).require("score")
+        Query(_scope(request), ())
+        require_json(_scope(request))
         fields = read_batch(await request.body())
         base = fields.get("transaction")
         if not isinstance(base, dict):
@@ -309,9 +318,9 @@ def _reading_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @get("/v1/accounts/{account_id:path}")
     async def get_account(request: Req) -> Resp:
         """Return an account's standing, counts and recent scores."""
-        principal = context_of(request.scope).require("read")
-        Query(request.scope, ())
-        name = id_of_path(request.scope, "/v1/accounts/")
+        principal = context_of(_scope(request)).require("read")
+        Query(_scope(request), ())
+        name = id_of_path(_scope(request), "/v1/accounts/")
         check_seen(principal, account_id=name)
         account = await gateway.accounts.read(name)
         if account is None:
@@ -321,9 +330,9 @@ def _reading_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @get("/v1/alerts")
     async def get_alerts(request: Req) -> Resp:
         """Return alerts after a cursor or from a time on."""
-        principal = context_of(request.scope).require("read")
+        principal = context_of(_scope(request)).require("read")
         query = Query(
-            request.scope, ("cursor", "from", "limit", "decision", "min_score", "merchant_id")
+            _scope(request), ("cursor", "from", "limit", "decision", "min_score", "merchant_id")
         )
         wanted = AlertFilter(
             query.choice("decision", [name for name in DECISIONS if name != APPROVE]),
@@ -389,15 +398,15 @@ def _writing_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/labels", status_code=202)
     async def post_label(request: Req) -> Resp:
         """Report the truth about a transaction."""
-        context = context_of(request.scope)
+        context = context_of(_scope(request))
         principal = context.require("label")
-        Query(request.scope, ())
-        require_json(request.scope)
+        Query(_scope(request), ())
+        require_json(_scope(request))
         body = await request.body()
         name, account, key, value = read_label(body, time.time_ns() // 1_000_000)
         check_seen(principal, account_id=account, transaction_id=name)
         _check_services(gateway)
-        idempotency = idempotency_key(request.scope)
+        idempotency = idempotency_key(_scope(request))
         if idempotency is not None:
             content = encode_sorted(read_object(body))
             await gateway.remember(principal.label, idempotency, content)
@@ -440,9 +449,10 @@ def _public_routes(
     @get("/metrics")
     async def get_metrics(request: Req) -> Resp:
         """Return the metrics."""
-        context_of(request.scope).require("read")
+        context_of(_scope(request)).require("read")
         body = generate_latest(gateway.metrics.registry)
-        return Response(body, media_type=CONTENT_TYPE_LATEST)
+        kind = CONTENT_TYPE_LATEST.partition("; charset")[0]  # the framework adds it
+        return Response(body, media_type=kind)
 
     @get("/openapi.json")
     async def get_document() -> Resp:
@@ -452,7 +462,7 @@ def _public_routes(
     @get("/docs")
     async def get_page() -> Resp:
         """Return the documentation page."""
-        return Response(shown, media_type="text/html; charset=utf-8", headers=style)
+        return Response(shown, media_type="text/html", headers=style)
 
     @get(TYPE_PATH + "{name:str}")
     async def get_problem(name: str) -> Resp:

@@ -29,7 +29,7 @@ from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.waiting import Waiter, Waiters
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.messages.decoding import NOT_JSON
-from pipeline.messages.replies import ANSWERED, DUPLICATE, REPLY_HEADER, Answer, Reply
+from pipeline.messages.replies import ANSWERED, DUPLICATE, REPLY_HEADER, Reply, StoredAnswer
 from pipeline.messages.replies import REJECTED as REJECTED_KIND
 from pipeline.settings import Settings
 from pipeline.storage.answer_store import AnswerStore
@@ -79,8 +79,8 @@ class _Ticket:
     """
 
     incoming: Incoming
-    claim: Answer
-    found: Answer | None = None
+    claim: StoredAnswer
+    found: StoredAnswer | None = None
     delivery: asyncio.Task[int] | None = None
     source: Source = "produced"
 
@@ -155,7 +155,7 @@ class ScoreService:
         self.working += len(batch)
         try:
             now_ms = self._clock_ms()
-            tickets = [_Ticket(one, Answer("P", one.content, now_ms)) for one in batch]
+            tickets = [_Ticket(one, StoredAnswer("P", one.content, now_ms)) for one in batch]
             before = await self._answers.claim(
                 [(t.incoming.partition, t.incoming.transaction_id, t.claim) for t in tickets]
             )
@@ -169,7 +169,7 @@ class ScoreService:
             self.working -= len(batch)
 
     async def look_up(
-        self, partition: int, transaction_id: str, answer: Answer, wait_seconds: float
+        self, partition: int, transaction_id: str, answer: StoredAnswer, wait_seconds: float
     ) -> Outcome:
         """Return the outcome of a transaction whose key was found; wait for a claimed one.
 
@@ -264,7 +264,7 @@ class ScoreService:
                 return
             if await self._is_in_log(incoming, found.number):
                 return
-            renewed = Answer("P", incoming.content, self._clock_ms())
+            renewed = StoredAnswer("P", incoming.content, self._clock_ms())
             place = incoming.partition, incoming.transaction_id
             if await self._answers.replace(*place, found, renewed):
                 self._metrics.claims_taken_over.inc()
@@ -368,7 +368,7 @@ class ScoreService:
         self,
         partition: int,
         transaction_id: str,
-        answer: Answer,
+        answer: StoredAnswer,
         source: Source = "repeated",
     ) -> Outcome:
         """Return what an answer key says.
@@ -398,7 +398,7 @@ class ScoreService:
             raise Problem(CONFLICT, "the account had this transaction before; its score is not"
                           " among the recent ones")  # fmt: skip
         _, offset, value = found
-        answer = Answer("A", incoming.content, offset)
+        answer = StoredAnswer("A", incoming.content, offset)
         await self._answers.replace(*place, ticket.claim, answer)
         return Scored(value, "repeated")
 

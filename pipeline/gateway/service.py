@@ -27,7 +27,7 @@ from pipeline.kafka.topics import ensure_topics
 from pipeline.messages.replies import content_hash
 from pipeline.scoring.outages import Outages
 from pipeline.settings import Settings
-from pipeline.storage.answer_store import AnswerStore
+from pipeline.storage.answer_store import CLAIM_KEY, AnswerStore
 from pipeline.storage.keys import GatewayKeys, Keys
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import RedisStateStore
@@ -148,10 +148,8 @@ class Gateway:
             StoreUnavailableError: Redis does not answer.
         """
         content = content_hash(body)
-        command = (
-            "SET", self._keys.idempotency(principal, key), content,
-            "NX", "GET", "PX", b"%d" % self._expiry_ms,
-        )  # fmt: skip
+        keys = [self._keys.idempotency(principal, key)]
+        command = CLAIM_KEY.call(keys, content, b"%d" % self._expiry_ms)
         (found,) = await self.redis.execute([command])
         if found is not None and found != content:
             raise Problem(CONFLICT, "another body came under this Idempotency-Key")

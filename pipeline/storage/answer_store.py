@@ -1,4 +1,4 @@
-"""Answer keys of transactions, as gateways claim and read them.
+"""StoredAnswer keys of transactions, as gateways claim and read them.
 
 A gateway claims a transaction id before it produces the record, and a worker replaces the claim by
 the answer (:mod:`pipeline.messages.replies`). The claim is one command that sets the key only if
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.messages.replies import Answer
+from pipeline.messages.replies import StoredAnswer
 from pipeline.storage.client import RedisClient
 from pipeline.storage.keys import Keys
-from pipeline.storage.script import Command, load_script
+from pipeline.storage.script import load_script
 
+CLAIM_KEY = load_script("claim_key")
 REPLACE_ANSWER = load_script("replace_answer")
 
 
@@ -32,7 +33,9 @@ class AnswerStore:
         self._keys = keys
         self._expiry = b"%d" % expiry_ms
 
-    async def claim(self, claims: Sequence[tuple[int, str, Answer]]) -> list[Answer | None]:
+    async def claim(
+        self, claims: Sequence[tuple[int, str, StoredAnswer]]
+    ) -> list[StoredAnswer | None]:
         """Claim transactions, in order.
 
         Args:
@@ -44,16 +47,13 @@ class AnswerStore:
         Raises:
             StoreUnavailableError: Redis does not answer; some claims may stand.
         """
-        commands: list[Command] = [
-            (
-                "SET", *self._keys.answers(partition, [name]), claim.to_bytes(),
-                "NX", "GET", "PX", self._expiry,
-            )
+        commands = [
+            CLAIM_KEY.call(self._keys.answers(partition, [name]), claim.to_bytes(), self._expiry)
             for partition, name, claim in claims
-        ]  # fmt: skip
+        ]
         return [_answer(reply) for reply in await self._redis.execute(commands)]
 
-    async def read(self, partition: int, transaction_id: str) -> Answer | None:
+    async def read(self, partition: int, transaction_id: str) -> StoredAnswer | None:
         """Read the answer key of a transaction.
 
         Raises:
@@ -63,7 +63,7 @@ class AnswerStore:
         (reply,) = await self._redis.execute([("GET", key)])
         return _answer(reply)
 
-    async def find(self, partitions: int, transaction_id: str) -> list[tuple[int, Answer]]:
+    async def find(self, partitions: int, transaction_id: str) -> list[tuple[int, StoredAnswer]]:
         """Look for a transaction in every partition: an id does not tell its account.
 
         Raises:
@@ -76,7 +76,7 @@ class AnswerStore:
         return [(p, answer) for p, answer in enumerate(answers) if answer is not None]
 
     async def replace(
-        self, partition: int, transaction_id: str, expected: Answer, new: Answer | None
+        self, partition: int, transaction_id: str, expected: StoredAnswer, new: StoredAnswer | None
     ) -> bool:
         """Replace an answer key, or delete it, if it still has the expected value.
 
@@ -93,11 +93,11 @@ class AnswerStore:
         return bool(reply)
 
 
-def _answer(reply: Any) -> Answer | None:
+def _answer(reply: Any) -> StoredAnswer | None:
     """Read a key's value; one of another version counts as none."""
     if reply is None:
         return None
     try:
-        return Answer.from_bytes(reply)
+        return StoredAnswer.from_bytes(reply)
     except ValueError:
         return None
