@@ -66,7 +66,7 @@ class WorkerServices:
 
 @dataclass(frozen=True)
 class WorkerParts:
-    """What a worker does its work with.
+    """Parts that do a worker's work.
 
     Attributes:
         ownership: the owned partitions and their progress.

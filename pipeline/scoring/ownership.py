@@ -9,7 +9,7 @@ import msgspec
 
 
 class ChunkDecision(Enum):
-    """What to do with a chunk."""
+    """Treatment of a chunk."""
 
     TAKE_OVER = auto()
     """Take the partition over from the watermark in the store, and decide again."""
@@ -31,7 +31,7 @@ class ChunkDecision(Enum):
 
 
 class ChunkFacts(msgspec.Struct, frozen=True, gc=False):
-    """What is known about a chunk and its partition.
+    """Facts about a chunk and its partition.
 
     Attributes:
         watermark: the loaded watermark is the expected one, another one, or the partition is not

@@ -163,6 +163,12 @@ class LateAck(Consumer):
 class LateAckOfAll(PollWriter):
     """Writer that acks a saved poll although its partition has a new owner."""
 
+    async def _save(
+        self, parts: Sequence[DecidedPart], appended: Mapping[int, AppendResult]
+    ) -> list[DecidedPart]:
+        await super()._save(parts, appended)
+        return list(parts)
+
     def _ack(self, poll: Any, saved: Sequence[DecidedPart]) -> None:
         for part in saved:
             poll.applied[part.partition] = part.end
