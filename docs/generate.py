@@ -16,6 +16,7 @@ import click
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli.main import recur
+from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.problems import PROBLEM_TYPES
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import RENAMED, Settings, describe
@@ -80,13 +81,7 @@ def _permitted(name: str) -> str:
 
 
 def metrics_page() -> str:
-    """Every metric of a worker, as Prometheus stores it."""
-    metrics = Metrics(CollectorRegistry())
-    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
-    labels = {
-        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
-        for metric in vars(metrics).values()
-    }
+    """Every metric of a worker and of a gateway, as Prometheus stores it."""
     lines = [
         "# Metrics",
         "",
@@ -94,16 +89,34 @@ def metrics_page() -> str:
         "`_count`. Times are in seconds. No label holds an account, a merchant or an address.",
         "`deploy/prometheus/alerts.yml` and the dashboard in `deploy/grafana` use them.",
         "",
-        "| metric | type | labels | meaning |",
-        "|---|---|---|---|",
+        *_metrics_table(Metrics(CollectorRegistry())),
+        "",
+        "## Gateway",
+        "",
+        "A gateway serves these at its own `/metrics`, to keys with the scope `read`. Refused",
+        "requests count, too: those refused before their route is known have the route `(none)`.",
+        "",
+        *_metrics_table(GatewayMetrics()),
+        "",
+        "Besides these both serve the `process_*` metrics of prometheus_client.",
     ]
+    return _page(lines)
+
+
+def _metrics_table(metrics: Metrics | GatewayMetrics) -> list[str]:
+    """The rows of all metrics of a process."""
+    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
+    labels = {
+        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
+        for metric in vars(metrics).values()
+    }
+    lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     for family in sorted(families, key=lambda f: f.name):
         ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
         shown = "; ".join(_label(family, label) for label in labels.get(family.name, []))
         cells = (f"`{family.name}{ending}`", family.type, shown, _sentence(family.documentation))
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    lines += ["", "Besides these a worker serves the `process_*` metrics of prometheus_client."]
-    return _page(lines)
+    return lines
 
 
 def _label(family: Metric, label: str) -> str:

@@ -307,6 +307,12 @@ class Settings(BaseSettings):
     # Gateway
     gateway_host: str = Field("127.0.0.1", description="address of the gateway's HTTP API")
     gateway_port: int = Field(8080, ge=0, le=65_535, description="its port; 0 takes a free one")
+    gateway_ssl_certfile: Path | None = Field(
+        None, description="certificate chain of the gateway's own TLS, a PEM file; empty: none"
+    )
+    gateway_ssl_keyfile: Path | None = Field(
+        None, description="its private key, a PEM file; empty: it stands in the certificate's file"
+    )
     gateway_wait_ms: int = Field(
         1_000,
         ge=0,
@@ -435,6 +441,7 @@ class Settings(BaseSettings):
         self._check_redis_url()
         self._check_tls()
         self._check_jwt()
+        self._check_gateway_tls()
         if (
             self.review_threshold is not None
             and self.decline_threshold is not None
@@ -502,6 +509,16 @@ class Settings(BaseSettings):
         source = self.gateway_jwt_jwks
         if "://" in source and not source.startswith("https://"):
             raise ValueError(f"{_full_name('gateway_jwt_jwks')} must be https:// or a file")
+
+    def _check_gateway_tls(self) -> None:
+        """Reject a private key without a certificate.
+
+        Raises:
+            ValueError: the message names the setting.
+        """
+        if self.gateway_ssl_keyfile is not None and self.gateway_ssl_certfile is None:
+            key, certificate = map(_full_name, ("gateway_ssl_keyfile", "gateway_ssl_certfile"))
+            raise ValueError(f"{key} needs a certificate: set {certificate}")
 
     def jwt_algorithms(self) -> list[str]:
         """Return the names of accepted signatures of JWTs."""

@@ -31,9 +31,12 @@ from pipeline.cli.options import (
     world_option,
 )
 from pipeline.cli.state import state
-from pipeline.errors import RecurError, SettingsError
+from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.worker.shutdown import exit_on_signals
+
+GATEWAY_PACKAGES = ("litestar", "uvicorn")
+"""Packages of the extra `gateway`."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,7 +64,14 @@ def gateway() -> None:
     Any number of gateways run side by side. Workers must run, too: they compute the scores.
     """
     exit_on_signals()  # the imports below take a while
-    from pipeline.gateway.process import run_gateway
+    try:
+        from pipeline.gateway.process import run_gateway
+    except ModuleNotFoundError as error:
+        if error.name not in GATEWAY_PACKAGES:
+            raise
+        raise StartupError(
+            f"the gateway needs the package {error.name}: install recur[gateway]"
+        ) from None
 
     sys.exit(run_gateway(load_settings()))
 

@@ -11,7 +11,7 @@ from litestar import Litestar, Request
 from litestar.exceptions import HTTPException, MethodNotAllowedException
 
 from pipeline.gateway.authentication import PUBLIC_PATHS
-from pipeline.gateway.context import AsgiApp, AsgiMessage, AsgiScope, Receive, Send
+from pipeline.gateway.context import AsgiApp, AsgiMessage, AsgiScope, Receive, Send, context_of
 from pipeline.gateway.docs_page import render_page
 from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.openapi import make_document
@@ -89,6 +89,7 @@ class Measured:
     def __init__(self, app: AsgiApp, metrics: GatewayMetrics) -> None:
         self._app = app
         self._seconds = metrics.requests
+        self._problems = metrics.problems
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -109,3 +110,5 @@ class Measured:
         finally:
             seconds = time.perf_counter() - began
             self._seconds.labels(route_of(scope), str(status)).observe(seconds)
+            if (name := context_of(scope).problem) is not None:
+                self._problems.labels(name).inc()

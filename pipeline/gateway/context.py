@@ -35,11 +35,13 @@ class RequestContext:
         request_id: names the request in the response, the log and the audit topic.
         principal: who makes it; None before they are authenticated and on public paths.
         headers: headers that the response gets besides its own.
+        problem: name of the problem that the response tells.
     """
 
     request_id: str
     principal: Principal | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    problem: str | None = None
 
     def require(self, scope: Scope) -> Principal:
         """Return the principal if they have the scope.

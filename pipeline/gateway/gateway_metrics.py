@@ -35,6 +35,12 @@ class GatewayMetrics:
             ["outcome"],
             registry=registry,
         )
+        self.problems = Counter(
+            "recur_gateway_problems_total",
+            "requests that ended with a problem, by its type; refused ones have no route",
+            ["problem"],
+            registry=registry,
+        )
         self.variants = Counter(
             "recur_gateway_what_if_variants_total", "scored what-if variants", registry=registry
         )

@@ -152,6 +152,12 @@ IDENTITY_UNAVAILABLE = ProblemType(
     " or the issuer's key set does not answer.",
     retry_after_seconds=2,
 )  # fmt: skip
+IN_DOUBT = ProblemType(
+    "in-doubt", 503, "Another request with this transaction has not finished",
+    "Another gateway took the transaction, and the log does not have it yet. Its gateway may have"
+    " died. Send the same body again: it is produced once.",
+    retry_after_seconds=1,
+)  # fmt: skip
 NOT_READY = ProblemType(
     "not-ready", 503, "The gateway cannot answer yet",
     "The gateway starts or ends, or no worker can score.",
@@ -165,7 +171,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
         METHOD_NOT_ALLOWED, NOT_ACCEPTABLE, SLOW_REQUEST, CONFLICT, TOO_LARGE,
         UNSUPPORTED_MEDIA_TYPE, INVALID_FIELDS, REJECTED, RATE_LIMITED, INTERNAL, OVERLOADED,
         TIMED_OUT, STORE_UNAVAILABLE, LOG_UNAVAILABLE, AUDIT_UNAVAILABLE, IDENTITY_UNAVAILABLE,
-        NOT_READY,
+        IN_DOUBT, NOT_READY,
     )
 }  # fmt: skip
 """All types by their names."""

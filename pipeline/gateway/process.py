@@ -8,7 +8,9 @@ import logging
 import math
 import signal
 import socket
+import ssl
 from types import FrameType
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -55,6 +57,7 @@ def run_gateway(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     checkpoint = load_checkpoint(settings)
     gateway = Gateway(settings, checkpoint)
+    tls = _tls_files(settings)
     sock = _listen(settings)
     config = uvicorn.Config(
         make_app(gateway),
@@ -68,6 +71,7 @@ def run_gateway(settings: Settings) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
         backlog=BACKLOG,
+        **tls,
     )
     server = _Server(config, gateway)
     gc.collect()
@@ -87,6 +91,28 @@ def run_gateway(settings: Settings) -> int:
         raise gateway.failure
     log.info("gateway ends")
     return 0 if server.started else 1
+
+
+def _tls_files(settings: Settings) -> dict[str, Any]:
+    """Return uvicorn's options of TLS; none without a certificate.
+
+    Raises:
+        StartupError: a file cannot be read, or is no certificate with its key.
+    """
+    if settings.gateway_ssl_certfile is None:
+        return {}
+    files = {"ssl_certfile": str(settings.gateway_ssl_certfile)}
+    if settings.gateway_ssl_keyfile is not None:
+        files["ssl_keyfile"] = str(settings.gateway_ssl_keyfile)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files.values())
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(
+            f"the gateway's certificate or key cannot be loaded ({type(error).__name__}): see that"
+            " RECUR_GATEWAY_SSL_CERTFILE and RECUR_GATEWAY_SSL_KEYFILE are PEM files that belong"
+            " together"
+        ) from error
+    return files
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

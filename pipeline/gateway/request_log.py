@@ -126,6 +126,7 @@ class RequestLog:
     ) -> None:
         if status:
             return  # in the middle of a response: the server ends the connection
+        context.problem = problem.kind.name
         body = problem.body(context.request_id)
         length = (b"content-length", b"%d" % len(body))
         headers = [*problem.headers(), length]

@@ -18,6 +18,7 @@ from pipeline.gateway.principal import Principal
 from pipeline.gateway.problems import (
     INVALID_FIELDS,
     LOG_UNAVAILABLE,
+    NOT_FOUND,
     NOT_READY,
     PROBLEM_TYPES,
     STORE_UNAVAILABLE,
@@ -209,7 +210,12 @@ async def _find(
     found = await gateway.answers.find(gateway.partitions, transaction_id)
     pending: Pending | None = None
     for partition, answer in found:
-        outcome = await gateway.scores.look_up(partition, transaction_id, answer, wait_seconds)
+        try:
+            outcome = await gateway.scores.look_up(partition, transaction_id, answer, wait_seconds)
+        except Problem as problem:
+            if problem.kind is NOT_FOUND:  # a claim that its gateway left behind
+                continue
+            raise
         if isinstance(outcome, Pending):
             pending = outcome
         elif sees(principal, account_id=account_of(outcome.value)):

@@ -101,9 +101,13 @@ class ScoreSearch:
             return found
 
     async def has_transaction(
-        self, partition: int, key: bytes, transaction_id: str, since_ms: int
+        self, partition: int, key: bytes | None, transaction_id: str, since_ms: int
     ) -> bool:
         """Tell whether the transactions topic has a transaction, among the records since a time.
+
+        Args:
+            key: the records' key; None: any.
+            since_ms: epoch milliseconds.
 
         Raises:
             LogUnavailableError: the broker does not answer, or there is too much to read.
@@ -120,7 +124,7 @@ class ScoreSearch:
                     part = (await self._reader.fetch({place: start}))[place]
                     for record in part.records:
                         if (
-                            record.key == key
+                            key in (None, record.key)
                             and decode_transaction_id(record.value) == transaction_id
                         ):
                             return True

@@ -18,7 +18,9 @@ from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.incoming import Incoming, decode_any
 from pipeline.gateway.problems import (
     CONFLICT,
+    IN_DOUBT,
     LOG_UNAVAILABLE,
+    NOT_FOUND,
     OVERLOADED,
     REJECTED,
     TOO_LARGE,
@@ -43,6 +45,9 @@ FAST_POLL_SECONDS = (0.005, 0.1)
 
 CLOCK_TOLERANCE_MS = 5_000
 """Difference between the clocks of two gateways."""
+
+IN_LOG_PAUSES_SECONDS = (0.02, 0.1, 0.4, 0.5)
+"""Pauses between looks for a record that another gateway is producing."""
 
 KNOWN_IN_LOG_MAX = 10_000
 """Most transactions that are remembered to be in the log, so that it is read for them once."""
@@ -174,21 +179,35 @@ class ScoreService:
         """Return the outcome of a transaction whose key was found; wait for a claimed one.
 
         Raises:
-            Problem: it was rejected, its score is gone, or the services do not answer.
+            Problem: it was rejected, its score is gone, its gateway died before it produced the
+                record, or the services do not answer.
         """
         deadline = asyncio.get_running_loop().time() + wait_seconds
         pause, longest = FAST_POLL_SECONDS
         while answer.kind == "P":
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
-                return Pending(transaction_id)
+                return await self._still_claimed(partition, transaction_id, answer)
             await asyncio.sleep(min(pause, left))
             pause = min(2 * pause, longest)
             found = await self._answers.read(partition, transaction_id)
             if found is None:
-                return Pending(transaction_id)
+                raise Problem(NOT_FOUND)
             answer = found
         return await self._answered(partition, transaction_id, answer)
+
+    async def _still_claimed(
+        self, partition: int, transaction_id: str, claim: StoredAnswer
+    ) -> Pending:
+        """Tell a transaction that waits in the log from a claim that its gateway left behind.
+
+        Raises:
+            Problem: the claim is old, and the log does not have the transaction.
+        """
+        is_old = self._clock_ms() - claim.number > self._claim_ms
+        if is_old and not await self._is_in_log(partition, None, transaction_id, claim):
+            raise Problem(NOT_FOUND)
+        return Pending(transaction_id)
 
     # one transaction ---------------------------------------------------------------------
 
@@ -262,7 +281,9 @@ class ScoreService:
                 raise Problem(CONFLICT, "another body came under this transaction_id")
             if found.kind != "P" or self._clock_ms() - found.number <= self._claim_ms:
                 return
-            if await self._is_in_log(incoming, found.number):
+            if await self._is_in_log(
+                incoming.partition, incoming.key, incoming.transaction_id, found
+            ):
                 return
             renewed = StoredAnswer("P", incoming.content, self._clock_ms())
             place = incoming.partition, incoming.transaction_id
@@ -280,15 +301,15 @@ class ScoreService:
                     await self._produce(ticket)
                     return
 
-    async def _is_in_log(self, incoming: Incoming, claimed_ms: int) -> bool:
-        """Tell whether the log has a transaction that was claimed at a time."""
-        place = incoming.partition, incoming.content
+    async def _is_in_log(
+        self, partition: int, key: bytes | None, transaction_id: str, claim: StoredAnswer
+    ) -> bool:
+        """Tell whether the log has a claimed transaction; a key of None is any account's."""
+        place = partition, claim.content
         if place in self._in_log:
             return True
-        since_ms = claimed_ms - CLOCK_TOLERANCE_MS
-        found = await self._search.has_transaction(
-            incoming.partition, incoming.key, incoming.transaction_id, since_ms
-        )
+        since_ms = claim.number - CLOCK_TOLERANCE_MS
+        found = await self._search.has_transaction(partition, key, transaction_id, since_ms)
         if found:
             self._in_log[place] = None
             if len(self._in_log) > KNOWN_IN_LOG_MAX:
@@ -323,12 +344,32 @@ class ScoreService:
                 return await self._duplicate(ticket)
             if loop.time() >= deadline:
                 break
-        if ticket.delivery is not None:  # only what the log has is accepted
+        await self._until_in_log(ticket)
+        return Pending(ticket.incoming.transaction_id)
+
+    async def _until_in_log(self, ticket: _Ticket) -> None:
+        """Wait until the log has the record: only that is accepted.
+
+        Raises:
+            Problem: the record was refused, or another gateway's is not in the log.
+            LogUnavailableError: the broker did not confirm the record, or cannot be read.
+        """
+        incoming = ticket.incoming
+        if ticket.delivery is not None:
             try:
                 await asyncio.shield(ticket.delivery)
             except RefusedRecordError as error:
                 raise await self._not_produced(ticket, error) from error
-        return Pending(ticket.incoming.transaction_id)
+            return
+        assert ticket.found is not None
+        for pause in (*IN_LOG_PAUSES_SECONDS, None):
+            if await self._is_in_log(
+                incoming.partition, incoming.key, incoming.transaction_id, ticket.found
+            ):
+                return
+            if pause is not None:
+                await asyncio.sleep(pause)
+        raise Problem(IN_DOUBT)
 
     async def _by_key(self, ticket: _Ticket) -> Outcome | None:
         """Return what the answer key says; None while it says nothing, or Redis is away.

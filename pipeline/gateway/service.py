@@ -21,6 +21,7 @@ from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.score_service import ScoreService
 from pipeline.gateway.waiting import Waiters
 from pipeline.gateway.what_if import WhatIfService
+from pipeline.kafka.acl import check_gateway_permissions
 from pipeline.kafka.log_reader import LogReader
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.topics import ensure_topics
@@ -108,6 +109,7 @@ class Gateway:
 
     async def _start(self) -> None:
         settings = self.settings
+        await check_gateway_permissions(settings)
         self.partitions = (await ensure_topics(settings))["transactions"]
         try:
             await self.reader.start([settings.topic(name) for name in TOPICS])  # type: ignore[arg-type]
