@@ -17,6 +17,8 @@ import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli.main import recur
+from pipeline.gateway.gateway_metrics import GatewayMetrics
+from pipeline.gateway.problems import PROBLEM_TYPES
 from pipeline.kafka.asyncapi import asyncapi_document
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import RENAMED, Settings, describe
@@ -81,13 +83,7 @@ def _permitted(name: str) -> str:
 
 
 def metrics_page() -> str:
-    """Every metric of a worker, as Prometheus stores it."""
-    metrics = Metrics(CollectorRegistry())
-    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
-    labels = {
-        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
-        for metric in vars(metrics).values()
-    }
+    """Every metric of a worker and of a gateway, as Prometheus stores it."""
     lines = [
         "# Metrics",
         "",
@@ -95,16 +91,34 @@ def metrics_page() -> str:
         "`_count`. Times are in seconds. No label holds an account, a merchant or an address.",
         "`deploy/prometheus/alerts.yml` and the dashboard in `deploy/grafana` use them.",
         "",
-        "| metric | type | labels | meaning |",
-        "|---|---|---|---|",
+        *_metrics_table(Metrics(CollectorRegistry())),
+        "",
+        "## Gateway",
+        "",
+        "A gateway serves these at its own `/metrics`, to keys with the scope `read`. Refused",
+        "requests count, too: those refused before their route is known have the route `(none)`.",
+        "",
+        *_metrics_table(GatewayMetrics()),
+        "",
+        "Besides these both serve the `process_*` metrics of prometheus_client.",
     ]
+    return _page(lines)
+
+
+def _metrics_table(metrics: Metrics | GatewayMetrics) -> list[str]:
+    """The rows of all metrics of a process."""
+    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
+    labels = {
+        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
+        for metric in vars(metrics).values()
+    }
+    lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     for family in sorted(families, key=lambda f: f.name):
         ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
         shown = "; ".join(_label(family, label) for label in labels.get(family.name, []))
         cells = (f"`{family.name}{ending}`", family.type, shown, _sentence(family.documentation))
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    lines += ["", "Besides these a worker serves the `process_*` metrics of prometheus_client."]
-    return _page(lines)
+    return lines
 
 
 def _label(family: Metric, label: str) -> str:
@@ -136,6 +150,35 @@ def _commands(
             child = command.get_command(context, name)
             assert child is not None
             yield from _commands(child, context, f"{path} {name}")
+
+
+def gateway_errors_page() -> str:
+    """Every type of problem that a gateway answers with."""
+    lines = [
+        "# Errors of the gateway",
+        "",
+        "Every error is a problem of RFC 9457: `application/problem+json` with `type`, `title`,",
+        "`status`, `request_id`, and where it helps `detail` and `errors`. `type` is a reference",
+        "relative to the gateway's address. An entry of `errors` has `detail` and one of `pointer`",
+        "(a JSON pointer into the body), `parameter` and `header`. A problem with `Retry-After` is",
+        "worth another try after so long; the others come again until the request is changed.",
+        "",
+        "```json",
+        '{"type": "/problems/invalid-fields", "title": "Fields of the body are not valid",',
+        ' "status": 422, "request_id": "4bf92f3577b34da6a3ce929d0e0e4736",',
+        ' "errors": [{"detail": "Expected `float`, got `str`", "pointer": "/amount"}]}',
+        "```",
+        "",
+        "| type | status | retry | title | meaning |",
+        "|---|---:|---|---|---|",
+    ]
+    for kind in PROBLEM_TYPES.values():
+        wait = kind.retry_after_seconds
+        retry = "no" if wait is None else f"after {wait} s or more"
+        meaning = re.sub(r"(RECUR_[A-Z_]+)", r"`\1`", kind.meaning)
+        cells = (f"`{kind.uri}`", str(kind.status), retry, kind.title, meaning)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return _page(lines)
 
 
 def _code(text: str) -> str:
@@ -182,6 +225,7 @@ PAGES = {
     "reference/metrics.md": metrics_page,
     "reference/commands.md": commands_page,
     "asyncapi.yaml": asyncapi_file,
+    "reference/gateway-errors.md": gateway_errors_page,
 }
 
 

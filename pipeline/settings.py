@@ -66,6 +66,12 @@ def _topic_name(name: str) -> str:
     return name
 
 
+JWT_ALGORITHMS = (
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA",
+)  # fmt: skip
+"""Signatures of JWTs with a public key."""
+
+
 TopicName = Annotated[str, AfterValidator(_topic_name)]
 
 
@@ -185,6 +191,12 @@ class Settings(BaseSettings):
     alerts_topic: TopicName = Field("alerts", description="scores at or over the threshold out")
     labels_topic: TopicName = Field("labels", description="labels of transactions, in")
     dead_letter_topic: TopicName = Field("dead-letter", description="rejected records out")
+    audit_topic: TopicName = Field(
+        "audit", description="labels and administrative acts by key, out"
+    )
+    audit_retention_days: float = Field(
+        400.0, gt=0, le=36_500, description="retention of an audit topic that Recur creates, days"
+    )
     topic_partitions: int = Field(
         8, ge=1, le=10_000, description="partitions of each topic that Recur creates"
     )
@@ -299,6 +311,106 @@ class Settings(BaseSettings):
         65_536, ge=0, le=900_000, description="longer rejected values are truncated, bytes"
     )
 
+    # Gateway
+    gateway_host: str = Field("127.0.0.1", description="address of the gateway's HTTP API")
+    gateway_port: int = Field(8080, ge=0, le=65_535, description="its port; 0 takes a free one")
+    gateway_ssl_certfile: Path | None = Field(
+        None, description="certificate chain of the gateway's own TLS, a PEM file; empty: none"
+    )
+    gateway_ssl_keyfile: Path | None = Field(
+        None, description="its private key, a PEM file; empty: it stands in the certificate's file"
+    )
+    gateway_wait_ms: int = Field(
+        1_000,
+        ge=0,
+        le=60_000,
+        description="longest wait for a score before the answer is 202, milliseconds; a request's"
+        " `Prefer: wait=` may ask for another one",
+    )
+    gateway_wait_max_ms: int = Field(
+        20_000,
+        ge=0,
+        le=60_000,
+        description="longest wait that a request may ask for, milliseconds; set it below"
+        " gateway_request_timeout_seconds",
+    )
+    gateway_produce_seconds: float = Field(
+        10.0,
+        ge=0.5,
+        le=120,
+        description="a gateway gives up a record that the broker has not confirmed for this long,"
+        " seconds; set it alike on all gateways",
+    )
+    gateway_max_transactions: int = Field(
+        1_024, ge=1, le=100_000, description="most transactions that wait in a gateway at once"
+    )
+    gateway_batch_max: int = Field(
+        200, ge=1, le=10_000, description="most transactions in a batch, or variants in a what-if"
+    )
+    gateway_search_records: int = Field(
+        1_000,
+        ge=0,
+        le=100_000,
+        description="last records of each partition in which a gateway looks for a score that has"
+        " no answer key, and for an account's scores; 0: it looks for none",
+    )
+    answer_seconds: float = Field(
+        86_400.0,
+        ge=1,
+        le=31_536_000,
+        description="how long the answer to a transaction of a gateway is kept, seconds",
+    )
+
+    # Access
+    gateway_max_body_bytes: int = Field(
+        1_048_576, ge=1_024, le=67_108_864, description="largest body of a request, bytes"
+    )
+    gateway_max_json_depth: int = Field(
+        16, ge=4, le=100, description="most arrays and objects in each other in a body"
+    )
+    gateway_body_timeout_seconds: float = Field(
+        10.0, gt=0, le=300, description="longest time until a body has arrived whole, seconds"
+    )
+    gateway_request_timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=600,
+        description="longest time of a request after its body has arrived, seconds",
+    )
+    gateway_max_concurrent_requests: int = Field(
+        512, ge=1, le=100_000, description="most requests that a gateway works on at once"
+    )
+    gateway_max_open_requests: int = Field(
+        2_048,
+        ge=1,
+        le=100_000,
+        description="most requests in a gateway, with those whose body is still arriving",
+    )
+    gateway_default_rate: str = Field(
+        "1000/s",
+        pattern=r"^(none|\d{1,8}/\d{0,5}(s|min|h|day))$",
+        description="rate limit of a key without one of its own, over all gateways: 100/s,"
+        " 6000/min, or none",
+    )
+    gateway_jwt_issuer: str = Field(
+        "", description="issuer of JWTs that gateways take besides API keys; empty: none"
+    )
+    gateway_jwt_audience: str = Field("", description="audience that a JWT must name")
+    gateway_jwt_jwks: str = Field(
+        "", description="the issuer's public keys: an https address of its JWKS, or a file"
+    )
+    gateway_jwt_algorithms: str = Field(
+        "RS256,ES256,EdDSA", description="accepted signatures of JWTs, comma-separated"
+    )
+    gateway_jwt_scope_claim: str = Field(
+        "scope", min_length=1, description="claim with the scopes: words in a text, or a list"
+    )
+    gateway_jwt_tenant_claim: str = Field(
+        "",
+        description="claim with the tenant's prefix, which each JWT must then have; empty: JWTs"
+        " see all accounts",
+    )
+
     # Operations
     http_host: str = Field("127.0.0.1", description="address of /metrics, /live and /ready")
     http_port: int = Field(9100, ge=0, le=65_535, description="their port; 0 takes a free one")
@@ -335,6 +447,8 @@ class Settings(BaseSettings):
         _check_bootstrap(self.kafka_bootstrap_servers)
         self._check_redis_url()
         self._check_tls()
+        self._check_jwt()
+        self._check_gateway_tls()
         if (
             self.review_threshold is not None
             and self.decline_threshold is not None
@@ -381,6 +495,42 @@ class Settings(BaseSettings):
                 " (RECUR_REDIS_CLUSTER) to false"
             )
 
+    def _check_jwt(self) -> None:
+        """Reject settings of JWTs that are incomplete or would accept forged ones.
+
+        Raises:
+            ValueError: they are wrong. The message names the setting.
+        """
+        names = [f"gateway_jwt_{name}" for name in ("issuer", "audience", "jwks")]
+        given = [name for name in names if getattr(self, name)]
+        if given and given != names:
+            missing = ", ".join(_full_name(name) for name in names if name not in given)
+            raise ValueError(f"JWTs need an issuer, an audience and its keys: set {missing}")
+        algorithms = self.jwt_algorithms()
+        wrong = [name for name in algorithms if name not in JWT_ALGORITHMS]
+        if wrong or not algorithms:
+            raise ValueError(
+                f"{_full_name('gateway_jwt_algorithms')} takes {', '.join(JWT_ALGORITHMS)} only:"
+                " with another one, who can verify a JWT could also make one"
+            )
+        source = self.gateway_jwt_jwks
+        if "://" in source and not source.startswith("https://"):
+            raise ValueError(f"{_full_name('gateway_jwt_jwks')} must be https:// or a file")
+
+    def _check_gateway_tls(self) -> None:
+        """Reject a private key without a certificate.
+
+        Raises:
+            ValueError: the message names the setting.
+        """
+        if self.gateway_ssl_keyfile is not None and self.gateway_ssl_certfile is None:
+            key, certificate = map(_full_name, ("gateway_ssl_keyfile", "gateway_ssl_certfile"))
+            raise ValueError(f"{key} needs a certificate: set {certificate}")
+
+    def jwt_algorithms(self) -> list[str]:
+        """Return the names of accepted signatures of JWTs."""
+        return [name.strip() for name in self.gateway_jwt_algorithms.split(",") if name.strip()]
+
     @property
     def exactly_once(self) -> bool:
         """Whether scores, alerts and offsets are committed together."""
@@ -424,7 +574,7 @@ class Settings(BaseSettings):
         return sources
 
     def topic(
-        self, name: Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
+        self, name: Literal["transactions", "scores", "alerts", "labels", "dead_letter", "audit"]
     ) -> str:
         """Return the full name of a topic, with its prefix."""
         return self.topic_prefix + str(getattr(self, f"{name}_topic"))

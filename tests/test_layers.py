@@ -35,13 +35,15 @@ ROOMS = {
     "pipeline.worker": _SCORING,
     "pipeline.audit": _SCORING,
     "pipeline.admin": f"{_SCORING} pipeline.audit",
+    "pipeline.gateway": _SCORING,
     "pipeline.files": f"{_MODEL} pipeline",
     "pipeline.replay": f"{_MODEL} pipeline pipeline.messages pipeline.kafka pipeline.files",
     "pipeline.local": "pipeline",
     "pipeline.demo": f"{_CLIENTS} model.simulator pipeline.files pipeline.replay pipeline.local",
     "pipeline.cli": (
         f"{_SCORING} {_MODEL} model.evaluation model.probe pipeline.worker pipeline.audit"
-        " pipeline.admin pipeline.files pipeline.replay pipeline.local pipeline.demo"
+        " pipeline.admin pipeline.gateway pipeline.files pipeline.replay pipeline.local"
+        " pipeline.demo"
     ),
 }
 """Each room, and the rooms that it may import besides itself."""

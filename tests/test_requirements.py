@@ -20,6 +20,11 @@ PROJECT = PYPROJECT["project"]
 RUNTIME = [Requirement(text) for text in PROJECT["dependencies"]]
 EMBEDDED = [Requirement(text) for text in PROJECT["optional-dependencies"]["embedded"]]
 EVALUATE = [Requirement(text) for text in PROJECT["optional-dependencies"]["evaluate"]]
+GATEWAY = [
+    Requirement(text)
+    for extra in ("gateway", "jwt")
+    for text in PROJECT["optional-dependencies"][extra]
+]
 DEV = [Requirement(text) for text in PYPROJECT["dependency-groups"]["dev"]]
 PINNED_FILES = ("bootstrap", "torch", "runtime", "redis", "evaluate", "dev")
 PEERS = [
@@ -60,14 +65,14 @@ def imported_packages(folder: str) -> dict[str, str]:
 
 def test_every_requirement_is_pinned_at_a_version_that_it_allows() -> None:
     pinned = {name: version for file in PINNED_FILES for name, version in pins(file).items()}
-    for requirement in [*RUNTIME, *EMBEDDED, *EVALUATE, *DEV]:
+    for requirement in [*RUNTIME, *EMBEDDED, *EVALUATE, *GATEWAY, *DEV]:
         version = pinned.get(canonicalize_name(requirement.name))
         assert version, f"{requirement} is not pinned: run `make requirements`"
         assert requirement.specifier.contains(version), f"{requirement}: run `make requirements`"
 
 
-def test_the_worker_needs_nothing_from_the_files_for_demo_and_tests() -> None:
-    assert names(RUNTIME) <= pins("torch").keys() | pins("runtime").keys()
+def test_workers_and_gateways_need_nothing_from_the_files_for_demo_and_tests() -> None:
+    assert names(RUNTIME) | names(GATEWAY) <= pins("torch").keys() | pins("runtime").keys()
 
 
 def test_no_package_is_pinned_in_two_files() -> None:
@@ -102,8 +107,8 @@ def test_the_peers_take_torch_from_the_main_environment() -> None:
     ("folder", "declared"),
     [
         ("model", names(RUNTIME) | names(EVALUATE)),
-        ("pipeline", names(RUNTIME) | names(EMBEDDED)),
-        ("tests", names(RUNTIME) | names(EMBEDDED) | names(EVALUATE) | names(DEV)),
+        ("pipeline", names(RUNTIME) | names(EMBEDDED) | names(GATEWAY)),
+        ("tests", names([*RUNTIME, *EMBEDDED, *EVALUATE, *GATEWAY, *DEV])),
         ("benchmarks", names(RUNTIME) | names(EMBEDDED) | names(DEV) | pins("peers").keys()),
         ("docs", names(RUNTIME) | names(DEV)),
         ("examples", names(RUNTIME)),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.keys import keys
 from pipeline.cli.options import (
     EXAMPLE_HINT,
     EXISTING_FILE,
@@ -30,9 +31,12 @@ from pipeline.cli.options import (
     world_option,
 )
 from pipeline.cli.state import state
-from pipeline.errors import RecurError, SettingsError
+from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.worker.shutdown import exit_on_signals
+
+GATEWAY_PACKAGES = ("litestar", "uvicorn")
+"""Packages of the extra `gateway`."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,6 +55,25 @@ def worker() -> None:
     from pipeline.worker.process import run_worker
 
     sys.exit(run_worker(load_settings()))
+
+
+@recur.command()
+def gateway() -> None:
+    """Serve scores, labels, accounts and alerts over HTTP until SIGTERM or Ctrl-C.
+
+    Any number of gateways run side by side. Workers must run, too: they compute the scores.
+    """
+    exit_on_signals()  # the imports below take a while
+    try:
+        from pipeline.gateway.process import run_gateway
+    except ModuleNotFoundError as error:
+        if error.name not in GATEWAY_PACKAGES:
+            raise
+        raise StartupError(
+            f"the gateway needs the package {error.name}: install recur[gateway]"
+        ) from None
+
+    sys.exit(run_gateway(load_settings()))
 
 
 @recur.command()
@@ -469,6 +492,7 @@ def label(file: Path | None, **options: Any) -> None:
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 
 
+recur.add_command(keys)
 recur.add_command(state)
 
 

@@ -29,6 +29,15 @@ NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
 }
 """Operations of a worker on each topic."""
 
+GATEWAY_NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
+    "transactions": (READ, WRITE),
+    "scores": (READ,),
+    "alerts": (READ,),
+    "labels": (WRITE,),
+    "audit": (WRITE,),
+}
+"""Operations of a gateway on each topic. It reads without a group."""
+
 _OPERATIONS = {READ: 3, WRITE: 4}  # Kafka's numbers: positions of bits in its answer
 _UNKNOWN = -(2**31)
 _TEXT = String("utf-8")
@@ -117,15 +126,33 @@ async def check_permissions(settings: Settings) -> None:
     async with admin_client(settings) as admin:
         allowed = await _topic_operations(admin, [settings.topic(role) for role in NEEDS])
         of_group = await _group_operations(admin, settings.kafka_group_id)
-    for role, operations in NEEDS.items():
-        if role == "labels" and not settings.update_merchant_profiles:
-            continue
+    needs = dict(NEEDS)
+    if not settings.update_merchant_profiles:
+        del needs["labels"]
+    _check_topics(settings, needs, allowed)
+    if not _holds(of_group, READ):
+        raise _missing(settings, READ, f"group {settings.kafka_group_id}")
+
+
+async def check_gateway_permissions(settings: Settings) -> None:
+    """Check that the broker allows the user what a gateway does.
+
+    Raises:
+        StartupError: the broker does not answer, or a permission is missing. The message names it.
+    """
+    async with admin_client(settings) as admin:
+        allowed = await _topic_operations(admin, [settings.topic(role) for role in GATEWAY_NEEDS])
+    _check_topics(settings, GATEWAY_NEEDS, allowed)
+
+
+def _check_topics(
+    settings: Settings, needs: Mapping[TopicRole, tuple[str, ...]], allowed: Mapping[str, int]
+) -> None:
+    for role, operations in needs.items():
         topic = settings.topic(role)
         for operation in operations:
             if not _holds(allowed.get(topic), operation):
                 raise _missing(settings, operation, f"topic {topic}")
-    if not _holds(of_group, READ):
-        raise _missing(settings, READ, f"group {settings.kafka_group_id}")
 
 
 def _missing(settings: Settings, operation: str, resource: str) -> StartupError:
@@ -134,7 +161,7 @@ def _missing(settings: Settings, operation: str, resource: str) -> StartupError:
         user = f"the user {settings.kafka_sasl_username} (RECUR_KAFKA_SASL_USERNAME)"
     return StartupError(
         f"the broker does not allow {user} the operation {operation} on the {resource}: grant it"
-        " with kafka-acls.sh; docs/security.md lists all that a worker needs"
+        " with kafka-acls.sh; docs/security.md lists all that it needs"
     )
 
 

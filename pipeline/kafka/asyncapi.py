@@ -19,6 +19,7 @@ from model.transaction import Transaction
 from model.units import DAY_MS
 from pipeline.kafka.topics import TopicRole
 from pipeline.messages import decoding
+from pipeline.messages.audit_records import AuditRecord
 from pipeline.messages.cloudevents import ALERT_TYPE, SCORE_TYPE, EventHeaders
 from pipeline.messages.control import CONTROL_HEADER, FORGET, LOOK
 from pipeline.messages.decision import DECISIONS, DecisionThresholds
@@ -80,6 +81,12 @@ CHANNELS: Mapping[TopicRole, Channel] = {
     ),
     "dead_letter": Channel(
         "send", ("DeadLetter",), "Records that could not be scored or counted, and why."
+    ),
+    "audit": Channel(
+        "send",
+        ("AuditRecord",),
+        "Acts of gateways' callers and of commands that change keys: a record before and one after"
+        " each act.",
     ),
 }
 """The document's channels, one for each topic."""
@@ -292,7 +299,7 @@ def _score_and_alert(settings: Settings) -> tuple[bytes, bytes]:
 
 def _schemas() -> dict[str, Any]:
     """Make the schemas of all records from their types."""
-    types = (Transaction, Label, Score, Alert)
+    types = (Transaction, Label, Score, Alert, AuditRecord)
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
         schema["description"] = _plain(schema["description"])

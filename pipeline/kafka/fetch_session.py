@@ -108,12 +108,17 @@ def has_sessions(versions: Versions) -> bool:
     return low <= FETCH_VERSION <= high
 
 
+NO_SESSION = -1
+"""Epoch of a request after which the broker remembers nothing."""
+
+
 class FetchSession:
     """A broker's memory of the partitions and offsets that a fetcher asks for.
 
     Args:
         wait_ms, min_bytes, max_bytes, isolation_level: as in Kafka's protocol.
         partition_bytes: most bytes of a partition in an answer.
+        epoch: 0 to begin a session, :data:`NO_SESSION` for a single request.
 
     Attributes:
         offsets: the offset that is read next of each partition.
@@ -127,10 +132,11 @@ class FetchSession:
         max_bytes: int,
         isolation_level: int,
         partition_bytes: int,
+        epoch: int = 0,
     ) -> None:
         self._fixed = (-1, wait_ms, min_bytes, max_bytes, isolation_level)
         self._partition_bytes = partition_bytes
-        self._id = self._epoch = 0
+        self._id, self._epoch = 0, epoch
         self.offsets: dict[TopicPartition, int] = {}
 
     def request(self, positions: Mapping[TopicPartition, int]) -> SessionRequest:

@@ -27,8 +27,13 @@ from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
-TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter"]
-ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
+TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter", "audit"]
+ALL_ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
+ROLES = tuple(role for role in ALL_ROLES if role != "audit")
+"""Roles of the topics that workers use. Only gateways and commands write to the audit topic."""
+
+AUDIT_PARTITIONS = 1
+"""One partition, so that all acts are in one order. They are few: labels and acts of people."""
 
 RETRY_SECONDS = 0.25
 """Time between two attempts while the broker is away or a new topic is not visible yet."""
@@ -93,6 +98,21 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
             " or set another RECUR_SCORES_TOPIC"
         )
     return counts
+
+
+async def ensure_audit_topic(settings: Settings) -> None:
+    """Create the audit topic if it is missing.
+
+    Raises:
+        StartupError: the broker does not answer or refuses to create it.
+    """
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    name = settings.topic("audit")
+    async with admin_client(settings, deadline) as admin:
+        if name not in await _partition_counts(admin):
+            days = settings.audit_retention_days
+            await _create(admin, settings, {name: AUDIT_PARTITIONS}, days)
+            await _visible(admin, {name}, deadline)
 
 
 async def partition_count(settings: Settings, topic: str) -> int | None:
@@ -429,8 +449,14 @@ async def _visible(admin: Any, names: set[str], deadline: float) -> dict[str, in
         await asyncio.sleep(RETRY_SECONDS / 5)
 
 
-async def _create(admin: Any, settings: Settings, partitions: dict[str, int]) -> None:
-    retention_ms = str(round(settings.log_retention_days * DAY_MS))
+async def _create(
+    admin: Any,
+    settings: Settings,
+    partitions: dict[str, int],
+    retention_days: float | None = None,
+) -> None:
+    days = settings.log_retention_days if retention_days is None else retention_days
+    retention_ms = str(round(days * DAY_MS))
     reply = await admin.create_topics(
         [
             NewTopic(

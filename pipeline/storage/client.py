@@ -37,8 +37,14 @@ RIGHTS = (
 )
 """Rights of a worker's ACL user, on keys that begin with ``RECUR_REDIS_KEY_PREFIX``."""
 
-COMMAND_RIGHTS = "+scan +strlen +pttl +getrange"
-"""Further rights of the ACL user that runs ``recur state``."""
+COMMAND_RIGHTS = "+scan +strlen +pttl +getrange +hlen +hget +hgetall +hset +hsetnx +hdel"
+"""Further rights of the ACL user that runs ``recur state`` and ``recur keys``."""
+
+GATEWAY_RIGHTS = (
+    "+get +mget +set +del +hget +evalsha +script|load +ping +info +client|setinfo"
+    " +subscribe +unsubscribe"
+)
+"""Rights of a gateway's ACL user, on the same keys and on the channels of its replies."""
 
 _FORBIDDEN = ("no permissions", "can't run this command", "ACL failure")
 
@@ -59,7 +65,8 @@ class StoreForbiddenError(RecurError):
     def __init__(self) -> None:
         super().__init__(
             f"Redis forbids its user a command that Recur needs: grant {RIGHTS}, and for the"
-            f" commands `recur state` {COMMAND_RIGHTS}, on the keys that begin with"
+            f" commands `recur state` and `recur keys` {COMMAND_RIGHTS}, for a gateway"
+            f" {GATEWAY_RIGHTS}, on the keys that begin with"
             " RECUR_REDIS_KEY_PREFIX (ACL SETUSER). Then start again"
         )
 

@@ -9,6 +9,9 @@
     recur:labels:{<slot>}:<topic>-<partition>           the slot's watermark of a labels partition
     recur:labels:<topic>-<partition>:id                 the topic id of the recorded labels
     recur:note:{<slot>}:<hash of the transaction id>    facts of a transaction for its labels
+    recur:api-keys                                      the gateways' API keys, a hash by key id
+    recur:rate:<principal>                              requests taken from a rate limit
+    recur:idempotency:<hash>                            content that came under an Idempotency-Key
     recur:replies:<gateway id>                          a channel, not a key: answers to a gateway
 
 The braces are Redis Cluster's hash tag. A partition's states and its watermark lie in one slot,
@@ -147,3 +150,27 @@ class MerchantKeys:
     def profiles_begin(self) -> bytes:
         """Return the prefix of all profile keys."""
         return f"{self.prefix}:merchant:{{".encode()
+
+
+@dataclass(frozen=True)
+class GatewayKeys:
+    """Names of the keys that gateways share, whatever the model.
+
+    >>> GatewayKeys("recur").rate("k3v9q2")
+    b'recur:rate:k3v9q2'
+    """
+
+    prefix: str
+
+    def api_keys(self) -> bytes:
+        """Return the key of the hash of all API keys."""
+        return f"{self.prefix}:api-keys".encode()
+
+    def rate(self, principal: str) -> bytes:
+        """Return the key of what a principal has taken from their rate limit."""
+        return f"{self.prefix}:rate:{principal}".encode()
+
+    def idempotency(self, principal: str, key: str) -> bytes:
+        """Return the key of the content that came under a principal's Idempotency-Key."""
+        digest = blake2b(f"{principal} {key}".encode(), digest_size=16).hexdigest()
+        return f"{self.prefix}:idempotency:{digest}".encode()

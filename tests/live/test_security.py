@@ -19,7 +19,7 @@ from aiokafka.errors import TransactionalIdAuthorizationFailed
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.acl import NEEDS
+from pipeline.kafka.acl import GATEWAY_NEEDS, NEEDS
 from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.local.ports import HOST
@@ -28,7 +28,7 @@ from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.messages.scores import decode_score
 from pipeline.messages.transactions import encode_transaction
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.client import COMMAND_RIGHTS, RIGHTS
+from pipeline.storage.client import COMMAND_RIGHTS, GATEWAY_RIGHTS, RIGHTS
 from pipeline.worker.preflight import check_services
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
@@ -225,7 +225,12 @@ def test_a_worker_with_minimal_rights_runs_over_tls(site: Site, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("user", "rights"), [("recur", RIGHTS), (OPERATOR, f"{RIGHTS} {COMMAND_RIGHTS}")]
+    ("user", "rights"),
+    [
+        ("recur", RIGHTS),
+        (OPERATOR, f"{RIGHTS} {COMMAND_RIGHTS}"),
+        ("recur-gateway", GATEWAY_RIGHTS),
+    ],
 )
 def test_the_redis_rules_hold_exactly_the_needed_rights(user: str, rights: str) -> None:
     (line,) = [
@@ -335,6 +340,21 @@ def test_the_kafka_rules_hold_exactly_the_needed_rights() -> None:
         # Optional: with it a worker sees limits, compaction and retention at the start.
         ("topic", settings.topic(role), "DescribeConfigs")
         for role in (*LOGS, "dead_letter")
+    }
+
+
+def test_the_kafka_rules_of_a_gateway_hold_exactly_the_needed_rights() -> None:
+    settings = load_settings()
+    rules = {
+        (rule.name, rule.operation)
+        for rule in kafka_rules()
+        if rule.principal == "User:recur-gateway"
+    }
+
+    assert rules == {
+        (settings.topic(role), operation)
+        for role, operations in GATEWAY_NEEDS.items()
+        for operation in operations
     }
 
 

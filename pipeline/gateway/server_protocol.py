@@ -1,0 +1,68 @@
+"""uvicorn's HTTP protocol with a time limit for a request's head.
+
+uvicorn (0.54) limits idle connections after a response, but waits without end for the first bytes
+of a request and for the rest of its headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+HEAD_SECONDS = 10.0
+"""Longest time from the start of a connection, or of a request's head, to the head's end."""
+
+
+class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Protocol that closes a connection whose request's head does not arrive in time.
+
+    Give it to uvicorn as ``Config(http=HeadLimitedProtocol)``.
+    """
+
+    head_seconds = HEAD_SECONDS
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a head."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Handle bytes, and wait for the rest of a head that is not whole."""
+        super().data_received(data)
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:  # its body has a limit of its own
+            self._cancel()
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._expect_head()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, whose head may be here in part."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.timeout_keep_alive_task is None:
+            self._expect_head()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End with the connection."""
+        self._cancel()
+        super().connection_lost(error)
+
+    def _expect_head(self) -> None:
+        self._cancel()
+        self._head_timer = self.loop.call_later(self.head_seconds, self._close)
+
+    def _cancel(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _close(self) -> None:
+        self._head_timer = None
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.transport.abort()

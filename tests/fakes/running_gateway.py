@@ -1,0 +1,143 @@
+"""Gateway processes on a pipeline under test, and a client for them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+import pipeline
+from pipeline.gateway.api_keys import ApiKeyStore, new_key
+from pipeline.local.ports import HOST, free_port
+from pipeline.local.supervisor import SupervisedProcess
+from pipeline.messages.transactions import encode_transaction
+from pipeline.settings import Settings
+from pipeline.storage.client import RedisClient, redis_client
+from pipeline.storage.keys import GatewayKeys
+from tests.fakes.running_pipeline import PipelineUnderTest
+
+READY_SECONDS = 120.0
+STOP_SECONDS = 20.0
+REQUEST_SECONDS = 60.0
+
+ALL_SCOPES = ("score", "label", "read", "admin")
+
+
+@dataclass
+class GatewayProcess:
+    """A gateway process and a client of it."""
+
+    process: SupervisedProcess
+    port: int
+    log_path: Path
+    client: httpx.AsyncClient
+
+    @property
+    def address(self) -> str:
+        """Its address."""
+        return f"http://{HOST}:{self.port}"
+
+    async def until_ready(self) -> None:
+        """Wait until /ready says so; fail with the log if the process ends before."""
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            status = self.process.poll()
+            assert status is None, f"it ended with {status}:\n{self.log()}"
+            if await self.is_ready():
+                return
+            assert time.monotonic() < deadline, f"not ready:\n{self.log()}"
+            await asyncio.sleep(0.05)
+
+    async def is_ready(self) -> bool:
+        """Tell whether /ready answers with 200."""
+        try:
+            return (await self.client.get("/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def score(
+        self, transaction: Any, wait: str = "wait=20", **headers: str
+    ) -> httpx.Response:
+        """Post a transaction: bytes, or one to encode."""
+        body = transaction if isinstance(transaction, bytes) else encode_transaction(transaction)
+        return await self.client.post(
+            "/v1/scores", content=body, headers={"Prefer": wait, **headers}
+        )
+
+    def log(self) -> str:
+        """Read its log."""
+        return self.log_path.read_text(errors="replace")
+
+    async def stop(self) -> int:
+        """Send SIGTERM, and return the exit status."""
+        return await asyncio.to_thread(self.process.stop, STOP_SECONDS)
+
+    async def close(self) -> None:
+        """Stop the process if it runs, and close the client."""
+        if self.process.poll() is None:
+            await self.stop()
+        await self.client.aclose()
+
+
+async def make_token(
+    settings: Settings, scopes: Iterable[str] = ALL_SCOPES, tenant: str | None = None
+) -> str:
+    """Add an API key without a rate limit, and return its token."""
+    key, token = new_key("test", scopes, tenant=tenant, rate="none")
+    client = RedisClient(redis_client(settings))
+    try:
+        await ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix)).add(key)
+    finally:
+        await client.close()
+    return token
+
+
+async def start_gateway(under_test: PipelineUnderTest, token: str, **more: Any) -> GatewayProcess:
+    """Start ``recur gateway`` on the pipeline's topics and keys; it may not be ready yet."""
+    port = free_port()
+    log_path = under_test.directory / f"gateway-{port}.log"
+    overrides = under_test.overrides | {"gateway_host": HOST, "gateway_port": port} | more
+    paths = [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        **{f"RECUR_{name.upper()}": str(value) for name, value in overrides.items()},
+        "RECUR_LOG_FORMAT": "text",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    process = SupervisedProcess(
+        [sys.executable, "-m", "pipeline.cli.main", "gateway"],
+        log_path=log_path,
+        directory=under_test.directory,
+        environment=environment,
+        grace_seconds=STOP_SECONDS,
+    )
+    client = httpx.AsyncClient(
+        base_url=f"http://{HOST}:{port}",
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+        timeout=REQUEST_SECONDS,
+        limits=httpx.Limits(max_connections=200),
+        trust_env=False,
+    )
+    return GatewayProcess(process, port, log_path, client)
+
+
+@asynccontextmanager
+async def gateways(
+    under_test: PipelineUnderTest, count: int = 1, **more: Any
+) -> AsyncIterator[list[GatewayProcess]]:
+    """Start gateways, wait until they are ready, and stop them at the end."""
+    token = await make_token(under_test.settings)
+    started = [await start_gateway(under_test, token, **more) for _ in range(count)]
+    try:
+        await asyncio.gather(*(one.until_ready() for one in started))
+        yield started
+    finally:
+        await asyncio.gather(*(one.close() for one in started))
