@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from model.transaction import Transaction
 from pipeline.errors import RejectedError
 from pipeline.messages.decoding import (
@@ -48,6 +50,21 @@ def decode_transaction(
 def encode_transaction(transaction: Transaction) -> bytes:
     """Encode a transaction as producers do."""
     return encode_json(transaction)
+
+
+class _Id(msgspec.Struct, frozen=True, gc=False):
+    transaction_id: str = ""
+
+
+_decode_id = msgspec.json.Decoder(_Id).decode
+
+
+def decode_transaction_id(value: bytes | None) -> str:
+    """Read the id of a transaction; an empty text if the value is no transaction's JSON."""
+    try:
+        return _decode_id(value or b"").transaction_id
+    except NOT_JSON:
+        return ""
 
 
 def field_names(value: bytes | None) -> set[str]:
