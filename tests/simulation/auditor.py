@@ -28,7 +28,6 @@ from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import MemoryMerchantStore, MemoryStateStore
 from tests.simulation.chain import NO_HIDDEN, chained, score_of
 
-
 POISONED = "computation"
 """Reason of a rejected record that has an id."""
 
@@ -264,11 +263,11 @@ class PartitionAudit:
         for name in {entry.transaction_id for entry in self.entries}:
             value = store.answers.get((self.number, name))
             found = None if value is None else StoredAnswer.from_bytes(value)
-            offset, entry = expected.get(name, (-1, None))
-            if found is None or entry is None:
-                if found is not None or entry is not None:
-                    raise Violation("answers", f"that of {name} in {self.number} is {found}")
+            if (found is None) != (name not in expected):
+                raise Violation("answers", f"that of {name} in {self.number} is {found}")
+            if found is None:
                 continue
+            offset, entry = expected[name]
             if found.content != entry.asked:
                 raise Violation("answers", f"that of {name} is of another record")
             if entry.rejected is not None:
