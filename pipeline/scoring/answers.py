@@ -22,8 +22,8 @@ from pipeline.messages.replies import (
 )
 
 
-class Answer(msgspec.Struct, frozen=True, eq=False):
-    """What a record that asks for an answer gets.
+class RecordAnswer(msgspec.Struct, frozen=True, eq=False):
+    """An answer to a record that asks for one.
 
     It is the first of these that is set: the reason, the published score, the new score. It is
     a dropped duplicate if none is.
@@ -102,12 +102,12 @@ NONE_ANSWERED = Answered((), ())
 
 
 def answer_all(
-    answers: Sequence[Answer],
+    answers: Sequence[RecordAnswer],
     scores: Sequence[Outgoing],
     where: AppendResult | None,
     logged: Mapping[int, LoggedScore],
 ) -> Answered:
-    """Answer a part's records; the arguments are those of :meth:`Answer.reply`."""
+    """RecordAnswer a part's records; the arguments are those of :meth:`RecordAnswer.reply`."""
     if not answers:
         return NONE_ANSWERED
     stored, replies = [], []

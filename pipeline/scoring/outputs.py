@@ -22,7 +22,7 @@ from pipeline.messages.scores import (
     with_thresholds,
 )
 from pipeline.messages.transactions import decode_transaction_id
-from pipeline.scoring.answers import Answer
+from pipeline.scoring.answers import RecordAnswer
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.decoder import is_warm_up
 from pipeline.scoring.metrics import Metrics
@@ -66,7 +66,7 @@ class _Draft:
         self.alert_candidates: list[tuple[int, bytes, str]] = []
         self.notes: list[ScoredNote] = []
         self.rejected: list[tuple[Record, str, str]] = []
-        self.answers: list[Answer] = []
+        self.answers: list[RecordAnswer] = []
 
     def finish(self) -> DecidedPart:
         """Return the part with its output."""
@@ -243,7 +243,9 @@ def _answer(draft: _Draft) -> None:
         if gateway is not None and name:
             content = content_hash(record.value)
             draft.answers.append(
-                Answer(gateway, at, name, content, reasons.get(at), published.get(at), new.get(at))
+                RecordAnswer(
+                    gateway, at, name, content, reasons.get(at), published.get(at), new.get(at)
+                )
             )
 
 

@@ -21,7 +21,7 @@ from pipeline.kafka.producer import Outgoing
 from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.decision import APPROVE
 from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
-from pipeline.scoring.answers import Answer
+from pipeline.scoring.answers import RecordAnswer
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.scorer import BatchScores, MicroBatch, id_hashes
 from pipeline.storage.merchant_profile import transaction_hash
@@ -163,7 +163,7 @@ class DecidedPart(msgspec.Struct, frozen=True, eq=False):
     alerts: Sequence[Outgoing]
     dead_letters: Sequence[Outgoing]
     notes: Sequence[ScoredNote]
-    answers: Sequence[Answer]
+    answers: Sequence[RecordAnswer]
 
     @property
     def partition(self) -> int:

@@ -9,7 +9,13 @@ import pytest
 
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
-from pipeline.messages.replies import REPLY_HEADER, StoredAnswer, content_hash, decode_replies
+from pipeline.messages.replies import (
+    REPLY_HEADER,
+    Reply,
+    StoredAnswer,
+    content_hash,
+    decode_replies,
+)
 from pipeline.messages.scores import decode_score
 from pipeline.messages.transactions import encode_transaction
 from pipeline.storage.client import redis_client
@@ -45,7 +51,7 @@ def test_each_answer_names_the_published_score_of_its_record(
                 published = {
                     decode_score(r.value).transaction_id: r for r in await system.records("scores")
                 }
-            replies = []
+            replies: list[Reply] = []
             while len(replies) < len(asking):
                 message = await heard.get_message(timeout=10)
                 assert message is not None, f"{len(replies)} replies came"

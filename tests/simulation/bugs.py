@@ -22,7 +22,7 @@ from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import LoggedScore
 from pipeline.scoring import assembly, decoder, outputs, recovery, writer
 from pipeline.scoring import partitions as ownership
-from pipeline.scoring.answers import Answer, Answered, answer_all
+from pipeline.scoring.answers import Answered, RecordAnswer, answer_all
 from pipeline.scoring.computer import PollComputer
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.ownership import ChunkFacts
@@ -165,12 +165,12 @@ class AnswersApart(StateClient):
 
 
 def _place_guessed(
-    answers: Sequence[Answer],
+    answers: Sequence[RecordAnswer],
     scores: Sequence[Outgoing],
     where: AppendResult | None,
     logged: Mapping[int, LoggedScore],
 ) -> Answered:
-    """Answer as if a score that was published before stood where the new ones stand."""
+    """RecordAnswer as if a score that was published before stood where the new ones stand."""
     first = where.first if where is not None else None
     moved = [
         msgspec.structs.replace(one, published=dataclasses.replace(one.published, offset=first))
@@ -182,12 +182,12 @@ def _place_guessed(
 
 
 def _unknown_from_zero(
-    answers: Sequence[Answer],
+    answers: Sequence[RecordAnswer],
     scores: Sequence[Outgoing],
     where: AppendResult | None,
     logged: Mapping[int, LoggedScore],
 ) -> Answered:
-    """Answer with offsets from 0 on if the broker does not tell where the scores stand."""
+    """RecordAnswer with offsets from 0 on if the broker does not tell where the scores stand."""
     if where is not None and where.first is None:
         where = AppendResult(0, len(scores))
     return answer_all(answers, scores, where, logged)

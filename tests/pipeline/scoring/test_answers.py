@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def assert_answered(world: World, name: str, offset: int) -> None:
     assert json.loads(score.value or b"")["source"].endswith(f":0:{offset}")
 
 
-def world_of_five(**settings: object) -> World:
+def world_of_five(**settings: Any) -> World:
     """Make a log of five transactions, of which t1 and t3 ask for an answer."""
     world = World(topic_partitions=1, **settings)
     for i in range(5):

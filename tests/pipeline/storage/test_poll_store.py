@@ -307,7 +307,7 @@ def test_a_reply_reaches_the_subscriber_of_the_gateways_channel(either: Server) 
             heard.get_message(timeout=5)
             await stores.polls.reply({})
             await stores.polls.reply({"gw1": b"\xff1", "gw2": b"2", "nobody": b"3"})
-            found = {}
+            found: dict[bytes, bytes] = {}
             while len(found) < 2:
                 message = heard.get_message(timeout=10)
                 assert message is not None, "no message came"
