@@ -242,6 +242,12 @@ class Settings(BaseSettings):
     )
 
     # Scoring
+    answer_seconds: float = Field(
+        86_400.0,
+        ge=1,
+        le=31_536_000,
+        description="how long the answer to a transaction of a gateway is kept, seconds",
+    )
     checkpoint: Path = Field(SHIPPED_CHECKPOINT, description="model file (safetensors)")
     state_ttl_days: float = Field(
         30.0,
