@@ -25,7 +25,8 @@ from pipeline.storage.keys import Keys
 
 
 @asynccontextmanager
-async def answering(settings: Settings) -> AsyncIterator[None]:
+async def answering(settings: Settings) -> AsyncIterator[None]:  # noqa: C901
+    """Answer each record that asks for it, once its score or dead letter is there."""
     consumer = AIOKafkaConsumer(
         **settings.kafka_client_options(), auto_offset_reset="earliest", fetch_max_wait_ms=5
     )

@@ -20,6 +20,7 @@ from model.transaction import Transaction
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
+from tests.api.attack import attack
 from tests.fakes.replying_worker import answering
 from tests.fakes.running_gateway import GatewayProcess, gateways, make_token
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, transactions
@@ -402,5 +403,16 @@ def test_metrics_count_refusals_and_name_nobody(site: Site) -> None:
         for text in (metrics, gateway.log()):
             assert secret not in text
             assert transaction.transaction_id not in text
+
+    site.run(body())
+
+
+def test_nothing_is_found_by_requests_made_from_the_document(site: Site) -> None:
+    async def body() -> None:
+        token = await make_token(site.under_test.settings)
+        found = await attack(site.gateways[0].address, token, examples=20)
+        assert found.status == 0, found.output
+        assert found.requests > 100, found.output
+        assert " error " not in site.gateways[0].log()
 
     site.run(body())
