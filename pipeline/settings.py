@@ -242,6 +242,12 @@ class Settings(BaseSettings):
     )
 
     # Scoring
+    answer_seconds: float = Field(
+        86_400.0,
+        ge=1,
+        le=31_536_000,
+        description="how long the answer to a transaction of a gateway is kept, seconds",
+    )
     checkpoint: Path = Field(SHIPPED_CHECKPOINT, description="model file (safetensors)")
     state_ttl_days: float = Field(
         30.0,
@@ -346,12 +352,6 @@ class Settings(BaseSettings):
         le=100_000,
         description="last records of each partition in which a gateway looks for a score that has"
         " no answer key, and for an account's scores; 0: it looks for none",
-    )
-    answer_seconds: float = Field(
-        86_400.0,
-        ge=1,
-        le=31_536_000,
-        description="how long the answer to a transaction of a gateway is kept, seconds",
     )
 
     # Access

@@ -38,12 +38,14 @@ class LoggedScore:
     """A score in the scores topic: its record's bytes, and the part that recovery needs.
 
     Attributes:
+        offset: its offset in its partition of the scores topic.
         is_recent: published while the reader owned the partition, so it is of the same log.
         others: later scores of the same offset, for transactions of another log.
     """
 
     value: bytes
     score: PublishedScore
+    offset: int
     is_recent: bool = False
     others: tuple[LoggedScore, ...] = ()
 
@@ -240,7 +242,7 @@ class KafkaScoreLog:
 
         def take(records: list[Any]) -> bool:
             for record in records:
-                published = read_score(record.value, prefix)
+                published = read_score(record.value, prefix, record.offset)
                 if published is not None:
                     source, score = published
                     first = logged.setdefault(source, score)
@@ -288,14 +290,15 @@ class KafkaScoreLog:
         return position
 
 
-def read_score(value: bytes | None, prefix: str) -> tuple[int, LoggedScore] | None:
+def read_score(value: bytes | None, prefix: str, place: int) -> tuple[int, LoggedScore] | None:
     """Decode source offset and score of a record; None if it is no score of this partition.
 
     Args:
         prefix: see :func:`pipeline.messages.scores.source_prefix`.
+        place: the record's own offset.
     """
     score = decode_published(value)
     if value is None or score is None:
         return None
     offset = source_offset(score.source, prefix)
-    return None if offset is None else (offset, LoggedScore(value, score))
+    return None if offset is None else (offset, LoggedScore(value, score, place))

@@ -13,6 +13,7 @@ from pipeline.kafka.polls import Chunk, Record
 from pipeline.messages.control import CONTROL_HEADER, decode_control
 from pipeline.messages.decoding import payment_ms
 from pipeline.messages.extra_fields import ExtraFields
+from pipeline.messages.replies import gateway_of
 from pipeline.messages.transactions import HISTORY_HEADER, WARM_HEADER, decode_transaction
 from pipeline.scoring.stages import DecodedPart, ForgetRequest
 from pipeline.settings import Settings
@@ -52,13 +53,19 @@ class BatchDecoder:
         accounts: list[str] = []
         forgets: list[ForgetRequest] = []
         rejected: list[tuple[Record, str, str]] = []
+        gateways: dict[int, str] = {}
         row_of: dict[str, int] = {}
         for record in chunk.records:
             try:
                 if record.headers and _is_control_record(record):
                     _apply_control(forgets, accounts, row_of, record)
                     continue
-                is_history = bool(record.headers) and _is_history(record)
+                is_history = False
+                if record.headers:
+                    is_history = _is_history(record)
+                    gateway = gateway_of(record.headers)
+                    if gateway is not None:
+                        gateways[record.offset] = gateway
                 transaction, sent_ms, timestamp_ms = self._transaction(record, is_history)
             except RejectedError as error:
                 rejected.append((record, error.reason, str(error)))
@@ -84,6 +91,7 @@ class BatchDecoder:
             accounts,
             forgets,
             rejected,
+            gateways,
         )
 
     def _transaction(self, record: Record, is_history: bool) -> tuple[Transaction, int, int]:

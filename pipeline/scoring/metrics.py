@@ -309,6 +309,11 @@ class Metrics:
             "Loads and saves that found another watermark than expected; nothing was written",
             registry=registry,
         )
+        self.replies_lost = Counter(
+            "recur_replies_lost",
+            "Replies to gateways that Redis did not take; the answer keys have them",
+            registry=registry,
+        )
         self.zombie_scores = Counter(
             "recur_zombie_scores",
             "Records in a scores partition that this worker, its owner, did not write",

@@ -10,8 +10,10 @@ import numpy as np
 from model.checkpoint import Checkpoint
 from model.features.merchant import WEIGHT_MAX
 from model.reasons import Explainer
+from pipeline.kafka.polls import Record
 from pipeline.kafka.producer import Outgoing
 from pipeline.messages.decision import APPROVE, DECISIONS, DecisionThresholds
+from pipeline.messages.replies import content_hash
 from pipeline.messages.scores import (
     STATE_INVALID,
     ScoreEncoder,
@@ -19,6 +21,8 @@ from pipeline.messages.scores import (
     source_prefix,
     with_thresholds,
 )
+from pipeline.messages.transactions import decode_transaction_id
+from pipeline.scoring.answers import RecordAnswer
 from pipeline.scoring.dead_letter import DeadLetters
 from pipeline.scoring.decoder import is_warm_up
 from pipeline.scoring.metrics import Metrics
@@ -34,17 +38,20 @@ class _Draft:
     Attributes:
         new: indices of the transactions that get their first score.
         scored_count: number of transactions with a score, old or new.
-        scores, alerts, dead_letters, notes: what it writes.
+        scores, alerts, dead_letters, notes, answers: what it writes.
+        rejected: records without a score, each with reason and error.
         alert_candidates: index, score and decision of each transaction that raises an alert.
     """
 
     __slots__ = (
         "alert_candidates",
         "alerts",
+        "answers",
         "dead_letters",
         "new",
         "notes",
         "part",
+        "rejected",
         "scored_count",
         "scores",
     )
@@ -58,6 +65,8 @@ class _Draft:
         self.dead_letters: list[Outgoing] = []
         self.alert_candidates: list[tuple[int, bytes, str]] = []
         self.notes: list[ScoredNote] = []
+        self.rejected: list[tuple[Record, str, str]] = []
+        self.answers: list[RecordAnswer] = []
 
     def finish(self) -> DecidedPart:
         """Return the part with its output."""
@@ -69,6 +78,7 @@ class _Draft:
             self.alerts,
             self.dead_letters,
             self.notes,
+            self.answers,
         )
 
 
@@ -118,6 +128,8 @@ class OutputBuilder:
             if published:
                 draft.new = [i for i in draft.new if records[i].offset not in published]
                 _follow_published(draft, skipped, thresholds, now_ms)
+            if part.loaded.decoded.gateways:
+                _answer(draft)
             drafts.append(draft)
         self._build_scores(drafts, scores, thresholds, now_ms)
         self._build_alerts(drafts, scores, now_ms)
@@ -126,7 +138,8 @@ class OutputBuilder:
     def _reject(self, draft: _Draft, scores: BatchScores) -> None:
         """Make dead letters of rejected records and failed computations."""
         part, loaded = draft.part, draft.part.loaded
-        rejected = list(loaded.decoded.rejected)
+        rejected = draft.rejected
+        rejected += loaded.decoded.rejected
         for i in part.indices(scores.failed):
             error = scores.failed[i + part.start]
             reason = "id_conflict" if error == ID_CONFLICT else "computation"
@@ -210,6 +223,30 @@ class OutputBuilder:
                 decisions.append(decision)
         for decision in set(decisions):
             self._metrics.alerts.labels(decision).inc(decisions.count(decision))
+
+
+def _answer(draft: _Draft) -> None:
+    """Add the answers to the records that ask for one; a record without an id gets none."""
+    loaded = draft.part.loaded
+    decoded, gateways, published = loaded.decoded, loaded.decoded.gateways, loaded.published
+    reasons = {record.offset: reason for record, reason, _ in draft.rejected}
+    new = {decoded.records[i].offset: place for place, i in enumerate(draft.new)}
+    ids = {
+        record.offset: transaction.transaction_id
+        for record, transaction in zip(decoded.records, decoded.transactions, strict=True)
+    }
+    asking = [*decoded.records, *(record for record, _, _ in decoded.rejected)]
+    for record in asking:
+        at = record.offset
+        gateway = gateways.get(at)
+        name = ids.get(at) or decode_transaction_id(record.value)
+        if gateway is not None and name:
+            content = content_hash(record.value)
+            draft.answers.append(
+                RecordAnswer(
+                    gateway, at, name, content, reasons.get(at), published.get(at), new.get(at)
+                )
+            )
 
 
 def _follow_published(

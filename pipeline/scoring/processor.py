@@ -1,6 +1,6 @@
 """Order of the steps from a poll of records to saved states; this order is the guarantee.
 
-    decode → load → drop applied → rounds → features → GRU → decide → publish → save → ack
+    decode → load → drop applied → rounds → features → GRU → decide → publish → save → reply → ack
 
 Scores are published before states are saved. States are saved before offsets are acknowledged.
 A partition's states and its watermark are saved together, by a conditional write. So after a

@@ -297,11 +297,15 @@ class PartitionRecovery:
 
     async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
-    ) -> None:
+    ) -> dict[int, LoggedScore]:
         """Read scores between this worker's own scores: a zombie published them.
 
         A zombie is a worker that still believes it owns the partition. Its scores of transactions
         from ``next_offset`` on were published first, so they are kept.
+
+        Returns:
+            the scores that were read, by source offset. They include this worker's own if it does
+            not know where these stand.
         """
         self._publications[partition] += 1
         if appended.first is None or appended.next is None:
@@ -310,7 +314,7 @@ class PartitionRecovery:
         else:
             start, end = owned.note_appended(appended.first, appended.next)
         if end <= start:
-            return
+            return {}
         scores, _ = await self._retrier.retry_kafka(
             lambda: self._score_log.read(partition, start, end, ALL_SOURCES)
         )
@@ -326,6 +330,7 @@ class PartitionRecovery:
             if source >= next_offset
         }
         owned.keep_later_scores(later, start, end)
+        return scores
 
     def next_watermark(
         self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None

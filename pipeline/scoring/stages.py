@@ -21,6 +21,7 @@ from pipeline.kafka.producer import Outgoing
 from pipeline.kafka.score_log import LoggedScore
 from pipeline.messages.decision import APPROVE
 from pipeline.messages.extra_fields import NO_EXTRA_FIELDS, ExtraFields
+from pipeline.scoring.answers import RecordAnswer
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.scorer import BatchScores, MicroBatch, id_hashes
 from pipeline.storage.merchant_profile import transaction_hash
@@ -55,6 +56,7 @@ class DecodedPart(msgspec.Struct, frozen=True, eq=False):
         accounts: distinct account ids, except that a forgotten account gets a second row.
         forgets: requests to forget an account.
         rejected: records that cannot be scored, each with reason and error.
+        gateways: gateway of each record that asks for an answer, by offset.
     """
 
     partition: int
@@ -68,6 +70,7 @@ class DecodedPart(msgspec.Struct, frozen=True, eq=False):
     accounts: list[str]
     forgets: Sequence[ForgetRequest]
     rejected: Sequence[tuple[Record, str, str]]
+    gateways: dict[int, str]
 
     def since(self, offset: int) -> DecodedPart:
         """Return the part without what lies before an offset; its accounts stay."""
@@ -84,6 +87,7 @@ class DecodedPart(msgspec.Struct, frozen=True, eq=False):
             self.accounts,
             [forget for forget in self.forgets if forget.offset >= offset],
             [item for item in self.rejected if item[0].offset >= offset],
+            {at: gateway for at, gateway in self.gateways.items() if at >= offset},
         )
 
     @property
@@ -149,6 +153,7 @@ class DecidedPart(msgspec.Struct, frozen=True, eq=False):
         scored_count: number of transactions with a score, old or new.
         scores, alerts, dead_letters: records to publish.
         notes: notes of transactions for their labels.
+        answers: of the records that ask for one.
     """
 
     scored: ScoredPart
@@ -158,6 +163,7 @@ class DecidedPart(msgspec.Struct, frozen=True, eq=False):
     alerts: Sequence[Outgoing]
     dead_letters: Sequence[Outgoing]
     notes: Sequence[ScoredNote]
+    answers: Sequence[RecordAnswer]
 
     @property
     def partition(self) -> int:

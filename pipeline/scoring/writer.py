@@ -1,7 +1,8 @@
-"""Second half of processing a poll: publish → save → ack."""
+"""Second half of processing a poll: publish → save → reply → ack."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -12,6 +13,9 @@ from model.features.spec import FeatureSpec
 from model.units import DAY_MS
 from pipeline.kafka.polls import Poll
 from pipeline.kafka.producer import AppendResult, PartOutput, Publisher, Transactions
+from pipeline.kafka.score_log import LoggedScore
+from pipeline.messages.replies import Reply
+from pipeline.scoring.answers import answer_all, messages_of
 from pipeline.scoring.dead_letter import ThrottledWarning
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics, add
@@ -19,10 +23,13 @@ from pipeline.scoring.partitions import PartitionManager
 from pipeline.scoring.retry import Retrier
 from pipeline.scoring.stages import ComputedPoll, DecidedPart
 from pipeline.settings import Settings
+from pipeline.storage.client import StoreForbiddenError, StoreUnavailableError
 from pipeline.storage.poll_store import PollStore
 from pipeline.storage.state_store import Save
 from pipeline.timestamps import is_record_time
 from pipeline.topic_id import LogOffset
+
+log = logging.getLogger(__name__)
 
 MAX_LATENCY_AGE_MS = DAY_MS
 """An older record belongs to a copied log: its age says nothing about latency."""
@@ -73,6 +80,8 @@ class PollWriter:
         self._conflicts = ThrottledWarning("a transaction id came again with another content")
         self._state_cache_size = settings.state_cache_size
         self._micro_batch_max = settings.micro_batch_max
+        # Gateway and reply of each answer that is saved, but not published yet.
+        self._replies: list[tuple[str, Reply]] = []
 
     async def conclude(self, computed: ComputedPoll) -> None:
         """Run the steps publish, save and ack.
@@ -90,6 +99,8 @@ class PollWriter:
         self._observe(computed)
         with self._metrics.timed("save"):
             saved = await self._save(parts, appended)
+        if self._replies:
+            await self._reply()
         with self._metrics.timed("ack"):
             self._ack(computed.poll, saved)
 
@@ -208,34 +219,46 @@ class PollWriter:
             the parts whose states and watermarks stand in the store.
         """
         requests = []
+        replies = []
         for part in parts:
             where = appended.get(part.partition)
+            logged: Mapping[int, LoggedScore] = {}
             if where is not None:
-                await self._partitions.recovery.check_zombie_scores(
+                logged = await self._partitions.recovery.check_zombie_scores(
                     part.partition, part.owned, where, part.end
                 )
-            requests.append(self._save_request(part, where))
+            answered = answer_all(part.answers, part.scores, where, logged)
+            replies.append(answered.replies)
+            requests.append(self._save_request(part, where, answered.stored))
         counts = self._merchant_counts(parts)
         stands = await self._retrier.retry_redis(self._store.save, requests, counts)
         saved = []
-        for part, request, is_saved in zip(parts, requests, stands, strict=True):
+        for part, request, is_saved, of_it in zip(parts, requests, stands, replies, strict=True):
             if not is_saved:
                 await self._partitions.recover_from_conflict(
                     part.partition, part.owned, part.decoded.chunk
                 )
                 continue
             saved.append(part)
+            self._replies += of_it
             part.owned.end_save(request.watermark, part.end, self._held_states_max())
             self._metrics.forgotten.inc(len(part.decoded.forgets))
             self._metrics.transactions.inc(part.scored_count)
         return saved
 
-    def _save_request(self, part: DecidedPart, where: AppendResult | None) -> Save:
+    def _save_request(
+        self,
+        part: DecidedPart,
+        where: AppendResult | None,
+        answers: Sequence[tuple[str, bytes]],
+    ) -> Save:
         owned = part.owned
         watermark = self._partitions.recovery.next_watermark(owned, part.end, where).to_bytes()
         owned.begin_save(watermark)
         notes = part.notes if self._writes_notes else ()
-        return Save(part.partition, owned.watermark, watermark, *part.scored.changed, notes)
+        return Save(
+            part.partition, owned.watermark, watermark, *part.scored.changed, notes, answers
+        )
 
     def _merchant_counts(self, parts: Sequence[DecidedPart]) -> dict[int, Counter[str]]:
         """Count the transactions with a first score, by time bucket and merchant."""
@@ -255,6 +278,20 @@ class PollWriter:
         """Return how many states of a partition stay in memory, at least those of one poll."""
         partitions = max(1, len(self._partitions.assigned()))
         return max(self._state_cache_size // partitions, self._micro_batch_max)
+
+    # reply -------------------------------------------------------------------------------
+
+    async def _reply(self) -> None:
+        """Publish the replies to the gateways; one that is lost stands in its answer key."""
+        replies, self._replies = self._replies, []
+        try:
+            await self._store.reply(messages_of(replies))
+        except (StoreUnavailableError, StoreForbiddenError) as error:
+            self._metrics.replies_lost.inc(len(replies))
+            log.warning(
+                "replies to gateways are lost; their answer keys have them",
+                extra={"replies": len(replies), "error": type(error).__name__},
+            )
 
     # ack ---------------------------------------------------------------------------------
 

@@ -33,9 +33,11 @@ SCAN_COUNT = 1_000
 
 RIGHTS = (
     "+get +mget +set +del +bitfield +setrange +pexpire +evalsha +script|load +ping +info"
-    " +client|setinfo"
+    " +client|setinfo +publish"
 )
-"""Rights of a worker's ACL user, on keys that begin with ``RECUR_REDIS_KEY_PREFIX``."""
+"""Rights of a worker's ACL user, on keys that begin with ``RECUR_REDIS_KEY_PREFIX``.
+
+It also needs the channels that begin with that: without them gateways wait longer for answers."""
 
 COMMAND_RIGHTS = "+scan +strlen +pttl +getrange +hlen +hget +hgetall +hset +hsetnx +hdel"
 """Further rights of the ACL user that runs ``recur state`` and ``recur keys``."""

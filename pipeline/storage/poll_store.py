@@ -6,7 +6,7 @@ node. Its saves take three: a script cannot change keys of two slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from pipeline.storage.merchant_store import Counts, RedisMerchantStore
@@ -39,6 +39,14 @@ class PollStore(Protocol):
 
         Raises:
             StoreUnavailableError: the store does not answer; call again with the same requests.
+        """
+
+    async def reply(self, messages: Mapping[str, bytes]) -> None:
+        """Publish a message to each gateway, by its id; nobody may hear it.
+
+        Raises:
+            StoreUnavailableError: the store does not answer; some may be published.
+            StoreForbiddenError: Redis forbids it.
         """
 
 
@@ -80,3 +88,7 @@ class RedisPollStore:
         stands = await states.save(requests)
         await execute(count)  # last: a save that is repeated repeats no counts
         return stands
+
+    async def reply(self, messages: Mapping[str, bytes]) -> None:
+        """See :class:`PollStore`."""
+        await self._redis.execute(self._states.reply_commands(messages))

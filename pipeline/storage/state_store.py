@@ -7,12 +7,13 @@ exactly its log up to its watermark at any moment, whichever worker writes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
 from model.units import DAY_MS
+from pipeline.messages.replies import ANSWERED, REJECTED
 from pipeline.settings import Settings
 from pipeline.storage.client import RedisClient
 from pipeline.storage.client import StoreUnavailableError as StoreUnavailableError
@@ -22,7 +23,9 @@ from pipeline.storage.script import Command, load_script
 from pipeline.storage.servers import RedisServer, servers
 from pipeline.storage.transaction_note import NOTE_CONSTANTS, NOTE_EXPIRY_MS, ScoredNote
 
-_SAVE_STATES = load_script("notes", "save_states", **NOTE_CONSTANTS)
+_SAVE_STATES = load_script(
+    "notes", "save_states", **NOTE_CONSTANTS, ANSWERED=ANSWERED, REJECTED=REJECTED
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Save:
     Attributes:
         notes: notes of the transactions that the states contain. Only a
             :class:`pipeline.storage.poll_store.PollStore` writes them.
+        answers: transaction id and value of each answer key
+            (:class:`pipeline.messages.replies.StoredAnswer`).
     """
 
     partition: int
@@ -58,6 +63,7 @@ class Save:
     account_ids: list[str]
     states: Sequence[bytes | None]
     notes: Sequence[ScoredNote] = ()
+    answers: Sequence[tuple[str, bytes]] = ()
 
 
 class LossCheck(Protocol):
@@ -126,25 +132,29 @@ class RedisStateStore:
         keys: names the keys.
         expiry_ms: how long Redis keeps an unused state: the state's time to live plus the
             log's retention, so that a replay decides as the worker did.
+        answer_expiry_ms: how long Redis keeps an answer.
 
     Attributes:
         loss_check: called before the result of a load is trusted; None trusts all.
         redis: the client.
     """
 
-    def __init__(self, client: Any, keys: Keys, expiry_ms: int) -> None:
+    def __init__(
+        self, client: Any, keys: Keys, expiry_ms: int, answer_expiry_ms: int = DAY_MS
+    ) -> None:
         self.loss_check: LossCheck | None = None
         self.redis = RedisClient(client)
         self._keys = keys
         self._expiry = b"%d" % expiry_ms
         self._note_expiry = b"%d" % NOTE_EXPIRY_MS
+        self._answer_expiry = b"%d" % answer_expiry_ms
 
     @classmethod
     def from_settings(cls, settings: Settings, model: str) -> RedisStateStore:
         """Make a store for the model with this digest; it connects at the first call."""
         expiry_ms = int((settings.state_ttl_days + settings.log_retention_days) * DAY_MS)
         keys = Keys(settings.redis_key_prefix, model, settings.topic("transactions"))
-        return cls(redis_client(settings), keys, expiry_ms)
+        return cls(redis_client(settings), keys, expiry_ms, int(settings.answer_seconds * 1000))
 
     async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """See :class:`StateStore`: it takes one MGET, on a cluster one for each partition.
@@ -204,11 +214,17 @@ class RedisStateStore:
     ) -> Command:
         keys, partition, accounts = self._keys, request.partition, request.account_ids
         notes = request.notes if note_keys is not None else ()
+        answer_keys: list[bytes] = []
+        answers: list[bytes] = []
+        if request.answers:
+            answer_keys = keys.answers(partition, [name for name, _ in request.answers])
+            answers = [self._answer_expiry, *[value for _, value in request.answers]]
         return _SAVE_STATES.call(
             [
                 keys.watermark(partition),
                 *keys.accounts(partition, accounts),
                 *(note_keys(notes) if note_keys is not None else ()),
+                *answer_keys,
             ],
             request.expected or b"",
             request.watermark,
@@ -217,7 +233,13 @@ class RedisStateStore:
             self._note_expiry,
             b"".join([note.to_bytes() for note in notes]),
             *[state or b"" for state in request.states],
+            *answers,
         )
+
+    def reply_commands(self, messages: Mapping[str, bytes]) -> list[Command]:
+        """Make the commands that publish a message to each gateway."""
+        replies = self._keys.replies
+        return [("PUBLISH", replies(gateway), text) for gateway, text in messages.items()]
 
     def saved(self, requests: Sequence[Save], replies: Sequence[Any]) -> list[bool]:
         """Read the replies of :meth:`save_commands`: for each, whether its values stand."""

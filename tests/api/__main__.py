@@ -17,7 +17,6 @@ import click
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from tests.api.attack import Attack, attack
-from tests.fakes.replying_worker import answering
 from tests.fakes.running_gateway import gateways, make_token
 from tests.fakes.running_pipeline import PipelineUnderTest
 
@@ -33,7 +32,6 @@ async def _run(kafka: Kafka, redis: Redis, folder: Path, requests: int, seed: in
     under_test = PipelineUnderTest(kafka.bootstrap, redis.url, folder, **QUICK)
     async with (
         under_test.running(1),
-        answering(under_test.settings),
         gateways(under_test) as (gateway,),
     ):
         token = await make_token(under_test.settings)

@@ -55,6 +55,7 @@ class MemoryStateStore:
     Attributes:
         watermarks: watermarks by partition.
         states: states by partition and account.
+        answers: answer keys by partition and transaction id.
         is_up: False for a server that does not answer.
         interrupt: called before and after each load and each request of a save.
     """
@@ -62,6 +63,7 @@ class MemoryStateStore:
     def __init__(self) -> None:
         self.watermarks: dict[int, bytes] = {}
         self.states: dict[tuple[int, str], bytes] = {}
+        self.answers: dict[tuple[int, str], bytes] = {}
         self.is_up = True
         self.interrupt: Interrupt = no_interrupt
 
@@ -75,6 +77,7 @@ class MemoryStateStore:
         """Take the content of another store, as a failover does."""
         self.watermarks = dict(other.watermarks)
         self.states = dict(other.states)
+        self.answers = dict(other.answers)
 
     async def load(self, requests: Sequence[Load]) -> list[LoadResult]:
         """See :class:`pipeline.storage.state_store.StateStore`."""
@@ -111,6 +114,10 @@ class MemoryStateStore:
                 self.states.pop((request.partition, account), None)
             else:
                 self.states[request.partition, account] = state
+        for name, answer in request.answers:
+            place = request.partition, name
+            if answer[:1] != b"R" or self.answers.get(place, b"")[:1] != b"A":
+                self.answers[place] = answer
         return True
 
     async def accounts(self, partition: int | None = None) -> AsyncIterator[list[tuple[int, str]]]:
@@ -139,11 +146,15 @@ class MemoryPollStore:
     """A :class:`pipeline.storage.poll_store.PollStore` of two stores in memory.
 
     A save takes three steps, as on a Redis Cluster.
+
+    Attributes:
+        messages: gateway and message of each published reply.
     """
 
     def __init__(self, states: MemoryStateStore, merchants: MemoryMerchantStore) -> None:
         self._states = states
         self._merchants = merchants
+        self.messages: list[tuple[str, bytes]] = []
 
     async def load(
         self, requests: Sequence[Load], merchant_ids: Sequence[str]
@@ -161,6 +172,11 @@ class MemoryPollStore:
         if counts:
             await self._merchants.add(counts, [])
         return stands
+
+    async def reply(self, messages: Mapping[str, bytes]) -> None:
+        """See :class:`pipeline.storage.poll_store.PollStore`."""
+        await asyncio.sleep(0)
+        self.messages += messages.items()
 
 
 class MemoryMerchantStore:
@@ -651,7 +667,7 @@ class MemoryScoreLog:
             records = self._kafka.fetch(self._scores_topic, partition, position, FETCH_RECORDS)
             records = [record for record in records if record.offset < end]
             for record in records:
-                published = read_score(record.value, source_prefix)
+                published = read_score(record.value, source_prefix, record.offset)
                 if published is not None:
                     source, score = published
                     first = kept.setdefault(source, score)

@@ -564,10 +564,11 @@ class MemoryWorker:
         self.consumer = MemoryConsumer(world.kafka, settings, assigned)
         self.fenced: list[int] = []
         self.scorer = scorer_of(settings, checkpoint)
+        self.polls = MemoryPollStore(world.store, world.merchants)
         services = WorkerServices(
             store=world.store,
             merchants=world.merchants,
-            polls=MemoryPollStore(world.store, world.merchants),
+            polls=self.polls,
             publisher=publisher or MemoryProducer(world.kafka, settings),
             score_log=MemoryScoreLog(world.kafka, settings),
             consumer=self.consumer,

@@ -21,7 +21,6 @@ from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
 from tests.api.attack import attack
-from tests.fakes.replying_worker import answering
 from tests.fakes.running_gateway import GatewayProcess, gateways, make_token
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, transactions
 
@@ -63,7 +62,6 @@ def site(
                 kafka.bootstrap, redis_server.url, directory, review_threshold=0.05
             )
             await stack.enter_async_context(under_test.running(1))
-            await stack.enter_async_context(answering(under_test.settings))
             started = await stack.enter_async_context(
                 gateways(under_test, 2, gateway_max_body_bytes=200_000)
             )

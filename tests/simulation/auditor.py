@@ -7,6 +7,7 @@ other is from when a worker must have known a score (:class:`Conclusion`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +18,7 @@ from model.features.merchant import WEIGHT_MAX
 from pipeline.kafka.score_log import LoggedScore, read_score
 from pipeline.messages.control import FORGET
 from pipeline.messages.decision import DECISIONS
+from pipeline.messages.replies import Reply, StoredAnswer
 from pipeline.messages.scores import decode_alert, decode_published
 from pipeline.storage.account_state import RECENT_IDS, StateCodec
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
@@ -25,6 +27,9 @@ from pipeline.storage.merchant_store import MerchantLabel
 from pipeline.storage.watermark import Watermark
 from tests.fakes.memory import MemoryMerchantStore, MemoryStateStore
 from tests.simulation.chain import NO_HIDDEN, chained, score_of
+
+POISONED = "computation"
+"""Reason of a rejected record that has an id."""
 
 
 class Violation(Exception):
@@ -49,6 +54,7 @@ class Entry:
         content: besides the id, the content that a duplicate has in common with it.
         is_repeated: the record is a duplicate in its account, and produces nothing.
         previous: the offset before it in the account's state; None if the state begins here.
+        asked: hash of the record's value if the record asks for an answer.
     """
 
     account: str = ""
@@ -61,6 +67,7 @@ class Entry:
     is_repeated: bool = False
     is_warm: bool = False
     previous: int | None = None
+    asked: bytes | None = None
 
     @property
     def is_applied(self) -> bool:
@@ -189,7 +196,7 @@ class PartitionAudit:
             Violation: the score does not follow from the log, or its worker knew that it was
                 published before.
         """
-        logged = read_score(value, self._source_prefix)
+        logged = read_score(value, self._source_prefix, place)
         if logged is None:
             raise Violation("what is scored", f"no score of partition {self.number}: {value!r}")
         offset, kept = logged
@@ -244,6 +251,32 @@ class PartitionAudit:
             self._check_state(name, last, states.pop(name, None))
         if states:
             raise Violation("states", f"accounts that the log has not: {sorted(states)}")
+        self._check_answers(store, end)
+
+    def _check_answers(self, store: MemoryStateStore, end: int) -> None:
+        """Check that exactly the records before the watermark that ask for an answer have one."""
+        expected: dict[str, tuple[int, Entry]] = {}
+        for offset, entry in enumerate(self.entries[:end]):
+            is_rejected = entry.rejected == POISONED and entry.transaction_id not in expected
+            if entry.asked is not None and (entry.is_applied or is_rejected):
+                expected[entry.transaction_id] = offset, entry
+        for name in {entry.transaction_id for entry in self.entries}:
+            value = store.answers.get((self.number, name))
+            found = None if value is None else StoredAnswer.from_bytes(value)
+            if (found is None) != (name not in expected):
+                raise Violation("answers", f"that of {name} in {self.number} is {found}")
+            if found is None:
+                continue
+            offset, entry = expected[name]
+            if found.content != entry.asked:
+                raise Violation("answers", f"that of {name} is of another record")
+            if entry.rejected is not None:
+                if found.kind != "R" or found.reason != entry.rejected:
+                    raise Violation("answers", f"{name} was rejected, not {found}")
+            elif found.kind != "A" or found.number not in {
+                score.place for score in self.published_scores.get(offset, ())
+            }:
+                raise Violation("answers", f"{found} is no score of {name}")
 
     def _check_state(self, name: str, last: int | None, state: bytes | None) -> None:
         if last is None or state is None:
@@ -355,6 +388,8 @@ class Auditor:
         self.labels = LabelAudit([{} for _ in range(partitions)], [0] * partitions)
         self.alerts: dict[str, int] = {}
         self.dead_letters: set[tuple[str, int, int]] = set()
+        self.replies: Counter[str] = Counter()
+        self._score_values: set[tuple[int, bytes | None]] = set()
         self.data_were_lost = False  # a worker may then repeat earlier commits
         self._losses = 0
         # By writer id and note: the number of losses before the worker last wrote the note.
@@ -465,10 +500,18 @@ class Auditor:
         self, partition: int, place: int, value: bytes | None, is_late: bool, known: int
     ) -> None:
         """Check a score that the broker appended, unless it is of an earlier log."""
+        self._score_values.add((place, value))
         of = decode_published(value)
         if of is not None and of.transaction_id in self._of_logs_before:
             return
         self.check(lambda: self.partitions[partition].scored(place, value, is_late, known))
+
+    def replied(self, replies: Iterable[Reply]) -> None:
+        """Check that each reply with a score has the bytes at its offset in a partition."""
+        for reply in replies:
+            self.replies[reply.kind] += 1
+            if reply.kind == "A" and (reply.offset, reply.value) not in self._score_values:
+                self._found(Violation("replies", f"{reply} is no score"))
 
     def rejected(self, headers: dict[str, bytes]) -> None:
         """Record a dead letter that the broker appended."""

@@ -20,8 +20,9 @@ import numpy as np
 from pipeline.kafka.polls import Chunk, Record
 from pipeline.kafka.producer import AppendResult, Outgoing
 from pipeline.kafka.score_log import LoggedScore
-from pipeline.scoring import assembly, decoder, outputs, recovery
+from pipeline.scoring import assembly, decoder, outputs, recovery, writer
 from pipeline.scoring import partitions as ownership
+from pipeline.scoring.answers import Answered, RecordAnswer, answer_all
 from pipeline.scoring.computer import PollComputer
 from pipeline.scoring.owned_partition import OwnedPartition
 from pipeline.scoring.ownership import ChunkFacts
@@ -149,6 +150,49 @@ class WatermarkApart(StateClient):
         return self.store.write(dataclasses.replace(request, account_ids=[], states=[]))
 
 
+class AnswersApart(StateClient):
+    """Store client that sets the answers with a command of their own."""
+
+    def effects(self, request: Save) -> list[Callable[[], bool]]:
+        write = partial(self.store.write, dataclasses.replace(request, answers=()))
+        return [partial(self._answer, request), write]
+
+    def _answer(self, request: Save) -> bool:
+        for name, answer in request.answers:
+            self.store.answers[request.partition, name] = answer
+        self.store.changed.add(request.partition)
+        return True
+
+
+def _place_guessed(
+    answers: Sequence[RecordAnswer],
+    scores: Sequence[Outgoing],
+    where: AppendResult | None,
+    logged: Mapping[int, LoggedScore],
+) -> Answered:
+    """RecordAnswer as if a score that was published before stood where the new ones stand."""
+    first = where.first if where is not None else None
+    moved = [
+        msgspec.structs.replace(one, published=dataclasses.replace(one.published, offset=first))
+        if one.published is not None and first is not None
+        else one
+        for one in answers
+    ]
+    return answer_all(moved, scores, where, logged)
+
+
+def _unknown_from_zero(
+    answers: Sequence[RecordAnswer],
+    scores: Sequence[Outgoing],
+    where: AppendResult | None,
+    logged: Mapping[int, LoggedScore],
+) -> Answered:
+    """RecordAnswer with offsets from 0 on if the broker does not tell where the scores stand."""
+    if where is not None and where.first is None:
+        where = AppendResult(0, len(scores))
+    return answer_all(answers, scores, where, logged)
+
+
 # the consumer ------------------------------------------------------------------------------
 
 
@@ -214,7 +258,7 @@ class FeaturesNotReused(ScoreLog):
         found, position = await super().read(partition, start, end, until_source)
         for source, kept in found.items():
             score = msgspec.structs.replace(kept.score, features=None)
-            found[source] = LoggedScore(kept.value, score)
+            found[source] = LoggedScore(kept.value, score, kept.offset)
         return found, position
 
 
@@ -247,9 +291,10 @@ class GapNotRead(PartitionRecovery):
 
     async def check_zombie_scores(
         self, partition: int, owned: OwnedPartition, appended: AppendResult, next_offset: int
-    ) -> None:
+    ) -> dict[int, LoggedScore]:
         if appended.next is not None:
             owned.note_appended(appended.next, appended.next)
+        return {}
 
 
 class ScoresOffsetTooFar(PartitionRecovery):
@@ -523,6 +568,19 @@ BUGS = [
     Bug("rejected records not published", 2, 10, Parts(publisher=RejectedDropped)),
     Bug("labels recorded again", 11, 22, Parts(merchant_client=RecordedAgain)),
     Bug("labels recorded past a gap", 87, 174, Parts(merchant_client=RecordedPastTheGap)),
+    Bug("answers set outside the script", 1, 10, Parts(state_client=AnswersApart)),
+    Bug(
+        "answers name a place of another score",
+        149,
+        298,
+        patches=[(writer, "answer_all", _place_guessed)],
+    ),
+    Bug(
+        "answers name an unknown place",
+        3,
+        10,
+        patches=[(writer, "answer_all", _unknown_from_zero)],
+    ),
     Bug("notes written after the states", 14, 28, Parts(poll_client=NotesLater)),
     Bug(
         "notes of kept scores not written",

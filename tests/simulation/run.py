@@ -28,6 +28,7 @@ from pipeline.kafka.topics import ROLES
 from pipeline.messages.control import CONTROL_HEADER, FORGET, LOOK
 from pipeline.messages.extra_fields import ExtraFields
 from pipeline.messages.labels import decode_label
+from pipeline.messages.replies import REPLY_HEADER, content_hash
 from pipeline.messages.transactions import WARM_HEADER
 from pipeline.scoring import decoder, outputs, recovery, topic_id_cache
 from pipeline.scoring.labels import merchant_label_of
@@ -325,6 +326,7 @@ class Run:
         value = b"" if instruction else json.dumps(fields).encode()
         if 0.14 <= chance < 0.18:
             value, rejected = value[:-1], "not_json"
+        headers += _reply_to(number)
         key = str(fields["account_id"]).encode()
         entry = Entry(
             account=fields["account_id"],
@@ -334,6 +336,7 @@ class Run:
             content=f"{fields['merchant_id']} {fields['amount']} {fields['timestamp']}",
             rejected=rejected,
             instruction=instruction,
+            asked=_asked(number, value),
             is_warm=(WARM_HEADER, b"1") in headers,
         )
         self.kafka.produce(self._topic, key, value, partition=partition, headers=headers)
@@ -584,6 +587,16 @@ class Run:
 
     def _write(self, text: str) -> None:
         self._lines.append(f"{self.loop.time():9.3f}  {self.network.effects:4}  {text}")
+
+
+def _reply_to(number: int) -> list[tuple[str, bytes]]:
+    """Return the header of a record that asks for an answer, as two in three do."""
+    return [(REPLY_HEADER, b"gateway-%d" % (number % 2))] if number % 3 else []
+
+
+def _asked(number: int, value: bytes) -> bytes | None:
+    """Return the content hash of a record that asks for an answer."""
+    return content_hash(value) if number % 3 else None
 
 
 @cache

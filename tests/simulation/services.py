@@ -7,7 +7,7 @@ once as the real client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from random import Random
@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.kafka.polls import Bounds, LogUnavailableError
 from pipeline.kafka.producer import AppendResult, Outgoing, PublishError
 from pipeline.kafka.score_log import LoggedScore
+from pipeline.messages.replies import decode_replies
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import MERCHANT_SLOTS, merchant_slot
@@ -141,7 +142,7 @@ class MerchantClient:
         self._host = host
         self._network = network
         self._store = store
-        self._auditor = auditor
+        self.auditor = auditor
 
     async def load(self, merchant_ids: Sequence[str]) -> list[bytes | None]:
         """Load profiles, as with one MGET."""
@@ -177,7 +178,7 @@ class MerchantClient:
         for note in notes:
             self._store.remember(note)
             place = merchant_slot(note.merchant_id), note.transaction_hash
-            self._auditor.noted(self.writer, place)
+            self.auditor.noted(self.writer, place)
 
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
@@ -191,8 +192,8 @@ class MerchantClient:
                 recorded = [labels[i] for i in parts[slot]]
                 replies[slot] = self._store.record_slot(slot, partition, recorded, begin, end)
                 for label in recorded:
-                    self._auditor.label_recorded(partition, label)
-            self._auditor.recorded_to(partition, slots)
+                    self.auditor.label_recorded(partition, label)
+            self.auditor.recorded_to(partition, slots)
 
         servers = [range(first, MERCHANT_SLOTS, SERVERS) for first in range(SERVERS)]
         await self._network.ask(
@@ -292,6 +293,11 @@ class PollClient:
             StoreUnavailableError,
         )
         return states.stands(saves, done)
+
+    async def reply(self, messages: Mapping[str, bytes]) -> None:
+        """Audit replies; they are no effect, because a lost one changes nothing."""
+        replies = chain.from_iterable(map(decode_replies, messages.values()))
+        self._merchants.auditor.replied(replies)
 
     def _with_notes(self, request: Save) -> list[Callable[[], bool]]:
         """Return the effects of a request whose first command writes its notes, too."""

@@ -198,4 +198,4 @@ def test_a_score_leaves_out_what_every_merchant_without_known_frauds_has() -> No
     for value, expected in zip(values, raw[:, columns].tolist(), strict=True):
         published = decode_published(value)
         assert published is not None
-        assert LoggedScore(value, published).merchant_raw() == tuple(expected)
+        assert LoggedScore(value, published, 0).merchant_raw() == tuple(expected)

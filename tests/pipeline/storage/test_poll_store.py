@@ -13,6 +13,7 @@ import pytest
 from redis.cluster import RedisCluster as ClusterClient
 
 from pipeline.local.redis import Redis, RedisCluster
+from pipeline.messages.replies import StoredAnswer
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.keys import Keys, MerchantKeys, merchant_slot
@@ -263,3 +264,54 @@ def test_one_redis_answers_a_poll_in_two_round_trips(single: Server) -> None:
         assert len(runs) == 2
 
     single.run(go)
+
+
+def test_answers_are_set_with_the_states_or_not_at_all(either: Server) -> None:
+    content = bytes(16)
+    score, later = (
+        StoredAnswer("A", content, 7).to_bytes(),
+        StoredAnswer("A", content, 9).to_bytes(),
+    )
+    rejected = StoredAnswer("R", content, reason="not_json").to_bytes()
+
+    async def go(stores: Opened) -> None:
+        def stored() -> list[bytes | None]:
+            return [stores.client.get(k) for k in stores.keys.answers(1, ["t1", "t2"])]
+
+        async def save(expected: bytes | None, new: bytes, *answers: tuple[str, bytes]) -> bool:
+            request = Save(1, expected, new, ["A"], [new], NOTES[:2], answers)
+            return (await stores.polls.save([request], {}))[0]
+
+        assert await save(None, b"w1", ("t1", score), ("t2", rejected))
+        assert stored() == [score, rejected]
+        for key in stores.keys.answers(1, ["t1", "t2"]):
+            assert 0 < stores.client.pttl(key) <= 86_400_000
+        assert not await save(b"another", b"w2", ("t1", later))
+        assert stored() == [score, rejected]
+        assert await save(b"w1", b"w2", ("t1", rejected), ("t2", later))
+        assert stored() == [score, later]
+        assert await save(b"w2", b"w3", ("t1", later))
+        assert stored() == [later, later]
+
+    either.run(go)
+
+
+def test_a_reply_reaches_the_subscriber_of_the_gateways_channel(either: Server) -> None:
+    async def go(stores: Opened) -> None:
+        node = stores.client.get_primaries()[0] if either.is_cluster else None
+        client = stores.client if node is None else stores.client.get_redis_connection(node)
+        channels = [stores.keys.replies("gw1"), stores.keys.replies("gw2")]
+        with client.pubsub(ignore_subscribe_messages=True) as heard:
+            heard.subscribe(*channels)
+            heard.get_message(timeout=5)
+            heard.get_message(timeout=5)
+            await stores.polls.reply({})
+            await stores.polls.reply({"gw1": b"\xff1", "gw2": b"2", "nobody": b"3"})
+            found: dict[bytes, bytes] = {}
+            while len(found) < 2:
+                message = heard.get_message(timeout=10)
+                assert message is not None, "no message came"
+                found[message["channel"]] = message["data"]
+        assert found == dict(zip(channels, [b"\xff1", b"2"], strict=True))
+
+    either.run(go)
