@@ -62,7 +62,8 @@ del EXAMPLE_SCORE["currency"]
 ALWAYS = (
     problems.UNAUTHENTICATED, problems.FORBIDDEN, problems.RATE_LIMITED, problems.SLOW_REQUEST,
     problems.TOO_LARGE, problems.UNSUPPORTED_MEDIA_TYPE, problems.NOT_JSON, problems.TOO_DEEP,
-    problems.INVALID_PARAMETER, problems.HEAD_TOO_LARGE, problems.INTERNAL, problems.OVERLOADED, problems.TIMED_OUT,
+    problems.INVALID_PARAMETER, problems.HEAD_TOO_LARGE, problems.INTERNAL,
+    problems.OVERLOADED, problems.TIMED_OUT,
     problems.IDENTITY_UNAVAILABLE, problems.STORE_UNAVAILABLE, problems.LOG_UNAVAILABLE,
     problems.NOT_READY,
 )  # fmt: skip
@@ -118,7 +119,7 @@ def make_document(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _paths(settings: Settings) -> dict[str, Any]:
     transaction_id = _path_id("transaction_id", "shop7-000001")
-    conflict = (problems.CONFLICT, problems.INVALID_FIELDS, problems.REJECTED)
+    conflict = (problems.IN_DOUBT, problems.CONFLICT, problems.INVALID_FIELDS, problems.REJECTED)
     pending = _pending()
     return {
         "/v1/scores": {
