@@ -15,7 +15,7 @@ RUN_SECONDS_MAX = 3_600.0
 
 @dataclass(frozen=True)
 class Attack:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         requests: number of requests.
