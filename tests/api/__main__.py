@@ -21,8 +21,8 @@ from tests.fakes.running_gateway import gateways, make_token
 from tests.fakes.running_pipeline import PipelineUnderTest
 
 PHASES = "examples,coverage,fuzzing"
-OPERATIONS = 10
-"""Operations in the document; a third of the requests of a phase are skipped as repeated."""
+OPERATIONS = 8
+"""Operations in the document that take every example; the others run out of different ones."""
 
 QUICK = {"gateway_wait_ms": 300, "gateway_wait_max_ms": 500}
 """Settings that keep a request that asks for a wait short."""
