@@ -293,7 +293,7 @@ def test_alerts_come_once_each_by_cursor_from_a_time_and_filtered(site: Site) ->
         wanted: dict[str, Any] = {"merchant_id": "M-alerts", "limit": 2}
         cursor, found = None, []
         for _ in range(100):
-            place = {} if cursor is None else {"cursor": cursor}
+            place: dict[str, Any] = {} if cursor is None else {"cursor": cursor}
             page = (await client.get("/v1/alerts", params=wanted | place)).json()
             assert len(page["alerts"]) <= 2
             found += page["alerts"]
@@ -310,7 +310,7 @@ def test_alerts_come_once_each_by_cursor_from_a_time_and_filtered(site: Site) ->
         assert none["alerts"] == []
         some = (await client.get("/v1/alerts", params={"from": created[0] - 60_000})).json()
         assert expected <= {alert["transaction_id"] for alert in some["alerts"]}
-        high = {"min_score": 1, "decision": "decline"}
+        high: dict[str, Any] = {"min_score": 1, "decision": "decline"}
         assert (await client.get("/v1/alerts", params=high)).json()["alerts"] == []
         wrong = await client.get("/v1/alerts", params={"cursor": "none"})
         assert (wrong.status_code, problem_of(wrong)) == (400, "invalid-parameter")
