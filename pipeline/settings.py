@@ -360,12 +360,6 @@ class Settings(BaseSettings):
         description="last records of each partition in which a gateway looks for a score that has"
         " no answer key, and for an account's scores; 0: it looks for none",
     )
-    answer_seconds: float = Field(
-        86_400.0,
-        ge=1,
-        le=31_536_000,
-        description="how long the answer to a transaction of a gateway is kept, seconds",
-    )
 
     # Access
     gateway_max_body_bytes: int = Field(

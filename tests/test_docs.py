@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pipeline.cli.main import recur
+from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import CONFIG_VARIABLE, RENAMED, Settings
 
@@ -108,8 +109,9 @@ def test_every_metric_in_a_document_exists(page: Path) -> None:
 
 @cache
 def names_of_metrics() -> set[str]:
-    """Names of a worker's metrics, without the endings of their types."""
-    return {family.name for family in Metrics(CollectorRegistry()).registry.collect()}
+    """Names of a worker's and a gateway's metrics, without the endings of their types."""
+    registries = (Metrics(CollectorRegistry()).registry, GatewayMetrics().registry)
+    return {family.name for registry in registries for family in registry.collect()}
 
 
 @EACH_PAGE_OF_TODAY

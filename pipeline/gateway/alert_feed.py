@@ -16,8 +16,8 @@ from pipeline.messages.decoding import NOT_JSON
 from pipeline.messages.scores import Alert, decode_alert
 from pipeline.settings import Settings
 
-CURSOR_MAX_CHARACTERS = 100_000
-"""Longest cursor: 10,000 partitions need 60,000."""
+CURSOR_MAX_CHARACTERS = 60_000
+"""Longest cursor: 10,000 partitions need about so much, and a longer URL is no HTTP to uvicorn."""
 
 SCANNED_MAX = 5_000
 """Most alerts that one request reads; with a filter, fewer match."""

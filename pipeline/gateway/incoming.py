@@ -39,6 +39,11 @@ FIELD_OF_REASON = {
 }
 """Field that a reason of rejection is about, where the decoder's text names none."""
 
+TIMES = ("timestamp", "labelled_at")
+
+EXACT_BELOW = 2.0**53
+"""Floats below this hold each whole number."""
+
 decode_any = msgspec.json.Decoder().decode
 encode_sorted = msgspec.json.Encoder(order="deterministic").encode
 
@@ -122,7 +127,7 @@ class TransactionReader:
 
     def read_fields(self, fields: dict[str, Any], pointer: str = "") -> Incoming:
         """Read a transaction that is an object already; see :meth:`read`."""
-        value = encode_sorted(fields)
+        value = encode_sorted(_with_whole_times(fields))
         account = fields.get("account_id")
         try:
             key = account.encode() if isinstance(account, str) else b""
@@ -142,6 +147,18 @@ class TransactionReader:
             value,
             content_hash(value),
         )
+
+
+def _with_whole_times(fields: dict[str, Any]) -> dict[str, Any]:
+    """Write times such as 1700000000000.0 without the fraction: JSON has one kind of number."""
+    whole = {
+        name: int(value)
+        for name in TIMES
+        if isinstance(value := fields.get(name), float)
+        and value.is_integer()
+        and abs(value) < EXACT_BELOW
+    }
+    return fields | whole if whole else fields
 
 
 def read_object(
@@ -185,7 +202,7 @@ def read_label(body: bytes, now_ms: int) -> tuple[str, str, bytes, bytes]:
         fields["labelled_at"] = now_ms
     merchant = fields.get("merchant_id")
     key = merchant.encode(errors="replace") if isinstance(merchant, str) else b""
-    value = encode_sorted(fields)
+    value = encode_sorted(_with_whole_times(fields))
     try:
         label, _, _ = decode_label(key, value)
     except RejectedError as error:

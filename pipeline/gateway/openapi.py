@@ -62,7 +62,8 @@ del EXAMPLE_SCORE["currency"]
 ALWAYS = (
     problems.UNAUTHENTICATED, problems.FORBIDDEN, problems.RATE_LIMITED, problems.SLOW_REQUEST,
     problems.TOO_LARGE, problems.UNSUPPORTED_MEDIA_TYPE, problems.NOT_JSON, problems.TOO_DEEP,
-    problems.INVALID_PARAMETER, problems.INTERNAL, problems.OVERLOADED, problems.TIMED_OUT,
+    problems.INVALID_PARAMETER, problems.HEAD_TOO_LARGE, problems.INTERNAL,
+    problems.OVERLOADED, problems.TIMED_OUT,
     problems.IDENTITY_UNAVAILABLE, problems.STORE_UNAVAILABLE, problems.LOG_UNAVAILABLE,
     problems.NOT_READY,
 )  # fmt: skip
@@ -118,7 +119,7 @@ def make_document(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _paths(settings: Settings) -> dict[str, Any]:
     transaction_id = _path_id("transaction_id", "shop7-000001")
-    conflict = (problems.CONFLICT, problems.INVALID_FIELDS, problems.REJECTED)
+    conflict = (problems.IN_DOUBT, problems.CONFLICT, problems.INVALID_FIELDS, problems.REJECTED)
     pending = _pending()
     return {
         "/v1/scores": {
@@ -315,7 +316,8 @@ def _alert_parameters() -> list[dict[str, Any]]:
     fields: list[tuple[str, str, dict[str, Any]]] = [
         ("cursor", "`cursor` of an earlier page; it wins over `from`",
          {"type": "string", "minLength": 1, "maxLength": CURSOR_MAX_CHARACTERS}),
-        ("from", "time of the first record: RFC 3339, or epoch milliseconds", {"type": "string"}),
+        ("from", "time of the first record: RFC 3339, or epoch milliseconds",
+         {"type": "string", "anyOf": [{"format": "date-time"}, {"pattern": "^[0-9]{11,14}$"}]}),
         ("limit", f"most alerts; {PAGE_DEFAULT} without it",
          {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT}),
         ("decision", "only these", {"type": "string", "enum": ["review", "decline"]}),
@@ -382,8 +384,8 @@ def _schemas(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
     transaction, label = schemas["Transaction"], schemas["Label"]
     transaction["properties"]["currency"] = {"type": "string", "const": checkpoint.header.currency}
     for schema in (transaction, label):
-        schema["properties"]["timestamp"] = _time()
-    label["properties"]["labelled_at"] = _time()
+        schema["properties"]["timestamp"] = _time(settings)
+    label["properties"]["labelled_at"] = _time(settings)
     label["required"] = [name for name in label["required"] if name != "labelled_at"]
     label["properties"]["label"] = {"type": "string", "enum": ["fraud", "legitimate"]}
     for field in checkpoint.header.features.fields:
@@ -413,13 +415,19 @@ def _schemas(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _time() -> dict[str, Any]:
+def _time(settings: Settings) -> dict[str, Any]:
     """Return the schema of a time; the bounds of the past and the future move with the clock."""
     now_ms = time.time_ns() // 1_000_000
+    oldest_ms = now_ms - round(settings.max_timestamp_age_seconds * 1000) + DAY_MS
+    newest_ms = now_ms + round(settings.max_timestamp_ahead_seconds * 1000)
     return {
         "description": "epoch milliseconds, or RFC 3339 with a zone",
         "anyOf": [
-            {"type": "integer", "minimum": RECORD_TIME_MIN_MS * 10, "maximum": now_ms + DAY_MS},
+            {
+                "type": "integer",
+                "minimum": max(RECORD_TIME_MIN_MS, oldest_ms),
+                "maximum": newest_ms,
+            },
             {"type": "string", "format": "date-time"},
         ],
     }
@@ -437,7 +445,13 @@ def _what_if_request(transaction: Mapping[str, Any], most: int) -> dict[str, Any
     base = {
         **transaction,
         "title": "WhatIfTransaction",
-        "description": "A transaction; without a timestamp it is now.",
+        "description": "A transaction; without a timestamp it is now. Its transaction_id is"
+        " ignored.",
+        "properties": {
+            name: schema
+            for name, schema in transaction["properties"].items()
+            if name != "transaction_id"
+        },
         "required": [name for name in transaction["required"] if name not in optional],
     }
     kept = ("merchant_id", "amount", "timestamp", "category", "channel", "country")

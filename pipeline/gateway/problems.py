@@ -52,6 +52,10 @@ NOT_JSON = ProblemType(
     "not-json", 400, "The body is not JSON",
     "The body cannot be read as JSON. Correct it before you send it again.",
 )  # fmt: skip
+NOT_HTTP = ProblemType(
+    "not-http", 400, "The request is not HTTP",
+    "The head of the request cannot be read, or its URL is too long. The connection is closed.",
+)  # fmt: skip
 TOO_DEEP = ProblemType(
     "too-deep", 400, "The body is nested too deeply",
     "Arrays and objects lie in each other deeper than RECUR_GATEWAY_MAX_JSON_DEPTH, or brackets"
@@ -108,6 +112,10 @@ REJECTED = ProblemType(
     "rejected", 422, "The record was rejected",
     "The pipeline cannot score the transaction. `reason` is one of the reasons of the dead-letter"
     " topic. The same body gets the same answer again.",
+)  # fmt: skip
+HEAD_TOO_LARGE = ProblemType(
+    "head-too-large", 431, "The head of the request is too large",
+    "URL and headers have over 131,072 bytes. The connection is closed.",
 )  # fmt: skip
 RATE_LIMITED = ProblemType(
     "rate-limited", 429, "The key's rate limit is reached",
@@ -167,11 +175,11 @@ NOT_READY = ProblemType(
 PROBLEM_TYPES: dict[str, ProblemType] = {
     kind.name: kind
     for kind in (
-        NOT_JSON, TOO_DEEP, INVALID_PARAMETER, UNAUTHENTICATED, FORBIDDEN, NOT_FOUND,
+        NOT_JSON, NOT_HTTP, TOO_DEEP, INVALID_PARAMETER, UNAUTHENTICATED, FORBIDDEN, NOT_FOUND,
         METHOD_NOT_ALLOWED, NOT_ACCEPTABLE, SLOW_REQUEST, CONFLICT, TOO_LARGE,
-        UNSUPPORTED_MEDIA_TYPE, INVALID_FIELDS, REJECTED, RATE_LIMITED, INTERNAL, OVERLOADED,
-        TIMED_OUT, STORE_UNAVAILABLE, LOG_UNAVAILABLE, AUDIT_UNAVAILABLE, IDENTITY_UNAVAILABLE,
-        IN_DOUBT, NOT_READY,
+        UNSUPPORTED_MEDIA_TYPE, INVALID_FIELDS, REJECTED, RATE_LIMITED, HEAD_TOO_LARGE, INTERNAL,
+        OVERLOADED, TIMED_OUT, STORE_UNAVAILABLE, LOG_UNAVAILABLE, AUDIT_UNAVAILABLE,
+        IDENTITY_UNAVAILABLE, IN_DOUBT, NOT_READY,
     )
 }  # fmt: skip
 """All types by their names."""

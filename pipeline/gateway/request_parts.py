@@ -22,6 +22,10 @@ from pipeline.timestamps import epoch_ms_of
 QUERY_FIELDS_MAX = 32
 """Most fields of a query."""
 
+_MILLISECONDS = re.compile(r"[0-9]{11,14}")
+_RFC_3339 = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
 _WAIT = re.compile(r"wait=(\d{1,6})")
 _NUMBER = re.compile(r"\d{1,9}")
 _SHARE = re.compile(r"\d{1,3}(\.\d{1,20})?([eE]-\d{1,2})?")
@@ -200,9 +204,11 @@ class Query:
         if value is None:
             return None
         try:
-            return epoch_ms_of(value, name)
+            if _MILLISECONDS.fullmatch(value) or _RFC_3339.fullmatch(value):
+                return epoch_ms_of(value.upper(), name)
         except (SettingsError, OverflowError):
-            raise _wrong(name, "is 2024-05-31T18:00:00Z, or milliseconds since 1970") from None
+            pass  # it looks like a time, and is none
+        raise _wrong(name, "is 2024-05-31T18:00:00Z, or milliseconds since 1970")
 
 
 def _wrong(name: str, what: str) -> Problem:

@@ -11,8 +11,14 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from pipeline.gateway.context import request_id_of
+from pipeline.gateway.problems import HEAD_TOO_LARGE, NOT_HTTP, Problem
+
 HEAD_SECONDS = 10.0
 """Longest time from the start of a connection, or of a request's head, to the head's end."""
+
+HEAD_MAX_BYTES = 131_072
+"""Most bytes of a head. uvicorn bounds it with h11 only, not with httptools."""
 
 
 class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -23,9 +29,21 @@ class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     head_seconds = HEAD_SECONDS
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP with a problem, and close the connection."""
+        self._refuse(b"400 Bad Request", Problem(NOT_HTTP))
+
+    def _refuse(self, status: bytes, problem: Problem) -> None:
+        body = problem.body(request_id_of(()))
+        lines = [b"HTTP/1.1 " + status, b"connection: close", b"content-length: %d" % len(body)]
+        lines += [name + b": " + value for name, value in problem.headers()]
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        self.transport.close()
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a head."""
@@ -34,10 +52,13 @@ class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def data_received(self, data: bytes) -> None:
         """Handle bytes, and wait for the rest of a head that is not whole."""
+        self._head_bytes += len(data)
         super().data_received(data)
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:  # its body has a limit of its own
             self._cancel()
+        elif self._head_bytes > HEAD_MAX_BYTES and not self.transport.is_closing():
+            self._refuse(b"431 Request Header Fields Too Large", Problem(HEAD_TOO_LARGE))
         elif self._head_timer is None and not self.transport.is_closing():
             self._expect_head()
 
@@ -54,6 +75,7 @@ class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def _expect_head(self) -> None:
         self._cancel()
+        self._head_bytes = 0
         self._head_timer = self.loop.call_later(self.head_seconds, self._close)
 
     def _cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""What-if: the scores that variants of a transaction would get now. Nothing is written.
+"""Scores that variants of a transaction would get now. Nothing is written.
 
 The computation is the worker's (:class:`pipeline.scoring.scorer.Scorer`), on the account's state in
 Redis. Each variant starts from that state, as if the others did not exist.

@@ -111,7 +111,7 @@ class Subscription:
 
 
 class _Messages(asyncio.Protocol):
-    """What the server sends on a subscribed connection.
+    """Messages that the server sends on a subscribed connection.
 
     Attributes:
         pings_open: pings without an answer.

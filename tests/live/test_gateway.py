@@ -20,7 +20,7 @@ from model.transaction import Transaction
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
-from tests.fakes.replying_worker import answering
+from tests.api.attack import attack
 from tests.fakes.running_gateway import GatewayProcess, gateways, make_token
 from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, transactions
 
@@ -62,7 +62,6 @@ def site(
                 kafka.bootstrap, redis_server.url, directory, review_threshold=0.05
             )
             await stack.enter_async_context(under_test.running(1))
-            await stack.enter_async_context(answering(under_test.settings))
             started = await stack.enter_async_context(
                 gateways(under_test, 2, gateway_max_body_bytes=200_000)
             )
@@ -294,7 +293,7 @@ def test_alerts_come_once_each_by_cursor_from_a_time_and_filtered(site: Site) ->
         wanted: dict[str, Any] = {"merchant_id": "M-alerts", "limit": 2}
         cursor, found = None, []
         for _ in range(100):
-            place = {} if cursor is None else {"cursor": cursor}
+            place: dict[str, Any] = {} if cursor is None else {"cursor": cursor}
             page = (await client.get("/v1/alerts", params=wanted | place)).json()
             assert len(page["alerts"]) <= 2
             found += page["alerts"]
@@ -311,7 +310,7 @@ def test_alerts_come_once_each_by_cursor_from_a_time_and_filtered(site: Site) ->
         assert none["alerts"] == []
         some = (await client.get("/v1/alerts", params={"from": created[0] - 60_000})).json()
         assert expected <= {alert["transaction_id"] for alert in some["alerts"]}
-        high = {"min_score": 1, "decision": "decline"}
+        high: dict[str, Any] = {"min_score": 1, "decision": "decline"}
         assert (await client.get("/v1/alerts", params=high)).json()["alerts"] == []
         wrong = await client.get("/v1/alerts", params={"cursor": "none"})
         assert (wrong.status_code, problem_of(wrong)) == (400, "invalid-parameter")
@@ -402,5 +401,16 @@ def test_metrics_count_refusals_and_name_nobody(site: Site) -> None:
         for text in (metrics, gateway.log()):
             assert secret not in text
             assert transaction.transaction_id not in text
+
+    site.run(body())
+
+
+def test_nothing_is_found_by_requests_made_from_the_document(site: Site) -> None:
+    async def body() -> None:
+        token = await make_token(site.under_test.settings)
+        found = await attack(site.gateways[0].address, token, examples=20)
+        assert found.status == 0, found.output
+        assert found.requests > 100, found.output
+        assert " error " not in site.gateways[0].log()
 
     site.run(body())

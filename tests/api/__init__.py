@@ -1,0 +1,1 @@
+"""Requests that the gateway's OpenAPI document allows and forbids, by Schemathesis."""
