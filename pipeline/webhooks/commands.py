@@ -73,10 +73,13 @@ async def _row(
     switch: Switch | None,
     ends: dict[TopicPartition, tuple[int, int]],
 ) -> tuple[str, ...]:
-    progress = await committed_progress(settings, group_of(settings, endpoint.name))
-    behind = sum(end - max(begin, progress[place][0]) if place in progress else 0
-                 for place, (begin, end) in ends.items())  # fmt: skip
-    retries = [retry for _, waiting in progress.values() for retry in waiting]
+    _, progress = await committed_progress(settings, group_of(settings, endpoint.name))
+    behind = sum(
+        max(0, end - max(begin, progress[place].position))
+        for place, (begin, end) in ends.items()
+        if place in progress
+    )
+    retries = [retry for at in progress.values() for retry in at.retries]
     due = min((retry.due for retry in retries), default=None)
     return (
         endpoint.name,

@@ -2,6 +2,7 @@
 
 Both travel in one commit of the endpoint's consumer group: the position is the offset, and the
 retries are its metadata. So a crash, or a new owner, finds them as they were at the same moment.
+The metadata also names the log, because offsets mean nothing in a topic that was made again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import binascii
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from pipeline.topic_id import NO_ID
 
 WAITING_MAX = 240
 """Most alerts of a partition that wait for a retry or are under way before reading stops."""
@@ -48,10 +51,14 @@ class PartitionProgress:
     Args:
         position: offset of the first record that is not settled.
         retries: alerts before it that wait for a retry.
+        log_id: id of the topic.
     """
 
-    def __init__(self, position: int, retries: Iterable[Retry] = ()) -> None:
+    def __init__(
+        self, position: int, retries: Iterable[Retry] = (), log_id: bytes = NO_ID
+    ) -> None:
         self.next_offset = position
+        self.log_id = log_id
         self._under_way: dict[int, float] = {}  # offset of a first attempt: the record's time
         self._waiting = {retry.offset: retry for retry in retries}
         self._retried: set[int] = set()
@@ -121,31 +128,49 @@ class PartitionProgress:
         return min(idle, default=None)
 
     def metadata(self) -> str:
-        """Encode the waiting retries for a commit of :attr:`position`."""
+        """Encode the log's id and the waiting retries for a commit of :attr:`position`."""
         position = self.position
         # A retry at or past the position is read again with it.
         rows = [r for r in self._waiting.values() if 0 < position - r.offset <= _DISTANCE_MAX]
         content = b"".join(
             _RETRY.pack(position - r.offset, r.failed, min(int(r.due), _DISTANCE_MAX)) for r in rows
         )
-        return base64.b64encode(_VERSION + content).decode() if rows else ""
+        return base64.b64encode(_VERSION + self.log_id + content).decode()
 
 
-def decode_retries(position: int, metadata: str | None) -> list[Retry]:
-    """Decode the metadata of a commit; empty if another program wrote it.
+@dataclass(frozen=True)
+class CommittedProgress:
+    """An endpoint's progress in a partition, as it was committed.
+
+    Attributes:
+        position: offset of the first record that is not settled.
+        retries: alerts before it that wait for a retry.
+        log_id: id of the topic; :data:`pipeline.topic_id.NO_ID` if the commit names none.
+    """
+
+    position: int
+    retries: tuple[Retry, ...] = ()
+    log_id: bytes = NO_ID
+
+
+def decode_commit(position: int, metadata: str | None) -> CommittedProgress:
+    """Decode a commit; it has no retries and no log if another program wrote its metadata.
 
     >>> progress = PartitionProgress(7, [Retry(3, 2, 1_700_000_000.0)])
-    >>> decode_retries(7, progress.metadata())
-    [Retry(offset=3, failed=2, due=1700000000.0)]
+    >>> decode_commit(7, progress.metadata()).retries
+    (Retry(offset=3, failed=2, due=1700000000.0),)
     """
     try:
         content = base64.b64decode(metadata or "", validate=True)
     except (binascii.Error, ValueError):
-        return []
-    if content[:1] != _VERSION or len(content[1:]) % _RETRY.size:
-        return []
-    return [
+        return CommittedProgress(position)
+    begin = len(_VERSION) + len(NO_ID)
+    log_id, rows = content[len(_VERSION) : begin], content[begin:]
+    if content[:1] != _VERSION or len(log_id) != len(NO_ID) or len(rows) % _RETRY.size:
+        return CommittedProgress(position)
+    retries = tuple(
         Retry(position - distance, failed, float(due))
-        for distance, failed, due in _RETRY.iter_unpack(content[1:])
+        for distance, failed, due in _RETRY.iter_unpack(rows)
         if distance <= position
-    ]
+    )
+    return CommittedProgress(position, retries, log_id)

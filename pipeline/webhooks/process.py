@@ -206,9 +206,9 @@ class WebhookProcess:
             else:
                 self._health.up("redis")
                 for name, (runner, _) in self._runners.items():
-                    switch = self._to_set.get(name) or found.get(name)
+                    now = self._to_set.get(name) or found.get(name)
                     is_disabled = runner.endpoint.is_disabled
-                    runner.set_state("disabled" if is_disabled else switch or "active")
+                    runner.set_state("disabled" if is_disabled else now or "active")
                 if all(runner.has_joined for runner, _ in self._runners.values()):
                     self._health.up("partitions")
             await asyncio.sleep(SWITCH_SECONDS)

@@ -62,10 +62,13 @@ class RecordLookup:
         assert self._consumer is not None
         place = TopicPartition(topic, partition)
         async with self._lock:
-            self._consumer.assign([place])
-            self._consumer.seek(place, offset)
             try:
                 async with asyncio.timeout(LOOKUP_SECONDS):
+                    ends = await self._consumer.end_offsets([place])
+                    if offset >= ends[place]:
+                        return None  # of a topic that was made again; others must not wait
+                    self._consumer.assign([place])
+                    self._consumer.seek(place, offset)
                     record = await self._consumer.getone(place)
             except OffsetOutOfRangeError:
                 return None

@@ -18,11 +18,19 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
+from pipeline.errors import StartupError
+from pipeline.kafka.topics import topic_ids
 from pipeline.scoring.health import Health
 from pipeline.settings import Settings
+from pipeline.topic_id import NO_ID, is_other
 from pipeline.webhooks.delivery import AlertDelivery, DeliveryTools
 from pipeline.webhooks.endpoints import Endpoint
-from pipeline.webhooks.partition_progress import PartitionProgress, Retry, decode_retries
+from pipeline.webhooks.partition_progress import (
+    CommittedProgress,
+    PartitionProgress,
+    Retry,
+    decode_commit,
+)
 from pipeline.webhooks.sender import GetAddresses, Sender, get_addresses
 
 log = logging.getLogger(__name__)
@@ -85,11 +93,12 @@ class EndpointRunner:
         self._consumer: AIOKafkaConsumer | None = None
         self._progress: dict[TopicPartition, PartitionProgress] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._old_senders: list[Sender] = []
+        self._closing: set[asyncio.Task[None]] = set()
         self._committed: dict[TopicPartition, OffsetAndMetadata] = {}
         self._last_ms: dict[TopicPartition, float] = {}
         self._commit_at = 0.0
         self._stopping = asyncio.Event()
+        self._hands_over = False
         self._has_joined = False
         tools.metrics.begin(endpoint.name)
 
@@ -110,7 +119,9 @@ class EndpointRunner:
     def update(self, endpoint: Endpoint) -> None:
         """Take another configuration of the same endpoint, for attempts from now on."""
         self.endpoint = endpoint
-        self._old_senders.append(self._sender)
+        closing = asyncio.create_task(_close_after(self._sender, set(self._tasks)))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
         self._sender = self._new_sender()
         gone = self._delivery.gone
         self._delivery = AlertDelivery(endpoint, self._sender, self._tools)
@@ -146,8 +157,8 @@ class EndpointRunner:
                 self._health.moved(name)
         finally:
             self._health.records_wait(False, name)
-            for sender in (*self._old_senders, self._sender):
-                await sender.close()
+            await asyncio.gather(*self._closing, return_exceptions=True)
+            await self._sender.close()
 
     async def _start(self) -> None:
         self._consumer = AIOKafkaConsumer(
@@ -187,6 +198,7 @@ class EndpointRunner:
             now = self._tools.clock()
             may_send = (
                 self.state == "active"
+                and not self._hands_over
                 and not self._delivery.gone
                 and now >= self._delivery.pace.until
             )
@@ -228,10 +240,21 @@ class EndpointRunner:
             if progress is None:
                 continue  # taken away meanwhile; its next owner reads them
             for record in records:
+                if record.offset < progress.next_offset:
+                    progress = self._begin_again(place, record.offset)
                 if progress.begin(record.offset, record.timestamp):
                     self._last_ms[place] = record.timestamp
                     retry = Retry(record.offset, 0, now)
                     self._spawn(self._delivery.first(record, progress), retry, progress)
+
+    def _begin_again(self, place: TopicPartition, offset: int) -> PartitionProgress:
+        """Follow a log that went back: the topic was made again while it was read."""
+        log.warning(
+            "the alerts topic went back: its endpoint begins there, without earlier retries",
+            extra={"endpoint": self.endpoint.name, "partition": place.partition},
+        )
+        self._progress[place] = PartitionProgress(offset)  # the next owner asks for the log's id
+        return self._progress[place]
 
     def _spawn(
         self, delivery: Coroutine[Any, Any, None], retry: Retry, progress: PartitionProgress
@@ -320,39 +343,68 @@ class EndpointRunner:
 
     async def revoked(self) -> None:
         """Give up all partitions: finish and commit first, so that no delivery is repeated."""
-        if self._consumer is not None:
-            await self._finish(self._consumer)
-        self._progress.clear()
-        self._committed.clear()
+        self._hands_over = True  # the loop goes on meanwhile, and must begin nothing
+        try:
+            if self._consumer is not None:
+                await self._finish(self._consumer)
+        finally:
+            self._hands_over = False
+            self._progress.clear()
+            self._committed.clear()
 
     async def assigned(self, places: Collection[TopicPartition]) -> None:
         """Take partitions: read their positions and retries, and seek there."""
         consumer = self._consumer
         while places and consumer is not None and not self._stopping.is_set():
             try:
-                found = await committed_progress(self._settings, self._group)
-                begins = await self._begins(consumer, [p for p in places if p not in found])
-            except (KafkaError, OSError) as error:
+                log_id, found = await committed_progress(self._settings, self._group)
+                bounds = await self._bounds(consumer, places)
+            except (KafkaError, OSError, StartupError) as error:
                 self._health.down("kafka", "does not answer", type(error).__name__)
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
                 continue
             for place in places:
-                position, retries = found.get(place, (begins.get(place, 0), []))
-                consumer.seek(place, position)
-                self._progress[place] = PartitionProgress(position, retries)
+                at = self._where_to_begin(place, found.get(place), bounds[place], log_id)
+                consumer.seek(place, at.position)
+                consumer.pause(place)  # until the loop's next turn sees whether it may deliver
+                self._progress[place] = PartitionProgress(at.position, at.retries, log_id)
             break
         self._commit_at = 0.0  # a new endpoint's position is committed before it reads
         self._has_joined = True
 
-    async def _begins(
-        self, consumer: AIOKafkaConsumer, places: list[TopicPartition]
-    ) -> dict[TopicPartition, int]:
-        """Return where an endpoint without a position begins."""
-        if not places:
-            return {}
-        if self.endpoint.start == "latest":
-            return dict(await consumer.end_offsets(places))
-        return dict(await consumer.beginning_offsets(places))
+    async def _bounds(
+        self, consumer: AIOKafkaConsumer, places: Collection[TopicPartition]
+    ) -> dict[TopicPartition, tuple[int, int]]:
+        """Return begin and end of each partition."""
+        begins = await consumer.beginning_offsets(places)
+        ends = await consumer.end_offsets(places)
+        return {place: (begins[place], ends[place]) for place in places}
+
+    def _where_to_begin(
+        self,
+        place: TopicPartition,
+        found: CommittedProgress | None,
+        bounds: tuple[int, int],
+        log_id: bytes,
+    ) -> CommittedProgress:
+        """Return the committed progress, or where an endpoint begins that has none in this log."""
+        begin, end = bounds
+        if found is None:
+            return CommittedProgress(end if self.endpoint.start == "latest" else begin)
+        if is_other(found.log_id, log_id) or found.position > end:
+            log.warning(
+                "the alerts topic is another than before: its endpoint begins at its start",
+                extra={"endpoint": self.endpoint.name, "partition": place.partition},
+            )
+            return CommittedProgress(begin)
+        return found
+
+
+async def _close_after(sender: Sender, tasks: Collection[asyncio.Task[None]]) -> None:
+    """Close a sender once its deliveries are done."""
+    if tasks:
+        await asyncio.wait(tasks)
+    await sender.close()
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -370,21 +422,22 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
 
 async def committed_progress(
     settings: Settings, group: str
-) -> dict[TopicPartition, tuple[int, list[Retry]]]:
-    """Read an endpoint's positions, and the retries that wait, from its consumer group.
+) -> tuple[bytes, dict[TopicPartition, CommittedProgress]]:
+    """Read the alerts topic's id, and an endpoint's progress from its consumer group.
 
     Raises:
-        KafkaError: the broker does not answer.
+        KafkaError, StartupError: the broker does not answer.
     """
+    topic = settings.topic("alerts")
+    ids = await topic_ids(settings, ("alerts",))
     admin = AIOKafkaAdminClient(**settings.kafka_client_options())
     try:
         await admin.start()
         found = await admin.list_consumer_group_offsets(group)
     finally:
         await admin.close()
-    topic = settings.topic("alerts")
-    return {
-        place: (at.offset, decode_retries(at.offset, at.metadata))
+    return ids.get(topic, NO_ID), {
+        place: decode_commit(at.offset, at.metadata)
         for place, at in found.items()
         if place.topic == topic and at.offset >= 0
     }
