@@ -54,9 +54,7 @@ class PartitionProgress:
         log_id: id of the topic.
     """
 
-    def __init__(
-        self, position: int, retries: Iterable[Retry] = (), log_id: bytes = NO_ID
-    ) -> None:
+    def __init__(self, position: int, retries: Iterable[Retry] = (), log_id: bytes = NO_ID) -> None:
         self.next_offset = position
         self.log_id = log_id
         self._under_way: dict[int, float] = {}  # offset of a first attempt: the record's time
