@@ -107,9 +107,8 @@ def test_a_description_of_an_endpoint_shows_no_secret_and_no_url(tmp_path: Path)
 def test_a_changed_secret_makes_another_endpoint(tmp_path: Path) -> None:
     one = load_endpoints(written(tmp_path, endpoint_table("cases", HTTPS)))
     same = load_endpoints(written(tmp_path, endpoint_table("cases", HTTPS)))
-    other = load_endpoints(
-        written(tmp_path, endpoint_table("cases", HTTPS, secrets=[new_secret()]))
-    )
+    table = endpoint_table("cases", HTTPS, secrets=[new_secret()])
+    other = load_endpoints(written(tmp_path, table))
 
     assert one == same
     assert one != other
