@@ -1,4 +1,4 @@
-"""Write docs/reference/*.md from the code: settings, metrics and commands (`make docs`).
+"""Write docs/reference/*.md from the code: settings, metrics, commands, retries (`make docs`).
 
 With ``--check`` nothing is written; the exit status is 1 if a page is not current.
 """
@@ -18,6 +18,15 @@ from prometheus_client import CollectorRegistry, Metric
 from pipeline.cli.main import recur
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import RENAMED, Settings, describe
+from pipeline.webhooks.metrics import WebhookMetrics
+from pipeline.webhooks.schedule import (
+    JITTER_SHARE,
+    RETRY_AFTER_MAX_SECONDS,
+    RETRY_DELAYS_SECONDS,
+    SLOW_MAX_SECONDS,
+    SLOW_MIN_SECONDS,
+)
+from pipeline.webhooks.sender import GONE, SLOW_DOWN
 
 FOLDER = Path(__file__).parent / "reference"
 WIDTH = 96
@@ -80,12 +89,6 @@ def _permitted(name: str) -> str:
 
 def metrics_page() -> str:
     """Every metric of a worker, as Prometheus stores it."""
-    metrics = Metrics(CollectorRegistry())
-    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
-    labels = {
-        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
-        for metric in vars(metrics).values()
-    }
     lines = [
         "# Metrics",
         "",
@@ -93,6 +96,24 @@ def metrics_page() -> str:
         "`_count`. Times are in seconds. No label holds an account, a merchant or an address.",
         "`deploy/prometheus/alerts.yml` and the dashboard in `deploy/grafana` use them.",
         "",
+        *_metric_table(Metrics(CollectorRegistry())),
+        "",
+        "Besides these a worker serves the `process_*` metrics of prometheus_client.",
+        "",
+        "## recur webhooks",
+        "",
+        *_metric_table(WebhookMetrics(CollectorRegistry())),
+    ]
+    return _page(lines)
+
+
+def _metric_table(metrics: Metrics | WebhookMetrics) -> list[str]:
+    families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
+    labels = {
+        getattr(metric, "_name", ""): list(getattr(metric, "_labelnames", ()))
+        for metric in vars(metrics).values()
+    }
+    lines = [
         "| metric | type | labels | meaning |",
         "|---|---|---|---|",
     ]
@@ -101,14 +122,57 @@ def metrics_page() -> str:
         shown = "; ".join(_label(family, label) for label in labels.get(family.name, []))
         cells = (f"`{family.name}{ending}`", family.type, shown, _sentence(family.documentation))
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    lines += ["", "Besides these a worker serves the `process_*` metrics of prometheus_client."]
-    return _page(lines)
+    return lines
 
 
 def _label(family: Metric, label: str) -> str:
     """A label, with its values where they are known from the start."""
     values = dict.fromkeys(s.labels[label] for s in family.samples if label in s.labels)
     return f"`{label}`" + (f": {', '.join(values)}" if values else "")
+
+
+def retries_page() -> str:
+    """The table of attempts to deliver a webhook, and what each answer does."""
+    statuses = ", ".join(map(str, sorted(SLOW_DOWN)))
+    lines = [
+        "# Retries of webhooks",
+        "",
+        "A delay counts from the failure before it. A random share of the delay, up to"
+        f" {JITTER_SHARE:.0%}, is",
+        "added, so that the retries of an outage spread. The last column is without it.",
+        "",
+        "| attempt | delay | time since the first |",
+        "|---:|---:|---:|",
+    ]
+    total = 0.0
+    for number, delay in enumerate(RETRY_DELAYS_SECONDS, 1):
+        total += delay
+        lines.append(f"| {number} | {_span(delay)} | {_span(total)} |")
+    return _page(
+        [
+            *lines,
+            "",
+            f"If attempt {len(RETRY_DELAYS_SECONDS)} fails, the alert becomes a dead letter.",
+            "",
+            "| answer | effect |",
+            "|---|---|",
+            "| 200 to 299 | delivered |",
+            f"| {GONE} | the endpoint is disabled until `recur webhooks resume`; its alerts wait |",
+            f"| {statuses} | a failure; the endpoint gets a pause of {_span(SLOW_MIN_SECONDS)} that"
+            f" doubles up to {_span(SLOW_MAX_SECONDS)}, or what `Retry-After` asks for, up to"
+            f" {_span(RETRY_AFTER_MAX_SECONDS)}; then one delivery at a time until one succeeds |",
+            "| any other status, redirects included | a failure |",
+            "| none within `RECUR_WEBHOOKS_TIMEOUT_SECONDS`, no connection, a forbidden address |"
+            " a failure |",
+        ]
+    )
+
+
+def _span(seconds: float) -> str:
+    """A time in hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    parts = ((minutes // 60, "h"), (minutes % 60, "min"), (rest, "s"))
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
 
 
 def commands_page() -> str:
@@ -159,7 +223,12 @@ def _page(lines: list[str]) -> str:
     return GENERATED + "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "commands.md": commands_page}
+PAGES = {
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "commands.md": commands_page,
+    "webhook-retries.md": retries_page,
+}
 
 
 def main(check: bool) -> int:

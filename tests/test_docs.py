@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from pipeline.cli.main import recur
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import CONFIG_VARIABLE, RENAMED, Settings
+from pipeline.webhooks.metrics import WebhookMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -108,8 +109,11 @@ def test_every_metric_in_a_document_exists(page: Path) -> None:
 
 @cache
 def names_of_metrics() -> set[str]:
-    """Names of a worker's metrics, without the endings of their types."""
-    return {family.name for family in Metrics(CollectorRegistry()).registry.collect()}
+    """Names of all metrics, without the endings of their types."""
+    registry = CollectorRegistry()
+    for kind in (Metrics, WebhookMetrics):
+        kind(registry)
+    return {family.name for family in registry.collect()}
 
 
 @EACH_PAGE_OF_TODAY

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.local.ports import HOST
 
 NETWORK = "127.0.0.0/8"
+HANG_SECONDS = 3600.0
 SECRET = "whsec_bm8gc2VjcmV0IGF0IGFsbCwgaXQgaXMgb2YgdGhlIHRlc3Rz"
 
 
@@ -56,10 +57,10 @@ def raw(content: bytes) -> Answer:
 
 
 def hang() -> Answer:
-    """Never answer, and keep the connection open."""
+    """Never answer, and keep the connection open until the client closes it."""
 
     async def answer(request: Received, writer: asyncio.StreamWriter) -> None:
-        await asyncio.Event().wait()
+        await asyncio.sleep(HANG_SECONDS)
 
     return answer
 
@@ -117,7 +118,12 @@ class Receiver:
             body = await reader.readexactly(int(headers["content-length"]))
             request = Received(path, headers, body)
             self.requests.append(request)
-            await self.answers.get(path, status(204))(request, writer)
+            answer = asyncio.ensure_future(self.answers.get(path, status(204))(request, writer))
+            end = asyncio.ensure_future(reader.read())
+            await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
+            for task in (answer, end):
+                task.cancel()
+            await asyncio.gather(answer, end, return_exceptions=True)
             await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
             pass  # the client went away, as some tests want it
