@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.errors import RecurError, StartupError
 from pipeline.kafka.partition_reader import KafkaPartitionReader
-from pipeline.kafka.topics import partition_count
+from pipeline.kafka.topics import NO_COORDINATOR_YET, partition_count
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError, retry_within
 from pipeline.webhooks.alert_event import iso_time, sample_event
@@ -73,7 +73,10 @@ async def _row(
     switch: Switch | None,
     ends: dict[TopicPartition, tuple[int, int]],
 ) -> tuple[str, ...]:
-    _, progress = await committed_progress(settings, group_of(settings, endpoint.name))
+    try:
+        _, progress = await committed_progress(settings, group_of(settings, endpoint.name))
+    except NO_COORDINATOR_YET:
+        progress = {}  # a new broker, whose first group has no coordinator yet
     behind = sum(
         max(0, end - max(begin, progress[place].position))
         for place, (begin, end) in ends.items()

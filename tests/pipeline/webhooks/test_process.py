@@ -19,7 +19,7 @@ import standardwebhooks
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from pipeline.errors import RecurError
-from pipeline.kafka.topics import ensure_topics
+from pipeline.kafka.topics import NO_COORDINATOR_YET, admin_client, ensure_topics, topic_ids
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.scoring.health import Health
@@ -27,6 +27,7 @@ from pipeline.settings import Settings, load_settings
 from pipeline.webhooks.commands import Replay, list_lines, send_test, switch_endpoint
 from pipeline.webhooks.endpoints import configured_endpoints
 from pipeline.webhooks.metrics import WebhookMetrics
+from pipeline.webhooks.partition_progress import CommittedProgress
 from pipeline.webhooks.process import WebhookProcess
 from pipeline.webhooks.runner import committed_progress, group_of
 from pipeline.webhooks.schedule import RetrySchedule
@@ -103,11 +104,18 @@ class Site:
 
         await until(has_all, f"all alerts at {name}")
 
+    async def progress(self, name: str) -> dict[TopicPartition, CommittedProgress]:
+        """Read what an endpoint has committed."""
+        try:
+            return (await committed_progress(self.settings, group_of(self.settings, name)))[1]
+        except NO_COORDINATOR_YET:
+            return {}
+
     async def until_position_holds_all(self, name: str) -> None:
         """Wait until the committed position is past all alerts, without retries."""
 
         async def is_past() -> bool:
-            _, found = await committed_progress(self.settings, group_of(self.settings, name))
+            found = await self.progress(name)
             position = sum(at.position for at in found.values())
             return position == len(self.sent) and not any(at.retries for at in found.values())
 
@@ -270,14 +278,14 @@ def test_retries_survive_a_kill_and_are_not_early(
         failed_at = time.time()
 
         async def all_wait() -> bool:
-            _, found = await committed_progress(site.settings, group_of(site.settings, "cases"))
+            found = await site.progress("cases")
             return sum(len(at.retries) for at in found.values()) == len(ids)
 
         async with site.process(log):
             await until(all_wait, "the retries to be committed")
         site.receiver.answers.clear()
         site.receiver.requests.clear()
-        _, found = await committed_progress(site.settings, group_of(site.settings, "cases"))
+        found = await site.progress("cases")
         assert {retry.failed for at in found.values() for retry in at.retries} == {1}
         assert min(r.due for at in found.values() for r in at.retries) >= int(failed_at) + 5
         async with site.delivering((0.0, 5.0, 300.0)):
@@ -349,5 +357,81 @@ def test_a_changed_file_counts_without_a_restart_and_a_wrong_one_changes_nothing
             await site.until_got("one", second)
             site.configure("one", "two")
             await site.until_got("two", [*first, *second])
+
+    on_site(test)
+
+
+def test_the_category_of_an_alert_is_that_of_its_transaction(
+    on_site: Callable[[Test], None],
+) -> None:
+    async def test(site: Site) -> None:
+        topic = site.settings.topic("transactions")
+        async with AIOKafkaProducer(**site.settings.kafka_client_options()) as producer:
+            for category in ("5411", "7995"):
+                await producer.send_and_wait(
+                    topic, b'{"category":"%b"}' % category.encode(), b"A1", 0
+                )
+        site.configure("cases", categories=["5411"])
+        wanted, *others = [
+            (await site.raise_alerts(1, source=f"{topic}:0:{offset}"))[0] for offset in (0, 1, 2)
+        ]
+        async with site.delivering():
+            await site.until_position_holds_all("cases")
+
+        assert site.receiver.ids("/cases") == [wanted]
+        assert len(others) == 2  # another category, and a transaction that is not there
+
+    on_site(test)
+
+
+def test_a_second_process_takes_partitions_over_and_nothing_is_lost_or_repeated(
+    on_site: Callable[[Test], None],
+) -> None:
+    async def test(site: Site) -> None:
+        site.configure("cases")
+        async with site.delivering() as first:
+            ids = await site.raise_alerts(10)
+            await site.until_got("cases", ids)
+            async with site.delivering() as second:
+
+                async def both_deliver() -> bool:
+                    ids.extend(await site.raise_alerts(4))
+                    await site.until_got("cases", ids)
+                    name = "recur_webhooks_delivered_total"
+                    return value_of(second, name, "cases") > 0 < value_of(first, name, "cases")
+
+                await until(both_deliver, "the second process to deliver")
+            ids += await site.raise_alerts(10)
+            await site.until_got("cases", ids)
+            await site.until_position_holds_all("cases")
+
+        assert sorted(site.receiver.ids("/cases")) == sorted(ids)
+
+    on_site(test)
+
+
+def test_a_topic_that_was_made_again_hides_no_alert(on_site: Callable[[Test], None]) -> None:
+    async def test(site: Site) -> None:
+        site.configure("cases")
+        async with site.delivering():
+            await site.raise_alerts(4)
+            await site.until_position_holds_all("cases")
+        topic = site.settings.topic("alerts")
+        async with admin_client(site.settings) as admin:
+            await admin.delete_topics([topic])
+
+        async def is_made() -> bool:
+            try:
+                await ensure_topics(site.settings)
+            except RecurError:
+                return False  # the broker still deletes it
+            return (await topic_ids(site.settings, ("alerts",))).get(topic) is not None
+
+        await until(is_made, "the topic")
+        site.sent.clear()
+        ids = await site.raise_alerts(6)  # more than before: no offset tells
+        async with site.delivering():
+            await site.until_got("cases", ids)
+            await site.until_position_holds_all("cases")
 
     on_site(test)
