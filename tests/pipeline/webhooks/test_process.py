@@ -54,7 +54,7 @@ class Site:
             "topic_partitions": 2,
             "kafka_commit_interval_seconds": 0.2,
             "webhooks_file": str(self.file),
-            "webhooks_timeout_seconds": 2.0,
+            "webhooks_timeout_seconds": 5.0,
             "http_port": 0,
         }
         self.settings: Settings = load_settings(**self.options)
