@@ -22,6 +22,15 @@ from pipeline.gateway.problems import PROBLEM_TYPES
 from pipeline.kafka.asyncapi import asyncapi_document
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import RENAMED, Settings, describe
+from pipeline.webhooks.metrics import WebhookMetrics
+from pipeline.webhooks.schedule import (
+    JITTER_SHARE,
+    RETRY_AFTER_MAX_SECONDS,
+    RETRY_DELAYS_SECONDS,
+    SLOW_MAX_SECONDS,
+    SLOW_MIN_SECONDS,
+)
+from pipeline.webhooks.sender import GONE, SLOW_DOWN
 
 FOLDER = Path(__file__).parent
 WIDTH = 96
@@ -83,7 +92,7 @@ def _permitted(name: str) -> str:
 
 
 def metrics_page() -> str:
-    """Every metric of a worker and of a gateway, as Prometheus stores it."""
+    """Every metric of a worker, of a gateway and of webhooks, as Prometheus stores it."""
     lines = [
         "# Metrics",
         "",
@@ -100,12 +109,16 @@ def metrics_page() -> str:
         "",
         *_metrics_table(GatewayMetrics()),
         "",
-        "Besides these both serve the `process_*` metrics of prometheus_client.",
+        "## recur webhooks",
+        "",
+        *_metrics_table(WebhookMetrics(CollectorRegistry())),
+        "",
+        "Besides these all serve the `process_*` metrics of prometheus_client.",
     ]
     return _page(lines)
 
 
-def _metrics_table(metrics: Metrics | GatewayMetrics) -> list[str]:
+def _metrics_table(metrics: Metrics | GatewayMetrics | WebhookMetrics) -> list[str]:
     """The rows of all metrics of a process."""
     families = [f for f in metrics.registry.collect() if f.name.startswith("recur_")]
     labels = {
@@ -125,6 +138,50 @@ def _label(family: Metric, label: str) -> str:
     """A label, with its values where they are known from the start."""
     values = dict.fromkeys(s.labels[label] for s in family.samples if label in s.labels)
     return f"`{label}`" + (f": {', '.join(values)}" if values else "")
+
+
+def retries_page() -> str:
+    """The table of attempts to deliver a webhook, and what each answer does."""
+    statuses = ", ".join(map(str, sorted(SLOW_DOWN)))
+    lines = [
+        "# Retries of webhooks",
+        "",
+        "A delay counts from the failure before it. A random share of the delay, up to"
+        f" {JITTER_SHARE:.0%}, is",
+        "added, so that the retries of an outage spread. The last column is without it.",
+        "",
+        "| attempt | delay | time since the first |",
+        "|---:|---:|---:|",
+    ]
+    total = 0.0
+    for number, delay in enumerate(RETRY_DELAYS_SECONDS, 1):
+        total += delay
+        lines.append(f"| {number} | {_span(delay)} | {_span(total)} |")
+    return _page(
+        [
+            *lines,
+            "",
+            f"If attempt {len(RETRY_DELAYS_SECONDS)} fails, the alert becomes a dead letter.",
+            "",
+            "| answer | effect |",
+            "|---|---|",
+            "| 200 to 299 | delivered |",
+            f"| {GONE} | the endpoint is disabled until `recur webhooks resume`; its alerts wait |",
+            f"| {statuses} | a failure; the endpoint gets a pause of {_span(SLOW_MIN_SECONDS)} that"
+            f" doubles up to {_span(SLOW_MAX_SECONDS)}, or what `Retry-After` asks for, up to"
+            f" {_span(RETRY_AFTER_MAX_SECONDS)}; then one delivery at a time until one succeeds |",
+            "| any other status, redirects included | a failure |",
+            "| none within `RECUR_WEBHOOKS_TIMEOUT_SECONDS`, no connection, a forbidden address |"
+            " a failure |",
+        ]
+    )
+
+
+def _span(seconds: float) -> str:
+    """A time in hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    parts = ((minutes // 60, "h"), (minutes % 60, "min"), (rest, "s"))
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
 
 
 def commands_page() -> str:
@@ -226,6 +283,7 @@ PAGES = {
     "reference/commands.md": commands_page,
     "asyncapi.yaml": asyncapi_file,
     "reference/gateway-errors.md": gateway_errors_page,
+    "reference/webhook-retries.md": retries_page,
 }
 
 

@@ -411,6 +411,20 @@ class Settings(BaseSettings):
         " see all accounts",
     )
 
+    # Webhooks
+    webhooks_file: Path | None = Field(
+        None, description="TOML file of the endpoints of `recur webhooks`; read again if it changes"
+    )
+    webhooks_concurrency: int = Field(
+        8, ge=1, le=64, description="most deliveries under way for an endpoint in a process"
+    )
+    webhooks_timeout_seconds: float = Field(
+        15.0,
+        gt=0,
+        le=30,
+        description="limit of an attempt to deliver a webhook as a whole, seconds",
+    )
+
     # Operations
     http_host: str = Field("127.0.0.1", description="address of /metrics, /live and /ready")
     http_port: int = Field(9100, ge=0, le=65_535, description="their port; 0 takes a free one")

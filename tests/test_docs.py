@@ -16,6 +16,7 @@ from pipeline.cli.main import recur
 from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import CONFIG_VARIABLE, RENAMED, Settings
+from pipeline.webhooks.metrics import WebhookMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -109,8 +110,12 @@ def test_every_metric_in_a_document_exists(page: Path) -> None:
 
 @cache
 def names_of_metrics() -> set[str]:
-    """Names of a worker's and a gateway's metrics, without the endings of their types."""
-    registries = (Metrics(CollectorRegistry()).registry, GatewayMetrics().registry)
+    """Names of all processes' metrics, without the endings of their types."""
+    registries = (
+        Metrics(CollectorRegistry()).registry,
+        GatewayMetrics().registry,
+        WebhookMetrics(CollectorRegistry()).registry,
+    )
     return {family.name for registry in registries for family in registry.collect()}
 
 

@@ -40,10 +40,11 @@ ROOMS = {
     "pipeline.replay": f"{_MODEL} pipeline pipeline.messages pipeline.kafka pipeline.files",
     "pipeline.local": "pipeline",
     "pipeline.demo": f"{_CLIENTS} model.simulator pipeline.files pipeline.replay pipeline.local",
+    "pipeline.webhooks": f"{_SCORING} pipeline.worker",
     "pipeline.cli": (
         f"{_SCORING} {_MODEL} model.evaluation model.probe pipeline.worker pipeline.audit"
         " pipeline.admin pipeline.gateway pipeline.files pipeline.replay pipeline.local"
-        " pipeline.demo"
+        " pipeline.demo pipeline.webhooks"
     ),
 }
 """Each room, and the rooms that it may import besides itself."""

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -126,13 +126,14 @@ async def partition_count(settings: Settings, topic: str) -> int | None:
         return (await _partition_counts(admin)).get(topic)
 
 
-async def topic_ids(settings: Settings) -> dict[str, bytes]:
-    """Ask for the ids of the transactions, scores and labels topics, by full name.
+async def topic_ids(
+    settings: Settings, roles: Sequence[TopicRole] = ("transactions", "scores", "labels")
+) -> dict[str, bytes]:
+    """Ask for the ids of topics, by full name.
 
     Raises:
         StartupError: the broker does not answer.
     """
-    roles: tuple[TopicRole, ...] = ("transactions", "scores", "labels")
     async with admin_client(settings) as admin:
         return await ask_ids(admin._client, [settings.topic(role) for role in roles])
 

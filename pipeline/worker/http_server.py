@@ -12,13 +12,12 @@ import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from pipeline.errors import StartupError
 from pipeline.scoring.health import Health
-from pipeline.scoring.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,18 @@ class _Server(ThreadingHTTPServer):
             log.error("a request for health or metrics failed", exc_info=error)
 
 
+class ServedMetrics(Protocol):
+    """The metrics of a process, as the server needs them."""
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """All of them."""
+
+    @property
+    def ready(self) -> Gauge:
+        """Whether the process is ready; the server sets it."""
+
+
 class HttpServer:
     """Server of a worker's health and metrics over HTTP.
 
@@ -56,7 +67,7 @@ class HttpServer:
         self,
         host: str,
         port: int,
-        metrics: Metrics,
+        metrics: ServedMetrics,
         health: Health,
         end_process: Callable[[int], object] = os._exit,
     ) -> None:

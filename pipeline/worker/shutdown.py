@@ -63,6 +63,7 @@ class ShutdownTimer:
         directory: removed at such an end.
         end_process: ends this process at once.
         clock: monotonic seconds.
+        what_follows: what the process does now, for the log.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class ShutdownTimer:
         *,
         end_process: Callable[[int], object] = os._exit,
         clock: Callable[[], float] = monotonic,
+        what_follows: str = "the worker finishes its micro-batch and ends",
     ) -> None:
+        self._what_follows = what_follows
         self._bound_seconds = bound_seconds
         self._directory = directory
         self._end_process = end_process
@@ -93,7 +96,7 @@ class ShutdownTimer:
         if self._first_signal_at is None:
             self._first_signal_at = now
             log.info(
-                "stop signal: the worker finishes its micro-batch and ends",
+                f"stop signal: {self._what_follows}",
                 extra={"signal": number.name},
             )
             self.begin()

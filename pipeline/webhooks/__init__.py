@@ -1,0 +1,1 @@
+"""Webhooks: deliver alerts to configured endpoints, signed, each at its own pace."""
