@@ -30,6 +30,7 @@ from pipeline.cli.options import (
     world_option,
 )
 from pipeline.cli.state import state
+from pipeline.cli.trace import trace
 from pipeline.errors import RecurError, SettingsError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.worker.shutdown import exit_on_signals
@@ -470,6 +471,7 @@ def label(file: Path | None, **options: Any) -> None:
 
 
 recur.add_command(state)
+recur.add_command(trace)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -168,7 +168,7 @@ class Worker:
             health=self.health,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
-            tracer=self._tracing and PollTracer(self._tracing.tracer, settings),
+            tracer=PollTracer(self._tracing.tracer, settings) if self._tracing else None,
         )
         self._use(assemble(settings, scorer_of(settings, checkpoint), partitions, services))
 
