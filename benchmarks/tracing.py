@@ -15,7 +15,7 @@ import numpy as np
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from pipeline.checkpoint import load_checkpoint
-from pipeline.settings import Settings
+from pipeline.settings import load_settings
 from pipeline.tracing.polls import PollTracer
 from pipeline.tracing.provider import Tracing
 from tests.fakes.memory_workers import MemoryWorker, World, finish
@@ -50,7 +50,7 @@ def make_case(name: str) -> Case:
     """Make a worker of the shipped checkpoint."""
     tracing = name == ON
     world = World(
-        load_checkpoint(Settings()),
+        load_checkpoint(load_settings()),
         topic_partitions=1,
         micro_batch_max=POLL_RECORDS,
         tracing=tracing,

@@ -31,7 +31,7 @@ from pipeline.local.ports import free_port
 from pipeline.local.redis import Redis
 from pipeline.messages.labels import Label, encode_label
 from pipeline.messages.transactions import encode_transaction
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load_settings
 from pipeline.tracing import journey_report
 from pipeline.tracing.journey_report import journey_lines, trace_transaction
 from tests.fakes.running_pipeline import PipelineUnderTest, transactions
@@ -242,10 +242,10 @@ def test_a_search_goes_back_to_the_given_time_and_no_further_and_shows_its_progr
 def test_a_broker_that_is_away_and_a_missing_topic_are_named(kafka: Kafka) -> None:
     (absent,) = transactions(1, accounts=1)
     away = f"127.0.0.1:{free_port()}"
-    settings = Settings(kafka_bootstrap_servers=away, startup_timeout_seconds=1)
+    settings = load_settings(kafka_bootstrap_servers=away, startup_timeout_seconds=1)
     with pytest.raises(RecurError, match=away):
         trace_lines(settings, absent)
-    settings = Settings(kafka_bootstrap_servers=kafka.bootstrap, topic_prefix="no-such-")
+    settings = load_settings(kafka_bootstrap_servers=kafka.bootstrap, topic_prefix="no-such-")
     with pytest.raises(RecurError, match=r"there is no topic no-such-scores .* RECUR_TOPIC_PREFIX"):
         trace_lines(settings, absent)
 
