@@ -45,6 +45,10 @@ OPEN_POLLS_MAX = 16
 """Most polls with an open span. A worker computes one poll while it concludes another."""
 
 
+_FLAG_AT = 54
+_SAMPLED_DIGITS = b"13579bdf"
+
+
 class PollTracer:
     """Spans of one worker's polls; it concludes one poll at a time.
 
@@ -154,7 +158,7 @@ def sampled_links(poll: Poll) -> list[Link]:
     found: list[Link] = []
     for chunk in poll.chunks.values():
         for record in chunk.records:
-            if not record.headers:
+            if not record.headers or not _may_be_sampled(record.headers):
                 continue
             trace = trace_of(record.headers)
             if trace is not None and trace[1]:
@@ -162,6 +166,14 @@ def sampled_links(poll: Poll) -> list[Link]:
                 if len(found) >= LINKS_MAX:
                     return found
     return found
+
+
+def _may_be_sampled(headers: Sequence[tuple[str, bytes]]) -> bool:
+    """Look at the sampled bit alone: a full check of each record takes 2 % of a poll's time."""
+    for name, value in headers:
+        if name == TRACEPARENT and value[_FLAG_AT : _FLAG_AT + 1] in _SAMPLED_DIGITS:
+            return True
+    return False
 
 
 def _links(headers: Sequence[tuple[str, bytes]]) -> list[Link]:
