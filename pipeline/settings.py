@@ -441,6 +441,18 @@ class Settings(BaseSettings):
         description="a worker ends within this once asked to stop, even if services are away,"
         " seconds; set it below the grace period of the supervisor (Kubernetes: 30)",
     )
+    tracing: bool = Field(
+        False,
+        description="whether workers and gateways send OpenTelemetry spans; needs the extra"
+        " `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
+    )
+    trace_sample_ratio: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of polls that are traced; those with a record of a sampled trace always"
+        " are",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of written log lines"
     )

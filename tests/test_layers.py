@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _MODEL_FOR_LIVE = "model model.features"
 _MODEL = f"{_MODEL_FOR_LIVE} model.data model.simulator model.training"
 _CLIENTS = f"{_MODEL_FOR_LIVE} pipeline pipeline.messages pipeline.kafka pipeline.storage"
-_SCORING = f"{_CLIENTS} pipeline.scoring"
+_SCORING = f"{_CLIENTS} pipeline.tracing pipeline.scoring"
 
 ROOMS = {
     "model": "model.features",
@@ -31,7 +31,8 @@ ROOMS = {
     "pipeline.messages": f"{_MODEL_FOR_LIVE} pipeline",
     "pipeline.kafka": f"{_MODEL_FOR_LIVE} pipeline pipeline.messages",
     "pipeline.storage": f"{_MODEL_FOR_LIVE} pipeline pipeline.messages",
-    "pipeline.scoring": _CLIENTS,
+    "pipeline.tracing": f"{_MODEL_FOR_LIVE} pipeline pipeline.messages pipeline.kafka",
+    "pipeline.scoring": f"{_CLIENTS} pipeline.tracing",
     "pipeline.worker": _SCORING,
     "pipeline.audit": _SCORING,
     "pipeline.admin": f"{_SCORING} pipeline.audit",

@@ -31,6 +31,7 @@ from pipeline.cli.options import (
     world_option,
 )
 from pipeline.cli.state import state
+from pipeline.cli.trace import trace
 from pipeline.cli.webhooks import webhooks
 from pipeline.errors import RecurError, SettingsError, StartupError
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
@@ -495,6 +496,7 @@ def label(file: Path | None, **options: Any) -> None:
 
 recur.add_command(keys)
 recur.add_command(state)
+recur.add_command(trace)
 recur.add_command(webhooks)
 
 

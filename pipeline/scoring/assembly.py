@@ -26,6 +26,7 @@ from pipeline.settings import Settings
 from pipeline.storage.merchant_store import MerchantStore
 from pipeline.storage.poll_store import PollStore
 from pipeline.storage.state_store import StateStore
+from pipeline.tracing.polls import PollTracer
 
 
 def wall_clock_ms() -> int:
@@ -47,6 +48,7 @@ class WorkerServices:
         on_fenced: called with a partition that another worker took.
         clock_ms: wall clock, epoch milliseconds.
         writer: id of this worker in the watermarks that it writes, u64.
+        tracer: records spans of polls and alerts; None without tracing.
     """
 
     store: StateStore
@@ -62,6 +64,7 @@ class WorkerServices:
     on_fenced: Callable[[int], None] = lambda partition: None
     clock_ms: Callable[[], int] = wall_clock_ms
     writer: int = field(default_factory=lambda: secrets.randbits(64))
+    tracer: PollTracer | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def assemble(
     """
     metrics, health = services.metrics, services.health
     retrier = Retrier(metrics, health)
+    tracer, publisher, transactions = services.tracer, services.publisher, services.transactions
+    if tracer is not None:
+        publisher = tracer.publisher(publisher)
+        transactions = transactions and tracer.transactions(transactions)
     ownership = PartitionManager(
         topic=settings.topic("transactions"),
         scores_topic=settings.topic("scores"),
@@ -119,8 +126,8 @@ def assemble(
         settings=settings,
         features=scorer.checkpoint.header.features,
         store=services.polls,
-        publisher=services.publisher,
-        transactions=services.transactions,
+        publisher=publisher,
+        transactions=transactions,
         partitions=ownership,
         retrier=retrier,
         metrics=metrics,
@@ -138,4 +145,4 @@ def assemble(
         health=health,
         clock_ms=services.clock_ms,
     )
-    return WorkerParts(ownership, Processor(computer, writer), labels)
+    return WorkerParts(ownership, Processor(computer, writer, tracer), labels)

@@ -22,6 +22,7 @@ from pipeline.messages.scores import (
     source_prefix,
     with_thresholds,
 )
+from pipeline.messages.trace_context import context_headers
 from pipeline.messages.transactions import decode_transaction_id
 from pipeline.scoring.answers import RecordAnswer
 from pipeline.scoring.dead_letter import DeadLetters
@@ -197,7 +198,8 @@ class OutputBuilder:
                     outside.get(place),
                     STATE_INVALID if i in refused else None,
                 )
-                draft.scores.append(Outgoing(record.key, value))
+                headers = context_headers(record.headers) if record.headers else ()
+                draft.scores.append(Outgoing(record.key, value, headers))
                 if decision != APPROVE or weight < WEIGHT_MAX:
                     _follow(draft, i, value, decision, weight, now_ms)
                 place += 1
@@ -227,7 +229,8 @@ class OutputBuilder:
             records = draft.part.loaded.decoded.records
             for i, score, decision in draft.alert_candidates:
                 alert = encode_alert(score, next(reasons), now_ms)
-                draft.alerts.append(Outgoing(records[i].key, alert))
+                headers = context_headers(records[i].headers)
+                draft.alerts.append(Outgoing(records[i].key, alert, headers))
                 decisions.append(decision)
         for decision in set(decisions):
             self._metrics.alerts.labels(decision).inc(decisions.count(decision))

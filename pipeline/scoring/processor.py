@@ -26,14 +26,23 @@ from pipeline.messages.decision import DecisionThresholds
 from pipeline.scoring.computer import PollComputer
 from pipeline.scoring.stages import ComputedPoll
 from pipeline.scoring.writer import PollWriter
+from pipeline.tracing.polls import PollTracer
 
 
 class Processor:
-    """The two halves of processing, each one poll at a time."""
+    """The two halves of processing, each one poll at a time.
 
-    def __init__(self, computer: PollComputer, writer: PollWriter) -> None:
+    Args:
+        computer, writer: the halves.
+        tracer: records spans of polls; None to record none.
+    """
+
+    def __init__(
+        self, computer: PollComputer, writer: PollWriter, tracer: PollTracer | None = None
+    ) -> None:
         self._computer = computer
         self._writer = writer
+        self._tracer = tracer
 
     @property
     def thresholds(self) -> DecisionThresholds:
@@ -55,7 +64,16 @@ class Processor:
             ScorerBrokenError: the computation fails for everything.
             StartupError: states and log do not belong together.
         """
-        return await self._computer.compute(poll)
+        if self._tracer is None:
+            return await self._computer.compute(poll)
+        self._tracer.begin(poll)
+        try:
+            computed = await self._computer.compute(poll)
+        except BaseException as error:
+            self._tracer.end(poll, error)
+            raise
+        self._tracer.computed(poll)
+        return computed
 
     async def conclude(self, computed: ComputedPoll) -> None:
         """Run the steps publish, save and ack. Call it for one poll at a time, in order.
@@ -67,4 +85,13 @@ class Processor:
             PublishError: the broker rejects a record that must be published.
             StartupError: states and log do not belong together.
         """
-        await self._writer.conclude(computed)
+        if self._tracer is None:
+            await self._writer.conclude(computed)
+            return
+        self._tracer.conclude(computed.poll)
+        try:
+            await self._writer.conclude(computed)
+        except BaseException as error:
+            self._tracer.end(computed.poll, error)
+            raise
+        self._tracer.end(computed.poll)

@@ -41,6 +41,8 @@ from pipeline.storage.client import StoreUnavailableError
 from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.poll_store import RedisPollStore
 from pipeline.storage.state_store import RedisStateStore
+from pipeline.tracing.polls import PollTracer
+from pipeline.tracing.provider import start_tracing
 from pipeline.worker import faust_transport
 from pipeline.worker.checkpoint_watcher import CheckpointWatcher
 from pipeline.worker.faust_transport import Delivery
@@ -153,6 +155,7 @@ class Worker:
             on_repaired=lambda: self._consumer().recheck_watermarks(self._topic),
         )
         self._store.loss_check = self._merchant_store.loss_check = self._evictions
+        self._tracing = start_tracing(settings, "recur-worker")
         services = WorkerServices(
             store=self._store,
             merchants=self._merchant_store,
@@ -165,6 +168,7 @@ class Worker:
             health=self.health,
             transactions=self._transactions,
             on_fenced=lambda partition: self._consumer().rejoin(),
+            tracer=PollTracer(self._tracing.tracer, settings) if self._tracing else None,
         )
         self._use(assemble(settings, scorer_of(settings, checkpoint), partitions, services))
 
@@ -325,6 +329,8 @@ class Worker:
         await self._store.close()
         await self._merchant_store.close()
         await self._evictions.close()
+        if self._tracing is not None:
+            await self._tracing.stop()
 
     # the group ---------------------------------------------------------------------------
 

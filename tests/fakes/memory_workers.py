@@ -44,6 +44,7 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS
 from pipeline.storage.state_store import Save
 from pipeline.storage.watermark import Watermark
+from pipeline.tracing.polls import PollTracer
 from tests.fakes.memory import (
     MemoryConsumer,
     MemoryKafka,
@@ -279,6 +280,7 @@ class World:
         self.merchants = MemoryMerchantStore()
         self.topic = self.settings.topic("transactions")
         self.partitions = range(self.settings.topic_partitions)
+        self.tracer: PollTracer | None = None
 
     # input -------------------------------------------------------------------------------
 
@@ -580,6 +582,7 @@ class MemoryWorker:
             ),
             on_fenced=self.fenced.append,
             clock_ms=lambda: world.now_ms,
+            tracer=world.tracer,
         )
         parts = assemble(settings, self.scorer, settings.topic_partitions, services)
         self.ownership, self.processor = parts.ownership, parts.processor
