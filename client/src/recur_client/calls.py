@@ -82,7 +82,7 @@ def make_call(request: Send, timeout_seconds: float) -> Call:
         reply = yield replace(request, timeout_seconds=left)
         if isinstance(reply, httpx.Response) and reply.status_code not in RETRIED:
             if reply.status_code == 202 and "location" in reply.headers:
-                location, failures = reply.headers["location"], 0
+                location, failures = _path_of(reply.headers["location"]), 0
                 wait = max(0, min(5, int(deadline - time.monotonic()) - 1))
                 request = Send("GET", location, wait_seconds=wait)
                 pause = PAUSE_FIRST_SECONDS if wait else _retry_after(reply) or PAUSE_MAX_SECONDS
@@ -97,6 +97,17 @@ def make_call(request: Send, timeout_seconds: float) -> Call:
             break
         yield Pause(pause)
     raise PendingError(location) if location else last
+
+
+def _path_of(location: str) -> str:
+    """Return a location if it is a path: the key must not go to another host.
+
+    Raises:
+        ProblemError: it is no path.
+    """
+    if not location.startswith("/") or location.startswith("//"):
+        raise ProblemError(202, title="the location of the score is no path")
+    return location
 
 
 def _failure(reply: Reply, failures: int) -> tuple[Exception, float]:

@@ -114,8 +114,7 @@ class Client:
         """
         while True:
             page = self.alert_page(cursor, **query)
-            for alert in page["alerts"]:
-                yield alert
+            yield from page["alerts"]
             cursor = page["cursor"]
             if not page["more"]:
                 return
