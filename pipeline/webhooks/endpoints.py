@@ -104,7 +104,7 @@ class _File(_Strict):
 
 
 @dataclass(frozen=True)
-class AlertFilter:
+class EventFilter:
     """The alerts that an endpoint gets; an empty set permits all.
 
     Attributes:
@@ -141,7 +141,7 @@ class Endpoint:
     url: str = field(repr=False)
     signers: Sequence[Signer] = field(repr=False, compare=False)
     secrets: tuple[str, ...] = field(repr=False)
-    filter: AlertFilter = AlertFilter()
+    filter: EventFilter = EventFilter()
     allowed: tuple[Network, ...] = ()
     ca_pem: str | None = field(default=None, repr=False)
     is_disabled: bool = False
@@ -249,7 +249,7 @@ def _endpoint(row: _Row, folder: Path, environment: Mapping[str, str]) -> Endpoi
         url=row.url,
         signers=signers,
         secrets=secrets,
-        filter=AlertFilter(frozenset(row.decisions), row.min_score, frozenset(row.categories)),
+        filter=EventFilter(frozenset(row.decisions), row.min_score, frozenset(row.categories)),
         allowed=tuple(_network(text) for text in row.allow_networks),
         ca_pem=None if row.ca_file is None else _text_of(folder / row.ca_file, "ca_file"),
         is_disabled=row.disabled,
