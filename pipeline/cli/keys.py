@@ -16,7 +16,7 @@ from pipeline.settings import load_settings
 
 if TYPE_CHECKING:
     from pipeline.gateway.api_keys import ApiKey, ApiKeyStore
-    from pipeline.gateway.audit import Act
+    from pipeline.messages.audit_records import Act
 
 T = TypeVar("T")
 
