@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, NoReturn, cast
 
 from litestar import Litestar, Request
@@ -26,20 +24,11 @@ OPEN_PATHS = PUBLIC_PATHS | {"/docs", "/openapi.json"}
 
 
 def make_app(gateway: Gateway) -> AsgiApp:
-    """Make the application of a gateway; it starts and stops the gateway's parts."""
+    """Make the application of a gateway; the caller starts and stops the gateway's parts."""
     document = make_document(gateway.settings, gateway.checkpoint)
-
-    @asynccontextmanager
-    async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        await gateway.start()
-        try:
-            yield
-        finally:
-            await gateway.stop()
 
     app = Litestar(
         make_routes(gateway, document, render_page(document)),
-        lifespan=[lifespan],
         openapi_config=None,
         logging_config=None,
         request_max_body_size=None,  # the middleware has read it already

@@ -31,6 +31,8 @@ BACKLOG = 2_048
 GC_THRESHOLD = 50_000
 """Allocated objects after which the collector looks at the young ones."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,7 @@ def run_gateway(settings: Settings) -> int:
         make_app(gateway),
         http=HeadLimitedProtocol,
         loop="none",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -82,15 +84,34 @@ def run_gateway(settings: Settings) -> int:
         "gateway starts",
         extra={"model": checkpoint.digest, "gateway": gateway.id, "address": f"{host}:{port}"},
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(server, gateway, sock))
+    log.info("gateway ends")
+    return 0
+
+
+async def _serve(server: _Server, gateway: Gateway, sock: socket.socket) -> None:
+    """Start the gateway's parts, serve until a signal, and stop them; a signal ends the start.
+
+    Raises:
+        RecurError: a part cannot start.
+    """
+    loop = asyncio.get_running_loop()
+    starting = asyncio.create_task(gateway.start())
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, starting.cancel)
+    await asyncio.wait([starting])
+    for number in STOP_SIGNALS:
+        loop.remove_signal_handler(number)
         # uvicorn raises a signal again once it has stopped for it.
         signal.signal(number, _ignore)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(server.serve(sockets=[sock]))
-    if gateway.failure is not None:
-        raise gateway.failure
-    log.info("gateway ends")
-    return 0 if server.started else 1
+    if starting.cancelled():
+        return
+    try:
+        starting.result()
+        await server.serve(sockets=[sock])
+    finally:
+        await gateway.stop()
 
 
 def _tls_files(settings: Settings) -> dict[str, Any]:

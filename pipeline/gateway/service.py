@@ -7,7 +7,7 @@ import secrets
 from aiokafka.errors import KafkaError
 
 from model.checkpoint import Checkpoint
-from pipeline.errors import RecurError, StartupError
+from pipeline.errors import StartupError
 from pipeline.gateway.accounts import AccountService
 from pipeline.gateway.alert_feed import AlertFeed
 from pipeline.gateway.audit import AuditLog
@@ -46,7 +46,6 @@ class Gateway:
 
     Attributes:
         id: names this process for replies; new at each start.
-        failure: the error that ended its start.
         scores, what_ifs, accounts, alerts: what the routes call; there after :meth:`start`.
     """
 
@@ -60,7 +59,6 @@ class Gateway:
         self.settings = settings
         self.checkpoint = checkpoint
         self.id = secrets.token_hex(8)
-        self.failure: RecurError | None = None
         self.metrics = GatewayMetrics()
         self.outages = Outages()
         self.states = RedisStateStore.from_settings(settings, checkpoint.digest)
@@ -96,18 +94,11 @@ class Gateway:
             self.outages.failed("replies", "a message that no worker writes")
 
     async def start(self) -> None:
-        """Connect to the services; an error is kept as :attr:`failure`, too.
+        """Connect to the services.
 
         Raises:
             RecurError: one of them does not answer; the message says what to do.
         """
-        try:
-            await self._start()
-        except RecurError as error:
-            self.failure = error
-            raise
-
-    async def _start(self) -> None:
         settings = self.settings
         await check_gateway_permissions(settings)
         self.partitions = (await ensure_topics(settings))["transactions"]

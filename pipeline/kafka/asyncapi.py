@@ -228,6 +228,11 @@ def _messages(settings: Settings) -> dict[str, Any]:
             },
             required=[name for name in DEAD_LETTER_HEADERS if name != "truncated"],
         ),
+        "AuditRecord": _message(
+            "One record of an act; two with the same act_id belong together.",
+            "id of the act",
+            _reference("schemas", "AuditRecord"),
+        ),
     }
 
 
