@@ -36,7 +36,7 @@ class RefusedRecordError(Exception):
         self.is_too_large = isinstance(error, TOO_LARGE)
 
 
-class RecordProducer:
+class LogProducer:
     """Producer that confirms each record with all replicas. Records of one moment share requests.
 
     Args:

@@ -26,7 +26,7 @@ from pipeline.gateway.problems import (
     TOO_LARGE,
     Problem,
 )
-from pipeline.gateway.record_producer import RecordProducer, RefusedRecordError
+from pipeline.gateway.record_producer import LogProducer, RefusedRecordError
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.waiting import Waiter, Waiters
 from pipeline.kafka.polls import LogUnavailableError
@@ -109,7 +109,7 @@ class ScoreService:
         settings: Settings,
         gateway_id: str,
         answers: AnswerStore,
-        producer: RecordProducer,
+        producer: LogProducer,
         search: ScoreSearch,
         waiters: Waiters,
         metrics: GatewayMetrics,

@@ -16,7 +16,7 @@ from pipeline.gateway.incoming import TransactionReader
 from pipeline.gateway.problems import CONFLICT, Problem
 from pipeline.gateway.protection import make_authenticator, make_limiter
 from pipeline.gateway.readiness import Readiness
-from pipeline.gateway.record_producer import RecordProducer
+from pipeline.gateway.record_producer import LogProducer
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.score_service import ScoreService
 from pipeline.gateway.waiting import Waiters
@@ -78,7 +78,7 @@ class Gateway:
         )
         self.reader = LogReader(settings)
         self.search = ScoreSearch(settings, self.reader)
-        self.producer = RecordProducer(settings)
+        self.producer = LogProducer(settings)
         self.alerts = AlertFeed(settings, self.reader)
         self.audit = AuditLog(settings)
         self.authenticator = make_authenticator(settings, self.redis)
