@@ -107,7 +107,7 @@ class Subscription:
             if protocol.pings_open > 1:
                 raise TimeoutError
             protocol.pings_open += 1
-            transport.write(hiredis.pack_command((b"PING",)))  # type: ignore[arg-type]
+            transport.write(hiredis.pack_command((b"PING",)))
 
 
 class _Messages(asyncio.Protocol):
