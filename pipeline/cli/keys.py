@@ -16,7 +16,7 @@ from pipeline.settings import load_settings
 
 if TYPE_CHECKING:
     from pipeline.gateway.api_keys import ApiKey, ApiKeyStore
-    XX
+    from pipeline.messages.audit_records import Act
 
 T = TypeVar("T")
 
@@ -180,8 +180,7 @@ async def _use(
 ) -> T:
     from pipeline.errors import RecurError
     from pipeline.gateway.api_keys import ApiKeyStore
-    from pipeline.messages.audit_records import Act
-from pipeline.gateway.audit import AuditLog
+    from pipeline.gateway.audit import AuditLog
     from pipeline.gateway.principal import Principal
     from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
     from pipeline.storage.keys import GatewayKeys
