@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer
+from standardwebhooks import Webhook
 
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
 from recur_client import AsyncClient, Client, ProblemError
+from recur_client.kafka import Stream, alerts, scores
 from tests.fakes.running_gateway import gateways, make_token
 from tests.fakes.running_pipeline import PipelineUnderTest, transactions
 
@@ -166,3 +172,107 @@ def test_a_wrong_key_and_a_wrong_field_are_told(site: Site, client: Client) -> N
     with pytest.raises(ProblemError) as caught:
         client.score({**fields(1, seed=9)[0], "amount": -1})
     assert [error.pointer for error in caught.value.errors] == ["/amount"]
+
+
+async def read(stream: Stream, count: int, fails: bool = False) -> list[str]:
+    """The sources of the next records; the last of them is not done if the reader fails."""
+    found: list[str] = []
+    try:
+        async with asyncio.timeout(CALL_SECONDS), stream:
+            async for record in stream:
+                found.append(record["source"])
+                if len(found) == count:
+                    break
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        found.pop()
+    return found
+
+
+def test_an_interrupted_stream_goes_on_without_loss_or_repetition(
+    site: Site, client: Client
+) -> None:
+    async def body() -> None:
+        settings = site.under_test.settings
+        await asyncio.to_thread(client.batch, [f for n in range(8) for f in fields(2, 20 + n)])
+        written = [json.loads(r.value)["source"] for r in await site.under_test.records("scores")]
+        assert len(written) >= 16
+
+        def stream() -> Stream:
+            return scores(settings.kafka_bootstrap_servers, "s", topic=settings.topic("scores"))
+
+        found = await read(stream(), 3)
+        found += await read(stream(), 5, fails=True)
+        found += await read(stream(), 1)
+        found += await read(stream(), len(written) - len(found))
+        assert sorted(found) == sorted(written)
+
+    site.run(body())
+
+
+def test_a_repeated_alert_is_read_once_and_a_new_group_begins_at_a_time(
+    site: Site, client: Client
+) -> None:
+    sent = fields(3, seed=40, amount=50_000.0)
+    for one in sent:
+        client.score(one)
+
+    async def body() -> None:
+        settings = site.under_test.settings
+        topic = settings.topic("alerts")
+
+        def stream(group: str, since_ms: int | None = None) -> Stream:
+            servers = settings.kafka_bootstrap_servers
+            return alerts(servers, group, topic=topic, since_ms=since_ms)
+
+        written = await site.under_test.records("alerts")
+        before = [json.loads(record.value)["source"] for record in written]
+        assert sorted(await read(stream("a"), len(before))) == sorted(before)
+        now_ms = max(record.timestamp for record in written) + 1
+        async with AIOKafkaProducer(**settings.kafka_client_options()) as producer:
+            for record in written:  # as a worker does that died after it had published them
+                await producer.send_and_wait(
+                    topic, record.value, record.key, record.partition, record.timestamp
+                )
+            for partition in range(settings.topic_partitions):
+                value = json.dumps({"source": f"last-{partition}"}).encode()
+                await producer.send_and_wait(
+                    topic, value, partition=partition, timestamp_ms=now_ms + 1_000
+                )
+        last = [f"last-{partition}" for partition in range(settings.topic_partitions)]
+        assert sorted(await read(stream("a"), len(last))) == last
+        assert sorted(await read(stream("b", now_ms + 500), len(last))) == last
+
+    site.run(body())
+
+
+def test_the_examples_of_the_readme_run(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = site.under_test.settings
+    text = (Path(__file__).parents[2] / "client/README.md").read_text()
+    for name, value in {
+        '"https://scores.example.com"': repr(site.address),
+        '"YOUR-KEY"': repr(site.key),
+        '"kafka:9092"': repr(settings.kafka_bootstrap_servers),
+        '"ops"': f'"ops", topic={settings.topic("alerts")!r}',
+        '"ops-2"': f'"ops-2", topic={settings.topic("alerts")!r}',
+    }.items():
+        assert name in text
+        text = text.replace(name, value)
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == text.count("```python")
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "client/README.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert "t-1001" in printed
+    assert len(printed) == 6, printed
+    now = datetime.now(UTC)
+    secret = re.findall(r'"(whsec_[^"]+)"', text)[0]
+    body = json.dumps({"source": "a:0:1"})
+    signed = {
+        "webhook-id": "m1",
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": Webhook(secret).sign("m1", now, body),
+    }
+    assert names["receive"](body.encode(), signed)["source"] == "a:0:1"
