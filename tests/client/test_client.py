@@ -270,3 +270,36 @@ def test_the_client_imports_neither_torch_nor_the_pipeline() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_both_clients_send_the_same_requests() -> None:
+    def call(client: Any) -> list[Any]:
+        return [
+            client.batch([TRANSACTION], wait_seconds=3),
+            client.get_score("t/1"),
+            client.what_if(TRANSACTION, [{"amount": 1}]),
+            client.label({"label": "fraud"}),
+            client.account("a/ü"),
+            client.alert_page("c1", limit=2),
+        ]
+
+    async def run(address: str) -> list[Any]:
+        async with AsyncClient(address, "k") as client:
+            return [await one for one in call(client)]
+
+    answer: Answer = (200, {}, {"results": []})
+    with serving(answer) as server, Client(server.address, "k") as client:
+        assert call(client) == asyncio.run(run(server.address))
+    assert server.seen[:6] == server.seen[6:]
+    assert [(method, path) for method, path, _ in server.seen[:6]] == [
+        ("POST", "/v1/scores/batch"),
+        ("GET", "/v1/scores/t%2F1"),
+        ("POST", "/v1/what-if"),
+        ("POST", "/v1/labels"),
+        ("GET", "/v1/accounts/a%2F%C3%BC"),
+        ("GET", "/v1/alerts?cursor=c1&limit=2"),
+    ]
+    assert json.loads(server.seen[2][2]) == {
+        "transaction": TRANSACTION,
+        "variants": [{"amount": 1}],
+    }
