@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ TRANSACTION = {"transaction_id": "t/1", "account_id": "A1", "amount": 5.0}
 Answer = tuple[int, dict[str, str], Any]
 CUT: Answer = (0, {}, None)
 HANG: Answer = (-1, {}, None)
+DRIP: Answer = (-2, {}, None)
 SCORE: Answer = (200, {}, {"score": 0.5})
 PENDING: Answer = (202, {"Location": "/v1/scores/t%2F1", "Retry-After": "1"}, {})
 
@@ -66,7 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers, value = server.answers[place]
         self.close_connection = True
         if status <= 0:
-            if status < 0:
+            if status == -2:
+                self.drip(server)
+            elif status < 0:
                 server.released.wait(60)
             return
         data = json.dumps(value).encode()
@@ -75,6 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, text)
         self.end_headers()
         self.wfile.write(data)
+
+    def drip(self, server: Server) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "10000")
+        self.end_headers()
+        with suppress(OSError):
+            while not server.released.wait(0.05):
+                self.wfile.write(b" ")
 
     do_GET = do_POST = _serve
 
@@ -134,6 +146,21 @@ def test_a_wait_past_the_deadline_ends_the_call_at_once(score: Score) -> None:
         with pytest.raises(ProblemError) as caught:
             score(server.address, 60)
     assert (caught.value.status, len(server.seen)) == (429, 1)
+
+
+@both
+def test_a_wait_may_be_a_date(score: Score) -> None:
+    until = formatdate(time.time() + 900, usegmt=True)
+    with serving((429, {"Retry-After": until}, {})) as server, pytest.raises(ProblemError):
+        score(server.address, 60)
+    with serving((429, {"Retry-After": "soon"}, {}), SCORE) as server:
+        assert score(server.address, 60) == {"score": 0.5}
+
+
+@both
+def test_a_dripping_gateway_ends_with_the_deadline(score: Score) -> None:
+    with serving(DRIP) as server, pytest.raises(DeadlineError):
+        score(server.address, 0.5)
 
 
 @both
@@ -243,3 +270,36 @@ def test_the_client_imports_neither_torch_nor_the_pipeline() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_both_clients_send_the_same_requests() -> None:
+    def call(client: Any) -> list[Any]:
+        return [
+            client.batch([TRANSACTION], wait_seconds=3),
+            client.get_score("t/1"),
+            client.what_if(TRANSACTION, [{"amount": 1}]),
+            client.label({"label": "fraud"}),
+            client.account("a/ü"),
+            client.alert_page("c1", limit=2),
+        ]
+
+    async def run(address: str) -> list[Any]:
+        async with AsyncClient(address, "k") as client:
+            return [await one for one in call(client)]
+
+    answer: Answer = (200, {}, {"results": []})
+    with serving(answer) as server, Client(server.address, "k") as client:
+        assert call(client) == asyncio.run(run(server.address))
+    assert server.seen[:6] == server.seen[6:]
+    assert [(method, path) for method, path, _ in server.seen[:6]] == [
+        ("POST", "/v1/scores/batch"),
+        ("GET", "/v1/scores/t%2F1"),
+        ("POST", "/v1/what-if"),
+        ("POST", "/v1/labels"),
+        ("GET", "/v1/accounts/a%2F%C3%BC"),
+        ("GET", "/v1/alerts?cursor=c1&limit=2"),
+    ]
+    assert json.loads(server.seen[2][2]) == {
+        "transaction": TRANSACTION,
+        "variants": [{"amount": 1}],
+    }

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -127,6 +128,11 @@ def _retry_after(response: httpx.Response) -> float | None:
     value = response.headers.get("retry-after", "")
     if value.isascii() and value.isdigit() and len(value) < 7:
         return float(value)
+    if value:
+        try:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:  # neither seconds nor a date
+            pass
     limit = response.headers.get("ratelimit", "")
     reset = _RESET.search(limit)
     return float(reset[1]) if reset and _EMPTY.search(limit) else None

@@ -134,13 +134,22 @@ class Client:
                 reply = self._send(step)
 
     def _send(self, step: Send) -> Reply:
+        deadline = time.monotonic() + step.timeout_seconds
+        body = bytearray()
         try:
-            return self._http.request(
+            with self._http.stream(
                 step.method,
                 step.path,
                 content=step.body,
                 headers=_headers(step),
                 timeout=step.timeout_seconds,
+            ) as response:
+                for part in response.iter_raw():  # each part has a time of its own
+                    if time.monotonic() >= deadline:
+                        return httpx.ReadTimeout("the call's time is over")
+                    body += part
+            return httpx.Response(
+                response.status_code, headers=response.headers, content=bytes(body)
             )
         except httpx.TransportError as error:
             return error
