@@ -32,7 +32,12 @@ from pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if service["image"] == "recur"}
+GATEWAY: dict[str, Any] = SERVICES["gateway"]
+OURS = {
+    name: service
+    for name, service in SERVICES.items()
+    if service["image"] == "recur" and service is not GATEWAY
+}
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 PROMETHEUS: dict[str, Any] = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/recur.json").read_text())
@@ -114,6 +119,23 @@ def test_compose_commands_and_variables_run_as_processes(
     assert stopped == 0
 
 
+def test_the_gateway_listens_where_compose_publishes_and_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = OURS["worker"]["environment"]
+    for name, value in GATEWAY["environment"].items():
+        monkeypatch.setenv(name, value)
+        if name in worker and name != "RECUR_HTTP_PORT":
+            assert worker[name] == value
+
+    settings = load_settings()
+
+    assert GATEWAY["command"] == ["gateway"]
+    assert settings.gateway_host == "0.0.0.0"
+    assert GATEWAY["ports"] == [f"127.0.0.1:8080:{settings.gateway_port}"]
+    assert settings.http_port == settings.gateway_port  # healthcheck.py asks there
+
+
 @EVERY_SERVICE
 def test_a_worker_ends_by_itself_before_it_would_be_killed(service: dict[str, Any]) -> None:
     """Docker waits for stop_grace_period, Kubernetes for 30 s where nothing else is said."""
@@ -170,7 +192,8 @@ def test_compose_runs_the_kafka_that_the_tests_run_on() -> None:
 def test_foreign_images_are_pinned_and_ports_bind_to_this_machine_only() -> None:
     for name, service in SERVICES.items():
         assert service["restart"] == "unless-stopped"
-        assert name in OURS or re.search(r":v?\d+\.\d+", service["image"]), service["image"]
+        image = service["image"]
+        assert image == "recur" or re.search(r":v?\d+\.\d+", image), image
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name}: {port}"
 

@@ -6,28 +6,31 @@
 --   note holds them.
 -- A label may have come before. The note keeps the label's time, and its weight if it has one.
 -- A fraud that such a label recorded gets the weight of the new note.
+-- It sets first and looks afterwards, because almost always there is no note: one call.
 local function write_notes(keys, first, expiry, scored)
   for at = 1, #scored, 11 do
     local place = first + 2 * (at - 1) / 11
     local key, profile = keys[place], keys[place + 1]
     local id, note = string.sub(scored, at, at + 7), string.sub(scored, at + 8, at + 10)
-    local before = redis.call('GET', key)
-    if before and #before == LABELLED_NOTE_BYTES then
-      if string.byte(before, 3) == 1 then
-        note = string.sub(note, 1, 1) .. string.sub(before, 2, 3)
-      elseif string.byte(before, 2) ~= string.byte(note, 2) then
-        local value = redis.call('GET', profile)
-        if value and #value > FIXED_BYTES and string.byte(value) == PROFILE_FORMAT
-            and (#value - FIXED_BYTES) % FRAUD_BYTES == 0 then
-          for entry = FIXED_BYTES + 1, #value, FRAUD_BYTES do
-            if string.sub(value, entry, entry + 7) == id then
-              redis.call('SETRANGE', profile, entry + 11, string.sub(note, 2, 2))
+    if not redis.call('SET', key, note, 'NX', 'PX', expiry) then
+      local before = redis.call('GET', key)
+      if before and #before == LABELLED_NOTE_BYTES then
+        if string.byte(before, 3) == 1 then
+          note = string.sub(note, 1, 1) .. string.sub(before, 2, 3)
+        elseif string.byte(before, 2) ~= string.byte(note, 2) then
+          local value = redis.call('GET', profile)
+          if value and #value > FIXED_BYTES and string.byte(value) == PROFILE_FORMAT
+              and (#value - FIXED_BYTES) % FRAUD_BYTES == 0 then
+            for entry = FIXED_BYTES + 1, #value, FRAUD_BYTES do
+              if string.sub(value, entry, entry + 7) == id then
+                redis.call('SETRANGE', profile, entry + 11, string.sub(note, 2, 2))
+              end
             end
           end
         end
+        note = note .. string.sub(before, 4)
       end
-      note = note .. string.sub(before, 4)
+      redis.call('SET', key, note, 'PX', expiry)
     end
-    redis.call('SET', key, note, 'PX', expiry)
   end
 end
