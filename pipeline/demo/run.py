@@ -265,9 +265,6 @@ class _Demo:
             token = await add_demo_key(self._settings)
             http = HttpTraffic(self._gateway.base_url, token, feed)
             await stack.enter_async_context(http)
-            self._display.command(
-                "score a payment yourself while this runs", http.command(_visit(payments))
-            )
             scores, alerts, dead_letters = [
                 await stack.enter_async_context(TopicReader(self._settings, role, partitions[role]))
                 for role in ("scores", "alerts", "dead_letter")
@@ -333,6 +330,9 @@ class _Demo:
         histories = burst = None
         if len(payments.history):
             histories = await stage.histories(payments.history, self._options.history_days)
+        self._display.command(
+            "score a payment yourself while this runs", stage.http.command(_visit(payments))
+        )
         live = await stage.live(payments.live, self._options.rate)
         if len(payments.burst):
             burst = await stage.burst(payments.burst, payments.burst_blocks)
