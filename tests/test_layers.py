@@ -40,7 +40,9 @@ ROOMS = {
     "pipeline.files": f"{_MODEL} pipeline",
     "pipeline.replay": f"{_MODEL} pipeline pipeline.messages pipeline.kafka pipeline.files",
     "pipeline.local": "pipeline",
-    "pipeline.demo": f"{_CLIENTS} model.simulator pipeline.files pipeline.replay pipeline.local",
+    "pipeline.demo": (
+        f"{_CLIENTS} model.simulator pipeline.gateway pipeline.files pipeline.replay pipeline.local"
+    ),
     "pipeline.webhooks": f"{_SCORING} pipeline.worker",
     "pipeline.cli": (
         f"{_SCORING} {_MODEL} model.evaluation model.probe pipeline.worker pipeline.audit"

@@ -1,9 +1,10 @@
 """``recur demo``: show the whole system on this machine for about a minute.
 
-The demo starts Kafka and Redis (:mod:`pipeline.local.embedded`) and worker processes. Its phases:
+The demo starts Kafka and Redis (:mod:`pipeline.local.embedded`), worker processes and a gateway.
+Its phases:
 
     histories   simulated days with the header recur-warm, so that accounts have a past
-    live        the next days at a steady rate, with fraud among them
+    live        the next days at a steady rate, with fraud among them, partly over HTTP
     burst       more days, prepared before, at the workers' full speed
 
 The labels topic makes frauds known seven simulated days later, so that skimmed terminals are
@@ -29,8 +30,10 @@ from types import FrameType
 
 from rich.console import Console
 
+from model.simulator.handbook import account_id, merchant_id
 from model.simulator.world import WORLDS, WorldName
 from model.units import DAY_MS
+from pipeline.demo.http_traffic import HttpTraffic, add_demo_key
 from pipeline.demo.labels import DelayedLabels
 from pipeline.demo.stage import Stage
 from pipeline.demo.summary import DemoResult, summarize
@@ -39,10 +42,17 @@ from pipeline.errors import SettingsError
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.embedded import Services, embedded
 from pipeline.local.kafka_jars import jar_directory
-from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
+from pipeline.local.workers import (
+    LocalGateway,
+    WorkerProcess,
+    start_gateway,
+    start_worker,
+    stop_all,
+    until_ready,
+)
 from pipeline.replay.producer import Block, Feed
 from pipeline.replay.score_counter import TopicReader
-from pipeline.replay.simulated import SimulatedStream, SimulatedTransactions
+from pipeline.replay.simulated import CURRENCY, SimulatedStream, SimulatedTransactions
 from pipeline.settings import load_settings
 
 CUSTOMERS = 5_000
@@ -59,6 +69,9 @@ PREPARED_MAX = 500_000
 
 CHECK_SECONDS = 60.0
 """Interval at which ``keep_running`` counts the scores of the live phase."""
+
+OLDEST_YEARS = 30
+"""Age of payments that workers and the gateway accept here."""
 
 KEEP_RUNNING_YEARS = 20
 """Distance of simulated time from today with ``keep_running``: it must not reach today."""
@@ -192,6 +205,18 @@ def _start_date(options: DemoOptions) -> str:
     return (datetime.now(UTC) - timedelta(days=days)).date().isoformat()
 
 
+def _visit(payments: _DemoPayments) -> dict[str, object]:
+    """Make a payment for a person to send: the first live one's, by an account of its own."""
+    columns = payments.live.columns
+    return {
+        "account_id": account_id(CUSTOMERS),  # the simulated accounts have smaller numbers
+        "merchant_id": merchant_id(int(columns.merchant[0])),
+        "amount": float(columns.amount[0]),
+        "currency": CURRENCY,
+        "timestamp": int(columns.timestamp_ms[0]),
+    }
+
+
 class _Demo:
     """A run of the demo, from the started services to the summary."""
 
@@ -206,6 +231,7 @@ class _Demo:
             kafka_bootstrap_servers=services.kafka_bootstrap_servers, redis_url=services.redis_url
         )
         self._workers: list[WorkerProcess] = []
+        self._gateway: LocalGateway | None = None
         self._stage: Stage | None = None
         self._is_over = False
 
@@ -235,6 +261,10 @@ class _Demo:
         async with self._running_workers(), AsyncExitStack() as stack:
             payments = await self._prepare(partitions["transactions"])
             feed = await stack.enter_async_context(Feed(self._settings))
+            assert self._gateway is not None
+            token = await add_demo_key(self._settings)
+            http = HttpTraffic(self._gateway.base_url, token, feed)
+            await stack.enter_async_context(http)
             scores, alerts, dead_letters = [
                 await stack.enter_async_context(TopicReader(self._settings, role, partitions[role]))
                 for role in ("scores", "alerts", "dead_letter")
@@ -244,6 +274,8 @@ class _Demo:
                 self._display,
                 self._services,
                 self._workers,
+                self._gateway,
+                http,
                 feed,
                 DelayedLabels(label_feed, LABEL_DELAY_DAYS * DAY_MS),
                 scores,
@@ -265,23 +297,29 @@ class _Demo:
 
     @asynccontextmanager
     async def _running_workers(self) -> AsyncIterator[None]:
-        environment = self._services.environment() | {"TMPDIR": str(self._directory)}
+        environment = self._services.environment() | {
+            "TMPDIR": str(self._directory),
+            "RECUR_MAX_TIMESTAMP_AGE_SECONDS": str(OLDEST_YEARS * 366 * DAY_MS // 1000),
+        }
         try:
             for number in range(1, self._options.workers + 1):
                 self._workers.append(start_worker(number, self._directory, environment))
+            self._gateway = start_gateway(self._directory, environment)
             yield
         finally:
-            await stop_all(self._workers)
+            await stop_all([*self._workers, *([self._gateway] if self._gateway else [])])
 
     async def _prepare(self, partitions: int) -> _DemoPayments:
         """Make the payments while the workers start."""
         count = self._options.workers
         name = "1 worker" if count == 1 else f"{count} workers"
-        self._display.working(f"starting {name}")
+        self._display.working(f"starting {name} and a gateway")
         started = time.monotonic()
         payments, _ = await asyncio.gather(
             asyncio.to_thread(_DemoPayments.make, self._options),
-            until_ready(self._workers, READY_SECONDS),
+            until_ready(
+                [*self._workers, *([self._gateway] if self._gateway else [])], READY_SECONDS
+            ),
         )
         seconds = time.monotonic() - started
         self._display.done(name, f"ready in {seconds:.1f} s, for {partitions} partitions")
@@ -292,6 +330,9 @@ class _Demo:
         histories = burst = None
         if len(payments.history):
             histories = await stage.histories(payments.history, self._options.history_days)
+        self._display.command(
+            "score a payment yourself while this runs", stage.http.command(_visit(payments))
+        )
         live = await stage.live(payments.live, self._options.rate)
         if len(payments.burst):
             burst = await stage.burst(payments.burst, payments.burst_blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.demo.gauges import Latency, Rates
+from pipeline.demo.http_traffic import VISITOR_PREFIX, HttpTraffic, LivePart, divide
 from pipeline.demo.labels import DelayedLabels
 from pipeline.demo.view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
 from pipeline.local.embedded import Services
-from pipeline.local.workers import WorkerProcess
+from pipeline.local.workers import LocalGateway, WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead
 from pipeline.replay.score_counter import ScoreCounter, TopicReader
@@ -27,6 +28,7 @@ STALL_SECONDS = 60.0
 """Time without a new score after which the rest counts as lost."""
 
 FRAME_SECONDS = 0.25
+_VISITOR_MARK = f'"{VISITOR_PREFIX}'.encode()
 SCRAPE_SECONDS = 1.0
 
 
@@ -88,6 +90,8 @@ class Stage:
     """Feeder of the phases that shows their progress and counts their results.
 
     Args:
+        gateway: process that the requests go to.
+        http: client that sends them.
         labels: sender of the delayed labels.
         scores: reader of the scores, started before the first transaction.
         alerts: reader of the alerts, started like that of the scores.
@@ -102,6 +106,8 @@ class Stage:
         display: Display,
         services: Services,
         workers: Sequence[WorkerProcess],
+        gateway: LocalGateway,
+        http: HttpTraffic,
         feed: Feed,
         labels: DelayedLabels,
         scores: TopicReader,
@@ -112,6 +118,9 @@ class Stage:
         self._display = display
         self._services = services
         self._workers = workers
+        self._gateway = gateway
+        self._gateway_died = False
+        self.http = http
         self._feed = feed
         self.labels = labels
         self._scores = scores
@@ -123,7 +132,7 @@ class Stage:
         self._recent: deque[AlertLine] = deque(maxlen=ALERT_LINES_MAX)
         self._alerts_read = 0
         self._last_scrape = 0.0
-        self._published = self._rejected = 0
+        self._published = self._rejected = self._visitors = 0
         self._started = time.monotonic()
         self._scene = Scene(addresses=[worker.address for worker in workers])
 
@@ -151,7 +160,9 @@ class Stage:
         phase.explained = f"one second here is {minutes:,.0f} simulated minutes"
         await self._scrape()
         self._latency.reset()
-        await self._perform(phase, transactions.blocks(), rate)
+        accounts = transactions.columns.account
+        part = await asyncio.to_thread(divide, list(transactions.blocks()), accounts, rate)
+        await self._perform(phase, [part.fed], part)
         await self._scrape()
         phase.p50_seconds, phase.p99_seconds = (self._latency.overall(q) for q in (0.5, 0.99))
         if not endless:
@@ -180,7 +191,7 @@ class Stage:
         """Make a line with the counts so far, for a demo that is stopped."""
         seconds = time.monotonic() - self._started
         return (
-            f"stopped after {clock(seconds)}: {self._feed.count.acked:,} sent,"
+            f"stopped after {clock(seconds)}: {self._acked():,} sent,"
             f" {self._published:,} scored, {self._alerts_read:,} alerts"
         )
 
@@ -194,13 +205,13 @@ class Stage:
         read_along: bool = False,
         warm: bool = False,
     ) -> Phase:
-        self._rates = Rates(self._feed.count.acked, self._published)
+        self._rates = Rates(self._acked(), self._published)
         self.labels.add(transactions)
         return Phase(
             name,
             transactions,
             ScoreCounter(len(transactions), transactions.index_of),
-            self._feed.count.sent,
+            self._sent(),
             self._published,
             self._rejected,
             read_along,
@@ -208,12 +219,14 @@ class Stage:
         )
 
     async def _perform(
-        self, phase: Phase, blocks: Iterable[Block], rate: float | None = None
+        self, phase: Phase, blocks: Iterable[Block], part: LivePart | None = None
     ) -> None:
         if not phase.read_along:  # early labels are fine: each has the time from which it counts
             await self.labels.send_until(int(phase.transactions.columns.timestamp_ms[-1]))
-        feed = self._feed.run(ahead(blocks), rate=rate, warm=phase.warm, history=True)
-        feeding = asyncio.ensure_future(feed)
+        sending = [self._feed.run(ahead(blocks), warm=phase.warm, history=True)]
+        if part is not None:
+            sending.append(self.http.run(part))
+        feeding = asyncio.ensure_future(_all(sending))
         try:
             await self._wait_until_scored(phase, feeding)
         finally:
@@ -260,7 +273,7 @@ class Stage:
     async def _update(self, phase: Phase) -> None:
         """Read the new results and show them."""
         self._check_processes()
-        self._published = await self._scores.published()
+        self._published = await self._scores.published() - self._visitors
         self._rejected += len(await self._dead_letters.read())
         phase.rejected = self._rejected - phase.rejected_before
         if time.monotonic() - self._last_scrape > SCRAPE_SECONDS:
@@ -272,25 +285,37 @@ class Stage:
         while phase.read_along and (records := await self._scores.read()):
             self._add(phase, records)
         scene = self._scene
-        scene.rate_in, scene.rate_out = self._rates.add(self._feed.count.acked, self._published)
+        scene.rate_in, scene.rate_out = self._rates.add(self._acked(), self._published)
         scored = self._published - phase.scored_before
         self._show_scene(phase, phase.name, scored, "scored")
 
     def _event_ms(self, phase: Phase) -> int:
         """Find the time of the newest sent transaction, in simulated milliseconds."""
-        sent = self._feed.count.sent - phase.sent_before
+        sent = self._sent() - phase.sent_before
         last = len(phase.transactions) - 1
         return int(phase.transactions.columns.timestamp_ms[min(sent, last)])
 
     def _waiting(self) -> int:
         """Count the sent transactions without a score."""
-        return self._feed.count.sent - self._published - self._rejected
+        return self._sent() - self._published - self._rejected
+
+    def _sent(self) -> int:
+        """Count the sent transactions; a request counts once the gateway has answered."""
+        return self._feed.count.sent + self.http.accepted
+
+    def _acked(self) -> int:
+        return self._feed.count.acked + self.http.accepted
 
     def _check_processes(self) -> None:
         for service in (self._services.kafka, self._services.redis):
             if service is not None:
                 _ = service.pid  # raises an error with its log if the service has ended
         self._check_workers()
+        if self._gateway.death is not None and not self._gateway_died:
+            self._gateway_died = True
+            self._display.note(f"the gateway {self._gateway.death}; the feed takes over")
+            if not self._gateway.killed:
+                self.faults.append(f"the gateway {self._gateway.death}")
 
     def _check_workers(self) -> None:
         for worker in self._workers:
@@ -314,7 +339,9 @@ class Stage:
         self._latency.record()
 
     def _add(self, phase: Phase, records: list[Any]) -> None:
-        fresh = phase.counter.add(records)
+        ours = [record for record in records if _VISITOR_MARK not in record.value]
+        self._visitors += len(records) - len(ours)
+        fresh = phase.counter.add(ours)
         if phase.warm:
             return
         fraud = phase.transactions.columns.scenario[fresh] > 0
@@ -325,7 +352,11 @@ class Stage:
 
     def _add_alerts(self, phase: Phase, records: list[Any]) -> None:
         self._alerts_read += len(records)
-        alerts = [decode_alert(record.value) for record in records]
+        alerts = [
+            alert
+            for alert in (decode_alert(record.value) for record in records)
+            if not alert.transaction_id.startswith(VISITOR_PREFIX)
+        ]
         index = phase.transactions.index_of([alert.transaction_id for alert in alerts])
         for alert, place in zip(alerts, index.tolist(), strict=True):
             if place < 0:
@@ -361,5 +392,20 @@ class Stage:
         scene.event_ms = self._event_ms(phase)
         scene.alerts = self._alerts_read
         scene.rates_out, scene.recent = self._rates.curve, self._recent
-        scene.workers = [worker.name for worker in self._workers if worker.number not in self._dead]
+        names = [worker.name for worker in self._workers if worker.number not in self._dead]
+        scene.workers = [*names, *([] if self._gateway_died else [self._gateway.name])]
+        figures = self.http.figures(recent=True)
+        scene.http_requests, scene.http_errors = figures.requests, figures.errors
+        scene.http_p50_seconds, scene.http_p99_seconds = figures.p50_seconds, figures.p99_seconds
         self._display.show(scene)
+
+
+async def _all(sending: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(one) for one in sending]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

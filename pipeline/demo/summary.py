@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from model.simulator.world import LEGITIMATE, SCENARIOS
 from model.units import DAY_MS
+from pipeline.demo.http_traffic import HttpFigures
 from pipeline.demo.stage import Phase, Stage
 from pipeline.demo.view import DemoSummary, DetectionRate, milliseconds
 from pipeline.local.workers import WorkerProcess
@@ -44,6 +45,7 @@ async def summarize(
     """Make the summary, with fresh values of Redis and the workers."""
     await asyncio.gather(*(worker.refresh() for worker in workers if worker.death is None))
     rows = [("transactions", _transactions(result)), ("live", _live(result.live))]
+    rows.append(("HTTP", _http(stage.http.figures())))
     if result.burst is not None:
         rows.append(
             ("burst", _burst(result.burst, sum(worker.death is None for worker in workers)))
@@ -70,6 +72,14 @@ def _live(phase: Phase) -> str:
         f"{len(phase.transactions):,} at {phase.per_second:,.0f}/s:"
         f" p50 {milliseconds(phase.p50_seconds)}, p99 {milliseconds(phase.p99_seconds)}"
         " from record to score"
+    )
+
+
+def _http(figures: HttpFigures) -> str:
+    return (
+        f"{figures.requests:,} of the live ones as requests to the gateway:"
+        f" p50 {milliseconds(figures.p50_seconds)}, p99 {milliseconds(figures.p99_seconds)},"
+        f" errors {figures.errors:,}"
     )
 
 

@@ -72,6 +72,11 @@ class Scene:
     """Last alerts, newest first."""
     workers: Sequence[str] = ()
     addresses: Sequence[str] = field(default_factory=list)
+    http_requests: int = 0
+    http_errors: int = 0
+    http_p50_seconds: float | None = None
+    http_p99_seconds: float | None = None
+    """Quantiles of the last seconds' requests to the gateway."""
     hint: str = "Ctrl-C ends the demo"
 
 
@@ -111,6 +116,9 @@ class Display(Protocol):
     def note(self, text: str, *, bad: bool = False) -> None:
         """Show an unusual event in a line that stays."""
 
+    def command(self, what: str, line: str) -> None:
+        """Show a shell command, whole, so that it can be copied."""
+
     def show(self, scene: Scene) -> None:
         """Show the present state."""
 
@@ -148,6 +156,12 @@ class LiveDisplay:
     def note(self, text: str, *, bad: bool = False) -> None:
         """Print a marked line."""
         self._console.print(Text(f"  ! {text}", style="red" if bad else "yellow"))
+
+    def command(self, what: str, line: str) -> None:
+        """Print it under its heading, in one line however long."""
+        self._update(Text(""))
+        self._console.print(Text(f"  {what}:", style="dim"))
+        self._console.print(Text(line), soft_wrap=True)
 
     def show(self, scene: Scene) -> None:
         """Redraw the view."""
@@ -196,6 +210,11 @@ class PlainDisplay:
         """Print a line."""
         self._print(f"!   {text}")
 
+    def command(self, what: str, line: str) -> None:
+        """Print two lines."""
+        self._print(f"    {what}:")
+        self._print(line)
+
     def show(self, scene: Scene) -> None:
         """Print a line at most every :data:`PLAIN_LINE_SECONDS`, and when a phase begins."""
         now = time.monotonic()
@@ -212,6 +231,8 @@ class PlainDisplay:
             parts.append(
                 f"p50 {milliseconds(scene.p50_seconds)}, p99 {milliseconds(scene.p99_seconds)}"
             )
+        if scene.http_requests:
+            parts.append(f"HTTP {_http_text(scene)}")
         if scene.alerts:
             parts.append(
                 f"fraud caught {scene.caught:,}, missed {scene.missed:,};"
@@ -248,6 +269,8 @@ def render(scene: Scene, width: int, height: int) -> RenderableType:
     parts: list[RenderableType] = [_header(scene, width), Text(""), _numbers(scene, narrow)]
     if scene.event_ms is not None:
         parts.append(_simulated_time(scene))
+    if scene.http_requests:
+        parts.append(_http(scene))
     parts += [_curve(scene, width), Text("")]
     footer = _footer(scene, width)
     room = height - 2 - _lines(parts) - _lines(footer)
@@ -310,6 +333,17 @@ def _simulated_time(scene: Scene) -> Text:
         no_wrap=True,
         overflow="ellipsis",
     )
+
+
+def _http(scene: Scene) -> Text:
+    return Text.assemble(
+        (f"{'HTTP':>13} ", "dim"), _http_text(scene), no_wrap=True, overflow="ellipsis"
+    )
+
+
+def _http_text(scene: Scene) -> str:
+    p50, p99 = map(milliseconds, (scene.http_p50_seconds, scene.http_p99_seconds))
+    return f"{scene.http_requests:,} requests, p50 {p50}, p99 {p99}, errors {scene.http_errors:,}"
 
 
 def _curve(scene: Scene, width: int) -> Text:

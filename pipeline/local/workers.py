@@ -1,4 +1,4 @@
-"""Worker processes on this machine: start, wait until ready, read their metrics, stop.
+"""Workers and gateways on this machine: start, wait until ready, read their metrics, stop.
 
 A supervisor (:mod:`pipeline.local.supervisor`) ends each worker with this process.
 """
@@ -96,6 +96,20 @@ class WorkerProcess:
         return await asyncio.to_thread(self.process.stop, STOP_SECONDS)
 
 
+class LocalGateway(WorkerProcess):
+    """A gateway process; it answers to /ready and /metrics as a worker does."""
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        return "gateway"
+
+    @property
+    def base_url(self) -> str:
+        """Address of its API, such as http://127.0.0.1:8080."""
+        return f"http://{self.host}:{self.port}"
+
+
 def start_worker(number: int, directory: Path, environment: Mapping[str, str]) -> WorkerProcess:
     """Start ``recur worker`` with more environment variables; write its log to the directory.
 
@@ -103,27 +117,42 @@ def start_worker(number: int, directory: Path, environment: Mapping[str, str]) -
         ServiceError: the process cannot be started.
     """
     port = free_port()
+    more = {**environment, "RECUR_HTTP_HOST": HOST, "RECUR_HTTP_PORT": str(port)}
     log_path = directory / f"worker-{number}.log"
+    process = _start("worker", log_path, more)
+    return WorkerProcess(number, process, HOST, port, log_path)
+
+
+def start_gateway(directory: Path, environment: Mapping[str, str]) -> LocalGateway:
+    """Start ``recur gateway`` as :func:`start_worker` does a worker.
+
+    Raises:
+        ServiceError: the process cannot be started.
+    """
+    port = free_port()
+    more = {**environment, "RECUR_GATEWAY_HOST": HOST, "RECUR_GATEWAY_PORT": str(port)}
+    log_path = directory / "gateway.log"
+    return LocalGateway(0, _start("gateway", log_path, more), HOST, port, log_path)
+
+
+def _start(command: str, log_path: Path, environment: Mapping[str, str]) -> SupervisedProcess:
     source = str(Path(pipeline.__file__).parents[1])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {
         **os.environ,
         **environment,
         "PYTHONPATH": os.pathsep.join(paths),
-        "RECUR_HTTP_HOST": HOST,
-        "RECUR_HTTP_PORT": str(port),
     }
     try:
-        process = SupervisedProcess(
-            [sys.executable, "-m", "pipeline.cli.main", "worker"],
+        return SupervisedProcess(
+            [sys.executable, "-m", "pipeline.cli.main", command],
             log_path=log_path,
-            directory=directory,
+            directory=log_path.parent,
             environment=variables,
             grace_seconds=STOP_SECONDS,
         )
     except OSError as error:
-        raise ServiceError(f"worker {number} cannot be started: {error}") from error
-    return WorkerProcess(number, process, HOST, port, log_path)
+        raise ServiceError(f"`recur {command}` cannot be started: {error}") from error
 
 
 async def until_ready(workers: Sequence[WorkerProcess], timeout_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.demo.http_traffic import divide
 from pipeline.demo.run import INTERRUPTED, DemoOptions
 from pipeline.demo.stage import Phase
 from pipeline.errors import SettingsError
@@ -82,7 +84,13 @@ class Run:
 @pytest.mark.live
 def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, transactions=20_000, rate=200, seconds=4, history_days=2)
-    text = run.end()
+    text = run.until("curl ")
+    command = text.splitlines()[-1]
+    answers = [
+        json.loads(subprocess.run(command, shell=True, capture_output=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    text += run.end()
 
     assert run.process.returncode == 0, text
     total = int(re.findall(r"transactions +([\d,]+): lost 0, scored twice 0, rejected 0", text)[0]
@@ -98,6 +106,12 @@ def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Pa
         int(n.replace(",", "")) for n in re.findall(r"worker \d: ([\d,]+) transactions", text)
     ]
     assert sum(scored) == total
+    assert len({answer["transaction_id"] for answer in answers}) == 2
+    assert all(0 <= answer["score"] <= 1 for answer in answers)
+    posted, errors = re.findall(
+        r"HTTP +(\d+) of the live ones .* p50 [\d.,]+ m?s, p99 [\d.,]+ m?s, errors (\d+)", text
+    )[0]
+    assert (0 < int(posted) < 800, errors) == (True, "0")
     assert "\x1b" not in text
     run.assert_nothing_left()
 
@@ -142,6 +156,21 @@ def test_a_worker_that_cannot_start_shows_the_end_of_its_log(
     assert re.search("ServiceError: worker 1 ended with exit status", text)
     assert "nothing.safetensors" in text
     assert run.left_running() == []
+
+
+def test_requests_are_a_small_part_and_keep_the_order_of_an_account() -> None:
+    transactions = SimulatedStream(500, 1000, "2020-01-01", seed=1).take(2_000)
+    blocks = list(transactions.blocks())
+    part = divide(blocks, transactions.columns.account, rate=500)
+
+    values = [value for block in blocks for value in block.values]
+    assert sorted([*part.fed.values, *part.posted.values]) == sorted(values)
+    assert 40 < len(part.posted.values) < 120  # 20/s of 500/s
+    assert not set(part.fed.keys) & set(part.posted.keys)
+    assert part.posted.due_seconds is not None
+    assert (part.posted.due_seconds[1:] > part.posted.due_seconds[:-1]).all()
+    lane_of = dict(zip(part.posted.keys, part.lanes.tolist(), strict=True))
+    assert [lane_of[key] for key in part.posted.keys] == part.lanes.tolist()
 
 
 def test_lost_duplicate_and_unalerted_transactions_are_faults() -> None:

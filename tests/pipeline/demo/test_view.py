@@ -46,6 +46,10 @@ def scene(alerts: int = 20) -> Scene:
         rates_out=[float(n) for n in range(300)],
         recent=[ALERT] * alerts,
         workers=["worker 1", "worker 2"],
+        http_requests=240,
+        http_errors=3,
+        http_p50_seconds=0.0112,
+        http_p99_seconds=0.04,
         addresses=["http://127.0.0.1:41233/metrics", "http://127.0.0.1:41234/metrics"],
     )
 
@@ -78,6 +82,7 @@ def test_the_view_is_never_larger_than_the_terminal(size: tuple[int, int], alert
 def test_80_by_24_shows_everything() -> None:
     text = "\n".join(drawn(80, 24))
 
+    assert "HTTP 240 requests, p50 11.2 ms, p99 40.0 ms, errors 3" in text
     for shown in ("500/s", "1.8 ms", "12.5 s", "12,345", "34", "2018", "A0001234", "M0001234",
                   "1,812.40", "0.973", "decline", "skimmed terminal", "127.0.0.1:41234",
                   "Ctrl-C", "6,012 of 15,000"):  # fmt: skip
