@@ -128,21 +128,7 @@ class Bench:
     @asynccontextmanager
     async def recur(self, settings: Settings) -> AsyncIterator[Contender]:
         """Run a worker of Recur."""
-        names = (
-            "kafka_bootstrap_servers",
-            "redis_url",
-            "topic_prefix",
-            "redis_key_prefix",
-            "kafka_group_id",
-            "checkpoint",
-            "processing_guarantee",
-            "max_timestamp_age_seconds",
-            "review_threshold",
-            "decline_threshold",
-            "micro_batch_max",
-        )
-        values = {name: getattr(settings, name) for name in names}
-        environment = {f"RECUR_{k.upper()}": str(v) for k, v in values.items() if v is not None}
+        environment = environment_of(settings)
         environment["RECUR_LOG_FORMAT"] = "json"
         worker = start_worker(next(self._number), self.directory, environment)
         try:
@@ -192,6 +178,25 @@ class Bench:
             if error is not None:
                 self.results.add(module, f"cannot run here: {error}")
         return [name for name in PEERS if errors.get(MODULES.get(name, "")) is None]
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Return the variables that give another process of Recur a measurement's settings."""
+    names = (
+        "kafka_bootstrap_servers",
+        "redis_url",
+        "topic_prefix",
+        "redis_key_prefix",
+        "kafka_group_id",
+        "checkpoint",
+        "processing_guarantee",
+        "max_timestamp_age_seconds",
+        "review_threshold",
+        "decline_threshold",
+        "micro_batch_max",
+    )
+    values = {name: getattr(settings, name) for name in names}
+    return {f"RECUR_{k.upper()}": str(v) for k, v in values.items() if v is not None}
 
 
 def accounts_only(checkpoint: Checkpoint) -> Checkpoint:
