@@ -77,7 +77,7 @@ def _live(phase: Phase) -> str:
 
 def _http(figures: HttpFigures) -> str:
     return (
-        f"{figures.requests:,} of the live ones as requests to the gateway:"
+        f"{figures.requests:,} of the live ones through the gateway:"
         f" p50 {milliseconds(figures.p50_seconds)}, p99 {milliseconds(figures.p99_seconds)},"
         f" errors {figures.errors:,}"
     )
