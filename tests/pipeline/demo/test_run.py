@@ -109,7 +109,8 @@ def test_the_demo_scores_everything_exactly_once_and_leaves_nothing(tmp_path: Pa
     assert len({answer["transaction_id"] for answer in answers}) == 2
     assert all(0 <= answer["score"] <= 1 for answer in answers)
     posted, errors = re.findall(
-        r"HTTP +(\d+) of the live ones [^:]*:\s+p50 [\d.,]+ m?s,\s+p99\s+[\d.,]+\s+m?s,\s+errors (\d+)",
+        r"HTTP +(\d+) of the live ones [^:]*:"
+        r"\s+p50 [\d.,]+ m?s,\s+p99\s+[\d.,]+\s+m?s,\s+errors (\d+)",
         text,
     )[0]
     assert (0 < int(posted) < 800, errors) == (True, "0")
