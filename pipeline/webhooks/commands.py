@@ -14,7 +14,9 @@ from aiokafka.errors import KafkaError
 from prometheus_client import CollectorRegistry
 
 from pipeline.errors import RecurError, StartupError
+from pipeline.kafka.log_reader import LogReader
 from pipeline.kafka.partition_reader import KafkaPartitionReader
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.topics import NO_COORDINATOR_YET, partition_count
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError, retry_within
@@ -24,7 +26,6 @@ from pipeline.webhooks.delivery import AlertDelivery, DeliveryTools
 from pipeline.webhooks.endpoints import Endpoint, configured_endpoints, named_endpoint
 from pipeline.webhooks.metrics import WebhookMetrics
 from pipeline.webhooks.partition_progress import PartitionProgress, Retry
-from pipeline.webhooks.record_lookup import RecordLookup
 from pipeline.webhooks.runner import committed_progress, group_of
 from pipeline.webhooks.schedule import RETRY_DELAYS_SECONDS, RetrySchedule
 from pipeline.webhooks.sender import GetAddresses, Sender, get_addresses
@@ -201,7 +202,7 @@ class Replay:
         self._sleep = sleep
         self._registry = CollectorRegistry()
         self._failures = _Failures()
-        self._records = RecordLookup(settings)
+        self._records = LogReader(settings)
         self._sender = Sender(
             self._endpoint,
             settings.webhooks_timeout_seconds,
@@ -218,6 +219,7 @@ class Replay:
             disable=_stay,
         )
         tools.metrics.begin(name)
+        self._topics = tools.topics
         self._delivery = AlertDelivery(self._endpoint, self._sender, tools)
 
     async def run(self) -> tuple[list[str], bool]:
@@ -227,11 +229,11 @@ class Replay:
             RecurError: the broker does not answer.
         """
         try:
-            await self._records.start()
+            await self._records.start(self._topics)
             for place in await _alert_ends(self._settings):
                 if not self._delivery.gone:
                     await self._replay_partition(place)
-        except (KafkaError, OSError) as error:
+        except (KafkaError, LogUnavailableError, OSError) as error:
             raise _broker_away(self._settings, error) from error
         finally:
             await self._records.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any, Literal, Protocol
 
 from aiokafka.errors import KafkaError
 
+from pipeline.kafka.polls import LogUnavailableError
+from pipeline.messages.trace_context import TRACEPARENT, context_headers
 from pipeline.webhooks.alert_event import AlertEvent, alert_event, category_of, place_of
 from pipeline.webhooks.dead_letters import DeadLetterSink
 from pipeline.webhooks.endpoints import Endpoint
 from pipeline.webhooks.metrics import WebhookMetrics
 from pipeline.webhooks.partition_progress import PartitionProgress, Retry
-from pipeline.webhooks.record_lookup import LookupFailedError
 from pipeline.webhooks.schedule import Pace, RetrySchedule
 from pipeline.webhooks.sender import Attempt
 
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 BROKER_PAUSE_SECONDS = 2
 """Time until an alert is tried again whose record the broker did not give, seconds."""
-
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class EventSender(Protocol):
@@ -39,10 +37,14 @@ class EventSender(Protocol):
 
 
 class RecordSource(Protocol):
-    """A reader of single records (:class:`pipeline.webhooks.record_lookup.RecordLookup`)."""
+    """A reader of single records (:class:`pipeline.kafka.log_reader.LogReader`)."""
 
-    async def read(self, topic: str, partition: int, offset: int) -> Any | None:
-        """Return the record at an offset; None if the log no longer has it."""
+    async def record_at(self, topic: str, partition: int, offset: int) -> Any | None:
+        """Return the record at an offset; None if the log no longer has it.
+
+        Raises:
+            LogUnavailableError: the broker does not answer.
+        """
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class DeliveryTools:
     transactions_topic: str
     disable: Callable[[str], Awaitable[None]]
     clock: Callable[[], float] = time.time
+
+    @property
+    def topics(self) -> tuple[str, str]:
+        """The topics that ``records`` reads."""
+        return self.alerts_topic, self.transactions_topic
 
 
 class AlertDelivery:
@@ -107,8 +114,8 @@ class AlertDelivery:
         """Handle a retry that is due."""
         tools = self._tools
         try:
-            record = await tools.records.read(tools.alerts_topic, partition, retry.offset)
-        except LookupFailedError:
+            record = await tools.records.record_at(tools.alerts_topic, partition, retry.offset)
+        except LogUnavailableError:
             self._later(retry, progress)
             return
         event = None if record is None else alert_event(record.value)
@@ -126,7 +133,7 @@ class AlertDelivery:
     ) -> None:
         try:
             permitted = retry.failed > 0 or await self.permits(event)
-        except LookupFailedError:
+        except LogUnavailableError:
             self._later(retry, progress)
             return
         if not permitted:
@@ -149,7 +156,7 @@ class AlertDelivery:
         """Apply the filters; the category of an alert is that of its transaction.
 
         Raises:
-            LookupFailedError: the transaction cannot be read now.
+            LogUnavailableError: the transaction cannot be read now.
         """
         wanted = self._endpoint.filter
         if not wanted.permits(event.decision, event.score):
@@ -159,7 +166,7 @@ class AlertDelivery:
         category = event.category
         place = place_of(event.source)
         if category is None and place is not None and place[0] == self._tools.transactions_topic:
-            record = await self._tools.records.read(*place)
+            record = await self._tools.records.record_at(*place)
             category = None if record is None else category_of(record.value)
         return category in wanted.categories
 
@@ -238,7 +245,5 @@ class AlertDelivery:
 
 def _trace_headers(record: Any) -> dict[str, str]:
     """Pass on the record's trace context (W3C), if it has one."""
-    for name, value in record.headers or ():
-        if name == "traceparent" and value is not None and _TRACEPARENT.fullmatch(value):
-            return {"traceparent": value.decode()}
-    return {}
+    headers = context_headers(record.headers or ())
+    return {name: value.decode() for name, value in headers if name == TRACEPARENT}

@@ -15,6 +15,8 @@ from aiokafka.errors import KafkaError
 
 from pipeline import logs
 from pipeline.errors import SettingsError, StartupError
+from pipeline.kafka.log_reader import LogReader
+from pipeline.kafka.polls import LogUnavailableError
 from pipeline.kafka.topics import partition_count
 from pipeline.scoring.health import Health
 from pipeline.settings import Settings
@@ -23,7 +25,6 @@ from pipeline.webhooks.dead_letters import DeadLetterProducer
 from pipeline.webhooks.delivery import DeliveryTools
 from pipeline.webhooks.endpoints import Endpoint, configured_endpoints, load_endpoints
 from pipeline.webhooks.metrics import WebhookMetrics
-from pipeline.webhooks.record_lookup import LookupFailedError, RecordLookup
 from pipeline.webhooks.runner import EndpointRunner
 from pipeline.webhooks.schedule import RetrySchedule
 from pipeline.webhooks.sender import GetAddresses, get_addresses
@@ -68,7 +69,7 @@ class WebhookProcess:
         self._health = health
         self._metrics = metrics
         self._resolve = lookup
-        self._records = RecordLookup(settings)
+        self._records = LogReader(settings)
         self._dead_letters = DeadLetterProducer(settings)
         self._switches = Switches.from_settings(settings)
         self._to_set: dict[str, Switch] = {}
@@ -98,8 +99,8 @@ class WebhookProcess:
         """
         try:
             await self._dead_letters.start()
-            await self._records.start()
-        except (KafkaError, OSError) as error:
+            await self._records.start(self._tools.topics)
+        except (KafkaError, LogUnavailableError, OSError) as error:
             raise StartupError(
                 f"the broker went away during the start ({type(error).__name__}): see that it is"
                 " up, and start again"
@@ -216,8 +217,8 @@ class WebhookProcess:
     async def _watch_broker(self) -> None:
         while True:
             try:
-                await self._records.check(self._tools.alerts_topic)
-            except LookupFailedError as error:
+                await self._records.bounds(self._tools.alerts_topic, [0])
+            except LogUnavailableError as error:
                 self._health.down("kafka", "does not answer", str(error))
             else:
                 self._health.up("kafka")
