@@ -14,7 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pipeline.gateway.alert_feed import CURSOR_MAX_CHARACTERS, AlertFilter
 from pipeline.gateway.context import AsgiScope, context_of
 from pipeline.gateway.incoming import Incoming, encode_sorted, read_label, read_object
-from pipeline.gateway.principal import Principal
+from pipeline.gateway.log_producer import RefusedRecordError
+from pipeline.gateway.principal import Principal, Scope
 from pipeline.gateway.problems import (
     INVALID_FIELDS,
     LOG_UNAVAILABLE,
@@ -28,7 +29,6 @@ from pipeline.gateway.problems import (
     Problem,
 )
 from pipeline.gateway.readiness import BROKER, REDIS
-from pipeline.gateway.record_producer import RefusedRecordError
 from pipeline.gateway.request_parts import (
     Query,
     id_of_path,
@@ -116,19 +116,14 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/scores", status_code=200)
     async def post_score(request: Req) -> Resp:
         """Score one transaction."""
-        context = context_of(_scope(request))
-        principal = context.require("score")
-        Query(_scope(request), ())
-        require_json(_scope(request))
+        principal = _json_caller(request, "score")
         incoming = gateway.transactions.read(await request.body())
         _check_seen(principal, incoming)
         wait = preferred_wait(
             _scope(request), settings.gateway_wait_ms, settings.gateway_wait_max_ms
         )
         _check_services(gateway)
-        key = idempotency_key(_scope(request))
-        if key is not None:
-            await gateway.remember(principal.label, key, incoming.value)
+        await _remember(gateway, request, principal, incoming.value)
         try:
             outcome = await gateway.scores.score(incoming, wait.seconds)
         except Problem as problem:
@@ -140,10 +135,7 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/scores/batch", status_code=200)
     async def post_batch(request: Req) -> Resp:
         """Score several transactions, each with its own outcome."""
-        context = context_of(_scope(request))
-        principal = context.require("score")
-        Query(_scope(request), ())
-        require_json(_scope(request))
+        context, principal = context_of(_scope(request)), _json_caller(request, "score")
         body = await request.body()
         listed = _list_of(read_batch(body), "transactions", settings.gateway_batch_max)
         await gateway.limiter.charge(principal, len(listed) - 1)
@@ -151,9 +143,7 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
             _scope(request), settings.gateway_wait_ms, settings.gateway_wait_max_ms
         )
         _check_services(gateway)
-        key = idempotency_key(_scope(request))
-        if key is not None:
-            await gateway.remember(principal.label, key, body)
+        await _remember(gateway, request, principal, body)
         valid: list[Incoming] = []
         found: list[Problem | Incoming] = []
         for i, fields in enumerate(listed):
@@ -188,6 +178,25 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
         return _answer(outcome, wait.is_preferred, wait.seconds)
 
     return [post_score, post_batch, get_score]
+
+
+def _json_caller(request: Req, scope: Scope) -> Principal:
+    """Return the principal of a request with a JSON body and without a query.
+
+    Raises:
+        Problem: the principal lacks the scope, there is a query, or the body is no JSON.
+    """
+    principal = context_of(_scope(request)).require(scope)
+    Query(_scope(request), ())
+    require_json(_scope(request))
+    return principal
+
+
+async def _remember(gateway: Gateway, request: Req, principal: Principal, content: bytes) -> None:
+    """Bind the request's Idempotency-Key, if it has one, to its content."""
+    key = idempotency_key(_scope(request))
+    if key is not None:
+        await gateway.remember(principal.label, key, content)
 
 
 def read_batch(body: bytes) -> dict[str, Any]:
@@ -300,9 +309,7 @@ def _reading_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/what-if", status_code=200)
     async def post_what_if(request: Req) -> Resp:
         """Score variants of a transaction, and change nothing."""
-        principal = context_of(_scope(request)).require("score")
-        Query(_scope(request), ())
-        require_json(_scope(request))
+        principal = _json_caller(request, "score")
         fields = read_batch(await request.body())
         base = fields.get("transaction")
         if not isinstance(base, dict):
@@ -404,10 +411,7 @@ def _writing_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
     @post("/v1/labels", status_code=202)
     async def post_label(request: Req) -> Resp:
         """Report the truth about a transaction."""
-        context = context_of(_scope(request))
-        principal = context.require("label")
-        Query(_scope(request), ())
-        require_json(_scope(request))
+        context, principal = context_of(_scope(request)), _json_caller(request, "label")
         body = await request.body()
         name, account, key, value = read_label(body, time.time_ns() // 1_000_000)
         check_seen(principal, account_id=account, transaction_id=name)

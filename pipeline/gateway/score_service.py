@@ -16,6 +16,7 @@ from typing import Literal
 
 from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.incoming import Incoming, decode_any
+from pipeline.gateway.log_producer import LogProducer, RefusedRecordError
 from pipeline.gateway.problems import (
     CONFLICT,
     IN_DOUBT,
@@ -26,7 +27,6 @@ from pipeline.gateway.problems import (
     TOO_LARGE,
     Problem,
 )
-from pipeline.gateway.record_producer import LogProducer, RefusedRecordError
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.waiting import Waiter, Waiters
 from pipeline.kafka.polls import LogUnavailableError

@@ -13,10 +13,10 @@ from pipeline.gateway.alert_feed import AlertFeed
 from pipeline.gateway.audit import AuditLog
 from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.incoming import TransactionReader
+from pipeline.gateway.log_producer import LogProducer
 from pipeline.gateway.problems import CONFLICT, Problem
 from pipeline.gateway.protection import make_authenticator, make_limiter
 from pipeline.gateway.readiness import Readiness
-from pipeline.gateway.record_producer import LogProducer
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.score_service import ScoreService
 from pipeline.gateway.waiting import Waiters
