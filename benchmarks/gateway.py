@@ -34,13 +34,11 @@ from benchmarks.machine_speed import measure_machine
 from benchmarks.results import console
 from benchmarks.score_times import ends, read_score_times
 from benchmarks.traffic import ACCOUNTS, blocks, feed
-from pipeline.gateway.api_keys import ApiKeyStore, new_key
+from pipeline.gateway.api_keys import api_key_store, new_key
 from pipeline.local.embedded import embedded
 from pipeline.local.ports import HOST, free_port
 from pipeline.local.supervisor import SupervisedProcess
 from pipeline.settings import Settings
-from pipeline.storage.client import RedisClient, redis_client
-from pipeline.storage.keys import GatewayKeys
 
 RATES = "50,200,500,1000,2000,4000"
 SECONDS = 8.0
@@ -98,11 +96,8 @@ class LoadRun:
 async def make_token(settings: Settings) -> str:
     """Add a key that may score, without a rate limit, and return its token."""
     key, token = new_key("benchmark", ["score"], rate="none")
-    client = RedisClient(redis_client(settings))
-    try:
-        await ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix)).add(key)
-    finally:
-        await client.close()
+    async with api_key_store(settings) as store:
+        await store.add(key)
     return token
 
 

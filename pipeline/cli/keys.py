@@ -179,29 +179,26 @@ async def _use(
     key_name: str | None,
 ) -> T:
     from pipeline.errors import RecurError
-    from pipeline.gateway.api_keys import ApiKeyStore
+    from pipeline.gateway.api_keys import api_key_store
     from pipeline.gateway.audit import AuditLog
     from pipeline.gateway.principal import Principal
-    from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
-    from pipeline.storage.keys import GatewayKeys
+    from pipeline.storage.client import StoreUnavailableError
 
     settings = load_settings()
-    client = RedisClient(redis_client(settings))
-    store = ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix))
     audit = AuditLog(settings)
-    try:
-        if act is None:
-            return await use(store)
-        await audit.start()
-        user = getpass.getuser()
-        person = Principal("command", user, user, frozenset())
-        async with audit.act(act, person, key_id=key_id, key_name=key_name):
-            return await use(store)
-    except StoreUnavailableError as error:
-        raise RecurError(
-            f"Redis does not answer about API keys ({error}): see that it is up, and that"
-            " RECUR_REDIS_URL is right"
-        ) from error
-    finally:
-        await audit.stop()
-        await client.close()
+    async with api_key_store(settings) as store:
+        try:
+            if act is None:
+                return await use(store)
+            await audit.start()
+            user = getpass.getuser()
+            person = Principal("command", user, user, frozenset())
+            async with audit.act(act, person, key_id=key_id, key_name=key_name):
+                return await use(store)
+        except StoreUnavailableError as error:
+            raise RecurError(
+                f"Redis does not answer about API keys ({error}): see that it is up, and that"
+                " RECUR_REDIS_URL is right"
+            ) from error
+        finally:
+            await audit.stop()

@@ -10,17 +10,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.gateway.api_keys import ApiKeyStore, new_key
+from pipeline.gateway.api_keys import api_key_store, new_key
 from pipeline.replay.producer import Block, Feed
 from pipeline.settings import Settings
-from pipeline.storage.client import RedisClient, redis_client
-from pipeline.storage.keys import GatewayKeys
 
 REQUESTS_PER_SECOND = 20.0
 """Aim for the requests of the live phase; they are at most half of its payments."""
@@ -114,12 +111,7 @@ class HttpTraffic:
         )
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._session is not None
         await self._session.close()
 
@@ -187,9 +179,6 @@ class HttpTraffic:
 async def add_demo_key(settings: Settings) -> str:
     """Add an API key without a rate limit, as `recur keys add` does, and return its token."""
     key, token = new_key("demo", ("score", "read"), rate="none")
-    client = RedisClient(redis_client(settings))
-    try:
-        await ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix)).add(key)
-    finally:
-        await client.close()
+    async with api_key_store(settings) as store:
+        await store.add(key)
     return token

@@ -15,7 +15,8 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 import msgspec
@@ -23,7 +24,8 @@ import msgspec
 from pipeline.errors import RecurError
 from pipeline.gateway.principal import SCOPES, TENANT, Principal, Scope
 from pipeline.gateway.rates import parse_rate
-from pipeline.storage.client import RedisClient, StoreUnavailableError
+from pipeline.settings import Settings
+from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
 from pipeline.storage.keys import GatewayKeys
 
 API_KEYS_MAX = 10_000
@@ -218,6 +220,16 @@ class ApiKeyStore:
         if key is None or key.state(time.time_ns() // 1_000_000) == "active":
             raise ApiKeyError(f"there is no revoked or expired key {key_id}")
         await self._client.execute([("HDEL", self._name, key_id)])
+
+
+@asynccontextmanager
+async def api_key_store(settings: Settings) -> AsyncIterator[ApiKeyStore]:
+    """Connect to the keys of the gateways that have these settings; disconnect at the end."""
+    client = RedisClient(redis_client(settings))
+    try:
+        yield ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix))
+    finally:
+        await client.close()
 
 
 def _read(key_id: str, record: bytes) -> ApiKey | None:
