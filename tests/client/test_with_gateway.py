@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,24 +20,11 @@ from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
 from recur_client import AsyncClient, Client, ProblemError
 from recur_client.kafka import Stream, alerts, scores
-from tests.fakes.running_gateway import gateways, make_token
-from tests.fakes.running_pipeline import PipelineUnderTest, transactions
+from tests.fakes.running_gateway import Site, running_site
+from tests.fakes.running_pipeline import transactions
 
 Result = TypeVar("Result")
 CALL_SECONDS = 60.0
-
-
-@dataclass
-class Site:
-    """A pipeline with a gateway and a key of it."""
-
-    runner: asyncio.Runner
-    under_test: PipelineUnderTest
-    address: str
-    key: str
-
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        return self.runner.run(coroutine)
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +32,15 @@ def site(
     kafka: Kafka, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("client")
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-
-        async def start() -> Site:
-            under_test = PipelineUnderTest(
-                kafka.bootstrap, redis_server.url, directory, review_threshold=0.05
-            )
-            await stack.enter_async_context(under_test.running(1))
-            (gateway,) = await stack.enter_async_context(gateways(under_test))
-            key = await make_token(under_test.settings)
-            return Site(runner, under_test, gateway.address, key)
-
-        try:
-            yield runner.run(start())
-        finally:
-            runner.run(stack.aclose())
+    with running_site(kafka, redis_server, directory) as site:
+        yield site
 
 
 @pytest.fixture
 def client(site: Site) -> Iterator[Client]:
-    with Client(site.address, site.key, timeout_seconds=CALL_SECONDS) as client:
+    with Client(
+        site.gateways[0].address, site.gateways[0].token, timeout_seconds=CALL_SECONDS
+    ) as client:
         yield client
 
 
@@ -87,7 +60,9 @@ def test_a_repeated_score_is_equal_and_applied_once(site: Site, client: Client) 
     (one,) = fields(1, seed=1)
 
     async def again() -> dict[str, Any]:
-        async with AsyncClient(site.address, site.key, timeout_seconds=CALL_SECONDS) as other:
+        async with AsyncClient(
+            site.gateways[0].address, site.gateways[0].token, timeout_seconds=CALL_SECONDS
+        ) as other:
             return await other.score(one)
 
     first = client.score(one)
@@ -159,7 +134,7 @@ def test_alerts_come_once_each_and_go_on_from_a_cursor(client: Client) -> None:
 
 
 def test_a_wrong_key_and_a_wrong_field_are_told(site: Site, client: Client) -> None:
-    with Client(site.address, "recur_0123456789abcdef_wrong") as stranger:
+    with Client(site.gateways[0].address, "recur_0123456789abcdef_wrong") as stranger:
         calls: list[Callable[[], Any]] = [
             lambda: stranger.score(fields(1, seed=8)[0]),
             lambda: stranger.account("A1"),
@@ -251,8 +226,8 @@ def test_the_examples_of_the_readme_run(site: Site, capsys: pytest.CaptureFixtur
     settings = site.under_test.settings
     text = (Path(__file__).parents[2] / "client/README.md").read_text()
     for name, value in {
-        '"https://scores.example.com"': repr(site.address),
-        '"YOUR-KEY"': repr(site.key),
+        '"https://scores.example.com"': repr(site.gateways[0].address),
+        '"YOUR-KEY"': repr(site.gateways[0].token),
         '"kafka:9092"': repr(settings.kafka_bootstrap_servers),
         '"ops"': f'"ops", topic={settings.topic("alerts")!r}',
         '"ops-2"': f'"ops-2", topic={settings.topic("alerts")!r}',

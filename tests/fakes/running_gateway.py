@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 import pipeline
-from pipeline.gateway.api_keys import ApiKeyStore, new_key
+from pipeline.gateway.api_keys import api_key_store, new_key
+from pipeline.local.kafka import Kafka
 from pipeline.local.ports import HOST, free_port
+from pipeline.local.redis import Redis
 from pipeline.local.supervisor import SupervisedProcess
 from pipeline.messages.transactions import encode_transaction
 from pipeline.settings import Settings
-from pipeline.storage.client import RedisClient, redis_client
-from pipeline.storage.keys import GatewayKeys
 from tests.fakes.running_pipeline import PipelineUnderTest
 
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
 REQUEST_SECONDS = 60.0
 
+Result = TypeVar("Result")
 ALL_SCOPES = ("score", "label", "read", "admin")
 
 
@@ -39,6 +41,7 @@ class GatewayProcess:
     port: int
     log_path: Path
     client: httpx.AsyncClient
+    token: str
 
     @property
     def address(self) -> str:
@@ -92,11 +95,8 @@ async def make_token(
 ) -> str:
     """Add an API key without a rate limit, and return its token."""
     key, token = new_key("test", scopes, tenant=tenant, rate="none")
-    client = RedisClient(redis_client(settings))
-    try:
-        await ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix)).add(key)
-    finally:
-        await client.close()
+    async with api_key_store(settings) as store:
+        await store.add(key)
     return token
 
 
@@ -126,7 +126,7 @@ async def start_gateway(under_test: PipelineUnderTest, token: str, **more: Any) 
         limits=httpx.Limits(max_connections=200),
         trust_env=False,
     )
-    return GatewayProcess(process, port, log_path, client)
+    return GatewayProcess(process, port, log_path, client, token)
 
 
 @asynccontextmanager
@@ -141,3 +141,47 @@ async def gateways(
         yield started
     finally:
         await asyncio.gather(*(one.close() for one in started))
+
+
+@dataclass
+class Site:
+    """A pipeline with gateways, and the loop that their clients belong to."""
+
+    runner: asyncio.Runner
+    under_test: PipelineUnderTest
+    gateways: list[GatewayProcess]
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        return self.runner.run(coroutine)
+
+    @contextmanager
+    def paused_worker(self) -> Iterator[None]:
+        """Let no score be computed within the block."""
+        pid = self.under_test.workers[0].process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def running_site(
+    kafka: Kafka, redis_server: Redis, directory: Path, count: int = 1, **more: Any
+) -> Iterator[Site]:
+    """Run a worker and gateways on a loop of their own; any alert needs a score of .05."""
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+
+        async def start() -> Site:
+            under_test = PipelineUnderTest(
+                kafka.bootstrap, redis_server.url, directory, review_threshold=0.05
+            )
+            await stack.enter_async_context(under_test.running(1))
+            started = await stack.enter_async_context(gateways(under_test, count, **more))
+            return Site(runner, under_test, started)
+
+        try:
+            yield runner.run(start())
+        finally:
+            runner.run(stack.aclose())

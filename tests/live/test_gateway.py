@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 from collections import Counter
-from collections.abc import Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import httpx
@@ -21,32 +17,10 @@ from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
 from tests.api.attack import attack
-from tests.fakes.running_gateway import GatewayProcess, gateways, make_token
-from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, transactions
+from tests.fakes.running_gateway import Site, make_token, running_site
+from tests.fakes.running_pipeline import EVENT_TIME_MS, transactions
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class Site:
-    """A pipeline with gateways, and the loop that their clients belong to."""
-
-    runner: asyncio.Runner
-    under_test: PipelineUnderTest
-    gateways: list[GatewayProcess]
-
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        return self.runner.run(coroutine)
-
-    @contextmanager
-    def paused_worker(self) -> Iterator[None]:
-        """Let no score be computed within the block."""
-        pid = self.under_test.workers[0].process.pid
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +28,8 @@ def site(
     kafka: Kafka, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("gateways")
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-
-        async def start() -> Site:
-            under_test = PipelineUnderTest(
-                kafka.bootstrap, redis_server.url, directory, review_threshold=0.05
-            )
-            await stack.enter_async_context(under_test.running(1))
-            started = await stack.enter_async_context(
-                gateways(under_test, 2, gateway_max_body_bytes=200_000)
-            )
-            return Site(runner, under_test, started)
-
-        try:
-            yield runner.run(start())
-        finally:
-            runner.run(stack.aclose())
+    with running_site(kafka, redis_server, directory, 2, gateway_max_body_bytes=200_000) as site:
+        yield site
 
 
 def fields_of(transaction: Transaction) -> dict[str, Any]:
