@@ -107,7 +107,7 @@ def answer_all(
     where: AppendResult | None,
     logged: Mapping[int, LoggedScore],
 ) -> Answered:
-    """RecordAnswer a part's records; the arguments are those of :meth:`RecordAnswer.reply`."""
+    """Answer a part's records; the arguments are those of :meth:`RecordAnswer.reply`."""
     if not answers:
         return NONE_ANSWERED
     stored, replies = [], []

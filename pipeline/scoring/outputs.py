@@ -278,8 +278,10 @@ def _answer(draft: _Draft) -> None:
     for record in asking:
         at = record.offset
         gateway = gateways.get(at)
+        if gateway is None:
+            continue
         name = ids.get(at) or decode_transaction_id(record.value)
-        if gateway is not None and name:
+        if name:
             content = content_hash(record.value)
             draft.answers.append(
                 RecordAnswer(

@@ -1,4 +1,4 @@
-"""StoredAnswer keys of transactions, as gateways claim and read them.
+"""Answer keys of transactions, as gateways claim and read them.
 
 A gateway claims a transaction id before it produces the record, and a worker replaces the claim by
 the answer (:mod:`pipeline.messages.replies`). The claim is one command that sets the key only if

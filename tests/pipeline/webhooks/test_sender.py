@@ -108,11 +108,14 @@ LIES = {
     "no http": (raw(b"SSH-2.0-OpenSSH_9.6\r\n"), "protocol"),
     "nothing": (raw(b""), "connection"),
     "a head without an end": (raw(b"HTTP/1.1 200 OK\r\nServer: x"), "connection"),
-    "a chunk that is none": (
+    "a chunk without a valid size": (
         raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n"),
         "protocol",
     ),
-    "a length that is none": (raw(b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"), "protocol"),
+    "a Content-Length that is not a number": (
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"),
+        "protocol",
+    ),
     "a header that is too long": (
         raw(b"HTTP/1.1 200 OK\r\nX: " + b"a" * (2 * HEADER_MAX_BYTES) + b"\r\n\r\n"),
         "protocol",
