@@ -9,7 +9,7 @@ without a position or leader, older brokers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from time import monotonic, time
 from typing import Any
 
@@ -33,10 +33,10 @@ class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
     """Fetched records of a partition.
 
     Attributes:
-        on_read: called once all of them are read.
+        loop: the loop that fetched them.
     """
 
-    on_read: Callable[[], None]
+    loop: _Loop
 
 
 class _Loop:
@@ -44,10 +44,12 @@ class _Loop:
 
     Attributes:
         has_moved: whether a partition was sent elsewhere, which ends the loop.
+        has_ended: whether it has ended; records that it fetched may still be unread.
     """
 
     def __init__(self) -> None:
         self.has_moved = False
+        self.has_ended = False
         self._woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -88,6 +90,7 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
         except asyncio.CancelledError:
             pass  # as aiokafka does: the assignment is another one now
         finally:
+            loop.has_ended = True
             del self._loops[node_id]
         return False
 
@@ -151,7 +154,7 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
             ),
             backoff=self._prefetch_backoff,
         )  # fmt: skip
-        fetched.on_read = loop.wake
+        fetched.loop = loop
         for waiter in self._fetch_waiters:
             self._notify(waiter)
 
@@ -213,8 +216,12 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
         return found
 
     def _was_read(self, fetched: Any) -> None:
-        if isinstance(fetched, _Fetched):
-            fetched.on_read()
+        """Wake what fetches on once records are read: their loop, or aiokafka after its end.
+
+        aiokafka does not fetch from a broker while records of it are unread.
+        """
+        if isinstance(fetched, _Fetched) and not fetched.loop.has_ended:
+            fetched.loop.wake()
         else:
             self._notify(self._wait_consume_future)
 

@@ -171,6 +171,27 @@ def test_a_reset_to_the_begin_works_while_records_of_other_partitions_are_unread
     run(kafka, test)
 
 
+def test_a_seek_of_one_partition_does_not_wait_for_the_backoff_of_the_unread_ones(
+    kafka: Kafka,
+) -> None:
+    """The worker reads several partitions back one by one, with a backoff of a minute."""
+
+    async def test(log: Log) -> None:
+        log.fetcher._prefetch_backoff = 10 * READ_SECONDS
+        await log.write(b"0", partition=0)
+        assert len(await log.read(1)) == 1
+        for number in range(3):
+            await log.write(b"%d" % number, partition=1)
+            async with asyncio.timeout(READ_SECONDS):
+                while not log.fetcher._records:  # noqa: ASYNC110 - until it is fetched
+                    await asyncio.sleep(0.01)
+            log.consumer.seek(log.places[0], 0)
+            await asyncio.sleep(0.1)  # the loop ends before the records are read
+            assert sorted(await log.read(2)) == [(0, 0, b"0"), (1, number, b"%d" % number)]
+
+    run(kafka, test)
+
+
 def test_an_offset_that_retention_deleted_is_reset_as_the_policy_says(kafka: Kafka) -> None:
     async def test(log: Log) -> None:
         await log.write(b"0", b"1", b"2")
