@@ -29,6 +29,7 @@ from pipeline.gateway.problems import (
 )
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.waiting import Waiter, Waiters
+from pipeline.gateway.withdrawals import Withdrawals
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.messages.decoding import NOT_JSON
 from pipeline.messages.replies import ANSWERED, DUPLICATE, REPLY_HEADER, Reply, StoredAnswer
@@ -127,7 +128,12 @@ class ScoreService:
         self._metrics = metrics
         self._clock_ms = clock_ms
         self._in_log: OrderedDict[tuple[int, bytes], None] = OrderedDict()
+        self._withdrawals = Withdrawals(answers, self._claim_ms / 1000, metrics)
         self.working = 0
+
+    async def stop(self) -> None:
+        """End what runs in the background."""
+        await self._withdrawals.stop()
 
     async def score(self, incoming: Incoming, wait_seconds: float) -> Outcome:
         """Score one transaction; see :meth:`score_all`.
@@ -161,11 +167,7 @@ class ScoreService:
         try:
             now_ms = self._clock_ms()
             tickets = [_Ticket(one, StoredAnswer("P", one.content, now_ms)) for one in batch]
-            before = await self._answers.claim(
-                [(t.incoming.partition, t.incoming.transaction_id, t.claim) for t in tickets]
-            )
-            for ticket, found in zip(tickets, before, strict=True):
-                ticket.found = found
+            await self._claim(tickets)
             if len(tickets) == 1:
                 return [await self._finish(tickets[0], deadline)]
             # Records enter the producer in the order of the batch: each send starts in turn.
@@ -208,6 +210,21 @@ class ScoreService:
         if is_old and not await self._is_in_log(partition, None, transaction_id, claim):
             raise Problem(NOT_FOUND)
         return Pending(transaction_id)
+
+    async def _claim(self, tickets: Sequence[_Ticket]) -> None:
+        """Claim the transactions, and note what stood there before.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer. Claims that stand will be withdrawn.
+        """
+        claims = [(t.incoming.partition, t.incoming.transaction_id, t.claim) for t in tickets]
+        try:
+            before = await self._answers.claim(claims)
+        except (StoreUnavailableError, asyncio.CancelledError):
+            self._withdrawals.add(claims)
+            raise
+        for ticket, found in zip(tickets, before, strict=True):
+            ticket.found = found
 
     # one transaction ---------------------------------------------------------------------
 
@@ -287,19 +304,40 @@ class ScoreService:
                 return
             renewed = StoredAnswer("P", incoming.content, self._clock_ms())
             place = incoming.partition, incoming.transaction_id
-            if await self._answers.replace(*place, found, renewed):
+            try:
+                is_taken_over = await self._answers.replace(*place, found, renewed)
+            except (StoreUnavailableError, asyncio.CancelledError):
+                self._withdrawals.add([(*place, renewed)])
+                raise
+            if is_taken_over:
                 self._metrics.claims_taken_over.inc()
                 ticket.claim, ticket.found = renewed, None
                 ticket.source = "produced"
                 await self._produce(ticket)
                 return
             ticket.found = await self._answers.read(*place)
-            if ticket.found is None:  # its gateway gave up: begin again
-                (ticket.found,) = await self._answers.claim([(*place, renewed)])
-                if ticket.found is None:
-                    ticket.claim, ticket.source = renewed, "produced"
-                    await self._produce(ticket)
-                    return
+            if ticket.found is None and await self._begin_again(ticket):
+                return
+
+    async def _begin_again(self, ticket: _Ticket) -> bool:
+        """Claim a transaction whose gateway gave it up, and produce it.
+
+        Returns:
+            whether the claim stands. Else another gateway was faster, and the ticket has its claim.
+
+        Raises:
+            Problem: another content stands under the id, or the broker cannot be reached.
+            StoreUnavailableError: Redis does not answer.
+        """
+        ticket.claim = StoredAnswer("P", ticket.incoming.content, self._clock_ms())
+        await self._claim([ticket])
+        if ticket.found is None:
+            ticket.source = "produced"
+            await self._produce(ticket)
+            return True
+        if ticket.found.content != ticket.incoming.content:
+            raise Problem(CONFLICT, "another body came under this transaction_id")
+        return False
 
     async def _is_in_log(
         self, partition: int, key: bytes | None, transaction_id: str, claim: StoredAnswer
@@ -381,8 +419,10 @@ class ScoreService:
         place = incoming.partition, incoming.transaction_id
         try:
             answer = await self._answers.read(*place)
+            if answer is None and ticket.delivery is None:
+                await self._begin_again(ticket)
         except StoreUnavailableError:
-            self._metrics.unread_keys.inc()  # the record is in the log: wait on
+            self._metrics.unread_keys.inc()  # wait on: a worker answers once Redis is back
             return None
         if answer is None or answer.kind == "P":
             return None
