@@ -127,7 +127,7 @@ def _tls_files(settings: Settings) -> dict[str, Any]:
         files["ssl_keyfile"] = str(settings.gateway_ssl_keyfile)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            *files.values(), password=_refuse_encrypted_key
+            settings.gateway_ssl_certfile, settings.gateway_ssl_keyfile, _refuse_encrypted_key
         )
     except (OSError, ssl.SSLError) as error:
         raise StartupError(

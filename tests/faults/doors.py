@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -164,32 +164,37 @@ class TwoDoors(Fault):
         )
 
     async def check(self, harness: Harness) -> list[str]:
+        caller = self._caller
         scores: dict[str, list[bytes]] = {}
         last: dict[int, deque[str]] = {}
-        ids = {request.transaction_id for request in self._caller.requests}
+        ids = {request.transaction_id for request in caller.requests}
         async for records in topic_records(harness.settings, "scores"):
             for record in records:
                 name = json.loads(record.value)["transaction_id"]
                 scores.setdefault(name, []).append(record.value)
                 if name not in ids:
                     last.setdefault(record.partition, deque(maxlen=RECENT)).append(name)
-        wrong = list(self._caller.complaints)
-        for request in self._caller.requests:
-            found = scores.get(request.transaction_id, [])
-            if len(found) != 1:
-                wrong.append(f"{request.transaction_id} has {len(found)} scores")
-            elif request.answer not in (None, found[0]):
-                wrong.append(f"{request.transaction_id}: the answer is not the record")
-            elif (request.answer is None) == (json.loads(found[0])["amount"] == request.amount):
-                wrong.append(f"{request.transaction_id}: another body won, or this one lost to it")
-        for name in (name for names in last.values() for name in names):
-            for client in self._caller.clients:
+        wrong = [*caller.complaints, *_compare(caller.requests, scores)]
+        for client in caller.clients:
+            for name in (name for names in last.values() for name in names):
                 answer = await client.get(f"/v1/scores/{name}")
                 if scores[name] != [answer.content]:
                     wrong.append(f"{name} from Kafka: the answer is not the record")
-        for client in self._caller.clients:
             await client.aclose()
         return wrong[:5] + [f"{len(wrong):,} wrong answers in all"] * bool(wrong)
+
+
+def _compare(requests: Sequence[Request], scores: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
+    """Describe each request whose answer is not the one record of its transaction."""
+    for request in requests:
+        name = request.transaction_id
+        found = scores.get(name, ())
+        if len(found) != 1:
+            yield f"{name} has {len(found)} scores"
+        elif request.answer not in (None, found[0]):
+            yield f"{name}: the answer is not the record"
+        elif (request.answer is None) == (json.loads(found[0])["amount"] == request.amount):
+            yield f"{name}: another body won, or this one lost to it"
 
 
 async def _token(settings: Settings) -> str:
