@@ -25,7 +25,6 @@ from pipeline.storage.watermark import Watermark
 from pipeline.topic_id import NO_ID
 from tests.fakes.memory_verify import NoBar
 from tests.faults.__main__ import main
-from tests.faults.doors import TwoDoors
 from tests.faults.fault import Fault, Row, Shared, run_fault
 from tests.faults.harness import Harness, Mark, NoEffectError
 from tests.faults.input import Undecodable
@@ -64,7 +63,6 @@ def run_short(fault: Fault, kafka: Kafka, redis_server: Redis, workers: int = 2)
     [
         Sigkill(),
         Zombie(),
-        TwoDoors(),
         BrokerKilled(),
         TopicRecreated(),
         RedisEmpty(),

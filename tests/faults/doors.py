@@ -29,7 +29,7 @@ CONFLICTING_EVERY = 7
 """One in so many has a companion in parallel: another amount under the same id."""
 
 ANSWER_LIMIT_SECONDS = 240.0
-RECENT = 25
+RECENT = 10
 """Last transactions of each partition that came from Kafka, and are then asked for over HTTP."""
 
 
@@ -60,16 +60,16 @@ class Request:
         return float(json.loads(self.body)["amount"])
 
 
-def requests_for(values: Sequence[bytes]) -> list[Request]:
+def requests_for(values: Sequence[bytes], gateways: int) -> list[Request]:
     """Make the requests of transactions, with those that repeat and contradict them beside them."""
     made = []
     for i, value in enumerate(values):
         copies = 3 if i % REPEATED_EVERY == 0 else 1
-        made += [Request(value, (i + copy) % GATEWAYS) for copy in range(copies)]
+        made += [Request(value, (i + copy) % gateways) for copy in range(copies)]
         if i % CONFLICTING_EVERY == 0:
             fields = json.loads(value)
             changed = json.dumps({**fields, "amount": fields["amount"] + 1}).encode()
-            made.insert(-1, Request(changed, i % GATEWAYS))
+            made.insert(-1, Request(changed, i % gateways))
     return made
 
 
@@ -139,7 +139,7 @@ class TwoDoors(Fault):
 
     async def disturb(self, harness: Harness) -> None:
         await harness.workload.stop()
-        requests = requests_for(harness.workload.take(len(harness.times(10_000))))
+        requests = requests_for(harness.workload.take(len(harness.times(10_000))), GATEWAYS)
         await harness.workload.start(harness.rate)
         gateways = await harness.pool.start_gateways(GATEWAYS)
         token = await _token(harness.settings)
@@ -152,6 +152,9 @@ class TwoDoors(Fault):
                 await asyncio.sleep(0.01)
             await harness.pool.kill(harness.any_worker())
             await harness.recover(await harness.mark())
+            while not running.done():
+                harness.fraction = caller.done / len(requests)
+                await asyncio.sleep(0.1)
             await running
         finally:
             running.cancel()
@@ -174,17 +177,17 @@ class TwoDoors(Fault):
                 scores.setdefault(name, []).append(record.value)
                 if name not in ids:
                     last.setdefault(record.partition, deque(maxlen=RECENT)).append(name)
-        wrong = [*caller.complaints, *_compare(caller.requests, scores)]
+        wrong = [*caller.complaints, *compare(caller.requests, scores)]
+        for i, name in enumerate(name for names in last.values() for name in names):
+            answer = await caller.clients[i % GATEWAYS].get(f"/v1/scores/{name}")
+            if scores[name] != [answer.content]:
+                wrong.append(f"{name} from Kafka: the answer is not the record")
         for client in caller.clients:
-            for name in (name for names in last.values() for name in names):
-                answer = await client.get(f"/v1/scores/{name}")
-                if scores[name] != [answer.content]:
-                    wrong.append(f"{name} from Kafka: the answer is not the record")
             await client.aclose()
         return wrong[:5] + [f"{len(wrong):,} wrong answers in all"] * bool(wrong)
 
 
-def _compare(requests: Sequence[Request], scores: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
+def compare(requests: Sequence[Request], scores: Mapping[str, Sequence[bytes]]) -> Iterator[str]:
     """Describe each request whose answer is not the one record of its transaction."""
     for request in requests:
         name = request.transaction_id

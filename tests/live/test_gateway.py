@@ -43,6 +43,7 @@ from tests.fakes.running_gateway import (
 )
 from tests.fakes.running_pipeline import EVENT_TIME_MS, transactions, until
 from tests.fakes.secure_services import Authority
+from tests.faults.doors import Caller, compare, requests_for
 from tests.pipeline.gateway.calls import exchange
 from tests.pipeline.gateway.calls import request as request_bytes
 
@@ -731,6 +732,43 @@ def test_a_gateway_without_a_usable_certificate_says_so_and_ends(
             assert "RECUR_GATEWAY_SSL_KEYFILE" in log
             assert "Traceback" not in log
             await gateway.close()
+
+    site.run(body())
+
+
+def test_both_doors_give_the_same_answers_while_one_of_two_workers_is_killed(site: Site) -> None:
+    """The fault `two-doors` does it with 10,000 transactions, and checks all states."""
+
+    async def body() -> None:
+        under_test = site.under_test
+        under_test.use(kafka_session_timeout_seconds=3.0)
+        (killed,) = await under_test.start_workers(1)
+        over_http, stream = transactions(300, 60, seed=30), transactions(300, 60, seed=31)
+        requests = requests_for([encode_transaction(t) for t in over_http], GATEWAYS)
+        caller = Caller([gateway.client for gateway in site.gateways], requests)
+
+        async def half_is_answered() -> bool:
+            return caller.done >= len(requests) / 2
+
+        running = asyncio.create_task(caller.run())
+        sending = asyncio.create_task(under_test.send(stream, rate=100))
+        try:
+            await until(half_is_answered, "half of the answers", pause_seconds=0.01)
+        finally:
+            await asyncio.to_thread(killed.process.kill)
+        await asyncio.gather(running, sending)
+        await under_test.until_applied()
+        assert any(request.pended for request in requests), "nobody waited for the killed worker"
+        assert caller.complaints == []
+        scores: dict[str, list[bytes]] = {}
+        for record in await under_test.records("scores"):
+            scores.setdefault(json.loads(record.value)["transaction_id"], []).append(record.value)
+        assert [*compare(requests, scores)] == []
+        assert {len(scores[t.transaction_id]) for t in stream} == {1}
+        for i, transaction in enumerate(stream[::10]):
+            name = transaction.transaction_id
+            found = await site.gateways[i % GATEWAYS].client.get(f"/v1/scores/{name}")
+            assert [found.content] == scores[name]
 
     site.run(body())
 
