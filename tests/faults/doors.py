@@ -23,10 +23,10 @@ CALLERS = 32
 """Requests that are under way at once."""
 
 REPEATED_EVERY = 5
-"""One in so many transactions is sent several times in parallel, to both gateways."""
+"""Distance between two transactions that are sent several times in parallel."""
 
 CONFLICTING_EVERY = 7
-"""One in so many has a companion in parallel: another amount under the same id."""
+"""Distance between two that have a companion in parallel: another amount under the same id."""
 
 ANSWER_LIMIT_SECONDS = 240.0
 RECENT = 10

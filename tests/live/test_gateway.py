@@ -528,7 +528,7 @@ def test_who_waits_for_a_claim_that_is_withdrawn_produces_the_record(site: Site)
 
 @dataclass(frozen=True)
 class Effort:
-    """What a gateway's process read from all its connections and files, and its CPU time."""
+    """Bytes that a gateway's process read from all its connections and files, and its CPU time."""
 
     bytes_read: int | None
     cpu_seconds: float
