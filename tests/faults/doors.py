@@ -120,7 +120,7 @@ class Caller:
                 answer = await client.get(place, headers={"Prefer": "wait=5"})
         if answer.status_code == 200:
             request.answer = answer.content
-        elif answer.status_code != 409:
+        elif answer.status_code != 409 or "another body" not in answer.text:
             self.complaints.append(f"status {answer.status_code}: {answer.text}")
 
 

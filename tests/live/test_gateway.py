@@ -17,12 +17,13 @@ import httpx
 import msgspec
 import psutil
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from model.transaction import Transaction
 from pipeline.checkpoint import load_checkpoint
 from pipeline.gateway.api_keys import api_key_store, new_key
 from pipeline.gateway.incoming import Incoming, TransactionReader
-from pipeline.gateway.openapi import EXAMPLE_TRANSACTION, make_document
+from pipeline.gateway.openapi import EXAMPLE_SCORE, EXAMPLE_TRANSACTION, make_document
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.replies import REPLY_HEADER, StoredAnswer
@@ -522,6 +523,41 @@ def test_who_waits_for_a_claim_that_is_withdrawn_produces_the_record(site: Site)
         (value,) = {answer.content for answer in answers}
         assert await values_of(site, "scores", transaction.transaction_id) == [value]
         assert len(await values_of(site, "transactions", transaction.transaction_id)) == 1
+
+    site.run(body())
+
+
+def test_a_score_that_its_kafka_transaction_holds_back_is_pending_until_it_is_committed(
+    site: Site,
+) -> None:
+    async def body() -> None:
+        settings = site.under_test.settings
+        (transaction,) = transactions(1, 1, seed=32)
+        incoming = incoming_of(site, transaction)
+        place = incoming.partition, [transaction.transaction_id]
+        value = json.dumps({**EXAMPLE_SCORE, **fields_of(transaction)}, separators=(",", ":"))
+        path = f"/v1/scores/{transaction.transaction_id}"
+        client = redis_client(settings)
+        async with AIOKafkaProducer(
+            **settings.kafka_client_options(), transactional_id=transaction.transaction_id
+        ) as producer:
+            async with producer.transaction():
+                sent = await producer.send_and_wait(
+                    settings.topic("scores"), value.encode(), partition=incoming.partition
+                )
+                answer = StoredAnswer("A", incoming.content, sent.offset).to_bytes()
+                await client.set(site.under_test._keys().answers(*place)[0], answer, px=600_000)
+                for gateway in site.gateways[:2]:
+                    assert (await gateway.score(transaction, "wait=0")).status_code == 202
+                    assert (await gateway.client.get(path)).status_code == 202
+                waiting = asyncio.create_task(site.gateways[2].score(transaction))
+                await asyncio.sleep(0)
+        await client.aclose()
+        found = await waiting
+        again = await site.gateways[0].client.get(path, headers={"Prefer": "wait=20"})
+        assert (found.status_code, again.status_code) == (200, 200), found.text
+        assert found.content == again.content == value.encode()
+        assert await values_of(site, "transactions", transaction.transaction_id) == []
 
     site.run(body())
 
