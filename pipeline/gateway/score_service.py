@@ -33,6 +33,7 @@ from pipeline.kafka.polls import LogUnavailableError
 from pipeline.messages.decoding import NOT_JSON
 from pipeline.messages.replies import ANSWERED, DUPLICATE, REPLY_HEADER, Reply, StoredAnswer
 from pipeline.messages.replies import REJECTED as REJECTED_KIND
+from pipeline.messages.trace_context import Headers
 from pipeline.settings import Settings
 from pipeline.storage.answer_store import AnswerStore
 from pipeline.storage.client import StoreUnavailableError
@@ -81,6 +82,7 @@ class _Ticket:
         claim: the claim that stands; None once somebody else's value was found.
         found: what stood at the key before.
         delivery: the record's delivery, if this gateway produced it.
+        trace: trace context for the record.
     """
 
     incoming: Incoming
@@ -88,6 +90,7 @@ class _Ticket:
     found: StoredAnswer | None = None
     delivery: asyncio.Task[int] | None = None
     source: Source = "produced"
+    trace: Headers = ()
 
 
 class ScoreService:
@@ -129,24 +132,25 @@ class ScoreService:
         self._in_log: OrderedDict[tuple[int, bytes], None] = OrderedDict()
         self.working = 0
 
-    async def score(self, incoming: Incoming, wait_seconds: float) -> Outcome:
+    async def score(self, incoming: Incoming, wait_seconds: float, trace: Headers = ()) -> Outcome:
         """Score one transaction; see :meth:`score_all`.
 
         Raises:
             Problem: it has no score and will get none, or the services do not answer.
         """
-        (outcome,) = await self.score_all([incoming], wait_seconds)
+        (outcome,) = await self.score_all([incoming], wait_seconds, trace)
         if isinstance(outcome, Problem):
             raise outcome
         return outcome
 
     async def score_all(
-        self, batch: Sequence[Incoming], wait_seconds: float
+        self, batch: Sequence[Incoming], wait_seconds: float, trace: Headers = ()
     ) -> list[Outcome | Problem]:
         """Score transactions. They are produced in this order.
 
         Args:
             wait_seconds: longest wait for all of them together.
+            trace: trace context for their records.
 
         Returns:
             an outcome for each, or its problem.
@@ -160,7 +164,9 @@ class ScoreService:
         self.working += len(batch)
         try:
             now_ms = self._clock_ms()
-            tickets = [_Ticket(one, StoredAnswer("P", one.content, now_ms)) for one in batch]
+            tickets = [
+                _Ticket(one, StoredAnswer("P", one.content, now_ms), trace=trace) for one in batch
+            ]
             before = await self._answers.claim(
                 [(t.incoming.partition, t.incoming.transaction_id, t.claim) for t in tickets]
             )
@@ -242,7 +248,11 @@ class ScoreService:
         incoming = ticket.incoming
         try:
             ticket.delivery = await self._producer.send(
-                self._topic, incoming.key, incoming.value, incoming.partition, self._headers
+                self._topic,
+                incoming.key,
+                incoming.value,
+                incoming.partition,
+                (*self._headers, *ticket.trace),
             )
         except (RefusedRecordError, LogUnavailableError) as error:
             raise await self._not_produced(ticket, error) from error
