@@ -72,8 +72,8 @@ class Case:
 
 async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: int) -> None:
     """Measure transactions/s of Recur and the peers, in turn."""
-    live = await _thresholds(bench, "live stamps", transactions, live=True)
-    weeks = await _thresholds(bench, "a log of weeks", transactions, live=False)
+    live = await sample_thresholds(bench, "live stamps", transactions, live=True)
+    weeks = await sample_thresholds(bench, "a log of weeks", transactions, live=False)
     accounts = {"checkpoint": bench.accounts_checkpoint}
     cases = [
         Case(ACCOUNTS_ONLY, RECUR, accounts),
@@ -121,7 +121,9 @@ async def drain(bench: Bench, case: Case, settings: Settings, transactions: int)
         return steady(await published(settings, transactions, contender), transactions)
 
 
-async def _thresholds(bench: Bench, kind: str, transactions: int, *, live: bool) -> dict[str, Any]:
+async def sample_thresholds(
+    bench: Bench, kind: str, transactions: int, *, live: bool
+) -> dict[str, Any]:
     """Choose thresholds by the scores of a shorter drain."""
     settings = bench.settings()
     await drain(bench, Case(kind, RECUR, {}, live), settings, transactions)
