@@ -93,7 +93,7 @@ def main() -> None:
     def start(settings: Settings, service: str) -> Tracing:
         return Tracing(settings, service, TimedExporter())
 
-    app.start_tracing, app.PollTracer = start, BlockTracer  # type: ignore[assignment,misc]
+    vars(app).update(start_tracing=start, PollTracer=BlockTracer)
     sys.exit(process.run_worker(load_settings()))
 
 

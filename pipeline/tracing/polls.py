@@ -15,11 +15,13 @@ from itertools import islice
 from opentelemetry.trace import (
     Link,
     Span,
+    SpanContext,
     SpanKind,
     Status,
     StatusCode,
+    TraceFlags,
     Tracer,
-    get_current_span,
+    TraceState,
     set_span_in_context,
 )
 
@@ -31,9 +33,8 @@ from pipeline.kafka.producer import (
     Publisher,
     Transactions,
 )
-from pipeline.messages.trace_context import TRACEPARENT, context_headers, trace_of
+from pipeline.messages.trace_context import TRACEPARENT, context_headers
 from pipeline.settings import Settings
-from pipeline.tracing.propagation import extract
 
 LINKS_MAX = 128
 """Most links of a poll's span, and OpenTelemetry's own limit."""
@@ -45,8 +46,8 @@ OPEN_POLLS_MAX = 16
 """Most polls with an open span. A worker computes one poll while it concludes another."""
 
 
-_FLAG_AT = 54
-_SAMPLED_DIGITS = b"13579bdf"
+_PLAIN_LENGTH = 55
+_SAMPLED_DIGITS = frozenset(b"13579bdf")
 
 
 class PollTracer:
@@ -140,7 +141,7 @@ class PollTracer:
                 context,
                 kind=SpanKind.PRODUCER,
                 attributes=self._alert_attributes,
-                links=_links(alert.headers),
+                links=[link] if (link := _link(alert.headers)) else (),
                 start_time=began_ns,
             ).end(now_ns)
 
@@ -156,32 +157,35 @@ class PollTracer:
 def sampled_links(poll: Poll) -> list[Link]:
     """Make links to the sampled records of a poll, :data:`LINKS_MAX` at most."""
     found: list[Link] = []
+    digits = _SAMPLED_DIGITS
     for chunk in poll.chunks.values():
         for record in chunk.records:
-            if not record.headers or not _may_be_sampled(record.headers):
-                continue
-            trace = trace_of(record.headers)
-            if trace is not None and trace[1]:
-                found += _links(record.headers)
-                if len(found) >= LINKS_MAX:
-                    return found
+            for name, value in record.headers:
+                # The last digit first, and no call: it was measured to be half of tracing's cost.
+                if not value or (value[-1] not in digits and len(value) <= _PLAIN_LENGTH):
+                    continue
+                if name == TRACEPARENT and (link := _link(record.headers, only_sampled=True)):
+                    found.append(link)
+                    if len(found) >= LINKS_MAX:
+                        return found
     return found
 
 
-def _may_be_sampled(headers: Sequence[tuple[str, bytes]]) -> bool:
-    """Look at the sampled bit alone: a full check of each record takes 2 % of a poll's time."""
-    for name, value in headers:
-        if name == TRACEPARENT and value[_FLAG_AT : _FLAG_AT + 1] in _SAMPLED_DIGITS:
-            return True
-    return False
+def _link(headers: Sequence[tuple[str, bytes]], *, only_sampled: bool = False) -> Link | None:
+    """Make a link to the span that a record's headers name; None if they name none.
 
-
-def _links(headers: Sequence[tuple[str, bytes]]) -> list[Link]:
-    """Make a link to the span that a record's headers name, if they name one."""
-    if not any(name == TRACEPARENT for name, _ in headers):
-        return []
-    context = get_current_span(extract(context_headers(headers))).get_span_context()
-    return [Link(context)] if context.is_valid else []
+    It is the context that OpenTelemetry's propagator reads from valid headers, in half its time.
+    """
+    context = context_headers(headers)
+    if not context:
+        return None
+    parent = context[0][1]
+    flags = int(parent[53:55], 16)
+    if only_sampled and not flags & TraceFlags.SAMPLED:
+        return None
+    state = TraceState.from_header([context[1][1].decode()]) if len(context) > 1 else None
+    ids = int(parent[3:35], 16), int(parent[36:52], 16)
+    return Link(SpanContext(*ids, is_remote=True, trace_flags=TraceFlags(flags), trace_state=state))
 
 
 class _TracedPublisher:
