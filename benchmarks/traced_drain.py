@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.bench import Bench, Contender, environment_of, make_topics, published
 from benchmarks.peers.environment import ROOT
+from benchmarks.score_times import ends
 from benchmarks.throughput import sample_thresholds
 from benchmarks.traced_worker import FILE_VARIABLE, ORDER, POLLS_VARIABLE, BlockTime
 from benchmarks.traffic import blocks, first
@@ -35,9 +36,6 @@ TARGET = 0.02
 BLOCK_POLLS = 4
 WARM_SHARE = 0.1
 """Share of the blocks that warm up: most accounts are new in them."""
-
-SAMPLE_TRANSACTIONS = 20_000
-"""Transactions whose scores give the thresholds."""
 
 RESAMPLES = 2_000
 LINGER_MS = 5
@@ -80,7 +78,8 @@ async def traced_drain(bench: Bench, transactions: int, ratio: float) -> None:
         transactions: length of the log.
         ratio: share of sampled records, and of sampled polls.
     """
-    thresholds = await sample_thresholds(bench, "live stamps", SAMPLE_TRANSACTIONS, live=True)
+    # As long a log as the measured one: the share of alerts rises with the accounts' histories.
+    thresholds = await sample_thresholds(bench, "live stamps", transactions, live=True)
     settings = bench.settings(**thresholds, tracing=True, trace_sample_ratio=ratio)
     await make_topics(settings)
     await _fill(settings, transactions, ratio)
@@ -98,6 +97,8 @@ async def traced_drain(bench: Bench, transactions: int, ratio: float) -> None:
             await asyncio.to_thread(process.stop, 20.0)
     if not _Sink.requests:
         raise SystemExit("no span reached the collector: nothing was measured")
+    alerts = sum((await ends(settings, settings.topic("alerts"))).values())
+    bench.results.add("share of transactions with an alert", f"{alerts / transactions:.2%}")
     lines = file.read_text().splitlines()
     report(bench, [BlockTime(*json.loads(line)) for line in lines], ratio)
 

@@ -17,7 +17,6 @@ from pipeline import logs
 from pipeline.errors import SettingsError, StartupError
 from pipeline.kafka.log_reader import LogReader
 from pipeline.kafka.polls import LogUnavailableError
-from pipeline.kafka.topics import partition_count
 from pipeline.scoring.health import Health
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
@@ -27,6 +26,7 @@ from pipeline.webhooks.dead_letters import DeadLetterProducer
 from pipeline.webhooks.delivery import DeliveryTools
 from pipeline.webhooks.endpoints import Endpoint, configured_endpoints, load_endpoints
 from pipeline.webhooks.metrics import WebhookMetrics
+from pipeline.webhooks.preflight import check_webhook_services
 from pipeline.webhooks.runner import EndpointRunner
 from pipeline.webhooks.schedule import RetrySchedule
 from pipeline.webhooks.sender import GetAddresses, get_addresses
@@ -230,20 +230,6 @@ class WebhookProcess:
             await asyncio.sleep(BROKER_SECONDS)
 
 
-async def check_topics(settings: Settings) -> None:
-    """Check that the topics exist.
-
-    Raises:
-        StartupError: the broker does not answer, or a topic is missing.
-    """
-    for topic in (settings.topic("alerts"), settings.topic("dead_letter")):
-        if await partition_count(settings, topic) is None:
-            raise StartupError(
-                f"there is no topic {topic}, or this user may not see it: start a worker first,"
-                " which creates it, or correct RECUR_TOPIC_PREFIX"
-            )
-
-
 def run_webhooks(settings: Settings) -> int:
     """Run `recur webhooks` until SIGTERM or SIGINT; return the exit code.
 
@@ -269,7 +255,7 @@ def run_webhooks(settings: Settings) -> int:
 async def _serve(
     settings: Settings, endpoints: Mapping[str, Endpoint], timer: ShutdownTimer
 ) -> None:
-    await check_topics(settings)
+    await check_webhook_services(settings, list(endpoints))
     health, metrics = Health(settings.watchdog_seconds), WebhookMetrics()
     tracing = start_tracing(settings, "recur-webhooks")
     tracer = HttpTracer(tracing.tracer) if tracing else None

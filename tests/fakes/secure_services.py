@@ -42,6 +42,8 @@ KAFKA_PASSWORDS = {
     "recur-producer": "secret-of-the-producer-88a0",
     "recur-reader": "secret-of-the-reader-31de",
     "recur-operator": "secret-of-the-operator-e9b2",
+    "recur-gateway": "secret-of-the-gateway-2f9d",
+    "recur-webhooks": "secret-of-the-webhooks-b60a",
 }
 REDIS_PASSWORD = "redis-secret-c0de"
 
@@ -56,7 +58,15 @@ LACKING = {
 }
 """Users with all rights of a worker except one."""
 
-KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING}
+WEBHOOKS_LACKING = {
+    "webhooks-lack-alerts": ("Read", "alerts"),
+    "webhooks-lack-transactions": ("Read", "transactions"),
+    "webhooks-lack-dead-letter": ("Write", "dead-letter"),
+    "webhooks-lack-group": ("Read", "recur-webhooks-"),
+}
+"""Users with all rights of `recur webhooks` except one."""
+
+KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING | WEBHOOKS_LACKING}
 
 _PATTERNS = {"literal": 3, "prefixed": 4}
 _RESOURCES = {"topic": 2, "group": 3, "transactional-id": 5}
@@ -229,12 +239,14 @@ def kafka_rules() -> list[Rule]:
 
 
 def rules_of_the_lacking() -> list[Rule]:
-    """Make the rights of the users of :data:`LACKING`."""
+    """Make the rights of the users of :data:`LACKING` and :data:`WEBHOOKS_LACKING`."""
+    kinds = (("User:recur-worker", LACKING), ("User:recur-webhooks", WEBHOOKS_LACKING))
     return [
         replace(rule, principal=f"User:{user}")
-        for user, lacking in LACKING.items()
+        for principal, users in kinds
+        for user, lacking in users.items()
         for rule in kafka_rules()
-        if rule.principal == "User:recur-worker" and (rule.operation, rule.name) != lacking
+        if rule.principal == principal and (rule.operation, rule.name) != lacking
     ]
 
 

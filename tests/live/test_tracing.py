@@ -6,14 +6,12 @@ import asyncio
 import gzip
 import io
 import json
-import os
 import socket
-import sys
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from pipeline.tracing import journey_report
 from pipeline.tracing.journey_report import journey_lines, trace_transaction
 from tests.fakes.running_gateway import gateways
 from tests.fakes.running_pipeline import PipelineUnderTest, transactions, until
+from tests.fakes.running_webhooks import webhooks_process
 from tests.pipeline.webhooks.receiver import Receiver, endpoint_table, status
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -282,25 +281,6 @@ def test_a_request_its_records_and_its_webhook_are_one_trace(
     with collector() as spans:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", spans.url)
         asyncio.run(with_receiver(spans))
-
-
-@asynccontextmanager
-async def webhooks_process(
-    options: dict[str, Any], log: Path
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run `recur webhooks`; kill it at the end if it runs."""
-    environment = {f"RECUR_{name.upper()}": str(value) for name, value in options.items()}
-    with log.open("ab") as file:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "pipeline.cli.main", "webhooks",
-            env={**os.environ, **environment}, stdout=file, stderr=file,
-        )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 def test_a_search_goes_back_to_the_given_time_and_no_further_and_shows_its_progress(
