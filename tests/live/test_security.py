@@ -20,7 +20,7 @@ from aiokafka.errors import TransactionalIdAuthorizationFailed
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
 from pipeline.kafka.acl import GATEWAY_NEEDS, NEEDS, WEBHOOK_NEEDS
-from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
+from pipeline.kafka.topics import LOGS, add_partitions, ensure_audit_topic, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.local.ports import HOST
 from pipeline.local.redis import Redis
@@ -149,11 +149,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         redis_with_users() as redis,
         TlsProxy(*certificate, redis.port) as proxy,
     ):
-        asyncio.run(
-            ensure_topics(
-                load_settings(kafka_bootstrap_servers=broker.bootstrap, topic_partitions=2)
-            )
-        )
+        everything = load_settings(kafka_bootstrap_servers=broker.bootstrap, topic_partitions=2)
+        asyncio.run(ensure_topics(everything))
+        asyncio.run(ensure_audit_topic(everything))
         asyncio.run(allow(broker, kafka_rules() + rules_of_the_lacking()))
         yield Site(authority, other, broker, redis, proxy, folder)
 
