@@ -18,7 +18,7 @@ from pipeline.errors import StartupError
 from pipeline.kafka.topics import NO_COORDINATOR_YET, TopicRole, admin_client
 from pipeline.settings import Settings
 
-READ, WRITE = "Read", "Write"
+READ, WRITE, DESCRIBE = "Read", "Write", "Describe"
 
 NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
     "transactions": (READ,),
@@ -36,7 +36,7 @@ GATEWAY_NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
     "labels": (WRITE,),
     "audit": (WRITE,),
 }
-"""Operations of a gateway on each topic. It reads without a group."""
+"""Operations of a gateway on each topic. It reads without a group, and describes the workers'."""
 
 WEBHOOK_NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
     "alerts": (READ,),
@@ -45,7 +45,7 @@ WEBHOOK_NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
 }
 """Operations of `recur webhooks` on each topic. It also reads as a group of each endpoint."""
 
-_OPERATIONS = {READ: 3, WRITE: 4}  # Kafka's numbers: positions of bits in its answer
+_OPERATIONS = {READ: 3, WRITE: 4, DESCRIBE: 8}  # Kafka's numbers: positions of bits in its answer
 _UNKNOWN = -(2**31)
 _TEXT = String("utf-8")
 _TOO_OLD = (NotImplementedError, kafka_errors.IncompatibleBrokerVersion)
@@ -149,7 +149,10 @@ async def check_gateway_permissions(settings: Settings) -> None:
     """
     async with admin_client(settings) as admin:
         allowed = await _topic_operations(admin, [settings.topic(role) for role in GATEWAY_NEEDS])
+        of_group = await _group_operations(admin, settings.kafka_group_id)
     _check_topics(settings, GATEWAY_NEEDS, allowed)
+    if not _holds(of_group, DESCRIBE):  # it would never see a worker, and never be ready
+        raise _missing(settings, DESCRIBE, f"group {settings.kafka_group_id}")
 
 
 async def check_webhook_permissions(settings: Settings, groups: Sequence[str]) -> None:

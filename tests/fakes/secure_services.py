@@ -66,7 +66,12 @@ WEBHOOKS_LACKING = {
 }
 """Users with all rights of `recur webhooks` except one."""
 
-KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING | WEBHOOKS_LACKING}
+GATEWAY_LACKING = {"gateway-lacks-group": ("Describe", "recur")}
+"""A user with all rights of a gateway except one."""
+
+KAFKA_PASSWORDS |= {
+    user: f"secret-of-{user}-77ab" for user in LACKING | WEBHOOKS_LACKING | GATEWAY_LACKING
+}
 
 _PATTERNS = {"literal": 3, "prefixed": 4}
 _RESOURCES = {"topic": 2, "group": 3, "transactional-id": 5}
@@ -239,8 +244,12 @@ def kafka_rules() -> list[Rule]:
 
 
 def rules_of_the_lacking() -> list[Rule]:
-    """Make the rights of the users of :data:`LACKING` and :data:`WEBHOOKS_LACKING`."""
-    kinds = (("User:recur-worker", LACKING), ("User:recur-webhooks", WEBHOOKS_LACKING))
+    """Make the rights of the users who lack one."""
+    kinds = (
+        ("User:recur-worker", LACKING),
+        ("User:recur-webhooks", WEBHOOKS_LACKING),
+        ("User:recur-gateway", GATEWAY_LACKING),
+    )
     return [
         replace(rule, principal=f"User:{user}")
         for principal, users in kinds

@@ -19,7 +19,7 @@ from aiokafka.errors import TransactionalIdAuthorizationFailed
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.acl import GATEWAY_NEEDS, NEEDS, WEBHOOK_NEEDS
+from pipeline.kafka.acl import GATEWAY_NEEDS, NEEDS, WEBHOOK_NEEDS, check_gateway_permissions
 from pipeline.kafka.topics import LOGS, add_partitions, ensure_audit_topic, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.local.ports import HOST
@@ -401,7 +401,7 @@ def test_the_kafka_rules_of_a_gateway_hold_exactly_the_needed_rights() -> None:
         (settings.topic(role), operation)
         for role, operations in GATEWAY_NEEDS.items()
         for operation in operations
-    }
+    } | {(settings.kafka_group_id, "Describe")}
 
 
 def test_the_kafka_rules_of_webhooks_hold_exactly_the_needed_rights() -> None:
@@ -460,6 +460,15 @@ def test_a_right_that_webhooks_lack_on_redis_ends_the_start(site: Site, missing:
     settings = site.settings(**site.of(WEBHOOKS) | {"redis_username": "lacks"})
 
     assert WEBHOOK_RIGHTS in webhooks_refusal(settings)
+
+
+def test_a_gateway_that_may_not_see_the_workers_group_does_not_start(site: Site) -> None:
+    """It would wait for workers for ever."""
+    user = "gateway-lacks-group"
+    settings = load_settings(**site.settings(**site.of(user)), **FAST)
+
+    with pytest.raises(RecurError, match="the operation Describe on the group recur"):
+        asyncio.run(check_gateway_permissions(settings))
 
 
 def test_webhooks_name_the_setting_of_a_refused_login(site: Site) -> None:
