@@ -461,15 +461,15 @@ class Settings(BaseSettings):
     )
     tracing: bool = Field(
         False,
-        description="whether workers and gateways send OpenTelemetry spans; needs the extra"
-        " `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
+        description="whether workers, gateways and webhooks send OpenTelemetry spans; needs the"
+        " extra `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
     )
     trace_sample_ratio: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="share of polls that are traced; those with a record of a sampled trace always"
-        " are",
+        description="share of polls, score requests and deliveries that are traced; those of a"
+        " sampled trace always are",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of written log lines"
