@@ -63,8 +63,9 @@ format: $(ENVIRONMENT) ## put the code in ruff's form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(ENVIRONMENT) ## write docs/reference and docs/asyncapi.yaml from the code
+docs: $(ENVIRONMENT) ## write docs/reference, docs/drawings and docs/asyncapi.yaml from the code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/draw_recurrent.py
 
 bench: $(ENVIRONMENT) ## measure Recur beside its peers, 25 minutes (ARGS=--quick: 4)
 	$(BIN)/python -m benchmarks $(ARGS)
