@@ -28,7 +28,8 @@ def site(
     kafka: Kafka, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("gateways")
-    with running_site(kafka, redis_server, directory, 2, gateway_max_body_bytes=200_000) as site:
+    settings = {"gateway_max_body_bytes": 200_000, "gateway_failed_logins_per_minute": 0}
+    with running_site(kafka, redis_server, directory, 2, **settings) as site:
         yield site
 
 
