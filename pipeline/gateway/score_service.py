@@ -42,6 +42,7 @@ from pipeline.messages.replies import (
     StoredAnswer,
 )
 from pipeline.messages.replies import REJECTED as REJECTED_KIND
+from pipeline.messages.trace_context import Headers
 from pipeline.settings import Settings
 from pipeline.storage.answer_store import AnswerStore
 from pipeline.storage.client import StoreUnavailableError
@@ -90,6 +91,7 @@ class _Ticket:
         claim: the claim that stands; None once somebody else's value was found.
         found: what stood at the key before.
         delivery: the record's delivery, if this gateway produced it.
+        trace: trace context for the record.
     """
 
     incoming: Incoming
@@ -97,6 +99,7 @@ class _Ticket:
     found: StoredAnswer | None = None
     delivery: asyncio.Task[int] | None = None
     source: Source = "produced"
+    trace: Headers = ()
 
 
 class ScoreService:
@@ -143,24 +146,25 @@ class ScoreService:
         """End what runs in the background."""
         await self._withdrawals.stop()
 
-    async def score(self, incoming: Incoming, wait_seconds: float) -> Outcome:
+    async def score(self, incoming: Incoming, wait_seconds: float, trace: Headers = ()) -> Outcome:
         """Score one transaction; see :meth:`score_all`.
 
         Raises:
             Problem: it has no score and will get none, or the services do not answer.
         """
-        (outcome,) = await self.score_all([incoming], wait_seconds)
+        (outcome,) = await self.score_all([incoming], wait_seconds, trace)
         if isinstance(outcome, Problem):
             raise outcome
         return outcome
 
     async def score_all(
-        self, batch: Sequence[Incoming], wait_seconds: float
+        self, batch: Sequence[Incoming], wait_seconds: float, trace: Headers = ()
     ) -> list[Outcome | Problem]:
         """Score transactions. They are produced in this order.
 
         Args:
             wait_seconds: longest wait for all of them together.
+            trace: trace context for their records.
 
         Returns:
             an outcome for each, or its problem.
@@ -174,7 +178,9 @@ class ScoreService:
         self.working += len(batch)
         try:
             now_ms = self._clock_ms()
-            tickets = [_Ticket(one, StoredAnswer("P", one.content, now_ms)) for one in batch]
+            tickets = [
+                _Ticket(one, StoredAnswer("P", one.content, now_ms), trace=trace) for one in batch
+            ]
             await self._claim(tickets)
             if len(tickets) == 1:
                 return [await self._finish(tickets[0], deadline)]
@@ -269,7 +275,11 @@ class ScoreService:
         incoming = ticket.incoming
         try:
             ticket.delivery = await self._producer.send(
-                self._topic, incoming.key, incoming.value, incoming.partition, self._headers
+                self._topic,
+                incoming.key,
+                incoming.value,
+                incoming.partition,
+                (*self._headers, *ticket.trace),
             )
         except (RefusedRecordError, LogUnavailableError) as error:
             raise await self._not_produced(ticket, error) from error

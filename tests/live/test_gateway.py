@@ -66,8 +66,12 @@ def site(
     kafka: Kafka, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("gateways")
-    limits = {"gateway_max_body_bytes": 200_000, "gateway_body_timeout_seconds": 2.0}
-    with running_site(kafka, redis_server, directory, GATEWAYS, **limits) as site:
+    settings = {
+        "gateway_max_body_bytes": 200_000,
+        "gateway_body_timeout_seconds": 2.0,
+        "gateway_failed_logins_per_minute": 0,
+    }
+    with running_site(kafka, redis_server, directory, GATEWAYS, **settings) as site:
         yield site
 
 

@@ -43,6 +43,7 @@ async def call(
     headers: Sequence[tuple[bytes, bytes]] = (),
     messages: Sequence[AsgiMessage] = ({"type": "http.request", "body": b"{}"},),
     receive: Receive | None = None,
+    address: str = "192.0.2.1",
 ) -> Answer:
     """Call an application with a request, and return its answer."""
     rest = iter(messages)
@@ -64,6 +65,7 @@ async def call(
         "path": path,
         "query_string": b"account_id=secret-account",
         "headers": all_headers,
+        "client": (address, 50_000),
     }
     await app(scope, receive or given, send)
     if not sent:
