@@ -146,6 +146,7 @@ def test_without_a_service_the_answer_is_503_until_it_is_back(
         counter = f'recur_gateway_problems_total{{problem="{problem}"}}'
         first = await gateway.score(before)
         assert first.status_code == 200
+        assert (await other.score(before)).content == first.content  # now both know the key
 
         async def is_known() -> bool:
             ready = [await one.client.get("/ready") for one in (gateway, other)]
