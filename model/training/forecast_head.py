@@ -52,14 +52,14 @@ SAMPLES_MIN = 200
 """Fewest samples to which a head is fitted."""
 
 BATCH = 512
-UPDATES = 2500
+UPDATES = 1000
 """Most updates; fewer with few samples."""
 
-EPOCHS = 40
+EPOCHS = 20
 """Epochs with few samples."""
 
 LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 1e-4
+WEIGHT_DECAY = 0.1
 GRADIENT_MAX = 1.0
 
 Show = Callable[[float], None]
@@ -160,7 +160,7 @@ def draw_samples(
     *,
     whole: bool = False,
 ) -> ForecastSamples:
-    """Draw samples: half of accounts as they are, half of accounts that begin at some payment.
+    """Draw samples: two of accounts as they are for each of an account that begins at a payment.
 
     Args:
         log: the states along the log.
@@ -172,10 +172,10 @@ def draw_samples(
     """
     accounts = int((sequences.length > 0).sum())
     size = min(SAMPLES_MAX, SAMPLES_FOR_ACCOUNT * accounts)
-    moments = random_moments(log.dataset, sequences, days, size // 2, seed)
+    moments = random_moments(log.dataset, sequences, days, size, seed)
     parts = [log.samples(sequences, moments, until_day, from_day)]
     if not whole:
-        parts.append(_young_samples(log, sequences, days, until_day, seed, from_day, size))
+        parts.append(_young_samples(log, sequences, days, until_day, seed, from_day, size // 2))
     joined = ForecastSamples.joined(parts)
     return joined.take(np.flatnonzero(joined.after.known.any(axis=1)))
 

@@ -2,8 +2,8 @@
 
     log -> states along the serving path -> (account, moment) pairs -> inputs and the days to come
 
-A state is what Redis holds: it is computed step by step, with float16 rounding. Half of the samples
-are of accounts that began at a random payment, so that short histories are known too.
+A state is what Redis holds: it is computed step by step, with float16 rounding. A third of the
+samples are of accounts that began at a random payment, so that short histories are known too.
 """
 
 from __future__ import annotations
