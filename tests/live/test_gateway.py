@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from model.transaction import Transaction
+from pipeline.gateway.accounts import FORECAST_DAYS
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
@@ -205,6 +206,8 @@ def test_an_account_shows_its_counts_and_recent_scores(site: Site) -> None:
         assert (found["account_id"], found["transactions_seen"]) == (account, 3)
         assert found["last_transaction_at"] == sent[-1].timestamp
         assert [one for one in found["recent_scores"]] == [json.loads(s) for s in scores[::-1]]
+        assert len(found["forecast"]) == FORECAST_DAYS
+        assert all(day["amount"]["p10"] <= day["amount"]["p90"] for day in found["forecast"])
         unknown = await site.gateways[1].client.get("/v1/accounts/nobody")
         assert (unknown.status_code, problem_of(unknown)) == (404, "not-found")
 
