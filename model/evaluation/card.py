@@ -7,7 +7,7 @@ from itertools import groupby
 
 from model.checkpoint import Checkpoint
 from model.evaluation.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
-from model.evaluation.forecast_report import forecast_table
+from model.evaluation.forecast_report import following_table, forecast_table
 from model.evaluation.protocol import HANDBOOK_FOLDS
 from model.evaluation.results import NetworkSummary, Results, table
 from model.features.spec import FeatureSpec
@@ -242,6 +242,11 @@ the closed interval.
 {_markdown_table(headings, rows)}
 
 {_markdown_table(["group", "coverage of 80 %", "days"], groups)}
+
+Simulated accounts whose rate or level changes for good: share of the way that the forecast has
+gone after some payments. Half way: the fewest of these payments with a half.
+
+{_markdown_table(*following_table(found))}
 
 Silent for a week: {found.silent[0]:.2%} forecast, {found.silent[1]:.2%} observed. Days with fraud:
 {found.fraud[0]:.2%} forecast, {found.fraud[1]:.2%} observed."""

@@ -17,6 +17,11 @@ from model.evaluation.forecast_baselines import (
     own_quantiles,
     smoothed,
 )
+from model.evaluation.forecast_following import (
+    Following,
+    measure_following,
+    silence_of_closed,
+)
 from model.forecast.shape import length_group
 from model.training.forecast_head import (
     ForecastData,
@@ -64,6 +69,9 @@ class ForecastResults(msgspec.Struct, frozen=True):
         groups: coverage of the head by weekday and by length of history, with the days of each.
         silent: mean forecast and observed share of accounts that are silent for a week.
         fraud: mean forecast and observed share of days with fraud.
+        following: how fast the head follows simulated accounts that change.
+        closed: the head's mean probability that an account with a payment a day stays silent for
+            a week more, by days since its last payment.
     """
 
     rows: list[ForecastRow]
@@ -72,6 +80,8 @@ class ForecastResults(msgspec.Struct, frozen=True):
     groups: dict[str, tuple[float, int]]
     silent: tuple[float, float]
     fraud: tuple[float, float]
+    following: list[Following] = []
+    closed: dict[int, float] = {}
 
 
 def compare_forecasts(
@@ -126,6 +136,8 @@ def compare_forecasts(
             lambda share: show(0.85 + 0.1 * share, "LightGBM, payments"),
         ).quantiles(test)  # fmt: skip
         rows.append(_row("LightGBM, windows", test, amount, count))
+    show(0.95, "accounts that change")
+    following, closed = measure_following(checkpoint, seed), silence_of_closed(checkpoint, seed)
     inside = covered(forecasts.amount, test.after.amount, forecasts.none)
     known = test.after.known
     week = known[:, :7].all(axis=1)
@@ -142,6 +154,8 @@ def compare_forecasts(
         },
         silent=_pair(forecasts.silent[week, 6], quiet),
         fraud=_pair(forecasts.fraud[known], test.after.is_fraud[known]),
+        following=following,
+        closed=closed,
     )
 
 
@@ -191,5 +205,20 @@ def forecast_table(results: ForecastResults) -> tuple[list[str], list[list[str]]
             f"{row.plain_coverage:.1%}",
         ]
         for row in results.rows
+    ]
+    return headings, rows
+
+
+def following_table(results: ForecastResults) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the table of accounts that change."""
+    numbers = list(results.following[0].share) if results.following else []
+    headings = ["change, share of the way after payments", *(str(n) for n in numbers), "half way"]
+    rows = [
+        [
+            found.title,
+            *(f"{share:.0%}" for share in found.share.values()),
+            "–" if found.payments is None else str(found.payments),
+        ]
+        for found in results.following
     ]
     return headings, rows

@@ -28,6 +28,7 @@ from model.evaluation.comparison import (
 from model.evaluation.forecast_report import (
     ForecastResults,
     compare_forecasts,
+    following_table,
     forecast_table,
 )
 from model.evaluation.lightgbm_reference import TREES, MissingRequirementError, lightgbm
@@ -233,6 +234,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
         console.print(f"caution: {caution}")
     if results.forecast is not None:
         print_table(console, *forecast_table(results.forecast), wraps_first=True)
+        print_table(console, *following_table(results.forecast), wraps_first=True)
     found = results.robustness
     if found is not None:
         faults = [
