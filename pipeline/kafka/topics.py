@@ -23,6 +23,7 @@ from model.units import DAY_MS
 from pipeline.errors import StartupError
 from pipeline.kafka.metadata_request import ask_ids
 from pipeline.logs import quiet
+from pipeline.oauth_tokens import TokenRefusedError, TokenUnavailableError
 from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -398,6 +399,11 @@ def _hint(error: BaseException) -> str | None:
         )
     if isinstance(error, kafka_errors.UnsupportedSaslMechanismError):
         return f"does not take RECUR_KAFKA_SASL_MECHANISM ({_describe(error)})"
+    if isinstance(error, TokenRefusedError | TokenUnavailableError):
+        return (
+            f"asks for a token, and {error}: correct RECUR_KAFKA_OAUTH_TOKEN_URL,"
+            " RECUR_KAFKA_SASL_USERNAME, RECUR_KAFKA_SASL_PASSWORD or RECUR_KAFKA_OAUTH_SCOPE"
+        )
     if isinstance(error, _LOGIN_REFUSED):
         return (
             "refuses the login: correct RECUR_KAFKA_SASL_USERNAME, RECUR_KAFKA_SASL_PASSWORD or"

@@ -44,6 +44,7 @@ from tests.fakes.secure_services import (
     Authority,
     SecureKafka,
     TlsProxy,
+    TokenEndpoint,
     allow,
     kafka_rules,
     redis_with_users,
@@ -306,6 +307,50 @@ def test_a_refused_login_names_the_setting(
         assert asyncio.run(checked(load_settings(**settings))) == 2
     else:
         assert says in refusal(settings)
+
+
+def test_a_worker_logs_in_with_tokens(site: Site, tmp_path: Path) -> None:
+    """Worker, producer and reader get tokens from an identity provider, with the same rights."""
+    sent = transactions(50, accounts=5)
+    with TokenEndpoint() as endpoint:
+        oauth = {
+            "kafka_sasl_mechanism": "OAUTHBEARER",
+            "kafka_oauth_token_url": endpoint.url,
+            "kafka_oauth_scope": "kafka",
+        }
+        changed = site.kafka_and_redis() | oauth
+        names = {"topic_prefix": "", "redis_key_prefix": "recur", "kafka_group_id": "recur"}
+        system = PipelineUnderTest(directory=tmp_path, log_level="debug", **names, **changed)
+
+        async def run() -> None:
+            async with system.running(workers=1):
+                (worker,) = system.workers
+                producer = load_settings(
+                    **site.settings(
+                        kafka_sasl_username="recur-producer",
+                        kafka_sasl_password=KAFKA_PASSWORDS["recur-producer"],
+                        **oauth,
+                    )
+                )
+                async with AIOKafkaProducer(**producer.kafka_client_options()) as sending:
+                    for t in sent:
+                        await sending.send(
+                            "transactions", encode_transaction(t), t.account_id.encode()
+                        )
+                await system.until_applied()
+                scored = {score.transaction_id for score in await system.scores()}
+                assert {t.transaction_id for t in sent} <= scored
+                assert_holds_no_secret(await everything_shown(worker))
+
+        asyncio.run(run())
+        assert set(endpoint.scopes) == {"kafka"}
+
+        changed = site.settings(**oauth)
+        message = refusal(changed | {"kafka_sasl_password": "wrong-secret"})
+        assert "the token endpoint answers 401" in message
+        assert "RECUR_KAFKA_OAUTH_TOKEN_URL" in message
+    message = refusal(changed | {"kafka_sasl_username": "recur-reader"})  # not asked before
+    assert "the token endpoint does not answer" in message
 
 
 @pytest.mark.parametrize("user", LACKING)

@@ -486,7 +486,7 @@ def _nothing(*_: Iterable[Any]) -> None:
 BUGS = [
     Bug("ack before save", 7, 14, Parts(worker=AckFirst)),
     Bug("ack of what was not saved", 7, 14, patches=[(assembly, "PollWriter", AckWhatIsNotSaved)]),
-    Bug("save before publish", 11, 22, Parts(publisher=PublishLater)),
+    Bug("save before publish", 2, 10, Parts(publisher=PublishLater)),
     Bug("save before alerts are published", 171, 342, Parts(publisher=AlertsLater)),
     Bug("a save without the watermark", 75, 150, Parts(state_client=SaveWithoutWatermark)),
     Bug(
@@ -517,8 +517,8 @@ BUGS = [
     ),
     Bug(
         "the gap before a zombie's publish not read",
-        2330,
-        4660,
+        3,
+        10,
         patches=[(ownership, "PartitionRecovery", GapNotRead)],
     ),
     Bug(
