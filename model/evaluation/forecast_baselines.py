@@ -96,7 +96,8 @@ def own_mean(table: Float64, days: AccountDays, samples: ForecastSamples) -> Flo
     row, end = days.place(samples)
     mean, square, _ = _moments(table, days.begin[row], row, end)
     deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
-    return np.maximum(mean[:, None] + deviation[:, None] * _Z, 0.0)[:, None]
+    quantiles: Float64 = np.maximum(mean[:, None] + deviation[:, None] * _Z, 0.0)
+    return quantiles[:, None]
 
 
 def _moments(table: Float64, begin: Rows, row: Rows, end: Rows) -> tuple[Float64, Float64, Float64]:
@@ -135,7 +136,8 @@ def smoothed(table: Float64, days: AccountDays, samples: ForecastSamples) -> Flo
             now = np.where(day == days.begin, value, now + smoothing * difference)
     ahead = np.arange(DAYS_MAX)
     deviation = error[:, None] * np.sqrt(1.0 + ahead * alpha[:, None] ** 2)  # [m, T]
-    return np.maximum(level[:, None, None] + deviation[:, :, None] * _Z, 0.0)
+    quantiles: Float64 = np.maximum(level[:, None, None] + deviation[:, :, None] * _Z, 0.0)
+    return quantiles
 
 
 class BoostedQuantiles:

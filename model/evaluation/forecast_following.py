@@ -148,14 +148,14 @@ def _payments(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Draw payments of steady accounts and ``after`` more after the change, in order of time."""
     parts = []
-    for account, per_day in enumerate(rates):
+    for number, per_day in enumerate(rates):
         steady = max(2, int(rng.poisson(per_day * STEADY_DAYS)))
         old = np.sort(rng.uniform(0, STEADY_DAYS, steady))
         new = STEADY_DAYS + np.cumsum(rng.exponential(1 / (per_day * rate), after))
         at = np.concatenate((old, new))
-        amount = 40.0 * levels[account] * np.exp(0.5 * rng.standard_normal(len(at)))
+        amount = 40.0 * levels[number] * np.exp(0.5 * rng.standard_normal(len(at)))
         amount[steady:] *= level
-        parts.append((np.full(len(at), account), at, amount))
+        parts.append((np.full(len(at), number), at, amount))
     account, at, amount = (np.concatenate(c) for c in zip(*parts, strict=True))
     order = np.argsort(at, kind="stable")
     times = START_MS + (at[order] * DAY_MS).astype(np.int64)

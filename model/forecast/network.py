@@ -6,7 +6,7 @@ The two agree to 1e-5.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -149,4 +149,4 @@ def _rising(output: Tensor, base: Tensor) -> Tensor:
     """Turn a scale, a first value and steps [..., 1 + Q] into rising quantiles [..., Q]."""
     scale = (base + output[..., 0]).clamp(*LOG_SCALE_RANGE).exp().unsqueeze(-1)
     steps = torch.cat((output[..., 1:2], F.softplus(output[..., 2:])), -1)
-    return cast("Tensor", scale * steps.cumsum(-1))
+    return scale * steps.cumsum(-1)

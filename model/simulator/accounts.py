@@ -189,7 +189,8 @@ class Accounts:
     def _has_level(self, account: Ints) -> NDArray[np.bool_]:
         """Return whether the level of each account [n] changes: it has no bounds."""
         has: NDArray[np.bool_] = self.kind[account] != HANDBOOK_KIND
-        return has & (self._high[account] == np.inf)
+        has &= self._high[account] == np.inf
+        return has
 
     def _hours(self, account: Ints, rng: np.random.Generator) -> Ints:
         """Draw times [n] in milliseconds since midnight, around each account's noon."""

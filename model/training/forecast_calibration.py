@@ -98,7 +98,7 @@ def _hazard_shifts(forecasts: Forecasts, after: DaysAfter, length: NDArray[np.in
     before = np.concatenate((np.ones((len(length), 1)), forecasts.silent[:, :-1]), axis=1)
     pays = 1.0 - forecasts.silent / np.maximum(before, 1e-300)
     paid = after.count > 0
-    was_silent = np.cumsum(paid, axis=1) - paid == 0
+    was_silent: NDArray[np.bool_] = np.cumsum(paid, axis=1) - paid == 0
     known = np.logical_and.accumulate(after.known, axis=1)
     shifts = []
     for group in range(len(LENGTHS)):

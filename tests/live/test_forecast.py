@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.features.merchant import MERCHANT_FEATURES
+from model.features.spec import INPUTS
 from model.forecast.answer import day_forecasts
 from model.training.sequences import score_stepwise
 from pipeline.admin.forecast_account import forecast_state, load_forecast
@@ -18,8 +19,8 @@ from pipeline.errors import RecurError
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from tests.fakes.forecasts import with_random_forecast
-from tests.fakes.memory_workers import INPUTS, small_checkpoint
-from tests.fakes.running_pipeline import PipelineUnderTest, transactions
+from tests.fakes.memory_workers import small_checkpoint
+from tests.fakes.running_pipeline import EVENT_TIME_MS, PipelineUnderTest, transactions
 
 ACCOUNTS = 12
 TOLERANCE = 0.02
@@ -34,7 +35,7 @@ def test_the_forecast_of_a_live_state_is_that_of_the_offline_history(
     system = PipelineUnderTest(kafka.bootstrap, redis_server.url, tmp_path, checkpoint=path)
     checkpoint = load_checkpoint(system.settings)
     sent = transactions(600, ACCOUNTS)
-    asked_ms = sent[-1].timestamp + 3 * 86_400_000
+    asked_ms = EVENT_TIME_MS + 3 * 86_400_000
 
     async def run() -> None:
         async with system.running(workers=1):
