@@ -12,6 +12,7 @@ from model.features.merchant import MERCHANT_FEATURES
 from model.features.spec import INPUTS
 from model.forecast.answer import day_forecasts
 from model.training.sequences import score_stepwise
+from model.transaction import epoch_ms
 from pipeline.admin.forecast_account import forecast_state, load_forecast
 from pipeline.admin.inspect_account import load_view
 from pipeline.checkpoint import load_checkpoint
@@ -50,7 +51,7 @@ def test_the_forecast_of_a_live_state_is_that_of_the_offline_history(
                 checkpoint,
                 np.array([names.index(t.account_id) for t in sent]),
                 np.array([t.amount for t in sent]),
-                np.array([t.timestamp for t in sent]),
+                np.array([epoch_ms(t.timestamp) for t in sent]),
                 others,
             )
             assert checkpoint.forecaster is not None
