@@ -105,7 +105,7 @@ def test_the_forecast_is_compared_on_the_days_of_the_test(
 ) -> None:
     _, results = evaluated
     found = results["forecast"]
-    assert [row["title"] for row in found["rows"]][0] == "forecast head"
+    assert found["rows"][0]["title"] == "forecast head"
     assert len(found["rows"]) == 6
     assert 0 < found["days"] <= 30 * found["samples"]
     assert found["groups"]["all"][1] == found["days"]
