@@ -80,9 +80,9 @@ class Case:
 
 async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: int) -> None:
     """Measure transactions/s of Recur and the peers, in turn."""
-    live = await _thresholds(bench, "live stamps", transactions, live=True, history=True)
-    new = await _thresholds(bench, "new accounts", transactions, live=True, history=False)
-    weeks = await _thresholds(bench, "a log of weeks", transactions, live=False, history=True)
+    live = await sample_thresholds(bench, "live stamps", transactions, live=True, history=True)
+    new = await sample_thresholds(bench, "new accounts", transactions, live=True, history=False)
+    weeks = await sample_thresholds(bench, "a log of weeks", transactions, live=False, history=True)
     accounts = {"checkpoint": bench.accounts_checkpoint}
     history = HISTORY * transactions
     cases = [
@@ -133,7 +133,7 @@ async def drain(bench: Bench, case: Case, settings: Settings, transactions: int)
         return steady(await published(settings, total, contender), transactions, case.history)
 
 
-async def _thresholds(
+async def sample_thresholds(
     bench: Bench, kind: str, transactions: int, *, live: bool, history: bool
 ) -> dict[str, Any]:
     """Choose thresholds by the scores of a drain, without those of the history."""

@@ -410,6 +410,13 @@ class Settings(BaseSettings):
         description="rate limit of a key without one of its own, over all gateways: 100/s,"
         " 6000/min, or none",
     )
+    gateway_failed_logins_per_minute: int = Field(
+        60,
+        ge=0,
+        le=100_000,
+        description="wrong credentials that one address may send to a gateway in a minute before"
+        " keys that the gateway does not know get 429; 0: no limit, for a proxy that has its own",
+    )
     gateway_jwt_issuer: str = Field(
         "", description="issuer of JWTs that gateways take besides API keys; empty: none"
     )
@@ -461,15 +468,15 @@ class Settings(BaseSettings):
     )
     tracing: bool = Field(
         False,
-        description="whether workers and gateways send OpenTelemetry spans; needs the extra"
-        " `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
+        description="whether workers, gateways and webhooks send OpenTelemetry spans; needs the"
+        " extra `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
     )
     trace_sample_ratio: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="share of polls that are traced; those with a record of a sampled trace always"
-        " are",
+        description="share of polls, score requests and deliveries that are traced; those of a"
+        " sampled trace always are",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of written log lines"

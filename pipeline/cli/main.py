@@ -33,12 +33,10 @@ from pipeline.cli.options import (
 from pipeline.cli.state import state
 from pipeline.cli.trace import trace
 from pipeline.cli.webhooks import webhooks
-from pipeline.errors import RecurError, SettingsError, StartupError
+from pipeline.errors import RecurError, SettingsError
+from pipeline.extras import require_gateway_packages
 from pipeline.settings import CONFIG_VARIABLE, describe, load_settings
 from pipeline.worker.shutdown import exit_on_signals
-
-GATEWAY_PACKAGES = ("litestar", "uvicorn")
-"""Packages of the extra `gateway`."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,15 +63,9 @@ def gateway() -> None:
 
     Any number of gateways run side by side. Workers must run, too: they compute the scores.
     """
+    require_gateway_packages("the gateway")
     exit_on_signals()  # the imports below take a while
-    try:
-        from pipeline.gateway.process import run_gateway
-    except ModuleNotFoundError as error:
-        if error.name not in GATEWAY_PACKAGES:
-            raise
-        raise StartupError(
-            f"the gateway needs the package {error.name}: install recur[gateway]"
-        ) from None
+    from pipeline.gateway.process import run_gateway
 
     sys.exit(run_gateway(load_settings()))
 

@@ -47,6 +47,10 @@ class Fetched:
     is_out_of_range: bool = False
 
 
+class HeldBackError(LogUnavailableError):
+    """An open Kafka transaction holds a record back: it is there soon, or it is aborted."""
+
+
 class LogReader:
     """Reader of single places of topics; it belongs to no group.
 
@@ -119,13 +123,20 @@ class LogReader:
     async def record_at(self, topic: str, partition: int, offset: int) -> Any | None:
         """Return the record at an offset; None if the log does not have it.
 
+        A commit is confirmed before the brokers show what it committed.
+
         Raises:
+            HeldBackError: the record is not committed yet, or not shown yet.
             LogUnavailableError: see :meth:`fetch`.
         """
         place = TopicPartition(topic, partition)
         fetched = (await self.fetch({place: offset}, partition_bytes=1))[place]
         first = next(iter(fetched.records), None)
-        return first if first is not None and first.offset == offset else None
+        if first is not None and first.offset == offset:
+            return first
+        if offset >= fetched.end and not fetched.is_out_of_range:
+            raise HeldBackError("an open transaction holds the record back")
+        return None
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> dict[int, Bounds]:
         """Return begin and end of each partition.

@@ -47,6 +47,8 @@ KAFKA_PASSWORDS = {
     "recur-producer": "secret-of-the-producer-88a0",
     "recur-reader": "secret-of-the-reader-31de",
     "recur-operator": "secret-of-the-operator-e9b2",
+    "recur-gateway": "secret-of-the-gateway-2f9d",
+    "recur-webhooks": "secret-of-the-webhooks-b60a",
 }
 REDIS_PASSWORD = "redis-secret-c0de"
 
@@ -61,7 +63,20 @@ LACKING = {
 }
 """Users with all rights of a worker except one."""
 
-KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING}
+WEBHOOKS_LACKING = {
+    "webhooks-lack-alerts": ("Read", "alerts"),
+    "webhooks-lack-transactions": ("Read", "transactions"),
+    "webhooks-lack-dead-letter": ("Write", "dead-letter"),
+    "webhooks-lack-group": ("Read", "recur-webhooks-"),
+}
+"""Users with all rights of `recur webhooks` except one."""
+
+GATEWAY_LACKING = {"gateway-lacks-group": ("Describe", "recur")}
+"""A user with all rights of a gateway except one."""
+
+KAFKA_PASSWORDS |= {
+    user: f"secret-of-{user}-77ab" for user in LACKING | WEBHOOKS_LACKING | GATEWAY_LACKING
+}
 
 _PATTERNS = {"literal": 3, "prefixed": 4}
 _RESOURCES = {"topic": 2, "group": 3, "transactional-id": 5}
@@ -293,12 +308,18 @@ def kafka_rules() -> list[Rule]:
 
 
 def rules_of_the_lacking() -> list[Rule]:
-    """Make the rights of the users of :data:`LACKING`."""
+    """Make the rights of the users who lack one."""
+    kinds = (
+        ("User:recur-worker", LACKING),
+        ("User:recur-webhooks", WEBHOOKS_LACKING),
+        ("User:recur-gateway", GATEWAY_LACKING),
+    )
     return [
         replace(rule, principal=f"User:{user}")
-        for user, lacking in LACKING.items()
+        for principal, users in kinds
+        for user, lacking in users.items()
         for rule in kafka_rules()
-        if rule.principal == "User:recur-worker" and (rule.operation, rule.name) != lacking
+        if rule.principal == principal and (rule.operation, rule.name) != lacking
     ]
 
 
