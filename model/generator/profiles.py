@@ -27,7 +27,7 @@ PROFILE = (
     "day_y",  # mean sine of the time of day
     "weekend",  # share of transactions on Saturday and Sunday
     "reach",  # log of the local merchants in reach
-    "loyalty",  # share of the most visited merchant
+    "loyalty",  # chance that two transactions are at the same local merchant
     "hubs",  # share of transactions at hubs
     "defrauded",  # 1 if there is fraud on the account itself, else 0
     "theft",  # log of a fraud's mean amount, relative to the level; drawn if there is none

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from model.data.dataset import FRAUD, LEGITIMATE, MISSING, Dataset
 from model.generator.draws import keys_of
 from model.generator.generator import Generator
 from model.generator.profiles import AT, with_given
@@ -117,3 +118,40 @@ class HistoryStream:
 
     def _unroller(self, accounts: NDArray[np.int64]) -> Unroller:
         return Unroller(self.generator, self._cast, accounts, self._profiles[accounts])
+
+
+def generated_dataset(stream: HistoryStream) -> Dataset:
+    """Return all transactions of a stream in memory, as a data set for training.
+
+    Raises:
+        GeneratorError: there are none.
+    """
+    parts = list(stream.parts())
+    if not parts:
+        raise GeneratorError("no transaction was generated: raise accounts or days")
+    found = Transactions.joined(parts)
+    merchant = np.unique(found.merchant, return_inverse=True)[1].astype(np.int32)
+    numeric, categorical, texts = {}, {}, {}
+    for place, field_ in enumerate(stream.generator.header.fields):
+        classes = found.fields[:, place].astype(np.int64)
+        if field_.is_numeric:
+            values = field_.numbers(classes, found.shares[:, place].astype(np.float64))
+            numeric[field_.name] = values.astype(np.float32)
+        else:
+            codes = np.where(classes < len(field_.texts), classes, MISSING)
+            categorical[field_.name] = codes.astype(np.int32)
+            texts[field_.name] = field_.texts
+    account = np.unique(found.account, return_inverse=True)[1].astype(np.int32)
+    label = np.where(found.is_fraud, FRAUD, LEGITIMATE).astype(np.int8)
+    return Dataset(
+        account=account,
+        merchant=merchant,
+        amount=found.amount,
+        timestamp_ms=found.time_ms,
+        label=label,
+        scenario=label.copy(),
+        numeric=numeric,
+        categorical=categorical,
+        texts=texts,
+        currency=stream.generator.header.currency,
+    )

@@ -20,7 +20,7 @@ from model.generator.lessons import OTHER_DAY, SAME_DAY
 from model.generator.memory import Memory, Step
 from model.generator.profiles import AT
 from model.generator.sizes import GeneratorSizes
-from model.generator.world import ACCOUNT_FRAUD, LEGITIMATE_CLASS, MERCHANT_FRAUD
+from model.generator.world import ACCOUNT_FRAUD, LEGITIMATE_CLASS, MERCHANT_FRAUD, REACH_MAX
 from model.units import DAY_MS
 
 Floats = NDArray[np.float64]
@@ -253,20 +253,36 @@ class Unroller:
         ratio = self._world["local_per_account"]
         first = np.round(bounds * ratio).astype(np.int64)
         self._town_first = self._world.hubs + first[town]
-        self._town_size = np.maximum(first[town + 1] - first[town], 1)
+        size = np.maximum(first[town + 1] - first[town], 1)
+        self._width = np.maximum(np.round(np.sqrt(size)).astype(np.int64), 1)
+        self._height = np.maximum(size // self._width, 1)
+        self._town_size = self._width * self._height
         reach = np.minimum(np.round(self._memory.reach).astype(np.int64), self._town_size)
         self._stretch = np.maximum(reach, 1)
         self._stride = _coprime_strides(int(self._stretch.max(initial=1)))[self._stretch]
-        self._home = np.floor(uniform(keys, _PLACE, 0) * self._town_size).astype(np.int64)
+        x = _clustered(uniform(keys, _PLACE, 0), self._world["clustering"])
+        y = uniform(keys, _PLACE, 2)
+        row = np.floor(y * self._height).astype(np.int64)
+        self._home = row * self._width + np.floor(x * self._width).astype(np.int64)
         self._turn = np.floor(uniform(keys, _PLACE, 1) * self._stretch).astype(np.int64)
 
     def _local(self, rows: Rows) -> NDArray[np.int32]:
-        """Return the next local merchants [m] that accounts have not visited yet."""
+        """Return the next local merchants [m] that accounts have not visited yet.
+
+        A town is a grid that is closed like a ring on both axes. An account reaches the places
+        around its home, the nearest ones, in an order of its own.
+        """
         number, stretch = self._memory.opened[rows], self._stretch[rows]
         within = (self._turn[rows] + number * self._stride[rows]) % stretch
         place = np.where(number < stretch, within, number)
-        merchant = self._town_first[rows] + (self._home[rows] + place) % self._town_size[rows]
-        return merchant.astype(np.int32)
+        home, width, height = self._home[rows], self._width[rows], self._height[rows]
+        # Where the reach is most of the town, only a walk through it meets every place once.
+        near = np.minimum(place, len(_NEAREST) - 1)
+        x = (home % width + _NEAREST[near, 0]) % width
+        y = (home // width + _NEAREST[near, 1]) % height
+        wide = (4 * stretch > self._town_size[rows]) | (place >= len(_NEAREST))
+        cell = np.where(wide, (home + place) % (width * height), y * width + x)
+        return (self._town_first[rows] + cell).astype(np.int32)
 
     def _advance(self, rows: Rows) -> None:
         """Draw the next transactions of accounts."""
@@ -411,6 +427,13 @@ class Unroller:
         self._shares[rows, place] = uniform(keys, step, 1)
 
 
+def _clustered(share: Floats, amplitude: float) -> Floats:
+    """Return numbers [n] from 0 to 1 with the density 1 + amplitude cos(2 pi x)."""
+    grid = np.linspace(0, 1, 1025)
+    passed = grid + amplitude * np.sin(2 * np.pi * grid) / (2 * np.pi)
+    return np.minimum(np.interp(share, passed, grid), np.nextafter(1, 0))
+
+
 def _coprime_strides(most: int) -> Int64:
     """Return for each length up to ``most`` a stride that visits every place of it.
 
@@ -429,3 +452,14 @@ def _coprime_strides(most: int) -> Int64:
         if found.all():
             break
     return strides
+
+
+def _nearest_places(count: int) -> Int64:
+    """Return the offsets [count, 2] of the places of a grid, the nearest first."""
+    side = np.arange(-int(np.sqrt(count)), int(np.sqrt(count)) + 1)
+    x, y = (axis.ravel() for axis in np.meshgrid(side, side))
+    order = np.lexsort((np.arctan2(y, x), x**2 + y**2))[:count]
+    return np.stack((x[order], y[order]), 1)
+
+
+_NEAREST = _nearest_places(2 * REACH_MAX)

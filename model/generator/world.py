@@ -27,8 +27,10 @@ LEGITIMATE_CLASS, ACCOUNT_FRAUD, MERCHANT_FRAUD = 0, 1, 2
 
 FRAUD_GAP_DAYS = 14.0
 """Longest gap between two frauds of one compromise of a merchant."""
-COMPROMISE_FRAUDS_MIN = 3
-COMPROMISE_SHARE_MIN = 0.3
+COMPROMISE_ACCOUNTS_MIN = 2
+COMPROMISE_SHARE_MIN = 0.5
+DURATION_FRAUDS_MIN = 4
+"""Fewest frauds of a compromise that tell its duration."""
 
 HUB_ACCOUNTS_MIN = 30
 HUB_FACTOR = 6.0
@@ -44,6 +46,7 @@ TAIL_CAP = 3.0
 
 _REACHES = np.unique(np.round(np.geomspace(1, REACH_MAX, 90)))
 _LATE_DAYS = 14.0
+_UPPER_SHARES = (0.99, 0.994, 0.997, 0.9985, 0.9993, 0.9997, 0.9999)
 _MERCHANT_MS = 1 << 42
 
 
@@ -109,6 +112,7 @@ NUMBERS = (
     "hub_compromise_share",
     "days",  # length of the training data
     "resolution_ms",  # of times
+    "clustering",  # relative amplitude of the density of homes in a town
 )
 
 
@@ -153,6 +157,7 @@ def measure(log: Dataset, seed: int) -> Measured:
     ratio = log.amount / np.exp(profiles[log.account, AT["level"]])
     edges, numbers["tail"] = _ratio_edges(ratio, fraud_class)
     numbers["certain"] = _certain(log)
+    numbers["clustering"] = _clustering(log, is_hub, accounts)
     visits = np.bincount(log.merchant[is_hub[log.merchant]], minlength=merchants)[is_hub]
     cumulative = np.cumsum(np.sort(visits)[::-1]) / max(visits.sum(), 1)
     shown = profiles.copy()
@@ -196,6 +201,20 @@ def _hubs(log: Dataset, accounts: int, merchants: int) -> Bools:
     return np.asarray(is_hub)
 
 
+def _clustering(log: Dataset, is_hub: Bools, accounts: int) -> float:
+    """Return how much denser accounts live in parts of a town, by the visitors of merchants.
+
+    If homes were spread evenly, the number of a merchant's visitors would be Poisson. A density
+    of 1 + a cos(x) adds a variance of a²/2 times the squared mean.
+    """
+    pairs = np.unique(log.merchant.astype(np.int64) * accounts + log.account) // accounts
+    visitors = np.bincount(pairs, minlength=len(is_hub))[~is_hub].astype(float)
+    if len(visitors) < 2:
+        return 0.0
+    mean = visitors.mean()
+    return float(np.clip(np.sqrt(2 * max(visitors.var() - mean, 0.0)) / mean, 0, 0.95))
+
+
 def _compromises(
     log: Dataset, is_hub: Bools, merchants: int
 ) -> tuple[NDArray[np.int8], dict[str, float], Floats]:
@@ -213,10 +232,8 @@ def _compromises(
     place = log.merchant[by_merchant].astype(np.int64) * _MERCHANT_MS + since[by_merchant]
     found: dict[bool, list[tuple[float, float, float, bool]]] = {False: [], True: []}
     for begin, end in zip(np.flatnonzero(cut), [*np.flatnonzero(cut)[1:], len(order)], strict=True):
-        if end - begin < COMPROMISE_FRAUDS_MIN:
-            continue
         rows = order[begin:end]
-        if len(np.unique(log.account[rows])) < COMPROMISE_FRAUDS_MIN:
+        if len(np.unique(log.account[rows])) < COMPROMISE_ACCOUNTS_MIN:
             continue
         key = int(merchant[begin]) * _MERCHANT_MS - first_ms
         there = np.searchsorted(place, [key + time[begin], key + time[end - 1] + 1])
@@ -226,26 +243,24 @@ def _compromises(
         fraud_class[rows] = MERCHANT_FRAUD
         observed = (time[end - 1] - time[begin]) / DAY_MS
         count = end - begin
-        whole = time[end - 1] < last_ms - FRAUD_GAP_DAYS * DAY_MS
+        whole = time[end - 1] < last_ms - FRAUD_GAP_DAYS * DAY_MS and count >= DURATION_FRAUDS_MIN
         found[bool(is_hub[merchant[begin]])].append(
             (observed * (count + 1) / (count - 1), share, count, whole)
         )
+    lengths = [c[0] for c in found[False] + found[True] if c[3]] or [1.0]
+    # Lengths are estimated from few frauds; half of the spread is the estimate's.
+    quantiles = np.quantile(lengths, np.linspace(0.05, 0.95, DURATION_QUANTILES))
+    middle = float(np.mean(lengths))
     numbers: dict[str, float] = {}
-    span = max((last_ms - first_ms) / DAY_MS, 1.0)
     for hub, name in ((False, ""), (True, "hub_")):
         these = found[hub]
         kind = is_hub if hub else ~is_hub
         share = float(np.mean([c[1] for c in these])) if these else 1.0
-        mean_days = float(np.mean([c[0] for c in these])) if these else 1.0
-        visits = max(int(kind[log.merchant].sum()), 1) / max(int(kind.sum()), 1) / span
-        expected = visits * mean_days * share
-        seen = 1 - np.exp(-expected) * (1 + expected + expected**2 / 2)
-        numbers[f"{name}compromises"] = len(these) / max(kind.sum(), 1) / span / max(seen, 0.2)
+        visits = max(int(kind[log.merchant].sum()), 1)
+        frauds = sum(c[2] for c in these)
+        # As many starts as make the expected share of frauds that of the data.
+        numbers[f"{name}compromises"] = frauds / visits / share / middle
         numbers[f"{name}compromise_share"] = share
-    lengths = [c[0] for c in found[False] + found[True] if c[3]] or [1.0]
-    # Lengths are estimated from few frauds; half of the spread is the estimate's.
-    quantiles = np.quantile(lengths, np.linspace(0.05, 0.95, DURATION_QUANTILES))
-    middle = np.mean(lengths)
     return fraud_class, numbers, middle + 0.5 * (quantiles - middle)
 
 
@@ -270,7 +285,7 @@ def _certain(log: Dataset) -> float:
 def _ratio_edges(ratio: Floats, fraud_class: NDArray[np.int8]) -> tuple[Floats, float]:
     usual, stolen = ratio[fraud_class != ACCOUNT_FRAUD], ratio[fraud_class == ACCOUNT_FRAUD]
     points = [np.quantile(usual, np.linspace(0, 1, RATIO_QUANTILES))]
-    points.append(np.quantile(usual, [0.995, 0.999]))
+    points.append(np.quantile(usual, [0.003, 0.008, *_UPPER_SHARES]))
     if len(stolen) >= FRAUD_QUANTILES:
         points.append(np.quantile(stolen, np.linspace(0.03, 0.97, FRAUD_QUANTILES)))
     high = np.quantile(ratio, 1 - min(100, len(ratio) / 500) / len(ratio))
@@ -318,9 +333,10 @@ def _profiles(
     rate = np.where(late, n / np.maximum(days - opened_days, 1.0), naive)
     head = np.minimum(rng.exponential(1, accounts), 3) / np.maximum(rate, 1e-3)
     start_days = np.where(late, np.maximum(opened_days - head, 0), 0.0)
-    reach, loyalty = _reach(log, accounts, is_hub, rng)
+    reach, repeats, repeats_noise = _reach(log, accounts, is_hub, rng)
     frauds = np.bincount(account[~own], minlength=accounts)
     theft = np.log(np.maximum(mean_of(ratio, ~own, 1.0), 1e-2))
+    theft = _true_values(theft, 0.25 / np.maximum(frauds, 1), frauds > 0, rng)
     hit = np.flatnonzero(frauds > 0)
     silent = np.flatnonzero(frauds == 0)
     if len(hit):
@@ -330,30 +346,65 @@ def _profiles(
     short = same & (np.diff(log.timestamp_ms[order]) < 3_600_000)
     gaps = np.bincount(account[order][1:][same], minlength=accounts)
     bursts = np.bincount(account[order][1:][short], minlength=accounts) / np.maximum(gaps, 1)
+
+    def true(values: Floats, variance: Floats, count: Int64 = n) -> Floats:
+        """Return the values without their noise; ``variance`` is that of one transaction."""
+        several = count > 1
+        return _true_values(values, variance / np.maximum(count, 1), several, rng)
+
+    def share(values: Floats, count: Int64 = n) -> Floats:
+        # Two transactions added: a share of 0 or 1 of few transactions is not certain.
+        middle = (values * count + 1) / (count + 2)
+        return np.clip(true(values, middle * (1 - middle), count), 0, 1)
+
+    one = np.ones(accounts)
+    x, y = mean_of(np.cos(angle)), mean_of(np.sin(angle))
     columns = {
-        "level": np.log(level),
-        "spread": np.log(np.maximum(spread, 0.02)),
-        "rate": np.log(np.maximum(rate, 1e-3)),
-        "day_x": mean_of(np.cos(angle)),
-        "day_y": mean_of(np.sin(angle)),
-        "weekend": mean_of(weekday_of(log.timestamp_ms) >= 5),
+        "level": true(np.log(level), np.minimum(spread, 2.0) ** 2),
+        "spread": true(np.log(np.maximum(spread, 0.02)), 0.5 * one),
+        "rate": true(np.log(np.maximum(rate, 1e-3)), one),
+        "day_x": true(x, mean_of(np.cos(angle) ** 2) - x**2),
+        "day_y": true(y, mean_of(np.sin(angle) ** 2) - y**2),
+        "weekend": share(mean_of(weekday_of(log.timestamp_ms) >= 5)),
         "reach": np.log(reach),
-        "loyalty": loyalty,
-        "hubs": mean_of(is_hub[log.merchant]),
+        "loyalty": np.clip(_true_values(repeats, repeats_noise, n > 2, rng), 0, 1),
+        "hubs": share(mean_of(is_hub[log.merchant])),
         "defrauded": frauds > 0,
         "theft": theft,
         "opened": start_days / days,
-        "bursts": bursts,
+        "bursts": share(bursts, gaps),
     }
     profiles = np.stack([np.asarray(columns[name], float) for name in PROFILE], 1)
     start_ms = first_ms + np.round(start_days * DAY_MS).astype(np.int64)
     return profiles, np.minimum(start_ms, first - 1)
 
 
+def _true_values(values: Floats, noise: Floats, known: Bools, rng: np.random.Generator) -> Floats:
+    """Draw the true values behind noisy ones [n], from the posterior of a normal population.
+
+    A profile of noisy values would add the noise of a history to that of its profile, and the
+    network would learn from the profile what only the history's end can tell.
+
+    Args:
+        values: [n] measured.
+        noise: [n] variances of their errors.
+        known: [n] whether there is enough to measure; the others are drawn from the population.
+    """
+    if known.sum() < 2:
+        return values
+    weight = 1 / (noise[known] + values[known].var())
+    middle = float(np.average(values[known], weights=weight))
+    between = np.average((values[known] - middle) ** 2 - noise[known], weights=weight)
+    between = max(float(between), 1e-8)
+    trust = np.where(known, between / (between + noise), 0.0)
+    mean = middle + trust * (values - middle)
+    return mean + np.sqrt((1 - trust) * between) * rng.normal(size=len(values))
+
+
 def _reach(
     log: Dataset, accounts: int, is_hub: Bools, rng: np.random.Generator
-) -> tuple[Floats, Floats]:
-    """Estimate the local merchants in reach [accounts], and the share of the most visited one.
+) -> tuple[Floats, Floats, Floats]:
+    """Estimate the local merchants in reach, and the chance of a repeat with its variance.
 
     From D different ones in n visits follows a likelihood of each reach; the shares of the
     reaches in the population are its prior (nonparametric empirical Bayes). The reach is drawn
@@ -384,6 +435,9 @@ def _reach(
     drawn = (np.cumsum(posterior, 1) < rng.random(accounts)[:, None]).sum(1)
     drawn = np.minimum(drawn, len(grid) - 1)
     reach = grid[drawn] * np.exp(rng.uniform(-0.5, 0.5, accounts) * np.log(grid[-1]) / len(grid))
-    most = np.zeros(accounts)
-    np.maximum.at(most, owner, visits)
-    return np.maximum(reach, np.maximum(distinct, 1)), most / np.maximum(n, 1)
+    # Chance that two transactions are at one merchant, and the variance of its estimate.
+    pairs_of = np.maximum(n * (n - 1.0), 1)
+    repeats = np.bincount(owner, visits * (visits - 1.0), accounts) / pairs_of
+    chance = np.maximum(repeats, 1 / reach)
+    noise = 2 * chance * (1 - chance) / pairs_of + 4 * chance**2 / np.maximum(n, 1)
+    return np.maximum(reach, np.maximum(distinct, 1)), repeats, np.maximum(noise, 1e-12)
