@@ -358,11 +358,14 @@ def _profiles(
         return np.clip(true(values, middle * (1 - middle), count), 0, 1)
 
     one = np.ones(accounts)
+    # The noise of a count's square root is the same for every rate.
+    since = np.maximum(days - start_days, 1.0)
+    root_rate = _true_values(np.sqrt(rate), 0.25 / since, n > 0, rng)
     x, y = mean_of(np.cos(angle)), mean_of(np.sin(angle))
     columns = {
         "level": true(np.log(level), np.minimum(spread, 2.0) ** 2),
         "spread": true(np.log(np.maximum(spread, 0.02)), 0.5 * one),
-        "rate": true(np.log(np.maximum(rate, 1e-3)), one),
+        "rate": 2 * np.log(np.maximum(root_rate, 0.03)),
         "day_x": true(x, mean_of(np.cos(angle) ** 2) - x**2),
         "day_y": true(y, mean_of(np.sin(angle) ** 2) - y**2),
         "weekend": share(mean_of(weekday_of(log.timestamp_ms) >= 5)),
