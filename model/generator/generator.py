@@ -31,8 +31,6 @@ GENERATOR_FORMAT = 1
 GENERATOR_FILE_MAX_BYTES = 1 << 26
 HEADER_MAX_BYTES = 1 << 20
 
-DEFAULT_GENERATOR = "default-generator.safetensors"
-
 _METADATA_KEY = "recur-generator"
 _LENGTH_BYTES = 8
 _PREFIXES = ("network.", "world.", "density.")

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.generate import evaluate_generator, generate, train_generator
 from pipeline.cli.keys import keys
 from pipeline.cli.options import (
     EXAMPLE_HINT,
@@ -494,6 +495,9 @@ def label(file: Path | None, **options: Any) -> None:
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 
 
+recur.add_command(generate)
+recur.add_command(train_generator)
+recur.add_command(evaluate_generator)
 recur.add_command(keys)
 recur.add_command(state)
 recur.add_command(trace)

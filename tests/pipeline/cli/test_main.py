@@ -12,7 +12,7 @@ import click
 
 from pipeline.cli.main import recur
 
-LEARNING = {"train", "evaluate", "probe"}
+LEARNING = {"train", "evaluate", "probe", "train-generator", "evaluate-generator"}
 """Commands that compute gradients or compare networks."""
 
 IMPORT_ALL = """
