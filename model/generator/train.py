@@ -39,6 +39,8 @@ LOSSES = ("time", "slot", "fraud", "merchant", "amount", "fields")
 
 DAYS_MIN = 7
 GRADIENT_NORM_MAX = 1.0
+WEIGHT_DECAY = 0.1
+"""It pulls the heads towards their simple models."""
 _RISE_SHARE = 0.05
 _LESSONS_SHARE = 0.1
 
@@ -172,7 +174,9 @@ def _fit(
     with one_thread(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         network = GeneratorNetwork(sizes)
-        optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, (0.9, 0.99))
+        optimizer = torch.optim.AdamW(
+            network.parameters(), settings.learning_rate, (0.9, 0.99), weight_decay=WEIGHT_DECAY
+        )
         accounts = len(lessons.length)
         chunks = sum(
             math.ceil(int(lessons.length[batch].max()) / settings.chunk_steps)

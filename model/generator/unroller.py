@@ -260,28 +260,37 @@ class Unroller:
         reach = np.minimum(np.round(self._memory.reach).astype(np.int64), self._town_size)
         self._stretch = np.maximum(reach, 1)
         self._stride = _coprime_strides(int(self._stretch.max(initial=1)))[self._stretch]
-        x = _clustered(uniform(keys, _PLACE, 0), self._world["clustering"])
-        y = uniform(keys, _PLACE, 2)
-        row = np.floor(y * self._height).astype(np.int64)
-        self._home = row * self._width + np.floor(x * self._width).astype(np.int64)
+        row, column = (
+            np.floor(uniform(keys, _PLACE, purpose) * side).astype(np.int64)
+            for purpose, side in ((0, self._height), (2, self._width))
+        )
+        self._home = row * self._width + column
         self._turn = np.floor(uniform(keys, _PLACE, 1) * self._stretch).astype(np.int64)
 
     def _local(self, rows: Rows) -> NDArray[np.int32]:
         """Return the next local merchants [m] that accounts have not visited yet.
 
-        A town is a grid that is closed like a ring on both axes. An account reaches the places
-        around its home, the nearest ones, in an order of its own.
+        A town is a grid of merchants. An account reaches the places around its home, the nearest
+        ones that the town has, in an order of its own.
         """
         number, stretch = self._memory.opened[rows], self._stretch[rows]
         within = (self._turn[rows] + number * self._stride[rows]) % stretch
         place = np.where(number < stretch, within, number)
-        home, width, height = self._home[rows], self._width[rows], self._height[rows]
-        # Where the reach is most of the town, only a walk through it meets every place once.
+        width, height, home = self._width[rows], self._height[rows], self._home[rows]
+        x, y = home % width, home // width
         near = np.minimum(place, len(_NEAREST) - 1)
-        x = (home % width + _NEAREST[near, 0]) % width
-        y = (home // width + _NEAREST[near, 1]) % height
-        wide = (4 * stretch > self._town_size[rows]) | (place >= len(_NEAREST))
-        cell = np.where(wide, (home + place) % (width * height), y * width + x)
+        cell_x, cell_y = x + _NEAREST[near, 0], y + _NEAREST[near, 1]
+        margin = np.ceil(np.sqrt(np.maximum(stretch, place) / np.pi)).astype(np.int64) + 2
+        at_edge = np.flatnonzero(
+            (np.minimum(x, y) < margin) | (x + margin >= width) | (y + margin >= height)
+        )
+        if len(at_edge):
+            found = _inside(place, x, y, width, height, at_edge)
+            cell_x[at_edge], cell_y[at_edge] = found
+        # Where the reach is most of the town, a walk through the town meets each place once.
+        size = width * height
+        wide = (4 * stretch > size) | (4 * place + 8 >= len(_NEAREST))
+        cell = np.where(wide, (home + place) % size, cell_y * width + cell_x)
         return (self._town_first[rows] + cell).astype(np.int32)
 
     def _advance(self, rows: Rows) -> None:
@@ -427,11 +436,20 @@ class Unroller:
         self._shares[rows, place] = uniform(keys, step, 1)
 
 
-def _clustered(share: Floats, amplitude: float) -> Floats:
-    """Return numbers [n] from 0 to 1 with the density 1 + amplitude cos(2 pi x)."""
-    grid = np.linspace(0, 1, 1025)
-    passed = grid + amplitude * np.sin(2 * np.pi * grid) / (2 * np.pi)
-    return np.minimum(np.interp(share, passed, grid), np.nextafter(1, 0))
+def _inside(
+    place: Int64, x: Int64, y: Int64, width: Int64, height: Int64, rows: Rows
+) -> tuple[Int64, Int64]:
+    """Return the places [m] in the order of nearness among those within the town."""
+    most = min(int(4 * place[rows].max() + 8), len(_NEAREST))
+    cell_x = x[rows, None] + _NEAREST[:most, 0]
+    cell_y = y[rows, None] + _NEAREST[:most, 1]
+    inside = (cell_x >= 0) & (cell_x < width[rows, None])
+    inside &= (cell_y >= 0) & (cell_y < height[rows, None])
+    passed = np.cumsum(inside, 1) > place[rows, None]
+    chosen, at = passed.argmax(1), np.arange(len(rows))
+    # A town with too few places: whatever is nearest, moved inside.
+    found_x = np.clip(cell_x[at, chosen], 0, width[rows] - 1)
+    return found_x, np.clip(cell_y[at, chosen], 0, height[rows] - 1)
 
 
 def _coprime_strides(most: int) -> Int64:
@@ -462,4 +480,4 @@ def _nearest_places(count: int) -> Int64:
     return np.stack((x[order], y[order]), 1)
 
 
-_NEAREST = _nearest_places(2 * REACH_MAX)
+_NEAREST = _nearest_places(4 * REACH_MAX + 8)

@@ -112,7 +112,6 @@ NUMBERS = (
     "hub_compromise_share",
     "days",  # length of the training data
     "resolution_ms",  # of times
-    "clustering",  # relative amplitude of the density of homes in a town
 )
 
 
@@ -157,7 +156,6 @@ def measure(log: Dataset, seed: int) -> Measured:
     ratio = log.amount / np.exp(profiles[log.account, AT["level"]])
     edges, numbers["tail"] = _ratio_edges(ratio, fraud_class)
     numbers["certain"] = _certain(log)
-    numbers["clustering"] = _clustering(log, is_hub, accounts)
     visits = np.bincount(log.merchant[is_hub[log.merchant]], minlength=merchants)[is_hub]
     cumulative = np.cumsum(np.sort(visits)[::-1]) / max(visits.sum(), 1)
     shown = profiles.copy()
@@ -199,20 +197,6 @@ def _hubs(log: Dataset, accounts: int, merchants: int) -> Bools:
     if is_hub.sum() > HUBS_MAX:
         is_hub &= reached >= np.sort(reached)[-HUBS_MAX]
     return np.asarray(is_hub)
-
-
-def _clustering(log: Dataset, is_hub: Bools, accounts: int) -> float:
-    """Return how much denser accounts live in parts of a town, by the visitors of merchants.
-
-    If homes were spread evenly, the number of a merchant's visitors would be Poisson. A density
-    of 1 + a cos(x) adds a variance of a²/2 times the squared mean.
-    """
-    pairs = np.unique(log.merchant.astype(np.int64) * accounts + log.account) // accounts
-    visitors = np.bincount(pairs, minlength=len(is_hub))[~is_hub].astype(float)
-    if len(visitors) < 2:
-        return 0.0
-    mean = visitors.mean()
-    return float(np.clip(np.sqrt(2 * max(visitors.var() - mean, 0.0)) / mean, 0, 0.95))
 
 
 def _compromises(
