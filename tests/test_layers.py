@@ -49,8 +49,8 @@ ROOMS = {
     "pipeline.webhooks": f"{_SCORING} pipeline.worker",
     "pipeline.cli": (
         f"{_SCORING} {_MODEL} model.generator model.evaluation model.probe pipeline.worker"
-        " pipeline.audit pipeline.admin pipeline.gateway pipeline.files pipeline.replay pipeline.local"
-        " pipeline.demo pipeline.webhooks"
+        " pipeline.audit pipeline.admin pipeline.gateway pipeline.files pipeline.replay"
+        " pipeline.local pipeline.demo pipeline.webhooks"
     ),
 }
 """Each room, and the rooms that it may import besides itself."""

@@ -20,7 +20,7 @@ _CHUNK_ROWS = 65_536
 
 
 class MemoryData:
-    """A data set in memory as a source of a training (:class:`model.training.source.DataSource`)."""
+    """A data set in memory as a :class:`model.training.source.DataSource`."""
 
     def __init__(self, log: Dataset) -> None:
         self._log = log
