@@ -20,7 +20,13 @@ from model.generator.lessons import OTHER_DAY, SAME_DAY
 from model.generator.memory import Memory, Step
 from model.generator.profiles import AT
 from model.generator.sizes import GeneratorSizes
-from model.generator.world import ACCOUNT_FRAUD, LEGITIMATE_CLASS, MERCHANT_FRAUD, REACH_MAX
+from model.generator.world import (
+    ACCOUNT_FRAUD,
+    LEGITIMATE_CLASS,
+    MERCHANT_FRAUD,
+    OVER_LIMIT,
+    REACH_MAX,
+)
 from model.units import DAY_MS
 
 Floats = NDArray[np.float64]
@@ -35,8 +41,9 @@ TILE_ROWS = 256
 TOWN_ACCOUNTS = 1000
 """About the number of accounts that share a neighbourhood of local merchants."""
 
-COMPROMISES_MAX = 3
-"""Most compromises of one merchant in a history."""
+PERIOD_DAYS = 120
+"""Period in which a merchant is compromised at most once; longer than any compromise."""
+_PERIOD_MS = PERIOD_DAYS * DAY_MS
 
 _ACCOUNT_STREAM, _MERCHANT_STREAM = 1, 2
 _PLACE, _FIELDS_OF_OWNER = 1 << 40, 1 << 41  # steps apart from those of transactions
@@ -137,7 +144,7 @@ class Transactions:
     Attributes:
         account: number of the account, from 0.
         merchant: code of the merchant.
-        is_fraud: the label.
+        fraud: 0 is legitimate; otherwise whose fraud it is, see :mod:`model.generator.world`.
         fields: classes of all extra fields, and the share within the class.
     """
 
@@ -145,9 +152,14 @@ class Transactions:
     account: Int64
     merchant: Int64
     amount: Floats
-    is_fraud: NDArray[np.bool_]
+    fraud: NDArray[np.int8]
     fields: NDArray[np.int8]
     shares: Float32
+
+    @property
+    def is_fraud(self) -> NDArray[np.bool_]:
+        """The labels."""
+        return np.asarray(self.fraud > LEGITIMATE_CLASS)
 
     def __len__(self) -> int:
         return len(self.time_ms)
@@ -181,7 +193,7 @@ class Unroller:
         self._keys = keys_of(cast.seed, _ACCOUNT_STREAM, accounts)
         self._fields = generator.header.fields
         self._own = [p for p, field in enumerate(self._fields) if field.owner == "transaction"]
-        days = (cast.end_ms - cast.begin_ms) / DAY_MS
+        days = min((cast.end_ms - cast.begin_ms) / DAY_MS, world["days"])
         opened = np.clip(profiles[:, AT["opened"]], 0, 1) * days
         start_ms = cast.begin_ms + np.floor(opened * DAY_MS).astype(np.int64)
         self._memory = Memory(world, profiles, start_ms, len(self._own))
@@ -193,7 +205,7 @@ class Unroller:
         self._kind = np.zeros(n, np.int64)
         self._rank = np.zeros(n, np.int64)
         self._fraud_class = np.zeros(n, np.int64)
-        self._is_fraud = np.zeros(n, np.bool_)
+        self._fraud = np.zeros(n, np.int8)
         self._amount = np.zeros(n)
         self._classes = np.zeros((n, len(self._fields)), np.int8)
         self._shares = np.zeros((n, len(self._fields)), np.float32)
@@ -223,7 +235,7 @@ class Unroller:
             self.accounts[rows],
             self._merchant[rows].astype(np.int64),
             amount,
-            self._is_fraud[rows],
+            self._fraud[rows],
             self._classes[rows],
             self._shares[rows],
         )
@@ -328,7 +340,8 @@ class Unroller:
         amount = self._world.amounts(amount_bin, draw(_AMOUNT), memory.level[rows])
         self._amount[rows] = amount
         self._fraud_class[rows] = fraud_class
-        self._is_fraud[rows] = (fraud_class > 0) | (amount > self._world["certain"])
+        over = (fraud_class == LEGITIMATE_CLASS) & (amount > self._world["certain"])
+        self._fraud[rows] = np.where(over, OVER_LIMIT, fraud_class)
         self._draw_fields(rows, y, amount_bin, merchant, draw)
 
     def _draw_time(self, rows: Rows, hidden: Float32, draw: Draw) -> Int64:
@@ -390,24 +403,21 @@ class Unroller:
         self, merchant: NDArray[np.int32], time_ms: Int64, share: Floats
     ) -> NDArray[np.bool_]:
         """Return whether transactions are frauds of a compromised merchant."""
-        world, cast = self._world, self._cast
+        world = self._world
         hub = merchant < world.hubs
-        longest = float(world.durations[-1])
-        days = (cast.end_ms - cast.begin_ms) / DAY_MS + longest
-        starts = np.where(hub, world["hub_compromises"], world["compromises"]) * days
+        starts = np.where(hub, world["hub_compromises"], world["compromises"]) * PERIOD_DAYS
         likely = np.where(hub, world["hub_compromise_share"], world["compromise_share"])
         found = np.zeros(len(merchant), np.bool_)
         if not starts.any():
             return found
-        codes, place = np.unique(merchant, return_inverse=True)
-        keys = keys_of(cast.seed, _MERCHANT_STREAM, codes)
+        keys = keys_of(self._cast.seed, _MERCHANT_STREAM, merchant)
         grid = np.linspace(0, 1, len(world.durations))
-        now = (time_ms - cast.begin_ms) / DAY_MS
-        for number in range(COMPROMISES_MAX):
-            happens = uniform(keys, number, 0)[place] < starts / COMPROMISES_MAX
-            begin = uniform(keys, number, 1) * days - longest
+        period = (time_ms - self._cast.begin_ms) // _PERIOD_MS + 1
+        now = (time_ms - self._cast.begin_ms) / DAY_MS + PERIOD_DAYS
+        for number in (period - 1, period):  # one that began in the period before may go on
+            begin = (number + uniform(keys, number, 1)) * PERIOD_DAYS
             end = begin + np.interp(uniform(keys, number, 2), grid, world.durations)
-            found |= happens & (begin[place] <= now) & (now < end[place])
+            found |= (uniform(keys, number, 0) < starts) & (begin <= now) & (now < end)
         return found & (share < likely)
 
     def _draw_fields(

@@ -22,13 +22,14 @@ Floats = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-LEGITIMATE_CLASS, ACCOUNT_FRAUD, MERCHANT_FRAUD = 0, 1, 2
-"""Classes of a transaction: whose the fraud is."""
+LEGITIMATE_CLASS, ACCOUNT_FRAUD, MERCHANT_FRAUD, OVER_LIMIT = 0, 1, 2, 3
+"""Classes of a transaction: whose the fraud is, or that no legitimate amount is as large."""
 
 FRAUD_GAP_DAYS = 14.0
 """Longest gap between two frauds of one compromise of a merchant."""
 COMPROMISE_ACCOUNTS_MIN = 2
 COMPROMISE_SHARE_MIN = 0.5
+DURATION_MAX_DAYS = 110.0
 DURATION_FRAUDS_MIN = 4
 """Fewest frauds of a compromise that tell its duration."""
 
@@ -245,7 +246,7 @@ def _compromises(
         # As many starts as make the expected share of frauds that of the data.
         numbers[f"{name}compromises"] = frauds / visits / share / middle
         numbers[f"{name}compromise_share"] = share
-    return fraud_class, numbers, middle + 0.5 * (quantiles - middle)
+    return fraud_class, numbers, np.minimum(middle + 0.5 * (quantiles - middle), DURATION_MAX_DAYS)
 
 
 def _decimals(amount: Floats) -> int:

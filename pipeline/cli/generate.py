@@ -21,8 +21,6 @@ from pipeline.cli.options import (
 from pipeline.errors import SettingsError
 from pipeline.settings import load_settings
 
-SHIPPED_GENERATOR = Path(__file__).parents[1] / "checkpoints" / "generator.safetensors"
-
 like_option = click.option(
     "--like",
     type=EXISTING_FILE,
@@ -59,7 +57,7 @@ def generate(
     loyalty, hub_share, defrauded (a probability), fraud_factor, bursts.
     """
     from pipeline.files.generated import check_output, given_profile, write_generated
-    from pipeline.files.generated_stream import open_stream
+    from pipeline.files.generated_stream import SHIPPED_GENERATOR, open_stream
     from pipeline.progress import Bar
     from pipeline.replay.generated import send_generated
 

@@ -415,6 +415,7 @@ def probe_command(**options: Any) -> None:
     "--workers", type=int, default=2, show_default=True, help="Number of worker processes."
 )
 @world_option("wide")
+@click.option("--generated", is_flag=True, help="Payments by the shipped generator.")
 @click.option("--keep-running", is_flag=True, help="Continue the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""

@@ -11,6 +11,9 @@ from model.generator.settings import GeneratorError
 from model.generator.stream import HistoryStream, Wish
 from pipeline.errors import RecurError, SettingsError
 
+SHIPPED_GENERATOR = Path(__file__).parents[1] / "checkpoints" / "generator.safetensors"
+"""The default generator, trained on the simulator."""
+
 
 def open_stream(
     path: Path,

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Iterator
+from itertools import pairwise
 
+import numpy as np
 from rich.console import Console
 
 from model.generator.stream import HistoryStream
+from model.simulator.world import OVER_220, SKIMMED_TERMINAL, STOLEN_CARD
+from model.units import DAY_MS
 from pipeline.files.column_mapping import OPTIONAL_FIELDS
 from pipeline.files.generated import account_ids, field_values, merchant_ids, transaction_ids
 from pipeline.kafka.topics import ensure_topics
 from pipeline.replay.feeding import feed_with_bar
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, encode_block
+from pipeline.replay.simulated import SimulatedColumns
 from pipeline.settings import Settings
 
 INTERRUPTED = 130
+
+_SCENARIO_OF = np.array([0, STOLEN_CARD, SKIMMED_TERMINAL, OVER_220], np.int8)
 
 
 def generated_blocks(stream: HistoryStream) -> Iterator[Block]:
@@ -39,6 +46,31 @@ def generated_blocks(stream: HistoryStream) -> Iterator[Block]:
                 extra={name: list(values) for name, values in fields.items()},
             )
             first += len(part)
+
+
+def generated_days(stream: HistoryStream) -> Iterator[SimulatedColumns]:
+    """Yield the transactions of a stream day by day, as the demo takes them."""
+    waiting: list[SimulatedColumns] = []
+    day = None
+    for window in stream.parts():
+        days = window.time_ms // DAY_MS
+        bounds = [0, *(np.flatnonzero(np.diff(days)) + 1).tolist(), len(window)]
+        for begin, end in pairwise(bounds):
+            if day is not None and days[begin] != day:
+                yield SimulatedColumns.joined(waiting)
+                waiting = []
+            day = days[begin]
+            part = window.at(slice(begin, end))
+            waiting.append(
+                SimulatedColumns(
+                    part.time_ms,
+                    part.account,
+                    part.merchant,
+                    part.amount,
+                    _SCENARIO_OF[part.fraud],
+                )
+            )
+    yield SimulatedColumns.joined(waiting)
 
 
 def send_generated(

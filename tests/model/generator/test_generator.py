@@ -12,7 +12,7 @@ import safetensors.numpy
 from model.generator.generator import Generator
 from model.generator.settings import GeneratorError
 from pipeline.checkpoint import load_checkpoint
-from pipeline.cli.generate import SHIPPED_GENERATOR
+from pipeline.files.generated_stream import SHIPPED_GENERATOR
 from pipeline.settings import load_settings
 from tests.model.generator.small_generator import small_generator
 
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path) -> None:
     content = path.read_bytes()
     for damaged in (b"", b"x", content[:100], content[:-100], b"\xff" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(GeneratorError, match="g.safetensors"):
+        with pytest.raises(GeneratorError, match=r"g\.safetensors"):
             Generator.load(path)
     with pytest.raises(GeneratorError, match="cannot read the generator"):
         Generator.load(tmp_path / "none")

@@ -93,6 +93,7 @@ def test_mistakes_are_answered_in_a_line(tmp_path: Path, generator: Path, capsys
         'amount = "TX_AMOUNT"\ntimestamp = "TX_DATETIME"\nlabel = "TX_FRAUD"\n'
         '[constants]\ncurrency = "EUR"\n'
     )
+    train = ["train-generator", tmp_path / "g", "--data"]
     cases: list[tuple[str, list[str | Path]]] = [
         ("must end with .parquet or .csv", ["generate", tmp_path / "x.txt"]),
         ("cannot write", ["generate", tmp_path / "file" / "x.csv"]),
@@ -114,7 +115,7 @@ def test_mistakes_are_answered_in_a_line(tmp_path: Path, generator: Path, capsys
         ),
         (
             "takes --data and --columns together",
-            ["train-generator", tmp_path / "g", "--data", tmp_path / "data.csv"],
+            [*train, tmp_path / "data.csv"],
         ),
         (
             "has no column CUSTOMER_ID",
