@@ -168,3 +168,17 @@ def test_the_command_trains_and_generates(tmp_path: Path) -> None:
 def test_a_missing_generator_is_an_error_of_recur(tmp_path: Path) -> None:
     with pytest.raises(RecurError, match="cannot read the generator"):
         open_stream(tmp_path / "none", {}, accounts=1, days=1, seed=1)
+
+
+def test_the_evaluation_writes_results_a_card_and_a_plot(tmp_path: Path) -> None:
+    found = run(
+        *("evaluate-generator", "--accounts", "100", "--customers", "230", "--terminals", "500"),
+        *("--days", "30", "--epochs", "1", "--no-detector", "--output", tmp_path / "out"),
+    )
+
+    assert found.returncode == 0, found.stderr
+    assert "copies of A" in found.stdout
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["card.md", "generator.safetensors", "histories.png", "results.json"]
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "| run of frauds |" in card
