@@ -41,6 +41,9 @@ TILE_ROWS = 256
 TOWN_ACCOUNTS = 1000
 """About the number of accounts that share a neighbourhood of local merchants."""
 
+HOME_CANDIDATES = 4
+"""Places of which an account's home is chosen."""
+
 PERIOD_DAYS = 120
 """Period in which a merchant is compromised at most once; longer than any compromise."""
 _PERIOD_MS = PERIOD_DAYS * DAY_MS
@@ -262,22 +265,44 @@ class Unroller:
         cast, keys = self._cast, self._keys
         town = self.accounts * cast.towns // cast.accounts
         bounds = -(-np.arange(cast.towns + 1) * cast.accounts // cast.towns)
-        ratio = self._world["local_per_account"]
-        first = np.round(bounds * ratio).astype(np.int64)
-        self._town_first = self._world.hubs + first[town]
-        size = np.maximum(first[town + 1] - first[town], 1)
-        self._width = np.maximum(np.round(np.sqrt(size)).astype(np.int64), 1)
-        self._height = np.maximum(size // self._width, 1)
-        self._town_size = self._width * self._height
-        reach = np.minimum(np.round(self._memory.reach).astype(np.int64), self._town_size)
+        merchants = np.maximum(np.diff(bounds) * self._world["local_per_account"], 1.0)
+        width = np.maximum(np.round(np.sqrt(merchants)), 1).astype(np.int64)
+        height = np.maximum(np.round(merchants / width), 1).astype(np.int64)
+        size = width * height
+        self._town_first = (self._world.hubs + np.cumsum(size) - size)[town]
+        self._width, self._height = width[town], height[town]
+        reach = np.minimum(np.round(self._memory.reach).astype(np.int64), size[town])
         self._stretch = np.maximum(reach, 1)
         self._stride = _coprime_strides(int(self._stretch.max(initial=1)))[self._stretch]
-        row, column = (
-            np.floor(uniform(keys, _PLACE, purpose) * side).astype(np.int64)
-            for purpose, side in ((0, self._height), (2, self._width))
-        )
-        self._home = row * self._width + column
+        x, y = self._homes()
+        self._home = y * self._width + x
         self._turn = np.floor(uniform(keys, _PLACE, 1) * self._stretch).astype(np.int64)
+
+    def _homes(self) -> tuple[Int64, Int64]:
+        """Choose each account's home [n] so that its reach fits the place.
+
+        Near the edge of a town fewer merchants are in reach. Of some places at random, the one is
+        taken whose share of the usual reach is closest to the account's.
+        """
+        usual = float(np.exp(self._world.profile_mean[AT["reach"]]))
+        radius = max(np.sqrt(usual / np.pi), 1.0)
+        best = np.full(len(self.accounts), np.inf)
+        chosen = np.zeros((2, len(self.accounts)), np.int64)
+        for number in range(HOME_CANDIDATES):
+            place = [
+                np.floor(uniform(self._keys, _PLACE + number, purpose) * side).astype(np.int64)
+                for purpose, side in ((2, self._width), (3, self._height))
+            ]
+            share = np.ones(len(best))
+            for at, side in zip(place, (self._width, self._height), strict=True):
+                near = np.minimum(at, side - 1 - at) / radius
+                share *= _share_inside(np.minimum(near, 1.0))
+            off = np.abs(np.log(self._stretch / (usual * share)))
+            better = off < best
+            best[better] = off[better]
+            for axis in range(2):
+                chosen[axis, better] = place[axis][better]
+        return chosen[0], chosen[1]
 
     def _local(self, rows: Rows) -> NDArray[np.int32]:
         """Return the next local merchants [m] that accounts have not visited yet.
@@ -444,6 +469,11 @@ class Unroller:
         step = _FIELDS_OF_OWNER + place
         self._classes[rows, place] = field.drawn(uniform(keys, step, 0))
         self._shares[rows, place] = uniform(keys, step, 1)
+
+
+def _share_inside(distance: Floats) -> Floats:
+    """Return the share [n] of a disc on its centre's side of a line, at a distance of 0 to 1."""
+    return np.asarray(1 - (np.arccos(distance) - distance * np.sqrt(1 - distance**2)) / np.pi)
 
 
 def _inside(
