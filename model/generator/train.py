@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,9 @@ LOSSES = ("time", "slot", "fraud", "merchant", "amount", "fields")
 
 DAYS_MIN = 7
 GRADIENT_NORM_MAX = 1.0
-WEIGHT_DECAY = 0.1
-"""It pulls the heads towards their simple models."""
+HEAD_WEIGHT_DECAY = 1.0
+"""It pulls the heads with a simple model towards it: what is not in the data stays 0."""
+_DECAYED = ("time.weight", "slot.weight", "slot_weekday", "merchant.weight")
 _RISE_SHARE = 0.05
 _LESSONS_SHARE = 0.1
 
@@ -175,7 +177,7 @@ def _fit(
         torch.manual_seed(settings.seed)
         network = GeneratorNetwork(sizes)
         optimizer = torch.optim.AdamW(
-            network.parameters(), settings.learning_rate, (0.9, 0.99), weight_decay=WEIGHT_DECAY
+            _groups(network), settings.learning_rate, (0.9, 0.99), weight_decay=0.0
         )
         accounts = len(lessons.length)
         chunks = sum(
@@ -211,6 +213,13 @@ def _fit(
                     report(Report(f"epoch {epoch + 1} of {settings.epochs}", done, note))
             means = (totals / int(lessons.length.sum() - accounts)).tolist()
     return network.eval(), means
+
+
+def _groups(network: GeneratorNetwork) -> list[dict[str, Any]]:
+    named = dict(network.named_parameters())
+    decayed = [named[name] for name in _DECAYED]
+    others = [value for name, value in named.items() if name not in _DECAYED]
+    return [{"params": decayed, "weight_decay": HEAD_WEIGHT_DECAY}, {"params": others}]
 
 
 def _batches(

@@ -90,7 +90,7 @@ def generate(
 @columns_option
 @skip_unusable_option
 @simulation_options(
-    customers=2_000, terminals=4_000, days=183, world="handbook", prefix="Simulation: "
+    customers=5_000, terminals=10_000, days=183, world="handbook", prefix="Simulation: "
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of data and weights.")
 @click.option("--epochs", type=int, default=6, show_default=True, help="Number of epochs.")
