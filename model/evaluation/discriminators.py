@@ -82,7 +82,7 @@ def windows_of(histories: Histories) -> Windows:
 
 @dataclass(frozen=True)
 class Discrimination:
-    """What the discriminators found on the accounts of the test.
+    """Findings of the discriminators on the accounts of the test.
 
     Attributes:
         gru, lightgbm: AUC over accounts.

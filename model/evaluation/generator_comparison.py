@@ -32,7 +32,7 @@ ACCOUNTS_MIN = 100
 
 
 class SourceResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured of one source of histories, against real accounts B.
+    """Measures of one source of histories, against real accounts B.
 
     Attributes:
         source: :data:`GENERATED`, :data:`COPIES`, :data:`PEER` or :data:`REAL` (accounts A).

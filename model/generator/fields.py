@@ -56,6 +56,11 @@ class GeneratedField(msgspec.Struct, frozen=True):
         """Number of classes, the missing one included."""
         return 1 + (len(self.edges) - 1 if self.edges else len(self.texts))
 
+    @property
+    def unseen(self) -> list[int]:
+        """Classes that the data do not have, such as the missing one."""
+        return np.flatnonzero(np.diff([0.0, *self.shares]) <= 0).tolist()
+
     def drawn(self, share: Floats) -> Int64:
         """Return classes by shares [n] from 0 to 1."""
         found = np.searchsorted(np.array(self.shares[:-1]), share, side="right")

@@ -23,7 +23,7 @@ from model.generator.fields import GeneratedField
 from model.generator.profiles import PROFILE, ProfileDensity
 from model.generator.settings import GeneratorError
 from model.generator.sizes import GeneratorSizes
-from model.generator.world import NUMBERS, World
+from model.generator.world import NUMBERS, SharedWorld
 
 GENERATOR_FORMAT = 1
 """Version of the header and of the tensors' names."""
@@ -72,7 +72,7 @@ class Generator:
 
     header: GeneratorHeader
     weights: Mapping[str, NDArray[np.float32]]
-    world: World
+    world: SharedWorld
     density: ProfileDensity
 
     @property
@@ -128,7 +128,7 @@ class Generator:
                 raise GeneratorError(f"{path}: the tensor {name} has values that are not finite")
             parts[prefix][name.removeprefix(prefix)] = value
         try:
-            world = World(**parts["world."])
+            world = SharedWorld(**parts["world."])
             density = ProfileDensity(**parts["density."])
         except TypeError as error:
             raise GeneratorError(f"{path} lacks tables of a generator: {error}") from error
@@ -182,7 +182,7 @@ def _header(content: bytes, path: Path) -> GeneratorHeader:
 def _check(
     sizes: GeneratorSizes,
     weights: Mapping[str, NDArray[Any]],
-    world: World,
+    world: SharedWorld,
     density: ProfileDensity,
     path: Path,
 ) -> None:

@@ -12,7 +12,7 @@ from model.data.dataset import Dataset
 from model.generator import grids
 from model.generator.memory import TIME_INPUTS, Memory, Step, input_size
 from model.generator.profiles import AT
-from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, Measured
+from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, MeasuredLog
 from model.units import DAY_MS
 
 Float32 = NDArray[np.float32]
@@ -57,7 +57,7 @@ class Lessons:
 
 def make_lessons(
     log: Dataset,
-    measured: Measured,
+    measured: MeasuredLog,
     field_classes: NDArray[np.int8],
     field_sizes: list[int],
     show: Callable[[float], None] = lambda _: None,
@@ -132,7 +132,7 @@ def make_lessons(
 def _targets(
     lessons: Lessons,
     memory: Memory,
-    measured: Measured,
+    measured: MeasuredLog,
     accounts: Int64,
     at: Int64,
     edges: Int64,

@@ -1,4 +1,4 @@
-"""What a history remembers besides the hidden state: times, recent merchants, frauds, counts.
+"""The memory of a history besides the hidden state: times, recent merchants, frauds, counts.
 
 Training replays real histories through the same memory, so the network meets the same inputs in
 training and in unrolling by construction.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.generator import grids
 from model.generator.profiles import AT, PROFILE
-from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, World
+from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, SharedWorld
 from model.units import DAY_MS
 
 Floats = NDArray[np.float64]
@@ -70,7 +70,7 @@ class Memory:
         fields: number of extra fields of a step.
     """
 
-    def __init__(self, world: World, profiles: Floats, start_ms: Int64, fields: int) -> None:
+    def __init__(self, world: SharedWorld, profiles: Floats, start_ms: Int64, fields: int) -> None:
         n = len(profiles)
         self.world = world
         self.profile = world.network_profile(profiles)

@@ -18,7 +18,7 @@ from model.generator.draws import keys_of
 from model.generator.generator import Generator
 from model.generator.profiles import AT, with_given
 from model.generator.settings import GeneratorError
-from model.generator.unroller import Cast, Transactions, Unroller
+from model.generator.unroller import Cast, GeneratedTransactions, Unroller
 from model.units import DAY_MS
 
 ACCOUNTS_MAX = 20_000_000
@@ -36,7 +36,7 @@ _GIVEN_STREAM = 3
 
 @dataclass(frozen=True)
 class Wish:
-    """What to generate.
+    """A request for histories.
 
     Attributes:
         accounts: number of accounts.
@@ -95,7 +95,7 @@ class HistoryStream:
         """About the number of transactions."""
         return round(self._expected * (self._cast.end_ms - self._cast.begin_ms) / DAY_MS)
 
-    def parts(self) -> Iterator[Transactions]:
+    def parts(self) -> Iterator[GeneratedTransactions]:
         """Yield the transactions in order of time, a window at a time."""
         cast = self._cast
         window_ms = max(int(WINDOW_TRANSACTIONS / self._expected * DAY_MS), WINDOW_LEAST_MS)
@@ -113,7 +113,7 @@ class HistoryStream:
                 begin_ms = until_ms
                 self.done = (begin_ms - cast.begin_ms) / (cast.end_ms - cast.begin_ms)
                 if taken:
-                    found = Transactions.joined(taken)
+                    found = GeneratedTransactions.joined(taken)
                     yield found.at(np.lexsort((found.account, found.time_ms)))
 
     def _unroller(self, accounts: NDArray[np.int64]) -> Unroller:
@@ -129,7 +129,7 @@ def generated_dataset(stream: HistoryStream) -> Dataset:
     parts = list(stream.parts())
     if not parts:
         raise GeneratorError("no transaction was generated: raise accounts or days")
-    found = Transactions.joined(parts)
+    found = GeneratedTransactions.joined(parts)
     merchant = np.unique(found.merchant, return_inverse=True)[1].astype(np.int32)
     numeric, categorical, texts = {}, {}, {}
     for place, field_ in enumerate(stream.generator.header.fields):

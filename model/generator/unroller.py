@@ -141,7 +141,7 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Transactions:
+class GeneratedTransactions:
     """Generated transactions; the columns have the same length.
 
     Attributes:
@@ -167,15 +167,15 @@ class Transactions:
     def __len__(self) -> int:
         return len(self.time_ms)
 
-    def at(self, rows: Rows | slice) -> Transactions:
+    def at(self, rows: Rows | slice) -> GeneratedTransactions:
         """Return some of the transactions."""
-        return Transactions(*(column[rows] for column in vars(self).values()))
+        return GeneratedTransactions(*(column[rows] for column in vars(self).values()))
 
     @staticmethod
-    def joined(parts: list[Transactions]) -> Transactions:
+    def joined(parts: list[GeneratedTransactions]) -> GeneratedTransactions:
         """Join transactions in order."""
         columns = zip(*(vars(part).values() for part in parts), strict=True)
-        return Transactions(*(np.concatenate(column) for column in columns))
+        return GeneratedTransactions(*(np.concatenate(column) for column in columns))
 
 
 class Unroller:
@@ -217,7 +217,7 @@ class Unroller:
                 self._draw_of_owner(place, field, self._keys, np.arange(n))
         self._advance(np.arange(n))
 
-    def until(self, time_ms: int, rows_at_once: int) -> list[Transactions]:
+    def until(self, time_ms: int, rows_at_once: int) -> list[GeneratedTransactions]:
         """Return all transactions before a time; each account's are in order."""
         taken = []
         active = np.flatnonzero(self.next_ms < time_ms)
@@ -229,11 +229,11 @@ class Unroller:
             active = active[self.next_ms[active] < time_ms]
         return taken
 
-    def _take(self, rows: Rows) -> Transactions:
+    def _take(self, rows: Rows) -> GeneratedTransactions:
         """Return the next transactions of accounts, and remember them."""
         memory, scale = self._memory, self._field_scale()
         amount = self._amount[rows]
-        found = Transactions(
+        found = GeneratedTransactions(
             self.next_ms[rows],
             self.accounts[rows],
             self._merchant[rows].astype(np.int64),
@@ -462,6 +462,7 @@ class Unroller:
             name = f"field_{number}"
             logits = self._network.product(f"{name}.weight", y, f"{name}.bias")[:m]
             logits += self._network.table(f"{name}_amount")[amount_bin]
+            logits[:, self._fields[place].unseen] = grids.IMPOSSIBLE
             self._classes[rows, place] = choose(logits, draw(_FIELD + 2 * place))
             self._shares[rows, place] = draw(_FIELD + 2 * place + 1)
 

@@ -1,4 +1,4 @@
-"""Measured facts of the training data that every history shares: rhythm, merchants, amounts.
+"""MeasuredLog facts of the training data that every history shares: rhythm, merchants, amounts.
 
 local merchant  one that few accounts reach; a new account gets a place among them
 hub             one that many accounts reach, such as an online shop
@@ -52,7 +52,7 @@ _MERCHANT_MS = 1 << 42
 
 
 @dataclass(frozen=True)
-class World:
+class SharedWorld:
     """Facts that every generated history shares.
 
     Attributes:
@@ -117,7 +117,7 @@ NUMBERS = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLog:
     """The training data as the generator sees them.
 
     Attributes:
@@ -127,14 +127,14 @@ class Measured:
         start_ms: [accounts] when the account's history begins.
     """
 
-    world: World
+    world: SharedWorld
     fraud_class: NDArray[np.int8]
     is_hub: Bools
     profiles: Floats
     start_ms: Int64
 
 
-def measure(log: Dataset, seed: int) -> Measured:
+def measure(log: Dataset, seed: int) -> MeasuredLog:
     """Measure the world and each account's profile.
 
     Args:
@@ -160,7 +160,7 @@ def measure(log: Dataset, seed: int) -> Measured:
     visits = np.bincount(log.merchant[is_hub[log.merchant]], minlength=merchants)[is_hub]
     cumulative = np.cumsum(np.sort(visits)[::-1]) / max(visits.sum(), 1)
     shown = profiles.copy()
-    world = World(
+    world = SharedWorld(
         rhythm=_rhythm(log.timestamp_ms),
         ratio_edges=edges,
         numbers=np.array([numbers[name] for name in NUMBERS]),
@@ -169,7 +169,7 @@ def measure(log: Dataset, seed: int) -> Measured:
         profile_mean=shown.mean(0),
         profile_scale=np.maximum(shown.std(0), 0.05),
     )
-    return Measured(world, fraud_class, is_hub, profiles, start_ms)
+    return MeasuredLog(world, fraud_class, is_hub, profiles, start_ms)
 
 
 def _rhythm(time_ms: Int64) -> Floats:

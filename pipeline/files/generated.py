@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model.generator.generator import GeneratorHeader
 from model.generator.stream import HistoryStream
-from model.generator.unroller import Transactions
+from model.generator.unroller import GeneratedTransactions
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import OPTIONAL_FIELDS
 
@@ -65,7 +65,7 @@ def transaction_ids(header: GeneratorHeader, first: int, count: int) -> list[str
 
 
 def field_values(
-    header: GeneratorHeader, part: Transactions
+    header: GeneratorHeader, part: GeneratedTransactions
 ) -> dict[str, list[str | None] | list[float | None]]:
     """Return the values of the extra fields by name; None is missing."""
     found: dict[str, list[str | None] | list[float | None]] = {}
@@ -175,7 +175,7 @@ def _quoted(text: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def _table(header: GeneratorHeader, part: Transactions, first: int) -> pa.Table:
+def _table(header: GeneratorHeader, part: GeneratedTransactions, first: int) -> pa.Table:
     def coded(ids: Callable[..., list[str]], numbers: NDArray[np.int64]) -> pa.Array:
         codes, place = np.unique(numbers, return_inverse=True)
         return pa.array(ids(header, codes)).take(pa.array(place))

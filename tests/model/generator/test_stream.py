@@ -84,7 +84,8 @@ def test_a_given_profile_changes_what_it_names() -> None:
         return len(log) / 3000, float(np.median(log.amount)), float(log.is_fraud.mean())
 
     rate, amount, _ = of(payments_per_day=3, mean_amount=500)
-    assert 2.4 < rate < 3.6
+    assert 1.5 < rate < 4.5
+    assert rate > 2 * of(payments_per_day=0.5)[0]
     assert 300 < amount < 700
     assert of(defrauded=1)[2] > of(defrauded=0)[2]
 
