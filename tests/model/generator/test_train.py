@@ -25,11 +25,9 @@ def _first_days(log: Dataset, days: int) -> Dataset:
 def test_what_is_missing_is_named() -> None:
     log = log_with_fields()
     everywhere = np.zeros(len(log), np.int8)
-    few = accounts_of(log, np.unique(log.account)[:40])
+    few = np.unique(log.account)[:40]
     cases = {
-        "the data have 40 accounts; a generator needs 50": accounts_of(
-            log, np.unique(log.account)[:40]
-        ),
+        "the data have 40 accounts; a generator needs 50": accounts_of(log, few),
         "all labels say legitimate": dataclasses.replace(log, label=everywhere),
         "all labels say fraud": dataclasses.replace(log, label=everywhere + 1),
         "no transaction has a label": dataclasses.replace(log, label=everywhere + UNKNOWN),
