@@ -128,7 +128,8 @@ def day_range(time_class: Int64) -> tuple[Int64, Int64]:
 def time_class_of(now_ms: Int64, next_ms: Int64) -> Int64:
     """Return the classes [n] of the next times [n]."""
     edges = time_edges(now_ms)
-    return np.clip((edges[:, 1:-1] <= next_ms[:, None]).sum(1), 0, TIME_CLASSES - 1)
+    passed = (edges[:, 1:-1] <= next_ms[:, None]).sum(1)
+    return np.asarray(np.clip(passed, 0, TIME_CLASSES - 1))
 
 
 def merchant_baseline(visited: Int64, left: Floats, hubs: int) -> Float32:

@@ -146,7 +146,7 @@ class Memory:
 
     def merchant_baseline(self, rows: Rows) -> Float32:
         """Return the logits [m, M] of the merchant's class."""
-        left = self.reach[rows] - self.opened[rows]
+        left = np.asarray(self.reach[rows] - self.opened[rows], np.float64)
         return grids.merchant_baseline(self.visited[rows], left, self.world.hubs)
 
     def rank_of(self, rows: Rows, merchant: NDArray[np.int32]) -> Int64:

@@ -109,7 +109,8 @@ def fit_density(profiles: Floats, seed: int) -> ProfileDensity:
     quantiles = np.stack([_smooth_quantiles(profiles[:, p], grid) for p in range(places)])
     centres = max(1, min(CENTRES, n // _ACCOUNTS_PER_CENTRE))
     weight, mean, covariance = _mixture(score, centres, rng)
-    return ProfileDensity(weight, mean, np.linalg.cholesky(covariance), quantiles)
+    factor = np.linalg.cholesky(covariance).astype(np.float64)
+    return ProfileDensity(weight, mean, factor, quantiles)
 
 
 def _scores(values: Floats, rng: np.random.Generator) -> Floats:

@@ -382,8 +382,8 @@ def _true_values(values: Floats, noise: Floats, known: Bools, rng: np.random.Gen
         return values
     weight = 1 / (noise[known] + values[known].var())
     middle = float(np.average(values[known], weights=weight))
-    between = np.average((values[known] - middle) ** 2 - noise[known], weights=weight)
-    between = max(float(between), 1e-8)
+    excess = np.average((values[known] - middle) ** 2 - noise[known], weights=weight)
+    between = max(float(excess), 1e-8)
     trust = np.where(known, between / (between + noise), 0.0)
     mean = middle + trust * (values - middle)
     return mean + np.sqrt((1 - trust) * between) * rng.normal(size=len(values))
