@@ -125,13 +125,6 @@ def day_range(time_class: Int64) -> tuple[Int64, Int64]:
     return edges[place], edges[place + 1]
 
 
-def time_class_of(now_ms: Int64, next_ms: Int64) -> Int64:
-    """Return the classes [n] of the next times [n]."""
-    edges = time_edges(now_ms)
-    passed = (edges[:, 1:-1] <= next_ms[:, None]).sum(1)
-    return np.asarray(np.clip(passed, 0, TIME_CLASSES - 1))
-
-
 def merchant_baseline(visited: Int64, left: Floats, hubs: int) -> Float32:
     """Return the logits [n, MERCHANT_CLASSES] of a choice at random among an account's merchants.
 
