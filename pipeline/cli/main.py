@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.generate import evaluate_generator, generate, train_generator
 from pipeline.cli.keys import keys
 from pipeline.cli.options import (
     EXAMPLE_HINT,
@@ -443,6 +444,7 @@ def probe_command(**options: Any) -> None:
     "--workers", type=int, default=2, show_default=True, help="Number of worker processes."
 )
 @world_option("wide")
+@click.option("--generated", is_flag=True, help="Payments by the shipped generator.")
 @click.option("--keep-running", is_flag=True, help="Continue the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""
@@ -523,6 +525,9 @@ def label(file: Path | None, **options: Any) -> None:
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 
 
+recur.add_command(generate)
+recur.add_command(train_generator)
+recur.add_command(evaluate_generator)
 recur.add_command(keys)
 recur.add_command(state)
 recur.add_command(trace)
