@@ -269,9 +269,9 @@ class Steady(NamedTuple):
     cpu_us: float
 
 
-def steady(points: list[Point], transactions: int) -> Steady:
-    """Compute both from the first tenth of the transactions to the end."""
-    begin = next(p for p in points if p.scores >= transactions / 10)
+def steady(points: list[Point], transactions: int, history: int = 0) -> Steady:
+    """Compute both from the first tenth of the transactions after the history to the end."""
+    begin = next(p for p in points if p.scores >= history + transactions / 10)
     end = points[-1]
     scored = end.scores - begin.scores
     return Steady(

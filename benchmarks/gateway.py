@@ -30,10 +30,11 @@ import uvloop
 from rich.table import Table
 
 from benchmarks.bench import Bench, environment_of, make_topics, published, start_up
+from benchmarks.latency import warmed_up
 from benchmarks.machine_speed import measure_machine
 from benchmarks.results import console
 from benchmarks.score_times import ends, read_score_times
-from benchmarks.traffic import ACCOUNTS, blocks, feed
+from benchmarks.traffic import ACCOUNTS
 from pipeline.gateway.api_keys import api_key_store, new_key
 from pipeline.local.embedded import embedded
 from pipeline.local.ports import HOST, free_port
@@ -42,7 +43,6 @@ from pipeline.settings import Settings
 
 RATES = "50,200,500,1000,2000,4000"
 SECONDS = 8.0
-WARM_UP_TRANSACTIONS, WARM_UP_RATE = 40_000, 5_000
 WARM_UP_REQUESTS_RATE, WARM_UP_REQUESTS_SECONDS = 200, 3.0
 CONNECTIONS = 256
 """Connections of the load tool: the most requests at a time."""
@@ -202,8 +202,7 @@ async def measure(bench: Bench, oha: str, rates: list[int], seconds: float) -> l
     runs: list[LoadRun] = []
     async with bench.recur(settings) as worker:
         await start_up(worker)
-        await feed(settings, blocks(live=True), WARM_UP_TRANSACTIONS, WARM_UP_RATE)
-        await published(settings, WARM_UP_TRANSACTIONS, worker)
+        await warmed_up(settings, worker)
         async with running_gateway(bench, settings) as (port, pid):
             gateway = psutil.Process(pid)
             warm = WARM_UP_REQUESTS_RATE, WARM_UP_REQUESTS_SECONDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,13 @@ from benchmarks.results import Rounds, console
 from benchmarks.score_times import Offsets, ScoreTimes, ends, read_score_times
 from benchmarks.traffic import blocks, feed
 from pipeline.local.worker_metrics import LATENCY, Samples, buckets, quantile
+from pipeline.replay.producer import Block
 from pipeline.settings import Settings
 
 RATES = (500, 1_000, 2_000, 5_000)
 QUANTILES = (0.5, 0.99)
+HISTORY_TRANSACTIONS = 200_000
+"""Transactions before all others, 10 of each account: new accounts cost more."""
 WARM_UP_RATE = 5_000
 WARM_UP_TRANSACTIONS = 40_000
 """Warm-up of Java's compiler and of most accounts and merchants."""
@@ -193,15 +196,23 @@ async def measure(
     runs: dict[int, RateRun] = {}
     async with bench.run(name, settings) as contender:
         ready = await start_up(contender)
-        stream = blocks(live=True)
-        await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
-        await published(settings, WARM_UP_TRANSACTIONS, contender)
+        stream = await warmed_up(settings, contender)
         for rate in rates:
             await feed(settings, stream, int(rate * SETTLE_SECONDS), rate)
             runs[rate] = await run_at(settings, contender, stream, rate, seconds)
             if not runs[rate].kept_up:
                 break
     return ready, runs
+
+
+async def warmed_up(settings: Settings, contender: Contender) -> Iterator[Block]:
+    """Feed a contender the history and the warm-up; return the stream of what follows."""
+    stream = blocks(live=True, history=HISTORY_TRANSACTIONS)
+    await feed(settings, stream, HISTORY_TRANSACTIONS, rate=None)
+    await published(settings, HISTORY_TRANSACTIONS, contender)
+    await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
+    await published(settings, HISTORY_TRANSACTIONS + WARM_UP_TRANSACTIONS, contender)
+    return stream
 
 
 async def run_at(

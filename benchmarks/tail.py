@@ -22,11 +22,10 @@ import psutil
 import redis.asyncio as redis_asyncio
 
 from benchmarks.alert_share import chosen_thresholds
-from benchmarks.bench import RECUR, Bench, Contender, make_topics, published, start_up
-from benchmarks.latency import WARM_UP_RATE, WARM_UP_TRANSACTIONS, measure, run_at
+from benchmarks.bench import RECUR, Bench, Contender, make_topics, start_up
+from benchmarks.latency import measure, run_at, warmed_up
 from benchmarks.results import console
 from benchmarks.score_times import ScoreTimes
-from benchmarks.traffic import blocks, feed
 
 RATE = 2_000
 QUANTILES = (0.5, 0.99, 0.999, 0.9999)
@@ -83,9 +82,7 @@ async def tail(bench: Bench, seconds: float) -> None:
     await make_topics(settings)
     async with bench.recur(settings) as contender:
         await start_up(contender)
-        stream = blocks(live=True)
-        await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
-        await published(settings, WARM_UP_TRANSACTIONS, contender)
+        stream = await warmed_up(settings, contender)
         samples: list[Sample] = []
         sampling = asyncio.create_task(_sample(bench, contender, samples))
         run = await run_at(settings, contender, stream, RATE, seconds)

@@ -2,6 +2,9 @@
 
 Live, a worker loads a merchant once in three hours. A log of weeks is the hardest case: a second
 is a simulated day, so almost every transaction loads its merchant again.
+
+With the shipped checkpoint the log begins with a history, which is not measured: an account without
+one is unusual, and the worker writes a note for nearly each of its payments.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ LIVE = "Recur, shipped checkpoint, live"
 WEEKS = "Recur, shipped checkpoint, a log of weeks"
 LARGE = f"Recur, account features only, batches of {LARGE_BATCH_RECORDS:,}"
 AS_SHIPPED = "Recur, shipped checkpoint and thresholds, live"
+NEW_ACCOUNTS = "Recur, shipped checkpoint, live, new accounts"
+
+HISTORY = 2
+"""Transactions of the history for each one that is measured: 15 of each account by default."""
 
 SLOW_TRANSACTIONS = {FAUST_EVENT: 4_000, FAUST_TAKE: 20_000}
 """Transactions for those that are too slow for the others' number."""
@@ -56,12 +63,13 @@ TARGETS = (
 
 @dataclass
 class Case:
-    """A contender and what it drains."""
+    """A contender and what it drains; the history comes first and is not measured."""
 
     name: str
     contender: str
     changes: dict[str, Any]
     live: bool = False
+    history: int = 0
 
     def transactions(self, usual: int) -> int:
         """Choose how many it drains: few if it is slow, more if its batches are large."""
@@ -72,15 +80,18 @@ class Case:
 
 async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: int) -> None:
     """Measure transactions/s of Recur and the peers, in turn."""
-    live = await _thresholds(bench, "live stamps", transactions, live=True)
-    weeks = await _thresholds(bench, "a log of weeks", transactions, live=False)
+    live = await sample_thresholds(bench, "live stamps", transactions, live=True, history=True)
+    new = await sample_thresholds(bench, "new accounts", transactions, live=True, history=False)
+    weeks = await sample_thresholds(bench, "a log of weeks", transactions, live=False, history=True)
     accounts = {"checkpoint": bench.accounts_checkpoint}
+    history = HISTORY * transactions
     cases = [
         Case(ACCOUNTS_ONLY, RECUR, accounts),
         *(Case(name, name, {}) for name in (BYTEWAX, QUIX) if name in peers),
-        Case(LIVE, RECUR, live, live=True),
-        Case(WEEKS, RECUR, weeks),
-        Case(AS_SHIPPED, RECUR, {}, live=True),
+        Case(LIVE, RECUR, live, live=True, history=history),
+        Case(WEEKS, RECUR, weeks, history=history),
+        Case(AS_SHIPPED, RECUR, {}, live=True, history=history),
+        Case(NEW_ACCOUNTS, RECUR, new, live=True),
         Case(LARGE, RECUR, {**accounts, "micro_batch_max": LARGE_BATCH_RECORDS}),
         *(Case(name, name, {}) for name in (BYTEWAX_LARGE, *SLOW_TRANSACTIONS) if name in peers),
     ]
@@ -116,14 +127,19 @@ async def throughput(bench: Bench, peers: list[str], transactions: int, rounds: 
 async def drain(bench: Bench, case: Case, settings: Settings, transactions: int) -> Steady:
     """Fill the log, start the contender and measure its rate."""
     await make_topics(settings)
-    await feed(settings, blocks(live=case.live), transactions, rate=None)
+    total = case.history + transactions
+    await feed(settings, blocks(live=case.live, history=case.history), total, rate=None)
     async with bench.run(case.contender, settings) as contender:
-        return steady(await published(settings, transactions, contender), transactions)
+        return steady(await published(settings, total, contender), transactions, case.history)
 
 
-async def _thresholds(bench: Bench, kind: str, transactions: int, *, live: bool) -> dict[str, Any]:
-    """Choose thresholds by the scores of a shorter drain."""
+async def sample_thresholds(
+    bench: Bench, kind: str, transactions: int, *, live: bool, history: bool
+) -> dict[str, Any]:
+    """Choose thresholds by the scores of a drain, without those of the history."""
     settings = bench.settings()
-    await drain(bench, Case(kind, RECUR, {}, live), settings, transactions)
+    case = Case(kind, RECUR, {}, live, HISTORY * transactions if history else 0)
+    await drain(bench, case, settings, transactions)
     begin = dict.fromkeys(range(settings.topic_partitions), 0)
-    return chosen_thresholds(kind, (await read_score_times(settings, begin, begin)).scores)
+    found = (await read_score_times(settings, begin, begin)).scores
+    return chosen_thresholds(kind, found[case.history :])

@@ -1,20 +1,29 @@
-"""The cost of tracing: processor time of polls on a broker and stores in memory.
+"""The cost of tracing: processor time of polls, in memory or with a broker.
 
     python -m benchmarks.tracing [--polls N]
+    python -m benchmarks.tracing --broker [--transactions N]
 
-Cases run in turn, poll by poll, so that a machine's changes of speed meet all of them.
+Cases run in turn, so that a machine's changes of speed meet all of them. In memory a turn is a
+poll. With a broker it is a few polls of one worker process (:mod:`benchmarks.traced_drain`).
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import numpy as np
+import uvloop
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from benchmarks.bench import Bench
+from benchmarks.results import console
+from benchmarks.traced_drain import traced_drain
 from pipeline.checkpoint import load_checkpoint
+from pipeline.local.embedded import embedded
 from pipeline.settings import load_settings
 from pipeline.tracing.polls import PollTracer
 from pipeline.tracing.provider import Tracing
@@ -81,9 +90,25 @@ def process_poll(case: Case, number: int) -> None:
 
 
 @click.command()
-@click.option("--polls", default=40, help="polls of each case")
-def main(polls: int) -> None:
+@click.option("--polls", default=40, help="polls of each case, in memory")
+@click.option("--broker", is_flag=True, help="measure worker processes with broker and Redis")
+@click.option("--transactions", default=600_000, help="length of the log, with a broker")
+def main(polls: int, broker: bool, transactions: int) -> None:
     """Measure what tracing costs."""
+    if broker:
+        with (
+            tempfile.TemporaryDirectory(prefix="recur-bench-") as directory,
+            embedded() as services,
+        ):
+            bench = Bench(services, Path(directory))
+            uvloop.run(traced_drain(bench, transactions, SAMPLED))
+            console.print(bench.results.table())
+        return
+    measure_in_memory(polls)
+
+
+def measure_in_memory(polls: int) -> None:
+    """Measure polls of workers on a broker and stores in memory."""
     from pipeline.scoring import computer
 
     computer.THREAD_MIN = POLL_RECORDS + 1  # coroutines are stepped without a loop or threads

@@ -13,8 +13,9 @@ import re
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -28,6 +29,9 @@ from pydantic_settings import (
 
 from model.units import DAY_SECONDS, HOUR_SECONDS
 from pipeline.errors import SettingsError
+
+if TYPE_CHECKING:  # it imports aiokafka
+    from pipeline.oauth_tokens import OAuthTokens
 
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.safetensors"
 CONFIG_VARIABLE = "RECUR_CONFIG"
@@ -133,11 +137,25 @@ class Settings(BaseSettings):
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="protocol of connections to the brokers"
     )
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
         "SCRAM-SHA-512", description="SASL mechanism, with a SASL_ protocol"
     )
-    kafka_sasl_username: str | None = Field(None, description="SASL user")
-    kafka_sasl_password: SecretStr | None = Field(None, description="SASL password")
+    kafka_sasl_username: str | None = Field(
+        None, description="SASL user; with OAUTHBEARER the client's id"
+    )
+    kafka_sasl_password: SecretStr | None = Field(
+        None, description="SASL password; with OAUTHBEARER the client's secret"
+    )
+    kafka_oauth_token_url: str | None = Field(
+        None,
+        pattern=r"^(https://|http://(127\.0\.0\.1|localhost)[:/])[^\s@]+$",
+        description="token endpoint of the identity provider, for OAUTHBEARER (OAuth 2.0, client"
+        " credentials); https:// unless it is on this machine",
+    )
+    kafka_oauth_scope: str | None = Field(None, description="scope to ask for a token; optional")
+    kafka_oauth_cafile: Path | None = Field(
+        None, description="PEM file of the authorities of the token endpoint; default: the system's"
+    )
     kafka_ssl_cafile: Path | None = Field(
         None, description="PEM file of the authorities that signed the brokers' certificates"
     )
@@ -392,6 +410,13 @@ class Settings(BaseSettings):
         description="rate limit of a key without one of its own, over all gateways: 100/s,"
         " 6000/min, or none",
     )
+    gateway_failed_logins_per_minute: int = Field(
+        60,
+        ge=0,
+        le=100_000,
+        description="wrong credentials that one address may send to a gateway in a minute before"
+        " keys that the gateway does not know get 429; 0: no limit, for a proxy that has its own",
+    )
     gateway_jwt_issuer: str = Field(
         "", description="issuer of JWTs that gateways take besides API keys; empty: none"
     )
@@ -443,15 +468,15 @@ class Settings(BaseSettings):
     )
     tracing: bool = Field(
         False,
-        description="whether workers and gateways send OpenTelemetry spans; needs the extra"
-        " `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
+        description="whether workers, gateways and webhooks send OpenTelemetry spans; needs the"
+        " extra `tracing`. OTEL_EXPORTER_OTLP_ENDPOINT names the collector",
     )
     trace_sample_ratio: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="share of polls that are traced; those with a record of a sampled trace always"
-        " are",
+        description="share of polls, score requests and deliveries that are traced; those of a"
+        " sampled trace always are",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of written log lines"
@@ -466,6 +491,7 @@ class Settings(BaseSettings):
             raise ValueError(
                 "kafka_security_protocol needs kafka_sasl_username and kafka_sasl_password"
             )
+        self._check_oauth()
         if "@" in self.kafka_bootstrap_servers:
             raise ValueError(
                 "kafka_bootstrap_servers takes host:port alone; the user is kafka_sasl_username"
@@ -482,6 +508,21 @@ class Settings(BaseSettings):
         ):
             raise ValueError("decline_threshold must not be under review_threshold")
         return self
+
+    def _check_oauth(self) -> None:
+        uses_oauth = (
+            self.kafka_security_protocol.startswith("SASL")
+            and self.kafka_sasl_mechanism == "OAUTHBEARER"
+        )
+        if uses_oauth and not self.kafka_oauth_token_url:
+            raise ValueError("kafka_sasl_mechanism OAUTHBEARER needs kafka_oauth_token_url")
+        if not uses_oauth:
+            for name in ("token_url", "scope", "cafile"):
+                if getattr(self, f"kafka_oauth_{name}"):
+                    raise ValueError(
+                        f"kafka_oauth_{name} has no effect without a SASL_ protocol and"
+                        " kafka_sasl_mechanism OAUTHBEARER"
+                    )
 
     def _check_redis_url(self) -> None:
         """Reject an address that a client would reject or misread.
@@ -617,14 +658,34 @@ class Settings(BaseSettings):
         }
         if self.kafka_security_protocol.startswith("SASL"):
             assert self.kafka_sasl_password is not None
-            options |= {
-                "sasl_mechanism": self.kafka_sasl_mechanism,
-                "sasl_plain_username": self.kafka_sasl_username,
-                "sasl_plain_password": self.kafka_sasl_password.get_secret_value(),
-            }
+            options["sasl_mechanism"] = self.kafka_sasl_mechanism
+            if self.kafka_sasl_mechanism == "OAUTHBEARER":
+                options["sasl_oauth_token_provider"] = self.kafka_oauth_tokens()
+            else:
+                options |= {
+                    "sasl_plain_username": self.kafka_sasl_username,
+                    "sasl_plain_password": self.kafka_sasl_password.get_secret_value(),
+                }
         if self.kafka_security_protocol.endswith("SSL"):
             options["ssl_context"] = self.kafka_ssl_context()
         return options
+
+    def kafka_oauth_tokens(self) -> OAuthTokens:
+        """Return the tokens of this client; all connections of equal settings share them.
+
+        Raises:
+            SettingsError: the file of authorities is missing or wrong.
+        """
+        assert self.kafka_oauth_token_url is not None
+        assert self.kafka_sasl_username is not None
+        assert self.kafka_sasl_password is not None
+        return _oauth_tokens(
+            self.kafka_oauth_token_url,
+            self.kafka_sasl_username,
+            self.kafka_sasl_password.get_secret_value(),
+            self.kafka_oauth_scope,
+            self.kafka_oauth_cafile,
+        )
 
     def kafka_ssl_context(self) -> ssl.SSLContext:
         """Make a TLS context for the brokers, with the client's certificate if one is set.
@@ -804,6 +865,23 @@ def _database(url: str) -> int | None:
     named = re.findall(r"(?:^|&)db=([^&]*)", parts.query)
     number = (named or [parts.path.strip("/")])[-1] or "0"
     return int(number) if number.isdecimal() else None
+
+
+@lru_cache(maxsize=16)
+def _oauth_tokens(
+    url: str, client_id: str, secret: str, scope: str | None, cafile: Path | None
+) -> OAuthTokens:
+    from pipeline.oauth_tokens import OAuthTokens
+
+    context = None
+    if cafile is not None:
+        try:
+            context = ssl.create_default_context(cafile=cafile)
+        except OSError as error:  # base class of ssl's errors
+            raise SettingsError(
+                f"{_full_name('kafka_oauth_cafile')}: no certificates in {cafile} ({error})"
+            ) from error
+    return OAuthTokens(url, client_id, secret, scope, context)
 
 
 def redis_address(url: str) -> str:

@@ -22,12 +22,14 @@ import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from pipeline.cli.main import recur
+from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.local.kafka import Kafka
 from pipeline.local.kafka_jars import KAFKA_VERSION
 from pipeline.local.redis import Redis
 from pipeline.local.workers import start_worker, until_ready
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
+from pipeline.webhooks.metrics import WebhookMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -39,7 +41,11 @@ OURS = {
     if service["image"] == "recur" and service is not GATEWAY
 }
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
-PROMETHEUS: dict[str, Any] = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+JOBS: dict[str, dict[str, Any]] = {
+    job["job_name"]: job
+    for file in ("prometheus.yml", "gateway-scrape.yml")
+    for job in yaml.safe_load((ROOT / "deploy/prometheus" / file).read_text())["scrape_configs"]
+}
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/recur.json").read_text())
 KUBERNETES_GRACE_SECONDS = 30
 EVERY_SERVICE = pytest.mark.parametrize("service", OURS.values(), ids=list(OURS))
@@ -309,7 +315,7 @@ def test_the_health_check_ignores_a_kubernetes_service_named_like_its_port() -> 
 
 
 def test_prometheus_scrapes_every_worker_where_it_listens() -> None:
-    (job,) = PROMETHEUS["scrape_configs"]
+    job = JOBS["recur"]
     (discovery,) = job["dns_sd_configs"]
     assert set(discovery["names"]) == set(OURS)
     port = SERVICES["worker"]["environment"]["RECUR_HTTP_PORT"]
@@ -317,25 +323,49 @@ def test_prometheus_scrapes_every_worker_where_it_listens() -> None:
     assert SERVICES["worker"]["expose"] == [port]
     assert instructions("EXPOSE") == [port]
     assert "RECUR_HTTP_HOST=0.0.0.0" in DOCKERFILE
-    assert job["job_name"] == "recur"  # alerts and dashboard select it
+
+
+def test_prometheus_scrapes_gateways_and_webhooks_where_they_listen() -> None:
+    (gateways,) = JOBS["recur-gateway"]["dns_sd_configs"]
+    assert gateways["names"] == ["gateway"]
+    assert gateways["port"] == int(GATEWAY["environment"]["RECUR_HTTP_PORT"])
+    assert "/gateway-key" in (ROOT / ".gitignore").read_text()
+    (webhooks,) = JOBS["recur-webhooks"]["dns_sd_configs"]
+    assert webhooks["port"] == Settings.model_fields["http_port"].default
+
+
+def test_every_job_that_alerts_select_is_scraped() -> None:
+    selected = re.findall(r'job="([^"]+)"', " ".join(expressions().values()))
+    assert set(selected) == set(JOBS)
+
+
+def all_metrics() -> list[Any]:
+    """Metrics of a worker, a gateway and `recur webhooks`, with an endpoint's."""
+    webhooks = WebhookMetrics(CollectorRegistry())
+    webhooks.begin("cases")
+    return [Metrics(CollectorRegistry()), GatewayMetrics(), webhooks]
 
 
 def families() -> list[Metric]:
-    return list(Metrics(CollectorRegistry()).registry.collect())
+    return [family for metrics in all_metrics() for family in metrics.registry.collect()]
 
 
 def sample_names() -> set[str]:
-    """Names under which Prometheus stores the metrics of a worker."""
+    """Names under which Prometheus stores our metrics."""
     endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "info": ["_info"]}
     return {
         family.name + ending for family in families() for ending in endings.get(family.type, [""])
     }
 
 
+def alert_rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
 def expressions() -> dict[str, str]:
     """Queries of alerts and dashboard, by their place."""
-    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
+    rules = alert_rules()
     found = {rule.get("alert") or rule["record"]: rule["expr"] for rule in rules}
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
@@ -355,6 +385,14 @@ def test_every_metric_in_alerts_and_dashboard_exists() -> None:
     assert not unknown
 
 
+def test_the_runbook_has_a_line_for_each_alert_and_the_rules_tests_fire_each() -> None:
+    runbook = (ROOT / "docs/operations.md").read_text()
+    fired = (ROOT / "deploy/prometheus/alerts.test.yml").read_text()
+    names = [rule["alert"] for rule in alert_rules() if "alert" in rule]
+    assert not [name for name in names if f"| `{name}` |" not in runbook]
+    assert not [name for name in names if name not in fired]
+
+
 def test_every_metric_of_ours_is_on_the_dashboard() -> None:
     shown = set(re.findall(r"\brecur_\w+", json.dumps(DASHBOARD["panels"])))
     hidden = {
@@ -367,9 +405,11 @@ def test_every_metric_of_ours_is_on_the_dashboard() -> None:
 
 
 def test_every_label_in_alerts_and_dashboard_exists() -> None:
-    metrics = Metrics(CollectorRegistry())
     known = {
-        name for metric in vars(metrics).values() for name in getattr(metric, "_labelnames", ())
+        name
+        for metrics in all_metrics()
+        for metric in vars(metrics).values()
+        for name in getattr(metric, "_labelnames", ())
     }
     known |= {"le", "job", "instance", "alertname", "alertstate", "digest"}
     for where, expression in expressions().items():

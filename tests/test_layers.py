@@ -14,14 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_MODEL_FOR_LIVE = "model model.features"
+_MODEL_FOR_LIVE = "model model.features model.forecast"
 _MODEL = f"{_MODEL_FOR_LIVE} model.data model.simulator model.training"
 _CLIENTS = f"{_MODEL_FOR_LIVE} pipeline pipeline.messages pipeline.kafka pipeline.storage"
 _SCORING = f"{_CLIENTS} pipeline.tracing pipeline.scoring"
 
 ROOMS = {
-    "model": "model.features",
+    "model": "model.features model.forecast",
     "model.features": "model",
+    "model.forecast": "model model.features",
     "model.data": _MODEL_FOR_LIVE,
     "model.simulator": _MODEL_FOR_LIVE,
     "model.training": f"{_MODEL_FOR_LIVE} model.data model.simulator",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Coroutine
@@ -25,6 +26,7 @@ from tests.simulation.soak import soak
 RUNS = 2_000
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/simulation.md"
 
 
 @pytest.mark.slow
@@ -115,6 +117,24 @@ def test_a_failing_seed_is_told_with_the_command_that_replays_it() -> None:
     assert "WRONG: " in wrong
     assert violation == f"seed 0: {wrong.partition('WRONG: ')[2]}"
     assert replay == f'replay it:  python -m tests.simulation --seed 0 --bug "{bug.name}"'
+
+
+def test_the_page_has_a_row_for_each_bug_with_the_run_that_finds_it() -> None:
+    rows = re.findall(r"^\| (.+) \| ([\d,]+) \| \d+ \|$", PAGE.read_text(), re.MULTILINE)
+
+    assert {name: int(runs.replace(",", "")) for name, runs in rows} == {
+        bug.name: bug.runs for bug in BUGS
+    }
+
+
+@pytest.mark.slow
+def test_the_runs_that_find_a_bug_are_counted() -> None:
+    bug = next(bug for bug in BUGS if bug.runs == 1)
+    command = [sys.executable, "-m", "tests.simulation", "--bug", bug.name, "--seeds", "3"]
+
+    counted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    assert counted.stdout == "3 of 3 runs find it, the first with seed 0\n"
 
 
 class Alone:

@@ -39,6 +39,7 @@ from pipeline.demo.stage import Stage
 from pipeline.demo.summary import DemoResult, summarize
 from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
+from pipeline.extras import require_gateway_packages
 from pipeline.files.generated_stream import SHIPPED_GENERATOR, open_stream
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.embedded import Services, embedded
@@ -140,8 +141,9 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
         0 if every transaction was scored exactly once, 1 if not, 130 after Ctrl-C.
 
     Raises:
-        RecurError: services or workers did not start, or ended.
+        RecurError: services or workers did not start, or ended; or a package is missing.
     """
+    require_gateway_packages("the demo's gateway")
     console = console or Console(highlight=False)
     display = display_for(console)
     directory = Path(tempfile.mkdtemp(prefix="recur-demo-"))

@@ -18,13 +18,19 @@ from pipeline.gateway.protection import protect
 from pipeline.gateway.request_log import route_of
 from pipeline.gateway.routes import make_routes, problem_from
 from pipeline.gateway.service import Gateway
+from pipeline.tracing.http_spans import HttpTracer
 
 OPEN_PATHS = PUBLIC_PATHS | {"/docs", "/openapi.json"}
 """Paths without credentials: they tell nothing of any account."""
 
 
-def make_app(gateway: Gateway) -> AsgiApp:
-    """Make the application of a gateway; the caller starts and stops the gateway's parts."""
+def make_app(gateway: Gateway, tracer: HttpTracer | None = None) -> AsgiApp:
+    """Make the application of a gateway; the caller starts and stops the gateway's parts.
+
+    Args:
+        gateway: the services.
+        tracer: makes spans of score requests; None without tracing.
+    """
     document = make_document(gateway.settings, gateway.checkpoint)
 
     app = Litestar(
@@ -35,7 +41,12 @@ def make_app(gateway: Gateway) -> AsgiApp:
         exception_handlers={Exception: _hand_on},
     )
     protected = protect(
-        cast("AsgiApp", app), gateway.settings, gateway.authenticator, gateway.limiter, OPEN_PATHS
+        cast("AsgiApp", app),
+        gateway.settings,
+        gateway.authenticator,
+        gateway.limiter,
+        OPEN_PATHS,
+        tracer,
     )
     return Measured(protected, gateway.metrics)
 

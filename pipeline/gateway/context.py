@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.gateway.principal import Principal, Scope
 from pipeline.gateway.problems import FORBIDDEN, UNAUTHENTICATED, Headers, Problem
+from pipeline.messages.trace_context import Headers as TraceHeaders
 
 AsgiScope = MutableMapping[str, Any]
 AsgiMessage = MutableMapping[str, Any]
@@ -36,12 +37,14 @@ class RequestContext:
         principal: who makes it; None before they are authenticated and on public paths.
         headers: headers that the response gets besides its own.
         problem: name of the problem that the response tells.
+        trace: trace context for the records of the request; None: what the caller sent.
     """
 
     request_id: str
     principal: Principal | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     problem: str | None = None
+    trace: TraceHeaders | None = None
 
     def require(self, scope: Scope) -> Principal:
         """Return the principal if they have the scope.

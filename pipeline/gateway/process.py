@@ -22,6 +22,8 @@ from pipeline.gateway.app import make_app
 from pipeline.gateway.server_protocol import HeadLimitedProtocol
 from pipeline.gateway.service import Gateway
 from pipeline.settings import Settings
+from pipeline.tracing.http_spans import HttpTracer
+from pipeline.tracing.provider import Tracing, start_tracing
 
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection is held: longer than clients and proxies do, so that they close."""
@@ -58,11 +60,12 @@ def run_gateway(settings: Settings) -> int:
     """
     logs.configure(settings.log_level, settings.log_format)
     checkpoint = load_checkpoint(settings)
+    tracing = start_tracing(settings, "recur-gateway")
     gateway = Gateway(settings, checkpoint)
     tls = _tls_files(settings)
     sock = _listen(settings)
     config = uvicorn.Config(
-        make_app(gateway),
+        make_app(gateway, HttpTracer(tracing.tracer) if tracing else None),
         http=HeadLimitedProtocol,
         loop="none",
         lifespan="off",
@@ -85,12 +88,14 @@ def run_gateway(settings: Settings) -> int:
         extra={"model": checkpoint.digest, "gateway": gateway.id, "address": f"{host}:{port}"},
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(server, gateway, sock))
+        runner.run(_serve(server, gateway, sock, tracing))
     log.info("gateway ends")
     return 0
 
 
-async def _serve(server: _Server, gateway: Gateway, sock: socket.socket) -> None:
+async def _serve(
+    server: _Server, gateway: Gateway, sock: socket.socket, tracing: Tracing | None
+) -> None:
     """Start the gateway's parts, serve until a signal, and stop them; a signal ends the start.
 
     Raises:
@@ -112,6 +117,8 @@ async def _serve(server: _Server, gateway: Gateway, sock: socket.socket) -> None
         await server.serve(sockets=[sock])
     finally:
         await gateway.stop()
+        if tracing is not None:
+            await tracing.stop()
 
 
 def _tls_files(settings: Settings) -> dict[str, Any]:
@@ -126,7 +133,9 @@ def _tls_files(settings: Settings) -> dict[str, Any]:
     if settings.gateway_ssl_keyfile is not None:
         files["ssl_keyfile"] = str(settings.gateway_ssl_keyfile)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files.values())
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.gateway_ssl_certfile, settings.gateway_ssl_keyfile, _refuse_encrypted_key
+        )
     except (OSError, ssl.SSLError) as error:
         raise StartupError(
             f"the gateway's certificate or key cannot be loaded ({type(error).__name__}): see that"
@@ -134,6 +143,18 @@ def _tls_files(settings: Settings) -> dict[str, Any]:
             " together"
         ) from error
     return files
+
+
+def _refuse_encrypted_key() -> str:
+    """Refuse a key that OpenSSL would ask a terminal's password for.
+
+    Raises:
+        StartupError: always.
+    """
+    raise StartupError(
+        "the gateway's private key is encrypted: store it decrypted, readable only by the"
+        " gateway's user (openssl pkey -in KEY -out RECUR_GATEWAY_SSL_KEYFILE)"
+    )
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -37,6 +37,7 @@ from pipeline.gateway.request_parts import (
     preferred_wait,
     require_json,
 )
+from pipeline.gateway.request_spans import record_context
 from pipeline.gateway.score_service import Outcome, Pending, Scored, account_of
 from pipeline.gateway.service import Gateway
 from pipeline.gateway.tenants import check_seen, not_found, sees
@@ -125,7 +126,9 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
         _check_services(gateway)
         await _remember(gateway, request, principal, incoming.value)
         try:
-            outcome = await gateway.scores.score(incoming, wait.seconds)
+            outcome = await gateway.scores.score(
+                incoming, wait.seconds, record_context(_scope(request))
+            )
         except Problem as problem:
             gateway.metrics.outcomes.labels(problem.kind.name).inc()
             raise
@@ -154,7 +157,9 @@ def _score_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
                 continue
             valid.append(incoming)
             found.append(incoming)
-        outcomes = iter(await gateway.scores.score_all(valid, wait.seconds) if valid else ())
+        trace = record_context(_scope(request))
+        scored = await gateway.scores.score_all(valid, wait.seconds, trace) if valid else ()
+        outcomes = iter(scored)
         items = []
         for one in found:
             outcome = one if isinstance(one, Problem) else next(outcomes)

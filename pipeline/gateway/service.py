@@ -24,7 +24,7 @@ from pipeline.gateway.what_if import WhatIfService
 from pipeline.kafka.acl import check_gateway_permissions
 from pipeline.kafka.log_reader import LogReader
 from pipeline.kafka.polls import LogUnavailableError
-from pipeline.kafka.topics import ensure_topics
+from pipeline.kafka.topics import TopicRole, ensure_topics
 from pipeline.messages.replies import content_hash
 from pipeline.scoring.outages import Outages
 from pipeline.settings import Settings
@@ -34,7 +34,8 @@ from pipeline.storage.merchant_store import RedisMerchantStore
 from pipeline.storage.state_store import RedisStateStore
 from pipeline.storage.subscription import Subscription
 
-TOPICS = ("transactions", "scores", "alerts", "labels")
+TOPICS: tuple[TopicRole, ...] = ("transactions", "scores", "alerts", "labels")
+"""Topics that a gateway reads or writes, besides the audit topic. It has no right on others."""
 
 
 class Gateway:
@@ -101,9 +102,9 @@ class Gateway:
         """
         settings = self.settings
         await check_gateway_permissions(settings)
-        self.partitions = (await ensure_topics(settings))["transactions"]
+        self.partitions = (await ensure_topics(settings, TOPICS))["transactions"]
         try:
-            await self.reader.start([settings.topic(name) for name in TOPICS])  # type: ignore[arg-type]
+            await self.reader.start([settings.topic(role) for role in TOPICS])
             await self.producer.start()
         except (LogUnavailableError, KafkaError, OSError) as error:
             raise StartupError(
@@ -127,6 +128,7 @@ class Gateway:
         """Disconnect; records under way are confirmed first."""
         await self.readiness.stop()
         await self._subscription.stop()
+        await self.scores.stop()
         await self.producer.stop()
         await self.audit.stop()
         await self.reader.stop()

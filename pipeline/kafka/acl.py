@@ -1,4 +1,4 @@
-"""A check of the permissions that a worker needs, before it takes a partition.
+"""Checks of the permissions that a process needs, at its start.
 
 A missing permission would show late otherwise, at the first alert or the first crash, and the
 clients would wait for it in silence.
@@ -6,7 +6,7 @@ clients would wait for it in silence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiokafka import errors as kafka_errors
@@ -18,7 +18,7 @@ from pipeline.errors import StartupError
 from pipeline.kafka.topics import NO_COORDINATOR_YET, TopicRole, admin_client
 from pipeline.settings import Settings
 
-READ, WRITE = "Read", "Write"
+READ, WRITE, DESCRIBE = "Read", "Write", "Describe"
 
 NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
     "transactions": (READ,),
@@ -36,9 +36,16 @@ GATEWAY_NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
     "labels": (WRITE,),
     "audit": (WRITE,),
 }
-"""Operations of a gateway on each topic. It reads without a group."""
+"""Operations of a gateway on each topic. It reads without a group, and describes the workers'."""
 
-_OPERATIONS = {READ: 3, WRITE: 4}  # Kafka's numbers: positions of bits in its answer
+WEBHOOK_NEEDS: Mapping[TopicRole, tuple[str, ...]] = {
+    "alerts": (READ,),
+    "transactions": (READ,),
+    "dead_letter": (WRITE,),
+}
+"""Operations of `recur webhooks` on each topic. It also reads as a group of each endpoint."""
+
+_OPERATIONS = {READ: 3, WRITE: 4, DESCRIBE: 8}  # Kafka's numbers: positions of bits in its answer
 _UNKNOWN = -(2**31)
 _TEXT = String("utf-8")
 _TOO_OLD = (NotImplementedError, kafka_errors.IncompatibleBrokerVersion)
@@ -142,7 +149,28 @@ async def check_gateway_permissions(settings: Settings) -> None:
     """
     async with admin_client(settings) as admin:
         allowed = await _topic_operations(admin, [settings.topic(role) for role in GATEWAY_NEEDS])
+        of_group = await _group_operations(admin, settings.kafka_group_id)
     _check_topics(settings, GATEWAY_NEEDS, allowed)
+    if not _holds(of_group, DESCRIBE):  # it would never see a worker, and never be ready
+        raise _missing(settings, DESCRIBE, f"group {settings.kafka_group_id}")
+
+
+async def check_webhook_permissions(settings: Settings, groups: Sequence[str]) -> None:
+    """Check that the broker allows the user what `recur webhooks` does.
+
+    Args:
+        settings: name the broker and the topics.
+        groups: the consumer groups of the endpoints.
+
+    Raises:
+        StartupError: the broker does not answer, or a permission is missing. The message names it.
+    """
+    async with admin_client(settings) as admin:
+        allowed = await _topic_operations(admin, [settings.topic(role) for role in WEBHOOK_NEEDS])
+        _check_topics(settings, WEBHOOK_NEEDS, allowed)
+        for group in groups:
+            if not _holds(await _group_operations(admin, group), READ):
+                raise _missing(settings, READ, f"group {group}")
 
 
 def _check_topics(

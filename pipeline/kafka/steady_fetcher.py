@@ -21,6 +21,13 @@ from aiokafka.structs import TopicPartition
 from pipeline.kafka.decompression_limit import BoundedRecords, PartitionRecords
 from pipeline.kafka.fetch_session import FetchedPartition, FetchSession, has_sessions
 
+PREFETCH_BYTES = 64 << 10
+"""Least size of an answer after which the next fetch starts before a reader waits for records.
+
+A full log is fetched ahead. At live rates that would make small polls: the broker answers at once
+with a few records, and those that come while the worker is busy have to wait for a further poll.
+"""
+
 
 class _Records(PartitionRecords):
     """The records of a partition as they are decoded, without a copy of each."""
@@ -53,7 +60,7 @@ class _Loop:
         self._woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        """Wake the loop: records were read, or a partition was sent elsewhere."""
+        """Wake the loop: records were read, a reader waits, or a partition was sent elsewhere."""
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
@@ -70,6 +77,7 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
         self._loops: dict[int, _Loop] = {}  # by broker
         # Brokers whose next fetch is aiokafka's own.
         self._unusual: set[int] = set()
+        self._readers = 0  # how many wait for records
         super().__init__(*args, **options)
 
     async def _proc_fetch_request(self, assignment: Any, node_id: int, request: Any) -> bool:
@@ -112,7 +120,10 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
     async def _fetch_steadily(
         self, assignment: Any, node_id: int, places: Collection[TopicPartition], loop: _Loop
     ) -> None:
-        """Fetch, wait until all is read, and repeat; return when something is unusual."""
+        """Fetch, wait until all is read and more is wanted, and repeat.
+
+        Return when something is unusual.
+        """
         session = FetchSession(
             wait_ms=self._fetch_max_wait_ms,
             min_bytes=self._fetch_min_bytes,
@@ -133,10 +144,17 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
             moved = [part.place for part in answer.partitions if part.data]
             for part in answer.partitions:
                 self._keep(assignment, part, session.offsets[part.place], loop)
-            while any(tp in self._records for tp in moved):
+            fetched_bytes = sum(len(part.data) for part in answer.partitions if part.data)
+            while not self._may_fetch(moved, fetched_bytes):
                 await loop.wait()
                 if loop.has_moved:
                     return
+
+    def _may_fetch(self, unread: Collection[TopicPartition], fetched_bytes: int) -> bool:
+        """Tell whether these partitions are read, and a reader waits or fetching ahead pays."""
+        if any(tp in self._records for tp in unread):
+            return False
+        return self._readers > 0 or fetched_bytes >= PREFETCH_BYTES
 
     def _keep(self, assignment: Any, part: FetchedPartition, offset: int, loop: _Loop) -> None:
         """Keep what was fetched of a partition until it is read."""
@@ -175,9 +193,13 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
                 return found
             waiter = self._create_fetch_waiter()
             timer = self._loop.call_later(left, self._notify, waiter)
+            self._readers += 1
+            for loop in self._loops.values():
+                loop.wake()
             try:
                 await waiter
             finally:
+                self._readers -= 1
                 timer.cancel()
 
     def _read(

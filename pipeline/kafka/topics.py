@@ -23,13 +23,14 @@ from model.units import DAY_MS
 from pipeline.errors import StartupError
 from pipeline.kafka.metadata_request import ask_ids
 from pipeline.logs import quiet
+from pipeline.oauth_tokens import TokenRefusedError, TokenUnavailableError
 from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
 TopicRole = Literal["transactions", "scores", "alerts", "labels", "dead_letter", "audit"]
 ALL_ROLES: tuple[TopicRole, ...] = get_args(TopicRole)
-ROLES = tuple(role for role in ALL_ROLES if role != "audit")
+ROLES: tuple[TopicRole, ...] = tuple(role for role in ALL_ROLES if role != "audit")
 """Roles of the topics that workers use. Only gateways and commands write to the audit topic."""
 
 AUDIT_PARTITIONS = 1
@@ -72,12 +73,18 @@ _HINTS = {
 }
 
 
-async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
+async def ensure_topics(
+    settings: Settings, roles: Sequence[TopicRole] = ROLES
+) -> dict[TopicRole, int]:
     """Create the missing topics.
 
     An existing topic stays as it is, whatever ``settings.topic_partitions`` says. A missing scores
     topic gets as many partitions as the transactions topic has. Waits up to
     ``settings.startup_timeout_seconds`` for the broker.
+
+    Args:
+        settings: name the broker and the topics.
+        roles: the topics that this user may use; transactions and scores are among them.
 
     Returns:
         the number of partitions of each topic.
@@ -88,7 +95,7 @@ async def ensure_topics(settings: Settings) -> dict[TopicRole, int]:
     """
     deadline = time.monotonic() + settings.startup_timeout_seconds
     async with admin_client(settings, deadline) as admin:
-        counts = await _create_missing(admin, settings, deadline)
+        counts = await _create_missing(admin, settings, roles, deadline)
     if counts["scores"] != counts["transactions"]:
         raise StartupError(
             f"topic {settings.topic('scores')} has {counts['scores']} partitions and"
@@ -398,6 +405,11 @@ def _hint(error: BaseException) -> str | None:
         )
     if isinstance(error, kafka_errors.UnsupportedSaslMechanismError):
         return f"does not take RECUR_KAFKA_SASL_MECHANISM ({_describe(error)})"
+    if isinstance(error, TokenRefusedError | TokenUnavailableError):
+        return (
+            f"asks for a token, and {error}: correct RECUR_KAFKA_OAUTH_TOKEN_URL,"
+            " RECUR_KAFKA_SASL_USERNAME, RECUR_KAFKA_SASL_PASSWORD or RECUR_KAFKA_OAUTH_SCOPE"
+        )
     if isinstance(error, _LOGIN_REFUSED):
         return (
             "refuses the login: correct RECUR_KAFKA_SASL_USERNAME, RECUR_KAFKA_SASL_PASSWORD or"
@@ -406,8 +418,10 @@ def _hint(error: BaseException) -> str | None:
     return None
 
 
-async def _create_missing(admin: Any, settings: Settings, deadline: float) -> dict[TopicRole, int]:
-    names = {settings.topic(role): role for role in ROLES}
+async def _create_missing(
+    admin: Any, settings: Settings, roles: Sequence[TopicRole], deadline: float
+) -> dict[TopicRole, int]:
+    names = {settings.topic(role): role for role in roles}
     counts = await _partition_counts(admin)
     transactions = settings.topic("transactions")
     if transactions not in counts:

@@ -19,13 +19,15 @@ TRACEPARENT_MAX_BYTES = 128
 """A longer one, of a later version than 00, is not forwarded."""
 
 TRACESTATE_MAX_BYTES = 512
-"""A longer one is not forwarded."""
+"""A longer one, or one with other than printable characters, is not forwarded."""
 
 Headers = tuple[tuple[str, bytes], ...]
 
 _VALID = re.compile(
-    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[!-~]*)?"
 )
+_PRINTABLE = re.compile(rb"[ -~\t]+")
+_HTTP_PARENT, _HTTP_STATE = TRACEPARENT.encode(), TRACESTATE.encode()
 _PLAIN_LENGTH = 55
 _FLAGS_AT = 53
 _SAMPLED = 1
@@ -41,9 +43,26 @@ def context_headers(headers: Iterable[tuple[str, bytes]]) -> Headers:
             state = value
     if parent is None or not is_valid(parent):
         return ()
-    if not state or len(state) > TRACESTATE_MAX_BYTES:
+    if not state or len(state) > TRACESTATE_MAX_BYTES or not _PRINTABLE.fullmatch(state):
         return ((TRACEPARENT, parent),)
     return (TRACEPARENT, parent), (TRACESTATE, state)
+
+
+def request_context(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Select the trace context of an HTTP request; none if it is invalid or there are several.
+
+    Args:
+        headers: names in lower case, and values.
+    """
+    parents, states = [], []
+    for name, value in headers:
+        if name == _HTTP_PARENT:
+            parents.append(value)
+        elif name == _HTTP_STATE:
+            states.append(value)
+    if len(parents) != 1:
+        return ()
+    return context_headers([(TRACEPARENT, parents[0]), (TRACESTATE, b",".join(states))])
 
 
 def is_valid(traceparent: bytes) -> bool:

@@ -48,6 +48,9 @@ GATEWAY_RIGHTS = (
 )
 """Rights of a gateway's ACL user, on the same keys and on the channels of its replies."""
 
+WEBHOOK_RIGHTS = "+mget +set +del +ping +info +client|setinfo"
+"""Rights of the ACL user of ``recur webhooks``, on the keys of its switches."""
+
 _FORBIDDEN = ("no permissions", "can't run this command", "ACL failure")
 
 
@@ -68,7 +71,7 @@ class StoreForbiddenError(RecurError):
         super().__init__(
             f"Redis forbids its user a command that Recur needs: grant {RIGHTS}, and for the"
             f" commands `recur state` and `recur keys` {COMMAND_RIGHTS}, for a gateway"
-            f" {GATEWAY_RIGHTS}, on the keys that begin with"
+            f" {GATEWAY_RIGHTS}, for webhooks {WEBHOOK_RIGHTS}, on the keys that begin with"
             " RECUR_REDIS_KEY_PREFIX (ACL SETUSER). Then start again"
         )
 

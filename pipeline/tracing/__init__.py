@@ -1,1 +1,1 @@
-"""Spans of polls and alerts, trace context in headers, and the way of one transaction."""
+"""Spans of polls, alerts and HTTP requests, trace context in headers, a transaction's way."""

@@ -20,6 +20,7 @@ from pipeline.errors import RecurError
 from pipeline.kafka.partitioner import key_partition
 from pipeline.messages.decision import APPROVE
 from pipeline.messages.decoding import NOT_JSON, encode_json
+from pipeline.messages.replies import gateway_of
 from pipeline.messages.trace_context import trace_of
 from pipeline.messages.transactions import WARM_HEADER
 from pipeline.settings import Settings
@@ -179,7 +180,7 @@ class _Finder:
             note = "the record is deleted"
             stages.append(JourneyStage("transaction", NO_TIME, score.source, note))
         else:
-            stages.append(_stage("transaction", sent))
+            stages.append(_sent_stage(sent))
         alert = await self._alert(record, score, sent)
         if isinstance(alert, str):
             notes.append(alert)
@@ -230,7 +231,7 @@ class _Finder:
         event_ms = epoch_ms(time) if isinstance(time, datetime) else time
         stages = [
             JourneyStage("event", event_ms, None, "by the payment's own clock"),
-            _stage("transaction", sent),
+            _sent_stage(sent),
         ]
         place = {
             "topic": sent.topic.encode(),
@@ -308,6 +309,12 @@ class _Finder:
     def _source_of(self, record: Any) -> str:
         score = self._score(record)
         return "" if score is None else score.source
+
+
+def _sent_stage(record: Any) -> JourneyStage:
+    """Make the stage of a transaction's record, with the gateway that produced it."""
+    gateway = gateway_of(record.headers)
+    return _stage("transaction", record, f"by gateway {gateway}" if gateway else "")
 
 
 def _stage(name: str, record: Any, note: str = "") -> JourneyStage:

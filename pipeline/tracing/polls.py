@@ -1,25 +1,30 @@
-"""Spans of a worker: one for each traced poll, and a child of it for each alert.
+"""Spans of a worker: one for each traced poll, and a child of it for each of its alerts.
 
 Names and attributes follow OpenTelemetry's semantic conventions for messaging. They hold counts
 and names of topics, and nothing of a record but its trace context.
 
 A poll is traced if one of its records belongs to a sampled trace, or by the ratio of the settings.
+In the first case the alerts of its other records have no span: where a part of the records is
+sampled, almost every poll is traced, and the alerts' spans would be those of all records.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from opentelemetry.trace import (
     Link,
     Span,
+    SpanContext,
     SpanKind,
     Status,
     StatusCode,
+    TraceFlags,
     Tracer,
-    get_current_span,
+    TraceState,
     set_span_in_context,
 )
 
@@ -31,9 +36,8 @@ from pipeline.kafka.producer import (
     Publisher,
     Transactions,
 )
-from pipeline.messages.trace_context import TRACEPARENT, context_headers, trace_of
+from pipeline.messages.trace_context import TRACEPARENT, context_headers
 from pipeline.settings import Settings
-from pipeline.tracing.propagation import extract
 
 LINKS_MAX = 128
 """Most links of a poll's span, and OpenTelemetry's own limit."""
@@ -45,8 +49,20 @@ OPEN_POLLS_MAX = 16
 """Most polls with an open span. A worker computes one poll while it concludes another."""
 
 
-_FLAG_AT = 54
-_SAMPLED_DIGITS = b"13579bdf"
+_PLAIN_LENGTH = 55
+_SAMPLED_DIGITS = frozenset(b"13579bdf")
+
+
+@dataclass(frozen=True)
+class _OpenPoll:
+    """A poll with an open span.
+
+    Attributes:
+        is_linked: whether the span has links, so that only alerts of sampled records have spans.
+    """
+
+    span: Span
+    is_linked: bool
 
 
 class PollTracer:
@@ -75,8 +91,8 @@ class PollTracer:
             "messaging.operation.name": "send",
             "messaging.destination.name": self._alerts_topic,
         }
-        self._open: dict[int, Span] = {}
-        self._concluding: Span | None = None
+        self._open: dict[int, _OpenPoll] = {}
+        self._concluding: _OpenPoll | None = None
 
     def begin(self, poll: Poll) -> None:
         """Begin the span of a poll that is computed next."""
@@ -88,19 +104,20 @@ class PollTracer:
         if len(poll.chunks) == 1:
             (partition,) = poll.chunks
             attributes["messaging.destination.partition.id"] = str(partition)
+        links = sampled_links(poll)
         span = self._tracer.start_span(
-            self._name, kind=SpanKind.CONSUMER, attributes=attributes, links=sampled_links(poll)
+            self._name, kind=SpanKind.CONSUMER, attributes=attributes, links=links
         )
         if span.is_recording():
             while len(self._open) >= OPEN_POLLS_MAX:  # of polls that a worker gave up
                 self._open.pop(next(iter(self._open)))
-            self._open[id(poll)] = span
+            self._open[id(poll)] = _OpenPoll(span, bool(links))
 
     def computed(self, poll: Poll) -> None:
         """Note that the scores of a poll are decided on."""
-        span = self._open.get(id(poll))
-        if span is not None:
-            span.add_event("computed")
+        found = self._open.get(id(poll))
+        if found is not None:
+            found.span.add_event("computed")
 
     def conclude(self, poll: Poll) -> None:
         """Note that a poll is published and saved next."""
@@ -112,35 +129,38 @@ class PollTracer:
         Args:
             error: what ended the work on it; only the name of its class is recorded.
         """
-        span = self._open.pop(id(poll), None)
-        if self._concluding is span:
+        found = self._open.pop(id(poll), None)
+        if self._concluding is found:
             self._concluding = None
-        if span is None:
+        if found is None:
             return
+        span = found.span
         if error is not None:
             span.set_attribute("error.type", type(error).__name__)
             span.set_status(Status(StatusCode.ERROR))
         span.end()
 
     def alerts_sent(self, alerts: Iterable[Outgoing], began_ns: int) -> None:
-        """Record a span for each alert of the poll that is concluded.
+        """Record spans of the alerts of the poll that is concluded, if it is traced.
 
         Args:
             alerts: alerts that the broker has.
             began_ns: when they were sent, epoch nanoseconds.
         """
-        parent = self._concluding
-        if parent is None:
+        poll = self._concluding
+        if poll is None:
             return
-        context = set_span_in_context(parent)
+        context = set_span_in_context(poll.span)
         now_ns = time.time_ns()
-        for alert in islice(alerts, ALERT_SPANS_MAX):
+        links = (_link(alert.headers, poll.is_linked) for alert in alerts)
+        wanted = (link for link in links if link is not None or not poll.is_linked)
+        for link in islice(wanted, ALERT_SPANS_MAX):
             self._tracer.start_span(
                 self._alert_name,
                 context,
                 kind=SpanKind.PRODUCER,
                 attributes=self._alert_attributes,
-                links=_links(alert.headers),
+                links=() if link is None else (link,),
                 start_time=began_ns,
             ).end(now_ns)
 
@@ -156,32 +176,38 @@ class PollTracer:
 def sampled_links(poll: Poll) -> list[Link]:
     """Make links to the sampled records of a poll, :data:`LINKS_MAX` at most."""
     found: list[Link] = []
+    digits = _SAMPLED_DIGITS
     for chunk in poll.chunks.values():
         for record in chunk.records:
-            if not record.headers or not _may_be_sampled(record.headers):
-                continue
-            trace = trace_of(record.headers)
-            if trace is not None and trace[1]:
-                found += _links(record.headers)
-                if len(found) >= LINKS_MAX:
-                    return found
+            for name, value in record.headers:
+                # The last digit first, and no call: it was measured to be half of tracing's cost.
+                if not value or (value[-1] not in digits and len(value) <= _PLAIN_LENGTH):
+                    continue
+                if name == TRACEPARENT and (link := _link(record.headers, is_sampled=True)):
+                    found.append(link)
+                    if len(found) >= LINKS_MAX:
+                        return found
     return found
 
 
-def _may_be_sampled(headers: Sequence[tuple[str, bytes]]) -> bool:
-    """Look at the sampled bit alone: a full check of each record takes 2 % of a poll's time."""
-    for name, value in headers:
-        if name == TRACEPARENT and value[_FLAG_AT : _FLAG_AT + 1] in _SAMPLED_DIGITS:
-            return True
-    return False
+def _link(headers: Sequence[tuple[str, bytes]], is_sampled: bool) -> Link | None:
+    """Make a link to the span that headers name; None if they name none, or no sampled one.
 
+    It is the context that OpenTelemetry's propagator reads from valid headers, in half its time.
 
-def _links(headers: Sequence[tuple[str, bytes]]) -> list[Link]:
-    """Make a link to the span that a record's headers name, if they name one."""
-    if not any(name == TRACEPARENT for name, _ in headers):
-        return []
-    context = get_current_span(extract(context_headers(headers))).get_span_context()
-    return [Link(context)] if context.is_valid else []
+    Args:
+        is_sampled: whether only a sampled span is wanted.
+    """
+    context = context_headers(headers)
+    if not context:
+        return None
+    parent = context[0][1]
+    flags = int(parent[53:55], 16)
+    if is_sampled and not flags & TraceFlags.SAMPLED:
+        return None
+    state = TraceState.from_header([context[1][1].decode()]) if len(context) > 1 else None
+    ids = int(parent[3:35], 16), int(parent[36:52], 16)
+    return Link(SpanContext(*ids, is_remote=True, trace_flags=TraceFlags(flags), trace_state=state))
 
 
 class _TracedPublisher:

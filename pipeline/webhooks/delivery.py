@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.messages.trace_context import TRACEPARENT, context_headers
+from pipeline.tracing.http_spans import HttpTracer
 from pipeline.webhooks.alert_event import AlertEvent, alert_event, category_of, place_of
 from pipeline.webhooks.dead_letters import DeadLetterSink
 from pipeline.webhooks.endpoints import Endpoint
@@ -58,6 +59,7 @@ class DeliveryTools:
         schedule: times of the attempts.
         alerts_topic, transactions_topic: full names.
         disable: called with the name of an endpoint that answered 410.
+        tracer: makes a span of each attempt; None without tracing.
         clock: wall clock, epoch seconds.
     """
 
@@ -68,6 +70,7 @@ class DeliveryTools:
     alerts_topic: str
     transactions_topic: str
     disable: Callable[[str], Awaitable[None]]
+    tracer: HttpTracer | None = None
     clock: Callable[[], float] = time.time
 
     @property
@@ -140,7 +143,7 @@ class AlertDelivery:
             self._tools.metrics.filtered.labels(self._endpoint.name).inc()
             progress.settle(retry.offset)
             return
-        attempt = await self._sender.send(event.message_id, event.body, _trace_headers(record))
+        attempt = await self._attempt(record, retry, event)
         self._count(attempt)
         if attempt.is_delivered:
             self._tools.metrics.delivered.labels(self._endpoint.name).inc()
@@ -151,6 +154,20 @@ class AlertDelivery:
                 progress.hasten(self._tools.clock())
             return
         await self._fail(record, retry, attempt, progress)
+
+    async def _attempt(self, record: Any, retry: Retry, event: AlertEvent) -> Attempt:
+        """Make an attempt, with the trace context (W3C) of its span or of the alert's record."""
+        headers, tracer = context_headers(record.headers or ()), self._tools.tracer
+        span = None
+        if tracer is not None:
+            span = tracer.deliver(self._endpoint.name, retry.failed, headers)
+            headers = span.headers
+        # The state may hold what is nobody's business but the tracing systems' inside.
+        parent = {name: value.decode("ascii") for name, value in headers if name == TRACEPARENT}
+        attempt = await self._sender.send(event.message_id, event.body, parent)
+        if span is not None:
+            span.end(attempt.status, None if attempt.is_delivered else attempt.result)
+        return attempt
 
     async def permits(self, event: AlertEvent) -> bool:
         """Apply the filters; the category of an alert is that of its transaction.
@@ -241,9 +258,3 @@ class AlertDelivery:
                 "an attempt failed",
                 extra={"endpoint": name, "result": attempt.result, "status": attempt.status},
             )
-
-
-def _trace_headers(record: Any) -> dict[str, str]:
-    """Pass on the record's trace context (W3C), if it has one."""
-    headers = context_headers(record.headers or ())
-    return {name: value.decode() for name, value in headers if name == TRACEPARENT}

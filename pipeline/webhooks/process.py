@@ -17,14 +17,16 @@ from pipeline import logs
 from pipeline.errors import SettingsError, StartupError
 from pipeline.kafka.log_reader import LogReader
 from pipeline.kafka.polls import LogUnavailableError
-from pipeline.kafka.topics import partition_count
 from pipeline.scoring.health import Health
 from pipeline.settings import Settings
 from pipeline.storage.client import StoreUnavailableError
+from pipeline.tracing.http_spans import HttpTracer
+from pipeline.tracing.provider import start_tracing
 from pipeline.webhooks.dead_letters import DeadLetterProducer
 from pipeline.webhooks.delivery import DeliveryTools
 from pipeline.webhooks.endpoints import Endpoint, configured_endpoints, load_endpoints
 from pipeline.webhooks.metrics import WebhookMetrics
+from pipeline.webhooks.preflight import check_webhook_services
 from pipeline.webhooks.runner import EndpointRunner
 from pipeline.webhooks.schedule import RetrySchedule
 from pipeline.webhooks.sender import GetAddresses, get_addresses
@@ -53,6 +55,7 @@ class WebhookProcess:
         health, metrics: what the HTTP server shows.
         schedule: times of the attempts.
         lookup: resolves names.
+        tracer: makes spans of the attempts; None without tracing.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class WebhookProcess:
         metrics: WebhookMetrics,
         schedule: RetrySchedule | None = None,
         lookup: GetAddresses = get_addresses,
+        tracer: HttpTracer | None = None,
     ) -> None:
         self._settings = settings
         self._endpoints = dict(endpoints)
@@ -81,6 +85,7 @@ class WebhookProcess:
             alerts_topic=settings.topic("alerts"),
             transactions_topic=settings.topic("transactions"),
             disable=self._disable,
+            tracer=tracer,
         )
         self._runners: dict[str, tuple[EndpointRunner, asyncio.Task[None]]] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -225,20 +230,6 @@ class WebhookProcess:
             await asyncio.sleep(BROKER_SECONDS)
 
 
-async def check_topics(settings: Settings) -> None:
-    """Check that the topics exist.
-
-    Raises:
-        StartupError: the broker does not answer, or a topic is missing.
-    """
-    for topic in (settings.topic("alerts"), settings.topic("dead_letter")):
-        if await partition_count(settings, topic) is None:
-            raise StartupError(
-                f"there is no topic {topic}, or this user may not see it: start a worker first,"
-                " which creates it, or correct RECUR_TOPIC_PREFIX"
-            )
-
-
 def run_webhooks(settings: Settings) -> int:
     """Run `recur webhooks` until SIGTERM or SIGINT; return the exit code.
 
@@ -264,9 +255,11 @@ def run_webhooks(settings: Settings) -> int:
 async def _serve(
     settings: Settings, endpoints: Mapping[str, Endpoint], timer: ShutdownTimer
 ) -> None:
-    await check_topics(settings)
+    await check_webhook_services(settings, list(endpoints))
     health, metrics = Health(settings.watchdog_seconds), WebhookMetrics()
-    process = WebhookProcess(settings, endpoints, health, metrics)
+    tracing = start_tracing(settings, "recur-webhooks")
+    tracer = HttpTracer(tracing.tracer) if tracing else None
+    process = WebhookProcess(settings, endpoints, health, metrics, tracer=tracer)
     server = HttpServer(settings.http_host, settings.http_port, metrics, health)
     server.start()
     loop = asyncio.get_running_loop()
@@ -278,5 +271,9 @@ async def _serve(
     for number in SIGNALS:
         loop.add_signal_handler(number, leave, number)
     log.info("webhooks start", extra={"endpoints": list(endpoints), "http": server.address})
-    await process.run()
+    try:
+        await process.run()
+    finally:
+        if tracing is not None:
+            await tracing.stop()
     server.stop()

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pipeline.settings import Settings
 from pipeline.storage.client import RedisClient, redis_client
+from pipeline.storage.servers import RedisServer, servers
 
 Switch = Literal["paused", "gone"]
 _SWITCHES: dict[bytes, Switch] = {b"paused": "paused", b"gone": "gone"}
@@ -68,6 +69,24 @@ class Switches:
             StoreUnavailableError, StoreForbiddenError: see :meth:`read`.
         """
         await self._client.execute([("DEL", self.key(endpoint))])
+
+    async def servers(self) -> list[RedisServer]:
+        """Describe the Redis, or each primary of the cluster.
+
+        Raises:
+            StoreUnavailableError, StoreForbiddenError: see :meth:`read`.
+        """
+        return await servers(self._client)
+
+    async def check_access(self) -> None:
+        """Run each command once, on the key of no endpoint: nothing is written.
+
+        Raises:
+            StoreUnavailableError, StoreForbiddenError: see :meth:`read`.
+        """
+        key = self.key("")
+        for command in (("MGET", key), ("SET", key, "paused", "XX"), ("DEL", key)):
+            await self._client.execute([command])
 
     async def close(self) -> None:
         """Close the connection."""

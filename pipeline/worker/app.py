@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, cast
 
 import faust
+from faust.auth import OAuthCredentials
 from faust.tables import TableManager
 from faust.types import TP
 from mode import CrashingSupervisor
@@ -467,6 +468,8 @@ def _credentials(settings: Settings) -> Any:
     context = settings.kafka_ssl_context() if protocol.endswith("SSL") else None
     if protocol == "SSL":
         return faust.SSLCredentials(context=context)
+    if settings.kafka_sasl_mechanism == "OAUTHBEARER":
+        return OAuthCredentials(oauth_cb=settings.kafka_oauth_tokens(), ssl_context=context)
     password = settings.kafka_sasl_password
     return faust.SASLCredentials(
         username=settings.kafka_sasl_username,

@@ -6,6 +6,7 @@ A failed check ends the start with one line that says what to do.
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 
 from model.checkpoint import Checkpoint
 from model.features.spec import FeatureSpec
@@ -26,7 +27,7 @@ from pipeline.storage.client import (
     retry_within,
 )
 from pipeline.storage.merchant_store import RedisMerchantStore
-from pipeline.storage.servers import unreachable_nodes
+from pipeline.storage.servers import RedisServer, unreachable_nodes
 from pipeline.storage.state_store import RedisStateStore
 from pipeline.topic_id import NO_ID, is_other, other_log
 
@@ -57,7 +58,7 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     merchant_store = RedisMerchantStore.from_settings(settings)
     score_log = KafkaScoreLog(settings)
     try:
-        await _check_redis(settings, store)
+        await check_redis(settings, store.servers)
         await score_log.start()
         await _check_watermarks(settings, store, score_log, partitions)
         await _check_labels(settings, merchant_store, score_log, counts["labels"])
@@ -69,10 +70,22 @@ async def check_services(settings: Settings, checkpoint: Checkpoint) -> int:
     return partitions
 
 
-async def _check_redis(settings: Settings, store: RedisStateStore) -> None:
+async def check_redis(
+    settings: Settings, describe: Callable[[], Awaitable[Sequence[RedisServer]]]
+) -> None:
+    """Check that Redis answers, is a primary, and evicts nothing.
+
+    Args:
+        settings: name the Redis.
+        describe: asks it (:func:`pipeline.storage.servers.servers`).
+
+    Raises:
+        StartupError, StoreAddressError: a check failed; the message says what to do.
+        StoreForbiddenError: Redis forbids the user to ask.
+    """
     address = redis_address(settings.redis_url)
     try:
-        servers = await retry_within(settings.startup_timeout_seconds, store.servers)
+        servers = await retry_within(settings.startup_timeout_seconds, describe)
     except StoreUnavailableError as error:
         away = await unreachable_nodes(settings)
         if away:

@@ -7,18 +7,23 @@ deploy/security, as they stand there.
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
+import json
 import shlex
 import ssl
 import subprocess
 import threading
+import time
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from urllib.parse import parse_qs
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.admin import CreateAclsRequest
@@ -42,6 +47,8 @@ KAFKA_PASSWORDS = {
     "recur-producer": "secret-of-the-producer-88a0",
     "recur-reader": "secret-of-the-reader-31de",
     "recur-operator": "secret-of-the-operator-e9b2",
+    "recur-gateway": "secret-of-the-gateway-2f9d",
+    "recur-webhooks": "secret-of-the-webhooks-b60a",
 }
 REDIS_PASSWORD = "redis-secret-c0de"
 
@@ -56,7 +63,20 @@ LACKING = {
 }
 """Users with all rights of a worker except one."""
 
-KAFKA_PASSWORDS |= {user: f"secret-of-{user}-77ab" for user in LACKING}
+WEBHOOKS_LACKING = {
+    "webhooks-lack-alerts": ("Read", "alerts"),
+    "webhooks-lack-transactions": ("Read", "transactions"),
+    "webhooks-lack-dead-letter": ("Write", "dead-letter"),
+    "webhooks-lack-group": ("Read", "recur-webhooks-"),
+}
+"""Users with all rights of `recur webhooks` except one."""
+
+GATEWAY_LACKING = {"gateway-lacks-group": ("Describe", "recur")}
+"""A user with all rights of a gateway except one."""
+
+KAFKA_PASSWORDS |= {
+    user: f"secret-of-{user}-77ab" for user in LACKING | WEBHOOKS_LACKING | GATEWAY_LACKING
+}
 
 _PATTERNS = {"literal": 3, "prefixed": 4}
 _RESOURCES = {"topic": 2, "group": 3, "transactional-id": 5}
@@ -158,7 +178,7 @@ class SecureKafka(Kafka):
             "listeners": f"{own},SASL_SSL://{self.secure_bootstrap},{controller}",
             "listener.security.protocol.map": f"{protocols},SASL_SSL:SASL_SSL",
             "inter.broker.listener.name": "PLAINTEXT",
-            "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512",
+            "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER",
             "ssl.keystore.type": "PEM",
             "ssl.keystore.location": str(self._keystore),
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -169,6 +189,11 @@ class SecureKafka(Kafka):
                 )
                 for mechanism in ("scram-sha-256", "scram-sha-512")
             },
+            # Kafka's own validator for tests: it takes tokens without a signature.
+            "listener.name.sasl_ssl.oauthbearer.sasl.jaas.config": (
+                "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required"
+                ' unsecuredLoginStringClaim_sub="broker";'
+            ),
         }
 
     def _format(self, log_directory: Path, bootstrap_checkpoint: Path) -> None:
@@ -188,6 +213,60 @@ class SecureKafka(Kafka):
             capture_output=True,
             timeout=60,
         )
+
+
+class TokenEndpoint(ThreadingHTTPServer):
+    """The token endpoint of an identity provider, whose clients are the users of the broker.
+
+    Attributes:
+        scopes: the scope of each request that got a token.
+        life_seconds: life of a token.
+    """
+
+    def __init__(self) -> None:
+        super().__init__((HOST, 0), _TokenRequest)
+        self.url = f"http://{HOST}:{self.server_port}/token"
+        self.scopes: list[str] = []
+        self.life_seconds = 60.0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def answer(self, authorization: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Answer a request by the client credentials grant."""
+        user, _, secret = base64.b64decode(authorization.removeprefix("Basic ")).partition(b":")
+        form = parse_qs(body.decode())
+        if KAFKA_PASSWORDS.get(user.decode()) != secret.decode():
+            return 401, {"error": "invalid_client"}
+        if form.get("grant_type") != ["client_credentials"]:
+            return 400, {"error": "unsupported_grant_type"}
+        self.scopes += form.get("scope", [""])
+        now = time.time()
+        claims = {"sub": user.decode(), "iat": now, "exp": now + self.life_seconds}
+        parts = [
+            base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
+            for part in ({"alg": "none"}, claims)
+        ]
+        return 200, {"access_token": ".".join(parts) + ".", "expires_in": self.life_seconds}
+
+
+class _TokenRequest(BaseHTTPRequestHandler):
+    server: TokenEndpoint
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, answer = self.server.answer(self.headers["Authorization"], body)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Write nothing."""
 
 
 @dataclass(frozen=True)
@@ -229,12 +308,18 @@ def kafka_rules() -> list[Rule]:
 
 
 def rules_of_the_lacking() -> list[Rule]:
-    """Make the rights of the users of :data:`LACKING`."""
+    """Make the rights of the users who lack one."""
+    kinds = (
+        ("User:recur-worker", LACKING),
+        ("User:recur-webhooks", WEBHOOKS_LACKING),
+        ("User:recur-gateway", GATEWAY_LACKING),
+    )
     return [
         replace(rule, principal=f"User:{user}")
-        for user, lacking in LACKING.items()
+        for principal, users in kinds
+        for user, lacking in users.items()
         for rule in kafka_rules()
-        if rule.principal == "User:recur-worker" and (rule.operation, rule.name) != lacking
+        if rule.principal == principal and (rule.operation, rule.name) != lacking
     ]
 
 

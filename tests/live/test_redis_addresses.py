@@ -41,7 +41,7 @@ def refusal(settings: Settings) -> str:
     async def check() -> None:
         store = RedisStateStore.from_settings(settings, MODEL)
         try:
-            await startup._check_redis(settings, store)
+            await startup.check_redis(settings, store.servers)
         finally:
             await store.close()
 
@@ -144,7 +144,7 @@ def test_sentinels_without_the_primary_and_servers_that_are_no_sentinel_are_name
 
         async def check() -> None:
             store = RedisStateStore.from_settings(known, MODEL)
-            await startup._check_redis(known, store)
+            await startup.check_redis(known, store.servers)
             await store.close()
 
         asyncio.run(check())

@@ -19,8 +19,8 @@ from aiokafka.errors import TransactionalIdAuthorizationFailed
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError
-from pipeline.kafka.acl import GATEWAY_NEEDS, NEEDS
-from pipeline.kafka.topics import LOGS, add_partitions, ensure_topics
+from pipeline.kafka.acl import GATEWAY_NEEDS, NEEDS, WEBHOOK_NEEDS, check_gateway_permissions
+from pipeline.kafka.topics import LOGS, add_partitions, ensure_audit_topic, ensure_topics
 from pipeline.kafka.transactional_producer import transactional_id
 from pipeline.local.ports import HOST
 from pipeline.local.redis import Redis
@@ -28,30 +28,38 @@ from pipeline.local.workers import WorkerProcess, start_worker
 from pipeline.messages.scores import decode_score
 from pipeline.messages.transactions import encode_transaction
 from pipeline.settings import Settings, load_settings
-from pipeline.storage.client import COMMAND_RIGHTS, GATEWAY_RIGHTS, RIGHTS
+from pipeline.storage.client import COMMAND_RIGHTS, GATEWAY_RIGHTS, RIGHTS, WEBHOOK_RIGHTS
+from pipeline.webhooks.preflight import check_webhook_services
 from pipeline.worker.preflight import check_services
+from tests.fakes.running_gateway import make_token, start_gateway
 from tests.fakes.running_pipeline import (
     PipelineUnderTest,
     assert_scored_once,
     transactions,
     until,
 )
+from tests.fakes.running_webhooks import webhooks_process
 from tests.fakes.secure_services import (
     KAFKA_PASSWORDS,
     LACKING,
     REDIS_PASSWORD,
     REDIS_RULES,
+    WEBHOOKS_LACKING,
     Authority,
     SecureKafka,
     TlsProxy,
+    TokenEndpoint,
     allow,
     kafka_rules,
     redis_with_users,
     rules_of_the_lacking,
 )
+from tests.pipeline.webhooks.receiver import Receiver, endpoint_table
 
 WORKER = "recur-worker"
 OPERATOR = "recur-operator"
+GATEWAY = "recur-gateway"
+WEBHOOKS = "recur-webhooks"
 FAST = {"startup_timeout_seconds": 0.8, "redis_timeout_seconds": 2.0}
 
 SECRETS = (*KAFKA_PASSWORDS.values(), REDIS_PASSWORD, "wrong-secret", "key-secret")
@@ -117,6 +125,14 @@ class Site:
         }
         return {name: v for name, v in (settings | changes).items() if v is not None}
 
+    def of(self, user: str) -> dict[str, Any]:
+        """Return the settings of another user, who has its name on Kafka and on Redis."""
+        return {
+            "kafka_sasl_username": user,
+            "kafka_sasl_password": KAFKA_PASSWORDS[user],
+            "redis_username": user,
+        }
+
     def kafka_and_redis(self) -> dict[str, Any]:
         """Return the same settings under the names of :class:`PipelineUnderTest`."""
         settings = self.settings()
@@ -134,11 +150,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         redis_with_users() as redis,
         TlsProxy(*certificate, redis.port) as proxy,
     ):
-        asyncio.run(
-            ensure_topics(
-                load_settings(kafka_bootstrap_servers=broker.bootstrap, topic_partitions=2)
-            )
-        )
+        everything = load_settings(kafka_bootstrap_servers=broker.bootstrap, topic_partitions=2)
+        asyncio.run(ensure_topics(everything))
+        asyncio.run(ensure_audit_topic(everything))
         asyncio.run(allow(broker, kafka_rules() + rules_of_the_lacking()))
         yield Site(authority, other, broker, redis, proxy, folder)
 
@@ -167,12 +181,18 @@ def recur(settings: dict[str, Any], *command: str) -> subprocess.CompletedProces
 def test_a_worker_with_minimal_rights_runs_over_tls(site: Site, tmp_path: Path) -> None:
     """Certificates are verified, and no user has a right beyond the files of rules.
 
-    The producer's and the reader's users, who may do nothing else, send and read records.
+    The producer's and the reader's users, who may do nothing else, send and read records. A gateway
+    answers, and a webhook is delivered.
     """
     sent = transactions(300, accounts=20)
     names = {"topic_prefix": "", "redis_key_prefix": "recur", "kafka_group_id": "recur"}
     system = PipelineUnderTest(
-        directory=tmp_path, log_level="debug", **names, **site.kafka_and_redis()
+        directory=tmp_path,
+        log_level="debug",
+        review_threshold=0,
+        decline_threshold=1,
+        **names,
+        **site.kafka_and_redis(),
     )
 
     def options(user: str) -> dict[str, Any]:
@@ -197,11 +217,8 @@ def test_a_worker_with_minimal_rights_runs_over_tls(site: Site, tmp_path: Path) 
             ) as reader:
                 assert decode_score((await reader.getone()).value)
             commands = [command.format(account=sent[0].account_id) for command in COMMANDS]
-            operator = site.settings(
-                kafka_sasl_username=OPERATOR,
-                kafka_sasl_password=KAFKA_PASSWORDS[OPERATOR],
-                redis_username=OPERATOR,
-            )
+            operator = site.settings(**site.of(OPERATOR))
+            await check_gateway_and_webhooks(site, system, operator)
             for run in await asyncio.gather(
                 *(asyncio.to_thread(recur, operator, *command.split()) for command in commands)
             ):
@@ -224,12 +241,42 @@ def test_a_worker_with_minimal_rights_runs_over_tls(site: Site, tmp_path: Path) 
     asyncio.run(run())
 
 
+async def check_gateway_and_webhooks(
+    site: Site, system: PipelineUnderTest, operator: dict[str, Any]
+) -> None:
+    """Let a gateway score a transaction, and an endpoint get its alert."""
+    token = await make_token(load_settings(**operator))
+    gateway = await start_gateway(system, token, **site.of(GATEWAY))
+    (one,) = transactions(1, accounts=1, seed=9)
+    async with Receiver().running() as receiver:
+        endpoints = system.directory / "webhooks.toml"
+        endpoints.write_text(endpoint_table("cases", receiver.url("/cases"), start="earliest"))
+        options = system.overrides | site.of(WEBHOOKS)
+        options |= {"webhooks_file": endpoints, "http_port": 0}
+        log = system.directory / "webhooks.log"
+        try:
+            async with webhooks_process(options, log) as process:
+
+                async def has_alert() -> bool:
+                    assert process.returncode is None, log.read_text()
+                    return one.transaction_id in receiver.ids("/cases")
+
+                await gateway.until_ready()
+                answer = await gateway.score(one)
+                assert answer.status_code == 200, answer.text
+                await until(has_alert, "the alert at the endpoint")
+        finally:
+            await gateway.close()
+    assert_holds_no_secret(log.read_text() + gateway.log())
+
+
 @pytest.mark.parametrize(
     ("user", "rights"),
     [
         ("recur", RIGHTS),
         (OPERATOR, f"{RIGHTS} {COMMAND_RIGHTS}"),
-        ("recur-gateway", GATEWAY_RIGHTS),
+        (GATEWAY, GATEWAY_RIGHTS),
+        (WEBHOOKS, WEBHOOK_RIGHTS),
     ],
 )
 def test_the_redis_rules_hold_exactly_the_needed_rights(user: str, rights: str) -> None:
@@ -308,6 +355,50 @@ def test_a_refused_login_names_the_setting(
         assert says in refusal(settings)
 
 
+def test_a_worker_logs_in_with_tokens(site: Site, tmp_path: Path) -> None:
+    """Worker, producer and reader get tokens from an identity provider, with the same rights."""
+    sent = transactions(50, accounts=5)
+    with TokenEndpoint() as endpoint:
+        oauth = {
+            "kafka_sasl_mechanism": "OAUTHBEARER",
+            "kafka_oauth_token_url": endpoint.url,
+            "kafka_oauth_scope": "kafka",
+        }
+        changed = site.kafka_and_redis() | oauth
+        names = {"topic_prefix": "", "redis_key_prefix": "recur", "kafka_group_id": "recur"}
+        system = PipelineUnderTest(directory=tmp_path, log_level="debug", **names, **changed)
+
+        async def run() -> None:
+            async with system.running(workers=1):
+                (worker,) = system.workers
+                producer = load_settings(
+                    **site.settings(
+                        kafka_sasl_username="recur-producer",
+                        kafka_sasl_password=KAFKA_PASSWORDS["recur-producer"],
+                        **oauth,
+                    )
+                )
+                async with AIOKafkaProducer(**producer.kafka_client_options()) as sending:
+                    for t in sent:
+                        await sending.send(
+                            "transactions", encode_transaction(t), t.account_id.encode()
+                        )
+                await system.until_applied()
+                scored = {score.transaction_id for score in await system.scores()}
+                assert {t.transaction_id for t in sent} <= scored
+                assert_holds_no_secret(await everything_shown(worker))
+
+        asyncio.run(run())
+        assert set(endpoint.scopes) == {"kafka"}
+
+        changed = site.settings(**oauth)
+        message = refusal(changed | {"kafka_sasl_password": "wrong-secret"})
+        assert "the token endpoint answers 401" in message
+        assert "RECUR_KAFKA_OAUTH_TOKEN_URL" in message
+    message = refusal(changed | {"kafka_sasl_username": "recur-reader"})  # not asked before
+    assert "the token endpoint does not answer" in message
+
+
 @pytest.mark.parametrize("user", LACKING)
 def test_a_missing_right_on_kafka_is_named_at_the_start(site: Site, user: str) -> None:
     """The worker neither waits in silence nor fails at the first alert."""
@@ -355,7 +446,83 @@ def test_the_kafka_rules_of_a_gateway_hold_exactly_the_needed_rights() -> None:
         (settings.topic(role), operation)
         for role, operations in GATEWAY_NEEDS.items()
         for operation in operations
+    } | {(settings.kafka_group_id, "Describe")}
+
+
+def test_the_kafka_rules_of_webhooks_hold_exactly_the_needed_rights() -> None:
+    settings = load_settings()
+    rules = {
+        (rule.resource, rule.name, rule.operation, rule.pattern)
+        for rule in kafka_rules()
+        if rule.principal == f"User:{WEBHOOKS}"
     }
+
+    assert rules == {("group", f"{settings.kafka_group_id}-webhooks-", "Read", "prefixed")} | {
+        ("topic", settings.topic(role), operation, "literal")
+        for role, operations in WEBHOOK_NEEDS.items()
+        for operation in operations
+    }
+
+
+def webhooks_refusal(settings: dict[str, Any]) -> str:
+    """Return the line with which the start of `recur webhooks` ends."""
+
+    async def check() -> None:
+        try:
+            await check_webhook_services(load_settings(**settings | FAST), ["cases", "archive"])
+        finally:
+            await asyncio.sleep(0.1)  # TLS closes connections after the clients are done
+
+    with pytest.raises(RecurError) as caught:
+        asyncio.run(check())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert_holds_no_secret(message)
+    return message
+
+
+@pytest.mark.parametrize("user", WEBHOOKS_LACKING)
+def test_a_right_that_webhooks_lack_on_kafka_is_named_at_the_start(site: Site, user: str) -> None:
+    _, name = WEBHOOKS_LACKING[user]
+    settings = site.settings(**site.of(user) | {"redis_username": WEBHOOKS})
+
+    message = webhooks_refusal(settings)
+
+    assert name in message
+    assert "docs/security.md" in message
+    if name == "recur-webhooks-":
+        assert f"{user} (RECUR_KAFKA_SASL_USERNAME) the operation Read on the group" in message
+
+
+@pytest.mark.parametrize("missing", ["+set", "+del", "+mget", "+info", "~recur:{webhooks}:*"])
+def test_a_right_that_webhooks_lack_on_redis_ends_the_start(site: Site, missing: str) -> None:
+    """The first pause or answer 410 would find it out otherwise."""
+    granted = [f">{REDIS_PASSWORD}", "~recur:{webhooks}:*", *WEBHOOK_RIGHTS.split()]
+    granted.remove(missing)
+    with site.redis.client() as client:
+        admin: Any = client
+        admin.execute_command("ACL", "SETUSER", "lacks", "reset", "on", *granted)
+    settings = site.settings(**site.of(WEBHOOKS) | {"redis_username": "lacks"})
+
+    assert WEBHOOK_RIGHTS in webhooks_refusal(settings)
+
+
+def test_a_gateway_that_may_not_see_the_workers_group_does_not_start(site: Site) -> None:
+    """It would wait for workers for ever."""
+    user = "gateway-lacks-group"
+    settings = load_settings(**site.settings(**site.of(user)), **FAST)
+
+    with pytest.raises(RecurError, match="the operation Describe on the group recur"):
+        asyncio.run(check_gateway_permissions(settings))
+
+
+def test_webhooks_name_the_setting_of_a_refused_login(site: Site) -> None:
+    for changes, says in (
+        ({"kafka_sasl_password": "wrong-secret"}, "RECUR_KAFKA_SASL_PASSWORD"),
+        ({"redis_password": "wrong-secret"}, "RECUR_REDIS_PASSWORD"),
+        ({"redis_url": f"rediss://{HOST}:1/0"}, "RECUR_REDIS_URL"),
+    ):
+        assert says in webhooks_refusal(site.settings(**site.of(WEBHOOKS) | changes))
 
 
 def environment(settings: dict[str, Any]) -> dict[str, str]:

@@ -34,10 +34,14 @@ from pipeline.messages.transactions import encode_transaction
 from pipeline.settings import Settings, load_settings
 from pipeline.tracing import journey_report
 from pipeline.tracing.journey_report import journey_lines, trace_transaction
-from tests.fakes.running_pipeline import PipelineUnderTest, transactions
+from tests.fakes.running_gateway import gateways
+from tests.fakes.running_pipeline import PipelineUnderTest, transactions, until
+from tests.fakes.running_webhooks import webhooks_process
+from tests.pipeline.webhooks.receiver import Receiver, endpoint_table, status
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
+SERVICE = "service.name"
 PARENT = f"00-{TRACE}-{SPAN}-01".encode()
 SAMPLED = [("traceparent", PARENT), ("tracestate", b"vendor=1")]
 
@@ -51,6 +55,7 @@ class Collector(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Receiver)
         self.spans: list[Any] = []
         self.bodies: list[bytes] = []
+        self.services: dict[bytes, str] = {}
 
     @property
     def url(self) -> str:
@@ -75,8 +80,12 @@ class _Receiver(BaseHTTPRequestHandler):
         request = ExportTraceServiceRequest.FromString(body)
         self.server.bodies.append(body)
         for resource in request.resource_spans:
+            (service,) = (
+                a.value.string_value for a in resource.resource.attributes if a.key == SERVICE
+            )
             for scope in resource.scope_spans:
                 self.server.spans += scope.spans
+                self.server.services |= {span.span_id: service for span in scope.spans}
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
         self.send_header("Content-Length", "0")
@@ -196,6 +205,82 @@ async def _send_label(system: PipelineUnderTest, transaction: Transaction) -> No
     async with AIOKafkaProducer(**system.settings.kafka_client_options()) as producer:
         topic, key = system.settings.topic("labels"), transaction.merchant_id.encode()
         await producer.send_and_wait(topic, encode_label(label), key)
+
+
+def test_a_request_its_records_and_its_webhook_are_one_trace(
+    system: PipelineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced, unsampled, malformed = transactions(3, accounts=900_000, seed=8)
+    system.use(tracing=True, trace_sample_ratio=0, review_threshold=0, decline_threshold=1)
+    not_sampled = PARENT[:-2] + b"00"
+
+    async def run(spans: Collector, receiver: Receiver) -> None:
+        endpoints = system.directory / "webhooks.toml"
+        url = receiver.url("/cases")
+        endpoints.write_text(endpoint_table("cases", url, start="earliest"))
+        receiver.answers["/cases"] = status(503, "Retry-After: 1")
+
+        async def has_failed() -> bool:
+            return len(receiver.of("/cases")) > 0
+
+        async def has_all() -> bool:
+            return {t.transaction_id for t in sent} <= set(receiver.ids("/cases"))
+
+        sent = (traced, unsampled, malformed)
+        parents = (PARENT, not_sampled, b"00-00-00-01")
+        async with system.running(workers=1), gateways(system) as (gateway,):
+            for transaction, parent in zip(sent, parents, strict=True):
+                answer = await gateway.score(
+                    transaction, traceparent=parent.decode(), tracestate="vendor=1"
+                )
+                assert answer.status_code == 200, answer.text
+            log = system.directory / "webhooks.log"
+            options = system.overrides | {"webhooks_file": endpoints, "http_port": 0}
+            async with webhooks_process(options, log) as webhooks:
+                await until(has_failed, "a first attempt")
+                receiver.answers["/cases"] = status(204)
+                await until(has_all, "all alerts at the endpoint")
+                webhooks.terminate()
+                assert await webhooks.wait() == 0, log.read_text()
+        # The processes have stopped, and so they have sent their spans.
+        (server,) = spans.named("POST /v1/scores")
+        assert (server.trace_id.hex(), server.parent_span_id.hex()) == (TRACE, SPAN)
+        (poll,) = spans.named(f"process {system.settings.topic('transactions')}")
+        assert [(s.trace_id, s.span_id) for s in poll.links] == [(server.trace_id, server.span_id)]
+        deliveries = spans.named("POST")
+        above = {(span.trace_id, span.parent_span_id) for span in deliveries}
+        assert above == {(server.trace_id, server.span_id)}
+        assert {spans.services[s.span_id] for s in (server, poll, *deliveries)} == {
+            "recur-gateway", "recur-worker", "recur-webhooks",
+        }  # fmt: skip
+        own = f"00-{TRACE}-{server.span_id.hex()}-01".encode()
+        for role in ("transactions", "scores", "alerts"):
+            headers = {r.key.decode(): dict(r.headers) for r in await system.records(role)}
+            assert headers[traced.account_id]["traceparent"] == own
+            assert headers[traced.account_id]["tracestate"] == b"vendor=1"
+            assert headers[unsampled.account_id]["traceparent"] == not_sampled
+            assert "traceparent" not in headers[malformed.account_id]
+        got = {request.transaction_id: request.headers for request in receiver.of("/cases")}
+        attempts = {f"00-{TRACE}-{span.span_id.hex()}-01" for span in deliveries}
+        assert got[traced.transaction_id]["traceparent"] in attempts
+        assert got[unsampled.transaction_id]["traceparent"] == not_sampled.decode()
+        assert "traceparent" not in got[malformed.transaction_id]
+        assert not any("tracestate" in headers for headers in got.values())
+        all_sent = b"".join(spans.bodies)
+        secrets = (gateway.token, url, traced.transaction_id, traced.account_id, traced.merchant_id)
+        assert not [secret for secret in secrets if secret.encode() in all_sent]
+        found = await asyncio.to_thread(trace_lines, system.settings, traced)
+        assert f"trace        {TRACE} (sampled)" in found
+        gateway_id = dict((await system.records("transactions"))[0].headers)["recur-reply-to"]
+        assert f", by gateway {gateway_id.decode()}" in found
+
+    async def with_receiver(spans: Collector) -> None:
+        async with Receiver().running() as receiver:
+            await run(spans, receiver)
+
+    with collector() as spans:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", spans.url)
+        asyncio.run(with_receiver(spans))
 
 
 def test_a_search_goes_back_to_the_given_time_and_no_further_and_shows_its_progress(

@@ -117,6 +117,20 @@ def test_several_wrong_values_are_named_in_a_line_each() -> None:
     ("overrides", "names"),
     [
         ({"kafka_security_protocol": "SASL_SSL"}, ["kafka_sasl_username", "kafka_sasl_password"]),
+        (
+            {
+                "kafka_security_protocol": "SASL_SSL",
+                "kafka_sasl_username": "recur",
+                "kafka_sasl_password": "x",
+                "kafka_sasl_mechanism": "OAUTHBEARER",
+            },
+            ["OAUTHBEARER", "kafka_oauth_token_url"],
+        ),
+        (
+            {"kafka_oauth_token_url": "https://id.example/token"},
+            ["kafka_oauth_token_url", "no effect"],
+        ),
+        ({"kafka_oauth_token_url": "http://id.example/token"}, ["kafka_oauth_token_url"]),
         ({"redis_url": "http://127.0.0.1"}, ["redis_url", "rediss://"]),
         (
             {"review_threshold": 0.9, "decline_threshold": 0.5},

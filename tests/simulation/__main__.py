@@ -24,15 +24,19 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=processors(), help="how many run at once")
     parser.add_argument("--seed", type=int, help="one run, with every step of it")
     parser.add_argument(
-        "--bug", default=RIGHT.name, help="with --seed: one of those planted by hand, by name"
+        "--bug",
+        default=RIGHT.name,
+        help="one of those planted by hand, by name; without --seed: count the runs that find it",
     )
     options = parser.parse_args()
+    bugs = {bug.name: bug for bug in [RIGHT, *BUGS]}
+    if options.bug not in bugs:
+        parser.error(f"no such bug; there are: {'; '.join(bugs)}")
+    bug = bugs[options.bug]
     if options.seed is not None:
-        bugs = {bug.name: bug for bug in [RIGHT, *BUGS]}
-        if options.bug not in bugs:
-            parser.error(f"no such bug; there are: {'; '.join(bugs)}")
-        return replay(options.seed, bugs[options.bug])
-    return many(range(options.start, options.start + options.seeds), options.processes)
+        return replay(options.seed, bug)
+    seeds = range(options.start, options.start + options.seeds)
+    return many(seeds, options.processes) if bug is RIGHT else count(seeds, bug)
 
 
 def replay(seed: int, bug: Bug) -> int:
@@ -44,6 +48,15 @@ def replay(seed: int, bug: Bug) -> int:
         print(f"seed {seed}: nothing is wrong")
         return 0
     return tell(seed, str(result.violation), "" if bug is RIGHT else f' --bug "{bug.name}"')
+
+
+def count(seeds: range, bug: Bug) -> int:
+    """Run all seeds with a planted bug, and print how many of the runs find it."""
+    with simulating(), bug.planted():
+        finding = [seed for seed in seeds if simulate(seed, bug.parts).violation is not None]
+    first = f", the first with seed {finding[0]}" if finding else ""
+    print(f"{len(finding)} of {len(seeds):,} runs find it{first}")
+    return 0
 
 
 def many(seeds: range, processes: int) -> int:

@@ -107,6 +107,12 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[FetchSession]:
     return begun
 
 
+@pytest.fixture
+def fetch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch small answers ahead too, as those of a full log."""
+    monkeypatch.setattr(steady_fetcher, "PREFETCH_BYTES", 0)
+
+
 def test_records_of_all_partitions_are_read_in_order_and_once(
     kafka: Kafka, sessions: list[FetchSession]
 ) -> None:
@@ -119,6 +125,20 @@ def test_records_of_all_partitions_are_read_in_order_and_once(
             assert found == [(part, offset, b"%d" % number), (part, offset + 1, b"x")]
         assert len(sessions) == 1
         assert sessions[0]._id != 0
+
+    run(kafka, test)
+
+
+def test_what_comes_while_nobody_reads_is_fetched_at_once(kafka: Kafka) -> None:
+    async def test(log: Log) -> None:
+        await log.write(b"0")
+        assert len(await log.read(1)) == 1
+        for partition in range(PARTITIONS):
+            await log.write(b"1", partition=partition)
+        assert not log.fetcher._records
+        async with asyncio.timeout(READ_SECONDS):
+            (*fetched,) = (await log.consumer.getmany(timeout_ms=10_000)).values()
+        assert [len(records) for records in fetched] == [1] * PARTITIONS
 
     run(kafka, test)
 
@@ -137,6 +157,7 @@ def test_more_records_than_a_poll_holds_are_read_in_several(kafka: Kafka) -> Non
     run(kafka, test)
 
 
+@pytest.mark.usefixtures("fetch_ahead")
 def test_a_seek_takes_effect_with_records_unread_and_while_the_broker_waits(kafka: Kafka) -> None:
     async def test(log: Log) -> None:
         await log.write(b"0", b"1", b"2")
@@ -155,6 +176,7 @@ def test_a_seek_takes_effect_with_records_unread_and_while_the_broker_waits(kafk
     run(kafka, test)
 
 
+@pytest.mark.usefixtures("fetch_ahead")
 def test_a_reset_to_the_begin_works_while_records_of_other_partitions_are_unread(
     kafka: Kafka,
 ) -> None:
@@ -171,6 +193,7 @@ def test_a_reset_to_the_begin_works_while_records_of_other_partitions_are_unread
     run(kafka, test)
 
 
+@pytest.mark.usefixtures("fetch_ahead")
 def test_a_seek_of_one_partition_does_not_wait_for_the_backoff_of_the_unread_ones(
     kafka: Kafka,
 ) -> None:
@@ -210,6 +233,7 @@ def test_an_offset_that_retention_deleted_is_reset_as_the_policy_says(kafka: Kaf
     run(kafka, test)
 
 
+@pytest.mark.usefixtures("fetch_ahead")
 @pytest.mark.parametrize("what", ["id", "epoch"])
 def test_a_session_that_the_broker_dropped_is_begun_again(
     kafka: Kafka, sessions: list[FetchSession], monkeypatch: pytest.MonkeyPatch, what: str

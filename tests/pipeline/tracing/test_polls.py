@@ -101,6 +101,24 @@ def test_a_poll_without_a_sampled_record_is_traced_by_the_ratio(ratio: float, sp
     assert len(traced.spans("process transactions")) == spans
 
 
+@pytest.mark.parametrize(("ratio", "sampled", "spans"), [(0.0, True, 1), (1.0, False, 8)])
+def test_alerts_of_other_records_have_spans_only_where_the_ratio_chose_the_poll(
+    ratio: float, sampled: bool, spans: int
+) -> None:
+    traced = TracedWorld(ratio, review_threshold=0, decline_threshold=1)  # everything alerts
+    for i in range(8):
+        headers = [parent(i + 1, sampled=sampled and i == 1)]
+        traced.world.produce(
+            "A", f"{PAYLOAD}-{i}", amount=900.0 if i % 2 else 0.01, headers=headers
+        )
+
+    one_poll(traced.world.worker())
+
+    assert len(traced.world.kafka.records("alerts")) == 8
+    assert len(traced.spans("process transactions")) == 1
+    assert len(traced.spans("send alerts")) == spans
+
+
 @pytest.mark.parametrize("guarantee", ["at_least_once", "exactly_once"])
 def test_each_alert_has_a_child_span_with_a_link_to_its_record(guarantee: str) -> None:
     traced = TracedWorld(processing_guarantee=guarantee)

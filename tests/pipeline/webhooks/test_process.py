@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,6 +30,7 @@ from pipeline.webhooks.process import WebhookProcess
 from pipeline.webhooks.runner import committed_progress, group_of
 from pipeline.webhooks.schedule import RetrySchedule
 from tests.fakes.running_pipeline import until
+from tests.fakes.running_webhooks import webhooks_process
 from tests.pipeline.webhooks.receiver import SECRET, Receiver, endpoint_table, hang, raw, status
 
 QUICK = (0.0, 0.2, 0.2, 0.2)
@@ -138,23 +137,6 @@ class Site:
             process.stop()
             await task
 
-    @asynccontextmanager
-    async def process(self, log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Run `recur webhooks` as a process of its own; kill it at the end."""
-        environment = {f"RECUR_{name.upper()}": str(v) for name, v in self.options.items()}
-        with log.open("ab") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "pipeline.cli.main", "webhooks",
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-                stdout=file, stderr=file,
-            )  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-
 
 Test = Callable[[Site], Any]
 
@@ -238,13 +220,13 @@ def test_a_killed_process_that_starts_again_delivers_all_and_its_position_holds(
         site.configure("cases", "slow")
         site.receiver.answers["/slow"] = hang()
         ids = await site.raise_alerts(60)
-        async with site.process(log) as process:
+        async with webhooks_process(site.options, log) as process:
             await site.until_got("cases", ids[:1])
             process.send_signal(signal.SIGKILL)
             await process.wait()
         more = await site.raise_alerts(20)
         site.receiver.answers.clear()
-        async with site.process(log) as process:
+        async with webhooks_process(site.options, log) as process:
             for name in ("cases", "slow"):
                 await site.until_got(name, [*ids, *more])
                 await site.until_position_holds_all(name)
@@ -252,7 +234,7 @@ def test_a_killed_process_that_starts_again_delivers_all_and_its_position_holds(
             assert await process.wait() == 0
         before = len(site.receiver.requests)
         (last,) = await site.raise_alerts(1)
-        async with site.process(log):
+        async with webhooks_process(site.options, log):
             for name in ("cases", "slow"):
                 await site.until_got(name, [last])
                 await site.until_position_holds_all(name)
@@ -281,7 +263,7 @@ def test_retries_survive_a_kill_and_are_not_early(
             found = await site.progress("cases")
             return sum(len(at.retries) for at in found.values()) == len(ids)
 
-        async with site.process(log):
+        async with webhooks_process(site.options, log):
             await until(all_wait, "the retries to be committed")
         site.receiver.answers.clear()
         site.receiver.requests.clear()
