@@ -57,7 +57,7 @@ class Step:
     rank: Int64
     fraud_class: Int64
     ratio: Floats
-    fields: Float32
+    fields: Float32 | Floats
 
 
 class Memory:

@@ -158,7 +158,8 @@ def accounts_of(log: Dataset, accounts: NDArray[np.int64] | NDArray[np.int32]) -
     }
     return dataclasses.replace(
         log,
-        **renumbered,
+        account=renumbered["account"],
+        merchant=renumbered["merchant"],
         amount=np.asarray(log.amount[rows]),
         timestamp_ms=np.asarray(log.timestamp_ms[rows]),
         label=np.asarray(log.label[rows]),

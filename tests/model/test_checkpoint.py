@@ -47,7 +47,7 @@ def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:
     )
 
 
-def rewritten(path: Path, change: Callable[[dict[str, object]], None]) -> Path:
+def rewritten(path: Path, change: Callable[[dict[str, object]], object]) -> Path:
     """Change the JSON header of a checkpoint by hand."""
     content = path.read_bytes()
     weights = safetensors.torch.load(content)
