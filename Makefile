@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := bootstrap torch runtime redis evaluate dev
 PIN_FILES := $(PINS:%=requirements/%.txt)
+# The environment of `make bench` pins some packages at other versions, so pip-audit takes it apart.
+PEER_PINS := requirements/peers.txt
 # Written when everything is in place, so that an interrupted installation starts again.
 INSTALLED := $(VENV)/.requirements-installed
 ENVIRONMENT := $(VENV)/.project-installed
@@ -63,8 +65,9 @@ format: $(ENVIRONMENT) ## put the code in ruff's form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(ENVIRONMENT) ## write docs/reference and docs/asyncapi.yaml from the code
+docs: $(ENVIRONMENT) ## write docs/reference, docs/drawings and docs/asyncapi.yaml from the code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/draw_recurrent.py
 
 bench: $(ENVIRONMENT) ## measure Recur beside its peers, 25 minutes (ARGS=--quick: 4)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -76,11 +79,14 @@ requirements: $(ENVIRONMENT) ## pin pyproject.toml's requirements again (UPGRADE
 	$(BIN)/python requirements/compile.py $(if $(UPGRADE),--upgrade)
 
 audit: $(ENVIRONMENT) ## look every pinned package up in a database of vulnerabilities (pip-audit)
-	@$(BIN)/uv tool run --quiet --python $(BIN)/python $(PIP_AUDIT) --strict --disable-pip --no-deps \
-		--progress-spinner off $(PIN_FILES:%=--requirement %) \
-		|| { status=$$?; \
-			echo "Something was found, or not all could be looked up. What there is:" >&2; \
-			grep -oh '^[a-z0-9-]*==[^ ;]*' $(PIN_FILES) | sort >&2; exit $$status; }
+	@status=0; \
+	for files in "$(PIN_FILES:%=--requirement %)" "$(PEER_PINS:%=--requirement %)"; do \
+		$(BIN)/uv tool run --quiet --python $(BIN)/python $(PIP_AUDIT) --strict --disable-pip --no-deps \
+			--progress-spinner off $$files || status=$$?; \
+	done; \
+	[ $$status = 0 ] || { \
+		echo "Something was found, or not all could be looked up. What there is:" >&2; \
+		grep -oh '^[a-z0-9-]*==[^ ;]*' $(PIN_FILES) $(PEER_PINS) | sort -u >&2; exit $$status; }
 
 check-deploy: $(ENVIRONMENT) ## check the deployment files with docker compose, promtool and hadolint
 	@missing=; \

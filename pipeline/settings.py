@@ -410,6 +410,13 @@ class Settings(BaseSettings):
         description="rate limit of a key without one of its own, over all gateways: 100/s,"
         " 6000/min, or none",
     )
+    gateway_failed_logins_per_minute: int = Field(
+        60,
+        ge=0,
+        le=100_000,
+        description="wrong credentials that one address may send to a gateway in a minute before"
+        " keys that the gateway does not know get 429; 0: no limit, for a proxy that has its own",
+    )
     gateway_jwt_issuer: str = Field(
         "", description="issuer of JWTs that gateways take besides API keys; empty: none"
     )

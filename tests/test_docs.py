@@ -164,10 +164,11 @@ def test_the_index_names_every_document() -> None:
         assert page.name == "README.md" or f"({page.name}" in index, page.name
 
 
-def test_the_reference_is_what_the_code_says() -> None:
+@pytest.mark.parametrize("script", ["docs/generate.py", "docs/draw_recurrent.py"])
+def test_the_reference_is_what_the_code_says(script: str) -> None:
     """Run it in a process of its own, as `make docs` does: other tests import much."""
     checked = subprocess.run(
-        [sys.executable, ROOT / "docs/generate.py", "--check"],
+        [sys.executable, ROOT / script, "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -122,3 +123,18 @@ def test_every_import_is_declared(folder: str, declared: set[str]) -> None:
 
     assert imported
     assert not {tuple(having): file for having, file in imported.items() if not having & declared}
+
+
+def test_an_audit_looks_every_pinned_file_up_and_no_package_twice_in_one_run() -> None:
+    printed = subprocess.run(
+        ["make", "--dry-run", "--assume-old=.venv/.project-installed", "audit"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+    pinned = {f"requirements/{file.name}" for file in (ROOT / "requirements").glob("*.txt")}
+    runs = re.findall(r'"(--requirement [^"]+)"', printed)
+    files = [run.split()[1::2] for run in runs]
+
+    assert sorted(file for run in files for file in run) == sorted(pinned)
+    for run in files:  # pip-audit refuses a package that stands twice
+        names_of_run = [n for file in run for n in pins(Path(file).stem)]
+        assert len(names_of_run) == len(set(names_of_run))

@@ -301,6 +301,16 @@ class ApiKeyCache:
             raise InvalidKeyError(state, key_id)
         return key.principal()
 
+    def remembers(self, token: str) -> bool:
+        """Whether a token was valid when Redis was last asked about its key."""
+        parts = parse_token(token)
+        known = None if parts is None else self._known.get(parts[0])
+        if parts is None or known is None or known[1] is None:
+            return False
+        key = known[1]
+        matches = hmac.compare_digest(hash_secret(parts[1]), key.secret_hash)
+        return matches and key.state(self._epoch_ms()) == "active"
+
     async def _find(self, key_id: str) -> ApiKey | None:
         known = self._known.get(key_id)
         now = self._clock()

@@ -14,10 +14,16 @@ from pipeline.gateway.context import (
     context_of,
     unauthenticated,
 )
+from pipeline.gateway.failed_logins import FailedLogins
 from pipeline.gateway.jwt_tokens import InvalidJwtError, JwksUnavailableError, JwtVerifier
 from pipeline.gateway.limits import RateLimiter
 from pipeline.gateway.principal import Principal
-from pipeline.gateway.problems import IDENTITY_UNAVAILABLE, TYPE_PATH, Problem
+from pipeline.gateway.problems import (
+    IDENTITY_UNAVAILABLE,
+    TOO_MANY_FAILED_LOGINS,
+    TYPE_PATH,
+    Problem,
+)
 from pipeline.storage.client import StoreUnavailableError
 
 CREDENTIALS_MAX_BYTES = 8_200
@@ -41,32 +47,51 @@ class Authenticator:
     Args:
         keys: verifies API keys.
         jwt: verifies JWTs; None: only API keys are taken.
+        failed: counts failed logins; None: without a limit.
     """
 
-    def __init__(self, keys: ApiKeyCache, jwt: JwtVerifier | None = None) -> None:
+    def __init__(
+        self,
+        keys: ApiKeyCache,
+        jwt: JwtVerifier | None = None,
+        failed: FailedLogins | None = None,
+    ) -> None:
         self._keys = keys
         self._jwt = jwt
+        self._failed = FailedLogins(0) if failed is None else failed
 
     async def authenticate(
-        self, headers: Iterable[tuple[bytes, bytes]], request_id: str
+        self, headers: Iterable[tuple[bytes, bytes]], request_id: str, address: str = ""
     ) -> Principal:
         """Return whom the credentials of ``Authorization: Bearer`` or ``X-API-Key`` stand for.
 
         Args:
             headers: the request's, as ASGI has them.
             request_id: for the log's line about refused credentials.
+            address: the client's.
 
         Raises:
-            Problem: 401 without valid credentials, 503 if they cannot be checked.
+            Problem: 401 without valid credentials, 429 after too many wrong ones, 503 if they
+                cannot be checked.
         """
         token = _token(headers)
+        wait_seconds = self._failed.wait_seconds(address)
         try:
             if token.startswith("recur_") or self._jwt is None:
+                # Behind a proxy many clients have one address: the known ones go on.
+                if wait_seconds and not self._keys.remembers(token):
+                    raise _too_many(wait_seconds)
                 return await self._keys.verify(token)
             return await self._jwt.verify(token)
         except (StoreUnavailableError, JwksUnavailableError) as error:
             raise Problem(IDENTITY_UNAVAILABLE) from error
         except (InvalidKeyError, InvalidJwtError) as error:
+            if wait_seconds:  # no line in the log: it would be one for each guess
+                raise _too_many(wait_seconds) from None
+            if self._failed.count(address):
+                log.warning(
+                    "an address has no failed logins left", extra={"request_id": request_id}
+                )
             key_id = error.key_id if isinstance(error, InvalidKeyError) else "-"
             log.info(
                 "credentials were refused",
@@ -74,6 +99,10 @@ class Authenticator:
             )
             detail = _DETAILS.get(error.reason, "the credentials are not valid")
             raise unauthenticated(detail, invalid=True) from None
+
+
+def _too_many(wait_seconds: float) -> Problem:
+    return Problem(TOO_MANY_FAILED_LOGINS, retry_after_seconds=wait_seconds)
 
 
 def _token(headers: Iterable[tuple[bytes, bytes]]) -> str:
@@ -127,8 +156,9 @@ class AccessControl:
         """Serve a request, or raise its problem."""
         if scope["type"] == "http" and not self._is_public(scope["path"]):
             context = context_of(scope)
+            client = scope.get("client")
             context.principal = await self._authenticator.authenticate(
-                scope["headers"], context.request_id
+                scope["headers"], context.request_id, client[0] if client else ""
             )
             decision = await self._limiter.charge(context.principal)
             if decision is not None:

@@ -60,12 +60,12 @@ EXAMPLE_SCORE = {
 del EXAMPLE_SCORE["currency"]
 
 ALWAYS = (
-    problems.UNAUTHENTICATED, problems.FORBIDDEN, problems.RATE_LIMITED, problems.SLOW_REQUEST,
-    problems.TOO_LARGE, problems.UNSUPPORTED_MEDIA_TYPE, problems.NOT_JSON, problems.TOO_DEEP,
-    problems.INVALID_PARAMETER, problems.HEAD_TOO_LARGE, problems.INTERNAL,
-    problems.OVERLOADED, problems.TIMED_OUT,
-    problems.IDENTITY_UNAVAILABLE, problems.STORE_UNAVAILABLE, problems.LOG_UNAVAILABLE,
-    problems.NOT_READY,
+    problems.UNAUTHENTICATED, problems.FORBIDDEN, problems.RATE_LIMITED,
+    problems.TOO_MANY_FAILED_LOGINS, problems.SLOW_REQUEST, problems.TOO_LARGE,
+    problems.UNSUPPORTED_MEDIA_TYPE, problems.NOT_JSON, problems.TOO_DEEP,
+    problems.INVALID_PARAMETER, problems.HEAD_TOO_LARGE, problems.INTERNAL, problems.OVERLOADED,
+    problems.TIMED_OUT, problems.IDENTITY_UNAVAILABLE, problems.STORE_UNAVAILABLE,
+    problems.LOG_UNAVAILABLE, problems.NOT_READY,
 )  # fmt: skip
 """Problems that every route with credentials may answer with."""
 
@@ -187,7 +187,7 @@ def _paths(settings: Settings) -> dict[str, Any]:
         "/v1/accounts/{account_id}": {
             "get": _operation(
                 "getAccount", "Show an account", "read",
-                "Standing, counts and recent scores, from the account's state.",
+                "Standing, counts, recent scores and a forecast, from the account's state.",
                 parameters=[_path_id("account_id", "A000042")],
                 answers={"200": _answer("The account", REF + "Account")},
                 found=(problems.NOT_FOUND,),

@@ -123,6 +123,12 @@ RATE_LIMITED = ProblemType(
     " and what is left of it. Nothing was done.",
     retry_after_seconds=1,
 )  # fmt: skip
+TOO_MANY_FAILED_LOGINS = ProblemType(
+    "too-many-failed-logins", 429, "Too many wrong credentials came from this address",
+    "Correct the credentials, and wait for `Retry-After` seconds. Keys that this gateway knows are"
+    " still served. RECUR_GATEWAY_FAILED_LOGINS_PER_MINUTE is the limit.",
+    retry_after_seconds=1,
+)  # fmt: skip
 INTERNAL = ProblemType(
     "internal", 500, "The gateway failed",
     "A defect. The gateway's log has a line with the request id. A transaction may or may not be"
@@ -177,9 +183,9 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     for kind in (
         NOT_JSON, NOT_HTTP, TOO_DEEP, INVALID_PARAMETER, UNAUTHENTICATED, FORBIDDEN, NOT_FOUND,
         METHOD_NOT_ALLOWED, NOT_ACCEPTABLE, SLOW_REQUEST, CONFLICT, TOO_LARGE,
-        UNSUPPORTED_MEDIA_TYPE, INVALID_FIELDS, REJECTED, RATE_LIMITED, HEAD_TOO_LARGE, INTERNAL,
-        OVERLOADED, TIMED_OUT, STORE_UNAVAILABLE, LOG_UNAVAILABLE, AUDIT_UNAVAILABLE,
-        IDENTITY_UNAVAILABLE, IN_DOUBT, NOT_READY,
+        UNSUPPORTED_MEDIA_TYPE, INVALID_FIELDS, REJECTED, RATE_LIMITED, TOO_MANY_FAILED_LOGINS,
+        HEAD_TOO_LARGE, INTERNAL, OVERLOADED, TIMED_OUT, STORE_UNAVAILABLE, LOG_UNAVAILABLE,
+        AUDIT_UNAVAILABLE, IDENTITY_UNAVAILABLE, IN_DOUBT, NOT_READY,
     )
 }  # fmt: skip
 """All types by their names."""

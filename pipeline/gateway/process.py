@@ -133,7 +133,9 @@ def _tls_files(settings: Settings) -> dict[str, Any]:
     if settings.gateway_ssl_keyfile is not None:
         files["ssl_keyfile"] = str(settings.gateway_ssl_keyfile)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files.values())
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.gateway_ssl_certfile, settings.gateway_ssl_keyfile, _refuse_encrypted_key
+        )
     except (OSError, ssl.SSLError) as error:
         raise StartupError(
             f"the gateway's certificate or key cannot be loaded ({type(error).__name__}): see that"
@@ -141,6 +143,18 @@ def _tls_files(settings: Settings) -> dict[str, Any]:
             " together"
         ) from error
     return files
+
+
+def _refuse_encrypted_key() -> str:
+    """Refuse a key that OpenSSL would ask a terminal's password for.
+
+    Raises:
+        StartupError: always.
+    """
+    raise StartupError(
+        "the gateway's private key is encrypted: store it decrypted, readable only by the"
+        " gateway's user (openssl pkey -in KEY -out RECUR_GATEWAY_SSL_KEYFILE)"
+    )
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

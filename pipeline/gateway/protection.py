@@ -8,6 +8,7 @@ from pipeline.errors import SettingsError
 from pipeline.gateway.api_keys import ApiKeyCache, ApiKeyStore
 from pipeline.gateway.authentication import PUBLIC_PATHS, AccessControl, Authenticator
 from pipeline.gateway.context import AsgiApp
+from pipeline.gateway.failed_logins import FailedLogins
 from pipeline.gateway.jwt_tokens import JwtVerifier
 from pipeline.gateway.limits import RateLimiter
 from pipeline.gateway.rates import parse_rate
@@ -27,7 +28,11 @@ def make_authenticator(settings: Settings, client: RedisClient) -> Authenticator
         SettingsError: JWTs are configured, and PyJWT is not installed.
     """
     keys = ApiKeyCache(ApiKeyStore(client, GatewayKeys(settings.redis_key_prefix)))
-    return Authenticator(keys, JwtVerifier(settings) if settings.gateway_jwt_issuer else None)
+    return Authenticator(
+        keys,
+        JwtVerifier(settings) if settings.gateway_jwt_issuer else None,
+        FailedLogins(settings.gateway_failed_logins_per_minute),
+    )
 
 
 def make_limiter(settings: Settings, client: RedisClient) -> RateLimiter:

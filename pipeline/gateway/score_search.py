@@ -41,6 +41,7 @@ class ScoreSearch:
         """Return the score at an offset; None if the log has no score of the transaction there.
 
         Raises:
+            HeldBackError: the score is not shown yet.
             LogUnavailableError: the broker does not answer.
         """
         record = await self._reader.record_at(self._scores, partition, offset)

@@ -29,9 +29,18 @@ from pipeline.gateway.problems import (
 )
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.gateway.waiting import Waiter, Waiters
+from pipeline.gateway.withdrawals import Withdrawals
+from pipeline.kafka.log_reader import HeldBackError
 from pipeline.kafka.polls import LogUnavailableError
 from pipeline.messages.decoding import NOT_JSON
-from pipeline.messages.replies import ANSWERED, DUPLICATE, REPLY_HEADER, Reply, StoredAnswer
+from pipeline.messages.replies import (
+    ANSWERED,
+    CLAIMED,
+    DUPLICATE,
+    REPLY_HEADER,
+    Reply,
+    StoredAnswer,
+)
 from pipeline.messages.replies import REJECTED as REJECTED_KIND
 from pipeline.messages.trace_context import Headers
 from pipeline.settings import Settings
@@ -48,7 +57,7 @@ CLOCK_TOLERANCE_MS = 5_000
 """Difference between the clocks of two gateways."""
 
 IN_LOG_PAUSES_SECONDS = (0.02, 0.1, 0.4, 0.5)
-"""Pauses between looks for a record that another gateway is producing."""
+"""Pauses between looks for a record that another gateway or a worker is producing."""
 
 KNOWN_IN_LOG_MAX = 10_000
 """Most transactions that are remembered to be in the log, so that it is read for them once."""
@@ -130,7 +139,12 @@ class ScoreService:
         self._metrics = metrics
         self._clock_ms = clock_ms
         self._in_log: OrderedDict[tuple[int, bytes], None] = OrderedDict()
+        self._withdrawals = Withdrawals(answers, self._claim_ms / 1000, metrics)
         self.working = 0
+
+    async def stop(self) -> None:
+        """End what runs in the background."""
+        await self._withdrawals.stop()
 
     async def score(self, incoming: Incoming, wait_seconds: float, trace: Headers = ()) -> Outcome:
         """Score one transaction; see :meth:`score_all`.
@@ -167,11 +181,7 @@ class ScoreService:
             tickets = [
                 _Ticket(one, StoredAnswer("P", one.content, now_ms), trace=trace) for one in batch
             ]
-            before = await self._answers.claim(
-                [(t.incoming.partition, t.incoming.transaction_id, t.claim) for t in tickets]
-            )
-            for ticket, found in zip(tickets, before, strict=True):
-                ticket.found = found
+            await self._claim(tickets)
             if len(tickets) == 1:
                 return [await self._finish(tickets[0], deadline)]
             # Records enter the producer in the order of the batch: each send starts in turn.
@@ -182,7 +192,7 @@ class ScoreService:
     async def look_up(
         self, partition: int, transaction_id: str, answer: StoredAnswer, wait_seconds: float
     ) -> Outcome:
-        """Return the outcome of a transaction whose key was found; wait for a claimed one.
+        """Return the outcome of a transaction whose key was found; wait for what is not there yet.
 
         Raises:
             Problem: it was rejected, its score is gone, its gateway died before it produced the
@@ -190,7 +200,10 @@ class ScoreService:
         """
         deadline = asyncio.get_running_loop().time() + wait_seconds
         pause, longest = FAST_POLL_SECONDS
-        while answer.kind == "P":
+        while True:
+            outcome = await self._shown(partition, transaction_id, answer)
+            if outcome is not None:
+                return outcome
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 return await self._still_claimed(partition, transaction_id, answer)
@@ -200,7 +213,6 @@ class ScoreService:
             if found is None:
                 raise Problem(NOT_FOUND)
             answer = found
-        return await self._answered(partition, transaction_id, answer)
 
     async def _still_claimed(
         self, partition: int, transaction_id: str, claim: StoredAnswer
@@ -210,10 +222,25 @@ class ScoreService:
         Raises:
             Problem: the claim is old, and the log does not have the transaction.
         """
-        is_old = self._clock_ms() - claim.number > self._claim_ms
+        is_old = claim.kind == "P" and self._clock_ms() - claim.number > self._claim_ms
         if is_old and not await self._is_in_log(partition, None, transaction_id, claim):
             raise Problem(NOT_FOUND)
         return Pending(transaction_id)
+
+    async def _claim(self, tickets: Sequence[_Ticket]) -> None:
+        """Claim the transactions, and note what stood there before.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer. Claims that stand will be withdrawn.
+        """
+        claims = [(t.incoming.partition, t.incoming.transaction_id, t.claim) for t in tickets]
+        try:
+            before = await self._answers.claim(claims)
+        except (StoreUnavailableError, asyncio.CancelledError):
+            self._withdrawals.add(claims)
+            raise
+        for ticket, found in zip(tickets, before, strict=True):
+            ticket.found = found
 
     # one transaction ---------------------------------------------------------------------
 
@@ -228,11 +255,11 @@ class ScoreService:
                 else:
                     ticket.source = "repeated"
                     await self._join(ticket)
-                    if ticket.found is not None and ticket.found.kind != "P":
-                        found = ticket.found
-                        return await self._answered(
-                            incoming.partition, incoming.transaction_id, found
-                        )
+                    if ticket.found is not None:
+                        place = incoming.partition, incoming.transaction_id
+                        outcome = await self._shown(*place, ticket.found)
+                        if outcome is not None:
+                            return outcome
                 return await self._wait(ticket, waiter, deadline)
             except Problem as problem:
                 return problem
@@ -297,19 +324,40 @@ class ScoreService:
                 return
             renewed = StoredAnswer("P", incoming.content, self._clock_ms())
             place = incoming.partition, incoming.transaction_id
-            if await self._answers.replace(*place, found, renewed):
+            try:
+                is_taken_over = await self._answers.replace(*place, found, renewed)
+            except (StoreUnavailableError, asyncio.CancelledError):
+                self._withdrawals.add([(*place, renewed)])
+                raise
+            if is_taken_over:
                 self._metrics.claims_taken_over.inc()
                 ticket.claim, ticket.found = renewed, None
                 ticket.source = "produced"
                 await self._produce(ticket)
                 return
             ticket.found = await self._answers.read(*place)
-            if ticket.found is None:  # its gateway gave up: begin again
-                (ticket.found,) = await self._answers.claim([(*place, renewed)])
-                if ticket.found is None:
-                    ticket.claim, ticket.source = renewed, "produced"
-                    await self._produce(ticket)
-                    return
+            if ticket.found is None and await self._begin_again(ticket):
+                return
+
+    async def _begin_again(self, ticket: _Ticket) -> bool:
+        """Claim a transaction whose gateway gave it up, and produce it.
+
+        Returns:
+            whether the claim stands. Else another gateway was faster, and the ticket has its claim.
+
+        Raises:
+            Problem: another content stands under the id, or the broker cannot be reached.
+            StoreUnavailableError: Redis does not answer.
+        """
+        ticket.claim = StoredAnswer("P", ticket.incoming.content, self._clock_ms())
+        await self._claim([ticket])
+        if ticket.found is None:
+            ticket.source = "produced"
+            await self._produce(ticket)
+            return True
+        if ticket.found.content != ticket.incoming.content:
+            raise Problem(CONFLICT, "another body came under this transaction_id")
+        return False
 
     async def _is_in_log(
         self, partition: int, key: bytes | None, transaction_id: str, claim: StoredAnswer
@@ -372,6 +420,8 @@ class ScoreService:
                 raise await self._not_produced(ticket, error) from error
             return
         assert ticket.found is not None
+        if ticket.found.kind != "P":
+            return
         for pause in (*IN_LOG_PAUSES_SECONDS, None):
             if await self._is_in_log(
                 incoming.partition, incoming.key, incoming.transaction_id, ticket.found
@@ -385,20 +435,22 @@ class ScoreService:
         """Return what the answer key says; None while it says nothing, or Redis is away.
 
         Raises:
-            Problem, LogUnavailableError: see :meth:`_answered`.
+            Problem, LogUnavailableError: see :meth:`_shown`.
         """
         incoming = ticket.incoming
         place = incoming.partition, incoming.transaction_id
         try:
             answer = await self._answers.read(*place)
+            if answer is None and ticket.delivery is None:
+                await self._begin_again(ticket)
         except StoreUnavailableError:
-            self._metrics.unread_keys.inc()  # the record is in the log: wait on
+            self._metrics.unread_keys.inc()  # wait on: a worker answers once Redis is back
             return None
         if answer is None or answer.kind == "P":
             return None
         if answer.content != incoming.content:
             raise Problem(CONFLICT, "another body came under this transaction_id")
-        return await self._answered(*place, answer, ticket.source)
+        return await self._shown(*place, answer, ticket.source)
 
     async def _raise_failed_delivery(self, ticket: _Ticket) -> None:
         delivery = ticket.delivery
@@ -415,14 +467,14 @@ class ScoreService:
             return Scored(reply.value, ticket.source)
         raise rejected(reply.value.decode(errors="replace"))
 
-    async def _answered(
+    async def _shown(
         self,
         partition: int,
         transaction_id: str,
         answer: StoredAnswer,
         source: Source = "repeated",
-    ) -> Outcome:
-        """Return what an answer key says.
+    ) -> Outcome | None:
+        """Return what an answer key says; None for a claim, and for a score not shown yet.
 
         Raises:
             Problem: the transaction was rejected, or the log no longer has its score.
@@ -430,7 +482,12 @@ class ScoreService:
         """
         if answer.kind == REJECTED_KIND:
             raise rejected(answer.reason)
-        value = await self._search.score_at(partition, answer.number, transaction_id)
+        if answer.kind == CLAIMED:
+            return None
+        try:
+            value = await self._search.score_at(partition, answer.number, transaction_id)
+        except HeldBackError:
+            return None
         if value is None:
             raise Problem(CONFLICT, "the transaction was scored, and the log has its score no more")
         return Scored(value, source)
@@ -442,8 +499,12 @@ class ScoreService:
             Problem: the recent scores do not have it.
         """
         incoming = ticket.incoming
-        found = await self._search.recent_score([incoming.partition], incoming.transaction_id)
         place = incoming.partition, incoming.transaction_id
+        for pause in (*IN_LOG_PAUSES_SECONDS, None):
+            found = await self._search.recent_score([incoming.partition], incoming.transaction_id)
+            if found is not None or pause is None:
+                break
+            await asyncio.sleep(pause)  # brokers may show it a moment after its commit
         if found is None:
             await self._release(ticket)
             raise Problem(CONFLICT, "the account had this transaction before; its score is not"

@@ -1,7 +1,9 @@
-"""uvicorn's HTTP protocol with a time limit for a request's head.
+"""uvicorn's HTTP protocol with a time limit for a request's head, and other bounds.
 
 uvicorn (0.54) limits idle connections after a response, but waits without end for the first bytes
-of a request and for the rest of its headers.
+of a request and for the rest of its headers. It bounds no requests that a client sends without
+waiting for answers, and tells only the last of them that the client is gone. At its end it waits
+for the goodbye of each idle client that speaks TLS.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ HEAD_SECONDS = 10.0
 
 HEAD_MAX_BYTES = 131_072
 """Most bytes of a head. uvicorn bounds it with h11 only, not with httptools."""
+
+PIPELINED_MAX = 100
+"""Most requests that wait behind the one that is served; then the connection ends."""
+
+GOODBYE_SECONDS = 1.0
+"""Longest time in which an idle client answers the end of TLS when the gateway stops."""
 
 
 class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -44,6 +52,7 @@ class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().__init__(*args, **options)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._served: Any = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a head."""
@@ -54,6 +63,8 @@ class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Handle bytes, and wait for the rest of a head that is not whole."""
         self._head_bytes += len(data)
         super().data_received(data)
+        if len(getattr(self, "pipeline", ())) > PIPELINED_MAX:
+            self.transport.abort()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:  # its body has a limit of its own
             self._cancel()
@@ -68,10 +79,24 @@ class HeadLimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if not self.transport.is_closing() and self.timeout_keep_alive_task is None:
             self._expect_head()
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, error: Exception | None) -> None:
-        """End with the connection."""
+        """End with the connection, and tell the request that is served."""
         self._cancel()
+        served = self._served
+        if served is not None and not served.response_complete:
+            served.disconnected = True
+            served.message_event.set()
         super().connection_lost(error)
+
+    def shutdown(self) -> None:
+        """Close the connection once it is idle."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(GOODBYE_SECONDS, self.transport.abort)
 
     def _expect_head(self) -> None:
         self._cancel()

@@ -128,6 +128,7 @@ class Gateway:
         """Disconnect; records under way are confirmed first."""
         await self.readiness.stop()
         await self._subscription.stop()
+        await self.scores.stop()
         await self.producer.stop()
         await self.audit.stop()
         await self.reader.stop()

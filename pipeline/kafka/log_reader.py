@@ -38,13 +38,19 @@ class Fetched:
         records: in order, from the wanted offset on.
         next_offset: where to read on.
         end: the partition's stable end: no open transaction lies before it.
+        highwater: the partition's end, with records of open transactions.
         is_out_of_range: the log no longer has the wanted offset, or not yet.
     """
 
     records: Sequence[Any]
     next_offset: int
     end: int
+    highwater: int
     is_out_of_range: bool = False
+
+
+class HeldBackError(LogUnavailableError):
+    """An open Kafka transaction holds a record back: it is there soon, or it is aborted."""
 
 
 class LogReader:
@@ -119,13 +125,20 @@ class LogReader:
     async def record_at(self, topic: str, partition: int, offset: int) -> Any | None:
         """Return the record at an offset; None if the log does not have it.
 
+        A commit is confirmed before the brokers show what it committed.
+
         Raises:
+            HeldBackError: the record is not committed yet, or not shown yet.
             LogUnavailableError: see :meth:`fetch`.
         """
         place = TopicPartition(topic, partition)
         fetched = (await self.fetch({place: offset}, partition_bytes=1))[place]
         first = next(iter(fetched.records), None)
-        return first if first is not None and first.offset == offset else None
+        if first is not None and first.offset == offset:
+            return first
+        if fetched.end <= offset < fetched.highwater:
+            raise HeldBackError("an open transaction holds the record back")
+        return None
 
     async def bounds(self, topic: str, partitions: Sequence[int]) -> dict[int, Bounds]:
         """Return begin and end of each partition.
@@ -196,7 +209,9 @@ class LogReader:
         if part.error:
             error = kafka_errors.for_code(part.error)
             if error is kafka_errors.OffsetOutOfRangeError:
-                return Fetched((), offset, max(part.stable, 0), is_out_of_range=True)
+                return Fetched(
+                    (), offset, max(part.stable, 0), part.highwater, is_out_of_range=True
+                )
             self._client.force_metadata_update()
             raise _away(error())
         records = PartitionRecords(
@@ -204,7 +219,7 @@ class LogReader:
             READ_COMMITTED,
         )  # fmt: skip
         found = list(records) if part.data else []
-        return Fetched(found, records.next_fetch_offset, part.stable)
+        return Fetched(found, records.next_fetch_offset, part.stable, part.highwater)
 
 
 def _away(error: BaseException) -> LogUnavailableError:

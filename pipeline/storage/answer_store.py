@@ -92,6 +92,24 @@ class AnswerStore:
         (reply,) = await self._redis.execute([call])
         return bool(reply)
 
+    async def withdraw(self, claims: Sequence[tuple[int, str, StoredAnswer]]) -> None:
+        """Delete claims, each if it still stands as it is.
+
+        Args:
+            claims: partition, transaction id and claim of each.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer; some may be deleted.
+        """
+        await self._redis.execute(
+            [
+                REPLACE_ANSWER.call(
+                    self._keys.answers(partition, [name]), claim.to_bytes(), b"", self._expiry
+                )
+                for partition, name, claim in claims
+            ]
+        )
+
 
 def _answer(reply: Any) -> StoredAnswer | None:
     """Read a key's value; one of another version counts as none."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import formatdate
@@ -35,6 +36,7 @@ Answer = tuple[int, dict[str, str], Any]
 CUT: Answer = (0, {}, None)
 HANG: Answer = (-1, {}, None)
 DRIP: Answer = (-2, {}, None)
+DRIP_HEAD: Answer = (-3, {}, None)
 SCORE: Answer = (200, {}, {"score": 0.5})
 PENDING: Answer = (202, {"Location": "/v1/scores/t%2F1", "Retry-After": "1"}, {})
 
@@ -68,8 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers, value = server.answers[place]
         self.close_connection = True
         if status <= 0:
-            if status == -2:
-                self.drip(server)
+            if status in (-2, -3):
+                self.drip(server, in_head=status == -3)
             elif status < 0:
                 server.released.wait(60)
             return
@@ -80,13 +82,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def drip(self, server: Server) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "10000")
-        self.end_headers()
+    def drip(self, server: Server, in_head: bool) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n")
+        self.wfile.write(b"X-Long: " if in_head else b"\r\n")
         with suppress(OSError):
             while not server.released.wait(0.05):
-                self.wfile.write(b" ")
+                self.wfile.write(b"x")
 
     do_GET = do_POST = _serve
 
@@ -158,9 +159,21 @@ def test_a_wait_may_be_a_date(score: Score) -> None:
 
 
 @both
-def test_a_dripping_gateway_ends_with_the_deadline(score: Score) -> None:
-    with serving(DRIP) as server, pytest.raises(DeadlineError):
+@pytest.mark.parametrize("drip", [DRIP, DRIP_HEAD], ids=["body", "head"])
+def test_a_dripping_gateway_ends_with_the_deadline(score: Score, drip: Answer) -> None:
+    with serving(drip) as server, pytest.raises(DeadlineError):
         score(server.address, 0.5)
+
+
+def test_a_client_goes_on_after_a_deadline_and_in_several_threads() -> None:
+    answers = [DRIP_HEAD, *[SCORE] * 8]
+    with serving(*answers) as server, Client(server.address, "k", timeout_seconds=0.5) as client:
+        with pytest.raises(DeadlineError):
+            client.score(TRANSACTION)
+        client._timeout_seconds = 60
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(client.score, [TRANSACTION] * 8))
+    assert found == [{"score": 0.5}] * 8
 
 
 @both

@@ -19,7 +19,7 @@ from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
 from pipeline.messages.transactions import encode_transaction
 from recur_client import AsyncClient, Client, ProblemError
-from recur_client.kafka import Stream, alerts, scores
+from recur_client.kafka import Blocking, Stream, alerts, scores
 from tests.fakes.running_gateway import Site, running_site
 from tests.fakes.running_pipeline import transactions
 
@@ -182,6 +182,51 @@ def test_an_interrupted_stream_goes_on_without_loss_or_repetition(
         found += await read(stream(), 1)
         found += await read(stream(), len(written) - len(found))
         assert sorted(found) == sorted(written)
+
+    site.run(body())
+
+
+async def read_and_die(stream: Stream, count: int, saves: int) -> list[str]:
+    """The sources of the next records; the reader dies in work on the last, after some saves."""
+    found: list[str] = []
+    async with asyncio.timeout(CALL_SECONDS):
+        await stream.__aenter__()
+        stream._saved = float("inf")  # no second passes
+        async for record in stream:
+            found.append(record["source"])
+            if len(found) == count:
+                break
+            if len(found) <= saves:
+                await stream.save()
+        await stream._consumer.stop()  # as a death does, but without the wait for the session's end
+    return found
+
+
+def test_after_a_death_nothing_is_lost_and_what_was_saved_does_not_come_again(
+    site: Site, client: Client
+) -> None:
+    async def body() -> None:
+        settings = site.under_test.settings
+        await asyncio.to_thread(client.batch, fields(8, seed=60))
+        written = [json.loads(r.value)["source"] for r in await site.under_test.records("scores")]
+
+        def stream(group: str) -> Stream:
+            servers = settings.kafka_bootstrap_servers
+            return scores(servers, group, topic=settings.topic("scores"))
+
+        before = await read_and_die(stream("each"), 6, saves=5)
+        after = await read(stream("each"), len(written) - 5)
+        assert sorted(before[:5] + after) == sorted(written)  # only the last in work came again
+
+        before = await read_and_die(stream("some"), 6, saves=2)
+        after = await read(stream("some"), len(written) - 2)
+        assert sorted(before[:2] + after) == sorted(written)
+
+        with Blocking(stream("blocking")) as blocking:
+            first = next(blocking)["source"]
+            await asyncio.to_thread(blocking.save)
+            await asyncio.to_thread(blocking._run, blocking._stream._consumer.stop())
+        assert sorted([first, *await read(stream("blocking"), len(written) - 1)]) == sorted(written)
 
     site.run(body())
 

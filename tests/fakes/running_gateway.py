@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,20 @@ class GatewayProcess:
     log_path: Path
     client: httpx.AsyncClient
     token: str
+    spawn: Callable[[], SupervisedProcess]
 
     @property
     def address(self) -> str:
         """Its address."""
-        return f"http://{HOST}:{self.port}"
+        return str(self.client.base_url)
+
+    async def kill(self) -> None:
+        """End it with SIGKILL."""
+        await asyncio.to_thread(self.process.kill)
+
+    def restart(self) -> None:
+        """Start it again after its end, at the same address; it may not be ready yet."""
+        self.process = self.spawn()
 
     async def until_ready(self) -> None:
         """Wait until /ready says so; fail with the log if the process ends before."""
@@ -75,6 +85,12 @@ class GatewayProcess:
             "/v1/scores", content=body, headers={"Prefer": wait, **headers}
         )
 
+    async def metric(self, name: str) -> float:
+        """Read a metric by its name and labels, as in ``/metrics``; 0 if there is none."""
+        lines = (await self.client.get("/metrics")).text.splitlines()
+        found = [line.rpartition(" ") for line in lines]
+        return sum(float(value) for labelled, _, value in found if labelled == name)
+
     def log(self) -> str:
         """Read its log."""
         return self.log_path.read_text(errors="replace")
@@ -100,8 +116,14 @@ async def make_token(
     return token
 
 
-async def start_gateway(under_test: PipelineUnderTest, token: str, **more: Any) -> GatewayProcess:
-    """Start ``recur gateway`` on the pipeline's topics and keys; it may not be ready yet."""
+async def start_gateway(
+    under_test: PipelineUnderTest, token: str, verify: ssl.SSLContext | None = None, **more: Any
+) -> GatewayProcess:
+    """Start ``recur gateway`` on the pipeline's topics and keys; it may not be ready yet.
+
+    Args:
+        verify: with it the client speaks TLS.
+    """
     port = free_port()
     log_path = under_test.directory / f"gateway-{port}.log"
     overrides = under_test.overrides | {"gateway_host": HOST, "gateway_port": port} | more
@@ -112,21 +134,25 @@ async def start_gateway(under_test: PipelineUnderTest, token: str, **more: Any) 
         "RECUR_LOG_FORMAT": "text",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    process = SupervisedProcess(
-        [sys.executable, "-m", "pipeline.cli.main", "gateway"],
-        log_path=log_path,
-        directory=under_test.directory,
-        environment=environment,
-        grace_seconds=STOP_SECONDS,
-    )
+
+    def spawn() -> SupervisedProcess:
+        return SupervisedProcess(
+            [sys.executable, "-m", "pipeline.cli.main", "gateway"],
+            log_path=log_path,
+            directory=under_test.directory,
+            environment=environment,
+            grace_seconds=STOP_SECONDS,
+        )
+
     client = httpx.AsyncClient(
-        base_url=f"http://{HOST}:{port}",
+        base_url=f"http{'s' if verify else ''}://{HOST}:{port}",
+        verify=verify or True,
         headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
         timeout=REQUEST_SECONDS,
         limits=httpx.Limits(max_connections=200),
         trust_env=False,
     )
-    return GatewayProcess(process, port, log_path, client, token)
+    return GatewayProcess(spawn(), port, log_path, client, token, spawn)
 
 
 @asynccontextmanager

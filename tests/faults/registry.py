@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.faults.doors import TwoDoors
 from tests.faults.fault import Fault
 from tests.faults.input import Backwards, Flood, HotAccount, SentTwice, Undecodable
 from tests.faults.kafka import BrokerKilled, OneOfThreeBrokers, TopicRecreated
@@ -24,6 +25,7 @@ FAULTS: tuple[Fault, ...] = (
     Sigkill(),
     Zombie(),
     JoinAndLeave(),
+    TwoDoors(),
     BrokerKilled(),
     OneOfThreeBrokers(),
     TopicRecreated(),

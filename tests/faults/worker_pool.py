@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 
-from pipeline.local.workers import WorkerProcess, start_worker, stop_all, until_ready
+from pipeline.local.workers import (
+    LocalGateway,
+    WorkerProcess,
+    start_gateway,
+    start_worker,
+    stop_all,
+    until_ready,
+)
 
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.1
@@ -39,6 +46,7 @@ class WorkerPool:
         self._is_over = False
         self._restarting: asyncio.Task[None] | None = None
         self._leaving: list[asyncio.Task[int]] = []
+        self._gateways: list[LocalGateway] = []
 
     async def start(self, count: int) -> None:
         """Start workers, wait until they are ready, and keep them running.
@@ -51,6 +59,20 @@ class WorkerPool:
         await until_ready(self.members, READY_SECONDS)
         self._is_over = False
         self._restarting = asyncio.create_task(self._restart_dead())
+
+    async def start_gateways(self, count: int) -> list[LocalGateway]:
+        """Start gateways beside the workers, and wait until they are ready.
+
+        Raises:
+            ServiceError: a gateway does not become ready.
+        """
+        for _ in range(count):
+            directory = self._directory / f"gateway-{len(self._gateways)}"
+            directory.mkdir()
+            gateway = await asyncio.to_thread(start_gateway, directory, self._environment)
+            self._gateways.append(gateway)
+        await until_ready(self._gateways, READY_SECONDS)
+        return self._gateways
 
     async def join(self) -> WorkerProcess:
         """Start one more worker without waiting for it."""
@@ -103,6 +125,8 @@ class WorkerPool:
             await self._restarting  # not cancelled: it may just be starting a worker
             self._restarting = None
         members, self.members, self.frozen = self.members, [], []
+        gateways, self._gateways = self._gateways, []
+        await stop_all(gateways)
         statuses = await stop_all(members)
         return statuses + list(await asyncio.gather(*self._leaving))
 

@@ -83,6 +83,7 @@ class Workload:
         self._change_records = change_records
         self._accounts: list[NDArray[np.int64]] = []
         self._runs: list[_Run] = []
+        self._taken: list[NDArray[np.int64]] = []
         self._first_run_in_states = 0
 
     async def start(self, rate: float | None, history: int = 0, most: int | None = None) -> None:
@@ -146,6 +147,21 @@ class Workload:
             run.numbers.append(sent.numbers)
             yield Block(sent.keys, sent.values)
 
+    def take(self, transactions: int) -> list[bytes]:
+        """Make transactions that a fault sends by itself; the workload must be stopped.
+
+        They count as sent.
+
+        Returns:
+            their records' values.
+        """
+        piece = self._stream.take(transactions)
+        columns = self._change_columns(piece.columns, self._rng)
+        self._accounts.append(columns.account)
+        self._taken.append(np.arange(piece.first, piece.first + len(columns)))
+        blocks = SimulatedTransactions(piece.first, columns).blocks()
+        return [value for block in blocks for value in block.values]
+
     def restart_states(self) -> None:
         """Expect states to start with the next records; the workload must be stopped."""
         self._first_run_in_states = len(self._runs)
@@ -155,11 +171,13 @@ class Workload:
     def numbers_sent(self) -> NDArray[np.int64]:
         """Numbers of the records that were sent, in order, as int64[n]."""
         nothing = np.empty(0, np.int64)
-        return np.concatenate([nothing, *(run.numbers_sent() for run in self._runs)])
+        of_runs = (run.numbers_sent() for run in self._runs)
+        return np.concatenate([nothing, *of_runs, *self._taken])
 
     def _numbers_in_states(self) -> NDArray[np.int64]:
         runs = self._runs[self._first_run_in_states :]
-        return np.concatenate([np.empty(0, np.int64), *(run.numbers_sent() for run in runs)])
+        of_runs = (run.numbers_sent() for run in runs)
+        return np.concatenate([np.empty(0, np.int64), *of_runs, *self._taken])
 
     def transactions_made(self) -> int:
         """Count the transactions that were made, sent or not; all numbers are lower."""

@@ -4,23 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import ssl
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import msgspec
+import psutil
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from model.transaction import Transaction
+from pipeline.checkpoint import load_checkpoint
+from pipeline.gateway.accounts import FORECAST_DAYS
+from pipeline.gateway.api_keys import api_key_store, new_key
+from pipeline.gateway.incoming import Incoming, TransactionReader
+from pipeline.gateway.openapi import EXAMPLE_SCORE, EXAMPLE_TRANSACTION, make_document
 from pipeline.local.kafka import Kafka
 from pipeline.local.redis import Redis
+from pipeline.messages.replies import REPLY_HEADER, StoredAnswer
 from pipeline.messages.transactions import encode_transaction
+from pipeline.settings import load_settings
+from pipeline.storage.answer_store import AnswerStore
+from pipeline.storage.client import RedisClient, redis_client
+from recur_client import Client
 from tests.api.attack import attack
-from tests.fakes.running_gateway import Site, make_token, running_site
-from tests.fakes.running_pipeline import EVENT_TIME_MS, transactions
+from tests.api.examples import ExampleRequest, check, requests_of
+from tests.fakes.redis_traffic import ports_to, watched_commands
+from tests.fakes.running_gateway import (
+    GatewayProcess,
+    Site,
+    make_token,
+    running_site,
+    start_gateway,
+)
+from tests.fakes.running_pipeline import EVENT_TIME_MS, transactions, until
+from tests.fakes.secure_services import Authority
+from tests.faults.doors import Caller, compare, requests_for
+from tests.pipeline.gateway.calls import exchange
+from tests.pipeline.gateway.calls import request as request_bytes
 
 Result = TypeVar("Result")
+
+GATEWAYS = 4
+OLD_MS, YOUNG_MS = 60_000, 0
+"""Ages of claims: older and younger than a gateway leaves to another one."""
+
+TRAFFIC = 240
+"""Requests of the gateways that are not idle."""
+
+OWN_TRAFFIC_BYTES_PER_SECOND = 4_000
+"""Most bytes that an idle gateway reads: once a second it asks broker, Redis and the group."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +67,12 @@ def site(
     kafka: Kafka, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("gateways")
-    with running_site(kafka, redis_server, directory, 2, gateway_max_body_bytes=200_000) as site:
+    settings = {
+        "gateway_max_body_bytes": 200_000,
+        "gateway_body_timeout_seconds": 2.0,
+        "gateway_failed_logins_per_minute": 0,
+    }
+    with running_site(kafka, redis_server, directory, GATEWAYS, **settings) as site:
         yield site
 
 
@@ -85,7 +129,7 @@ def test_a_score_that_came_through_kafka_is_found(site: Site) -> None:
 def test_a_score_that_is_late_is_pending_and_found_at_its_location(site: Site) -> None:
     async def body() -> None:
         (transaction,) = transactions(1, 1, seed=3)
-        gateway, other = site.gateways
+        gateway, other, *_ = site.gateways
         with site.paused_worker():
             answer = await gateway.score(transaction, "respond-async")
             assert answer.status_code == 202, answer.text
@@ -205,6 +249,8 @@ def test_an_account_shows_its_counts_and_recent_scores(site: Site) -> None:
         assert (found["account_id"], found["transactions_seen"]) == (account, 3)
         assert found["last_transaction_at"] == sent[-1].timestamp
         assert [one for one in found["recent_scores"]] == [json.loads(s) for s in scores[::-1]]
+        assert len(found["forecast"]) == FORECAST_DAYS
+        assert all(day["amount"]["p10"] <= day["amount"]["p90"] for day in found["forecast"])
         unknown = await site.gateways[1].client.get("/v1/accounts/nobody")
         assert (unknown.status_code, problem_of(unknown)) == (404, "not-found")
 
@@ -360,6 +406,434 @@ def test_metrics_count_refusals_and_name_nobody(site: Site) -> None:
         for text in (metrics, gateway.log()):
             assert secret not in text
             assert transaction.transaction_id not in text
+
+    site.run(body())
+
+
+def incoming_of(site: Site, transaction: Transaction) -> Incoming:
+    """Read a transaction as the gateways do."""
+    settings, checkpoint = site.under_test.settings, site.under_test.scorer.checkpoint
+    reader = TransactionReader(settings, checkpoint, settings.topic_partitions)
+    return reader.read(encode_transaction(transaction))
+
+
+async def leave_claim(site: Site, incoming: Incoming, age_ms: int) -> None:
+    """Leave a claim as a gateway does that died right after it."""
+    client = RedisClient(redis_client(site.under_test.settings))
+    try:
+        store = AnswerStore(client, site.under_test._keys(), expiry_ms=600_000)
+        claim = StoredAnswer("P", incoming.content, time.time_ns() // 1_000_000 - age_ms)
+        before = await store.read(incoming.partition, incoming.transaction_id)
+        if before is not None:
+            await store.replace(incoming.partition, incoming.transaction_id, before, None)
+        assert await store.claim([(incoming.partition, incoming.transaction_id, claim)]) == [None]
+    finally:
+        await client.close()
+
+
+async def taken_over(site: Site) -> float:
+    name = "recur_gateway_claims_taken_over_total"
+    return sum([await gateway.metric(name) for gateway in site.gateways])
+
+
+def test_a_claim_of_a_gateway_that_died_before_it_produced_is_taken_over_once(
+    site: Site,
+) -> None:
+    async def body() -> None:
+        (transaction,) = transactions(1, 1, seed=13)
+        await leave_claim(site, incoming_of(site, transaction), OLD_MS)
+        path = f"/v1/scores/{transaction.transaction_id}"
+        nothing = await site.gateways[0].client.get(path)
+        assert (nothing.status_code, problem_of(nothing)) == (404, "not-found")
+        before = await taken_over(site)
+        calls = [site.gateways[i % GATEWAYS].score(transaction) for i in range(12)]
+        answers = await asyncio.gather(*calls)
+        assert {answer.status_code for answer in answers} == {200}
+        (value,) = {answer.content for answer in answers}
+        assert await values_of(site, "scores", transaction.transaction_id) == [value]
+        assert len(await values_of(site, "transactions", transaction.transaction_id)) == 1
+        assert await taken_over(site) == before + 1
+
+    site.run(body())
+
+
+def test_what_a_gateway_produced_before_it_died_is_not_produced_again(site: Site) -> None:
+    async def body() -> None:
+        (transaction,) = transactions(1, 1, seed=14)
+        incoming = incoming_of(site, transaction)
+        before = await taken_over(site)
+        with site.paused_worker():
+            await leave_claim(site, incoming, OLD_MS)
+            await site.under_test.send_records(
+                [(incoming.key, incoming.value)], headers=[(REPLY_HEADER, b"dead")]
+            )
+            for gateway in site.gateways[:2]:
+                answer = await gateway.score(transaction, "wait=0")
+                assert answer.status_code == 202, answer.text
+        answers = [await gateway.score(transaction) for gateway in site.gateways]
+        assert {answer.status_code for answer in answers} == {200}
+        (value,) = {answer.content for answer in answers}
+        assert await values_of(site, "scores", transaction.transaction_id) == [value]
+        assert len(await values_of(site, "transactions", transaction.transaction_id)) == 1
+        assert await taken_over(site) == before
+
+    site.run(body())
+
+
+def test_a_young_claim_without_a_record_is_in_doubt_and_blocks_nothing_else(site: Site) -> None:
+    async def body() -> None:
+        first, second = transactions(2, 2, seed=15)
+        claimed = incoming_of(site, first)
+        await leave_claim(site, claimed, YOUNG_MS)
+        answer = await site.gateways[0].score(first, "wait=0")
+        assert (answer.status_code, problem_of(answer)) == (503, "in-doubt")
+        assert int(answer.headers["retry-after"]) >= 1
+        changed = msgspec.structs.replace(first, amount=first.amount + 1)
+        conflict = await site.gateways[1].score(changed, "wait=0")
+        assert (conflict.status_code, problem_of(conflict)) == (409, "conflict")
+        batch = await site.gateways[2].client.post(
+            "/v1/scores/batch",
+            json={"transactions": [fields_of(first), fields_of(second)]},
+            headers={"Prefer": "respond-async"},
+        )
+        doubted, scored = batch.json()["results"]
+        assert (doubted["status"], doubted["problem"]["type"]) == (503, "/problems/in-doubt")
+        assert scored["status"] in (200, 202)
+        assert await values_of(site, "transactions", first.transaction_id) == []
+
+        await leave_claim(site, claimed, OLD_MS)  # as time would
+        answer = await site.gateways[3].score(first)
+        assert answer.status_code == 200, answer.text
+        assert await values_of(site, "scores", first.transaction_id) == [answer.content]
+
+    site.run(body())
+
+
+def test_who_waits_for_a_claim_that_is_withdrawn_produces_the_record(site: Site) -> None:
+    async def body() -> None:
+        (transaction,) = transactions(1, 1, seed=16)
+        incoming = incoming_of(site, transaction)
+        await leave_claim(site, incoming, YOUNG_MS)
+        waiting = "recur_gateway_transactions_waiting"
+        calls = [asyncio.create_task(gateway.score(transaction)) for gateway in site.gateways]
+
+        async def all_wait() -> bool:
+            return all([await gateway.metric(waiting) == 1 for gateway in site.gateways])
+
+        await until(all_wait, "all gateways to wait for the claim")
+        (key,) = site.under_test._keys().answers(incoming.partition, [transaction.transaction_id])
+        client = redis_client(site.under_test.settings)
+        await client.delete(key)
+        await client.aclose()
+        answers = await asyncio.gather(*calls)
+        assert {answer.status_code for answer in answers} == {200}
+        (value,) = {answer.content for answer in answers}
+        assert await values_of(site, "scores", transaction.transaction_id) == [value]
+        assert len(await values_of(site, "transactions", transaction.transaction_id)) == 1
+
+    site.run(body())
+
+
+def test_a_score_that_its_kafka_transaction_holds_back_is_pending_until_it_is_committed(
+    site: Site,
+) -> None:
+    async def body() -> None:
+        settings = site.under_test.settings
+        (transaction,) = transactions(1, 1, seed=32)
+        incoming = incoming_of(site, transaction)
+        place = incoming.partition, [transaction.transaction_id]
+        value = json.dumps({**EXAMPLE_SCORE, **fields_of(transaction)}, separators=(",", ":"))
+        path = f"/v1/scores/{transaction.transaction_id}"
+        client = redis_client(settings)
+        async with AIOKafkaProducer(
+            **settings.kafka_client_options(), transactional_id=transaction.transaction_id
+        ) as producer:
+            async with producer.transaction():
+                sent = await producer.send_and_wait(
+                    settings.topic("scores"), value.encode(), partition=incoming.partition
+                )
+                answer = StoredAnswer("A", incoming.content, sent.offset).to_bytes()
+                await client.set(site.under_test._keys().answers(*place)[0], answer, px=600_000)
+                for gateway in site.gateways[:2]:
+                    assert (await gateway.score(transaction, "wait=0")).status_code == 202
+                    assert (await gateway.client.get(path)).status_code == 202
+                waiting = asyncio.create_task(site.gateways[2].score(transaction))
+                await asyncio.sleep(0)
+        await client.aclose()
+        found = await waiting
+        again = await site.gateways[0].client.get(path, headers={"Prefer": "wait=20"})
+        assert (found.status_code, again.status_code) == (200, 200), found.text
+        assert found.content == again.content == value.encode()
+        assert await values_of(site, "transactions", transaction.transaction_id) == []
+
+    site.run(body())
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Bytes that a gateway's process read from all its connections and files, and its CPU time."""
+
+    bytes_read: int | None
+    cpu_seconds: float
+
+    @classmethod
+    def of(cls, gateway: GatewayProcess) -> Effort:
+        process = psutil.Process(gateway.process.pid)
+        counted = getattr(process, "io_counters", None)  # not on every system
+        times = process.cpu_times()
+        return cls(counted().read_chars if counted else None, times.user + times.system)
+
+
+def test_a_gateway_hears_and_reads_only_what_belongs_to_its_own_requests(
+    site: Site, redis_server: Redis, record_property: Callable[[str, object], None]
+) -> None:
+    async def body() -> None:
+        *busy, idle = site.gateways
+        sent = transactions(TRAFFIC, 40, seed=17)
+        shares = [sent[i :: len(busy)] for i in range(len(busy))]
+        keys = site.under_test._keys()
+        partitions = range(site.under_test.settings.topic_partitions)
+        id_of_key = {
+            key.decode(): t.transaction_id
+            for t in sent
+            for p in partitions
+            for key in keys.answers(p, [t.transaction_id])
+        }
+        ports = [ports_to(redis_server, g.process.pid) for g in site.gateways]
+        assert all(ports)
+        replies = await idle.metric("recur_gateway_replies_total")
+        efforts, start = [Effort.of(g) for g in site.gateways], time.monotonic()
+        with watched_commands(redis_server) as commands:
+            answers = await asyncio.gather(
+                *(g.score(t) for g, share in zip(busy, shares, strict=True) for t in share)
+            )
+            seconds = time.monotonic() - start
+            after = [Effort.of(g) for g in site.gateways]
+        assert {answer.status_code for answer in answers} == {200}
+
+        # What each gateway asks Redis for, and what workers publish to its channel.
+        run = sent[0].transaction_id.partition("-")[0]
+        for gateway, own, mine in zip(site.gateways, [*shares, []], ports, strict=True):
+            (channel,) = re.findall(r"gateway=([0-9a-f]{16})", gateway.log())[-1:]
+            ids = {t.transaction_id for t in own}
+            asked = [c for c in commands if c.port in mine]
+            named = {
+                key for c in asked for key in re.findall(r'"([^"]+=[0-9a-f]{32})"', c.arguments)
+            }
+            assert {id_of_key[key] for key in named} == ids
+            heard = [
+                c.arguments for c in commands if c.name == "PUBLISH" and channel in c.arguments
+            ]
+            assert {n for text in heard for n in re.findall(rf"{run}-\d+", text)} == ids
+        own_commands = Counter(c.name for c in commands if c.port in ports[-1])
+        assert set(own_commands) <= {"PING"}
+        assert await idle.metric("recur_gateway_replies_total") == replies
+
+        # All that it reads, from the broker too: what it asks each second, and no more.
+        spent = [b.cpu_seconds - a.cpu_seconds for a, b in zip(efforts, after, strict=True)]
+        record_property("cpu_seconds", spent)
+        record_property("seconds", seconds)
+        if after[-1].bytes_read is not None:
+            read = [
+                (b.bytes_read or 0) - (a.bytes_read or 0)
+                for a, b in zip(efforts, after, strict=True)
+            ]
+            record_property("bytes_read", read)
+            everything = sum(len(answer.content) for answer in answers)
+            allowed = OWN_TRAFFIC_BYTES_PER_SECOND * (seconds + 1)
+            assert read[-1] <= allowed
+            assert min(read[:-1]) > everything / len(busy)
+
+    site.run(body())
+
+
+def test_expired_and_revoked_keys_are_refused_while_the_gateway_runs(site: Site) -> None:
+    async def body() -> None:
+        now_ms = time.time_ns() // 1_000_000
+        expired, expired_token = new_key("old", ["read"], expires_ms=now_ms + 1, now_ms=now_ms)
+        revoked, revoked_token = new_key("lost", ["read"])
+        client = site.gateways[0].client
+
+        async def status(token: str) -> int:
+            headers = {"Authorization": f"Bearer {token}"}
+            return (await client.get("/v1/alerts", headers=headers)).status_code
+
+        async with api_key_store(site.under_test.settings) as store:
+            await store.add(expired)
+            await store.add(revoked)
+            assert await status(expired_token) == 401
+            assert await status(revoked_token) == 200
+            await store.revoke(revoked.id)
+
+        async def is_refused() -> bool:
+            return await status(revoked_token) == 401
+
+        await until(is_refused, "the revoked key to be refused")
+
+    site.run(body())
+
+
+def test_clients_that_are_slow_greedy_or_gone_hold_up_nobody(site: Site) -> None:
+    async def body() -> None:
+        gateway = site.gateways[0]
+        port, token = gateway.port, gateway.token
+        cut, gone, served = transactions(3, 3, seed=18)
+        whole = encode_transaction(cut)
+        limit = 200_000
+        _reader, deaf = await asyncio.open_connection("127.0.0.1", port)
+        wanted = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+        deaf.write(wanted * 80)  # and never reads
+        flood = exchange(port, wanted * 5_000)
+        _, half = await asyncio.open_connection("127.0.0.1", port)
+        half.write(request_bytes(token, whole[: len(whole) // 2], len(whole)))
+        await half.drain()
+        half.close()
+        _, left = await asyncio.open_connection("127.0.0.1", port)
+        left.write(request_bytes(token, encode_transaction(gone)))
+        await left.drain()
+        left.close()
+        chunked = request_bytes(token, b"").replace(
+            b"Content-Length: 0", b"Transfer-Encoding: chunked"
+        )
+        endless = b"%x\r\n%s\r\n" % (limit // 4, b" " * (limit // 4))
+        slow, large, greedy, garbage, flooded, answer = await asyncio.gather(
+            exchange(port, request_bytes(token, b"{", 100)),
+            exchange(port, request_bytes(token, b"", limit + 1)),
+            exchange(port, chunked, *[endless] * 6),
+            exchange(port, b"\x16\x03\x01 no HTTP\r\n\r\n"),
+            flood,
+            gateway.score(served),
+        )
+        assert answer.status_code == 200
+        assert slow.startswith(b"HTTP/1.1 408 ")
+        assert large.startswith(b"HTTP/1.1 413 ")
+        assert greedy.startswith(b"HTTP/1.1 413 ") or greedy == b""  # closed while it still sent
+        assert garbage.startswith(b"HTTP/1.1 400 ")
+        assert flooded.count(b"HTTP/1.1 200 ") < 5_000  # the connection ended
+        deaf.transport.abort()
+        assert await values_of(site, "transactions", cut.transaction_id) == []
+        found = await gateway.score(gone)  # it is scored once, whether or not its sender listens
+        assert await values_of(site, "scores", gone.transaction_id) == [found.content]
+        assert " error " not in gateway.log()
+
+    site.run(body())
+
+
+def test_the_gateway_speaks_tls_with_its_own_certificate(site: Site, tmp_path: Path) -> None:
+    async def body() -> None:
+        authority = Authority.create(tmp_path)
+        certificate, key = authority.issue(tmp_path, "gateway")
+        trusted = ssl.create_default_context(cafile=authority.cafile)
+        token = site.gateways[0].token
+        gateway = await start_gateway(
+            site.under_test, token, trusted,
+            gateway_ssl_certfile=certificate, gateway_ssl_keyfile=key,
+        )  # fmt: skip
+        try:
+            await gateway.until_ready()
+            (transaction,) = transactions(1, 1, seed=19)
+            answer = await gateway.score(transaction)
+            assert (answer.status_code, answer.url.scheme) == (200, "https")
+            assert (await site.gateways[0].score(transaction)).content == answer.content
+            transport = httpx.HTTPTransport(verify=trusted)
+            with Client(gateway.address, token, transport=transport) as client:
+                found = await asyncio.to_thread(client.get_score, transaction.transaction_id)
+            assert found == answer.json()
+            for address in (gateway.address, gateway.address.replace("https", "http")):
+                async with httpx.AsyncClient(trust_env=False) as stranger:
+                    with pytest.raises(httpx.TransportError):
+                        await stranger.get(f"{address}/live")
+            assert await gateway.stop() == 0  # although the clients' connections are open
+            assert "exceeded" not in gateway.log()
+        finally:
+            await gateway.close()
+
+    site.run(body())
+
+
+def test_a_gateway_without_a_usable_certificate_says_so_and_ends(
+    site: Site, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        authority = Authority.create(tmp_path)
+        certificate, _ = authority.issue(tmp_path, "gateway")
+        _, other = authority.issue(tmp_path, "other")
+        _, encrypted = authority.issue(tmp_path, "encrypted", password="secret-password")
+        keys = {other: "SSLError", tmp_path / "none.key": "FileNotFoundError",
+                certificate: "SSLError", encrypted: "encrypted"}  # fmt: skip
+        started = [
+            await start_gateway(
+                site.under_test, "", gateway_ssl_certfile=certificate, gateway_ssl_keyfile=key
+            )
+            for key in keys
+        ]
+        for gateway, says in zip(started, keys.values(), strict=True):
+            status = await asyncio.to_thread(gateway.process.wait, 60)
+            log = gateway.log()
+            assert status not in (0, None)
+            assert says in log
+            assert "RECUR_GATEWAY_SSL_KEYFILE" in log
+            assert "Traceback" not in log
+            await gateway.close()
+
+    site.run(body())
+
+
+def test_both_doors_give_the_same_answers_while_one_of_two_workers_is_killed(site: Site) -> None:
+    """The fault `two-doors` does it with 10,000 transactions, and checks all states."""
+
+    async def body() -> None:
+        under_test = site.under_test
+        under_test.use(kafka_session_timeout_seconds=3.0)
+        (killed,) = await under_test.start_workers(1)
+        over_http, stream = transactions(300, 60, seed=30), transactions(300, 60, seed=31)
+        requests = requests_for([encode_transaction(t) for t in over_http], GATEWAYS)
+        caller = Caller([gateway.client for gateway in site.gateways], requests)
+
+        async def half_is_answered() -> bool:
+            return caller.done >= len(requests) / 2
+
+        running = asyncio.create_task(caller.run())
+        sending = asyncio.create_task(under_test.send(stream, rate=100))
+        try:
+            await until(half_is_answered, "half of the answers", pause_seconds=0.01)
+        finally:
+            await asyncio.to_thread(killed.process.kill)
+        await asyncio.gather(running, sending)
+        await under_test.until_applied()
+        assert any(request.pended for request in requests), "nobody waited for the killed worker"
+        assert caller.complaints == []
+        scores: dict[str, list[bytes]] = {}
+        for record in await under_test.records("scores"):
+            scores.setdefault(json.loads(record.value)["transaction_id"], []).append(record.value)
+        assert [*compare(requests, scores)] == []
+        assert {len(scores[t.transaction_id]) for t in stream} == {1}
+        for i, transaction in enumerate(stream[::10]):
+            name = transaction.transaction_id
+            found = await site.gateways[i % GATEWAYS].client.get(f"/v1/scores/{name}")
+            assert [found.content] == scores[name]
+
+    site.run(body())
+
+
+DOCUMENT = make_document(load_settings(), load_checkpoint(load_settings()))
+
+
+@pytest.mark.parametrize("example", [*requests_of(DOCUMENT)], ids=lambda one: one.operation)
+def test_each_example_of_the_document_runs(site: Site, example: ExampleRequest) -> None:
+    async def body() -> None:
+        client = site.gateways[0].client
+        known = await client.post(
+            "/v1/scores", json=EXAMPLE_TRANSACTION, headers={"Prefer": "wait=20"}
+        )
+        assert known.status_code == 200, known.text
+        answer = await client.request(
+            example.method, example.path, json=example.body, headers=example.headers
+        )
+        assert answer.status_code in range(200, 300), answer.text
+        schema = example.answers[answer.status_code]
+        if schema is not None:
+            check(DOCUMENT, schema, answer.json())
 
     site.run(body())
 

@@ -11,6 +11,7 @@ import httpx
 
 from recur_client import requests
 from recur_client.calls import Call, Pause, Reply, Send, make_call
+from recur_client.deadlines import bound
 from recur_client.requests import Fields
 
 TIMEOUT_SECONDS = 30.0
@@ -30,7 +31,8 @@ class Client:
     Args:
         address: the gateway's, such as ``https://scores.example.com``.
         key: API key or token.
-        timeout_seconds: time of each call, all attempts and pauses together.
+        timeout_seconds: time of each call, all attempts and pauses together; only the look-up of
+            the address's name may take longer.
         transport: httpx transport to use in place of the network.
     """
 
@@ -46,6 +48,7 @@ class Client:
         self._http = httpx.Client(
             base_url=address, headers={"Authorization": f"Bearer {key}"}, transport=transport
         )
+        self._deadline = bound(self._http)
 
     def __enter__(self) -> Self:
         return self
@@ -134,23 +137,15 @@ class Client:
                 reply = self._send(step)
 
     def _send(self, step: Send) -> Reply:
-        deadline = time.monotonic() + step.timeout_seconds
-        body = bytearray()
         try:
-            with self._http.stream(
-                step.method,
-                step.path,
-                content=step.body,
-                headers=_headers(step),
-                timeout=step.timeout_seconds,
-            ) as response:
-                for part in response.iter_raw():  # each part has a time of its own
-                    if time.monotonic() >= deadline:
-                        return httpx.ReadTimeout("the call's time is over")
-                    body += part
-            return httpx.Response(
-                response.status_code, headers=response.headers, content=bytes(body)
-            )
+            with self._deadline.within(step.timeout_seconds):
+                return self._http.request(
+                    step.method,
+                    step.path,
+                    content=step.body,
+                    headers=_headers(step),
+                    timeout=step.timeout_seconds,
+                )
         except httpx.TransportError as error:
             return error
 

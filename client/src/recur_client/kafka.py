@@ -1,4 +1,4 @@
-"""Scores and alerts from Kafka, once each by id; needs the extra ``kafka``.
+"""Scores and alerts from Kafka, once each by id unless the reader dies; needs the extra ``kafka``.
 
 Example: ``async with alerts("kafka:9092", "ops") as stream: async for alert in stream: ...``
 """
@@ -36,9 +36,13 @@ class RecordError(RecurClientError):
 class Stream(ConsumerRebalanceListener):  # type: ignore[misc]
     """Records of a topic, once each by their ``source``; use it with ``async with``.
 
-    A record counts as done when the next one is asked for, or when the block ends without an error.
-    If the block ends with an error, the last record comes again. After the process is killed, or a
-    partition goes to another member of the group, records of the last second may come again.
+    A record counts as done when the next one is asked for, when :meth:`save` is called, or when the
+    block ends without an error. If the block ends with an error, the last record comes again.
+
+    The place is saved every second. After the process is killed, or a partition goes to another
+    member of the group, what was done since then comes again: no reader can do something elsewhere
+    and save its place in one act. Do it so that a repetition of the ``source`` changes nothing, or
+    call :meth:`save` after each record: then only the record in work comes again.
 
     Args:
         topic: name of the topic.
@@ -141,6 +145,11 @@ class Stream(ConsumerRebalanceListener):  # type: ignore[misc]
             self._done[place] = max(offset + 1, self._begins.get(place, 0))
             self._current = None
 
+    async def save(self) -> None:
+        """Count the record that was returned last as done, and save the place now."""
+        self._confirm()
+        await self._save()
+
     async def _save(self) -> None:
         """Save the place behind the records that are done."""
         self._saved = time.monotonic()
@@ -219,6 +228,10 @@ class Blocking:
     def __next__(self) -> dict[str, Any]:
         """Return the next record; wait for it without end."""
         return self._run(self._stream.__anext__())
+
+    def save(self) -> None:
+        """Count the record that was returned last as done, and save the place now."""
+        self._run(self._stream.save())
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 
 import click
+import pytest
 
-from pipeline.cli.main import recur
+from pipeline.cli.main import main, recur
 
-LEARNING = {"train", "evaluate", "probe"}
+LEARNING = {"train", "evaluate", "probe", "train-generator", "evaluate-generator"}
 """Commands that compute gradients or compare networks."""
 
 IMPORT_ALL = """
@@ -107,3 +108,16 @@ def test_help_imports_neither_numpy_nor_a_client() -> None:
     )
 
     assert found == {"help": []}
+
+
+def test_a_gateway_without_its_packages_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "litestar", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway"])
+
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "recur: the gateway needs the package litestar: pip install 'recur[gateway]'\n"
+    )

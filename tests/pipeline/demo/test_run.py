@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from pipeline.demo.http_traffic import divide
-from pipeline.demo.run import INTERRUPTED, DemoOptions
+from pipeline.demo.run import INTERRUPTED, DemoOptions, run_demo
 from pipeline.demo.stage import Phase
-from pipeline.errors import SettingsError
+from pipeline.errors import SettingsError, StartupError
+from pipeline.extras import GATEWAY_PACKAGES
 from pipeline.replay.score_counter import ScoreCounter
 from pipeline.replay.simulated import SimulatedStream
 
@@ -197,6 +198,16 @@ def test_lost_duplicate_and_unalerted_transactions_are_faults() -> None:
     ]
     phase.warm = True
     assert "without an alert" not in " ".join(phase.faults())
+
+
+@pytest.mark.parametrize("package", GATEWAY_PACKAGES)
+def test_without_the_gateways_packages_the_demo_says_what_to_install_and_starts_nothing(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.setattr("pipeline.demo.run.embedded", None)
+    with pytest.raises(StartupError, match=rf"{package}: pip install 'recur\[gateway\]'$"):
+        run_demo(DemoOptions())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Calls of an ASGI application without a server, and what it answered."""
+"""Calls of an ASGI application without a server, and of a server by plain bytes."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -42,6 +43,7 @@ async def call(
     headers: Sequence[tuple[bytes, bytes]] = (),
     messages: Sequence[AsgiMessage] = ({"type": "http.request", "body": b"{}"},),
     receive: Receive | None = None,
+    address: str = "192.0.2.1",
 ) -> Answer:
     """Call an application with a request, and return its answer."""
     rest = iter(messages)
@@ -63,6 +65,7 @@ async def call(
         "path": path,
         "query_string": b"account_id=secret-account",
         "headers": all_headers,
+        "client": (address, 50_000),
     }
     await app(scope, receive or given, send)
     if not sent:
@@ -104,3 +107,26 @@ async def add_key(store: ApiKeyStore, *scopes: str, **options: Any) -> tuple[str
     key, token = new_key("till", scopes or ("score",), **options)
     await store.add(key)
     return key.id, token
+
+
+async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
+    """Send parts with pauses, and read until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(pause)
+        return await asyncio.wait_for(reader.read(), 30)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def request(token: str, content: bytes, length: int | None = None, close: bool = True) -> bytes:
+    """Make the bytes of a score's request; its length may be a lie."""
+    length = len(content) if length is None else length
+    head = f"POST /v1/scores HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    head += f"Content-Length: {length}\r\n" + ("Connection: close\r\n" if close else "")
+    return head.encode() + b"\r\n" + content

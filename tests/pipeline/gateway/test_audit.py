@@ -59,7 +59,7 @@ def test_each_act_has_a_record_before_it_and_one_after_it(kafka: Kafka) -> None:
         audit = AuditLog(settings)
         await audit.start()
         try:
-            label = {"request_id": "r1", "transaction_id": "T1"}
+            label = {"request_id": "r1", "transaction_id": "shop-1"}
             async with audit.act("label_posted", ANALYST, **label):
                 (begun,) = await records(settings)
             assert begun == {
@@ -71,9 +71,9 @@ def test_each_act_has_a_record_before_it_and_one_after_it(kafka: Kafka) -> None:
                 "principal_id": ANALYST.id,
                 "principal_name": "case system",
                 "request_id": "r1",
-                "transaction_hash": transaction_hash("T1"),
+                "transaction_hash": transaction_hash("shop-1"),
             }
-            for error in (not_found(), ValueError("T1")):
+            for error in (not_found(), ValueError("shop-1")):
                 with pytest.raises(type(error)):
                     async with audit.act("label_posted", ANALYST, **label):
                         raise error
@@ -85,7 +85,7 @@ def test_each_act_has_a_record_before_it_and_one_after_it(kafka: Kafka) -> None:
                 ("begun", None),
                 ("failed", "ValueError"),
             ]
-            assert "T1" not in json.dumps([begun, done, *failed])
+            assert "shop-1" not in json.dumps([begun, done, *failed])
             assert await partition_count(settings, settings.topic("audit")) == AUDIT_PARTITIONS
         finally:
             await audit.stop()

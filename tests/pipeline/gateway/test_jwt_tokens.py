@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -247,3 +249,28 @@ def test_settings_that_would_open_the_door_are_refused(changes: dict[str, str], 
     } | changes
     with pytest.raises(SettingsError, match=says):
         load_settings(**given)
+
+
+@pytest.mark.slow
+def test_pyjwt_is_imported_only_where_an_issuer_is_configured() -> None:
+    """The extra `jwt` is optional: a gateway without an issuer starts without it."""
+    script = """if True:
+        import json, sys
+        from pipeline.checkpoint import load_checkpoint
+        from pipeline.gateway import process
+        from pipeline.gateway.app import make_app
+        from pipeline.gateway.service import Gateway
+        from pipeline.settings import load_settings
+
+        settings = load_settings(**json.loads(sys.argv[1]))
+        make_app(Gateway(settings, load_checkpoint(settings)))
+        print("jwt" in sys.modules)
+    """
+    names = ("gateway_jwt_issuer", "gateway_jwt_audience", "gateway_jwt_jwks")
+    configured = {name: getattr(settings_of(), name) for name in names}
+    for settings, imported in (({}, "False"), (configured, "True")):
+        printed = subprocess.run(
+            [sys.executable, "-c", script, json.dumps(settings)],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert printed.stdout.strip() == imported, printed.stderr

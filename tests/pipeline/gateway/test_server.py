@@ -15,7 +15,7 @@ from pipeline.gateway.protection import make_authenticator, make_limiter, protec
 from pipeline.gateway.server_protocol import HeadLimitedProtocol
 from pipeline.local.redis import Redis
 from pipeline.settings import load_settings
-from tests.pipeline.gateway.calls import add_key, echo, key_store
+from tests.pipeline.gateway.calls import add_key, echo, exchange, key_store, request
 
 
 class Hurried(HeadLimitedProtocol):
@@ -49,28 +49,6 @@ async def server(redis_server: Redis) -> AsyncIterator[tuple[int, str]]:
             running.should_exit = True
             await task
             listener.close()
-
-
-async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
-    """Send parts with pauses, and read until the server closes the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-            await asyncio.sleep(pause)
-        return await asyncio.wait_for(reader.read(), 30)
-    except ConnectionError:
-        return b""
-    finally:
-        writer.close()
-
-
-def request(token: str, content: bytes, length: int | None = None, close: bool = True) -> bytes:
-    length = len(content) if length is None else length
-    head = f"POST /v1/scores HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
-    head += f"Content-Length: {length}\r\n" + ("Connection: close\r\n" if close else "")
-    return head.encode() + b"\r\n" + content
 
 
 @pytest.mark.live
