@@ -192,7 +192,7 @@ def _gru(
                     reader(data[at], lengths[at]), truth[at]
                 )
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             reader.eval()
             found = _account_auc(score(valid), is_real[valid], account[valid])

@@ -6,7 +6,7 @@ transactions are sorted. In memory are the accounts' states, about 1 kB each, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -131,7 +131,8 @@ def generated_dataset(stream: HistoryStream) -> Dataset:
         raise GeneratorError("no transaction was generated: raise accounts or days")
     found = GeneratedTransactions.joined(parts)
     merchant = np.unique(found.merchant, return_inverse=True)[1].astype(np.int32)
-    numeric, categorical, texts = {}, {}, {}
+    numeric, categorical = {}, {}
+    texts: dict[str, Sequence[str]] = {}
     for place, field_ in enumerate(stream.generator.header.fields):
         classes = found.fields[:, place].astype(np.int64)
         if field_.is_numeric:

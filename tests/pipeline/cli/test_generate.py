@@ -93,7 +93,7 @@ def test_mistakes_are_answered_in_a_line(tmp_path: Path, generator: Path, capsys
         'amount = "TX_AMOUNT"\ntimestamp = "TX_DATETIME"\nlabel = "TX_FRAUD"\n'
         '[constants]\ncurrency = "EUR"\n'
     )
-    train = ["train-generator", tmp_path / "g", "--data"]
+    train: list[str | Path] = ["train-generator", tmp_path / "g", "--data"]
     cases: list[tuple[str, list[str | Path]]] = [
         ("must end with .parquet or .csv", ["generate", tmp_path / "x.txt"]),
         ("cannot write", ["generate", tmp_path / "file" / "x.csv"]),
