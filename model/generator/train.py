@@ -152,14 +152,14 @@ def accounts_of(log: Dataset, accounts: NDArray[np.int64] | NDArray[np.int32]) -
     chosen = np.zeros(int(log.account.max()) + 1, np.bool_)
     chosen[accounts] = True
     rows = np.flatnonzero(chosen[log.account])
-    renumbered = {
-        name: np.unique(getattr(log, name)[rows], return_inverse=True)[1].astype(np.int32)
-        for name in ("account", "merchant")
-    }
+
+    def renumbered(codes: NDArray[np.int32]) -> NDArray[np.int32]:
+        return np.unique(codes[rows], return_inverse=True)[1].astype(np.int32)
+
     return dataclasses.replace(
         log,
-        account=renumbered["account"],
-        merchant=renumbered["merchant"],
+        account=renumbered(log.account),
+        merchant=renumbered(log.merchant),
         amount=np.asarray(log.amount[rows]),
         timestamp_ms=np.asarray(log.timestamp_ms[rows]),
         label=np.asarray(log.label[rows]),

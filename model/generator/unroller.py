@@ -116,8 +116,7 @@ def choose(logits: Float32, share: Floats) -> Int64:
     np.exp(logits, out=logits)
     cumulative = np.cumsum(logits, 1, dtype=np.float64)
     passed = (cumulative <= (share * cumulative[:, -1])[:, None]).sum(1)
-    chosen: Int64 = np.minimum(passed, logits.shape[1] - 1)
-    return chosen
+    return np.asarray(np.minimum(passed, logits.shape[1] - 1), np.int64)
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ class Unroller:
                 self._rank[rows],
                 self._fraud_class[rows],
                 amount / memory.level[rows],
-                found.fields[:, self._own] / scale,
+                (found.fields[:, self._own] / scale).astype(np.float32),
             ),
         )
         return found
@@ -329,8 +328,7 @@ class Unroller:
         size = width * height
         wide = (4 * stretch > size) | (4 * place + 8 >= len(_NEAREST))
         cell = np.where(wide, (home + place) % size, cell_y * width + cell_x)
-        merchant: NDArray[np.int32] = (self._town_first[rows] + cell).astype(np.int32)
-        return merchant
+        return np.asarray(self._town_first[rows] + cell, np.int32)
 
     def _advance(self, rows: Rows) -> None:
         """Draw the next transactions of accounts."""
@@ -396,8 +394,7 @@ class Unroller:
             low, high = begin[at, slot], end[at, slot]
             time_ms[long] = low + np.floor(within[long] * (high - low)).astype(np.int64)
         resolution = round(self._world["resolution_ms"])
-        rounded: Int64 = np.maximum(time_ms - time_ms % resolution, last)
-        return rounded
+        return np.asarray(np.maximum(time_ms - time_ms % resolution, last))
 
     def _draw_merchant(
         self, rows: Rows, z: Float32, fraud_class: Int64, draw: Draw
