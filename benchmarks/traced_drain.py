@@ -159,7 +159,9 @@ def report(bench: Bench, times: Sequence[BlockTime], ratio: float) -> None:
     cost = (calls_us + export_us) / off_us
     low, high = _interval(ratios)
     row = bench.results.add
-    row("CPU of a transaction without tracing", f"{off_us:.1f} µs, {rounds} rounds of 4 blocks")
+    size = sum(block.records for block in warm) / len(warm) / BLOCK_POLLS
+    row("records of a poll", f"{size:,.0f}, {rounds} rounds of 4 blocks of {BLOCK_POLLS} polls")
+    row("CPU of a transaction without tracing", f"{off_us:.1f} µs")
     row("CPU of the tracer's calls, of sending spans", f"{calls_us:.2f}, {export_us:.2f} µs")
     row(
         "blocks' CPU, on against off", f"{np.median(ratios):+.1%} (90 %: {low:+.1%} to {high:+.1%})"

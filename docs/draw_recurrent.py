@@ -15,13 +15,23 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from safetensors import safe_open
+
 from model.checkpoint import Checkpoint
+from model.forecast.inputs import BOOKKEEPING, DAY_INPUTS
+from model.forecast.shape import DAYS_MAX, LEVELS
+from model.generator.profiles import PROFILE
 from model.training.account_head import COMPROMISED_DAYS
+from pipeline.files.generated_stream import SHIPPED_GENERATOR
 from pipeline.settings import SHIPPED_CHECKPOINT
 from pipeline.storage.account_state import StateCodec
 
 FOLDER = Path(__file__).parent / "drawings"
 WIDTH = 840
+GATES = 3
+"""Gates of a GRU, which nn.GRU stacks in one tensor."""
+
+GENERATOR_TENSOR = "network.gru.weight_ih_l0"
 
 _LIGHT = {
     "panel": "#ffffff #d0d7de", "input": "#ddf4ff #0969da", "state": "#dafbe1 #1a7f37",
@@ -45,6 +55,8 @@ class Sizes:
             :class:`model.architecture.Architecture`.
         state_bytes: bytes of an account's state in Redis.
         chunk_steps: transactions between two cuts of the gradient.
+        context_size, decoder_size: units of the forecast head's context and of its decoder.
+        generator_inputs, generator_size: inputs and units of the shipped generator's GRU.
     """
 
     inputs: int
@@ -54,12 +66,19 @@ class Sizes:
     rising_size: int
     state_bytes: int
     chunk_steps: int
+    context_size: int
+    decoder_size: int
+    generator_inputs: int
+    generator_size: int
 
     @classmethod
     def shipped(cls) -> Sizes:
         """Read the sizes from the shipped checkpoint."""
         checkpoint = Checkpoint.load(SHIPPED_CHECKPOINT)
-        a = checkpoint.header.architecture
+        a, head = checkpoint.header.architecture, checkpoint.header.forecast
+        assert head is not None, "the shipped checkpoint has no forecast head"
+        with safe_open(SHIPPED_GENERATOR, "np") as generator:
+            gates, generator_inputs = generator.get_slice(GENERATOR_TENSOR).get_shape()
         return cls(
             inputs=a.inputs,
             input_size=a.input_size,
@@ -68,6 +87,10 @@ class Sizes:
             rising_size=a.rising_size,
             state_bytes=StateCodec.of(checkpoint).size_bytes,
             chunk_steps=int(checkpoint.header.training["chunk_steps"]),
+            context_size=head.context_size,
+            decoder_size=head.hidden_size,
+            generator_inputs=generator_inputs,
+            generator_size=gates // GATES,
         )
 
     @property
@@ -399,6 +422,79 @@ def stack(sizes: Sizes) -> Drawing:
     return drawing
 
 
+def one_to_many(sizes: Sizes) -> Drawing:
+    """Draw the generator."""
+    drawing = Drawing(
+        330,
+        "One to many: a generated history",
+        "A profile gives a whole history. Each step draws a payment from distributions, and the"
+        " payment is an input of the next step.",
+    )
+    drawing.box(70, 200, "state", "h_{0}", "zeros", width=80)
+    drawing.arrow((110, 200), (STEPS[0] - 50, 200))
+    drawing.box(90, 286, "input", "profile", f"{len(PROFILE)} numbers", width=120)
+    drawing.arrow((150, 286), (STEPS[-1], 286), head=False)
+    for number, x in enumerate(STEPS, 1):
+        drawing.box(x, 200, "state", "step", f"GRU {sizes.generator_size}")
+        drawing.arrow((x, 286), (x, 225))
+        drawing.arrow((x, 176), (x, 88))
+        drawing.box(
+            x, 56, "output", f"payment {number}", "time, merchant,", "amount, label", width=116,
+            height=62,
+        )  # fmt: skip
+        end = (x + 148, 176) if number < len(STEPS) else (x + 148, 138)
+        drawing.arrow((x + 58, 56), (x + 92, 56), (x + 92, 138), (x + 148, 138), end,
+                      head=number < len(STEPS))  # fmt: skip
+    for left, right in pairwise(STEPS):
+        drawing.arrow((left + 48, 200), (right - 50, 200))
+    drawing.arrow((638, 200), (700, 200))
+    drawing.text(726, 205, "· · ·", small=False)
+    drawing.text(758, 142, "· · ·", small=False)
+    drawing.text(350, 310, f"{sizes.generator_inputs} inputs: the profile and the payment before")
+    drawing.text(640, 290, "until the period ends", at="start")
+    return drawing
+
+
+def forecast(sizes: Sizes) -> Drawing:
+    """Draw the forecast: a decoder of another length than the history."""
+    drawing = Drawing(
+        350,
+        "Many to many, unsynchronised: a forecast",
+        "The state after a history of payments starts a decoder, which makes one step for each day"
+        " to come. Both lengths are independent of each other.",
+    )
+    y = 186.0
+    drawing.frame(20, 58, 336, 242)
+    drawing.text(188, 44, "encoder: the GRU that scores")
+    drawing.text(188, 324, "T_{x} payments; the state is in Redis already")
+    drawing.frame(502, 58, 318, 242)
+    drawing.text(661, 44, "decoder: a GRU of its own")
+    drawing.text(661, 324, f"T_{{y}} days, 1 to {DAYS_MAX}: as many as you ask for")
+    for x, name in ((72.0, "1"), (204.0, "T")):
+        drawing.box(x, y, "state", "step", f"GRU {sizes.hidden_size}", width=84)
+        drawing.arrow((x, y + 56), (x, y + 25))
+        drawing.box(x, y + 79, "input", f"x_{{{name}}}", f"{sizes.inputs} inputs", width=84)
+    drawing.arrow((114, y), (124, y), head=False)
+    drawing.text(138, y + 5, "· · ·", small=False)
+    drawing.arrow((152, y), (160, y))
+    drawing.arrow((246, y), (270, y))
+    drawing.box(308, y, "state", "h_{T}", f"{sizes.hidden_size}", width=72)
+    drawing.arrow((344, y), (378, y))
+    drawing.box(429, y, "plain", "context", f"{sizes.context_size} units", width=98)
+    drawing.arrow((429, y + 56), (429, y + 25))
+    drawing.box(429, y + 79, "input", "bookkeeping", f"{len(BOOKKEEPING)} inputs", width=112)
+    drawing.arrow((478, y), (514, y))
+    for number, x in enumerate((558.0, 660.0, 762.0), 1):
+        drawing.box(x, y, "head", "step", f"GRU {sizes.decoder_size}", width=84)
+        drawing.arrow((x, y + 56), (x, y + 25))
+        drawing.box(x, y + 79, "input", "calendar", f"{len(DAY_INPUTS)} inputs", width=84)
+        drawing.arrow((x, y - 24), (x, y - 54))
+        drawing.box(x, y - 80, "output", f"day {number}", f"{len(LEVELS)} quantiles", width=92)
+    for left in (558.0, 660.0):
+        drawing.arrow((left + 42, y), (left + 58, y))
+    return drawing
+
+
 DRAWINGS: dict[str, Callable[[Sizes], Drawing]] = {
     "step": step,
     "unfolded": unfolded,
@@ -407,6 +503,8 @@ DRAWINGS: dict[str, Callable[[Sizes], Drawing]] = {
     "many-to-one": many_to_one,
     "many-to-many": many_to_many,
     "stack": stack,
+    "one-to-many": one_to_many,
+    "forecast": forecast,
 }
 """Drawings by the names of their files."""
 

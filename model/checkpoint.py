@@ -22,6 +22,9 @@ from safetensors import SafetensorError
 from model.architecture import Architecture
 from model.features.account import OUTLIER, Float32, Float64
 from model.features.spec import Encoder, FeatureSpec, FeatureSpecError
+from model.forecast.forecaster import Forecaster
+from model.forecast.inputs import BOOKKEEPING, DAY_INPUTS
+from model.forecast.shape import PREFIX, ForecastShape
 from model.stepper import Stepper
 
 if TYPE_CHECKING:  # it imports torch
@@ -124,6 +127,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             ``fraud_amount_per_day`` and ``legitimate_amount_per_day``.
         amounts: spread of the amounts, for the reasons of alerts.
         data_digest: digest of the training data (12 hex digits).
+        forecast: sizes and measures of the forecast head; None if there is none.
     """
 
     format_version: int = FORMAT_VERSION
@@ -137,6 +141,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     validation: dict[str, float] = {}
     amounts: Amounts | None = None
     data_digest: str = ""
+    forecast: ForecastShape | None = None
 
 
 class Checkpoint:
@@ -144,29 +149,41 @@ class Checkpoint:
 
     Args:
         weights: its tensors by name; see :meth:`Architecture.tensor_shapes`.
+        forecast: the tensors of the forecast head, without :data:`PREFIX`, if the header has one.
 
     Attributes:
         weights: they do not change any more.
+        forecast_weights: tensors of the forecast head; empty without one.
         header: see :class:`Header`.
         stepper: the network for a worker.
         digest: 12 hex digits over everything that decides scores and states: weights,
-            architecture and feature specification. Thresholds and metrics are not.
+            architecture and feature specification. Thresholds, metrics and the forecast head are
+            not, so a head that is added later keeps all states.
 
     Raises:
         CheckpointError: the header does not fit the network, or a weight is not finite.
     """
 
-    def __init__(self, weights: Mapping[str, Float32], header: Header) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Float32],
+        header: Header,
+        forecast: Mapping[str, Float32] | None = None,
+    ) -> None:
+        forecast = forecast or {}
         _check_cell(header)
         try:  # first, because its message names the wrong input
             self._encoder = Encoder(header.features)
         except FeatureSpecError as error:
             raise CheckpointError(str(error)) from error
         _check_inputs(header)
-        for name, weight in weights.items():
+        _check_forecast(forecast, header)
+        named = {PREFIX + name: weight for name, weight in forecast.items()}
+        for name, weight in {**weights, **named}.items():
             if not np.isfinite(weight).all():
                 raise CheckpointError(f"the tensor {name} has values that are not finite")
         self.weights = weights
+        self.forecast_weights = forecast
         self.header = header
         self.stepper = Stepper(header.architecture, weights)
         self.digest = _digest(weights, header)
@@ -177,6 +194,13 @@ class Checkpoint:
         if header.architecture != network.architecture:
             raise CheckpointError("the header's architecture is not the network's")
         return cls(network.weights(), header)
+
+    @cached_property
+    def forecaster(self) -> Forecaster | None:
+        """The forecast head for a command or a gateway; None if the checkpoint has none."""
+        if self.header.forecast is None:
+            return None
+        return Forecaster(self.forecast_weights, self.header.features.scale)
 
     @cached_property
     def network(self) -> Network:
@@ -204,7 +228,14 @@ class Checkpoint:
 
     def with_header(self, **changes: Any) -> Checkpoint:
         """Return a checkpoint of the same network with changed entries of the header."""
-        return Checkpoint(self.weights, msgspec.structs.replace(self.header, **changes))
+        header = msgspec.structs.replace(self.header, **changes)
+        return Checkpoint(self.weights, header, self.forecast_weights)
+
+    def with_forecast(self, shape: ForecastShape, weights: Mapping[str, Float32]) -> Checkpoint:
+        """Return a checkpoint of the same network and digest with this forecast head."""
+        return Checkpoint(
+            self.weights, msgspec.structs.replace(self.header, forecast=shape), weights
+        )
 
     def save(self, path: Path) -> None:
         """Write the file completely or not at all; equal checkpoints give equal bytes.
@@ -213,7 +244,9 @@ class Checkpoint:
             CheckpointError: the header is too long, or the file cannot be written.
         """
         text = msgspec.json.encode(self.header, order="deterministic").decode()
-        content = safetensors.numpy.save(dict(self.weights), {_METADATA_KEY: text})
+        tensors = dict(self.weights)
+        tensors |= {PREFIX + name: weight for name, weight in self.forecast_weights.items()}
+        content = safetensors.numpy.save(tensors, {_METADATA_KEY: text})
         if _header_bytes(content) > HEADER_MAX_BYTES:
             raise CheckpointError(
                 f"the header of {path} would have {_header_bytes(content)} bytes, over the limit "
@@ -246,9 +279,14 @@ class Checkpoint:
             weights = safetensors.numpy.load(content)
         except (SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        forecast = {
+            name.removeprefix(PREFIX): weights.pop(name)
+            for name in sorted(weights)
+            if name.startswith(PREFIX)
+        }
         _check_tensors(weights, header.architecture, path)
         try:
-            return cls(weights, header)
+            return cls(weights, header, forecast)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
@@ -274,6 +312,26 @@ def _check_inputs(header: Header) -> None:
     sizes = {field.name: 1 + len(field.vocabulary) for field in features.fields}
     if codes != tuple(sizes.get(name, 0) for name in categories):
         raise CheckpointError("the network's embeddings are not those of the feature specification")
+
+
+def _check_forecast(weights: Mapping[str, NDArray[Any]], header: Header) -> None:
+    """Check that the tensors of the forecast head are those that the header describes."""
+    expected: dict[str, tuple[int, ...]] = {}
+    if header.forecast is not None:
+        encoder = header.architecture.hidden_size
+        expected = header.forecast.tensor_shapes(len(BOOKKEEPING), encoder, len(DAY_INPUTS))
+    if expected.keys() != weights.keys():
+        wrong = ", ".join(sorted(expected.keys() ^ weights.keys()))
+        raise CheckpointError(
+            f"the forecast head's tensors do not fit the header: {wrong[:200]} missing or unknown"
+        )
+    for name, shape in expected.items():
+        found = weights[name]
+        if found.shape != shape or found.dtype != np.float32:
+            raise CheckpointError(
+                f"the forecast head's tensor {name} is {found.dtype} {list(found.shape)}; the "
+                f"header needs float32 {list(shape)}"
+            )
 
 
 def _read(path: Path) -> bytes:

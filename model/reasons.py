@@ -66,20 +66,28 @@ _DEGREES_OF_FREEDOM = 8
 
 The distribution has heavy tails because the usual amount is known only roughly."""
 
+_T90 = 1.397
+"""90th percentile of that distribution, in deviations."""
+
+_WHOLE_FROM = 10.0
+"""Upper end of what is usual from which amounts are shown without decimals."""
+
 _PARETO_EXPONENT = 2.0
 """Exponent of the tail of amounts beyond the highest known quantile."""
 
 
-class Reason(msgspec.Struct, frozen=True):
+class Reason(msgspec.Struct, frozen=True, omit_defaults=True):
     """One reason of an alert.
 
     Attributes:
         code: a key of :data:`REASONS`.
         weight: share of the total, over 0; the weights of the shown reasons sum to 1.
+        detail: the reason in the account's own figures. None: it has none.
     """
 
     code: str
     weight: float
+    detail: str | None = None
 
 
 class Explainer:
@@ -121,8 +129,20 @@ class Explainer:
         found: list[list[Reason]] = []
         for start in range(0, len(raw), EXPLAINED_AT_ONCE):
             part = slice(start, start + EXPLAINED_AT_ONCE)
-            found += map(_reasons, self.falls(raw[part], hidden[part]).tolist())
+            shown = map(_reasons, self.falls(raw[part], hidden[part]).tolist())
+            found += map(self._with_detail, shown, raw[part])
         return found
+
+    def _with_detail(self, reasons: list[Reason], raw: Float32) -> list[Reason]:
+        """Add to ``amount_unusual`` what the account usually pays, from its raw features [R]."""
+        at = self._column
+        if raw[at["transactions_seen"]] <= 1:
+            return reasons
+        usual, amount = float(raw[at["usual_amount"]]), float(raw[at["amount"]])
+        detail = usual_range_text(usual, self._amounts.deviation, amount)
+        return [
+            Reason(r.code, r.weight, detail) if r.code == "amount_unusual" else r for r in reasons
+        ]
 
     def falls(self, raw: Float32, hidden: NDArray[np.floating]) -> Float64:
         """Return the fall of the logit [n, codes] without each code, in the order of REASONS."""
@@ -210,6 +230,19 @@ def surprise_for_account(amount: Float64, usual: Float64, deviation: float) -> F
     two_sided = 1.0 - np.sqrt(1.0 - cos2) * series
     surprise: Float64 = -np.log(np.maximum(two_sided / 2.0, 1e-15))
     return surprise
+
+
+def usual_range_text(usual: float, deviation: float, amount: float) -> str:
+    """Say what an account usually pays, as the range of 80 % of its payments, and what this is.
+
+    The distribution is that of :func:`surprise_for_account`.
+
+    >>> usual_range_text(40.0, 0.36, 412.0)
+    'usually 20 to 60, this is 412'
+    """
+    low, high = (usual * max(0.0, 1.0 + sign * _T90 * deviation) for sign in (-1.0, 1.0))
+    digits = 0 if high >= _WHOLE_FROM else 2
+    return f"usually {low:,.{digits}f} to {high:,.{digits}f}, this is {amount:,.{digits}f}"
 
 
 def _typical(spec: FeatureSpec) -> dict[str, float]:

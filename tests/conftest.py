@@ -43,6 +43,8 @@ SERVICES = {"kafka", "redis_server", "redis_cluster", "broker", "site"}
 SLOW_SECONDS = 2.0
 """A test that takes longer is marked slow; see the end of a run."""
 
+FORECAST_UPDATES = 20
+FORECAST_SAMPLES = 4
 MERCHANT_WEIGHT_UPDATES = 500
 
 _running: list[pytest.Item] = []
@@ -103,10 +105,15 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def few_updates_of_merchant_weight() -> Iterator[None]:
     """Shorten trainings on little data, which the usual updates would dominate."""
-    from model.training import merchant_weight_fit  # here, as torch takes seconds
+    from model.evaluation import forecast_baselines, forecast_following  # here: torch takes seconds
+    from model.training import forecast_head, merchant_weight_fit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merchant_weight_fit, "UPDATES", MERCHANT_WEIGHT_UPDATES)
+        patch.setattr(forecast_head, "UPDATES", FORECAST_UPDATES)
+        patch.setattr(forecast_head, "SAMPLES_FOR_ACCOUNT", FORECAST_SAMPLES)
+        patch.setattr(forecast_following, "ACCOUNTS", FORECAST_SAMPLES)
+        patch.setattr(forecast_baselines, "TREES", FORECAST_SAMPLES)
         yield
 
 

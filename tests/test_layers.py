@@ -14,18 +14,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_MODEL_FOR_LIVE = "model model.features"
+_MODEL_FOR_LIVE = "model model.features model.forecast"
 _MODEL = f"{_MODEL_FOR_LIVE} model.data model.simulator model.training"
 _CLIENTS = f"{_MODEL_FOR_LIVE} pipeline pipeline.messages pipeline.kafka pipeline.storage"
 _SCORING = f"{_CLIENTS} pipeline.tracing pipeline.scoring"
 
 ROOMS = {
-    "model": "model.features",
+    "model": "model.features model.forecast",
     "model.features": "model",
+    "model.forecast": "model model.features",
     "model.data": _MODEL_FOR_LIVE,
     "model.simulator": _MODEL_FOR_LIVE,
     "model.training": f"{_MODEL_FOR_LIVE} model.data model.simulator",
-    "model.evaluation": _MODEL,
+    "model.generator": _MODEL,
+    "model.evaluation": f"{_MODEL} model.generator",
     "model.probe": _MODEL,
     "pipeline": f"{_MODEL_FOR_LIVE} model.training",
     "pipeline.messages": f"{_MODEL_FOR_LIVE} pipeline",
@@ -37,17 +39,19 @@ ROOMS = {
     "pipeline.audit": _SCORING,
     "pipeline.admin": f"{_SCORING} pipeline.audit",
     "pipeline.gateway": _SCORING,
-    "pipeline.files": f"{_MODEL} pipeline",
-    "pipeline.replay": f"{_MODEL} pipeline pipeline.messages pipeline.kafka pipeline.files",
+    "pipeline.files": f"{_MODEL} model.generator pipeline",
+    "pipeline.replay": (
+        f"{_MODEL} model.generator pipeline pipeline.messages pipeline.kafka pipeline.files"
+    ),
     "pipeline.local": "pipeline",
     "pipeline.demo": (
         f"{_CLIENTS} model.simulator pipeline.gateway pipeline.files pipeline.replay pipeline.local"
     ),
     "pipeline.webhooks": f"{_SCORING} pipeline.worker",
     "pipeline.cli": (
-        f"{_SCORING} {_MODEL} model.evaluation model.probe pipeline.worker pipeline.audit"
-        " pipeline.admin pipeline.gateway pipeline.files pipeline.replay pipeline.local"
-        " pipeline.demo pipeline.webhooks"
+        f"{_SCORING} {_MODEL} model.generator model.evaluation model.probe pipeline.worker"
+        " pipeline.audit pipeline.admin pipeline.gateway pipeline.files pipeline.replay"
+        " pipeline.local pipeline.demo pipeline.webhooks"
     ),
 }
 """Each room, and the rooms that it may import besides itself."""

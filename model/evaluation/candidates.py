@@ -33,6 +33,7 @@ from model.stepper import Stepper
 from model.torch_threads import one_thread
 from model.training.account_head import states_of
 from model.training.feature_table import EncodedInputs, field_values
+from model.training.forecast_head import ForecastData
 from model.training.inputs import chosen_fields
 from model.training.preparation import write_raw_for
 from model.training.recipe import (
@@ -138,6 +139,12 @@ class Material:
         raw = self._raw_by_position(spec, merchant_weight)
         return lambda rows: raw[self._position[rows]]
 
+    def forecast_data(self, checkpoint: Checkpoint, fold: Fold) -> ForecastData:
+        """Return the log for the forecast head of a checkpoint."""
+        spec = checkpoint.header.features
+        raw = self._raw_by_position(spec, checkpoint.network.own)
+        return ForecastData(self.dataset, self.sequences, raw, spec, fold.split)
+
     def prepared(self, fold: Fold, settings: TrainingSettings, show: Show) -> TrainingData:
         """Return the data of a fold and seed; their raw features are computed once."""
         path = self._folder / f"raw-{fold.name}-{settings.label_delay_days:g}-{settings.seed}"
@@ -195,7 +202,8 @@ def train_network(
         show: called with the share done and a figure.
         state: progress of an interrupted training, which continues from there.
     """
-    settings = dataclasses.replace(settings, layers=kind.layers)
+    # The forecast of the described checkpoint alone is compared, after the networks.
+    settings = dataclasses.replace(settings, layers=kind.layers, forecast=False)
     fields = (field.name for field in data.prepared.spec.fields)
     fitted = fit_network(
         data,

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from model.checkpoint import Checkpoint
 from model.evaluation.comparison import GIVEN, RECALL_FALSE_POSITIVE_RATE
+from model.evaluation.forecast_report import following_table, forecast_table
 from model.evaluation.protocol import HANDBOOK_FOLDS
 from model.evaluation.results import NetworkSummary, Results, table
 from model.features.spec import FeatureSpec
@@ -51,6 +52,7 @@ def model_card(results: Results, checkpoint: Checkpoint | None, plots: Sequence[
         _comparison(results, plots),
         _scenarios(results),
         *([_reasons(results)] if results.first_reasons_agree else []),
+        *([_forecast(results)] if results.forecast else []),
         *([_robustness(results)] if results.robustness else []),
         *([_thresholds(checkpoint)] if checkpoint else []),
         *([_behaviour(checkpoint)] if checkpoint and "probe_violations" in metrics else []),
@@ -222,6 +224,32 @@ def _reasons(results: Results) -> str:
 Share of the frauds caught at that threshold whose first reason is the cause of the fraud:
 
 {_markdown_table(["kind", "reason", "share"], rows)}"""
+
+
+def _forecast(results: Results) -> str:
+    found = results.forecast
+    assert found is not None
+    headings, rows = forecast_table(found)
+    groups = [[name, f"{share:.1%}", f"{days:,}"] for name, (share, days) in found.groups.items()]
+    return f"""## Forecasts
+
+The next 30 days of {found.samples:,} accounts and moments of the test, {found.days:,} days in all:
+mean pinball loss of a day's amount and of its number of payments over the levels 5, 10, 25, 50, 75,
+90 and 95 %. `<10`: accounts with fewer than ten payments. Coverage: days in the 80 % interval of
+the amount; a day without payment counts by the interval's share of its probability. Closed: days in
+the closed interval.
+
+{_markdown_table(headings, rows)}
+
+{_markdown_table(["group", "coverage of 80 %", "days"], groups)}
+
+Simulated accounts whose rate or level changes for good: share of the way that the forecast has
+gone after some payments. Half way: the fewest of these payments with a half.
+
+{_markdown_table(*following_table(found))}
+
+Silent for a week: {found.silent[0]:.2%} forecast, {found.silent[1]:.2%} observed. Days with fraud:
+{found.fraud[0]:.2%} forecast, {found.fraud[1]:.2%} observed."""
 
 
 def _robustness(results: Results) -> str:

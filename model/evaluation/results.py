@@ -17,6 +17,7 @@ from model.evaluation.comparison import (
     Comparison,
     ComparisonSettings,
 )
+from model.evaluation.forecast_report import ForecastResults
 from model.evaluation.protocol import ProtocolName, days_of, iso_date
 from model.evaluation.robustness import Robustness
 from model.evaluation.run_cache import Run
@@ -91,6 +92,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
             the true one, by scenario.
         cautions: reasons to trust a figure less.
         tested: number of transactions and frauds in all tests.
+        forecast: comparison of forecasts; None if it was not measured.
     """
 
     format_version: int = RESULTS_FORMAT
@@ -106,6 +108,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     first_reasons_agree: dict[int, float] = {}
     cautions: list[str] = []
     batch_transactions: int = BATCH_TRANSACTIONS
+    forecast: ForecastResults | None = None
 
 
 def results_of(

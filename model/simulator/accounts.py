@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.simulator import draws
+from model.simulator.life_changes import LifeChanges
 from model.simulator.payments import Floats, Ints, Payments
 from model.simulator.world import FLEET, HOUSEHOLD, World
 from model.units import DAY_MS, HOUR_MS, MINUTE_MS
@@ -76,6 +77,7 @@ class Accounts:
         self._journey_until = np.zeros(n, np.int64)
         self._journey_ms = np.zeros(n, np.int64)
         self._level = np.ones(n)
+        self._changes = LifeChanges(n, world) if world.has_life_changes else None
         self.payments = np.zeros(n, np.int64)
         self.last_day = np.full(n, -1)
         self.only_checks = np.ones(n, np.bool_)
@@ -97,6 +99,8 @@ class Accounts:
     def is_honest(self, day: int) -> NDArray[np.bool_]:
         """Return for each account whether it is open, not a thief's, and not silent."""
         here: NDArray[np.bool_] = (self._begin <= day) & (self._of_thief_days == 0)
+        if self._changes is not None:
+            here &= ~self._changes.closed
         return here & (self._silent_until <= day)
 
     def opened_by_thief(self, day: int) -> Ints:
@@ -123,9 +127,14 @@ class Accounts:
         self._journey_until[away] = day + draws.whole_numbers(rng, world.journey_days, len(away))
         self._journey_ms[away] = rng.uniform(-10 * HOUR_MS, 10 * HOUR_MS, len(away))
         moved = draws.events(rng, world.level_changes, n)
-        moved = moved[(self.kind[moved] != HANDBOOK_KIND) & (self._high[moved] == np.inf)]
+        moved = moved[self._has_level(moved)]
         level = self._level[moved] * draws.log_uniform(rng, *world.level_factor, len(moved))
         self._level[moved] = np.clip(level, *LEVEL_RANGE)
+        if self._changes is not None:
+            account, factor = self._changes.live(day, rng)
+            factor[~self._has_level(account)] = 1.0
+            np.multiply.at(self._level, account, factor)
+            self._level = np.clip(self._level, *LEVEL_RANGE)
 
     def honest(self, day: int, handbook: Payments, rng: np.random.Generator) -> Payments:
         """Return the honest payments of a day.
@@ -137,7 +146,10 @@ class Accounts:
         """
         awake = self.is_honest(day)
         wide = np.flatnonzero(awake & (self.kind != HANDBOOK_KIND))
-        usual = np.repeat(wide, rng.poisson(self.rate_per_day[wide]))
+        rate = self.rate_per_day
+        if self._changes is not None:
+            rate = rate * self._changes.rates(day)
+        usual = np.repeat(wide, rng.poisson(rate[wide]))
         seldom = np.minimum(self.rate_per_day, 1.0)
         possible = wide[self.usual[wide] * self._world.large_factor[1] < HONEST_MAX]
         large = possible[draws.events(rng, self._world.large_purchases * seldom[possible])]
@@ -173,6 +185,12 @@ class Accounts:
         self.payments += np.bincount(paid.account, minlength=len(self))
         self.last_day[paid.account] = day
         self.only_checks[paid.account[(paid.amount > 1) | (paid.scenario > 0)]] = False
+
+    def _has_level(self, account: Ints) -> NDArray[np.bool_]:
+        """Return whether the level of each account [n] changes: it has no bounds."""
+        has: NDArray[np.bool_] = self.kind[account] != HANDBOOK_KIND
+        has &= self._high[account] == np.inf
+        return has
 
     def _hours(self, account: Ints, rng: np.random.Generator) -> Ints:
         """Draw times [n] in milliseconds since midnight, around each account's noon."""

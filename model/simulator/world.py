@@ -2,16 +2,17 @@
 
 :data:`HANDBOOK` has exactly the published rules of the Fraud Detection Handbook. :data:`WIDE` uses
 them for half of the accounts. It adds other amounts and rates, accounts that open and fall silent,
-card checks, and more kinds of fraud.
+card checks, and more kinds of fraud. :data:`CHANGING` is the wide world with accounts whose rate or
+level changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-WorldName = Literal["handbook", "wide"]
+WorldName = Literal["handbook", "wide", "changing"]
 
 SCENARIOS = (
     "legitimate",
@@ -133,6 +134,15 @@ class World:
         fraud_accounts: share of thieves among the accounts that open during the log.
         patient_thieves: rate of thefts over one to seven days, of many payments near the usual.
         shops_in_part: share of shops that become partly compromised a day.
+        moves: rate of moves, which change the payments a day and the level for good. Changes of
+            rate and level pass over the Handbook's customers.
+        move_rate, move_level: factors of a move.
+        salary_changes: rate of lasting changes of the level.
+        salary_level: factor of such a change.
+        holidays: rate of holidays, with more payments or fewer.
+        holiday_days: length of a holiday.
+        holiday_rate: factor of the payments a day.
+        closures: rate of accounts that close and pay nothing any more.
     """
 
     name: WorldName
@@ -168,6 +178,20 @@ class World:
     fraud_accounts: float = 0.0
     patient_thieves: float = 0.0
     shops_in_part: float = 0.0
+    moves: float = 0.0
+    move_rate: Range = (0.3, 3.0)
+    move_level: Range = (0.5, 2.0)
+    salary_changes: float = 0.0
+    salary_level: Range = (0.4, 2.5)
+    holidays: float = 0.0
+    holiday_days: Range = (5.0, 21.0)
+    holiday_rate: Range = (0.2, 4.0)
+    closures: float = 0.0
+
+    @property
+    def has_life_changes(self) -> bool:
+        """Whether rates and levels of accounts change as in :data:`CHANGING`."""
+        return self.moves + self.salary_changes + self.holidays + self.closures > 0
 
     @property
     def is_wide(self) -> bool:
@@ -220,4 +244,14 @@ WIDE = World(
     shops_in_part=1.4e-4,
 )
 
-WORLDS: Mapping[str, World] = {world.name: world for world in (HANDBOOK, WIDE)}
+CHANGING = replace(
+    WIDE,
+    name="changing",
+    handbook_accounts=0.2,
+    moves=1 / 150,
+    salary_changes=1 / 150,
+    holidays=1 / 120,
+    closures=1 / 600,
+)
+
+WORLDS: Mapping[str, World] = {world.name: world for world in (HANDBOOK, WIDE, CHANGING)}

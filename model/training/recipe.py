@@ -2,7 +2,7 @@
 
     prepare_training  -> raw features on disk, the inputs and the merchant weights
     fit_network       -> the network of the best epoch, with its calibration in the output layer
-    make_checkpoint   -> account head, thresholds, metrics, header
+    make_checkpoint   -> account head, thresholds, metrics, header, forecast head
 
 `recur train` and `recur evaluate` both call these functions, so evaluation measures exactly what
 training ships.
@@ -39,6 +39,7 @@ from model.training.account_head import (
 )
 from model.training.calibration import fold_into_output_layer, platt
 from model.training.feature_table import EncodedInputs, restarted_inputs
+from model.training.forecast_head import ForecastData, fit_forecast_head
 from model.training.loop import device_of, fit
 from model.training.period_metrics import (
     choose_thresholds,
@@ -189,12 +190,14 @@ def make_checkpoint(
     data: TrainingData,
     settings: TrainingSettings,
     training: dict[str, Any],
+    show: Callable[[float], None] = lambda share: None,
 ) -> tuple[Checkpoint, AccountScores]:
-    """Fit the account head, choose the thresholds, measure and write the header.
+    """Fit the account head, choose the thresholds, measure, write the header, fit the forecast.
 
     Args:
         fitted: a GRU; its network moves to the CPU.
         training: the entry ``training`` of the header.
+        show: called with the share of the forecast head's fitting that is done.
     """
     dataset, split = data.dataset, data.split
     thresholds = choose_thresholds(dataset, fitted.scores, split, settings)
@@ -212,7 +215,30 @@ def make_checkpoint(
         amounts=_amounts(data),
         data_digest=dataset.digest(),
     )
-    return Checkpoint.of(fitted.network.cpu(), header), accounts
+    checkpoint = Checkpoint.of(fitted.network.cpu(), header)
+    if settings.forecast:
+        checkpoint = add_forecast(checkpoint, data, settings.seed, show)
+    return checkpoint, accounts
+
+
+def add_forecast(
+    checkpoint: Checkpoint,
+    data: TrainingData,
+    seed: int,
+    show: Callable[[float], None] = lambda share: None,
+) -> Checkpoint:
+    """Fit a forecast head to a checkpoint; the same checkpoint if the data are too few.
+
+    Args:
+        checkpoint: its network and digest stay the same.
+        data: prepared with the checkpoint's specification of the inputs.
+        seed: decides samples and weights.
+        show: called with the share done.
+    """
+    spec = checkpoint.header.features
+    given = ForecastData(data.dataset, data.sequences, data.prepared.raw, spec, data.split)
+    head = fit_forecast_head(checkpoint.stepper, given, seed, show)
+    return checkpoint if head is None else checkpoint.with_forecast(head.shape, head.weights)
 
 
 def score_accounts(

@@ -98,6 +98,10 @@ class Sequences:
         start = np.stack((self.start, self.start + cut), 1).ravel()
         return self._with(start, np.stack((cut, self.length - cut), 1).ravel())
 
+    def with_lengths(self, length: NDArray[np.intp]) -> Sequences:
+        """Return only the first transactions of each account, ``length`` [accounts] of them."""
+        return self._with(self.start, length)
+
     def _with(self, start: NDArray[np.intp], length: NDArray[np.intp]) -> Sequences:
         """Return other sequences of the same rows; positions stay the same."""
         other = Sequences.__new__(Sequences)

@@ -65,6 +65,9 @@ class TrainingSettings:
     decline_precision: float = 0.9
     """Smallest share of fraud among the declined transactions."""
 
+    forecast: bool = True
+    """Whether a forecast head is fitted after the network."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:

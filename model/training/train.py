@@ -30,7 +30,7 @@ from model.training.source import DataSource, SimulatedData
 from model.training.split import Split
 from model.training.work_folder import open_work_folder
 
-_READ, _PREPARED, _FITTED, _SCORED = 0.03, 0.08, 0.93, 0.97  # approximate shares of the time
+_READ, _PREPARED, _FITTED, _SCORED = 0.03, 0.06, 0.68, 0.70  # approximate shares of the time
 _RAW, _RESTARTED = "raw", "raw-restarted"
 _STATE = "state.safetensors"
 
@@ -110,7 +110,12 @@ class _Training:
         )
         self._report(Report("fitting the account head", _SCORED))
         training = decisive | {"device": self._device.type, "recipe": RECIPE}
-        return make_checkpoint(fitted, data, self._settings, training)[0]
+
+        def show(share: float) -> None:
+            done = _SCORED + share * (1.0 - _SCORED)
+            self._report(Report("fitting the forecast head", done, f"{share:.0%} done"))
+
+        return make_checkpoint(fitted, data, self._settings, training, show)[0]
 
     def _dataset(self) -> Dataset:
         folder = self._folder / "data"

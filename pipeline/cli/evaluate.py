@@ -25,6 +25,12 @@ from model.evaluation.comparison import (
     ComparisonError,
     ComparisonSettings,
 )
+from model.evaluation.forecast_report import (
+    ForecastResults,
+    compare_forecasts,
+    following_table,
+    forecast_table,
+)
 from model.evaluation.lightgbm_reference import TREES, MissingRequirementError, lightgbm
 from model.evaluation.plots import plot_calibration, plot_precision_recall, require_matplotlib
 from model.evaluation.protocol import (
@@ -39,6 +45,7 @@ from model.evaluation.results import Results, results_of, table
 from model.evaluation.robustness import Robustness, measure_robustness
 from model.probe.sweeps import short_probe
 from model.simulator.handbook import SimulatorError
+from model.training.forecast_head import fit_forecast_head
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training.source import DataSource, SimulatedData
 from pipeline.cli.options import EXAMPLE_HINT
@@ -51,13 +58,16 @@ from pipeline.tables import print_table, widen
 SIMULATED_SEED = 1
 """Seed of simulated transactions. The networks' seeds vary; the data stay the same."""
 
+FORECAST_SEED = 1
+"""Seed of the forecast head's samples and weights."""
+
 TABLE_COLUMNS = 132
 """Least width of the tables, characters."""
 
 # About the shares of the time at which reading, comparing and the faults end.
 _READ_SHARE = 0.04
-_COMPARED_SHARE = 0.92
-_FAULTS_SHARE = 0.99
+_COMPARED_SHARE = 0.82
+_FAULTS_SHARE = 0.89
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +88,7 @@ class EvaluateOptions:
     checkpoint: Path | None = None
     plots: bool = True
     robustness: bool = True
+    forecast: bool = True
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of :class:`model.training.train.TrainingSettings` that differ from its defaults."""
     trees: int = TREES
@@ -88,6 +99,7 @@ def evaluate_options(
     networks: str | None,
     no_plots: bool,
     no_robustness: bool,
+    no_forecast: bool,
     epochs: int | None,
     hidden_size: int | None,
     customers: int | None,
@@ -107,6 +119,7 @@ def evaluate_options(
         networks=chosen,
         plots=not no_plots,
         robustness=not no_robustness,
+        forecast=not no_forecast,
         training={name: value for name, value in training.items() if value is not None},
         **options,
     )
@@ -188,6 +201,11 @@ def _compare(
     if options.robustness and options.protocol == "split":
         robustness, agree = _described(comparer, comparison, log, report)
     results = results_of(comparison, log, settings, source, robustness, agree)
+    if options.forecast and options.protocol == "split":
+        results = msgspec.structs.replace(
+            results,
+            forecast=_forecasts(comparer, comparison, REFERENCE in options.networks, report),
+        )
     _write(options, results, comparison, log)
     return results
 
@@ -214,6 +232,9 @@ def print_results(results: Results, console: Console | None = None) -> None:
     print_table(console, headings, rows, wraps_first=True)
     for caution in results.cautions:
         console.print(f"caution: {caution}")
+    if results.forecast is not None:
+        print_table(console, *forecast_table(results.forecast), wraps_first=True)
+        print_table(console, *following_table(results.forecast), wraps_first=True)
     found = results.robustness
     if found is not None:
         faults = [
@@ -263,6 +284,33 @@ def _described(
     agree = first_reasons_agree(checkpoint, log, raw_of, fold, scores, RECALL_FALSE_POSITIVE_RATE)
     report(Report("done", 1.0))
     return robustness, agree
+
+
+def _forecasts(
+    comparer: Comparer, comparison: Comparison, boosted: bool, report: Reporter
+) -> ForecastResults | None:
+    """Compare the forecasts of the checkpoint that the card describes; it gets a head if needed."""
+    fold = comparison.folds[0]
+    checkpoint = comparison.checkpoints.get(fold.name)
+    if checkpoint is None:
+        return None
+    data = comparer.material.forecast_data(checkpoint, fold)
+    within = _within(report, _FAULTS_SHARE, 1.0)
+    if checkpoint.forecaster is None:
+        head = fit_forecast_head(
+            checkpoint.stepper,
+            data,
+            FORECAST_SEED,
+            lambda share: within(Report("forecast head", 0.7 * share)),
+        )
+        if head is None:
+            return None
+        checkpoint = checkpoint.with_forecast(head.shape, head.weights)
+
+    def show(share: float, note: str) -> None:
+        within(Report("forecasts", 0.7 + 0.3 * share, note))
+
+    return compare_forecasts(checkpoint, data, FORECAST_SEED, show, boosted=boosted)
 
 
 def _write(

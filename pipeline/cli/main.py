@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline import logs
+from pipeline.cli.generate import evaluate_generator, generate, train_generator
 from pipeline.cli.keys import keys
 from pipeline.cli.options import (
     EXAMPLE_HINT,
@@ -108,6 +109,14 @@ def settings() -> None:
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
 @click.option("--no-probe", is_flag=True, help="Do not probe the checkpoint at the end.")
+@click.option(
+    "--no-forecast",
+    "forecast",
+    flag_value=False,
+    default=True,
+    type=bool,
+    help="Fit no forecast head (see `recur forecast`).",
+)
 def train(
     output: Path,
     data: Path | None,
@@ -167,6 +176,34 @@ def account(account_id: str) -> None:
 
     for line in asyncio.run(account_lines(load_settings(), account_id)):
         click.echo(line)
+
+
+@recur.command()
+@click.argument("account_id", metavar="ID")
+@click.option(
+    "--days",
+    type=click.IntRange(1, 30),
+    default=7,
+    show_default=True,
+    help="Number of days, from the next whole UTC day on.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def forecast(account_id: str, days: int, as_json: bool) -> None:
+    """Forecast the next days of the account ID from its live state in Redis.
+
+    The output has for each day the number of payments, the amount spent, the largest payment, and
+    the probabilities that the account stays silent and that a payment is fraud. The command needs
+    the workers' settings, and a checkpoint with a forecast head.
+    """
+    import msgspec
+
+    from pipeline.admin.forecast_account import load_forecast, print_forecast
+
+    found = asyncio.run(load_forecast(load_settings(), account_id, days))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        print_forecast(found)
 
 
 @recur.command()
@@ -347,6 +384,7 @@ def thresholds(checkpoint: Path, dry_run: bool, **wishes: str | None) -> None:
 )
 @click.option("--no-plots", is_flag=True, help="Write no plots; matplotlib is not needed then.")
 @click.option("--no-robustness", is_flag=True, help="Do not measure the cost of faulty states.")
+@click.option("--no-forecast", is_flag=True, help="Do not compare forecasts of accounts.")
 @simulation_options(
     customers=None, terminals=None, days=None, world="handbook", prefix="Simulation, without FILE: "
 )
@@ -406,6 +444,7 @@ def probe_command(**options: Any) -> None:
     "--workers", type=int, default=2, show_default=True, help="Number of worker processes."
 )
 @world_option("wide")
+@click.option("--generated", is_flag=True, help="Payments by the shipped generator.")
 @click.option("--keep-running", is_flag=True, help="Continue the live part until Ctrl-C.")
 def demo(**options: Any) -> None:
     """Watch it work: Kafka, Redis, workers and simulated payments with fraud, for a minute."""
@@ -486,6 +525,9 @@ def label(file: Path | None, **options: Any) -> None:
     sys.exit(run_label(LabelOptions(file=file, **options), load_settings()))
 
 
+recur.add_command(generate)
+recur.add_command(train_generator)
+recur.add_command(evaluate_generator)
 recur.add_command(keys)
 recur.add_command(state)
 recur.add_command(trace)

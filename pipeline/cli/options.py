@@ -16,7 +16,7 @@ Decorator = Callable[[F], F]
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 EXAMPLE_HINT = "`recur replay --example-columns` prints a column mapping to start from"
-WORLDS = ("wide", "handbook")
+WORLDS = ("wide", "handbook", "changing")
 
 file_argument = click.argument("file", type=EXISTING_FILE, required=False)
 columns_option = click.option(
@@ -47,7 +47,7 @@ def data_option(help: str) -> Decorator[Any]:
 
 def world_option(default: str, prefix: str = "") -> Decorator[Any]:
     """Make the option for the kind of simulated transactions."""
-    text = "Many kinds of accounts and fraud, or only those of the Handbook."
+    text = "Many kinds of accounts and fraud; those of the Handbook; many, whose rate changes."
     return click.option(
         "--world",
         type=click.Choice(WORLDS),

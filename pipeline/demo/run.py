@@ -40,6 +40,7 @@ from pipeline.demo.summary import DemoResult, summarize
 from pipeline.demo.view import Display, display_for
 from pipeline.errors import SettingsError
 from pipeline.extras import require_gateway_packages
+from pipeline.files.generated_stream import SHIPPED_GENERATOR, open_stream
 from pipeline.kafka.topics import ensure_topics
 from pipeline.local.embedded import Services, embedded
 from pipeline.local.kafka_jars import jar_directory
@@ -51,6 +52,7 @@ from pipeline.local.workers import (
     stop_all,
     until_ready,
 )
+from pipeline.replay.generated import generated_days
 from pipeline.replay.producer import Block, Feed
 from pipeline.replay.score_counter import TopicReader
 from pipeline.replay.simulated import CURRENCY, SimulatedStream, SimulatedTransactions
@@ -63,6 +65,9 @@ SEED = 20_260
 
 LABEL_DELAY_DAYS = 7
 """Delay of labels; then the model suspects other payments at the fraud's terminal."""
+
+GENERATED_DAYS = 36_500
+"""Days of generated histories: more than a demo takes."""
 
 READY_SECONDS = 60.0
 PREPARED_MAX = 500_000
@@ -102,6 +107,8 @@ class DemoOptions:
     """Go on with the live phase until Ctrl-C."""
     world: WorldName = "wide"
     """World of the simulated accounts, merchants and frauds."""
+    generated: bool = False
+    """Take generated histories instead of simulated ones."""
     history_days: int = 20
     """Simulated days before the live phase."""
 
@@ -188,14 +195,27 @@ class _DemoPayments:
 
     @classmethod
     def make(cls, options: DemoOptions) -> _DemoPayments:
-        stream = SimulatedStream(
-            CUSTOMERS, TERMINALS, _start_date(options), SEED, WORLDS[options.world]
-        )
+        stream = _stream(options)
         history = stream.take_days(options.history_days)
         live = stream.take(options.live_transactions)
         burst = stream.take(options.transactions)
         prepared = list(burst.blocks()) if len(burst) <= PREPARED_MAX else None
         return cls(stream, history, live, burst, prepared)
+
+
+def _stream(options: DemoOptions) -> SimulatedStream:
+    start = _start_date(options)
+    if not options.generated:
+        return SimulatedStream(CUSTOMERS, TERMINALS, start, SEED, WORLDS[options.world])
+    stream = open_stream(
+        SHIPPED_GENERATOR,
+        {},
+        accounts=CUSTOMERS,
+        days=GENERATED_DAYS,
+        seed=SEED,
+        start_date=start,
+    )
+    return SimulatedStream.of_days(generated_days(stream))
 
 
 def _start_date(options: DemoOptions) -> str:

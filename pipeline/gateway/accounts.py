@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
+import numpy as np
 
 from model.checkpoint import Checkpoint
 from model.features.account import WINDOW_DAYS
+from model.forecast.answer import DayForecast, day_forecasts
 from model.stepper import sigmoid
 from pipeline.gateway.score_search import ScoreSearch
 from pipeline.kafka.partitioner import key_partition
@@ -17,6 +21,9 @@ ACCOUNT_HEAD_METRIC = "verdict_auc"
 
 RECENT_MAX = 20
 """Most recent scores in an answer."""
+
+FORECAST_DAYS = 7
+"""Days of the forecast in an answer."""
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -45,6 +52,7 @@ class Account(msgspec.Struct, frozen=True):
         usual_amount: in the checkpoint's currency.
         partition: partition of the account's transactions.
         recent_scores: newest first, as the scores topic has them.
+        forecast: the next seven whole UTC days; None if the checkpoint has no forecast head.
     """
 
     account_id: str
@@ -58,6 +66,7 @@ class Account(msgspec.Struct, frozen=True):
     windows: list[Window]
     partition: int
     recent_scores: list[msgspec.Raw]
+    forecast: list[DayForecast] | None = None
 
 
 class AccountService:
@@ -124,4 +133,14 @@ class AccountService:
             ],
             partition,
             [msgspec.Raw(value) for value in recent],
+            self._forecast(state),
+        )
+
+    def _forecast(self, state: AccountStates) -> list[DayForecast] | None:
+        forecaster = self._checkpoint.forecaster
+        if forecaster is None:
+            return None
+        now_ms = np.array([time.time_ns() // 1_000_000])
+        return day_forecasts(
+            forecaster.forecast(state.history, state.hidden, now_ms, FORECAST_DAYS)
         )

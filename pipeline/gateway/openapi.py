@@ -187,7 +187,7 @@ def _paths(settings: Settings) -> dict[str, Any]:
         "/v1/accounts/{account_id}": {
             "get": _operation(
                 "getAccount", "Show an account", "read",
-                "Standing, counts and recent scores, from the account's state.",
+                "Standing, counts, recent scores and a forecast, from the account's state.",
                 parameters=[_path_id("account_id", "A000042")],
                 answers={"200": _answer("The account", REF + "Account")},
                 found=(problems.NOT_FOUND,),

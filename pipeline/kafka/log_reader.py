@@ -38,12 +38,14 @@ class Fetched:
         records: in order, from the wanted offset on.
         next_offset: where to read on.
         end: the partition's stable end: no open transaction lies before it.
+        highwater: the partition's end, with records of open transactions.
         is_out_of_range: the log no longer has the wanted offset, or not yet.
     """
 
     records: Sequence[Any]
     next_offset: int
     end: int
+    highwater: int
     is_out_of_range: bool = False
 
 
@@ -134,7 +136,7 @@ class LogReader:
         first = next(iter(fetched.records), None)
         if first is not None and first.offset == offset:
             return first
-        if offset >= fetched.end and not fetched.is_out_of_range:
+        if fetched.end <= offset < fetched.highwater:
             raise HeldBackError("an open transaction holds the record back")
         return None
 
@@ -207,7 +209,9 @@ class LogReader:
         if part.error:
             error = kafka_errors.for_code(part.error)
             if error is kafka_errors.OffsetOutOfRangeError:
-                return Fetched((), offset, max(part.stable, 0), is_out_of_range=True)
+                return Fetched(
+                    (), offset, max(part.stable, 0), part.highwater, is_out_of_range=True
+                )
             self._client.force_metadata_update()
             raise _away(error())
         records = PartitionRecords(
@@ -215,7 +219,7 @@ class LogReader:
             READ_COMMITTED,
         )  # fmt: skip
         found = list(records) if part.data else []
-        return Fetched(found, records.next_fetch_offset, part.stable)
+        return Fetched(found, records.next_fetch_offset, part.stable, part.highwater)
 
 
 def _away(error: BaseException) -> LogUnavailableError:

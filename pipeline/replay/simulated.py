@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.simulator.handbook import Simulator, account_id, merchant_id, transaction_id
+from model.simulator.handbook import (
+    DayOfTransactions,
+    Simulator,
+    account_id,
+    merchant_id,
+    transaction_id,
+)
 from model.simulator.world import HANDBOOK, World
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, encode_block
 
@@ -86,9 +92,17 @@ class SimulatedStream:
     def __init__(
         self, customers: int, terminals: int, start_date: str, seed: int, world: World = HANDBOOK
     ) -> None:
-        self._days = Simulator(customers, terminals, start_date, seed, world).days()
+        days = Simulator(customers, terminals, start_date, seed, world).days()
+        self._columns: Iterator[SimulatedColumns] = map(_columns_of, days)
         self._left: list[SimulatedColumns] = []
         self._next = 0
+
+    @classmethod
+    def of_days(cls, days: Iterator[SimulatedColumns]) -> SimulatedStream:
+        """Make a stream of days that come from elsewhere, such as a generator."""
+        stream = cls.__new__(cls)
+        stream._columns, stream._left, stream._next = days, [], 0
+        return stream
 
     def take_days(self, days: int) -> SimulatedTransactions:
         """Take the rest of the present day and a number of whole days."""
@@ -109,10 +123,7 @@ class SimulatedStream:
         return self._piece(pieces, left)
 
     def _day(self) -> SimulatedColumns:
-        day = next(self._days)
-        return SimulatedColumns(
-            day.timestamp_ms, day.account, day.merchant, day.amount, day.scenario
-        )
+        return next(self._columns)
 
     def _piece(
         self, pieces: list[SimulatedColumns], left: list[SimulatedColumns]
@@ -121,3 +132,7 @@ class SimulatedStream:
         piece = SimulatedTransactions(self._next, SimulatedColumns.joined(pieces))
         self._next += len(piece)
         return piece
+
+
+def _columns_of(day: DayOfTransactions) -> SimulatedColumns:
+    return SimulatedColumns(day.timestamp_ms, day.account, day.merchant, day.amount, day.scenario)

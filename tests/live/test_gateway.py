@@ -21,6 +21,7 @@ from aiokafka import AIOKafkaProducer
 
 from model.transaction import Transaction
 from pipeline.checkpoint import load_checkpoint
+from pipeline.gateway.accounts import FORECAST_DAYS
 from pipeline.gateway.api_keys import api_key_store, new_key
 from pipeline.gateway.incoming import Incoming, TransactionReader
 from pipeline.gateway.openapi import EXAMPLE_SCORE, EXAMPLE_TRANSACTION, make_document
@@ -248,6 +249,8 @@ def test_an_account_shows_its_counts_and_recent_scores(site: Site) -> None:
         assert (found["account_id"], found["transactions_seen"]) == (account, 3)
         assert found["last_transaction_at"] == sent[-1].timestamp
         assert [one for one in found["recent_scores"]] == [json.loads(s) for s in scores[::-1]]
+        assert len(found["forecast"]) == FORECAST_DAYS
+        assert all(day["amount"]["p10"] <= day["amount"]["p90"] for day in found["forecast"])
         unknown = await site.gateways[1].client.get("/v1/accounts/nobody")
         assert (unknown.status_code, problem_of(unknown)) == (404, "not-found")
 

@@ -12,14 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import msgspec
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from model.checkpoint import Checkpoint
+from model.forecast.decoder import Decoder
+from model.forecast.inputs import BOOKKEEPING, day_inputs
+from model.forecast.network import ForecastNetwork
+from model.forecast.shape import DAYS_MAX
+from model.generator.network import GeneratorNetwork
+from model.generator.sizes import GeneratorSizes
+from model.generator.unroller import NumpyNetwork, padded
 from model.network import Network
 from model.stepper import Float32, Stepper, sigmoid
 from model.training.sequences import Sequences
 from model.training.settings import TrainingSettings
+from pipeline.files.generated_stream import SHIPPED_GENERATOR
 from pipeline.settings import SHIPPED_CHECKPOINT
 from tests.model.simulated_log import observe_all, simulate
 
@@ -27,6 +37,10 @@ ACCOUNTS = 40
 STEPS = 200
 CHUNK_STEPS = 64
 SIMULATED = TrainingSettings(customers=300, terminals=600, days=120, seed=17)
+
+
+class _GeneratorHeader(msgspec.Struct):
+    sizes: GeneratorSizes
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,60 @@ def stack() -> float:
     return max(largest(whole.scores, steps.scores), largest(whole.hidden, steps.hidden))
 
 
+def one_to_many() -> float:
+    """One to many: the generator's states, with the sizes of the shipped one."""
+    with safe_open(SHIPPED_GENERATOR, "np") as file:
+        sizes = msgspec.json.decode(file.metadata()["recur-generator"], type=_GeneratorHeader).sizes
+    torch.manual_seed(7)
+    network = GeneratorNetwork(sizes)
+    inputs = np.random.default_rng(7).normal(size=(ACCOUNTS, STEPS, sizes.inputs))
+    with torch.inference_mode():
+        states, _ = network(torch.from_numpy(inputs.astype(np.float32)), None)
+    steps = NumpyNetwork(sizes, {n: t.numpy() for n, t in network.state_dict().items()})
+    hidden, found = padded(np.zeros((ACCOUNTS, sizes.hidden), np.float32)), 0.0
+    for step in range(STEPS):
+        hidden = steps.step(padded(inputs[:, step].astype(np.float32)), hidden)
+        found = max(found, largest(hidden[:ACCOUNTS], states[:, step].numpy()))
+    return found
+
+
+def forecast() -> float:
+    """Many to many, unsynchronised: the shipped decoder's days, relative to values over 1."""
+    shape, weights = shipped().header.forecast, shipped().forecast_weights
+    assert shape is not None
+    encoder = shipped().header.architecture.hidden_size
+    network = ForecastNetwork(shape, encoder)
+    named = {
+        f"{name}_l0" if name.startswith("cell.") else name: value
+        for name, value in weights.items()
+        if not name.startswith("calibration.")
+    }
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in named.items()})
+    rng = np.random.default_rng(8)
+    inputs = rng.uniform(-1, 1, (ACCOUNTS, len(BOOKKEEPING) + encoder)).astype(np.float32)
+    log_rate = rng.uniform(-2, 2, ACCOUNTS)
+    first = np.full(ACCOUNTS, 17_700)
+    calendar = np.stack([day_inputs(first, k) for k in range(DAYS_MAX)], axis=1)
+    with torch.inference_mode():
+        terms = network.unroll(
+            torch.from_numpy(inputs),
+            torch.from_numpy(log_rate.astype(np.float32)),
+            torch.from_numpy(calendar),
+        )
+    decoder, found = Decoder(weights), 0.0
+    context, state = decoder.start(inputs)
+    for ahead in range(DAYS_MAX):
+        day, state = decoder.step(context, state, calendar[:, ahead], log_rate, ahead == 0)
+        for mine, its in (
+            (np.log(day.mean), terms.log_mean), (np.log(day.dispersion), terms.log_dispersion),
+            (day.amount, terms.amount.clamp(min=0)), (day.largest, terms.largest.clamp(min=0)),
+            (day.fraud, terms.fraud),
+        ):  # fmt: skip
+            other = its[:, ahead].numpy()
+            found = max(found, float((np.abs(mine - other) / (1 + np.abs(other))).max()))
+    return found
+
+
 def rounding() -> float:
     """Scores with states in float16 between the steps, and with states in float32."""
     inputs = histories()
@@ -151,6 +219,8 @@ EQUAL: dict[str, Callable[[], float]] = {
     "many to one": many_to_one,
     "many to many, in step": in_step,
     "stack of three layers": stack,
+    "one to many": one_to_many,
+    "many to many, forecast": forecast,
 }
 """Differences that are at most 1e-5."""
 

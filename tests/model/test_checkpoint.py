@@ -30,7 +30,9 @@ from model.checkpoint import (
     Header,
 )
 from model.features.spec import FEATURES, FeatureSpec, Input
+from model.forecast.shape import ForecastShape
 from model.network import Network
+from tests.fakes.forecasts import with_random_forecast
 
 
 def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:
@@ -45,7 +47,7 @@ def checkpoint(seed: int = 0, layers: int = 1, mean: float = 0.0) -> Checkpoint:
     )
 
 
-def rewritten(path: Path, change: Callable[[dict[str, object]], None]) -> Path:
+def rewritten(path: Path, change: Callable[[dict[str, object]], object]) -> Path:
     """Change the JSON header of a checkpoint by hand."""
     content = path.read_bytes()
     weights = safetensors.torch.load(content)
@@ -94,6 +96,44 @@ def test_the_digest_follows_weights_features_and_architecture_but_not_thresholds
     assert same.digest == first.digest
     others = [checkpoint(seed=1), checkpoint(layers=2), checkpoint(mean=0.5)]
     assert len({first.digest, *(other.digest for other in others)}) == 4
+
+
+def test_a_forecast_head_changes_no_digest_and_survives_its_file(tmp_path: Path) -> None:
+    plain = checkpoint()
+    found = with_random_forecast(plain)
+    found.save(tmp_path / "m")
+    loaded = Checkpoint.load(tmp_path / "m")
+    assert plain.forecaster is None
+    assert loaded.forecaster is not None
+    assert loaded.digest == plain.digest, "states in Redis belong to the same model"
+    assert loaded.header == found.header
+    for name, weight in found.forecast_weights.items():
+        assert np.array_equal(loaded.forecast_weights[name], weight), name
+    changed = loaded.with_header(thresholds=CheckpointThresholds(0.2, 0.3))
+    assert changed.forecaster is not None
+    assert changed.weights.keys() == plain.weights.keys()
+
+
+def test_a_header_without_the_part_of_the_forecast_is_an_old_checkpoint(file: Path) -> None:
+    rewritten(file, lambda header: header.pop("forecast"))
+    loaded = Checkpoint.load(file)
+    assert loaded.digest == checkpoint().digest
+    assert loaded.forecaster is None
+
+
+def test_a_forecast_head_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with_random_forecast(checkpoint()).save(path)
+    rewritten(path, lambda header: header.pop("forecast"))
+    with pytest.raises(CheckpointError, match="the forecast head's tensors do not fit"):
+        Checkpoint.load(path)
+    found = with_random_forecast(checkpoint())
+    weights = dict(found.forecast_weights) | {"start.bias": np.zeros(3, np.float32)}
+    with pytest.raises(CheckpointError, match=r"tensor start\.bias is float32 \[3\]"):
+        found.with_forecast(found.header.forecast or ForecastShape(), weights)
+    weights["start.bias"] = np.full(6, np.nan, np.float32)
+    with pytest.raises(CheckpointError, match=r"forecast\.start\.bias has values"):
+        found.with_forecast(found.header.forecast or ForecastShape(), weights)
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:

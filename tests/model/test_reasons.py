@@ -27,6 +27,7 @@ from model.reasons import (
     reason_agreement,
     surprise_for_account,
     surprise_for_anyone,
+    usual_range_text,
 )
 from model.training.sequences import score_stepwise
 
@@ -195,6 +196,18 @@ def test_an_account_s_first_amount_is_compared_with_all_accounts() -> None:
     reasons = explain(additive({("amount", "log1p"): 2.0}), raw)
 
     assert next(iter(reasons)) == "amount_high"
+
+
+def test_an_alert_says_what_the_account_usually_pays() -> None:
+    explainer = Explainer(additive({("amount", "log1p"): 2.0}))
+    raw = payment(500.0, 80.0)
+    (reasons,) = explainer.explain(raw[None], hidden())
+    details = {reason.code: reason.detail for reason in reasons}
+    assert details.pop("amount_unusual") == "usually 24 to 136, this is 500"
+    assert set(details.values()) <= {None}
+    raw[COLUMN["transactions_seen"]] = 1.0  # nothing is usual yet
+    (reasons,) = explainer.explain(raw[None], hidden())
+    assert all(reason.detail is None for reason in reasons)
 
 
 def test_weights_are_the_shares_of_what_the_logit_falls_by() -> None:
@@ -398,3 +411,14 @@ def test_agreement_is_counted_by_scenario() -> None:
     scenario = np.array([1, 1, 2, 0, 3])
 
     assert reason_agreement(first, scenario) == {1: 0.5, 2: 1.0, 3: 1.0}
+
+
+def test_an_unusual_amount_says_what_is_usual_for_the_account() -> None:
+    assert usual_range_text(40.0, 0.36, 412.0) == "usually 20 to 60, this is 412"
+    assert usual_range_text(2.0, 0.5, 9.5) == "usually 0.60 to 3.40, this is 9.50"
+    assert usual_range_text(1000.0, 1.0, 25_000.0) == "usually 0 to 2,397, this is 25,000"
+    encoded = msgspec.json.encode([Reason("amount_unusual", 0.7, "usually 1"), Reason("time", 0.3)])
+    assert msgspec.json.decode(encoded) == [
+        {"code": "amount_unusual", "weight": 0.7, "detail": "usually 1"},
+        {"code": "time", "weight": 0.3},
+    ]

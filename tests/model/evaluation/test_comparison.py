@@ -100,6 +100,18 @@ def test_what_a_network_sees_and_remembers_shows_in_what_it_finds(
     assert [parameters[n] for n in order] == sorted(parameters[n] for n in order)
 
 
+def test_the_forecast_is_compared_on_the_days_of_the_test(
+    evaluated: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = evaluated
+    found = results["forecast"]
+    assert found["rows"][0]["title"] == "forecast head"
+    assert len(found["rows"]) == 6
+    assert 0 < found["days"] <= 30 * found["samples"]
+    assert found["groups"]["all"][1] == found["days"]
+    assert len(found["following"]) == 4
+
+
 def test_the_results_describe_the_data_and_the_folds(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -120,7 +132,7 @@ def test_card_and_plots_are_written_with_all_sections(
     card = (output / "model_card.md").read_text(encoding="utf-8")
     for heading in (
         *("What it is", "Inputs", "Data", "Protocol", "How good it is", "By kind of fraud"),
-        *("Robustness", "Thresholds", "Limits"),
+        *("Forecasts", "Robustness", "Thresholds", "Limits"),
     ):
         assert f"\n## {heading}\n" in card
     assert results["data"]["digest"] in card

@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "days": 50,
     "hidden_size": 8,
     "epochs": 2,
+    "forecast": False,
     "device": "cpu",
 }
 TRAIN_UNTIL, TEST_FROM = "2018-04-28", "2018-05-05"
@@ -41,6 +42,7 @@ def test_evaluation_measures_exactly_the_network_that_training_ships(
             networks=("gru",),
             plots=False,
             robustness=False,
+            forecast=False,
             training=SETTINGS,
             **periods,
         )

@@ -98,6 +98,19 @@ def test_a_trained_checkpoint_has_learned_and_its_file_holds_it(
     assert loaded.header.training["customers"] == 300
     assert loaded.header.training["seed"] == 1
     assert len(loaded.header.data_digest) == 12
+    assert loaded.header.forecast is not None
+    assert loaded.header.forecast.samples > 200
+    assert 0 < loaded.header.forecast.metrics["coverage_80"] <= 1
+    assert loaded.forecaster is not None
+
+
+def test_a_training_without_a_forecast_gives_the_same_network(
+    trained: tuple[Checkpoint, Path, list[Report]], tmp_path: Path
+) -> None:
+    without = train(replace(SMALL, forecast=False), tmp_path / "m")
+    assert without.header.forecast is None
+    assert without.forecaster is None
+    assert without.digest == trained[0].digest
 
 
 def test_the_metrics_are_those_of_the_held_out_days_scored_by_the_checkpoint(

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cli.main import main, recur
 
-LEARNING = {"train", "evaluate", "probe"}
+LEARNING = {"train", "evaluate", "probe", "train-generator", "evaluate-generator"}
 """Commands that compute gradients or compare networks."""
 
 IMPORT_ALL = """

@@ -1,0 +1,209 @@
+"""The comparison behind `recur evaluate-generator`: generated histories beside real ones.
+
+    accounts A  train the generator
+    accounts B  are compared with the generated ones; no generator saw them
+
+Beside the generator stand copies: whole histories of A, drawn again. They are the floor of what a
+discriminator can find, and they protect nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from model.data.dataset import Dataset
+from model.evaluation.discriminators import discriminate
+from model.evaluation.history_distances import distances, privacy
+from model.evaluation.history_views import Histories, histories_of
+from model.evaluation.synthetic_training import average_precision_on
+from model.generator.generator import Generator
+from model.generator.settings import GeneratorError, GeneratorSettings
+from model.generator.stream import HistoryStream, Wish, generated_dataset
+from model.generator.train import accounts_of, train_generator
+from model.training.settings import Report, Reporter, TrainingSettings
+
+GENERATED, COPIES, PEER, REAL = "generator", "copies", "peer", "real"
+ACCOUNTS_MIN = 100
+
+
+class SourceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Measures of one source of histories, against real accounts B.
+
+    Attributes:
+        source: :data:`GENERATED`, :data:`COPIES`, :data:`PEER` or :data:`REAL` (accounts A).
+        transactions: their number.
+        frauds: share of fraud.
+        auc_gru, auc_lightgbm: of the discriminators over accounts.
+        telling: LightGBM's most telling inputs.
+        distances: by quantity.
+        privacy: see :func:`model.evaluation.history_distances.privacy`.
+        average_precision: on real accounts, of a network trained on this source.
+    """
+
+    source: str
+    transactions: int
+    frauds: float
+    auc_gru: float | None = None
+    auc_lightgbm: float | None = None
+    telling: list[str] = []
+    distances: dict[str, float] = {}
+    privacy: dict[str, float] = {}
+    average_precision: float | None = None
+
+
+class GeneratorResults(msgspec.Struct, frozen=True, kw_only=True):
+    """Results of a comparison."""
+
+    data: str
+    accounts: int
+    days: int
+    seed: int
+    generator: dict[str, Any]
+    detector: dict[str, Any]
+    sources: list[SourceResult]
+
+    def of(self, source: str) -> SourceResult | None:
+        """Return the results of a source, if it was measured."""
+        return next((found for found in self.sources if found.source == source), None)
+
+
+def compare_generator(
+    log: Dataset,
+    data: str,
+    accounts: int,
+    settings: GeneratorSettings,
+    detector: TrainingSettings | None,
+    work: Path,
+    peer: Dataset | None = None,
+    report: Reporter = lambda _: None,
+) -> tuple[GeneratorResults, dict[str, Histories], Generator]:
+    """Compare; return also the histories for plots, and the generator.
+
+    Args:
+        log: real transactions, of at least twice the accounts.
+        data: describes them.
+        accounts: number of accounts that train, and that are compared.
+        settings: of the generator's training; its seed decides the accounts, too.
+        detector: settings of the training on synthetic data. None: it is left out.
+        work: an empty folder; the caller removes it.
+        peer: histories of another generator that was trained elsewhere.
+        report: called often.
+
+    Raises:
+        GeneratorError: the data have too few accounts.
+    """
+    there = np.unique(log.account)
+    accounts = min(accounts, len(there) // 2)
+    if accounts < ACCOUNTS_MIN:
+        raise GeneratorError(
+            f"the data have {len(there)} accounts; {2 * ACCOUNTS_MIN} or more are needed: half of"
+            " them train, the others are compared with"
+        )
+    chosen = np.random.default_rng(settings.seed).permutation(there)
+    members = accounts_of(log, chosen[:accounts])
+    others = accounts_of(log, chosen[accounts : 2 * accounts])
+    days = int(others.day[-1]) + 1
+    generator = train_generator(members, settings, within(report, 0.0, 0.2))
+    report(Report("generating", 0.2))
+    wish = Wish(accounts, days, settings.seed)
+    logs = {
+        REAL: members,
+        GENERATED: generated_dataset(HistoryStream(generator, wish)),
+        COPIES: _copies(members, settings.seed),
+    }
+    if peer is not None:
+        logs[PEER] = peer
+    held = histories_of(others)
+    views = {source: histories_of(found) for source, found in logs.items()}
+    results = []
+    for place, source in enumerate(logs):
+        begin = 0.2 + 0.8 * place / len(logs)
+        part = within(report, begin, begin + 0.8 / len(logs))
+        results.append(_measured(source, logs, views, held, others, settings, detector, work, part))
+    report(Report("done", 1.0))
+    return (
+        GeneratorResults(
+            data=data,
+            accounts=accounts,
+            days=days,
+            seed=settings.seed,
+            generator=dict(generator.header.training),
+            detector={}
+            if detector is None
+            else {"epochs": detector.epochs, "hidden_size": detector.hidden_size},
+            sources=results,
+        ),
+        {**views, "held out": held},
+        generator,
+    )
+
+
+def _measured(
+    source: str,
+    logs: dict[str, Dataset],
+    views: dict[str, Histories],
+    held: Histories,
+    others: Dataset,
+    settings: GeneratorSettings,
+    detector: TrainingSettings | None,
+    work: Path,
+    report: Reporter,
+) -> SourceResult:
+    log, view = logs[source], views[source]
+
+    def show(stage: str, begin: float, end: float) -> Callable[[float], None]:
+        return lambda share: report(Report(f"{source}: {stage}", begin + (end - begin) * share))
+
+    found = discriminate(held, view, settings.seed, show("discriminators", 0.0, 0.3))
+    show("distances", 0.3, 0.3)(0)
+    precision = None
+    if detector is not None and source != COPIES:
+        folder = work / source
+        folder.mkdir()
+        train_show = show("training on it", 0.35, 1.0)
+        precision = average_precision_on(
+            log, others, detector, folder, lambda share, note: train_show(share)
+        )
+    return SourceResult(
+        source=source,
+        transactions=len(log),
+        frauds=float(log.is_fraud.mean()),
+        auc_gru=found.gru,
+        auc_lightgbm=found.lightgbm,
+        telling=found.telling,
+        distances=distances(held, view),
+        privacy={} if source == REAL else privacy(views[REAL], held, view),
+        average_precision=precision,
+    )
+
+
+def _copies(log: Dataset, seed: int) -> Dataset:
+    """Return whole histories drawn with replacement; each copy is an account of its own."""
+    row = np.argsort(log.account, kind="stable")
+    length = np.bincount(log.account)
+    start = np.cumsum(length) - length
+    drawn = np.random.default_rng(seed).integers(0, len(length), len(length))
+    rows = np.concatenate([row[start[a] : start[a] + length[a]] for a in drawn])
+    account = np.repeat(np.arange(len(drawn)), length[drawn]).astype(np.int32)
+    order = np.argsort(log.timestamp_ms[rows], kind="stable")
+    copied = rows[order]
+    merchant = np.unique(log.merchant[copied], return_inverse=True)[1].astype(np.int32)
+    return Dataset(
+        account[order],
+        merchant,
+        log.amount[copied],
+        log.timestamp_ms[copied],
+        log.label[copied],
+        log.scenario[copied],
+        currency=log.currency,
+    )
+
+
+def within(report: Reporter, begin: float, end: float) -> Reporter:
+    """Return a reporter of a part that takes the whole's progress from begin to end."""
+    return lambda r: report(Report(r.stage, begin + (end - begin) * r.done, r.note))

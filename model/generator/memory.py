@@ -1,0 +1,203 @@
+"""The memory of a history besides the hidden state: times, recent merchants, frauds, counts.
+
+Training replays real histories through the same memory, so the network meets the same inputs in
+training and in unrolling by construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.generator import grids
+from model.generator.profiles import AT, PROFILE
+from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, SharedWorld
+from model.units import DAY_MS
+
+Floats = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+Rows = NDArray[np.intp]
+
+EPISODE_DAYS = 30.0
+"""Days without a fraud after which the next one begins another episode."""
+
+FIELD_BINS = 33
+"""Most classes of an extra field; the last one is every other value."""
+
+_LEFT_NONE = -1
+_OWN_INPUTS = 12 + 4 + grids.MERCHANT_CLASSES + 4 + 4
+TIME_INPUTS = 12 + 1 + 4
+
+
+def input_size(fields: int) -> int:
+    """Return the number of inputs of a step, with a number of fields that steps carry."""
+    return len(PROFILE) + _OWN_INPUTS + fields
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transaction of each of n accounts.
+
+    Attributes:
+        time_ms: [n].
+        merchant: [n] code.
+        merchant_class: [n] see :mod:`model.generator.grids`.
+        rank: [n] place in the list of recent merchants; -1 if it is new.
+        fraud_class: [n].
+        ratio: [n] amount relative to the account's level.
+        fields: [n, F] classes of the extra fields, each scaled to 0 to 1.
+    """
+
+    time_ms: Int64
+    merchant: NDArray[np.int32]
+    merchant_class: Int64
+    rank: Int64
+    fraud_class: Int64
+    ratio: Floats
+    fields: Float32 | Floats
+
+
+class Memory:
+    """The memory of n accounts.
+
+    Args:
+        world: the shared facts.
+        profiles: [n, P].
+        start_ms: [n] when each history begins.
+        fields: number of extra fields of a step.
+    """
+
+    def __init__(self, world: SharedWorld, profiles: Floats, start_ms: Int64, fields: int) -> None:
+        n = len(profiles)
+        self.world = world
+        self.profile = world.network_profile(profiles)
+        self.level = np.exp(profiles[:, AT["level"]])
+        self.rate = np.exp(profiles[:, AT["rate"]])
+        self.reach = np.exp(profiles[:, AT["reach"]])
+        self.defrauded = profiles[:, AT["defrauded"]] > 0.5
+        self.last_ms = start_ms.astype(np.int64)
+        self.count = np.zeros(n, np.int64)
+        self.visited = np.zeros(n, np.int64)
+        self.opened = np.zeros(n, np.int64)
+        self.recent = np.full((n, grids.RANKS), _LEFT_NONE, np.int32)
+        self._today = np.zeros(n, np.int64)
+        self._gap_ms = np.zeros(n, np.int64)
+        self._class = np.zeros(n, np.int64)
+        self._fraud = np.zeros(n, np.int64)
+        self._ratio = np.ones(n)
+        self._fields = np.zeros((n, fields), np.float32)
+        self._frauds = np.zeros(n, np.int64)  # of the present episode
+        self._episode_ms = np.zeros(n, np.int64)
+        self._fraud_ms = np.zeros(n, np.int64)
+
+    def inputs(self, rows: Rows) -> Float32:
+        """Return the inputs [m, I] of the recurrent layer: the last transaction and the profile."""
+        last, count = self.last_ms[rows], self.count[rows]
+        begun = (count > 0).astype(np.float32)
+        m = len(rows)
+        out = np.zeros((m, input_size(self._fields.shape[1])), np.float32)
+        at = len(PROFILE)
+        out[:, :at] = self.profile[rows]
+        _write_time(out[:, at : at + 12], last, self._gap_ms[rows], begun)
+        at += 12
+        ratio = self._ratio[rows]
+        out[:, at] = np.clip(ratio - 1, -1, 8) * begun
+        out[:, at + 1] = np.clip(np.log(ratio + 0.01), -5, 5) * begun
+        out[:, at + 2] = (self._fraud[rows] == ACCOUNT_FRAUD) * 1.0
+        out[:, at + 3] = (self._fraud[rows] == MERCHANT_FRAUD) * 1.0
+        at += 4
+        out[np.arange(m), at + self._class[rows]] = begun
+        at += grids.MERCHANT_CLASSES
+        out[:, at] = np.log1p(count) / 5
+        out[:, at + 1] = np.log1p(self.visited[rows]) / 5
+        out[:, at + 2] = np.minimum(self.opened[rows] / self.reach[rows], 2)
+        out[:, at + 3] = np.log1p(self._today[rows])
+        at += 4
+        self._write_frauds(out[:, at : at + 4], rows, last)
+        out[:, at + 4 :] = self._fields[rows]
+        return out
+
+    def time_inputs(self, rows: Rows, time_ms: Int64) -> Float32:
+        """Return the inputs [m, TIME_INPUTS] of the heads that know the next time [m]."""
+        out = np.zeros((len(rows), TIME_INPUTS), np.float32)
+        gap_ms = time_ms - self.last_ms[rows]
+        _write_time(out[:, :12], time_ms, gap_ms, np.ones(len(rows), np.float32))
+        today = time_ms // DAY_MS == self.last_ms[rows] // DAY_MS
+        out[:, 12] = today
+        self._write_frauds(out[:, 13:17], rows, time_ms)
+        return out
+
+    def _write_frauds(self, out: Float32, rows: Rows, now_ms: Int64) -> None:
+        frauds = self._frauds[rows]
+        had = frauds > 0
+        out[:, 0] = had
+        out[:, 1] = np.log1p(np.maximum(now_ms - self._fraud_ms[rows], 0) / DAY_MS) * had / 2
+        days = np.maximum(now_ms - self._episode_ms[rows], 0) / DAY_MS
+        out[:, 2] = np.minimum(days, 40) / 10 * had
+        out[:, 3] = np.log1p(frauds)
+
+    def time_baseline(self, rows: Rows) -> tuple[Int64, Float32]:
+        """Return edges [m, T + 1] and logits [m, T] of the classes of the next time."""
+        edges = grids.time_edges(self.last_ms[rows])
+        return edges, grids.time_baseline(self.world.rhythm, self.rate[rows], edges)
+
+    def merchant_baseline(self, rows: Rows) -> Float32:
+        """Return the logits [m, M] of the merchant's class."""
+        left = np.asarray(self.reach[rows] - self.opened[rows], np.float64)
+        return grids.merchant_baseline(self.visited[rows], left, self.world.hubs)
+
+    def rank_of(self, rows: Rows, merchant: NDArray[np.int32]) -> Int64:
+        """Return the places [m] of merchants [m] in the lists of recent ones; -1 if new."""
+        width = int(self.visited[rows].max(initial=0))
+        if not width:
+            return np.full(len(rows), -1, np.int64)
+        same = self.recent[rows, :width] == merchant[:, None]
+        place = same.argmax(1)
+        return np.where(same[np.arange(len(rows)), place], place, -1)
+
+    def observe(self, rows: Rows, step: Step) -> None:
+        """Remember the next transaction of some accounts."""
+        last = self.last_ms[rows]
+        same_day = step.time_ms // DAY_MS == last // DAY_MS
+        self._today[rows] = np.where(same_day, self._today[rows], 0) + 1
+        self._gap_ms[rows] = step.time_ms - last
+        self.last_ms[rows] = step.time_ms
+        self.count[rows] += 1
+        self._class[rows] = step.merchant_class
+        self._fraud[rows] = step.fraud_class
+        self._ratio[rows] = step.ratio
+        self._fields[rows] = step.fields
+        self.opened[rows] += step.merchant_class == grids.NEW_LOCAL
+        self._move_to_front(rows, step.rank, step.merchant)
+        hit = np.flatnonzero(step.fraud_class == ACCOUNT_FRAUD)
+        if len(hit):
+            self._remember_fraud(rows[hit], step.time_ms[hit])
+
+    def _move_to_front(self, rows: Rows, rank: Int64, merchant: NDArray[np.int32]) -> None:
+        visited = self.visited[rows]
+        new = rank < 0
+        stop = np.where(new, np.minimum(visited, grids.RANKS - 1), rank)
+        self.visited[rows] = np.minimum(visited + new, grids.RANKS)
+        width = int(stop.max(initial=0)) + 1
+        lists = self.recent[rows, :width]
+        moved = np.empty_like(lists)
+        moved[:, 0] = merchant
+        moved[:, 1:] = np.where(np.arange(1, width) <= stop[:, None], lists[:, :-1], lists[:, 1:])
+        self.recent[rows, :width] = moved
+
+    def _remember_fraud(self, rows: Rows, time_ms: Int64) -> None:
+        again = (self._frauds[rows] > 0) & (time_ms - self._fraud_ms[rows] < EPISODE_DAYS * DAY_MS)
+        self._episode_ms[rows] = np.where(again, self._episode_ms[rows], time_ms)
+        self._frauds[rows] = np.where(again, self._frauds[rows], 0) + 1
+        self._fraud_ms[rows] = time_ms
+
+
+def _write_time(out: Float32, time_ms: Int64, gap_ms: Int64, there: Float32) -> None:
+    angle = (time_ms % DAY_MS) * (2 * np.pi / DAY_MS)
+    out[:, 0] = np.log1p(np.maximum(gap_ms, 0) / 60_000) / 5 * there
+    out[:, 1], out[:, 2] = np.cos(angle), np.sin(angle)
+    out[:, 3], out[:, 4] = np.cos(2 * angle), np.sin(2 * angle)
+    out[np.arange(len(out)), 5 + grids.weekday_of(time_ms)] = 1
