@@ -95,7 +95,7 @@ class Sizes:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of a hidden state of one layer in float16."""
+        """Return the size of one layer's hidden state in float16, bytes."""
         return 2 * self.hidden_size
 
 

@@ -26,6 +26,7 @@ from model.forecast.forecaster import Forecaster
 from model.forecast.inputs import BOOKKEEPING, DAY_INPUTS
 from model.forecast.shape import PREFIX, ForecastShape
 from model.stepper import Stepper
+from model.whole_file import write_whole
 
 if TYPE_CHECKING:  # it imports torch
     from model.network import Network
@@ -252,14 +253,8 @@ class Checkpoint:
                 f"the header of {path} would have {_header_bytes(content)} bytes, over the limit "
                 f"of {HEADER_MAX_BYTES}; shorten its metrics or training settings"
             )
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_bytes(content)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(path, content)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -1,7 +1,7 @@
 """The forecast head in NumPy: one day of n accounts at a time.
 
-The decoder has a hidden state of its own. The account's state is its start, and the calendar is its
-input. The number of steps is the caller's choice.
+The decoder has a hidden state of its own. It starts from the account's state and reads the calendar
+of each day. The caller chooses the number of days.
 
 A sigmoid is computed as ``(1 + tanh(z / 2)) / 2``, so nothing overflows.
 """

@@ -7,7 +7,6 @@ transaction and no profile of the training data.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from model.generator.profiles import PROFILE, ProfileDensity
 from model.generator.settings import GeneratorError
 from model.generator.sizes import GeneratorSizes
 from model.generator.world import NUMBERS, SharedWorld
+from model.whole_file import write_whole
 
 GENERATOR_FORMAT = 1
 """Version of the header and of the tensors' names."""
@@ -94,14 +94,8 @@ class Generator:
         Raises:
             GeneratorError: the file cannot be written.
         """
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_bytes(self._content())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(path, self._content())
         except OSError as error:
             raise GeneratorError(f"cannot write {path}: {error.strerror or error}") from error
 
