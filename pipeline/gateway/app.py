@@ -9,7 +9,7 @@ from litestar import Litestar, Request
 from litestar.exceptions import HTTPException, MethodNotAllowedException
 
 from pipeline.gateway.authentication import PUBLIC_PATHS
-from pipeline.gateway.context import AsgiApp, AsgiMessage, AsgiScope, Receive, Send, context_of
+from pipeline.gateway.context import AnswerStatus, AsgiApp, AsgiScope, Receive, Send, context_of
 from pipeline.gateway.docs_page import render_page
 from pipeline.gateway.gateway_metrics import GatewayMetrics
 from pipeline.gateway.openapi import make_document
@@ -97,18 +97,11 @@ class Measured:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        status = 500
-
-        async def answer(message: AsgiMessage) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        answer = AnswerStatus(send)
         try:
             await self._app(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - began
-            self._seconds.labels(route_of(scope), str(status)).observe(seconds)
+            self._seconds.labels(route_of(scope), str(answer.status or 500)).observe(seconds)
             if (name := context_of(scope).problem) is not None:
                 self._problems.labels(name).inc()

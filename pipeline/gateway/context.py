@@ -24,6 +24,25 @@ AsgiApp = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 
 CONTEXT_KEY = "recur"
 
+
+class AnswerStatus:
+    """The sender of one answer, which notes its status.
+
+    Attributes:
+        status: HTTP status of the answer; None before it begins.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+
+    async def __call__(self, message: AsgiMessage) -> None:
+        """Send a message."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-.{2}")
 

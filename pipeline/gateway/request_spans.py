@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.gateway.context import AsgiApp, AsgiMessage, AsgiScope, Receive, Send, context_of
+from pipeline.gateway.context import AnswerStatus, AsgiApp, AsgiScope, Receive, Send, context_of
 from pipeline.gateway.request_limits import ClientGoneError
 from pipeline.gateway.request_log import problem_of
 from pipeline.messages.trace_context import Headers, request_context
@@ -42,14 +42,8 @@ class TracedRequests:
         given = request_context(scope["headers"])
         span = self._tracer.serve("POST", path, scope.get("scheme", "http"), given)
         context_of(scope).trace = span.headers
-        status, error = 0, None
-
-        async def answer(message: AsgiMessage) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        answer, error = AnswerStatus(send), None
+        status = None
         try:
             await self._app(scope, receive, answer)
         except ClientGoneError:
@@ -57,8 +51,8 @@ class TracedRequests:
             raise
         except Exception as raised:
             kind = problem_of(raised).kind
-            status = status or kind.status
+            status = kind.status
             error = kind.name if kind.status >= SERVER_ERROR else None
             raise
         finally:
-            span.end(status or None, error)
+            span.end(answer.status or status, error)
