@@ -3,6 +3,7 @@
 One contender at a time shares the cores with broker and Redis. docs/performance.md tells how.
 
     python -m benchmarks [--quick] [--rounds N] [--transactions N] [--seconds S] [--only NAME]
+                         [--generated]
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ async def run(bench: Bench, plan: Plan) -> None:
 @click.option("--seconds", default=8.0, help="duration at each rate of the latency measurement")
 @click.option("--tail-seconds", default=600.0, help="duration of the tail measurement")
 @click.option("--quick", is_flag=True, help="one short round, to see that everything runs")
+@click.option("--generated", is_flag=True, help="payments by the shipped generator")
 @click.option("--only", type=click.Choice(ONLY), help="run only this measurement")
 def main(
     rounds: int,
@@ -89,6 +91,7 @@ def main(
     seconds: float,
     tail_seconds: float,
     quick: bool,
+    generated: bool,
     only: str | None,
 ) -> None:
     """Measure a worker and its peers on this machine."""
@@ -104,7 +107,7 @@ def main(
     console.print(f"  this machine before: {before}")
     with tempfile.TemporaryDirectory(prefix="recur-bench-") as directory:
         with embedded() as services:
-            bench = Bench(services, Path(directory))
+            bench = Bench(services, Path(directory), generated=generated)
             uvloop.run(run(bench, plan))
     bench.results.add("this machine before and after", f"{before}; {measure_machine()}")
     bench.results.add("duration", f"{(time.monotonic() - began) / 60:.0f} minutes")

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from benchmarks.peers.batch_scorer import PeerSettings
 from benchmarks.peers.environment import ROOT, missing, peers_python
 from benchmarks.results import Results
+from benchmarks.traffic import blocks
 from model.checkpoint import Checkpoint, CheckpointThresholds, Header
 from model.features.account import ACCOUNT_FEATURES
 from model.features.spec import FeatureSpec
@@ -30,6 +31,7 @@ from pipeline.kafka.topics import admin_client, ensure_topics
 from pipeline.local.embedded import Services
 from pipeline.local.supervisor import SupervisedProcess
 from pipeline.local.workers import WorkerProcess, start_worker, until_ready
+from pipeline.replay.producer import Block
 from pipeline.settings import Settings, load_settings
 from pipeline.timestamps import ANY_AGE_SECONDS
 
@@ -102,10 +104,12 @@ class Bench:
     Attributes:
         results: rows of the table.
         accounts_checkpoint: network of the shipped size that sees account features only.
+        generated: whether the shipped generator makes the payments, not the simulator.
     """
 
-    def __init__(self, services: Services, directory: Path) -> None:
+    def __init__(self, services: Services, directory: Path, *, generated: bool = False) -> None:
         self.services = services
+        self.generated = generated
         self.directory = directory
         self.results = Results()
         self.accounts_checkpoint = directory / "accounts.safetensors"
@@ -124,6 +128,10 @@ class Bench:
             max_timestamp_age_seconds=ANY_AGE_SECONDS,
             **changes,
         )
+
+    def payments(self, *, live: bool = False, history: int = 0) -> Iterator[Block]:
+        """Make the payments of a measurement; see :func:`benchmarks.traffic.blocks`."""
+        return blocks(live=live, history=history, generated=self.generated)
 
     @asynccontextmanager
     async def recur(self, settings: Settings) -> AsyncIterator[Contender]:

@@ -202,7 +202,7 @@ async def measure(bench: Bench, oha: str, rates: list[int], seconds: float) -> l
     runs: list[LoadRun] = []
     async with bench.recur(settings) as worker:
         await start_up(worker)
-        await warmed_up(settings, worker)
+        await warmed_up(bench, settings, worker)
         async with running_gateway(bench, settings) as (port, pid):
             gateway = psutil.Process(pid)
             warm = WARM_UP_REQUESTS_RATE, WARM_UP_REQUESTS_SECONDS

@@ -23,7 +23,7 @@ from benchmarks.bench import (
 )
 from benchmarks.results import Rounds, console
 from benchmarks.score_times import Offsets, ScoreTimes, ends, read_score_times
-from benchmarks.traffic import blocks, feed
+from benchmarks.traffic import feed
 from pipeline.local.worker_metrics import LATENCY, Samples, buckets, quantile
 from pipeline.replay.producer import Block
 from pipeline.settings import Settings
@@ -196,7 +196,7 @@ async def measure(
     runs: dict[int, RateRun] = {}
     async with bench.run(name, settings) as contender:
         ready = await start_up(contender)
-        stream = await warmed_up(settings, contender)
+        stream = await warmed_up(bench, settings, contender)
         for rate in rates:
             await feed(settings, stream, int(rate * SETTLE_SECONDS), rate)
             runs[rate] = await run_at(settings, contender, stream, rate, seconds)
@@ -205,9 +205,9 @@ async def measure(
     return ready, runs
 
 
-async def warmed_up(settings: Settings, contender: Contender) -> Iterator[Block]:
+async def warmed_up(bench: Bench, settings: Settings, contender: Contender) -> Iterator[Block]:
     """Feed a contender the history and the warm-up; return the stream of what follows."""
-    stream = blocks(live=True, history=HISTORY_TRANSACTIONS)
+    stream = bench.payments(live=True, history=HISTORY_TRANSACTIONS)
     await feed(settings, stream, HISTORY_TRANSACTIONS, rate=None)
     await published(settings, HISTORY_TRANSACTIONS, contender)
     await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)

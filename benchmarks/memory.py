@@ -7,7 +7,7 @@ import asyncio
 import psutil
 
 from benchmarks.bench import Bench, Contender, make_topics, start_up
-from benchmarks.traffic import blocks, feed
+from benchmarks.traffic import feed
 
 MEBIBYTE = 1 << 20
 SAMPLE_SECONDS = 0.5
@@ -19,7 +19,7 @@ async def memory(bench: Bench, transactions: int) -> None:
     await make_topics(settings)
     async with bench.recur(settings) as contender:
         await start_up(contender)
-        feeding = asyncio.create_task(feed(settings, blocks(), transactions, rate=None))
+        feeding = asyncio.create_task(feed(settings, bench.payments(), transactions, rate=None))
         points = await _follow(contender, transactions)
         await feeding
     early = max(rss for done, rss in points if done <= max(transactions / 5, points[0][0]))

@@ -82,7 +82,7 @@ async def tail(bench: Bench, seconds: float) -> None:
     await make_topics(settings)
     async with bench.recur(settings) as contender:
         await start_up(contender)
-        stream = await warmed_up(settings, contender)
+        stream = await warmed_up(bench, settings, contender)
         samples: list[Sample] = []
         sampling = asyncio.create_task(_sample(bench, contender, samples))
         run = await run_at(settings, contender, stream, RATE, seconds)

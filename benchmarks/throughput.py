@@ -31,7 +31,7 @@ from benchmarks.bench import (
 )
 from benchmarks.results import Rounds
 from benchmarks.score_times import ends, read_score_times
-from benchmarks.traffic import blocks, feed
+from benchmarks.traffic import feed
 from pipeline.checkpoint import load_checkpoint
 from pipeline.scoring.scorer import Scorer
 from pipeline.settings import Settings
@@ -128,7 +128,8 @@ async def drain(bench: Bench, case: Case, settings: Settings, transactions: int)
     """Fill the log, start the contender and measure its rate."""
     await make_topics(settings)
     total = case.history + transactions
-    await feed(settings, blocks(live=case.live, history=case.history), total, rate=None)
+    stream = bench.payments(live=case.live, history=case.history)
+    await feed(settings, stream, total, rate=None)
     async with bench.run(case.contender, settings) as contender:
         return steady(await published(settings, total, contender), transactions, case.history)
 

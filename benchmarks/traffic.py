@@ -1,12 +1,15 @@
-"""The payments that every contender scores: the simulator's, of 20,000 accounts."""
+"""The payments that every contender scores, of 20,000 accounts: simulated or generated ones."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from model.simulator.handbook import Simulator, account_id, merchant_id
+from pipeline.files.generated import account_ids, merchant_ids, transaction_ids
+from pipeline.files.generated_stream import SHIPPED_GENERATOR, open_stream
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.settings import Settings
 
@@ -18,35 +21,79 @@ LIVE_BLOCK_TRANSACTIONS = 500
 HISTORY_DAYS_MAX = 30
 """Days before now at which the history of live transactions begins."""
 
+GENERATED_DAYS = 3_650
+"""Days of generated payments: far more than a measurement takes."""
 
-def blocks(*, live: bool = False, history: int = 0) -> Iterator[Block]:
-    """Simulate transactions without end and encode them.
+SEED = 3
+
+
+def blocks(*, live: bool = False, history: int = 0, generated: bool = False) -> Iterator[Block]:
+    """Make transactions without end and encode them.
 
     Args:
         live: whether they have the time of encoding, as in a payment system. Otherwise they
-            have the simulator's time: at full speed, a second is a simulated day or more.
-        history: number of transactions before the live ones, at the simulator's times.
+            have the source's time: at full speed, a second is a simulated day or more.
+        history: number of transactions before the live ones, at the source's times.
+        generated: whether the shipped generator makes them, not the simulator.
     """
     size = LIVE_BLOCK_TRANSACTIONS if live else BLOCK_TRANSACTIONS
     begin = "2018-04-01"
     if history and live:
         begin = (datetime.now(UTC) - timedelta(days=HISTORY_DAYS_MAX)).date().isoformat()
     done = 0
-    for day in Simulator(customers=ACCOUNTS, start_date=begin, seed=3).days():
+    for part in _generated(begin, size) if generated else _simulated(begin, size):
+        if live and done >= history:
+            part = part._replace(times_ms=[time.time_ns() // 1_000_000] * len(part.times_ms))
+        done += len(part.times_ms)
+        yield encode_block(*part)
+
+
+class _Columns(NamedTuple):
+    transaction_ids: Sequence[str]
+    account_ids: Sequence[str]
+    merchant_ids: Sequence[str]
+    amounts: Sequence[float]
+    currencies: Sequence[str]
+    times_ms: Sequence[int]
+
+
+def _simulated(begin: str, size: int) -> Iterator[_Columns]:
+    for day in Simulator(customers=ACCOUNTS, start_date=begin, seed=SEED).days():
         for at in range(0, len(day.amount), size):
             part = slice(at, at + size)
-            times = day.timestamp_ms[part].tolist()
-            if live and done >= history:
-                times = [time.time_ns() // 1_000_000] * len(times)
-            done += len(times)
-            yield encode_block(
+            amounts = day.amount[part].tolist()
+            yield _Columns(
                 [f"T{i}" for i in day.transaction_id[part].tolist()],
                 [account_id(i) for i in day.account[part].tolist()],
                 [merchant_id(i) for i in day.merchant[part].tolist()],
-                day.amount[part].tolist(),
-                ["EUR"] * len(times),
-                times,
+                amounts,
+                ["EUR"] * len(amounts),
+                day.timestamp_ms[part].tolist(),
             )
+
+
+def _generated(begin: str, size: int) -> Iterator[_Columns]:
+    stream = open_stream(
+        SHIPPED_GENERATOR,
+        {},
+        accounts=ACCOUNTS,
+        days=GENERATED_DAYS,
+        seed=SEED,
+        start_date=begin,
+    )
+    header, first = stream.generator.header, 0
+    for window in stream.parts():
+        for at in range(0, len(window), size):
+            part = window.at(slice(at, at + size))
+            yield _Columns(
+                transaction_ids(header, first, len(part)),
+                account_ids(header, part.account),
+                merchant_ids(header, part.merchant),
+                part.amount.tolist(),
+                [header.currency] * len(part),
+                part.time_ms.tolist(),
+            )
+            first += len(part)
 
 
 def first(stream: Iterator[Block], transactions: int) -> Iterator[Block]:

@@ -19,6 +19,7 @@ from benchmarks.score_times import ScoreTimes, read_score_times
 from benchmarks.tail import Pause, pauses
 from benchmarks.traffic import blocks, first
 from model.features.account import ACCOUNT_FEATURES, rounds_of
+from model.units import DAY_MS
 from pipeline.checkpoint import load_checkpoint
 from pipeline.kafka.topics import TopicRole
 from pipeline.local.kafka import Kafka
@@ -62,6 +63,18 @@ def test_the_size_of_a_peers_batch_leaves_no_trace(redis_server: Redis, tmp_path
         return [msgspec.json.decode(value, type=Score).score for _, value in found]
 
     assert scores(100) == pytest.approx(scores(7), abs=1e-3)
+
+
+def test_the_stream_can_be_generated() -> None:
+    taken = list(first(blocks(live=True, history=700, generated=True), 1500))
+    found = [msgspec.json.decode(value) for block in taken for value in block.values]
+
+    assert [len(block.keys) for block in taken] == [500, 500, 500]
+    assert len({item["transaction_id"] for item in found}) == 1500
+    assert all(item["account_id"].startswith("G") and item["amount"] >= 0 for item in found)
+    times = np.array([item["timestamp"] for item in found])
+    assert (np.diff(times[:700]) >= 0).all()
+    assert times[700:].max() - times[:700].max() > 20 * DAY_MS
 
 
 def test_a_score_is_as_old_as_its_payment_when_the_broker_appends_it(kafka: Kafka) -> None:
