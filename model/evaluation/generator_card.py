@@ -24,7 +24,7 @@ def rows_of(results: GeneratorResults) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of the table of sources."""
     headings = [
         *("histories", "AUC GRU", "AUC LightGBM", "AP trained on it", "closest real"),
-        *("closest held-out", "membership AUC"),
+        *("closest held-out", "membership AUC", "by likelihood"),
     ]
     rows = []
     for found in results.sources:
@@ -37,7 +37,10 @@ def rows_of(results: GeneratorResults) -> tuple[list[str], list[list[str]]]:
                 _number(found.average_precision),
                 *(
                     _number(private.get(name))
-                    for name in ("closest_real", "closest_held_out", "membership_auc")
+                    for name in (
+                        *("closest_real", "closest_held_out", "membership_auc"),
+                        "likelihood_auc",
+                    )
                 ),
             ]
         )
@@ -63,7 +66,8 @@ def generator_card(results: GeneratorResults, plots: list[str]) -> str:
         *_markdown(headings, rows),
         "",
         "An AUC of .5 means that a discriminator cannot tell the histories from those of B."
-        " Copies protect nobody: they are the floor of the AUC only.",
+        " Copies protect nobody: they are the floor of the AUC only. Membership is guessed by the"
+        " distance to the closest generated account, and by the likelihood under the file.",
     ]
     real, made = results.of(REAL), results.of(GENERATED)
     if real and made and real.average_precision and made.average_precision is not None:

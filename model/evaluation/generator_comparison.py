@@ -20,6 +20,7 @@ from model.data.dataset import Dataset
 from model.evaluation.discriminators import discriminate
 from model.evaluation.history_distances import distances, privacy
 from model.evaluation.history_views import Histories, histories_of
+from model.evaluation.likelihood_attack import likelihood_auc
 from model.evaluation.synthetic_training import average_precision_on
 from model.generator.generator import Generator
 from model.generator.settings import GeneratorError, GeneratorSettings
@@ -41,7 +42,8 @@ class SourceResult(msgspec.Struct, frozen=True, kw_only=True):
         auc_gru, auc_lightgbm: of the discriminators over accounts.
         telling: LightGBM's most telling inputs.
         distances: by quantity.
-        privacy: see :func:`model.evaluation.history_distances.privacy`.
+        privacy: see :func:`model.evaluation.history_distances.privacy`. The generator has
+            ``likelihood_auc`` beside, of the attack with its file.
         average_precision: on real accounts, of a network trained on this source.
     """
 
@@ -120,11 +122,15 @@ def compare_generator(
         logs[PEER] = peer
     held = histories_of(others)
     views = {source: histories_of(found) for source, found in logs.items()}
+    report(Report("attack by likelihoods", 0.2))
+    attacked = {GENERATED: {"likelihood_auc": likelihood_auc(generator, members, others)}}
     results = []
     for place, source in enumerate(logs):
         begin = 0.2 + 0.8 * place / len(logs)
         part = within(report, begin, begin + 0.8 / len(logs))
-        results.append(_measured(source, logs, views, held, others, settings, detector, work, part))
+        found = _measured(source, logs, views, held, others, settings, detector, work, part)
+        private = {**found.privacy, **attacked.get(source, {})}
+        results.append(msgspec.structs.replace(found, privacy=private))
     report(Report("done", 1.0))
     return (
         GeneratorResults(

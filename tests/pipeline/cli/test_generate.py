@@ -182,3 +182,4 @@ def test_the_evaluation_writes_results_a_card_and_a_plot(tmp_path: Path) -> None
     assert names == ["card.md", "generator.safetensors", "histories.png", "results.json"]
     card = (tmp_path / "out" / "card.md").read_text()
     assert "| run of frauds |" in card
+    assert "| by likelihood |" in card
