@@ -75,22 +75,31 @@ def _losses(network: GeneratorNetwork, lessons: Lessons, batch: NDArray[np.intp]
     start, length = lessons.start[batch], lessons.length[batch]
     within = np.minimum(np.arange(int(length.max())), length[:, None] - 1)
     states, _ = network(torch.from_numpy(lessons.inputs[start[:, None] + within]), None)
-    found = np.zeros(len(batch))
-    for place in range(len(batch)):
-        rows = slice(int(start[place]), int(start[place] + length[place]))
+    found = [
+        history_loss(network, lessons, int(account), states[place, : int(length[place])])
+        for place, account in enumerate(batch)
+    ]
+    return torch.stack(found).numpy().astype(np.float64)
 
-        def of(table: NDArray[np.float32], rows: slice = rows) -> torch.Tensor:
-            return torch.from_numpy(table[rows].astype(np.float32))
 
-        found[place] = losses(
-            network,
-            states[place, : int(length[place])],
-            of(lessons.time_inputs),
-            torch.from_numpy(lessons.targets[rows].astype(np.int64)),
-            torch.from_numpy(lessons.fields[rows]),
-            (of(lessons.time_base), of(lessons.slot_base), of(lessons.merchant_base)),
-        ).sum()
-    return found
+def history_loss(
+    network: GeneratorNetwork, lessons: Lessons, account: int, states: torch.Tensor
+) -> torch.Tensor:
+    """Return the summed loss of an account's steps, whose hidden states are given [steps, H]."""
+    begin = int(lessons.start[account])
+    rows = slice(begin, begin + len(states))
+
+    def of(table: NDArray[np.float32]) -> torch.Tensor:
+        return torch.from_numpy(table[rows].astype(np.float32))
+
+    return losses(
+        network,
+        states,
+        of(lessons.time_inputs),
+        torch.from_numpy(lessons.targets[rows].astype(np.int64)),
+        torch.from_numpy(lessons.fields[rows]),
+        (of(lessons.time_base), of(lessons.slot_base), of(lessons.merchant_base)),
+    ).sum()
 
 
 def _classes(log: Dataset, field: GeneratedField) -> NDArray[np.int64]:
