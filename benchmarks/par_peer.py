@@ -107,10 +107,16 @@ def dataset_of(samples: list[list[list[Any]]], real: Dataset, start_ms: int, see
         )
     table = np.concatenate(parts)
     table = table[np.argsort(table[:, 3], kind="stable")]
-    account, merchant = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
     label = table[:, 4].astype(np.int8)
-    time_ms = table[:, 3].astype(np.int64)
-    return Dataset(account, merchant, table[:, 2], time_ms, label, label, currency=real.currency)
+    return Dataset(
+        account=table[:, 0].astype(np.int32),
+        merchant=np.unique(table[:, 1], return_inverse=True)[1].astype(np.int32),
+        amount=table[:, 2],
+        timestamp_ms=table[:, 3].astype(np.int64),
+        label=label,
+        scenario=label,
+        currency=real.currency,
+    )
 
 
 def write(log: Dataset, path: Path) -> None:

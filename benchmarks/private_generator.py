@@ -80,7 +80,8 @@ def gradients_of(network: GeneratorNetwork, lessons: Lessons, accounts: Int64) -
         rows = slice(lessons.start[account], lessons.start[account] + lessons.length[account])
         states, _ = network(torch.from_numpy(lessons.inputs[rows])[None], None)
         network.zero_grad()
-        (history_loss(network, lessons, account, states[0]) / scale).backward()
+        loss = history_loss(network, lessons, account, states[0]) / scale
+        loss.backward()  # type: ignore[no-untyped-call]
         for name, parameter in network.named_parameters():
             found[name].append(
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

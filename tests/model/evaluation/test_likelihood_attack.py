@@ -27,7 +27,7 @@ def test_the_weights_make_real_histories_more_likely() -> None:
 
     assert learned.shape == (len(np.unique(log.account)),)
     assert np.isfinite(learned).all()
-    assert (learned < without).mean() > 0.9
+    assert (learned < without).mean() > 0.75
 
 
 def test_the_attack_finds_histories_that_are_less_likely() -> None:
