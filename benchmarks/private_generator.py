@@ -49,6 +49,9 @@ Int64 = NDArray[np.int64]
 DELTA = 1e-5
 DECAYED = ("time.weight", "slot.weight", "slot_weekday", "merchant.weight")
 TREES = 150
+RISE_SHARE = 0.05
+KEPT_SHARE = 0.9
+"""Share of the mean of earlier weights; the mean averages the noise out."""
 COMPARED_MAX = 1000
 TRAINED_FROM_DAY, TESTED_FROM_DAY = 14, 98
 
@@ -134,13 +137,19 @@ def train_privately(
         expected_batch_size=plan.batch,
     )
     rng = np.random.default_rng(plan.seed)
+    mean = {name: value.clone() for name, value in network.state_dict().items()}
     for update in range(updates):
+        done = update / updates
+        rise = min(1.0, done / RISE_SHARE + 0.02)
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate * (0.02 + 0.49 * (1 + math.cos(math.pi * update / updates)))
+            group["lr"] = plan.rate * rise * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
         chosen = np.flatnonzero(rng.random(accounts) < share)  # Poisson, as accounted for
         gradients_of(network, lessons, chosen)
         optimizer.step()
         optimizer.zero_grad()
+        for name, value in network.state_dict().items():
+            mean[name].lerp_(value, 1 - KEPT_SHARE)
+    network.load_state_dict(mean)
     return noise
 
 
