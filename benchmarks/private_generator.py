@@ -166,9 +166,9 @@ def precision_on(log: Dataset, others: Dataset, seed: int) -> float:
 @click.argument("columns")
 @click.option("--accounts", default=1000, show_default=True, help="accounts that train")
 @click.option("--epsilon", default=8.0, show_default=True, help="0: clipping without noise")
-@click.option("--epochs", default=30, show_default=True)
+@click.option("--epochs", default=20, show_default=True)
 @click.option("--batch", default=256, show_default=True, help="accounts of an update, on average")
-@click.option("--clip", default=0.15, show_default=True, help="norm of an account's gradient")
+@click.option("--clip", default=0.1, show_default=True, help="norm of an account's gradient")
 @click.option("--rate", default=8e-3, show_default=True, help="learning rate")
 @click.option("--seed", default=1, show_default=True)
 def main(file: Path, columns: str, accounts: int, epsilon: float, seed: int, **plan: Any) -> None:
