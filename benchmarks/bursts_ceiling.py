@@ -150,7 +150,7 @@ def monotone_log_ratio(payments: Payments, usual: Float64) -> Float64:
     """
     p = payments
     free = log_ratio(p.amount, p.category, p.spending)
-    grid = np.geomspace(AMOUNT_MIN, 4000, 3000)
+    grid = np.geomspace(AMOUNT_MIN, 4000, 1000)
     accounts = len(p.habits.spending)
     top = np.empty((accounts, len(CATEGORIES)))
     for category in range(len(CATEGORIES)):
