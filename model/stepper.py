@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from model.architecture import Architecture
+from model.architecture import SLOPE_LOG_MAX, Architecture
 from model.features.merchant import REMEMBERED_WEIGHT, WEIGHT_MAX
 from model.features.spec import payment_columns
 
@@ -57,6 +57,10 @@ class Stepper:
         self._cells = [
             _Cell(*(weights[f"recurrent.{name}_l{layer}"] for name in _Cell.TENSORS))
             for layer in range(a.layers)
+        ]
+        self._slopes = [  # of the amount's units by code, [codes, M]
+            np.exp(np.clip(weights[f"slopes.{i}.weight"], -SLOPE_LOG_MAX, SLOPE_LOG_MAX))
+            for i in range(len(a.embeddings) if a.category_slopes else 0)
         ]
         self._head = _Head(a, weights)
         # To the GRU, to the context, to amount and frauds: [width, 2 X + 2 M].
@@ -124,9 +128,20 @@ class Stepper:
         x, size = self._embedded(inputs), self.architecture.input_size
         first = x @ self._first
         first += self._first_bias
-        seen = first[:, : 2 * size]
+        seen, rising = first[:, : 2 * size], first[:, 2 * size :]
         np.maximum(seen, _ZERO, out=seen)
-        return x, seen[:, :size], seen[:, size:], first[:, 2 * size :]
+        if self._slopes:
+            self._scale(rising, inputs)
+        return x, seen[:, :size], seen[:, size:], rising
+
+    def _scale(self, rising: Float32, inputs: Float32) -> None:
+        """Multiply the units of the amount by the slopes of the categories, in place."""
+        codes = inputs[:, self.architecture.inputs :].astype(np.intp)
+        part = self.architecture.rising_size // 2
+        for i, of_codes in enumerate(self._slopes):
+            slope = of_codes[codes[:, i]]
+            rising[:, :part] *= slope[:, :part]  # without an upper bound; then those with one
+            rising[:, 2 * part : 3 * part] *= slope[:, part:]
 
     def _embedded(self, inputs: Float32) -> Float32:
         """Replace categories by their vectors: [n, I] -> [n, width]."""
