@@ -131,7 +131,8 @@ def log_ratio(amount: Float64, category: Int64, spending: Float64) -> Float64:
 def log_tail_ratio(amount: Float64, category: Int64, spending: Float64) -> Float64:
     """Return the log of the thief's over the owner's probability of this amount or more."""
     thief, owner = _deviations(amount, category, spending)
-    return log_ndtr(-thief) - log_ndtr(-owner)
+    tails: Float64 = log_ndtr(-thief) - log_ndtr(-owner)
+    return tails
 
 
 def _deviations(amount: Float64, category: Int64, spending: Float64) -> tuple[Float64, Float64]:
@@ -242,7 +243,8 @@ def _honest_density(hour: Float64) -> Float64:
     """Return the density of legitimate payments at an hour of the day, for a day."""
     around = hour[:, None] + 24 * np.arange(-2, 3)
     bell = np.exp(-0.5 * ((around - 15.5) / 4) ** 2).sum(1) / (4 * np.sqrt(2 * np.pi))
-    return 0.75 * 24 * bell + 0.25
+    density: Float64 = 0.75 * 24 * bell + 0.25
+    return density
 
 
 def usual_amounts(payments: Payments, training: NDArray[np.bool_]) -> Float64:

@@ -39,8 +39,8 @@ def network_of(sizes: dict[str, Any]) -> Network:
     made = Network(Architecture(INPUTS, **sizes)).eval().requires_grad_(False)
     for parameter in made.parameters():  # larger than at the start, as after training
         parameter.mul_(2.0)
-    for slopes in made.slopes:  # they begin at 0; a tenth of them is out of bounds
-        slopes.weight.copy_(torch.randn_like(slopes.weight) * 2.5)
+    for slopes in made.slopes.parameters():  # they begin at 0; a tenth of them is out of bounds
+        slopes.normal_(std=2.5)
     return made
 
 
