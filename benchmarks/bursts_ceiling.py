@@ -48,7 +48,7 @@ _MEDIAN, _SPREAD, _FRAUD_SHARE, _MEAN, _DEVIATION = (
 )
 _FRAUD_SHARE /= _FRAUD_SHARE.sum()
 
-# Share of a burst that has happened so many hours after midnight of its first day.
+# Share of a burst that has happened by an hour after midnight of its first day.
 _HOURS = np.array([10.0, 22.0, 28.0, 34.0, 46.0, 52.0])
 _HAPPENED = np.array([0, 1 - NIGHT_SHARE_OF_FRAUD, 1, 1, 2 - NIGHT_SHARE_OF_FRAUD, 2]) / 2
 _PER_DAY = np.append(np.diff(_HAPPENED) / np.diff(_HOURS), 0.0) * 24

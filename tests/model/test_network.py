@@ -75,8 +75,9 @@ def test_more_money_and_more_known_frauds_never_lower_the_score(
 
 
 def test_with_category_slopes_a_category_decides_how_steeply_the_score_rises() -> None:
-    others: tuple[Role, ...] = ("own",) * (INPUTS - 1)
-    net = network(roles=("amount", *others), embeddings=((3, 2),), category_slopes=True)
+    roles: list[Role] = ["amount"]
+    roles += ["own" for _ in range(INPUTS - 1)]
+    net = network(roles=tuple(roles), embeddings=((3, 2),), category_slopes=True)
     cast("nn.Embedding", net.slopes[0]).weight.data[2] = 2.0
     cast("nn.Embedding", net.embeddings[0]).weight.data.zero_()  # nothing else depends on it
     inputs = torch.zeros(2, 50, INPUTS + 1)
