@@ -58,8 +58,8 @@ class Stepper:
             _Cell(*(weights[f"recurrent.{name}_l{layer}"] for name in _Cell.TENSORS))
             for layer in range(a.layers)
         ]
-        self._slopes = [  # of the amount's units by code, [codes, M]
-            np.exp(np.clip(weights[f"slopes.{i}.weight"], -SLOPE_LOG_MAX, SLOPE_LOG_MAX))
+        self._slopes = [
+            _slopes(weights[f"slopes.{i}.weight"])
             for i in range(len(a.embeddings) if a.category_slopes else 0)
         ]
         self._head = _Head(a, weights)
@@ -125,32 +125,37 @@ class Stepper:
             the inputs with vectors [n, width], what the GRU and the context see [n, X] each, and
             the contribution to amount and frauds [n, 2 M].
         """
-        x, size = self._embedded(inputs), self.architecture.input_size
+        size = self.architecture.input_size
+        codes = inputs[:, self.architecture.inputs :].astype(np.intp) if self._embeddings else None
+        x = inputs if codes is None else self._embedded(inputs, codes)
         first = x @ self._first
         first += self._first_bias
         seen, rising = first[:, : 2 * size], first[:, 2 * size :]
         np.maximum(seen, _ZERO, out=seen)
-        if self._slopes:
-            self._scale(rising, inputs)
+        if codes is not None:
+            for i, slopes in enumerate(self._slopes):
+                rising *= slopes[codes[:, i]]
         return x, seen[:, :size], seen[:, size:], rising
 
-    def _scale(self, rising: Float32, inputs: Float32) -> None:
-        """Multiply the units of the amount by the slopes of the categories, in place."""
-        codes = inputs[:, self.architecture.inputs :].astype(np.intp)
-        part = self.architecture.rising_size // 2
-        for i, of_codes in enumerate(self._slopes):
-            slope = of_codes[codes[:, i]]
-            rising[:, :part] *= slope[:, :part]  # without an upper bound; then those with one
-            rising[:, 2 * part : 3 * part] *= slope[:, part:]
-
-    def _embedded(self, inputs: Float32) -> Float32:
+    def _embedded(self, inputs: Float32, codes: NDArray[np.intp]) -> Float32:
         """Replace categories by their vectors: [n, I] -> [n, width]."""
-        if not self._embeddings:
-            return inputs
-        numbers = self.architecture.inputs
-        codes = inputs[:, numbers:].astype(np.intp)
         vectors = [vectors_of[codes[:, i]] for i, vectors_of in enumerate(self._embeddings)]
-        return np.concatenate((inputs[:, :numbers], *vectors), axis=1)
+        return np.concatenate((inputs[:, : self.architecture.inputs], *vectors), axis=1)
+
+
+def _slopes(logarithm: Float32) -> Float32:
+    """Return the slopes by code in the order of the rising units, 1 for those of the frauds.
+
+    Args:
+        logarithm: [codes, M].
+
+    Returns:
+        slopes: [codes, 2 M].
+    """
+    slopes = np.ones((len(logarithm), 2, 2, logarithm.shape[1] // 2), np.float32)
+    factor = np.exp(np.clip(logarithm, -SLOPE_LOG_MAX, SLOPE_LOG_MAX))
+    slopes[:, :, 0] = factor.reshape(len(logarithm), 2, -1)  # without an upper bound, with one
+    return slopes.reshape(len(logarithm), -1)
 
 
 class _Cell:
