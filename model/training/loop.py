@@ -35,7 +35,7 @@ from model.training.sequences import Inputs, Sequences, TensorInputs, one_core_e
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training.split import Split
 
-RECIPE = 5
+RECIPE = 4
 """Version of the recipe: the weights that the same data and settings give.
 
 Cached or unfinished trainings of another version are not used."""
