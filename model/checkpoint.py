@@ -409,7 +409,10 @@ def _check_tensors(
 
 def _digest(weights: Mapping[str, Float32], header: Header) -> str:
     digest = hashlib.sha256()
-    digest.update(msgspec.json.encode(header.architecture, order="deterministic"))
+    sizes = msgspec.to_builtins(header.architecture)
+    if not header.architecture.category_slopes:  # as before the field existed
+        sizes.pop("category_slopes", None)
+    digest.update(msgspec.json.encode(sizes))
     digest.update(msgspec.json.encode(header.features, order="deterministic"))
     for name, weight in sorted(weights.items()):
         array = np.ascontiguousarray(weight, dtype="<f4")

@@ -121,6 +121,11 @@ def test_a_header_without_the_part_of_the_forecast_is_an_old_checkpoint(file: Pa
     assert loaded.forecaster is None
 
 
+def test_a_header_without_category_slopes_is_an_old_checkpoint(file: Path) -> None:
+    rewritten(file, lambda header: header["architecture"].pop("category_slopes"))
+    assert Checkpoint.load(file).digest == checkpoint().digest
+
+
 def test_a_forecast_head_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with_random_forecast(checkpoint()).save(path)
