@@ -13,7 +13,7 @@ from model.forecast.shape import ForecastShape
 
 SHAPE = ForecastShape(context_size=12, hidden_size=6, bookkeeping=len(STEADY_BOOKKEEPING))
 FIRST_SHAPE = ForecastShape(context_size=12, hidden_size=6)
-"""Of a head from before the second bookkeeping, whose header does not say it."""
+"""Shape of a head from before the second bookkeeping; its header does not say it."""
 
 
 def random_decoder(encoder: int, seed: int = 3, shape: ForecastShape = SHAPE) -> ForecastNetwork:
