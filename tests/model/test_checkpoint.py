@@ -141,6 +141,13 @@ def test_a_forecast_head_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
         found.with_forecast(found.header.forecast or ForecastShape(), weights)
 
 
+def test_a_forecast_head_of_unknown_inputs_is_rejected() -> None:
+    found = with_random_forecast(checkpoint())
+    shape = ForecastShape(context_size=12, hidden_size=6, bookkeeping=25)
+    with pytest.raises(CheckpointError, match="this version knows no forecast head of 25 inputs"):
+        found.with_forecast(shape, found.forecast_weights)
+
+
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.safetensors: No such file"):
         Checkpoint.load(tmp_path / "none.safetensors")
