@@ -2,6 +2,7 @@
 
 local merchant  one that few accounts reach; a new account gets a place among them
 hub             one that many accounts reach, such as an online shop
+group           of merchants, by a field of theirs that says most about amounts, such as a category
 compromise      days in which a share of a merchant's payments is fraud, whoever pays
 """
 
@@ -36,7 +37,15 @@ DURATION_FRAUDS_MIN = 4
 HUB_ACCOUNTS_MIN = 30
 HUB_FACTOR = 6.0
 """A merchant is a hub from this multiple of the usual number of accounts on."""
+HUB_SPREAD_LEAST = 0.7
+"""A merchant is a hub, too, if its visitors are at least this share of what chance makes them."""
+HUB_SPREAD_VISITS = 20
+"""Fewest visits that tell whether a merchant's visitors are there by chance."""
+HUB_SPREAD_ACCOUNTS = 5
 HUBS_MAX = 20_000
+
+CONCENTRATION_MAX = 1e5
+"""Concentration of the groups from which on all accounts have the same shares."""
 
 REACH_MAX = 1500
 RATIO_QUANTILES = 47
@@ -59,7 +68,9 @@ class SharedWorld:
         rhythm: [7 * SLOTS + 1] integral of the weekly rhythm, 0 to 7 average days.
         ratio_edges: [A + 1] edges of amounts relative to the account's level.
         numbers: see :data:`NUMBERS`.
-        hub_shares: [H] cumulative shares of the hubs' transactions.
+        hub_shares: [H] cumulative shares of the hubs' transactions, group by group.
+        hub_groups: [H] their groups, in ascending order.
+        group_shares: [G] shares of the groups at hubs.
         durations: [17] quantiles of the days of a merchant's compromise.
         profile_mean, profile_scale: [P] to standardize profiles.
     """
@@ -68,6 +79,8 @@ class SharedWorld:
     ratio_edges: Floats
     numbers: Floats
     hub_shares: Floats
+    hub_groups: Floats
+    group_shares: Floats
     durations: Floats
     profile_mean: Floats
     profile_scale: Floats
@@ -79,6 +92,11 @@ class SharedWorld:
     def hubs(self) -> int:
         """Number of hubs."""
         return len(self.hub_shares)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of merchants."""
+        return len(self.group_shares)
 
     def tables(self) -> dict[str, Floats]:
         """Return the arrays by name."""
@@ -113,6 +131,7 @@ NUMBERS = (
     "hub_compromise_share",
     "days",  # length of the training data
     "resolution_ms",  # of times
+    "group_concentration",  # the larger, the more equal are the accounts' shares of the groups
 )
 
 
@@ -123,6 +142,8 @@ class MeasuredLog:
     Attributes:
         fraud_class: [N] whose the fraud is.
         is_hub: [merchants].
+        group: [merchants] from 0.
+        hub_share: [merchants] share of a hub in its group's visits.
         profiles: [accounts, P].
         start_ms: [accounts] when the account's history begins.
     """
@@ -130,16 +151,20 @@ class MeasuredLog:
     world: SharedWorld
     fraud_class: NDArray[np.int8]
     is_hub: Bools
+    group: Int64
+    hub_share: Floats
     profiles: Floats
     start_ms: Int64
 
 
-def measure(log: Dataset, seed: int) -> MeasuredLog:
+def measure(log: Dataset, seed: int, group: Int64 | None = None, groups: int = 1) -> MeasuredLog:
     """Measure the world and each account's profile.
 
     Args:
         log: its accounts have the codes 0, 1, 2 ... without gaps.
         seed: decides what is drawn where the data are silent.
+        group: [merchants] groups of the merchants. None: there is one.
+        groups: number of groups.
     """
     rng = np.random.default_rng(seed)
     accounts = int(log.account.max()) + 1
@@ -157,19 +182,28 @@ def measure(log: Dataset, seed: int) -> MeasuredLog:
     ratio = log.amount / np.exp(profiles[log.account, AT["level"]])
     edges, numbers["tail"] = _ratio_edges(ratio, fraud_class)
     numbers["certain"] = _certain(log)
-    visits = np.bincount(log.merchant[is_hub[log.merchant]], minlength=merchants)[is_hub]
-    cumulative = np.cumsum(np.sort(visits)[::-1]) / max(visits.sum(), 1)
+    group = np.zeros(merchants, np.int64) if group is None else group
+    own = fraud_class != ACCOUNT_FRAUD
+    visits = np.bincount(log.merchant[own & is_hub[log.merchant]], minlength=merchants) + 0.5
+    visits[~is_hub] = 0
+    in_group = np.bincount(group, visits, groups)
+    order = np.lexsort((-visits, group))
+    order = order[is_hub[order]]
+    numbers["group_concentration"] = _concentration(log, own & is_hub[log.merchant], group, groups)
     shown = profiles.copy()
     world = SharedWorld(
         rhythm=_rhythm(log.timestamp_ms),
         ratio_edges=edges,
         numbers=np.array([numbers[name] for name in NUMBERS]),
-        hub_shares=cumulative,
+        hub_shares=np.cumsum(visits[order]) / max(visits.sum(), 1),
+        hub_groups=group[order].astype(np.float64),
+        group_shares=in_group / in_group.sum() if in_group.sum() else np.full(groups, 1 / groups),
         durations=durations,
         profile_mean=shown.mean(0),
         profile_scale=np.maximum(shown.std(0), 0.05),
     )
-    return MeasuredLog(world, fraud_class, is_hub, profiles, start_ms)
+    hub_share = visits / np.maximum(in_group[group], 1e-9)
+    return MeasuredLog(world, fraud_class, is_hub, group, hub_share, profiles, start_ms)
 
 
 def _rhythm(time_ms: Int64) -> Floats:
@@ -194,10 +228,43 @@ def _hubs(log: Dataset, accounts: int, merchants: int) -> Bools:
     # If half of the transactions are at merchants that a tenth of all accounts reach, those are
     # the usual ones, and the rest is rare.
     wide = reached > max(HUB_ACCOUNTS_MIN, 0.1 * accounts)
-    is_hub = (reached >= least) | wide
+    is_hub = (reached >= least) | wide | _without_regulars(log, reached, accounts)
     if is_hub.sum() > HUBS_MAX:
         is_hub &= reached >= np.sort(reached)[-HUBS_MAX]
     return np.asarray(is_hub)
+
+
+def _without_regulars(log: Dataset, reached: Int64, accounts: int) -> Bools:
+    """Return which merchants [merchants] are visited as if every account came by chance.
+
+    A local merchant has regulars, so fewer different accounts make its visits.
+    """
+    visits = np.bincount(log.merchant, minlength=len(reached))
+    sizes, count = np.unique(np.bincount(log.account, minlength=accounts), return_counts=True)
+    number, place = np.unique(visits, return_inverse=True)
+    missed = np.exp(number[:, None] * np.log1p(-sizes / (len(log) + 1))[None, :])
+    by_chance = ((1 - missed) * count).sum(1)[place]
+    known = (visits >= HUB_SPREAD_VISITS) & (reached >= HUB_SPREAD_ACCOUNTS)
+    return np.asarray(known & (reached >= HUB_SPREAD_LEAST * by_chance))
+
+
+def _concentration(log: Dataset, rows: Bools, group: Int64, groups: int) -> float:
+    """Return the concentration of the accounts' shares of the groups at hubs, by moments."""
+    if groups < 2 or not rows.any():
+        return CONCENTRATION_MAX
+    account, chosen = log.account[rows].astype(np.int64), group[log.merchant[rows]]
+    accounts = int(account.max()) + 1
+    counts = np.bincount(account * groups + chosen, minlength=accounts * groups)
+    table = counts.reshape(accounts, groups).astype(float)
+    share = table.sum(0) / table.sum()
+    there = share > 0
+    n = table.sum(1)
+    off = (table - n[:, None] * share)[:, there]
+    square = (off**2 / share[there]).sum()
+    free = there.sum() - 1
+    pairs = free * (n * (n - 1)).sum()
+    alike = (square - free * n.sum()) / max(pairs, 1)
+    return float(np.clip(1 / max(alike, 1e-9) - 1, 0.1, CONCENTRATION_MAX))
 
 
 def _compromises(
@@ -428,4 +495,4 @@ def _reach(
     repeats = np.bincount(owner, visits * (visits - 1.0), accounts) / pairs_of
     chance = np.maximum(repeats, 1 / reach)
     noise = 2 * chance * (1 - chance) / pairs_of + 4 * chance**2 / np.maximum(n, 1)
-    return np.maximum(reach, np.maximum(distinct, 1)), repeats, np.maximum(noise, 1e-12)
+    return np.maximum(np.round(reach), np.maximum(distinct, 1)), repeats, np.maximum(noise, 1e-12)
