@@ -73,8 +73,6 @@ def histories_of(log: Dataset) -> Histories:
     gap[start] = np.nan
     visits, since = _visits(account, merchant, step)
     seen = visits > 0
-    people = np.unique(merchant * (int(account.max()) + 1) + account) // (int(account.max()) + 1)
-    popularity = np.bincount(people, minlength=int(merchant.max()) + 1)[merchant]
     logs = np.log(amount + 0.01)
     total = np.cumsum(logs)
     before = total - logs - np.repeat((total - logs)[start], length)
@@ -98,7 +96,7 @@ def histories_of(log: Dataset) -> Histories:
         np.log1p(visits),
         same,
         log.is_fraud[row],
-        np.log(popularity),
+        _popularity(account, merchant),
         np.log1p(step),
         np.abs(amount - np.round(amount)) > 1e-6,
     ]
@@ -118,6 +116,23 @@ def _visits(account: Int64, merchant: Int64, step: Int64) -> tuple[Int64, Int64]
     gaps[1:] = np.diff(step[order])
     since[order] = np.where(first, 0, gaps)
     return visits, since
+
+
+def _popularity(account: Int64, merchant: Int64) -> Floats:
+    """Return the merchant's rank by its accounts among all visits [N], 0 to 1; ties in any order.
+
+    Counts of accounts would tell two groups of real accounts apart: where everybody reaches the
+    same merchants, the largest count is a mark of the group. Ranks have the same distribution in
+    each group, so what is left are the differences between accounts.
+    """
+    most = int(account.max()) + 1
+    pairs = np.unique(merchant * most + account) // most
+    accounts = np.bincount(pairs, minlength=int(merchant.max()) + 1)
+    rng = np.random.default_rng(len(account))
+    order = np.lexsort((rng.random(len(merchant)), accounts[merchant]))
+    rank = np.empty(len(merchant))
+    rank[order] = (np.arange(len(merchant)) + 0.5) / len(merchant)
+    return rank
 
 
 def account_vectors(histories: Histories) -> Floats:

@@ -114,12 +114,19 @@ def slot_bounds(first_ms: Int64, day_ms: Int64) -> tuple[Int64, Int64]:
     return np.minimum(np.maximum(begin, first_ms[:, None]), end), end
 
 
-def slot_baseline(cumulative: Floats, begin_ms: Int64, end_ms: Int64) -> Float32:
-    """Return the logits [n, SLOTS] of the half hours by the weekly rhythm alone."""
+def slot_baseline(cumulative: Floats, rate: Floats, begin_ms: Int64, end_ms: Int64) -> Float32:
+    """Return the logits [n, SLOTS] of the half hours, by a Poisson process with the rhythm.
+
+    Args:
+        cumulative: see :func:`expected_visits`.
+        rate: [n] transactions a day.
+        begin_ms, end_ms: [n, SLOTS] see :func:`slot_bounds`.
+    """
     weekday = weekday_of(end_ms[:, 0] - 1)
     mass = np.diff(cumulative).reshape(7, SLOTS)[weekday]
-    share = mass * ((end_ms - begin_ms) / SLOT_MS)
-    logits = np.maximum(np.log(np.maximum(share, 1e-12)), OFFSET_LEAST)
+    width = np.maximum(mass * ((end_ms - begin_ms) / SLOT_MS) * rate[:, None], 1e-12)
+    logits = np.log(-np.expm1(-width)) - (np.cumsum(width, 1) - width)
+    logits = np.maximum(logits - logits.max(1, keepdims=True), OFFSET_LEAST)
     logits[end_ms <= begin_ms] = IMPOSSIBLE
     return logits.astype(np.float32)
 

@@ -163,7 +163,7 @@ def _targets(
     day_ms = time_ms - time_ms % DAY_MS
     begin, end = grids.slot_bounds(memory.last_ms[accounts] + grids.SHORT_EDGES_MS[-1], day_ms)
     slot = time_ms % DAY_MS // grids.SLOT_MS
-    slot_base = grids.slot_baseline(world.rhythm, begin, end)
+    slot_base = grids.slot_baseline(world.rhythm, memory.rate[accounts], begin, end)
     long = time_class >= grids.TODAY
     fraud_class = measured.fraud_class[rows].astype(np.int64)
     rank = memory.rank_of(accounts, merchant)

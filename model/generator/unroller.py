@@ -405,7 +405,7 @@ class Unroller:
             day_ms = last[long] - last[long] % DAY_MS + days * DAY_MS
             begin, end = grids.slot_bounds(last[long] + grids.SHORT_EDGES_MS[-1], day_ms)
             slots = network.product("slot.weight", padded(hidden[long]))[: len(long)]
-            slots += grids.slot_baseline(self._world.rhythm, begin, end)
+            slots += grids.slot_baseline(self._world.rhythm, memory.rate[rows[long]], begin, end)
             slots += network.table("slot_day")[np.where(days == 0, SAME_DAY, OTHER_DAY)]
             slots += network.table("slot_weekday")[grids.weekday_of(day_ms)]
             slots += network.table("slot_state")[state[long]]

@@ -30,6 +30,8 @@ FRAUD_GAP_DAYS = 14.0
 """Longest gap between two frauds of one compromise of a merchant."""
 COMPROMISE_ACCOUNTS_MIN = 2
 COMPROMISE_SHARE_MIN = 0.5
+CHANCE_SHARE_MAX = 0.5
+"""Most frauds that a random order of the frauds' merchants puts in compromises, beside the data."""
 DURATION_MAX_DAYS = 110.0
 DURATION_FRAUDS_MIN = 4
 """Fewest frauds of a compromise that tell its duration."""
@@ -170,7 +172,7 @@ def measure(log: Dataset, seed: int, group: Int64 | None = None, groups: int = 1
     accounts = int(log.account.max()) + 1
     merchants = int(log.merchant.max()) + 1
     is_hub = _hubs(log, accounts, merchants)
-    fraud_class, numbers, durations = _compromises(log, is_hub, merchants)
+    fraud_class, numbers, durations = _compromises(log, is_hub, rng)
     first_ms = int(log.timestamp_ms[0]) // DAY_MS * DAY_MS
     days = (int(log.timestamp_ms[-1]) - first_ms) / DAY_MS
     numbers["days"] = days
@@ -267,22 +269,72 @@ def _concentration(log: Dataset, rows: Bools, group: Int64, groups: int) -> floa
     return float(np.clip(1 / max(alike, 1e-9) - 1, 0.1, CONCENTRATION_MAX))
 
 
+@dataclass(frozen=True)
+class _Compromise:
+    """Frauds of several accounts at one merchant, close in time.
+
+    Attributes:
+        rows: of the log.
+        days: from the first to the last one.
+        share: share of the merchant's payments between them that they are.
+        whole: whether they are enough to tell the duration, and ended before the log did.
+    """
+
+    rows: Int64
+    days: float
+    share: float
+    whole: bool
+
+
 def _compromises(
-    log: Dataset, is_hub: Bools, merchants: int
+    log: Dataset, is_hub: Bools, rng: np.random.Generator
 ) -> tuple[NDArray[np.int8], dict[str, float], Floats]:
-    """Find the compromises of merchants: frauds of several accounts, close in time."""
-    fraud = np.flatnonzero(log.label == FRAUD)
+    """Find the compromises of merchants, unless chance alone would make as many."""
     fraud_class = np.zeros(len(log), np.int8)
+    fraud = np.flatnonzero(log.label == FRAUD)
     fraud_class[fraud] = ACCOUNT_FRAUD
-    order = fraud[np.lexsort((log.timestamp_ms[fraud], log.merchant[fraud]))]
-    time, merchant = log.timestamp_ms[order], log.merchant[order]
+    shuffled = log.merchant.copy()
+    shuffled[fraud] = rng.permutation(shuffled[fraud])
+    found, by_chance = _clusters(log, log.merchant), _clusters(log, shuffled)
+    kept: dict[bool, list[_Compromise]] = {}
+    for hub in (False, True):
+        these, those = (
+            [c for c in clusters if is_hub[merchant[c.rows[0]]] == hub]
+            for clusters, merchant in ((found, log.merchant), (by_chance, shuffled))
+        )
+        frauds, chance = (sum(len(c.rows) for c in clusters) for clusters in (these, those))
+        kept[hub] = these if chance < CHANCE_SHARE_MAX * frauds else []
+        for cluster in kept[hub]:
+            fraud_class[cluster.rows] = MERCHANT_FRAUD
+    lengths = [c.days for c in kept[False] + kept[True] if c.whole] or [1.0]
+    # Lengths are estimated from few frauds; half of the spread is the estimate's.
+    quantiles = np.quantile(lengths, np.linspace(0.05, 0.95, DURATION_QUANTILES))
+    middle = float(np.mean(lengths))
+    numbers: dict[str, float] = {}
+    for hub, name in ((False, ""), (True, "hub_")):
+        these = kept[hub]
+        kind = is_hub if hub else ~is_hub
+        share = float(np.mean([c.share for c in these])) if these else 1.0
+        visits = max(int(kind[log.merchant].sum()), 1)
+        frauds = sum(len(c.rows) for c in these)
+        # As many starts as make the expected share of frauds that of the data.
+        numbers[f"{name}compromises"] = frauds / visits / share / middle
+        numbers[f"{name}compromise_share"] = share
+    return fraud_class, numbers, np.minimum(middle + 0.5 * (quantiles - middle), DURATION_MAX_DAYS)
+
+
+def _clusters(log: Dataset, merchants: NDArray[np.int32]) -> list[_Compromise]:
+    """Return the clusters of frauds at the merchants [N] of the transactions."""
+    fraud = np.flatnonzero(log.label == FRAUD)
+    order = fraud[np.lexsort((log.timestamp_ms[fraud], merchants[fraud]))]
+    time, merchant = log.timestamp_ms[order], merchants[order]
     cut = np.ones(len(order), np.bool_)
     cut[1:] = (np.diff(merchant) != 0) | (np.diff(time) > FRAUD_GAP_DAYS * DAY_MS)
-    by_merchant = np.lexsort((log.timestamp_ms, log.merchant))
+    by_merchant = np.lexsort((log.timestamp_ms, merchants))
     first_ms, last_ms = int(log.timestamp_ms[0]), int(log.timestamp_ms[-1])
     since = log.timestamp_ms - first_ms
-    place = log.merchant[by_merchant].astype(np.int64) * _MERCHANT_MS + since[by_merchant]
-    found: dict[bool, list[tuple[float, float, float, bool]]] = {False: [], True: []}
+    place = merchants[by_merchant].astype(np.int64) * _MERCHANT_MS + since[by_merchant]
+    found = []
     for begin, end in zip(np.flatnonzero(cut), [*np.flatnonzero(cut)[1:], len(order)], strict=True):
         rows = order[begin:end]
         if len(np.unique(log.account[rows])) < COMPROMISE_ACCOUNTS_MIN:
@@ -292,28 +344,11 @@ def _compromises(
         share = (end - begin) / max(there[1] - there[0], 1)
         if share < COMPROMISE_SHARE_MIN:
             continue
-        fraud_class[rows] = MERCHANT_FRAUD
-        observed = (time[end - 1] - time[begin]) / DAY_MS
         count = end - begin
+        days = (time[end - 1] - time[begin]) / DAY_MS * (count + 1) / (count - 1)
         whole = time[end - 1] < last_ms - FRAUD_GAP_DAYS * DAY_MS and count >= DURATION_FRAUDS_MIN
-        found[bool(is_hub[merchant[begin]])].append(
-            (observed * (count + 1) / (count - 1), share, count, whole)
-        )
-    lengths = [c[0] for c in found[False] + found[True] if c[3]] or [1.0]
-    # Lengths are estimated from few frauds; half of the spread is the estimate's.
-    quantiles = np.quantile(lengths, np.linspace(0.05, 0.95, DURATION_QUANTILES))
-    middle = float(np.mean(lengths))
-    numbers: dict[str, float] = {}
-    for hub, name in ((False, ""), (True, "hub_")):
-        these = found[hub]
-        kind = is_hub if hub else ~is_hub
-        share = float(np.mean([c[1] for c in these])) if these else 1.0
-        visits = max(int(kind[log.merchant].sum()), 1)
-        frauds = sum(c[2] for c in these)
-        # As many starts as make the expected share of frauds that of the data.
-        numbers[f"{name}compromises"] = frauds / visits / share / middle
-        numbers[f"{name}compromise_share"] = share
-    return fraud_class, numbers, np.minimum(middle + 0.5 * (quantiles - middle), DURATION_MAX_DAYS)
+        found.append(_Compromise(rows, float(days), float(share), bool(whole)))
+    return found
 
 
 def _decimals(amount: Floats) -> int:
