@@ -20,9 +20,13 @@ Int64 = NDArray[np.int64]
 STEP_VIEWS = (
     *("gap", "amount", "to_usual", "hour_x", "hour_y", "hour2_x", "hour2_y"),
     *(f"weekday_{day}" for day in range(7)),
-    *("seen", "since_visit", "visits", "same", "fraud", "popularity", "count", "cents"),
+    *("seen", "since_visit", "visits", "same", "fraud", "count", "cents"),
 )
-"""Numbers of a transaction that a discriminator sees, in order."""
+"""Numbers of a transaction that a discriminator sees, in order.
+
+Each account is judged alone. How many accounts a merchant has is a mark of the whole group: by it,
+two groups of real accounts can be told apart. It is a distance of its own instead.
+"""
 
 HOUR_MS = 3_600_000
 SINCE_NEVER = 8.0
@@ -96,7 +100,6 @@ def histories_of(log: Dataset) -> Histories:
         np.log1p(visits),
         same,
         log.is_fraud[row],
-        _popularity(account, merchant),
         np.log1p(step),
         np.abs(amount - np.round(amount)) > 1e-6,
     ]
@@ -118,23 +121,6 @@ def _visits(account: Int64, merchant: Int64, step: Int64) -> tuple[Int64, Int64]
     return visits, since
 
 
-def _popularity(account: Int64, merchant: Int64) -> Floats:
-    """Return the merchant's rank by its accounts among all visits [N], 0 to 1; ties in any order.
-
-    Counts of accounts would tell two groups of real accounts apart: where everybody reaches the
-    same merchants, the largest count is a mark of the group. Ranks have the same distribution in
-    each group, so what is left are the differences between accounts.
-    """
-    most = int(account.max()) + 1
-    pairs = np.unique(merchant * most + account) // most
-    accounts = np.bincount(pairs, minlength=int(merchant.max()) + 1)
-    rng = np.random.default_rng(len(account))
-    order = np.lexsort((rng.random(len(merchant)), accounts[merchant]))
-    rank = np.empty(len(merchant))
-    rank[order] = (np.arange(len(merchant)) + 0.5) / len(merchant)
-    return rank
-
-
 def account_vectors(histories: Histories) -> Floats:
     """Return numbers [accounts, D] that describe each account as a whole."""
     account = np.repeat(np.arange(histories.accounts), histories.length)
@@ -150,5 +136,5 @@ def account_vectors(histories: Histories) -> Floats:
         columns += [mean, np.sqrt(mean_of((steps[name] - mean[account]) ** 2))]
     columns += [mean_of(steps[name]) for name in ("hour_x", "hour_y", "seen", "fraud", "same")]
     columns += [mean_of(steps["weekday_5"]) + mean_of(steps["weekday_6"])]
-    columns += [mean_of(steps["popularity"]), np.log1p(n * mean_of(~histories.seen))]
+    columns += [np.log1p(n * mean_of(~histories.seen))]
     return np.stack(columns, 1)
