@@ -25,7 +25,7 @@ Int64 = NDArray[np.int64]
 PRIOR_STEPS = 20.0
 """Steps as which a coarser table counts, beside the counts of a finer one."""
 
-ROUNDS = 12
+ROUNDS = 40
 LOG_ODDS_MOST = 12.0
 
 _BLOCK_ROWS = 65_536
@@ -95,8 +95,8 @@ def _odds_of_fraud(
 ) -> dict[str, Floats]:
     """Fit the log odds of a fraud by state, half hour and, in calm, the rate of payments.
 
-    Newton steps for one table after the other; each state is drawn towards all of the same time
-    since the last fraud.
+    Newton steps for one table after the other. Each state is drawn towards all of the same time
+    since the last fraud, and each half hour towards its neighbours.
     """
     rows = np.flatnonzero(going & (column["fraud"] != NO_TARGET))
     state, slot = column["state_now"][rows].astype(np.int64), column["slot_now"][rows]
@@ -107,17 +107,18 @@ def _odds_of_fraud(
     by_slot, by_rate = np.zeros(grids.SLOTS), np.zeros(1)
     if len(rows):
         for _ in range(ROUNDS):
-            for table, place, value, prior in (
-                (by_since, since, None, 0.05),
-                (by_state, state, None, 0.5),
-                (by_slot, slot, None, 2.0),
-                (by_rate, np.zeros(len(rows), np.int64), rate, 2.0),
+            around = (np.roll(by_slot, 1) + np.roll(by_slot, -1)) / 2
+            for table, place, value, prior, middle in (
+                (by_since, since, None, 0.05, -4.0),
+                (by_state, state, None, 0.5, 0.0),
+                (by_slot, slot, None, 1.0, 0.98 * around),
+                (by_rate, np.zeros(len(rows), np.int64), rate, 2.0, 0.0),
             ):
                 odds = by_since[since] + by_state[state] + by_slot[slot] + by_rate * rate
                 likely = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
                 given = np.ones(len(rows)) if value is None else value
                 slope = np.bincount(place, (fraud - likely) * given, len(table)) - prior * (
-                    table - (-4.0 if table is by_since else 0)
+                    table - middle
                 )
                 curve = np.bincount(place, likely * (1 - likely) * given**2, len(table)) + prior
                 table += np.clip(slope / curve, -1, 1)

@@ -50,13 +50,20 @@ CONCENTRATION_MAX = 1e5
 """Concentration of the groups from which on all accounts have the same shares."""
 
 REACH_MAX = 1500
+REACHES_WHOLE = 150
+"""Reaches up to this one are told apart to the merchant, larger ones to a few in a hundred."""
 RATIO_QUANTILES = 47
 FRAUD_QUANTILES = 16
 DURATION_QUANTILES = 17
 TAIL_CAP = 3.0
 """Most that an amount exceeds the training's largest ratio to its level, as a factor."""
 
-_REACHES = np.unique(np.round(np.geomspace(1, REACH_MAX, 90)))
+_REACHES = np.unique(
+    np.append(
+        np.arange(1, REACHES_WHOLE + 1),
+        np.round(np.geomspace(REACHES_WHOLE, REACH_MAX, 150)).astype(np.int64),
+    )
+)
 _LATE_DAYS = 14.0
 _UPPER_SHARES = (0.99, 0.994, 0.997, 0.9985, 0.9993, 0.9997, 0.9999)
 _MERCHANT_MS = 1 << 42
@@ -506,25 +513,32 @@ def _reach(
     owner = pairs // len(is_hub)
     distinct = np.bincount(owner, minlength=accounts)
     n = np.bincount(log.account[local], minlength=accounts)
-    grid = _REACHES
-    expected = -np.expm1(n[:, None] * np.log1p(-1 / np.maximum(grid, 1 + 1e-9))) * grid
-    # Variance of the number of different ones among n draws with replacement.
-    one = (1 - 1 / np.maximum(grid, 1.0001)) ** n[:, None]
-    two = np.maximum(1 - 2 / np.maximum(grid, 2.0001), 0) ** n[:, None]
-    variance = np.maximum(grid * one + grid * (grid - 1) * two - (grid * one) ** 2, 0.1)
-    log_likelihood = -0.5 * (distinct[:, None] - expected) ** 2 / variance - 0.5 * np.log(variance)
-    log_likelihood[grid < distinct[:, None] * 0.98] = -1e9
-    log_likelihood[:, -1] = np.maximum(log_likelihood[:, -1], -1e8)
+    # Likelihood of a reach, exact but for a factor that is the same for all reaches.
+    cases, place, count = np.unique(
+        np.stack((distinct, n), 1), axis=0, return_inverse=True, return_counts=True
+    )
+    seen, visits_of = cases[:, :1], cases[:, 1:]
+    factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, REACH_MAX + 1)))))
+    log_likelihood = factorial[_REACHES] - factorial[np.maximum(_REACHES - seen, 0)]
+    log_likelihood -= visits_of * np.log(_REACHES)
+    log_likelihood[_REACHES < seen] = -np.inf
+    log_likelihood[seen[:, 0] > REACH_MAX, -1] = 0.0
     likelihood = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
-    prior = np.full(len(grid), 1 / len(grid))
+    prior = np.full(len(_REACHES), 1 / len(_REACHES))
     for _ in range(30):
         posterior = likelihood * prior
         posterior /= posterior.sum(1, keepdims=True)
-        prior = posterior.mean(0) + 1e-9
+        prior = count @ posterior / accounts + 1e-9
         prior /= prior.sum()
-    drawn = (np.cumsum(posterior, 1) < rng.random(accounts)[:, None]).sum(1)
-    drawn = np.minimum(drawn, len(grid) - 1)
-    reach = grid[drawn] * np.exp(rng.uniform(-0.5, 0.5, accounts) * np.log(grid[-1]) / len(grid))
+    sums = np.cumsum(posterior, 1)
+    # One search in all cases' sums: those of a case begin at twice its number.
+    share = np.minimum(rng.random(accounts), 1 - 1e-9) * sums[place.ravel(), -1]
+    drawn = np.searchsorted(
+        (sums + 2 * np.arange(len(cases))[:, None]).ravel(), share + 2 * place.ravel(), side="right"
+    )
+    drawn = np.minimum(drawn - place.ravel() * len(_REACHES), len(_REACHES) - 1)
+    width = np.diff(np.log(_REACHES), append=np.log(REACH_MAX)) * (_REACHES > REACHES_WHOLE)
+    reach = _REACHES[drawn] * np.exp(rng.uniform(-0.5, 0.5, accounts) * width[drawn])
     # Chance that two transactions are at one merchant, and the variance of its estimate.
     pairs_of = np.maximum(n * (n - 1.0), 1)
     repeats = np.bincount(owner, visits * (visits - 1.0), accounts) / pairs_of
