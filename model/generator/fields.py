@@ -115,7 +115,7 @@ def measure_fields(log: Dataset) -> MeasuredFields:
         field, classes = _numeric(log, name, np.asarray(values, np.float64))
         found.append(field)
         columns.append(classes)
-    table = np.stack(columns, 1) if columns else np.zeros((len(log), 0), np.int8)
+    table = np.stack(columns, 1) if columns else np.zeros((len(log), 0), np.int64)
     group, groups = np.zeros(int(log.merchant.max()) + 1, np.int64), 1
     leading = _leading(log, found, table)
     if leading is not None:

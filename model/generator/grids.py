@@ -125,10 +125,10 @@ def slot_baseline(cumulative: Floats, rate: Floats, begin_ms: Int64, end_ms: Int
     weekday = weekday_of(end_ms[:, 0] - 1)
     mass = np.diff(cumulative).reshape(7, SLOTS)[weekday]
     width = np.maximum(mass * ((end_ms - begin_ms) / SLOT_MS) * rate[:, None], 1e-12)
-    logits = np.log(-np.expm1(-width)) - (np.cumsum(width, 1) - width)
+    logits: Floats = np.log(-np.expm1(-width)) - (np.cumsum(width, 1) - width)
     logits = np.maximum(logits - logits.max(1, keepdims=True), OFFSET_LEAST)
     logits[end_ms <= begin_ms] = IMPOSSIBLE
-    return logits.astype(np.float32)
+    return np.asarray(logits, np.float32)
 
 
 def day_range(time_class: Int64) -> tuple[Int64, Int64]:

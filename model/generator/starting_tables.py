@@ -58,25 +58,26 @@ def _times(
 ) -> dict[str, Floats]:
     """Count the classes of the time and the half hours after each state of fraud."""
     found = {}
-    for name, base, target, rows in (
+    since_last = since_state_of(column["state"].astype(np.int64))
+    for name, base, target, asked in (
         ("time_state", lessons.time_base, "time", going),
         ("slot_state", lessons.slot_base, "slot", going & (column["slot"] >= 0)),
     ):
-        rows = np.flatnonzero(rows & (since_state_of(column["state"]) < SINCE_STATES - 1))
+        rows = np.flatnonzero(asked & (since_last < SINCE_STATES - 1))
         state, chosen = column["state"][rows].astype(np.int64), column[target][rows]
         width = base.shape[1]
-        counted = np.bincount(state * width + chosen, minlength=FRAUD_STATES * width)
-        counted = counted.reshape(FRAUD_STATES, width).astype(float)
+        counts = np.bincount(state * width + chosen, minlength=FRAUD_STATES * width)
+        counted = counts.reshape(FRAUD_STATES, width).astype(np.float64)
         expected = np.zeros((FRAUD_STATES, width))
         for begin in range(0, len(rows), _BLOCK_ROWS):
             part = slice(begin, begin + _BLOCK_ROWS)
             share = np.exp(base[rows[part]].astype(float))
             np.add.at(expected, state[part], share / share.sum(1, keepdims=True))
         since = since_state_of(np.arange(FRAUD_STATES))
-        coarse = [np.zeros((SINCE_STATES, width)) for _ in range(2)]
-        for table, total in zip((counted, expected), coarse, strict=True):
-            np.add.at(total, since, table)
-        ratio = _ratio(*coarse, np.ones_like(coarse[0]))[since]
+        whole, whole_expected = (np.zeros((SINCE_STATES, width)) for _ in range(2))
+        np.add.at(whole, since, counted)
+        np.add.at(whole_expected, since, expected)
+        ratio = _ratio(whole, whole_expected, np.ones_like(whole))[since]
         found[name] = np.log(_ratio(counted, expected, ratio))
         found[name][since == SINCE_STATES - 1] = 0
     return found
