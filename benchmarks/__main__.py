@@ -24,7 +24,7 @@ from benchmarks.latency import latency
 from benchmarks.machine_speed import measure_machine
 from benchmarks.memory import memory
 from benchmarks.results import console
-from benchmarks.tail import tail
+from benchmarks.tail import log_broker_pauses, tail
 from benchmarks.throughput import throughput
 from benchmarks.transactional import transactional
 from pipeline.local.embedded import embedded
@@ -103,6 +103,8 @@ def main(
     before = measure_machine()
     console.print(f"  this machine before: {before}")
     with tempfile.TemporaryDirectory(prefix="recur-bench-") as directory:
+        if plan.only == "tail":
+            log_broker_pauses(Path(directory))
         with embedded() as services:
             bench = Bench(services, Path(directory))
             uvloop.run(run(bench, plan))

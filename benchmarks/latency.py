@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import redis.asyncio as redis_asyncio
 
 from benchmarks.alert_share import chosen_thresholds
 from benchmarks.bench import (
@@ -41,6 +42,9 @@ LATE_SECONDS = 1.0
 """A contender keeps up with a rate if its last score comes at most this late."""
 BACKLOG_SECONDS = 60.0
 """Longest wait for the rest."""
+REWRITING = ("aof_rewrite_in_progress", "aof_rewrite_scheduled")
+REWRITE_SECONDS = 60.0
+"""Longest wait for Redis to write its append-only file again."""
 CALIBRATION_SECONDS = 3.0
 READY_AT_MOST_SECONDS = 5.0
 POLLS = "recur_micro_batch_transactions_count"
@@ -212,7 +216,24 @@ async def warmed_up(settings: Settings, contender: Contender) -> Iterator[Block]
     await published(settings, HISTORY_TRANSACTIONS, contender)
     await feed(settings, stream, WARM_UP_TRANSACTIONS, WARM_UP_RATE)
     await published(settings, HISTORY_TRANSACTIONS + WARM_UP_TRANSACTIONS, contender)
+    await rewrite_redis_log(settings)
     return stream
+
+
+async def rewrite_redis_log(settings: Settings) -> None:
+    """Let Redis write its append-only file again, and wait for the end of it.
+
+    The history makes the file grow until Redis begins by itself, at any moment of a measurement.
+    """
+    client: Any = redis_asyncio.Redis.from_url(settings.redis_url)
+    async with client, asyncio.timeout(REWRITE_SECONDS):
+        if not (await client.info("persistence"))["aof_rewrite_in_progress"]:
+            await client.bgrewriteaof()
+        is_writing = True
+        while is_writing:
+            await asyncio.sleep(0.1)
+            info = await client.info("persistence")
+            is_writing = any(info[name] for name in REWRITING)
 
 
 async def run_at(

@@ -7,6 +7,8 @@ Redis did is sampled from outside, and its log is read afterwards.
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,6 +38,8 @@ GAP_MS = 50
 PAUSES_MAX = 100
 """Most pauses that are printed."""
 SAMPLE_SECONDS = 0.1
+BROKER_PAUSE = re.compile(r"\[(\d+)ms\] GC\(\d+\) Pause .* ([\d.]+)ms")
+BROKER_LOG = "kafka-collector.log"
 STOLEN = 0.05
 """Share of the machine's time from which the hypervisor counts as a cause."""
 
@@ -68,11 +72,37 @@ class Sample:
     redis: dict[str, Any]
 
 
+class BrokerPause(NamedTuple):
+    """A pause of the broker's garbage collector.
+
+    Attributes:
+        end_ms: its end, epoch milliseconds.
+        pause_ms: its length.
+    """
+
+    end_ms: float
+    pause_ms: float
+
+
 class LogLine(msgspec.Struct):
     """A line of the worker's log."""
 
     time: str
     message: str
+    pause_ms: float | None = None
+
+
+def log_broker_pauses(directory: Path) -> None:
+    """Let the Java programs that this process starts log their collector's pauses."""
+    os.environ["JDK_JAVA_OPTIONS"] = f"-Xlog:gc:file={directory / BROKER_LOG}:timemillis"
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Times and messages of the worker's log, and the broker's pauses."""
+
+    worker: list[tuple[float, str]]
+    broker: list[BrokerPause]
 
 
 async def tail(bench: Bench, seconds: float) -> None:
@@ -95,7 +125,8 @@ async def tail(bench: Bench, seconds: float) -> None:
         f"latency at {RATE:,}/s over {seconds / 60:g} minutes",
         f"{values}, longest {latencies.max()} ms",
     )
-    _print_pauses(run.times, samples, contender.log_path)
+    logs = Logs(_logged(contender.log_path), broker_pauses(bench.directory / BROKER_LOG))
+    _print_pauses(run.times, samples, logs)
 
 
 def pauses(times: ScoreTimes) -> Iterator[Pause]:
@@ -121,13 +152,12 @@ def pauses(times: ScoreTimes) -> Iterator[Pause]:
         )
 
 
-def _print_pauses(times: ScoreTimes, samples: list[Sample], log_path: Path) -> None:
+def _print_pauses(times: ScoreTimes, samples: list[Sample], logs: Logs) -> None:
     found = list(pauses(times))
     console.print(f"  pauses over {PAUSE_MS} ms: {len(found)}")
-    log = _logged(log_path)
     for pause in sorted(found, key=lambda p: -p.longest_ms)[:PAUSES_MAX]:
         at = datetime.fromtimestamp(pause.begin_ms / 1000).astimezone()
-        causes = [*_causes(pause, times, samples), *_log_lines(pause, log)]
+        causes = [*_causes(pause, times, samples), *_logged_causes(pause, logs)]
         console.print(
             f"    {at:%H:%M:%S.%f}  {pause.longest_ms} ms, {pause.payments} payments:"
             f" {'; '.join(causes) or 'nothing known'}",
@@ -188,14 +218,26 @@ def _logged(path: Path) -> list[tuple[float, str]]:
         with suppress(msgspec.DecodeError, msgspec.ValidationError):
             entry = msgspec.json.decode(line, type=LogLine)
             at = datetime.fromisoformat(entry.time.replace("Z", "+00:00"))
-            found.append((at.timestamp() * 1000, entry.message))
+            length = "" if entry.pause_ms is None else f" for {entry.pause_ms:g} ms"
+            found.append((at.timestamp() * 1000, entry.message + length))
     return found
 
 
-def _log_lines(pause: Pause, log: list[tuple[float, str]]) -> Iterator[str]:
-    for at_ms, line in log:
+def broker_pauses(path: Path) -> list[BrokerPause]:
+    """Read the pauses of the broker's collector; none if it was started elsewhere."""
+    if not path.exists():
+        return []
+    matches = BROKER_PAUSE.finditer(path.read_text())
+    return [BrokerPause(float(at), float(length)) for at, length in (m.groups() for m in matches)]
+
+
+def _logged_causes(pause: Pause, logs: Logs) -> Iterator[str]:
+    for at_ms, line in logs.worker:
         if pause.begin_ms - PAUSE_MS <= at_ms <= pause.end_ms + PAUSE_MS:
             yield f"the worker logged: {line}"
+    for one in logs.broker:
+        if pause.begin_ms <= one.end_ms and one.end_ms - one.pause_ms <= pause.end_ms:
+            yield f"the broker's collector paused it for {one.pause_ms:.0f} ms"
 
 
 def _waited_ms(pid: int) -> float:

@@ -16,7 +16,7 @@ from benchmarks.latency import PollCosts
 from benchmarks.peers.batch_scorer import BatchScorer, PeerSettings, Score
 from benchmarks.results import Rounds
 from benchmarks.score_times import ScoreTimes, read_score_times
-from benchmarks.tail import Pause, pauses
+from benchmarks.tail import BrokerPause, Pause, broker_pauses, pauses
 from benchmarks.traffic import blocks, first
 from model.features.account import ACCOUNT_FEATURES, rounds_of
 from pipeline.checkpoint import load_checkpoint
@@ -131,6 +131,21 @@ def test_slow_payments_that_follow_each_other_are_one_pause() -> None:
     found = list(pauses(ScoreTimes(created, scored, np.zeros(5))))
 
     assert found == [Pause(10, 95, 2, 80), Pause(500, 600, 1, 100)]
+
+
+def test_the_brokers_pauses_are_read_from_its_collectors_log(tmp_path: Path) -> None:
+    log = tmp_path / "collector.log"
+    log.write_text(
+        "[1700000000000ms] Using Serial\n"
+        "[1700000001234ms] GC(0) Pause Young (Allocation Failure) 4M->1M(15M) 4.821ms\n"
+        "[1700000009000ms] GC(1) Pause Full (Metadata GC Threshold) 9M->2M(15M) 61.500ms\n"
+    )
+
+    assert broker_pauses(log) == [
+        BrokerPause(1_700_000_001_234, 4.821),
+        BrokerPause(1_700_000_009_000, 61.5),
+    ]
+    assert broker_pauses(tmp_path / "none") == []
 
 
 def test_every_peers_job_is_there() -> None:

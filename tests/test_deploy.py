@@ -29,16 +29,19 @@ from pipeline.local.redis import Redis
 from pipeline.local.workers import start_worker, until_ready
 from pipeline.scoring.metrics import Metrics
 from pipeline.settings import CONFIG_VARIABLE, Settings, load_settings
+from pipeline.webhooks.endpoints import load_endpoints
 from pipeline.webhooks.metrics import WebhookMetrics
+from pipeline.webhooks.signing import new_secret
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 GATEWAY: dict[str, Any] = SERVICES["gateway"]
+WEBHOOKS: dict[str, Any] = SERVICES["webhooks"]
 OURS = {
     name: service
     for name, service in SERVICES.items()
-    if service["image"] == "recur" and service is not GATEWAY
+    if service["image"] == "recur" and service not in (GATEWAY, WEBHOOKS)
 }
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 JOBS: dict[str, dict[str, Any]] = {
@@ -140,6 +143,28 @@ def test_the_gateway_listens_where_compose_publishes_and_asks(
     assert settings.gateway_host == "0.0.0.0"
     assert GATEWAY["ports"] == [f"127.0.0.1:8080:{settings.gateway_port}"]
     assert settings.http_port == settings.gateway_port  # healthcheck.py asks there
+
+
+def test_webhooks_read_the_endpoints_that_compose_mounts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker = OURS["worker"]["environment"]
+    for name, value in WEBHOOKS["environment"].items():
+        monkeypatch.setenv(name, value)
+        if name in worker:
+            assert worker[name] == value
+    source, folder, _ = WEBHOOKS["volumes"][0].split(":")
+
+    file = load_settings().webhooks_file
+
+    assert WEBHOOKS["command"] == ["webhooks"]
+    assert file is not None
+    assert file.parent == Path(folder)
+    assert load_endpoints(ROOT / source / file.name) == {}
+    text = (ROOT / source / file.name).read_text()
+    (tmp_path / file.name).write_text(re.sub(r"(?m)^# (?=\[\[|\w+ = )", "", text))
+    (tmp_path / "cases.secret").write_text(new_secret())
+    assert set(load_endpoints(tmp_path / file.name)) == {"cases"}
 
 
 @EVERY_SERVICE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from model.checkpoint import Checkpoint, CheckpointError
 from model.features.account import Float32
 from model.training.resume import TrainingState
+from model.whole_file import whole_file
 
 CACHE_FORMAT = 4
 """Version of the files. A file of another version is ignored."""
@@ -85,12 +85,7 @@ class RunCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             checkpoint.save(self._folder / f"{key}.safetensors")
-        partial = self._folder / f".{key}.{os.getpid()}.partial"
-        try:
-            with partial.open("wb") as file:
-                text = np.frombuffer(msgspec.json.encode(run), np.uint8)
-                np.savez_compressed(file, run=text, scores=scores)
-            partial.replace(self._folder / f"{key}.npz")
-        finally:
-            partial.unlink(missing_ok=True)
+        text = np.frombuffer(msgspec.json.encode(run), np.uint8)
+        with whole_file(self._folder / f"{key}.npz") as partial, partial.open("wb") as file:
+            np.savez_compressed(file, run=text, scores=scores)
         (self._folder / f"{key}.state").unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from model.generator.generator import GeneratorHeader
 from model.generator.stream import HistoryStream
 from model.generator.unroller import GeneratedTransactions
+from model.whole_file import check_whole_file, whole_file
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import OPTIONAL_FIELDS
 
@@ -98,11 +98,9 @@ def write_generated(stream: HistoryStream, output: Path, show: Show) -> int:
         RecurError: the file cannot be written.
     """
     _require_suffix(output)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     written = 0
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(output) as partial:
             with contextlib.ExitStack() as stack:
                 writer: Any = None
                 for table in tables(stream):
@@ -115,9 +113,6 @@ def write_generated(stream: HistoryStream, output: Path, show: Show) -> int:
                 raise RecurError("no transaction was generated: raise --accounts or --days")
             mapping = output.with_name(output.name + MAPPING_SUFFIX)
             mapping.write_text(mapping_text(stream.generator.header), encoding="utf-8")
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:  # pyarrow's errors of files are OSErrors
         raise RecurError(f"cannot write {output}: {error.strerror or error}") from error
     return written
@@ -145,11 +140,8 @@ def check_folder(output: Path) -> None:
     Raises:
         RecurError: it cannot.
     """
-    probe = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        check_whole_file(output)
     except OSError as error:
         raise RecurError(f"cannot write {output}: {error.strerror or error}") from error
 

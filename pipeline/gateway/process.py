@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import math
 import signal
@@ -18,6 +17,7 @@ import uvloop
 from pipeline import logs
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import StartupError
+from pipeline.garbage_collector import tune_garbage_collector
 from pipeline.gateway.app import make_app
 from pipeline.gateway.server_protocol import HeadLimitedProtocol
 from pipeline.gateway.service import Gateway
@@ -29,9 +29,6 @@ KEEP_ALIVE_SECONDS = 75
 """How long an idle connection is held: longer than clients and proxies do, so that they close."""
 
 BACKLOG = 2_048
-
-GC_THRESHOLD = 50_000
-"""Allocated objects after which the collector looks at the young ones."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -79,9 +76,7 @@ def run_gateway(settings: Settings) -> int:
         **tls,
     )
     server = _Server(config, gateway)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
+    tune_garbage_collector()
     host, port = sock.getsockname()[:2]
     log.info(
         "gateway starts",

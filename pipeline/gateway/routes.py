@@ -320,15 +320,17 @@ def _reading_routes(gateway: Gateway) -> list[HTTPRouteHandler]:
         if not isinstance(base, dict):
             error = FieldError("must be an object", pointer="/transaction")
             raise Problem(INVALID_FIELDS, errors=[error])
-        changes: list[Any] = [{}]
+        base = {"timestamp": time.time_ns() // 1_000_000, **base, "transaction_id": WHAT_IF_ID}
+        # A fault in the transaction stays one if every variant replaces the field.
+        variants = [gateway.transactions.read_fields(base, "/transaction")]
+        _check_seen_account(principal, variants[0])
         if fields.get("variants") is not None:
             changes = _list_of(fields, "variants", settings.gateway_batch_max)
-        await gateway.limiter.charge(principal, len(changes) - 1)
-        variants = []
-        for i, change in enumerate(changes):
-            pointer = f"/variants/{i}" if fields.get("variants") is not None else "/transaction"
-            variants.append(_variant(gateway, base, change, pointer))
-        _check_seen_account(principal, variants[0])
+            await gateway.limiter.charge(principal, len(changes) - 1)
+            variants = [
+                _variant(gateway, base, change, f"/variants/{i}")
+                for i, change in enumerate(changes)
+            ]
         result = await gateway.what_ifs.score(variants, time.time_ns() // 1_000_000)
         gateway.metrics.variants.inc(len(variants))
         return Response(_encode(result), media_type=JSON, headers={"Cache-Control": "no-store"})
@@ -386,8 +388,7 @@ def _variant(gateway: Gateway, base: Mapping[str, Any], change: Any, pointer: st
     if "account_id" in change and change["account_id"] != base.get("account_id"):
         error = FieldError("all variants are of one account", pointer=f"{pointer}/account_id")
         raise Problem(INVALID_FIELDS, errors=[error])
-    fields = {"timestamp": time.time_ns() // 1_000_000, **base, **change}
-    fields["transaction_id"] = WHAT_IF_ID
+    fields = {**base, **change, "transaction_id": WHAT_IF_ID}
     return gateway.transactions.read_fields(fields, pointer)
 
 

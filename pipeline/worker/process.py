@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import sys
@@ -18,15 +17,13 @@ from aiokafka.errors import KafkaError
 from pipeline import logs
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import RecurError, StartupError
+from pipeline.garbage_collector import tune_garbage_collector
 from pipeline.settings import Settings
 from pipeline.worker.app import Worker
 from pipeline.worker.preflight import check_services
 from pipeline.worker.shutdown import ShutdownTimer, exit_on_signals
 
 log = logging.getLogger(__name__)
-
-GC_THRESHOLD = 100_000
-"""Number of allocated objects after which the collector looks at the young ones."""
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """Time after which a computing thread lets the event loop run. Python's default, 5 ms, would be
@@ -73,17 +70,6 @@ class _Process(faust.Worker):  # type: ignore[misc]
         """Leave the logging as it is configured."""
 
 
-def _tune_garbage_collector() -> None:
-    """Keep the garbage collector from walking objects that stay: a poll allocates many objects.
-
-    Reference counting frees almost all of them. With Python's default threshold of 700, the
-    collector takes a tenth of the worker's time.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
-
-
 def run_worker(settings: Settings) -> int:
     """Run a worker until SIGTERM or SIGINT; return the exit code.
 
@@ -107,7 +93,7 @@ def run_worker(settings: Settings) -> int:
                 "endpoints": worker.http_server.address,
             },
         )
-        _tune_garbage_collector()
+        tune_garbage_collector()
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         return _run(worker, loop, ShutdownTimer(settings.shutdown_seconds, Path(directory)))
 

@@ -238,6 +238,38 @@ def test_a_what_if_is_the_score_that_follows_and_changes_nothing(site: Site) -> 
     site.run(body())
 
 
+@pytest.mark.parametrize(
+    ("base", "variants", "status", "pointer"),
+    [
+        ({"merchant_id": None}, [{"merchant_id": "M000007"}], 422, "/transaction/merchant_id"),
+        ({"amount": -1}, [{"amount": 5}], 422, "/transaction/amount"),
+        ({"timestamp": "now"}, [{"timestamp": EVENT_TIME_MS}], 422, "/transaction/timestamp"),
+        ({"category": 7}, [{"category": "food"}], 422, "/transaction/category"),
+        ({}, [{}, {"merchant_id": None}], 422, "/variants/1/merchant_id"),
+        ({}, [{"account_id": "another"}], 422, "/variants/0/account_id"),
+        ({}, [7], 422, "/variants/0"),
+        ({}, [], 422, "/variants"),
+        ({}, [{}] * 201, 413, "/variants"),
+        ({}, [{}] * 200, 200, None),
+    ],
+)
+def test_a_fault_in_a_what_if_is_named_even_where_each_variant_replaces_it(
+    site: Site,
+    base: dict[str, object],
+    variants: list[object],
+    status: int,
+    pointer: str | None,
+) -> None:
+    (transaction,) = transactions(1, 1, seed=9)
+    body = {"transaction": fields_of(transaction) | base, "variants": variants}
+
+    answer = site.run(site.gateways[0].client.post("/v1/what-if", json=body))
+
+    assert answer.status_code == status, answer.text
+    if pointer is not None:
+        assert [error["pointer"] for error in answer.json()["errors"]] == [pointer]
+
+
 def test_an_account_shows_its_counts_and_recent_scores(site: Site) -> None:
     async def body() -> None:
         account = "account/ü 1"
