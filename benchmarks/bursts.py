@@ -11,6 +11,7 @@ come mostly at night, in some categories more often, with typical amounts of fra
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,31 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Habits:
+    """How n accounts pay when no thief does.
+
+    Attributes:
+        preference: [n, 14] share of each category of :data:`CATEGORIES`.
+        rate: [n] payments, in any unit.
+        spending: [n] factor of all amounts.
+    """
+
+    preference: Float64
+    rate: Float64
+    spending: Float64
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, accounts: int) -> Habits:
+        """Draw the habits of accounts; :func:`transactions` begins with this draw."""
+        shares = np.array([c[1] for c in CATEGORIES])
+        return cls(
+            preference=rng.dirichlet(shares / shares.sum() * 30, accounts),
+            rate=rng.gamma(2.0, 1.0, accounts) + 0.15,
+            spending=rng.lognormal(0, 0.25, accounts),
+        )
+
+
 def transactions(
     accounts: int = ACCOUNTS,
     count: int = TRANSACTIONS,
@@ -74,18 +100,15 @@ def transactions(
 ) -> pa.Table:
     """Make the data set, in order of time."""
     rng = np.random.default_rng(seed)
-    shares = np.array([c[1] for c in CATEGORIES])
-    preference = rng.dirichlet(shares / shares.sum() * 30, accounts)  # [accounts, 14]
-    rate = rng.gamma(2.0, 1.0, accounts) + 0.15
-    spending = rng.lognormal(0, 0.25, accounts)
+    habits = Habits.drawn(rng, accounts)
 
-    account = rng.choice(accounts, count, p=rate / rate.sum())
+    account = rng.choice(accounts, count, p=habits.rate / habits.rate.sum())
     chance = rng.random(count)
-    category = (preference.cumsum(axis=1)[account] < chance[:, None]).sum(axis=1)
+    category = (habits.preference.cumsum(axis=1)[account] < chance[:, None]).sum(axis=1)
     category = np.minimum(category, len(CATEGORIES) - 1)
     median, spread = (np.array([c[i] for c in CATEGORIES], np.float64) for i in (2, 3))
     amount = np.exp(rng.normal(0, 1, count) * spread[category]) * median[category]
-    amount *= spending[account]
+    amount *= habits.spending[account]
     second = rng.integers(0, days, count) * 86_400 + _seconds_of_day(rng, count)
 
     fraud_account, fraud_second, fraud_category, fraud_amount = _bursts(rng, accounts, days, bursts)

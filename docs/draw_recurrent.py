@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from model.checkpoint import Checkpoint
-from model.forecast.inputs import BOOKKEEPING, DAY_INPUTS
+from model.forecast.inputs import DAY_INPUTS, STEADY_BOOKKEEPING
 from model.forecast.shape import DAYS_MAX, LEVELS
 from model.generator.profiles import PROFILE
 from model.training.account_head import COMPROMISED_DAYS
@@ -482,7 +482,7 @@ def forecast(sizes: Sizes) -> Drawing:
     drawing.arrow((344, y), (378, y))
     drawing.box(429, y, "plain", "context", f"{sizes.context_size} units", width=98)
     drawing.arrow((429, y + 56), (429, y + 25))
-    drawing.box(429, y + 79, "input", "bookkeeping", f"{len(BOOKKEEPING)} inputs", width=112)
+    drawing.box(429, y + 79, "input", "bookkeeping", f"{len(STEADY_BOOKKEEPING)} inputs", width=112)
     drawing.arrow((478, y), (514, y))
     for number, x in enumerate((558.0, 660.0, 762.0), 1):
         drawing.box(x, y, "head", "step", f"GRU {sizes.decoder_size}", width=84)

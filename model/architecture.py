@@ -22,6 +22,9 @@ VOCABULARY_MAX = 100_000
 MERCHANT_WEIGHT_SIZE = 32
 """Hidden units of the merchant weight network."""
 
+SLOPE_LOG_MAX = 4.0
+"""Bound of the logarithm of a category's slope."""
+
 Cell = Literal["gru", "lstm", "rnn", "none"]
 
 
@@ -36,6 +39,8 @@ class Architecture:
         rising_size: units of the part that rises with the amount, and of the part that rises with
             known frauds; even.
         roles: role of each input; empty: all are ``own``.
+        category_slopes: whether each category has slopes of its own for the units that rise with
+            the amount. Older checkpoints have no such field.
 
     Raises:
         ValueError: a size is out of bounds; the message names it.
@@ -51,6 +56,7 @@ class Architecture:
     embeddings: tuple[tuple[int, int], ...] = ()
     rising_size: int = 32
     roles: tuple[Role, ...] = ()
+    category_slopes: bool = False
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -76,6 +82,11 @@ class Architecture:
         width = self.inputs + sum(size for _, size in self.embeddings)
         h, x, m = self.hidden_size, self.input_size, self.rising_size
         embeddings = {f"embeddings.{i}.weight": sizes for i, sizes in enumerate(self.embeddings)}
+        slopes = {
+            f"slopes.{i}.weight": (codes, m)
+            for i, (codes, _) in enumerate(self.embeddings)
+            if self.category_slopes
+        }
         layers = {
             f"recurrent.{name}_l{layer}": shape
             for layer in range(self.layers)
@@ -89,6 +100,7 @@ class Architecture:
         payment = max(1, len(payment_columns(self.roles)))
         return {
             **embeddings,
+            **slopes,
             "input_layer.weight": (x, width),
             "input_layer.bias": (x,),
             **layers,

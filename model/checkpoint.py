@@ -23,7 +23,7 @@ from model.architecture import Architecture
 from model.features.account import OUTLIER, Float32, Float64
 from model.features.spec import Encoder, FeatureSpec, FeatureSpecError
 from model.forecast.forecaster import Forecaster
-from model.forecast.inputs import BOOKKEEPING, DAY_INPUTS
+from model.forecast.inputs import BOOKKEEPINGS, DAY_INPUTS
 from model.forecast.shape import PREFIX, ForecastShape
 from model.stepper import Stepper
 from model.whole_file import write_whole
@@ -313,8 +313,11 @@ def _check_forecast(weights: Mapping[str, NDArray[Any]], header: Header) -> None
     """Check that the tensors of the forecast head are those that the header describes."""
     expected: dict[str, tuple[int, ...]] = {}
     if header.forecast is not None:
+        inputs = header.forecast.bookkeeping
+        if inputs not in [len(names) for names in BOOKKEEPINGS]:
+            raise CheckpointError(f"this version knows no forecast head of {inputs} inputs")
         encoder = header.architecture.hidden_size
-        expected = header.forecast.tensor_shapes(len(BOOKKEEPING), encoder, len(DAY_INPUTS))
+        expected = header.forecast.tensor_shapes(encoder, len(DAY_INPUTS))
     if expected.keys() != weights.keys():
         wrong = ", ".join(sorted(expected.keys() ^ weights.keys()))
         raise CheckpointError(
@@ -409,7 +412,10 @@ def _check_tensors(
 
 def _digest(weights: Mapping[str, Float32], header: Header) -> str:
     digest = hashlib.sha256()
-    digest.update(msgspec.json.encode(header.architecture, order="deterministic"))
+    sizes = msgspec.to_builtins(header.architecture)
+    if not header.architecture.category_slopes:  # as before the field existed
+        sizes.pop("category_slopes", None)
+    digest.update(msgspec.json.encode(sizes))
     digest.update(msgspec.json.encode(header.features, order="deterministic"))
     for name, weight in sorted(weights.items()):
         array = np.ascontiguousarray(weight, dtype="<f4")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.architecture import Architecture
+from model.architecture import SLOPE_LOG_MAX, Architecture
 from model.features.spec import payment_columns
 from model.merchant_weight import MerchantWeightNetwork
 
@@ -46,7 +46,9 @@ class Network(nn.Module):
     The logit is a sum of three parts, each a function of the state before and the transaction:
 
     - ``context`` uses everything except the amount above usual and the known frauds;
-    - ``amount`` rises with the inputs of role ``amount``;
+    - ``amount`` rises with the inputs of role ``amount``. With ``category_slopes`` each category
+      multiplies the slope of each unit by a positive factor, because an amount can be usual in one
+      category and a thief's in another;
     - ``frauds`` is at least 0, and 0 if no fraud of the merchant is known. It rises with the inputs
       of roles ``amount`` and ``frauds``. Only this part sees the ages of the merchant's frauds.
 
@@ -68,6 +70,12 @@ class Network(nn.Module):
         super().__init__()
         a = self.architecture = architecture
         self.embeddings = nn.ModuleList(_embedding(codes, size) for codes, size in a.embeddings)
+        # Logarithms of the slopes, 0 at the start.
+        self.slopes = nn.ModuleList(
+            nn.Embedding(codes, a.rising_size, _weight=torch.zeros(codes, a.rising_size))
+            for codes, _ in a.embeddings
+            if a.category_slopes
+        )
         embedded = sum(size for _, size in a.embeddings)
         width = a.inputs + embedded
         self.input_layer = nn.Linear(width, a.input_size)
@@ -122,8 +130,9 @@ class Network(nn.Module):
             hidden: [n, L, H] after the last.
         """
         x = self._embedded(inputs)  # [n, T, width]
+        slope = self._slope(inputs)
         if self.recurrent is None:
-            return self._logits(None, x), self.empty_hidden(len(x))
+            return self._logits(None, x, slope), self.empty_hidden(len(x))
         below = F.relu(self.input_layer(x))  # [n, T, X]
         if hidden is None:
             hidden = self.empty_hidden(len(x))
@@ -136,7 +145,7 @@ class Network(nn.Module):
         else:
             outputs, after = self.recurrent(below, before)  # [n, T, H], [L, n, H]
         earlier = torch.cat((before[-1].unsqueeze(1), outputs[:, :-1]), 1)  # [n, T, H]
-        return self._logits(earlier, x), after.transpose(0, 1)
+        return self._logits(earlier, x, slope), after.transpose(0, 1)
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """Return copies of the tensors by name, as :class:`model.stepper.Stepper` takes them."""
@@ -163,6 +172,15 @@ class Network(nn.Module):
         vectors = [embed(codes[..., i]) for i, embed in enumerate(self.embeddings)]
         return torch.cat((inputs[..., :numbers], *vectors), -1)
 
+    def _slope(self, inputs: Tensor) -> Tensor | None:
+        """Return the slopes of the amount's units by category, [..., M]; None: all are 1."""
+        slope: Tensor | None = None
+        for i, of_codes in enumerate(self.slopes):
+            codes = inputs[..., self.architecture.inputs + i].long()
+            factor = of_codes(codes).clamp(-SLOPE_LOG_MAX, SLOPE_LOG_MAX).exp()
+            slope = factor if slope is None else slope * factor
+        return slope
+
     def _free_weight(self) -> Tensor:
         return self.free_layer.weight * self._free_mask
 
@@ -173,14 +191,17 @@ class Network(nn.Module):
         weight = self.fraud_layer.weight
         return weight.abs() * self._fraud_mask + weight * self._ages_mask
 
-    def _logits(self, hidden: Tensor | None, x: Tensor) -> Tensor:
-        """Compute the logits: [..., H], [..., width] -> [...]."""
+    def _logits(self, hidden: Tensor | None, x: Tensor, slope: Tensor | None) -> Tensor:
+        """Compute the logits: [..., H], [..., width], [..., M] -> [...]."""
         free = F.relu(F.linear(x, self._free_weight(), self.free_layer.bias))
         joined = free if hidden is None else torch.cat((hidden, free), -1)  # [..., H + X]
         head = self.head(self.dropout(joined))  # [..., D + 2 M]
         rising = torch.cat((self._amount_weight(), self._fraud_weight()))  # [2 M, width]
         context, given = head.split((self.architecture.head_size, len(rising)), -1)
-        amount, frauds = (given + F.linear(x, rising)).chunk(2, -1)
+        risen = F.linear(x, rising)
+        if slope is not None:
+            risen = risen * torch.cat((slope, torch.ones_like(slope)), -1)
+        amount, frauds = (given + risen).chunk(2, -1)
         logit = self.logit(F.relu(context))
         logit = logit + F.linear(_rise(amount), self.amount_logit.weight.abs())
         if self._any_fraud is not None:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from model.architecture import Architecture
+from model.architecture import SLOPE_LOG_MAX, Architecture
 from model.features.merchant import REMEMBERED_WEIGHT, WEIGHT_MAX
 from model.features.spec import payment_columns
 
@@ -57,6 +57,10 @@ class Stepper:
         self._cells = [
             _Cell(*(weights[f"recurrent.{name}_l{layer}"] for name in _Cell.TENSORS))
             for layer in range(a.layers)
+        ]
+        self._slopes = [
+            _slopes(weights[f"slopes.{i}.weight"])
+            for i in range(len(a.embeddings) if a.category_slopes else 0)
         ]
         self._head = _Head(a, weights)
         # To the GRU, to the context, to amount and frauds: [width, 2 X + 2 M].
@@ -121,21 +125,37 @@ class Stepper:
             the inputs with vectors [n, width], what the GRU and the context see [n, X] each, and
             the contribution to amount and frauds [n, 2 M].
         """
-        x, size = self._embedded(inputs), self.architecture.input_size
+        size = self.architecture.input_size
+        codes = inputs[:, self.architecture.inputs :].astype(np.intp) if self._embeddings else None
+        x = inputs if codes is None else self._embedded(inputs, codes)
         first = x @ self._first
         first += self._first_bias
-        seen = first[:, : 2 * size]
+        seen, rising = first[:, : 2 * size], first[:, 2 * size :]
         np.maximum(seen, _ZERO, out=seen)
-        return x, seen[:, :size], seen[:, size:], first[:, 2 * size :]
+        if codes is not None:
+            for i, slopes in enumerate(self._slopes):
+                rising *= slopes[codes[:, i]]
+        return x, seen[:, :size], seen[:, size:], rising
 
-    def _embedded(self, inputs: Float32) -> Float32:
+    def _embedded(self, inputs: Float32, codes: NDArray[np.intp]) -> Float32:
         """Replace categories by their vectors: [n, I] -> [n, width]."""
-        if not self._embeddings:
-            return inputs
-        numbers = self.architecture.inputs
-        codes = inputs[:, numbers:].astype(np.intp)
         vectors = [vectors_of[codes[:, i]] for i, vectors_of in enumerate(self._embeddings)]
-        return np.concatenate((inputs[:, :numbers], *vectors), axis=1)
+        return np.concatenate((inputs[:, : self.architecture.inputs], *vectors), axis=1)
+
+
+def _slopes(logarithm: Float32) -> Float32:
+    """Return the slopes by code in the order of the rising units, 1 for those of the frauds.
+
+    Args:
+        logarithm: [codes, M].
+
+    Returns:
+        slopes: [codes, 2 M].
+    """
+    slopes = np.ones((len(logarithm), 2, 2, logarithm.shape[1] // 2), np.float32)
+    factor = np.exp(np.clip(logarithm, -SLOPE_LOG_MAX, SLOPE_LOG_MAX))
+    slopes[:, :, 0] = factor.reshape(len(logarithm), 2, -1)  # without an upper bound, with one
+    return slopes.reshape(len(logarithm), -1)
 
 
 class _Cell:

@@ -13,7 +13,7 @@ from model.features.account import Float32
 from model.training.resume import TrainingState
 from model.whole_file import whole_file
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """Version of the files. A file of another version is ignored."""
 
 _UNUSABLE = (

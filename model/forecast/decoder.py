@@ -55,6 +55,11 @@ class Decoder:
     def __init__(self, weights: Mapping[str, Float32]) -> None:
         self._weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
 
+    @property
+    def inputs(self) -> int:
+        """Number of inputs, B + H."""
+        return int(self._weights["context.weight"].shape[1])
+
     def start(self, inputs: Float32) -> tuple[Float32, Float32]:
         """Return the context [n, C] and the first hidden state [n, S] for inputs [n, B + H]."""
         w = self._weights

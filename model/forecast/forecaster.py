@@ -108,13 +108,14 @@ class Forecaster:
         """
         if not 1 <= days <= DAYS_MAX:
             raise DaysError(f"{days} days; a forecast has 1 to {DAYS_MAX}")
-        context, state = self._decoder.start(asked.inputs)
+        given, log_rate = asked.given(self._decoder.inputs - asked.hidden.shape[1])
+        context, state = self._decoder.start(given)
         group = length_group(asked.count)
         silent = np.ones(len(group))
         found: list[tuple[Float64, ...]] = []
         for ahead in range(days):
             inputs = day_inputs(asked.first_day, ahead)
-            day, state = self._decoder.step(context, state, inputs, asked.log_rate, ahead == 0)
+            day, state = self._decoder.step(context, state, inputs, log_rate, ahead == 0)
             weekday = weekday_of(asked.first_day + ahead)
             mean = day.mean * self._factors["payments"][group, weekday]
             none = none_probability(mean, day.dispersion)

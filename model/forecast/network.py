@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.forecast.inputs import BOOKKEEPING, DAY_INPUTS
+from model.forecast.inputs import DAY_INPUTS
 from model.forecast.shape import (
     CALIBRATION_SHAPES,
     LEVELS,
@@ -68,7 +68,7 @@ class ForecastNetwork(nn.Module):
 
     def __init__(self, shape: ForecastShape, encoder: int) -> None:
         super().__init__()
-        inputs = len(BOOKKEEPING) + encoder
+        inputs = shape.bookkeeping + encoder
         self.shape = shape
         self.context = nn.Linear(inputs, shape.context_size)
         self.start = nn.Linear(shape.context_size, shape.hidden_size)
@@ -83,7 +83,7 @@ class ForecastNetwork(nn.Module):
     @classmethod
     def for_inputs(cls, shape: ForecastShape, inputs: int) -> ForecastNetwork:
         """Make a network for this number of inputs, B + H."""
-        return cls(shape, inputs - len(BOOKKEEPING))
+        return cls(shape, inputs - shape.bookkeeping)
 
     def standardise(self, inputs: Tensor) -> None:
         """Take mean and deviation of the inputs from samples [m, B + H]."""

@@ -52,28 +52,28 @@ class ForecastShape(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         context_size: units that summarise the account.
         hidden_size: units of the decoder's own hidden state.
+        bookkeeping: inputs from the account's bookkeeping. It is the number of
+            :data:`model.forecast.inputs.BOOKKEEPING` in heads that do not say it.
         samples: pairs of account and time that it was trained on.
         metrics: measures on the held-out days, by name.
     """
 
     context_size: Size = 64
     hidden_size: Size = 32
+    bookkeeping: Size = 18
     samples: int = 0
     metrics: dict[str, float] = {}
 
-    def tensor_shapes(
-        self, bookkeeping: int, encoder: int, days: int
-    ) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, encoder: int, days: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, by its name without :data:`PREFIX`.
 
         Args:
-            bookkeeping: inputs from the account's bookkeeping.
             encoder: size of the account's hidden state.
             days: inputs of a day.
         """
         c, h = self.context_size, self.hidden_size
         return {
-            "context.weight": (c, bookkeeping + encoder),
+            "context.weight": (c, self.bookkeeping + encoder),
             "context.bias": (c,),
             "start.weight": (h, c),
             "start.bias": (h,),

@@ -23,7 +23,7 @@ from model.data.dataset import Dataset
 from model.features.account import Float32
 from model.features.spec import FeatureSpec
 from model.forecast.forecaster import Forecaster
-from model.forecast.inputs import day_inputs
+from model.forecast.inputs import STEADY_BOOKKEEPING, day_inputs
 from model.forecast.network import DayTerms, ForecastNetwork
 from model.forecast.shape import DAYS_MAX, LEVELS, LOG_RATE_MIN, ForecastShape
 from model.stepper import Stepper
@@ -121,7 +121,7 @@ def fit_forecast_head(
     show(0.1)
     if len(training) < SAMPLES_MIN:
         return None
-    shape = ForecastShape()
+    shape = ForecastShape(bookkeeping=len(STEADY_BOOKKEEPING))
     network = fit_decoder(training, shape, seed, lambda share: show(0.1 + 0.7 * share))
     # Moments before the validation days as well: their later days show the far end of a forecast.
     begin = max(split.training, split.validation - DAYS_MAX // 2)
@@ -200,12 +200,12 @@ def fit_decoder(
     samples: ForecastSamples, shape: ForecastShape, seed: int, show: Show = lambda share: None
 ) -> ForecastNetwork:
     """Fit the head to samples; it is not calibrated yet."""
-    encoder = samples.asked.inputs.shape[1]
+    given, _ = samples.asked.given(shape.bookkeeping)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
-        network = ForecastNetwork.for_inputs(shape, encoder)
-        network.standardise(torch.from_numpy(samples.asked.inputs))
-        _descend(network, _Tensors.of(samples), seed, show)
+        network = ForecastNetwork.for_inputs(shape, given.shape[1])
+        network.standardise(torch.from_numpy(given))
+        _descend(network, _Tensors.of(samples, shape.bookkeeping), seed, show)
     return network.eval().requires_grad_(False)
 
 
@@ -222,9 +222,10 @@ class _Tensors:
     at_risk: Tensor
 
     @classmethod
-    def of(cls, samples: ForecastSamples) -> _Tensors:
+    def of(cls, samples: ForecastSamples, bookkeeping: int) -> _Tensors:
         asked, after = samples.asked, samples.after
-        unit = np.exp(0.5 * np.maximum(asked.log_rate, LOG_RATE_MIN)) * asked.unit
+        inputs, log_rate = asked.given(bookkeeping)
+        unit = np.exp(0.5 * np.maximum(log_rate, LOG_RATE_MIN)) * asked.unit
         days = np.stack([day_inputs(asked.first_day, k) for k in range(DAYS_MAX)], axis=1)
         known = np.logical_and.accumulate(after.known, axis=1)
         paid = after.count > 0
@@ -234,8 +235,8 @@ class _Tensors:
             return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
         return cls(
-            tensor(asked.inputs),
-            tensor(asked.log_rate),
+            tensor(inputs),
+            tensor(log_rate),
             tensor(days),
             tensor(after.count),
             tensor(after.amount / unit[:, None]),

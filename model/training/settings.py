@@ -120,6 +120,7 @@ class TrainingSettings:
             dropout=self.dropout,
             embeddings=embedding_sizes(spec),
             roles=spec.roles,
+            category_slopes=True,
         )
 
     def moment_ms(self, name: Literal["train_until", "test_from"] | str) -> int | None:

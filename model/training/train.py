@@ -20,6 +20,7 @@ import torch
 from model.checkpoint import Checkpoint
 from model.data.dataset import FRAUD, LEGITIMATE, Dataset, DatasetError
 from model.features.account import DEFINITION
+from model.features.spec import FeatureSpec
 from model.training.loop import RECIPE, device_of
 from model.training.period_metrics import labelled_rows
 from model.training.recipe import TrainingData, fit_network, make_checkpoint, prepare_training
@@ -63,7 +64,10 @@ def train(
     device = device_of(settings)
     source = source or SimulatedData(settings)
     decisive = source.settings(settings)
-    identity = f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}\n{RECIPE}"
+    structure = settings.architecture(FeatureSpec())  # a state of another one cannot be loaded
+    identity = (
+        f"{source.identity()}\n{decisive}\n{device.type}\n{DEFINITION}\n{RECIPE}\n{structure}"
+    )
     try:
         with open_work_folder(output, identity) as folder:
             try:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from model.checkpoint import Checkpoint
 from model.forecast.decoder import Decoder
-from model.forecast.inputs import BOOKKEEPING, day_inputs
+from model.forecast.inputs import day_inputs
 from model.forecast.network import ForecastNetwork
 from model.forecast.shape import DAYS_MAX
 from model.generator.network import GeneratorNetwork
@@ -181,7 +181,7 @@ def forecast() -> float:
     }
     network.load_state_dict({name: torch.from_numpy(value) for name, value in named.items()})
     rng = np.random.default_rng(8)
-    inputs = rng.uniform(-1, 1, (ACCOUNTS, len(BOOKKEEPING) + encoder)).astype(np.float32)
+    inputs = rng.uniform(-1, 1, (ACCOUNTS, shape.bookkeeping + encoder)).astype(np.float32)
     log_rate = rng.uniform(-2, 2, ACCOUNTS)
     first = np.full(ACCOUNTS, 17_700)
     calendar = np.stack([day_inputs(first, k) for k in range(DAYS_MAX)], axis=1)

@@ -16,6 +16,7 @@ from model.network import Network
         Architecture(3, 5, 7, layers=3, head_size=6, rising_size=4),
         Architecture(3, embeddings=((9, 2), (4, 5)), roles=("own", "merchant", "amount")),
         Architecture(1, roles=("frauds",)),
+        Architecture(1, embeddings=((9, 2), (4, 5)), rising_size=6, category_slopes=True),
     ],
 )
 def test_the_shapes_of_tensors_are_those_of_the_network(architecture: Architecture) -> None:

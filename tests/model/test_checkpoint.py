@@ -121,6 +121,11 @@ def test_a_header_without_the_part_of_the_forecast_is_an_old_checkpoint(file: Pa
     assert loaded.forecaster is None
 
 
+def test_a_header_without_category_slopes_is_an_old_checkpoint(file: Path) -> None:
+    rewritten(file, lambda header: header["architecture"].pop("category_slopes"))
+    assert Checkpoint.load(file).digest == checkpoint().digest
+
+
 def test_a_forecast_head_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with_random_forecast(checkpoint()).save(path)
@@ -134,6 +139,13 @@ def test_a_forecast_head_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
     weights["start.bias"] = np.full(6, np.nan, np.float32)
     with pytest.raises(CheckpointError, match=r"forecast\.start\.bias has values"):
         found.with_forecast(found.header.forecast or ForecastShape(), weights)
+
+
+def test_a_forecast_head_of_unknown_inputs_is_rejected() -> None:
+    found = with_random_forecast(checkpoint())
+    shape = ForecastShape(context_size=12, hidden_size=6, bookkeeping=25)
+    with pytest.raises(CheckpointError, match="this version knows no forecast head of 25 inputs"):
+        found.with_forecast(shape, found.forecast_weights)
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:

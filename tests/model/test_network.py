@@ -37,20 +37,26 @@ ROLES: tuple[Role, ...] = (
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("embeddings", [(), ((4, 3), (6, 2))])
 @pytest.mark.parametrize(
     ("roles", "falls_without"), [(("amount",), False), (("frauds", "any_fraud"), True)]
 )
 def test_more_money_and_more_known_frauds_never_lower_the_score(
-    seed: int, roles: tuple[Role, ...], falls_without: bool
+    seed: int,
+    embeddings: tuple[tuple[int, int], ...],
+    roles: tuple[Role, ...],
+    falls_without: bool,
 ) -> None:
     """This holds for any weights, if history and all other inputs are fixed."""
     torch.manual_seed(seed)
-    net = Network(Architecture(INPUTS, roles=ROLES)).eval()
+    sizes = Architecture(INPUTS, roles=ROLES, embeddings=embeddings, category_slopes=True)
+    net = Network(sizes).eval()
     for parameter in net.parameters():
         parameter.data = torch.randn_like(parameter)
     rising = [i for i, role in enumerate(ROLES) if role in roles]
     any_fraud = ROLES.index("any_fraud")
-    inputs = torch.randn(200, 1, INPUTS)
+    codes = [torch.randint(0, n, (200, 1, 1)) for n, _ in embeddings]
+    inputs = torch.cat((torch.randn(200, 1, INPUTS), *codes), -1)
     inputs[:, :, any_fraud] = torch.rand(200, 1)
     more = inputs.repeat(1, 50, 1)
     more[:, :, rising] += torch.linspace(0, 30, 50)[None, :, None]
@@ -66,6 +72,20 @@ def test_more_money_and_more_known_frauds_never_lower_the_score(
         none[:, :, [i for i, role in enumerate(ROLES) if role == "fraud_ages"]] = 3.0
         again = scores_of(net, none[:, 0], hidden[::50])
         torch.testing.assert_close(again, least)
+
+
+def test_with_category_slopes_a_category_decides_how_steeply_the_score_rises() -> None:
+    roles: list[Role] = ["amount"]
+    roles += ["own" for _ in range(INPUTS - 1)]
+    net = network(roles=tuple(roles), embeddings=((3, 2),), category_slopes=True)
+    cast("nn.Embedding", net.slopes[0]).weight.data[2] = 2.0
+    cast("nn.Embedding", net.embeddings[0]).weight.data.zero_()  # nothing else depends on it
+    inputs = torch.zeros(2, 50, INPUTS + 1)
+    inputs[:, :, 0] = torch.linspace(0, 4, 50)
+    inputs[:, :, -1] = torch.tensor([[1.0], [2.0]])
+    flat, steep = scores_of(net, inputs.flatten(0, 1), torch.zeros(100, 1, 128)).view(2, 50)
+    torch.testing.assert_close(steep[0], flat[0])
+    assert steep[-1] > flat[-1] + 1.0
 
 
 def test_a_score_depends_on_the_state_before_its_transaction_alone() -> None:

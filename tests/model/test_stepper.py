@@ -29,6 +29,8 @@ NETWORKS: Sequence[dict[str, Any]] = (
     {"roles": ("frauds",) * INPUTS},
     {"embeddings": ((5, 3), (9, 2))},
     {"roles": ROLES, "embeddings": ((4, 4),), "layers": 2},
+    {"roles": ROLES, "embeddings": ((4, 4), (9, 2)), "category_slopes": True},
+    {"roles": ROLES, "category_slopes": True},
 )
 
 
@@ -37,6 +39,8 @@ def network_of(sizes: dict[str, Any]) -> Network:
     made = Network(Architecture(INPUTS, **sizes)).eval().requires_grad_(False)
     for parameter in made.parameters():  # larger than at the start, as after training
         parameter.mul_(2.0)
+    for slopes in made.slopes.parameters():  # they begin at 0; a tenth of them is out of bounds
+        slopes.normal_(std=2.5)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from model.features.amount_scale import AmountScale
@@ -10,37 +11,39 @@ from model.forecast.decoder import DecodedDay, Decoder
 from model.forecast.forecaster import none_probability
 from model.forecast.inputs import asked_states, day_inputs
 from model.forecast.network import pays_logit
-from model.forecast.shape import DAYS_MAX
-from tests.fakes.forecasts import random_decoder, some_histories
+from model.forecast.shape import DAYS_MAX, ForecastShape
+from tests.fakes.forecasts import FIRST_SHAPE, SHAPE, random_decoder, some_histories
 
 ENCODER = 16
 ASKED_MS = 1_530_600_000_000
 
 
-def decoded(n: int) -> tuple[list[DecodedDay], dict[str, np.ndarray]]:
+def decoded(n: int, shape: ForecastShape = SHAPE) -> tuple[list[DecodedDay], dict[str, np.ndarray]]:
     """Decode each day by itself in NumPy, and all of them at once in torch."""
     hidden = np.random.default_rng(0).uniform(-1, 1, (n, 1, ENCODER)).astype(np.float16)
     scale = AmountScale(floor=0.5, usual=40.0)
     asked = asked_states(some_histories(n), hidden, np.full(n, ASKED_MS), scale)
-    network = random_decoder(ENCODER)
+    network = random_decoder(ENCODER, shape=shape)
     decoder = Decoder(network.weights())
-    context, state = decoder.start(asked.inputs)
+    given, log_rate = asked.given(shape.bookkeeping)
+    context, state = decoder.start(given)
     days = []
     for ahead in range(DAYS_MAX):
         inputs = day_inputs(asked.first_day, ahead)
-        day, state = decoder.step(context, state, inputs, asked.log_rate, ahead == 0)
+        day, state = decoder.step(context, state, inputs, log_rate, ahead == 0)
         days.append(day)
     calendar = np.stack([day_inputs(asked.first_day, k) for k in range(DAYS_MAX)], axis=1)
     terms = network.unroll(
-        torch.from_numpy(asked.inputs),
-        torch.from_numpy(asked.log_rate.astype(np.float32)),
+        torch.from_numpy(given),
+        torch.from_numpy(log_rate.astype(np.float32)),
         torch.from_numpy(calendar),
     )
     return days, {name: value.numpy() for name, value in terms._asdict().items()}
 
 
-def test_days_unrolled_at_once_are_the_days_one_by_one() -> None:
-    days, terms = decoded(40)
+@pytest.mark.parametrize("shape", [SHAPE, FIRST_SHAPE])
+def test_days_unrolled_at_once_are_the_days_one_by_one(shape: ForecastShape) -> None:
+    days, terms = decoded(40, shape)
 
     for ahead, day in enumerate(days):
         np.testing.assert_allclose(np.log(day.mean), terms["log_mean"][:, ahead], atol=1e-5)

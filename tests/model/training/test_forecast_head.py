@@ -83,7 +83,7 @@ def test_the_states_of_samples_are_those_of_a_worker() -> None:
     account, amount = dataset.account[seen].astype(np.int64), dataset.amount[seen]
     _, history, hidden = score_stepwise(CHECKPOINT, account, amount, dataset.timestamp_ms[seen])
     assert (samples.asked.count == history.count).all()
-    assert (samples.asked.inputs[:, -8:] == hidden[:, 0]).all()
+    assert (samples.asked.hidden == hidden[:, 0]).all()
     assert np.ptp(hidden) > 0.1, "equal states would prove nothing"
     assert samples.asked.first_day.tolist() == [17_631] * 8
 
