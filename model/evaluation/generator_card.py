@@ -66,8 +66,8 @@ def generator_card(results: GeneratorResults, plots: list[str]) -> str:
         *_markdown(headings, rows),
         "",
         "An AUC of .5 means that a discriminator cannot tell the histories from those of B."
-        " Copies protect nobody: they are the floor of the AUC only. Membership is guessed by the"
-        " distance to the closest generated account, and by the likelihood under the file.",
+        " The real accounts are the floor of the AUC. Copies protect nobody. Membership is guessed"
+        " by the distance to the closest generated account, and by the likelihood under the file.",
     ]
     real, made = results.of(REAL), results.of(GENERATED)
     if real and made and real.average_precision and made.average_precision is not None:

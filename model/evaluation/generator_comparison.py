@@ -3,8 +3,8 @@
     accounts A  train the generator
     accounts B  are compared with the generated ones; no generator saw them
 
-Beside the generator stand copies: whole histories of A, drawn again. They are the floor of what a
-discriminator can find, and they protect nobody.
+Beside the generator stand the accounts A themselves, the floor of what a discriminator can find,
+and copies: whole histories of A, drawn again. Copies protect nobody.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ Floats = NDArray[np.float64]
 
 MEASURES = (
     *("amount", "gap", "hour", "weekday", "payments an account", "merchants an account"),
-    *("repeat visits", "autocorrelation of amounts", "frauds an account", "run of frauds"),
+    *("accounts a merchant", "repeat visits", "autocorrelation of amounts"),
+    *("frauds an account", "run of frauds"),
 )
 AUTOCORRELATION_LEAST = 20
 """Fewest transactions of an account whose autocorrelation is measured."""
@@ -30,6 +31,7 @@ def quantities(histories: Histories) -> dict[str, Floats]:
     account = np.repeat(np.arange(histories.accounts), histories.length)
     time, amount = histories.column("timestamp_ms"), histories.column("amount")
     fraud = histories.log.is_fraud[histories.row]
+    merchant = histories.log.merchant[histories.row]
     new = np.bincount(account, ~histories.seen, histories.accounts)
     return {
         "amount": amount,
@@ -38,6 +40,7 @@ def quantities(histories: Histories) -> dict[str, Floats]:
         "weekday": (time // DAY_MS + 3) % 7,
         "payments an account": histories.length.astype(float),
         "merchants an account": new,
+        "accounts a merchant": np.bincount(merchant[~histories.seen]).astype(float),
         "repeat visits": histories.visits.astype(float),
         "autocorrelation of amounts": _autocorrelations(histories, account, amount),
         "frauds an account": np.bincount(account, fraud, histories.accounts),

@@ -39,6 +39,13 @@ def uniform(keys: Keys, step: NDArray[Any] | int, purpose: int) -> Floats:
     return (mixed >> np.uint64(11)).astype(np.float64) * _TO_UNIT
 
 
+def normal(keys: Keys, step: NDArray[Any] | int, purpose: int) -> Floats:
+    """Draw standard normal numbers [n] (Box and Muller), for two purposes from ``purpose`` on."""
+    radius = np.sqrt(-2 * np.log1p(-uniform(keys, step, purpose)))
+    angle = 2 * np.pi * uniform(keys, step, purpose + 1)
+    return np.asarray(radius * np.cos(angle))
+
+
 def _times(number: int) -> np.uint64:
     return np.uint64(number * _PURPOSE % 2**64)
 

@@ -6,6 +6,7 @@ A text is kept only if several accounts have it, so no text identifies one perso
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -37,6 +38,8 @@ class GeneratedField(msgspec.Struct, frozen=True):
         edges: edges of the classes of a numeric field; the class after them is missing.
         decimals: of a numeric field.
         shares: cumulative shares of the classes.
+        groups: whether its classes are the groups of merchants.
+        group_shares: cumulative shares in each group, of another field of merchants.
     """
 
     name: str
@@ -45,6 +48,8 @@ class GeneratedField(msgspec.Struct, frozen=True):
     edges: list[float] = []
     decimals: int = 2
     shares: list[float] = []
+    groups: bool = False
+    group_shares: list[list[float]] = []
 
     @property
     def is_numeric(self) -> bool:
@@ -61,8 +66,11 @@ class GeneratedField(msgspec.Struct, frozen=True):
         """Classes that the data do not have, such as the missing one."""
         return np.flatnonzero(np.diff([0.0, *self.shares]) <= 0).tolist()
 
-    def drawn(self, share: Floats) -> Int64:
-        """Return classes by shares [n] from 0 to 1."""
+    def drawn(self, share: Floats, group: Int64 | None = None) -> Int64:
+        """Return classes by shares [n] from 0 to 1, of merchants in groups [n]."""
+        if self.group_shares and group is not None:
+            edges = np.array(self.group_shares)[group, :-1]
+            return np.asarray((edges <= share[:, None]).sum(1), np.int64)
         found = np.searchsorted(np.array(self.shares[:-1]), share, side="right")
         return np.asarray(found, np.int64)
 
@@ -74,8 +82,30 @@ class GeneratedField(msgspec.Struct, frozen=True):
         return np.where(classes == len(edges) - 1, np.nan, value)
 
 
-def measure_fields(log: Dataset) -> tuple[list[GeneratedField], NDArray[np.int8]]:
-    """Describe the extra fields; return also the classes [N, fields] of the transactions."""
+@dataclass(frozen=True)
+class MeasuredFields:
+    """The extra fields of the training data.
+
+    Attributes:
+        fields: see :class:`GeneratedField`.
+        classes: [N, F] of the transactions.
+        group: [merchants] groups of the merchants, from 0.
+        groups: number of groups.
+    """
+
+    fields: list[GeneratedField]
+    classes: NDArray[np.int8]
+    group: Int64
+    groups: int
+
+    @property
+    def own(self) -> list[int]:
+        """Places of the fields that belong to the transaction."""
+        return [place for place, field in enumerate(self.fields) if field.owner == "transaction"]
+
+
+def measure_fields(log: Dataset) -> MeasuredFields:
+    """Describe the extra fields, and choose one whose classes are the groups of merchants."""
     found, columns = [], []
     for name, codes in log.categorical.items():
         field, classes = _categorical(log, name, np.asarray(codes))
@@ -85,8 +115,48 @@ def measure_fields(log: Dataset) -> tuple[list[GeneratedField], NDArray[np.int8]
         field, classes = _numeric(log, name, np.asarray(values, np.float64))
         found.append(field)
         columns.append(classes)
-    table = np.stack(columns, 1) if columns else np.zeros((len(log), 0), np.int8)
-    return found, table.astype(np.int8)
+    table = np.stack(columns, 1) if columns else np.zeros((len(log), 0), np.int64)
+    group, groups = np.zeros(int(log.merchant.max()) + 1, np.int64), 1
+    leading = _leading(log, found, table)
+    if leading is not None:
+        groups = found[leading].classes
+        group[log.merchant] = table[:, leading]
+        found = [
+            msgspec.structs.replace(field, groups=True)
+            if place == leading
+            else _in_groups(log, field, table[:, place], group, groups)
+            for place, field in enumerate(found)
+        ]
+    return MeasuredFields(found, table.astype(np.int8), group, groups)
+
+
+def _in_groups(
+    log: Dataset, field: GeneratedField, classes: Int64, group: Int64, groups: int
+) -> GeneratedField:
+    """Return a field of merchants with its shares in each group; another field as it is."""
+    if field.owner != "merchant":
+        return field
+    merchants, first = np.unique(log.merchant, return_index=True)
+    cell = group[merchants] * field.classes + classes[first]
+    counts = np.bincount(cell, minlength=groups * field.classes).reshape(groups, -1).astype(float)
+    counts += 1e-3 * np.diff([0.0, *field.shares])
+    shares = np.cumsum(counts / counts.sum(1, keepdims=True), 1)
+    return msgspec.structs.replace(field, group_shares=shares.tolist())
+
+
+def _leading(log: Dataset, fields: list[GeneratedField], classes: Int64) -> int | None:
+    """Return the field of merchants that says most about amounts; None if there is none."""
+    value = np.log(np.maximum(log.amount, 1e-2))
+    value -= (np.bincount(log.account, value) / np.maximum(np.bincount(log.account), 1))[
+        log.account
+    ]
+    said: dict[int, float] = {}
+    for place, field in enumerate(fields):
+        if field.owner == "merchant":
+            count = np.bincount(classes[:, place], minlength=field.classes)
+            total = np.bincount(classes[:, place], value, field.classes)
+            said[place] = float((total**2 / np.maximum(count, 1)).sum())
+    return max(said, key=lambda place: said[place]) if said else None
 
 
 def _categorical(log: Dataset, name: str, codes: NDArray[np.int32]) -> tuple[GeneratedField, Int64]:

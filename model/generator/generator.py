@@ -25,7 +25,7 @@ from model.generator.sizes import GeneratorSizes
 from model.generator.world import NUMBERS, SharedWorld
 from model.whole_file import write_whole
 
-GENERATOR_FORMAT = 1
+GENERATOR_FORMAT = 2
 """Version of the header and of the tensors' names."""
 
 GENERATOR_FILE_MAX_BYTES = 1 << 26
@@ -190,6 +190,8 @@ def _check(
         and world.profile_mean.shape == world.profile_scale.shape == (places,)
         and world.rhythm.shape == (7 * 48 + 1,)
         and world.ratio_edges.shape == (sizes.amounts + 1,)
+        and world.group_shares.shape == (sizes.groups,)
+        and world.hub_groups.shape == world.hub_shares.shape
         and density.mean.shape[1:] == (places,)
         and density.quantiles.shape[0] == places
     )

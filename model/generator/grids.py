@@ -1,7 +1,8 @@
 """Classes into which a step's time and merchant are divided, and tables of amounts.
 
     time      ten short gaps up to an hour, later today, seven single days, seven spans of days
-    merchant  eight spans of ranks in the list of recent merchants, a new local one, a new hub
+    merchant  eight spans of ranks in the list of recent merchants, a new local one, and a hub of
+              each group, seen or not
 
 A density is a share for each class, and a simple form within it. So samples have the tails.
 """
@@ -40,13 +41,18 @@ RANKS = int(RANK_EDGES[-1])
 """Merchants that an account's list of recent ones remembers."""
 RANK_CLASSES = len(RANK_EDGES) - 1
 NEW_LOCAL = RANK_CLASSES
-NEW_HUB = RANK_CLASSES + 1
-MERCHANT_CLASSES = RANK_CLASSES + 2
+HUB = RANK_CLASSES + 1
+"""First of the classes of hubs, one for each group of merchants."""
 
 IMPOSSIBLE = -1e4
 """Logit of a class that cannot be."""
 OFFSET_LEAST = -25.0
 """Least logit that a baseline gives a possible class: the network can still raise it."""
+
+HUB_RANK_WEIGHT = 0.02
+"""Weight with which the baseline lets an account choose a hub because it was there before."""
+LEFT_LEAST = 1e-3
+"""Weight of a new local merchant where none is left."""
 
 _MONDAY_SLOTS = 7 * SLOTS
 
@@ -108,14 +114,21 @@ def slot_bounds(first_ms: Int64, day_ms: Int64) -> tuple[Int64, Int64]:
     return np.minimum(np.maximum(begin, first_ms[:, None]), end), end
 
 
-def slot_baseline(cumulative: Floats, begin_ms: Int64, end_ms: Int64) -> Float32:
-    """Return the logits [n, SLOTS] of the half hours by the weekly rhythm alone."""
+def slot_baseline(cumulative: Floats, rate: Floats, begin_ms: Int64, end_ms: Int64) -> Float32:
+    """Return the logits [n, SLOTS] of the half hours, by a Poisson process with the rhythm.
+
+    Args:
+        cumulative: see :func:`expected_visits`.
+        rate: [n] transactions a day.
+        begin_ms, end_ms: [n, SLOTS] see :func:`slot_bounds`.
+    """
     weekday = weekday_of(end_ms[:, 0] - 1)
     mass = np.diff(cumulative).reshape(7, SLOTS)[weekday]
-    share = mass * ((end_ms - begin_ms) / SLOT_MS)
-    logits = np.maximum(np.log(np.maximum(share, 1e-12)), OFFSET_LEAST)
+    width = np.maximum(mass * ((end_ms - begin_ms) / SLOT_MS) * rate[:, None], 1e-12)
+    logits: Floats = np.log(-np.expm1(-width)) - (np.cumsum(width, 1) - width)
+    logits = np.maximum(logits - logits.max(1, keepdims=True), OFFSET_LEAST)
     logits[end_ms <= begin_ms] = IMPOSSIBLE
-    return logits.astype(np.float32)
+    return np.asarray(logits, np.float32)
 
 
 def day_range(time_class: Int64) -> tuple[Int64, Int64]:
@@ -125,22 +138,23 @@ def day_range(time_class: Int64) -> tuple[Int64, Int64]:
     return edges[place], edges[place + 1]
 
 
-def merchant_baseline(visited: Int64, left: Floats, hubs: int) -> Float32:
-    """Return the logits [n, MERCHANT_CLASSES] of a choice at random among an account's merchants.
+def merchant_baseline(visited: Int64, local: Floats, left: Floats, hubs: Floats) -> Float32:
+    """Return the logits [n, HUB + G] of a choice at random among an account's merchants.
 
     Args:
         visited: [n] merchants in the list of recent ones.
-        left: [n] local merchants in reach that were not visited yet.
-        hubs: number of merchants that everybody can reach.
+        local: [n] share of local ones among them. A hub is mostly chosen as a hub, not by its rank.
+        left: [n] local merchants in reach that are not in the list.
+        hubs: [n, G] weights of the groups of hubs, where a local merchant has 1.
     """
     low, high = RANK_EDGES[:-1], RANK_EDGES[1:]
     ranks = np.maximum(np.minimum(visited[:, None], high) - low, 0).astype(np.float64)
-    logits = np.full((len(visited), MERCHANT_CLASSES), IMPOSSIBLE)
+    ranks *= (HUB_RANK_WEIGHT + (1 - HUB_RANK_WEIGHT) * local)[:, None]
+    logits = np.empty((len(visited), HUB + hubs.shape[1]))
     with np.errstate(divide="ignore"):
         logits[:, :RANK_CLASSES] = np.maximum(np.log(ranks), IMPOSSIBLE)
-    logits[:, NEW_LOCAL] = np.log(np.maximum(left, 0.05))
-    if hubs:
-        logits[:, NEW_HUB] = 0.0
+        logits[:, HUB:] = np.maximum(np.log(hubs), IMPOSSIBLE)
+    logits[:, NEW_LOCAL] = np.log(np.maximum(left, LEFT_LEAST))
     return logits.astype(np.float32)
 
 

@@ -18,8 +18,18 @@ from model.units import DAY_MS
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-COLUMNS = ("time", "slot", "day_kind", "weekday", "fraud", "merchant", "class", "amount")
-"""Integer columns of a lesson; -1 is no target."""
+COLUMNS = (
+    *("time", "slot", "day_kind", "weekday", "fraud", "merchant", "class", "amount"),
+    *("hub", "group", "state", "state_now", "slot_now"),
+)
+"""Integer columns of a lesson; -1 is no target.
+
+hub               class of a hub that was seen before: chosen as a hub or by its rank; else -1
+state, state_now  states of fraud at the last transaction's time and at this one's
+slot_now          half hour of the transaction, also if the gap is short
+"""
+
+AT_COLUMN = {name: place for place, name in enumerate(COLUMNS)}
 
 NO_TARGET = -1
 CENSORED = -2
@@ -41,6 +51,7 @@ class Lessons:
         merchant_base: [S, M] logits.
         slot_base: [S, SLOTS] logits, as float16.
         targets: [S, columns] see :data:`COLUMNS`.
+        hub_edge: [S] log likelihood of a hub within its class of ranks, less that within its group.
         fields: [S, F] classes of the transactions' own fields.
     """
 
@@ -52,6 +63,7 @@ class Lessons:
     merchant_base: Float32
     slot_base: NDArray[np.float32]
     targets: NDArray[np.int16]
+    hub_edge: Float32
     fields: NDArray[np.int8]
 
 
@@ -83,12 +95,13 @@ def make_lessons(
     lessons = Lessons(
         start=start,
         length=length,
-        inputs=np.zeros((steps, input_size(len(field_sizes))), np.float32),
+        inputs=np.zeros((steps, input_size(len(field_sizes), world.groups)), np.float32),
         time_inputs=np.zeros((steps, TIME_INPUTS), np.float32),
         time_base=np.zeros((steps, grids.TIME_CLASSES), np.float32),
-        merchant_base=np.zeros((steps, grids.MERCHANT_CLASSES), np.float32),
+        merchant_base=np.zeros((steps, grids.HUB + world.groups), np.float32),
         slot_base=np.zeros((steps, grids.SLOTS), np.float32),
         targets=np.full((steps, len(COLUMNS)), NO_TARGET, np.int16),
+        hub_edge=np.zeros(steps, np.float32),
         fields=np.full((steps, len(field_sizes)), NO_TARGET, np.int8),
     )
     end_ms = int(log.timestamp_ms[-1])
@@ -100,6 +113,7 @@ def make_lessons(
         edges, base = memory.time_baseline(active)
         lessons.inputs[at] = memory.inputs(active)
         lessons.time_base[at] = base
+        lessons.targets[at, AT_COLUMN["state"]] = memory.fraud_state(active, memory.last_ms[active])
         going = count[active] > step
         over = np.flatnonzero(~going)
         first = (edges[over, 1:] <= end_ms).sum(1)  # classes wholly within the data
@@ -118,6 +132,8 @@ def make_lessons(
                 log.timestamp_ms[rows],
                 log.merchant[rows],
                 taken[0],
+                measured.group[log.merchant[rows]],
+                measured.is_hub[log.merchant[rows]],
                 taken[1],
                 measured.fraud_class[rows].astype(np.int64),
                 ratio,
@@ -147,12 +163,19 @@ def _targets(
     day_ms = time_ms - time_ms % DAY_MS
     begin, end = grids.slot_bounds(memory.last_ms[accounts] + grids.SHORT_EDGES_MS[-1], day_ms)
     slot = time_ms % DAY_MS // grids.SLOT_MS
-    slot_base = grids.slot_baseline(world.rhythm, begin, end)
+    slot_base = grids.slot_baseline(world.rhythm, memory.rate[accounts], begin, end)
     long = time_class >= grids.TODAY
     fraud_class = measured.fraud_class[rows].astype(np.int64)
     rank = memory.rank_of(accounts, merchant)
-    new = np.where(measured.is_hub[merchant], grids.NEW_HUB, grids.NEW_LOCAL)
+    is_hub, group = measured.is_hub[merchant], measured.group[merchant]
+    new = np.where(is_hub, grids.HUB + group, grids.NEW_LOCAL)
     merchant_class = np.where(rank < 0, new, grids.rank_class_of(rank))
+    either = is_hub & (rank >= 0)
+    low = grids.RANK_EDGES[np.minimum(merchant_class, grids.RANK_CLASSES - 1)]
+    high = grids.RANK_EDGES[np.minimum(merchant_class, grids.RANK_CLASSES - 1) + 1]
+    width = np.maximum(np.minimum(high, memory.visited[accounts]) - low, 1)
+    share = np.maximum(measured.hub_share[merchant], 1e-9)
+    lessons.hub_edge[at] = np.where(either, -np.log(width) - np.log(share), 0)
     amount = np.searchsorted(world.ratio_edges, ratio, side="right") - 1
     amount = np.clip(amount, 0, len(world.ratio_edges) - 2)
     fraud = (fraud_class == ACCOUNT_FRAUD).astype(np.int64)
@@ -166,6 +189,11 @@ def _targets(
         merchant_class,
         fraud_class,
         amount,
+        np.where(either, new, NO_TARGET),
+        group,
+        lessons.targets[at, AT_COLUMN["state"]],
+        memory.fraud_state(accounts, time_ms),
+        slot,
     )
     lessons.targets[at] = np.stack(columns, 1)
     lessons.slot_base[at] = slot_base

@@ -19,7 +19,10 @@ from model.units import DAY_MS
 Floats = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Rows = NDArray[np.intp]
+
+HOUR_MS = 3_600_000
 
 EPISODE_DAYS = 30.0
 """Days without a fraud after which the next one begins another episode."""
@@ -27,14 +30,35 @@ EPISODE_DAYS = 30.0
 FIELD_BINS = 33
 """Most classes of an extra field; the last one is every other value."""
 
+HUB_SHARE_MAX = 0.9999
+"""Largest share of payments at hubs that the choice at random takes an account to have."""
+
 _LEFT_NONE = -1
-_OWN_INPUTS = 12 + 4 + grids.MERCHANT_CLASSES + 4 + 4
-TIME_INPUTS = 12 + 1 + 4
+_OWN_INPUTS = 12 + 4 + grids.HUB + 4 + 4
+TIME_INPUTS = 12 + 1 + 4 + 1
+
+SINCE_EDGES_MS = np.array([1, 4, 12, 30, 72, 336], np.int64) * HOUR_MS
+"""Edges of the time since the last fraud, by which the states of fraud are divided."""
+FRAUDS_EDGES = np.array([2, 3, 5, 8, 11, 16], np.int64)
+"""Edges of the number of frauds in the present episode."""
+SINCE_STATES = len(SINCE_EDGES_MS) + 1
+FRAUD_STATES = 1 + SINCE_STATES * (len(FRAUDS_EDGES) + 1)
+"""States of fraud of an account; 0 is that there was none."""
 
 
-def input_size(fields: int) -> int:
-    """Return the number of inputs of a step, with a number of fields that steps carry."""
-    return len(PROFILE) + _OWN_INPUTS + fields
+def input_size(fields: int, groups: int) -> int:
+    """Return the number of inputs of a step.
+
+    Args:
+        fields: number of fields that steps carry.
+        groups: number of groups of merchants.
+    """
+    return len(PROFILE) + _OWN_INPUTS + 2 * groups + fields
+
+
+def since_state_of(state: Int64) -> Int64:
+    """Return which time since the last fraud states have; the largest if there was none."""
+    return np.where(state > 0, (state - 1) % SINCE_STATES, SINCE_STATES - 1)
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,8 @@ class Step:
         time_ms: [n].
         merchant: [n] code.
         merchant_class: [n] see :mod:`model.generator.grids`.
+        group: [n] group of the merchant.
+        is_hub: [n] whether the merchant is a hub.
         rank: [n] place in the list of recent merchants; -1 if it is new.
         fraud_class: [n].
         ratio: [n] amount relative to the account's level.
@@ -54,6 +80,8 @@ class Step:
     time_ms: Int64
     merchant: NDArray[np.int32]
     merchant_class: Int64
+    group: Int64
+    is_hub: Bools
     rank: Int64
     fraud_class: Int64
     ratio: Floats
@@ -76,12 +104,17 @@ class Memory:
         self.profile = world.network_profile(profiles)
         self.level = np.exp(profiles[:, AT["level"]])
         self.rate = np.exp(profiles[:, AT["rate"]])
-        self.reach = np.exp(profiles[:, AT["reach"]])
+        self.reach = np.maximum(np.round(np.exp(profiles[:, AT["reach"]])), 1)
         self.defrauded = profiles[:, AT["defrauded"]] > 0.5
         self.last_ms = start_ms.astype(np.int64)
         self.count = np.zeros(n, np.int64)
         self.visited = np.zeros(n, np.int64)
         self.opened = np.zeros(n, np.int64)
+        hubs = np.clip(profiles[:, AT["hubs"]], 0, HUB_SHARE_MAX) if world.hubs else np.zeros(n)
+        self._hub_weight = hubs / (1 - hubs) * self.reach
+        self._hubs_opened = np.zeros(n, np.int64)
+        self._group = np.zeros(n, np.int64)
+        self._group_counts = np.zeros((n, world.groups), np.float32)
         self.recent = np.full((n, grids.RANKS), _LEFT_NONE, np.int32)
         self._today = np.zeros(n, np.int64)
         self._gap_ms = np.zeros(n, np.int64)
@@ -98,7 +131,7 @@ class Memory:
         last, count = self.last_ms[rows], self.count[rows]
         begun = (count > 0).astype(np.float32)
         m = len(rows)
-        out = np.zeros((m, input_size(self._fields.shape[1])), np.float32)
+        out = np.zeros((m, input_size(self._fields.shape[1], self.world.groups)), np.float32)
         at = len(PROFILE)
         out[:, :at] = self.profile[rows]
         _write_time(out[:, at : at + 12], last, self._gap_ms[rows], begun)
@@ -109,8 +142,11 @@ class Memory:
         out[:, at + 2] = (self._fraud[rows] == ACCOUNT_FRAUD) * 1.0
         out[:, at + 3] = (self._fraud[rows] == MERCHANT_FRAUD) * 1.0
         at += 4
+        groups = self.world.groups
         out[np.arange(m), at + self._class[rows]] = begun
-        at += grids.MERCHANT_CLASSES
+        at += grids.HUB + groups
+        out[np.arange(m), at + self._group[rows]] = begun
+        at += groups
         out[:, at] = np.log1p(count) / 5
         out[:, at + 1] = np.log1p(self.visited[rows]) / 5
         out[:, at + 2] = np.minimum(self.opened[rows] / self.reach[rows], 2)
@@ -128,7 +164,16 @@ class Memory:
         today = time_ms // DAY_MS == self.last_ms[rows] // DAY_MS
         out[:, 12] = today
         self._write_frauds(out[:, 13:17], rows, time_ms)
+        calm = since_state_of(self.fraud_state(rows, time_ms)) == SINCE_STATES - 1
+        out[:, 17] = self.profile[rows, AT["rate"]] * calm
         return out
+
+    def fraud_state(self, rows: Rows, now_ms: Int64) -> Int64:
+        """Return the states of fraud [m] at times [m]: since when, and how many in the episode."""
+        frauds = self._frauds[rows]
+        since = np.searchsorted(SINCE_EDGES_MS, now_ms - self._fraud_ms[rows], side="right")
+        count = np.searchsorted(FRAUDS_EDGES, frauds, side="right")
+        return np.where(frauds > 0, 1 + count * SINCE_STATES + since, 0)
 
     def _write_frauds(self, out: Float32, rows: Rows, now_ms: Int64) -> None:
         frauds = self._frauds[rows]
@@ -145,9 +190,18 @@ class Memory:
         return edges, grids.time_baseline(self.world.rhythm, self.rate[rows], edges)
 
     def merchant_baseline(self, rows: Rows) -> Float32:
-        """Return the logits [m, M] of the merchant's class."""
-        left = np.asarray(self.reach[rows] - self.opened[rows], np.float64)
-        return grids.merchant_baseline(self.visited[rows], left, self.world.hubs)
+        """Return the logits [m, M] of the merchant's class.
+
+        An account's groups are a Pólya urn: what it chose before becomes more likely. So accounts
+        come to differ as much as the urn's concentration says.
+        """
+        opened = self.opened[rows]
+        world, counts = self.world, self._group_counts[rows]
+        local = opened / np.maximum(opened + self._hubs_opened[rows], 1)
+        left = np.asarray(self.reach[rows] - self.visited[rows] * local, np.float64)
+        urn = counts + world["group_concentration"] * world.group_shares
+        urn *= (self._hub_weight[rows] / urn.sum(1))[:, None]
+        return grids.merchant_baseline(self.visited[rows], local, left, urn)
 
     def rank_of(self, rows: Rows, merchant: NDArray[np.int32]) -> Int64:
         """Return the places [m] of merchants [m] in the lists of recent ones; -1 if new."""
@@ -170,7 +224,11 @@ class Memory:
         self._fraud[rows] = step.fraud_class
         self._ratio[rows] = step.ratio
         self._fields[rows] = step.fields
+        self._group[rows] = step.group
         self.opened[rows] += step.merchant_class == grids.NEW_LOCAL
+        self._hubs_opened[rows] += step.merchant_class >= grids.HUB
+        own = np.flatnonzero(step.is_hub & (step.fraud_class != ACCOUNT_FRAUD))
+        self._group_counts[rows[own], step.group[own]] += 1
         self._move_to_front(rows, step.rank, step.merchant)
         hit = np.flatnonzero(step.fraud_class == ACCOUNT_FRAUD)
         if len(hit):

@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.generator import grids
-from model.generator.lessons import CENSORED, COLUMNS, NO_TARGET
-from model.generator.memory import TIME_INPUTS
+from model.generator.lessons import AT_COLUMN, CENSORED, NO_TARGET
+from model.generator.memory import FRAUD_STATES, TIME_INPUTS
 from model.generator.sizes import FRAUD_CLASSES, GeneratorSizes
-
-AT_COLUMN = {name: place for place, name in enumerate(COLUMNS)}
 
 
 class GeneratorNetwork(nn.Module):
@@ -38,20 +36,28 @@ class GeneratorNetwork(nn.Module):
         self.slot = nn.Linear(h, grids.SLOTS, bias=False)
         self.slot_day = nn.Parameter(torch.zeros(2, grids.SLOTS))
         self.slot_weekday = nn.Parameter(torch.zeros(7, grids.SLOTS))
+        self.time_state = nn.Parameter(torch.zeros(FRAUD_STATES, grids.TIME_CLASSES))
+        self.slot_state = nn.Parameter(torch.zeros(FRAUD_STATES, grids.SLOTS))
         self.known_time = nn.Linear(TIME_INPUTS, z, bias=False)
         self.known_hidden = nn.Linear(h, z)
         self.fraud = nn.Linear(z, 1)
-        self.merchant = nn.Linear(z, grids.MERCHANT_CLASSES)
-        self.merchant_fraud = nn.Parameter(torch.zeros(2, grids.MERCHANT_CLASSES))
+        self.fraud_state = nn.Parameter(torch.zeros(FRAUD_STATES))
+        self.fraud_slot = nn.Parameter(torch.zeros(grids.SLOTS))
+        self.fraud_rate = nn.Parameter(torch.zeros(1))
+        self.merchant = nn.Linear(z, sizes.merchants)
+        self.merchant_fraud = nn.Parameter(torch.zeros(sizes.merchants))
         self.spent = nn.Linear(z, z)
         self.spent_fraud = nn.Parameter(torch.zeros(FRAUD_CLASSES, z))
-        self.spent_merchant = nn.Parameter(torch.zeros(grids.MERCHANT_CLASSES, z))
+        self.spent_merchant = nn.Parameter(torch.zeros(sizes.merchants, z))
+        self.spent_group = nn.Parameter(torch.zeros(sizes.groups, z))
+        self.amount_group = nn.Parameter(torch.zeros(FRAUD_CLASSES * sizes.groups, sizes.amounts))
         self.amount = nn.Linear(z, sizes.amounts)
         for number, classes in enumerate(sizes.fields):
             self.add_module(f"field_{number}", nn.Linear(z, classes))
             table = nn.Parameter(torch.zeros(sizes.amounts, classes))
             self.register_parameter(f"field_{number}_amount", table)
-        for layer in (self.time, self.slot, self.merchant):  # begin as the simple models
+        layers = (self.time, self.slot, self.fraud, self.merchant, self.amount)
+        for layer in layers:  # begin as the simple models
             nn.init.normal_(layer.weight, std=0.01)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -74,17 +80,23 @@ class GeneratorNetwork(nn.Module):
         day = targets[:, AT_COLUMN["day_kind"]].clamp(min=0)
         weekday = targets[:, AT_COLUMN["weekday"]].clamp(min=0)
         fraud_class = targets[:, AT_COLUMN["class"]].clamp(min=0)
-        fraud = (fraud_class == 1).long()
         kind = targets[:, AT_COLUMN["merchant"]].clamp(min=0)
         amount = targets[:, AT_COLUMN["amount"]].clamp(min=0)
+        group, last, now, at = (
+            targets[:, AT_COLUMN[name]].clamp(min=0)
+            for name in ("group", "state", "state_now", "slot_now")
+        )
         z = F.relu(self.known_hidden(state) + self.known_time(time_inputs))
-        y = F.relu(self.spent(z) + self.spent_fraud[fraud_class] + self.spent_merchant[kind])
+        chosen = self.spent_merchant[kind] + self.spent_group[group]
+        y = F.relu(self.spent(z) + self.spent_fraud[fraud_class] + chosen)
+        slot = self.slot(state) + self.slot_day[day] + self.slot_weekday[weekday]
+        odds = self.fraud_state[now] + self.fraud_slot[at] + self.fraud_rate * time_inputs[:, -1]
         found = {
-            "time": self.time(state),
-            "slot": self.slot(state) + self.slot_day[day] + self.slot_weekday[weekday],
-            "fraud": self.fraud(z).squeeze(1),
-            "merchant": self.merchant(z) + self.merchant_fraud[fraud],
-            "amount": self.amount(y),
+            "time": self.time(state) + self.time_state[last],
+            "slot": slot + self.slot_state[last],
+            "fraud": self.fraud(z).squeeze(1) + odds,
+            "merchant": self.merchant(z) + self.merchant_fraud * (fraud_class == 1)[:, None],
+            "amount": self.amount(y) + self.amount_group[fraud_class * self.sizes.groups + group],
         }
         fields = [
             self.get_submodule(f"field_{number}")(y)
@@ -100,6 +112,7 @@ def losses(
     time_inputs: Tensor,
     targets: Tensor,
     field_targets: Tensor,
+    hub_edge: Tensor,
     bases: Sequence[Tensor],
 ) -> Tensor:
     """Return the summed negative log likelihoods: time, slot, fraud, merchant, amount, fields.
@@ -109,6 +122,7 @@ def losses(
         time_inputs: [m, TIME_INPUTS].
         targets: [m, columns].
         field_targets: [m, F].
+        hub_edge: [m] see :class:`model.generator.lessons.Lessons`.
         bases: logits of the simple models for time, half hour and merchant.
     """
     found, fields = network.logits(state, time_inputs, targets)
@@ -132,8 +146,15 @@ def losses(
             found["fraud"][asked], column["fraud"][asked].float(), reduction="sum"
         )
     )
-    merchant = (found["merchant"] + merchant_base)[going]
-    total.append(F.cross_entropy(merchant, column["merchant"][going], reduction="sum"))
+    log_merchant = F.log_softmax((found["merchant"] + merchant_base)[going], 1)
+    taken = log_merchant.gather(1, column["merchant"][going, None]).squeeze(1)
+    hub = column["hub"][going]
+    either = hub >= 0  # a hub that was seen before: by its rank, or as a hub again
+    if either.any():
+        as_hub = log_merchant[either].gather(1, hub[either, None]).squeeze(1)
+        both = torch.logaddexp(taken[either] + hub_edge[going][either], as_hub)
+        taken = taken.masked_scatter(either, both)
+    total.append(-taken.sum())
     total.append(F.cross_entropy(found["amount"][going], column["amount"][going], reduction="sum"))
     extra = state.new_zeros(())
     for number, logits in enumerate(fields):

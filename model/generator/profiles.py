@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.generator.draws import keys_of, uniform
+from model.generator.draws import keys_of, normal, uniform
 from model.generator.settings import GeneratorError
 
 Floats = NDArray[np.float64]
@@ -69,14 +69,21 @@ class ProfileDensity:
         keys = keys_of(seed, _PROFILE_STREAM, accounts)
         centre = np.searchsorted(np.cumsum(self.weight)[:-1], uniform(keys, 0, 0), side="right")
         places = len(PROFILE)
-        normal = np.stack([_normal(keys, place) for place in range(places)], 1)
-        score = self.mean[centre] + np.einsum("nij,nj->ni", self.factor[centre], normal)
+        noise = np.stack([normal(keys, 1 + place, 1) for place in range(places)], 1)
+        score = self.mean[centre] + np.einsum("nij,nj->ni", self.factor[centre], noise)
         share = _share_of(score)
         grid = np.linspace(0, 1, self.quantiles.shape[1])
         drawn = [np.interp(share[:, p], grid, self.quantiles[p]) for p in range(places)]
         profile = np.stack(drawn, 1)
         profile[:, AT["defrauded"]] = profile[:, AT["defrauded"]] > 0.5
         return profile
+
+    def share_of(self, name: str, profiles: Floats) -> Floats:
+        """Return the share [n] of accounts whose number of that name is smaller."""
+        quantiles = self.quantiles[AT[name]]
+        rising = quantiles + 1e-9 * np.arange(len(quantiles))
+        grid = np.linspace(0, 1, len(quantiles))
+        return np.asarray(np.interp(profiles[:, AT[name]], rising, grid))
 
     def tables(self) -> dict[str, Floats]:
         """Return the arrays by name."""
@@ -86,12 +93,6 @@ class ProfileDensity:
             "factor": self.factor,
             "quantiles": self.quantiles,
         }
-
-
-def _normal(keys: NDArray[np.uint64], place: int) -> Floats:
-    """Draw standard normal numbers [n] (Box and Muller)."""
-    radius = np.sqrt(-2 * np.log1p(-uniform(keys, 1 + place, 1)))
-    return np.asarray(radius * np.cos(2 * np.pi * uniform(keys, 1 + place, 2)))
 
 
 def fit_density(profiles: Floats, seed: int) -> ProfileDensity:

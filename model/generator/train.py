@@ -31,6 +31,7 @@ from model.generator.settings import (
     GeneratorSettings,
 )
 from model.generator.sizes import GeneratorSizes
+from model.generator.starting_tables import start_from, starting_tables
 from model.generator.world import measure
 from model.torch_threads import one_thread
 from model.training.settings import Report, Reporter
@@ -42,7 +43,7 @@ DAYS_MIN = 7
 GRADIENT_NORM_MAX = 1.0
 HEAD_WEIGHT_DECAY = 1.0
 """It pulls the heads with a simple model towards it: what is not in the data stays 0."""
-_DECAYED = ("time.weight", "slot.weight", "slot_weekday", "merchant.weight")
+_DECAYED = ("time.weight", "slot.weight", "slot_weekday", "merchant.weight", "merchant.bias")
 _RISE_SHARE = 0.05
 _LESSONS_SHARE = 0.1
 
@@ -64,20 +65,21 @@ def train_generator(
     report(Report("measuring accounts", 0.0))
     log = sample_of(log, settings)
     check_data(log)
-    measured = measure(log, settings.seed)
-    fields, classes = measure_fields(log)
-    own = [place for place, field in enumerate(fields) if field.owner == "transaction"]
+    extra = measure_fields(log)
+    fields, own = extra.fields, extra.own
+    measured = measure(log, settings.seed, extra.group, extra.groups)
     sizes = GeneratorSizes(
-        inputs=input_size(len(own)),
+        inputs=input_size(len(own), extra.groups),
         hidden=settings.hidden_size,
         head=settings.head_size,
         amounts=len(measured.world.ratio_edges) - 1,
+        groups=extra.groups,
         fields=[fields[place].classes for place in own],
     )
     lessons = make_lessons(
         log,
         measured,
-        classes[:, own],
+        extra.classes[:, own],
         sizes.fields,
         lambda share: report(Report("replaying histories", _LESSONS_SHARE * share)),
     )
@@ -177,6 +179,7 @@ def _fit(
     with one_thread(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         network = GeneratorNetwork(sizes)
+        start_from(network, starting_tables(lessons, sizes))
         optimizer = torch.optim.AdamW(
             _groups(network), settings.learning_rate, (0.9, 0.99), weight_decay=0.0
         )
@@ -268,6 +271,7 @@ def _chunk_losses(
         of(lessons.time_inputs),
         targets,
         torch.from_numpy(lessons.fields[rows]),
+        torch.from_numpy(lessons.hub_edge[rows]),
         (of(lessons.time_base), of(lessons.slot_base), of(lessons.merchant_base)),
     )
     return found, last.detach()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.generator import grids
-from model.generator.draws import Keys, keys_of, uniform
+from model.generator.draws import Keys, keys_of, normal, uniform
 from model.generator.fields import GeneratedField
 from model.generator.generator import Generator
 from model.generator.lessons import OTHER_DAY, SAME_DAY
@@ -41,7 +41,7 @@ TILE_ROWS = 256
 TOWN_ACCOUNTS = 1000
 """About the number of accounts that share a neighbourhood of local merchants."""
 
-HOME_CANDIDATES = 4
+HOME_CANDIDATES = 8
 """Places of which an account's home is chosen."""
 
 PERIOD_DAYS = 120
@@ -201,11 +201,17 @@ class Unroller:
         start_ms = cast.begin_ms + np.floor(opened * DAY_MS).astype(np.int64)
         self._memory = Memory(world, profiles, start_ms, len(self._own))
         self._hidden = np.zeros((len(accounts), generator.header.sizes.hidden), np.float32)
+        self._reach_share = generator.density.share_of("reach", profiles)
         self._place_in_town()
         n = len(accounts)
         self.next_ms = np.zeros(n, np.int64)
         self._merchant = np.zeros(n, np.int32)
         self._kind = np.zeros(n, np.int64)
+        self._group = np.zeros(n, np.int64)
+        self._group_place = next((p for p, f in enumerate(self._fields) if f.groups), None)
+        last = np.searchsorted(world.hub_groups, np.arange(world.groups), side="right")
+        self._group_ends = np.concatenate(([0.0], world.hub_shares))[np.append(0, last)]
+        self._group_last = last - 1
         self._rank = np.zeros(n, np.int64)
         self._fraud_class = np.zeros(n, np.int64)
         self._fraud = np.zeros(n, np.int8)
@@ -248,6 +254,8 @@ class Unroller:
                 found.time_ms,
                 self._merchant[rows],
                 self._kind[rows],
+                self._group[rows],
+                self._merchant[rows] < self._world.hubs,
                 self._rank[rows],
                 self._fraud_class[rows],
                 amount / memory.level[rows],
@@ -273,6 +281,7 @@ class Unroller:
         self._width, self._height = width[town], height[town]
         reach = np.minimum(np.round(self._memory.reach).astype(np.int64), size[town])
         self._stretch = np.maximum(reach, 1)
+        self._memory.reach = self._stretch.astype(np.float64)
         self._stride = _coprime_strides(int(self._stretch.max(initial=1)))[self._stretch]
         x, y = self._homes()
         self._home = y * self._width + x
@@ -281,38 +290,36 @@ class Unroller:
     def _homes(self) -> tuple[Int64, Int64]:
         """Choose each account's home [n] so that its reach fits the place.
 
-        Near the edge of a town fewer merchants are in reach. Of some places at random, the one is
-        taken whose share of the usual reach is closest to the account's.
+        Near the edge of a town fewer merchants are in reach, and elsewhere their number varies by
+        chance. Some places at random are ordered by that. The rank of the account's reach among
+        all accounts decides which one it takes, so that homes lie evenly over the town.
         """
         usual = float(np.exp(self._world.profile_mean[AT["reach"]]))
         radius = max(np.sqrt(usual / np.pi), 1.0)
-        best = np.full(len(self.accounts), np.inf)
-        chosen = np.zeros((2, len(self.accounts)), np.int64)
+        n = len(self.accounts)
+        places = np.zeros((HOME_CANDIDATES, 2, n), np.int64)
+        fit = np.zeros((HOME_CANDIDATES, n))
         for number in range(HOME_CANDIDATES):
-            place = [
-                np.floor(uniform(self._keys, _PLACE + number, purpose) * side).astype(np.int64)
-                for purpose, side in ((2, self._width), (3, self._height))
-            ]
-            share = np.ones(len(best))
-            for at, side in zip(place, (self._width, self._height), strict=True):
+            step, share = _PLACE + number, np.ones(n)
+            for axis, side in enumerate((self._width, self._height)):
+                at = np.floor(uniform(self._keys, step, 2 + axis) * side).astype(np.int64)
                 near = np.minimum(at, side - 1 - at) / radius
                 share *= _share_inside(np.minimum(near, 1.0))
-            off = np.abs(np.log(self._stretch / (usual * share)))
-            better = off < best
-            best[better] = off[better]
-            for axis in range(2):
-                chosen[axis, better] = place[axis][better]
-        return chosen[0], chosen[1]
+                places[number, axis] = at
+            fit[number] = np.log(share) + normal(self._keys, step, 4) / np.sqrt(usual)
+        rank = np.minimum(self._reach_share * HOME_CANDIDATES, HOME_CANDIDATES - 1).astype(np.int64)
+        chosen = np.take_along_axis(np.argsort(fit, 0, kind="stable"), rank[None], 0)[0]
+        x, y = places[chosen, :, np.arange(n)].T
+        return x, y
 
     def _local(self, rows: Rows) -> NDArray[np.int32]:
-        """Return the next local merchants [m] that accounts have not visited yet.
+        """Return the next local merchants [m] of accounts; after all in reach, the first again.
 
         A town is a grid of merchants. An account reaches the places around its home, the nearest
         ones that the town has, in an order of its own.
         """
         number, stretch = self._memory.opened[rows], self._stretch[rows]
-        within = (self._turn[rows] + number * self._stride[rows]) % stretch
-        place = np.where(number < stretch, within, number)
+        place = (self._turn[rows] + number * self._stride[rows]) % stretch
         width, height, home = self._width[rows], self._height[rows], self._home[rows]
         x, y = home % width, home // width
         near = np.minimum(place, len(_NEAREST) - 1)
@@ -349,9 +356,15 @@ class Unroller:
         if not m:
             return
         z = network.product("known_hidden.weight", hidden, "known_hidden.bias")
-        z += network.product("known_time.weight", padded(memory.time_inputs(rows, time_ms)))
+        time_inputs = padded(memory.time_inputs(rows, time_ms))
+        z += network.product("known_time.weight", time_inputs)
         np.maximum(z, 0, out=z)
-        odds = network.product("fraud.weight", z, "fraud.bias")[:m, 0].astype(np.float64)
+        at = memory.fraud_state(rows, time_ms)
+        odds = network.product("fraud.weight", z, "fraud.bias")[:m, 0]
+        odds += network.table("fraud_state")[at]
+        odds += network.table("fraud_slot")[time_ms % DAY_MS // grids.SLOT_MS]
+        odds += network.table("fraud_rate") * time_inputs[:m, -1]
+        odds = odds.astype(np.float64)
         fraud = draw(_FRAUD) < 1 / (1 + np.exp(-odds))
         fraud_class = np.where(fraud & memory.defrauded[rows], ACCOUNT_FRAUD, LEGITIMATE_CLASS)
         merchant = self._draw_merchant(rows, z, fraud_class, draw)
@@ -360,8 +373,12 @@ class Unroller:
         y = network.product("spent.weight", z, "spent.bias")
         y[:m] += network.table("spent_fraud")[fraud_class]
         y[:m] += network.table("spent_merchant")[self._kind[rows]]
+        group = self._group[rows]
+        y[:m] += network.table("spent_group")[group]
         np.maximum(y, 0, out=y)
-        amount_bin = choose(network.product("amount.weight", y, "amount.bias")[:m], draw(_BIN))
+        logits = network.product("amount.weight", y, "amount.bias")[:m]
+        logits += network.table("amount_group")[fraud_class * self._world.groups + group]
+        amount_bin = choose(logits, draw(_BIN))
         amount = self._world.amounts(amount_bin, draw(_AMOUNT), memory.level[rows])
         self._amount[rows] = amount
         self._fraud_class[rows] = fraud_class
@@ -374,6 +391,8 @@ class Unroller:
         edges, base = memory.time_baseline(rows)
         logits = network.product("time.weight", hidden, "time.bias")[:m]
         logits += base
+        state = memory.fraud_state(rows, memory.last_ms[rows])
+        logits += network.table("time_state")[state]
         kind = choose(logits, draw(_TIME))
         last, within = memory.last_ms[rows], draw(_WITHIN)
         low = edges[np.arange(m), kind]
@@ -386,9 +405,10 @@ class Unroller:
             day_ms = last[long] - last[long] % DAY_MS + days * DAY_MS
             begin, end = grids.slot_bounds(last[long] + grids.SHORT_EDGES_MS[-1], day_ms)
             slots = network.product("slot.weight", padded(hidden[long]))[: len(long)]
-            slots += grids.slot_baseline(self._world.rhythm, begin, end)
+            slots += grids.slot_baseline(self._world.rhythm, memory.rate[rows[long]], begin, end)
             slots += network.table("slot_day")[np.where(days == 0, SAME_DAY, OTHER_DAY)]
             slots += network.table("slot_weekday")[grids.weekday_of(day_ms)]
+            slots += network.table("slot_state")[state[long]]
             slot = choose(slots, draw(_SLOT)[long])
             at = np.arange(len(long))
             low, high = begin[at, slot], end[at, slot]
@@ -401,7 +421,7 @@ class Unroller:
     ) -> NDArray[np.int32]:
         memory, m = self._memory, len(rows)
         logits = self._network.product("merchant.weight", z, "merchant.bias")[:m]
-        logits += self._network.table("merchant_fraud")[fraud_class]
+        logits += self._network.table("merchant_fraud") * (fraud_class == ACCOUNT_FRAUD)[:, None]
         logits += memory.merchant_baseline(rows)
         kind = choose(logits, draw(_KIND))
         visited = memory.visited[rows]
@@ -413,16 +433,38 @@ class Unroller:
         merchant = np.where(old, memory.recent[rows, np.maximum(rank, 0)], 0).astype(np.int32)
         local = np.flatnonzero(kind == grids.NEW_LOCAL)
         merchant[local] = self._local(rows[local])
-        hub = np.flatnonzero(kind == grids.NEW_HUB)
+        again = local[memory.opened[rows[local]] >= self._stretch[rows[local]]]
+        if len(again):  # most are forgotten, as the list of recent ones is bounded
+            found = memory.rank_of(rows[again], merchant[again])
+            rank[again] = found
+            kind[again] = np.where(found < 0, grids.NEW_LOCAL, grids.rank_class_of(found))
+        hub = np.flatnonzero(kind >= grids.HUB)
         if len(hub):
-            share = draw(_HUB)[hub]
+            group, share = kind[hub] - grids.HUB, draw(_HUB)[hub]
+            low, high = self._group_ends[group], self._group_ends[group + 1]
+            share = low + share * (high - low)
             drawn = np.searchsorted(self._world.hub_shares, share, side="right")
-            merchant[hub] = np.minimum(drawn, self._world.hubs - 1)
+            merchant[hub] = np.minimum(drawn, self._group_last[group])
             found = memory.rank_of(rows[hub], merchant[hub])
             rank[hub] = found
-            kind[hub] = np.where(found < 0, grids.NEW_HUB, grids.rank_class_of(found))
+            kind[hub] = np.where(found < 0, kind[hub], grids.rank_class_of(found))
         self._merchant[rows], self._kind[rows], self._rank[rows] = merchant, kind, rank
+        self._group[rows] = self._group_of(merchant)
         return merchant
+
+    def _group_of(self, merchant: NDArray[np.int32]) -> Int64:
+        """Return the groups of merchants [m]."""
+        world, place = self._world, self._group_place
+        if place is None:
+            return np.zeros(len(merchant), np.int64)
+        group = np.zeros(len(merchant), np.int64)
+        is_hub = merchant < world.hubs
+        group[is_hub] = world.hub_groups[merchant[is_hub]]
+        local = np.flatnonzero(~is_hub)
+        keys = keys_of(self._cast.seed, _MERCHANT_STREAM, merchant[local])
+        share = uniform(keys, _FIELDS_OF_OWNER + place, 0)
+        group[local] = self._fields[place].drawn(share)
+        return group
 
     def _is_compromised(
         self, merchant: NDArray[np.int32], time_ms: Int64, share: Floats
@@ -457,7 +499,9 @@ class Unroller:
         for place, field in enumerate(self._fields):
             if field.owner == "merchant":
                 keys = keys_of(self._cast.seed, _MERCHANT_STREAM, merchant)
-                self._draw_of_owner(place, field, keys, rows)
+                self._draw_of_owner(place, field, keys, rows, self._group[rows])
+                if field.groups:
+                    self._classes[rows, place] = self._group[rows]
         for number, place in enumerate(self._own):
             name = f"field_{number}"
             logits = self._network.product(f"{name}.weight", y, f"{name}.bias")[:m]
@@ -466,9 +510,16 @@ class Unroller:
             self._classes[rows, place] = choose(logits, draw(_FIELD + 2 * place))
             self._shares[rows, place] = draw(_FIELD + 2 * place + 1)
 
-    def _draw_of_owner(self, place: int, field: GeneratedField, keys: Keys, rows: Rows) -> None:
+    def _draw_of_owner(
+        self,
+        place: int,
+        field: GeneratedField,
+        keys: Keys,
+        rows: Rows,
+        group: Int64 | None = None,
+    ) -> None:
         step = _FIELDS_OF_OWNER + place
-        self._classes[rows, place] = field.drawn(uniform(keys, step, 0))
+        self._classes[rows, place] = field.drawn(uniform(keys, step, 0), group)
         self._shares[rows, place] = uniform(keys, step, 1)
 
 

@@ -2,6 +2,7 @@
 
 local merchant  one that few accounts reach; a new account gets a place among them
 hub             one that many accounts reach, such as an online shop
+group           of merchants, by a field of theirs that says most about amounts, such as a category
 compromise      days in which a share of a merchant's payments is fraud, whoever pays
 """
 
@@ -29,6 +30,8 @@ FRAUD_GAP_DAYS = 14.0
 """Longest gap between two frauds of one compromise of a merchant."""
 COMPROMISE_ACCOUNTS_MIN = 2
 COMPROMISE_SHARE_MIN = 0.5
+CHANCE_SHARE_MAX = 0.5
+"""Most frauds that a random order of the frauds' merchants puts in compromises, beside the data."""
 DURATION_MAX_DAYS = 110.0
 DURATION_FRAUDS_MIN = 4
 """Fewest frauds of a compromise that tell its duration."""
@@ -36,16 +39,31 @@ DURATION_FRAUDS_MIN = 4
 HUB_ACCOUNTS_MIN = 30
 HUB_FACTOR = 6.0
 """A merchant is a hub from this multiple of the usual number of accounts on."""
+HUB_SPREAD_LEAST = 0.7
+"""A merchant is a hub, too, if its visitors are at least this share of what chance makes them."""
+HUB_SPREAD_VISITS = 20
+"""Fewest visits that tell whether a merchant's visitors are there by chance."""
+HUB_SPREAD_ACCOUNTS = 5
 HUBS_MAX = 20_000
 
+CONCENTRATION_MAX = 1e5
+"""Concentration of the groups from which on all accounts have the same shares."""
+
 REACH_MAX = 1500
+REACHES_WHOLE = 150
+"""Reaches up to this one are told apart to the merchant, larger ones to a few in a hundred."""
 RATIO_QUANTILES = 47
 FRAUD_QUANTILES = 16
 DURATION_QUANTILES = 17
 TAIL_CAP = 3.0
 """Most that an amount exceeds the training's largest ratio to its level, as a factor."""
 
-_REACHES = np.unique(np.round(np.geomspace(1, REACH_MAX, 90)))
+_REACHES = np.unique(
+    np.append(
+        np.arange(1, REACHES_WHOLE + 1),
+        np.round(np.geomspace(REACHES_WHOLE, REACH_MAX, 150)).astype(np.int64),
+    )
+)
 _LATE_DAYS = 14.0
 _UPPER_SHARES = (0.99, 0.994, 0.997, 0.9985, 0.9993, 0.9997, 0.9999)
 _MERCHANT_MS = 1 << 42
@@ -59,7 +77,9 @@ class SharedWorld:
         rhythm: [7 * SLOTS + 1] integral of the weekly rhythm, 0 to 7 average days.
         ratio_edges: [A + 1] edges of amounts relative to the account's level.
         numbers: see :data:`NUMBERS`.
-        hub_shares: [H] cumulative shares of the hubs' transactions.
+        hub_shares: [H] cumulative shares of the hubs' transactions, group by group.
+        hub_groups: [H] their groups, in ascending order.
+        group_shares: [G] shares of the groups at hubs.
         durations: [17] quantiles of the days of a merchant's compromise.
         profile_mean, profile_scale: [P] to standardize profiles.
     """
@@ -68,6 +88,8 @@ class SharedWorld:
     ratio_edges: Floats
     numbers: Floats
     hub_shares: Floats
+    hub_groups: Floats
+    group_shares: Floats
     durations: Floats
     profile_mean: Floats
     profile_scale: Floats
@@ -79,6 +101,11 @@ class SharedWorld:
     def hubs(self) -> int:
         """Number of hubs."""
         return len(self.hub_shares)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of merchants."""
+        return len(self.group_shares)
 
     def tables(self) -> dict[str, Floats]:
         """Return the arrays by name."""
@@ -113,6 +140,7 @@ NUMBERS = (
     "hub_compromise_share",
     "days",  # length of the training data
     "resolution_ms",  # of times
+    "group_concentration",  # the larger, the more equal are the accounts' shares of the groups
 )
 
 
@@ -123,6 +151,8 @@ class MeasuredLog:
     Attributes:
         fraud_class: [N] whose the fraud is.
         is_hub: [merchants].
+        group: [merchants] from 0.
+        hub_share: [merchants] share of a hub in its group's visits.
         profiles: [accounts, P].
         start_ms: [accounts] when the account's history begins.
     """
@@ -130,22 +160,26 @@ class MeasuredLog:
     world: SharedWorld
     fraud_class: NDArray[np.int8]
     is_hub: Bools
+    group: Int64
+    hub_share: Floats
     profiles: Floats
     start_ms: Int64
 
 
-def measure(log: Dataset, seed: int) -> MeasuredLog:
+def measure(log: Dataset, seed: int, group: Int64 | None = None, groups: int = 1) -> MeasuredLog:
     """Measure the world and each account's profile.
 
     Args:
         log: its accounts have the codes 0, 1, 2 ... without gaps.
         seed: decides what is drawn where the data are silent.
+        group: [merchants] groups of the merchants. None: there is one.
+        groups: number of groups.
     """
     rng = np.random.default_rng(seed)
     accounts = int(log.account.max()) + 1
     merchants = int(log.merchant.max()) + 1
     is_hub = _hubs(log, accounts, merchants)
-    fraud_class, numbers, durations = _compromises(log, is_hub, merchants)
+    fraud_class, numbers, durations = _compromises(log, is_hub, rng)
     first_ms = int(log.timestamp_ms[0]) // DAY_MS * DAY_MS
     days = (int(log.timestamp_ms[-1]) - first_ms) / DAY_MS
     numbers["days"] = days
@@ -157,19 +191,28 @@ def measure(log: Dataset, seed: int) -> MeasuredLog:
     ratio = log.amount / np.exp(profiles[log.account, AT["level"]])
     edges, numbers["tail"] = _ratio_edges(ratio, fraud_class)
     numbers["certain"] = _certain(log)
-    visits = np.bincount(log.merchant[is_hub[log.merchant]], minlength=merchants)[is_hub]
-    cumulative = np.cumsum(np.sort(visits)[::-1]) / max(visits.sum(), 1)
+    group = np.zeros(merchants, np.int64) if group is None else group
+    own = fraud_class != ACCOUNT_FRAUD
+    visits = np.bincount(log.merchant[own & is_hub[log.merchant]], minlength=merchants) + 0.5
+    visits[~is_hub] = 0
+    in_group = np.bincount(group, visits, groups)
+    order = np.lexsort((-visits, group))
+    order = order[is_hub[order]]
+    numbers["group_concentration"] = _concentration(log, own & is_hub[log.merchant], group, groups)
     shown = profiles.copy()
     world = SharedWorld(
         rhythm=_rhythm(log.timestamp_ms),
         ratio_edges=edges,
         numbers=np.array([numbers[name] for name in NUMBERS]),
-        hub_shares=cumulative,
+        hub_shares=np.cumsum(visits[order]) / max(visits.sum(), 1),
+        hub_groups=group[order].astype(np.float64),
+        group_shares=in_group / in_group.sum() if in_group.sum() else np.full(groups, 1 / groups),
         durations=durations,
         profile_mean=shown.mean(0),
         profile_scale=np.maximum(shown.std(0), 0.05),
     )
-    return MeasuredLog(world, fraud_class, is_hub, profiles, start_ms)
+    hub_share = visits / np.maximum(in_group[group], 1e-9)
+    return MeasuredLog(world, fraud_class, is_hub, group, hub_share, profiles, start_ms)
 
 
 def _rhythm(time_ms: Int64) -> Floats:
@@ -194,28 +237,111 @@ def _hubs(log: Dataset, accounts: int, merchants: int) -> Bools:
     # If half of the transactions are at merchants that a tenth of all accounts reach, those are
     # the usual ones, and the rest is rare.
     wide = reached > max(HUB_ACCOUNTS_MIN, 0.1 * accounts)
-    is_hub = (reached >= least) | wide
+    is_hub = (reached >= least) | wide | _without_regulars(log, reached, accounts)
     if is_hub.sum() > HUBS_MAX:
         is_hub &= reached >= np.sort(reached)[-HUBS_MAX]
     return np.asarray(is_hub)
 
 
+def _without_regulars(log: Dataset, reached: Int64, accounts: int) -> Bools:
+    """Return which merchants [merchants] are visited as if every account came by chance.
+
+    A local merchant has regulars, so fewer different accounts make its visits.
+    """
+    visits = np.bincount(log.merchant, minlength=len(reached))
+    sizes, count = np.unique(np.bincount(log.account, minlength=accounts), return_counts=True)
+    number, place = np.unique(visits, return_inverse=True)
+    missed = np.exp(number[:, None] * np.log1p(-sizes / (len(log) + 1))[None, :])
+    by_chance = ((1 - missed) * count).sum(1)[place]
+    known = (visits >= HUB_SPREAD_VISITS) & (reached >= HUB_SPREAD_ACCOUNTS)
+    return np.asarray(known & (reached >= HUB_SPREAD_LEAST * by_chance))
+
+
+def _concentration(log: Dataset, rows: Bools, group: Int64, groups: int) -> float:
+    """Return the concentration of the accounts' shares of the groups at hubs, by moments."""
+    if groups < 2 or not rows.any():
+        return CONCENTRATION_MAX
+    account, chosen = log.account[rows].astype(np.int64), group[log.merchant[rows]]
+    accounts = int(account.max()) + 1
+    counts = np.bincount(account * groups + chosen, minlength=accounts * groups)
+    table = counts.reshape(accounts, groups).astype(float)
+    share = table.sum(0) / table.sum()
+    there = share > 0
+    n = table.sum(1)
+    off = (table - n[:, None] * share)[:, there]
+    square = (off**2 / share[there]).sum()
+    free = there.sum() - 1
+    pairs = free * (n * (n - 1)).sum()
+    alike = (square - free * n.sum()) / max(pairs, 1)
+    return float(np.clip(1 / max(alike, 1e-9) - 1, 0.1, CONCENTRATION_MAX))
+
+
+@dataclass(frozen=True)
+class _Compromise:
+    """Frauds of several accounts at one merchant, close in time.
+
+    Attributes:
+        rows: of the log.
+        days: from the first to the last one.
+        share: share of the merchant's payments between them that they are.
+        whole: whether they are enough to tell the duration, and ended before the log did.
+    """
+
+    rows: Int64
+    days: float
+    share: float
+    whole: bool
+
+
 def _compromises(
-    log: Dataset, is_hub: Bools, merchants: int
+    log: Dataset, is_hub: Bools, rng: np.random.Generator
 ) -> tuple[NDArray[np.int8], dict[str, float], Floats]:
-    """Find the compromises of merchants: frauds of several accounts, close in time."""
-    fraud = np.flatnonzero(log.label == FRAUD)
+    """Find the compromises of merchants, unless chance alone would make as many."""
     fraud_class = np.zeros(len(log), np.int8)
+    fraud = np.flatnonzero(log.label == FRAUD)
     fraud_class[fraud] = ACCOUNT_FRAUD
-    order = fraud[np.lexsort((log.timestamp_ms[fraud], log.merchant[fraud]))]
-    time, merchant = log.timestamp_ms[order], log.merchant[order]
+    shuffled = log.merchant.copy()
+    shuffled[fraud] = rng.permutation(shuffled[fraud])
+    found, by_chance = _clusters(log, log.merchant), _clusters(log, shuffled)
+    kept: dict[bool, list[_Compromise]] = {}
+    for hub in (False, True):
+        these, those = (
+            [c for c in clusters if is_hub[merchant[c.rows[0]]] == hub]
+            for clusters, merchant in ((found, log.merchant), (by_chance, shuffled))
+        )
+        frauds, chance = (sum(len(c.rows) for c in clusters) for clusters in (these, those))
+        kept[hub] = these if chance < CHANCE_SHARE_MAX * frauds else []
+        for cluster in kept[hub]:
+            fraud_class[cluster.rows] = MERCHANT_FRAUD
+    lengths = [c.days for c in kept[False] + kept[True] if c.whole] or [1.0]
+    # Lengths are estimated from few frauds; half of the spread is the estimate's.
+    quantiles = np.quantile(lengths, np.linspace(0.05, 0.95, DURATION_QUANTILES))
+    middle = float(np.mean(lengths))
+    numbers: dict[str, float] = {}
+    for hub, name in ((False, ""), (True, "hub_")):
+        these = kept[hub]
+        kind = is_hub if hub else ~is_hub
+        share = float(np.mean([c.share for c in these])) if these else 1.0
+        visits = max(int(kind[log.merchant].sum()), 1)
+        frauds = sum(len(c.rows) for c in these)
+        # As many starts as make the expected share of frauds that of the data.
+        numbers[f"{name}compromises"] = frauds / visits / share / middle
+        numbers[f"{name}compromise_share"] = share
+    return fraud_class, numbers, np.minimum(middle + 0.5 * (quantiles - middle), DURATION_MAX_DAYS)
+
+
+def _clusters(log: Dataset, merchants: NDArray[np.int32]) -> list[_Compromise]:
+    """Return the clusters of frauds at the merchants [N] of the transactions."""
+    fraud = np.flatnonzero(log.label == FRAUD)
+    order = fraud[np.lexsort((log.timestamp_ms[fraud], merchants[fraud]))]
+    time, merchant = log.timestamp_ms[order], merchants[order]
     cut = np.ones(len(order), np.bool_)
     cut[1:] = (np.diff(merchant) != 0) | (np.diff(time) > FRAUD_GAP_DAYS * DAY_MS)
-    by_merchant = np.lexsort((log.timestamp_ms, log.merchant))
+    by_merchant = np.lexsort((log.timestamp_ms, merchants))
     first_ms, last_ms = int(log.timestamp_ms[0]), int(log.timestamp_ms[-1])
     since = log.timestamp_ms - first_ms
-    place = log.merchant[by_merchant].astype(np.int64) * _MERCHANT_MS + since[by_merchant]
-    found: dict[bool, list[tuple[float, float, float, bool]]] = {False: [], True: []}
+    place = merchants[by_merchant].astype(np.int64) * _MERCHANT_MS + since[by_merchant]
+    found = []
     for begin, end in zip(np.flatnonzero(cut), [*np.flatnonzero(cut)[1:], len(order)], strict=True):
         rows = order[begin:end]
         if len(np.unique(log.account[rows])) < COMPROMISE_ACCOUNTS_MIN:
@@ -225,28 +351,11 @@ def _compromises(
         share = (end - begin) / max(there[1] - there[0], 1)
         if share < COMPROMISE_SHARE_MIN:
             continue
-        fraud_class[rows] = MERCHANT_FRAUD
-        observed = (time[end - 1] - time[begin]) / DAY_MS
         count = end - begin
+        days = (time[end - 1] - time[begin]) / DAY_MS * (count + 1) / (count - 1)
         whole = time[end - 1] < last_ms - FRAUD_GAP_DAYS * DAY_MS and count >= DURATION_FRAUDS_MIN
-        found[bool(is_hub[merchant[begin]])].append(
-            (observed * (count + 1) / (count - 1), share, count, whole)
-        )
-    lengths = [c[0] for c in found[False] + found[True] if c[3]] or [1.0]
-    # Lengths are estimated from few frauds; half of the spread is the estimate's.
-    quantiles = np.quantile(lengths, np.linspace(0.05, 0.95, DURATION_QUANTILES))
-    middle = float(np.mean(lengths))
-    numbers: dict[str, float] = {}
-    for hub, name in ((False, ""), (True, "hub_")):
-        these = found[hub]
-        kind = is_hub if hub else ~is_hub
-        share = float(np.mean([c[1] for c in these])) if these else 1.0
-        visits = max(int(kind[log.merchant].sum()), 1)
-        frauds = sum(c[2] for c in these)
-        # As many starts as make the expected share of frauds that of the data.
-        numbers[f"{name}compromises"] = frauds / visits / share / middle
-        numbers[f"{name}compromise_share"] = share
-    return fraud_class, numbers, np.minimum(middle + 0.5 * (quantiles - middle), DURATION_MAX_DAYS)
+        found.append(_Compromise(rows, float(days), float(share), bool(whole)))
+    return found
 
 
 def _decimals(amount: Floats) -> int:
@@ -404,28 +513,35 @@ def _reach(
     owner = pairs // len(is_hub)
     distinct = np.bincount(owner, minlength=accounts)
     n = np.bincount(log.account[local], minlength=accounts)
-    grid = _REACHES
-    expected = -np.expm1(n[:, None] * np.log1p(-1 / np.maximum(grid, 1 + 1e-9))) * grid
-    # Variance of the number of different ones among n draws with replacement.
-    one = (1 - 1 / np.maximum(grid, 1.0001)) ** n[:, None]
-    two = np.maximum(1 - 2 / np.maximum(grid, 2.0001), 0) ** n[:, None]
-    variance = np.maximum(grid * one + grid * (grid - 1) * two - (grid * one) ** 2, 0.1)
-    log_likelihood = -0.5 * (distinct[:, None] - expected) ** 2 / variance - 0.5 * np.log(variance)
-    log_likelihood[grid < distinct[:, None] * 0.98] = -1e9
-    log_likelihood[:, -1] = np.maximum(log_likelihood[:, -1], -1e8)
+    # Likelihood of a reach, exact but for a factor that is the same for all reaches.
+    cases, place, count = np.unique(
+        np.stack((distinct, n), 1), axis=0, return_inverse=True, return_counts=True
+    )
+    seen, visits_of = cases[:, :1], cases[:, 1:]
+    factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, REACH_MAX + 1)))))
+    log_likelihood = factorial[_REACHES] - factorial[np.maximum(_REACHES - seen, 0)]
+    log_likelihood -= visits_of * np.log(_REACHES)
+    log_likelihood[_REACHES < seen] = -np.inf
+    log_likelihood[seen[:, 0] > REACH_MAX, -1] = 0.0
     likelihood = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
-    prior = np.full(len(grid), 1 / len(grid))
+    prior = np.full(len(_REACHES), 1 / len(_REACHES))
     for _ in range(30):
         posterior = likelihood * prior
         posterior /= posterior.sum(1, keepdims=True)
-        prior = posterior.mean(0) + 1e-9
+        prior = count @ posterior / accounts + 1e-9
         prior /= prior.sum()
-    drawn = (np.cumsum(posterior, 1) < rng.random(accounts)[:, None]).sum(1)
-    drawn = np.minimum(drawn, len(grid) - 1)
-    reach = grid[drawn] * np.exp(rng.uniform(-0.5, 0.5, accounts) * np.log(grid[-1]) / len(grid))
+    sums = np.cumsum(posterior, 1)
+    # One search in all cases' sums: those of a case begin at twice its number.
+    share = np.minimum(rng.random(accounts), 1 - 1e-9) * sums[place.ravel(), -1]
+    drawn = np.searchsorted(
+        (sums + 2 * np.arange(len(cases))[:, None]).ravel(), share + 2 * place.ravel(), side="right"
+    )
+    drawn = np.minimum(drawn - place.ravel() * len(_REACHES), len(_REACHES) - 1)
+    width = np.diff(np.log(_REACHES), append=np.log(REACH_MAX)) * (_REACHES > REACHES_WHOLE)
+    reach = _REACHES[drawn] * np.exp(rng.uniform(-0.5, 0.5, accounts) * width[drawn])
     # Chance that two transactions are at one merchant, and the variance of its estimate.
     pairs_of = np.maximum(n * (n - 1.0), 1)
     repeats = np.bincount(owner, visits * (visits - 1.0), accounts) / pairs_of
     chance = np.maximum(repeats, 1 / reach)
     noise = 2 * chance * (1 - chance) / pairs_of + 4 * chance**2 / np.maximum(n, 1)
-    return np.maximum(reach, np.maximum(distinct, 1)), repeats, np.maximum(noise, 1e-12)
+    return np.maximum(np.round(reach), np.maximum(distinct, 1)), repeats, np.maximum(noise, 1e-12)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from model.generator.lessons import make_lessons
+from model.generator.lessons import AT_COLUMN, make_lessons
+from model.generator.memory import FRAUD_STATES, TIME_INPUTS
 from model.generator.network import GeneratorNetwork
+from model.generator.sizes import FRAUD_CLASSES, GeneratorSizes
 from model.generator.stream import HistoryStream, Wish
 from model.generator.train import accounts_of
 from model.generator.unroller import GeneratedTransactions, NumpyNetwork, Unroller, choose, padded
@@ -24,8 +27,8 @@ def test_the_unrolled_network_equals_the_network_step_by_step() -> None:
     inputs = rng.normal(size=(9, STEPS, sizes.inputs)).astype(np.float32)
     with torch.inference_mode():
         states, _ = network(torch.from_numpy(inputs), None)
-        targets = torch.zeros((9, 8), dtype=torch.long)
-        time_inputs = torch.from_numpy(rng.normal(size=(9, 17)).astype(np.float32))
+        targets = torch.from_numpy(_targets(rng, 9, sizes))
+        time_inputs = torch.from_numpy(rng.normal(size=(9, TIME_INPUTS)).astype(np.float32))
         heads, fields = network.logits(states[:, -1], time_inputs, targets)
 
     stepwise = NumpyNetwork(sizes, generator.weights)
@@ -34,21 +37,36 @@ def test_the_unrolled_network_equals_the_network_step_by_step() -> None:
         hidden = stepwise.step(padded(inputs[:, step]), hidden)
         np.testing.assert_allclose(hidden[:9], states[:, step].numpy(), atol=1e-5)
 
+    column = {name: targets[:, place].numpy() for name, place in AT_COLUMN.items()}
     logits = stepwise.product("time.weight", hidden, "time.bias")[:9]
+    logits += stepwise.table("time_state")[column["state"]]
     np.testing.assert_allclose(logits, heads["time"].numpy(), atol=1e-5)
     z = stepwise.product("known_hidden.weight", hidden, "known_hidden.bias")
     z += stepwise.product("known_time.weight", padded(time_inputs.numpy()))
     z = np.maximum(z, 0)
+    odds = stepwise.product("fraud.weight", z, "fraud.bias")[:9, 0]
+    odds += stepwise.table("fraud_state")[column["state_now"]]
+    odds += stepwise.table("fraud_slot")[column["slot_now"]]
+    odds += stepwise.table("fraud_rate") * time_inputs.numpy()[:, -1]
+    np.testing.assert_allclose(odds, heads["fraud"].numpy(), atol=1e-5)
     merchant = stepwise.product("merchant.weight", z, "merchant.bias")[:9]
-    merchant += stepwise.table("merchant_fraud")[0]
+    merchant += stepwise.table("merchant_fraud") * (column["class"] == 1)[:, None]
     np.testing.assert_allclose(merchant, heads["merchant"].numpy(), atol=1e-5)
     y = stepwise.product("spent.weight", z, "spent.bias")
-    y = np.maximum(y + stepwise.table("spent_fraud")[0] + stepwise.table("spent_merchant")[0], 0)
+    for table, name in (
+        ("spent_fraud", "class"),
+        ("spent_merchant", "merchant"),
+        ("spent_group", "group"),
+    ):
+        y[:9] += stepwise.table(table)[column[name]]
+    y = np.maximum(y, 0)
     amount = stepwise.product("amount.weight", y, "amount.bias")[:9]
+    cell = column["class"] * sizes.groups + column["group"]
+    amount += stepwise.table("amount_group")[cell]
     np.testing.assert_allclose(amount, heads["amount"].numpy(), atol=1e-5)
     assert len(fields) == 1
     channel = stepwise.product("field_0.weight", y, "field_0.bias")[:9]
-    channel += stepwise.table("field_0_amount")[0]
+    channel += stepwise.table("field_0_amount")[column["amount"]]
     np.testing.assert_allclose(channel, fields[0].numpy(), atol=1e-5)
 
 
@@ -80,10 +98,10 @@ def test_generation_meets_the_inputs_that_training_has_seen() -> None:
     from model.generator.world import measure
 
     log = accounts_of(log_with_fields(), np.unique(log_with_fields().account))
-    measured = measure(log, 1)
-    fields, classes = measure_fields(log)
-    own = [place for place, field in enumerate(fields) if field.owner == "transaction"]
-    lessons = make_lessons(log, measured, classes[:, own], [fields[p].classes for p in own])
+    extra = measure_fields(log)
+    measured = measure(log, 1, extra.group, extra.groups)
+    sizes = [extra.fields[place].classes for place in extra.own]
+    lessons = make_lessons(log, measured, extra.classes[:, extra.own], sizes)
 
     steps = int(lessons.length.sum())
     assert steps == len(log) + len(np.unique(log.account))
@@ -104,6 +122,13 @@ def test_an_impossible_class_is_never_drawn() -> None:
     shares = np.linspace(0, np.nextafter(1, 0), 1000)
 
     assert set(choose(logits, shares).tolist()) == {1}
+
+
+def _targets(rng: np.random.Generator, count: int, sizes: GeneratorSizes) -> NDArray[np.int64]:
+    most = dict.fromkeys(AT_COLUMN, 2)
+    most |= {"class": FRAUD_CLASSES, "group": sizes.groups, "amount": sizes.amounts}
+    most |= {"merchant": sizes.merchants, "state": FRAUD_STATES, "state_now": FRAUD_STATES}
+    return np.stack([rng.integers(0, most[name], count) for name in AT_COLUMN], 1)
 
 
 def _all(stream: HistoryStream) -> GeneratedTransactions:
