@@ -180,10 +180,10 @@ def main(file: Path, columns: str, accounts: int, epsilon: float, seed: int, **p
     others = accounts_of(log, chosen[accounts : accounts + COMPARED_MAX])
     settings = GeneratorSettings(epochs=1, seed=seed, transactions_max=10_000_000)
     public = train_generator(members, settings)  # its tables and density stay
-    fields, classes = measure_fields(members)
-    own = [place for place, field in enumerate(fields) if field.owner == "transaction"]
-    measured = measure(members, seed)
-    lessons = make_lessons(members, measured, classes[:, own], public.header.sizes.fields)
+    extra = measure_fields(members)
+    measured = measure(members, seed, extra.group, extra.groups)
+    sizes = public.header.sizes
+    lessons = make_lessons(members, measured, extra.classes[:, extra.own], sizes.fields)
     began = time.monotonic()
     with one_thread():
         torch.manual_seed(seed)

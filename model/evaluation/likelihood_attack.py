@@ -7,6 +7,7 @@ weights, each history has a likelihood: that of its transactions, each given tho
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ def account_losses(generator: Generator, log: Dataset) -> Floats:
         log: its accounts have the codes 0, 1, 2 ... without gaps.
     """
     header = generator.header
-    measured = measure(log, int(header.training.get("seed", 1)))
+    group, groups = _groups(log, header.fields)
+    measured = measure(log, int(header.training.get("seed", 1)), group, groups)
     measured = dataclasses.replace(measured, world=generator.world)
     own = [field for field in header.fields if field.owner == "transaction"]
     classes = np.zeros((len(log), len(own)), np.int8)
@@ -98,8 +100,19 @@ def history_loss(
         of(lessons.time_inputs),
         torch.from_numpy(lessons.targets[rows].astype(np.int64)),
         torch.from_numpy(lessons.fields[rows]),
+        torch.from_numpy(lessons.hub_edge[rows]),
         (of(lessons.time_base), of(lessons.slot_base), of(lessons.merchant_base)),
     ).sum()
+
+
+def _groups(log: Dataset, fields: Sequence[GeneratedField]) -> tuple[NDArray[np.int64] | None, int]:
+    """Return the groups [merchants] that the generator knows, and their number."""
+    for field in fields:
+        if field.groups:
+            group = np.zeros(int(log.merchant.max()) + 1, np.int64)
+            group[log.merchant] = _classes(log, field)
+            return group, field.classes
+    return None, 1
 
 
 def _classes(log: Dataset, field: GeneratedField) -> NDArray[np.int64]:
