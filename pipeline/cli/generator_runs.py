@@ -129,7 +129,7 @@ def run_evaluate_generator(
         detector = None
         if not no_detector:
             detector = TrainingSettings(
-                epochs=detector_epochs, hidden_size=DETECTOR_HIDDEN_SIZE, seed=seed
+                epochs=detector_epochs, hidden_size=DETECTOR_HIDDEN_SIZE, seed=seed, forecast=False
             )
         source = _source(file, columns, False, seed, simulation)
         with (
