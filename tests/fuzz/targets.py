@@ -84,12 +84,16 @@ class Target:
 
 
 def said(error: Exception) -> str:
-    """Return an error's message without its numbers and quotes, as an outcome."""
+    """Return an error's message without its numbers and quotes, as an outcome.
+
+    Of several wrong tensors, safetensors names one at random.
+    """
     text = str(error)
     assert MARK not in text, "the message quotes the input"
     assert text.isprintable(), "a message of several lines, or worse"
     assert len(text) <= MESSAGE_MAX, f"a message of {len(text)} characters"
-    return f"{type(error).__name__} " + re.sub(r"\d+|\"[^\"]*\"|'[^']*'|`\$[^`]*`", "#", text)[:120]
+    left_out = r"\d+|\"[^\"]*\"|'[^']*'|`\$[^`]*`|tensor `[^`]*`"
+    return f"{type(error).__name__} " + re.sub(left_out, "#", text)[:120]
 
 
 def rejected(error: RejectedError) -> str:
