@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from model.data.dataset import MISSING, Dataset
-from model.generator.fields import GeneratedField
+from model.generator.fields import GeneratedField, classes_of
 from model.generator.generator import Generator
 from model.generator.lessons import Lessons, make_lessons
-from model.generator.network import GeneratorNetwork, losses
+from model.generator.network import GeneratorNetwork
+from model.generator.train import step_losses
 from model.generator.world import measure
 from model.metrics import auc_roc
 from model.torch_threads import one_thread
@@ -89,20 +90,7 @@ def history_loss(
 ) -> torch.Tensor:
     """Return the summed loss of an account's steps, whose hidden states are given [steps, H]."""
     begin = int(lessons.start[account])
-    rows = slice(begin, begin + len(states))
-
-    def of(table: NDArray[np.float32]) -> torch.Tensor:
-        return torch.from_numpy(table[rows].astype(np.float32))
-
-    return losses(
-        network,
-        states,
-        of(lessons.time_inputs),
-        torch.from_numpy(lessons.targets[rows].astype(np.int64)),
-        torch.from_numpy(lessons.fields[rows]),
-        torch.from_numpy(lessons.hub_edge[rows]),
-        (of(lessons.time_base), of(lessons.slot_base), of(lessons.merchant_base)),
-    ).sum()
+    return step_losses(network, lessons, slice(begin, begin + len(states)), states).sum()
 
 
 def _groups(log: Dataset, fields: Sequence[GeneratedField]) -> tuple[NDArray[np.int64] | None, int]:
@@ -120,8 +108,7 @@ def _classes(log: Dataset, field: GeneratedField) -> NDArray[np.int64]:
     last = field.classes - 1
     if field.is_numeric:
         values = np.asarray(log.numeric[field.name], np.float64)
-        place = np.clip(np.searchsorted(field.edges, values, side="right") - 1, 0, last - 1)
-        return np.where(np.isfinite(values), place, last)
+        return classes_of(values, np.array(field.edges))
     known = {text: place for place, text in enumerate(field.texts)}
     codes = np.asarray(log.categorical[field.name])
     by_code = np.array([*(known.get(text, last) for text in log.texts[field.name]), last])

@@ -187,8 +187,7 @@ def _numeric(log: Dataset, name: str, values: Floats) -> tuple[GeneratedField, I
     edges = np.unique(edges)
     if len(edges) == 1:
         edges = np.array([edges[0], edges[0]])
-    classes = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    classes = np.where(np.isfinite(values), classes, len(edges) - 1)
+    classes = classes_of(values, edges)
     decimals = next(
         (d for d in range(6) if np.mean(np.abs(finite - np.round(finite, d)) < 1e-4) > 0.99), 6
     )
@@ -196,6 +195,12 @@ def _numeric(log: Dataset, name: str, values: Floats) -> tuple[GeneratedField, I
     shares = _shares(log, classes, owner, len(edges) - 1)
     field = GeneratedField(name, owner, edges=edges.tolist(), decimals=decimals, shares=shares)
     return field, classes
+
+
+def classes_of(values: Floats, edges: Floats) -> Int64:
+    """Return the classes [N] of numbers between edges; the class after them is missing."""
+    place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    return np.where(np.isfinite(values), place, len(edges) - 1)
 
 
 def _owner(log: Dataset, classes: Int64) -> Owner:

@@ -259,19 +259,28 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed losses of a chunk, and the hidden state after it, without gradient."""
     states, last = network(torch.from_numpy(lessons.inputs[at]), hidden)
-    rows = at[there]
+    return step_losses(network, lessons, at[there], states[torch.from_numpy(there)]), last.detach()
+
+
+def step_losses(
+    network: GeneratorNetwork, lessons: Lessons, rows: NDArray[np.intp] | slice, states: Tensor
+) -> Tensor:
+    """Return the summed losses of steps by part, see :func:`model.generator.network.losses`.
+
+    Args:
+        rows: the steps.
+        states: [m, H] their hidden states.
+    """
 
     def of(table: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(table[rows].astype(np.float32))
 
-    targets = torch.from_numpy(lessons.targets[rows].astype(np.int64))
-    found = losses(
+    return losses(
         network,
-        states[torch.from_numpy(there)],
+        states,
         of(lessons.time_inputs),
-        targets,
+        torch.from_numpy(lessons.targets[rows].astype(np.int64)),
         torch.from_numpy(lessons.fields[rows]),
         torch.from_numpy(lessons.hub_edge[rows]),
         (of(lessons.time_base), of(lessons.slot_base), of(lessons.merchant_base)),
     )
-    return found, last.detach()
