@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
 
 from model.simulator.handbook import Simulator, account_id, merchant_id
-from pipeline.files.generated import account_ids, merchant_ids, transaction_ids
+from pipeline.files.generated import GeneratedColumns, columns_of
 from pipeline.files.generated_stream import SHIPPED_GENERATOR, open_stream
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, ahead, encode_block
 from pipeline.settings import Settings
@@ -48,21 +47,12 @@ def blocks(*, live: bool = False, history: int = 0, generated: bool = False) -> 
         yield encode_block(*part)
 
 
-class _Columns(NamedTuple):
-    transaction_ids: Sequence[str]
-    account_ids: Sequence[str]
-    merchant_ids: Sequence[str]
-    amounts: Sequence[float]
-    currencies: Sequence[str]
-    times_ms: Sequence[int]
-
-
-def _simulated(begin: str, size: int) -> Iterator[_Columns]:
+def _simulated(begin: str, size: int) -> Iterator[GeneratedColumns]:
     for day in Simulator(customers=ACCOUNTS, start_date=begin, seed=SEED).days():
         for at in range(0, len(day.amount), size):
             part = slice(at, at + size)
             amounts = day.amount[part].tolist()
-            yield _Columns(
+            yield GeneratedColumns(
                 [f"T{i}" for i in day.transaction_id[part].tolist()],
                 [account_id(i) for i in day.account[part].tolist()],
                 [merchant_id(i) for i in day.merchant[part].tolist()],
@@ -72,7 +62,7 @@ def _simulated(begin: str, size: int) -> Iterator[_Columns]:
             )
 
 
-def _generated(begin: str, size: int) -> Iterator[_Columns]:
+def _generated(begin: str, size: int) -> Iterator[GeneratedColumns]:
     stream = open_stream(
         SHIPPED_GENERATOR,
         {},
@@ -85,14 +75,7 @@ def _generated(begin: str, size: int) -> Iterator[_Columns]:
     for window in stream.parts():
         for at in range(0, len(window), size):
             part = window.at(slice(at, at + size))
-            yield _Columns(
-                transaction_ids(header, first, len(part)),
-                account_ids(header, part.account),
-                merchant_ids(header, part.merchant),
-                part.amount.tolist(),
-                [header.currency] * len(part),
-                part.time_ms.tolist(),
-            )
+            yield columns_of(header, part, first)
             first += len(part)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -78,6 +78,31 @@ def field_values(
             texts = [*field.texts, None]
             found[field.name] = [texts[code] for code in classes.tolist()]
     return found
+
+
+class GeneratedColumns(NamedTuple):
+    """Columns of transactions, in the order of :func:`pipeline.replay.producer.encode_block`."""
+
+    transaction_ids: list[str]
+    account_ids: list[str]
+    merchant_ids: list[str]
+    amounts: list[float]
+    currencies: list[str]
+    times_ms: list[int]
+
+
+def columns_of(
+    header: GeneratorHeader, part: GeneratedTransactions, first: int
+) -> GeneratedColumns:
+    """Return the columns of transactions, the first of which has this number."""
+    return GeneratedColumns(
+        transaction_ids(header, first, len(part)),
+        account_ids(header, part.account),
+        merchant_ids(header, part.merchant),
+        part.amount.tolist(),
+        [header.currency] * len(part),
+        part.time_ms.tolist(),
+    )
 
 
 def tables(stream: HistoryStream) -> Iterator[pa.Table]:

@@ -14,7 +14,7 @@ from model.generator.stream import HistoryStream
 from model.simulator.world import OVER_220, SKIMMED_TERMINAL, STOLEN_CARD
 from model.units import DAY_MS
 from pipeline.files.column_mapping import OPTIONAL_FIELDS
-from pipeline.files.generated import account_ids, field_values, merchant_ids, transaction_ids
+from pipeline.files.generated import columns_of, field_values
 from pipeline.kafka.topics import ensure_topics
 from pipeline.replay.feeding import feed_with_bar
 from pipeline.replay.producer import BLOCK_TRANSACTIONS, Block, Feed, encode_block
@@ -36,12 +36,7 @@ def generated_blocks(stream: HistoryStream) -> Iterator[Block]:
             none: list[str | None] = [None] * len(part)
             optional = [fields.pop(name, none) for name in OPTIONAL_FIELDS]
             yield encode_block(
-                transaction_ids(header, first, len(part)),
-                account_ids(header, part.account),
-                merchant_ids(header, part.merchant),
-                part.amount.tolist(),
-                [header.currency] * len(part),
-                part.time_ms.tolist(),
+                *columns_of(header, part, first),
                 *[[None if v is None else str(v) for v in values] for values in optional],
                 extra={name: list(values) for name, values in fields.items()},
             )
