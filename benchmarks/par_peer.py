@@ -31,13 +31,12 @@ from numpy.typing import NDArray
 from model.data.dataset import Dataset
 from model.generator.train import accounts_of
 from model.torch_threads import one_thread
-from model.units import DAY_MS
+from model.units import DAY_MS, HOUR_MS
 from pipeline.files.column_mapping import load_mapping
 from pipeline.files.generated import MAPPING_SUFFIX
 from pipeline.files.training_data import FileData
 
 MODULE = "deepecho.models.par"
-HOUR_MS = 3_600_000
 LEAST_HOURS = 1 / 60
 GAP_MOST_HOURS = 24.0 * 60
 KINDS = ["continuous", "continuous", "categorical", "categorical"]

@@ -187,7 +187,7 @@ def main(file: Path, columns: str, accounts: int, epsilon: float, seed: int, **p
     began = time.monotonic()
     with one_thread():
         torch.manual_seed(seed)
-        network = GeneratorNetwork(public.header.sizes)
+        network = GeneratorNetwork(sizes)
         noise = train_privately(network, lessons, epsilon, Plan(seed=seed, **plan))
     print(f"epsilon {epsilon:g}: noise {noise:.2f}, {time.monotonic() - began:.0f} s of training")
     weights = {name: value.detach().numpy() for name, value in network.state_dict().items()}

@@ -1,7 +1,7 @@
 """The forecast head in NumPy: one day of n accounts at a time.
 
-The decoder has a hidden state of its own. It starts from the account's state and reads the calendar
-of each day. The caller chooses the number of days.
+The decoder keeps a second hidden state. The account's state sets its first value. Each day's
+calendar updates it. The caller chooses the number of days.
 
 A sigmoid is computed as ``(1 + tanh(z / 2)) / 2``, so nothing overflows.
 """

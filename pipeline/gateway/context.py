@@ -24,6 +24,9 @@ AsgiApp = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 
 CONTEXT_KEY = "recur"
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-.{2}")
+
 
 class AnswerStatus:
     """The sender of one answer, which notes its status.
@@ -41,10 +44,6 @@ class AnswerStatus:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
-
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
-_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-.{2}")
 
 
 @dataclass
