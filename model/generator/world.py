@@ -8,13 +8,14 @@ compromise      days in which a share of a merchant's payments is fraud, whoever
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.data.dataset import FRAUD, Dataset
+from model.generator.episodes import draw_size, find_episodes
 from model.generator.grids import SLOT_MS, SLOTS, weekday_of
 from model.generator.profiles import AT, PROFILE
 from model.units import DAY_MS
@@ -82,6 +83,8 @@ class SharedWorld:
         group_shares: [G] shares of the groups at hubs.
         durations: [17] quantiles of the days of a merchant's compromise.
         profile_mean, profile_scale: [P] to standardize profiles.
+        episode_slope, episode_sizes, episode_rhythm: see
+            :class:`model.generator.episodes.Episodes`. Generators of format 2 have none.
     """
 
     rhythm: Floats
@@ -93,6 +96,9 @@ class SharedWorld:
     durations: Floats
     profile_mean: Floats
     profile_scale: Floats
+    episode_slope: Floats = field(default_factory=lambda: np.zeros(0))
+    episode_sizes: Floats = field(default_factory=lambda: np.zeros(0))
+    episode_rhythm: Floats = field(default_factory=lambda: np.zeros(0))
 
     def __getitem__(self, name: str) -> float:
         return float(self.numbers[NUMBERS.index(name)])
@@ -107,9 +113,21 @@ class SharedWorld:
         """Number of groups of merchants."""
         return len(self.group_shares)
 
+    @property
+    def plans_episodes(self) -> bool:
+        """Whether the number of frauds of an episode is drawn when it begins."""
+        return len(self.episode_sizes) > 0
+
+    def episode_sizes_of(self, rate: Floats, share: Floats) -> Int64:
+        """Draw the numbers of frauds [n] of episodes, see :func:`~.episodes.draw_size`."""
+        return draw_size(self.episode_slope, self.episode_sizes, rate, share)
+
     def tables(self) -> dict[str, Floats]:
         """Return the arrays by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        names = [entry.name for entry in fields(self)]
+        if not self.plans_episodes:
+            names = [name for name in names if not name.startswith("episode")]
+        return {name: getattr(self, name) for name in names}
 
     def network_profile(self, profiles: Floats) -> NDArray[np.float32]:
         """Return the network's inputs [n, P] of profiles."""
@@ -155,6 +173,7 @@ class MeasuredLog:
         hub_share: [merchants] share of a hub in its group's visits.
         profiles: [accounts, P].
         start_ms: [accounts] when the account's history begins.
+        frauds_left: [N] frauds that follow in the episode of each fraud on an account.
     """
 
     world: SharedWorld
@@ -164,6 +183,7 @@ class MeasuredLog:
     hub_share: Floats
     profiles: Floats
     start_ms: Int64
+    frauds_left: Int64
 
 
 def measure(log: Dataset, seed: int, group: Int64 | None = None, groups: int = 1) -> MeasuredLog:
@@ -199,9 +219,12 @@ def measure(log: Dataset, seed: int, group: Int64 | None = None, groups: int = 1
     order = np.lexsort((-visits, group))
     order = order[is_hub[order]]
     numbers["group_concentration"] = _concentration(log, own & is_hub[log.merchant], group, groups)
+    rhythm = _rhythm(log.timestamp_ms)
+    rate = profiles[:, AT["rate"]]
+    episodes = find_episodes(log, fraud_class == ACCOUNT_FRAUD, rate, rhythm, rng)
     shown = profiles.copy()
     world = SharedWorld(
-        rhythm=_rhythm(log.timestamp_ms),
+        rhythm=rhythm,
         ratio_edges=edges,
         numbers=np.array([numbers[name] for name in NUMBERS]),
         hub_shares=np.cumsum(visits[order]) / max(visits.sum(), 1),
@@ -210,9 +233,14 @@ def measure(log: Dataset, seed: int, group: Int64 | None = None, groups: int = 1
         durations=durations,
         profile_mean=shown.mean(0),
         profile_scale=np.maximum(shown.std(0), 0.05),
+        episode_slope=episodes.slope,
+        episode_sizes=episodes.sizes,
+        episode_rhythm=episodes.rhythm,
     )
     hub_share = visits / np.maximum(in_group[group], 1e-9)
-    return MeasuredLog(world, fraud_class, is_hub, group, hub_share, profiles, start_ms)
+    return MeasuredLog(
+        world, fraud_class, is_hub, group, hub_share, profiles, start_ms, episodes.left
+    )
 
 
 def _rhythm(time_ms: Int64) -> Floats:
