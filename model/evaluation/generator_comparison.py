@@ -130,11 +130,18 @@ def compare_generator(
     attacked = {GENERATED: {"likelihood_auc": attack}}
     results = []
     for place, source in enumerate(logs):
-        begin = 0.2 + 0.8 * place / len(logs)
-        part = within(report, begin, begin + 0.8 / len(logs))
-        found = _measured(source, logs, views, held, others, settings, detector, kept, part)
+        begin = 0.2 + 0.25 * place / len(logs)
+        part = within(report, begin, begin + 0.25 / len(logs))
+        found = _measured(source, logs[source], views, held, settings, kept, part)
         private = {**found.privacy, **attacked.get(source, {})}
         results.append(msgspec.structs.replace(found, privacy=private))
+    for place, found in enumerate(results):  # last, as it takes longest
+        if detector is not None and found.source != COPIES:
+            begin = 0.45 + 0.55 * place / len(results)
+            part = within(report, begin, begin + 0.55 / len(results))
+            log = logs[found.source]
+            precision = _precision(found.source, log, others, detector, kept, part)
+            results[place] = msgspec.structs.replace(found, average_precision=precision)
     report(Report("done", 1.0))
     return (
         GeneratorResults(
@@ -155,38 +162,19 @@ def compare_generator(
 
 def _measured(
     source: str,
-    logs: dict[str, Dataset],
+    log: Dataset,
     views: dict[str, Histories],
     held: Histories,
-    others: Dataset,
     settings: GeneratorSettings,
-    detector: TrainingSettings | None,
     kept: KeptParts,
     report: Reporter,
 ) -> SourceResult:
-    log, view = logs[source], views[source]
-
-    def show(stage: str, begin: float, end: float) -> Callable[[float], None]:
-        return lambda share: report(Report(f"{source}: {stage}", begin + (end - begin) * share))
-
+    view, show = views[source], _shown(source, "discriminators", report)
     found = kept.result(
         f"{source}-discriminators",
         Discrimination,
-        lambda: discriminate(held, view, settings.seed, show("discriminators", 0.0, 0.3)),
+        lambda: discriminate(held, view, settings.seed, show),
     )
-    show("distances", 0.3, 0.3)(0)
-    precision = None
-    if detector is not None and source != COPIES:
-        folder = kept.folder / source
-        folder.mkdir(exist_ok=True)
-        train_show = show("training on it", 0.35, 1.0)
-        precision = kept.result(
-            f"{source}-precision",
-            float,
-            lambda: average_precision_on(
-                log, others, detector, folder, lambda share, note: train_show(share)
-            ),
-        )
     return SourceResult(
         source=source,
         transactions=len(log),
@@ -196,8 +184,28 @@ def _measured(
         telling=found.telling,
         distances=distances(held, view),
         privacy={} if source == REAL else privacy(views[REAL], held, view),
-        average_precision=precision,
     )
+
+
+def _precision(
+    source: str,
+    log: Dataset,
+    others: Dataset,
+    detector: TrainingSettings,
+    kept: KeptParts,
+    report: Reporter,
+) -> float:
+    folder, show = kept.folder / source, _shown(source, "training on it", report)
+    folder.mkdir(exist_ok=True)
+    return kept.result(
+        f"{source}-precision",
+        float,
+        lambda: average_precision_on(log, others, detector, folder, lambda share, _: show(share)),
+    )
+
+
+def _shown(source: str, stage: str, report: Reporter) -> Callable[[float], None]:
+    return lambda share: report(Report(f"{source}: {stage}", share))
 
 
 def _copies(log: Dataset, seed: int) -> Dataset:
