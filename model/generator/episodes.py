@@ -163,4 +163,4 @@ def draw_size(slope: Floats, sizes: Floats, rate: Floats, share: Floats) -> Int6
     """
     logs = slope[0] * rate + np.interp(share, np.linspace(0, 1, len(sizes)), sizes)
     most = np.log(EPISODE_FRAUDS_MAX)
-    return np.maximum(np.round(np.exp(np.minimum(logs, most))), 1).astype(np.int64)
+    return np.asarray(np.maximum(np.round(np.exp(np.minimum(logs, most))), 1), np.int64)
