@@ -30,6 +30,16 @@ KAFKA_HEAP_MB = 512
 KAFKA_BESIDES_HEAP_MB = 300
 """Memory of the broker outside its heap."""
 
+YOUNG_SHARE = 2
+"""The collector's young generation has this part of the heap: a half.
+
+A young collection stops the broker for 5 ms, and longer the more objects survive. Its length does
+not depend on the size of the generation, but its frequency does. At 5,000 payments/s on two cores
+Java's default stopped the broker for 12 to 16 ms every 2.3 s: half of the slowest percent."""
+
+TENURING_COLLECTIONS = 2
+"""Young collections after which an object is old. By default, each of 15 copies it once more."""
+
 
 @dataclass(frozen=True)
 class KafkaQuorum:
@@ -106,6 +116,8 @@ class Kafka(Service):
         jars = jar_directory()
         java_options = [
             f"-Xmx{self._heap_mb}m",
+            f"-Xmn{self._heap_mb // YOUNG_SHARE}m",
+            f"-XX:MaxTenuringThreshold={TENURING_COLLECTIONS}",
             # The broker shares a few cores with the workers. A concurrent collector and the
             # second compiler cost more than they gain there: at 500/s on two cores the 99th
             # percentile was 7 ms with these options and 10 to 19 ms with Java's defaults.
