@@ -20,6 +20,7 @@ from model.features.spec import (
     ACCOUNT_INPUTS,
     AMOUNTS,
     MERCHANT_INPUTS,
+    SMALL_SHARE,
     FeatureSpec,
     Field,
     Input,
@@ -195,6 +196,7 @@ def payment_spec(
     ]
     names = [name for name in BINNED_FEATURES if name in ACCOUNT_FEATURES]
     inputs += _bins(spec, names, raw, is_fraud)
+    inputs += _small_steps(raw[:, spec.names.index("amount_to_least")], is_fraud)
     spec = msgspec.structs.replace(spec, inputs=tuple(inputs), ranges=ranges_of(raw, spec))
     spec = spec.fitted(raw)
     more: list[Input] = []
@@ -247,6 +249,18 @@ def _bins(
 
 def _steps(name: str, thresholds: tuple[float, ...]) -> list[Input]:
     return [Input(name, "step", threshold=threshold) for threshold in thresholds]
+
+
+def _small_steps(to_least: Float32, is_fraud: NDArray[np.bool_]) -> list[Input]:
+    """Return the steps of a payment under what is usual, where its amount may have any effect.
+
+    None of them is at what is usual itself, where the amount's effect must not jump.
+    """
+    small = to_least < SMALL_SHARE
+    return [
+        Input("amount_to_least", "step", threshold=edge, at_most=SMALL_SHARE)
+        for edge in learn_bin_edges(to_least[small], is_fraud[small])
+    ]
 
 
 def _numeric_inputs(name: str, values: Float32, is_fraud: NDArray[np.bool_]) -> list[Input]:

@@ -35,7 +35,7 @@ from model.training.sequences import Inputs, Sequences, TensorInputs, one_core_e
 from model.training.settings import Report, Reporter, TrainingError, TrainingSettings
 from model.training.split import Split
 
-RECIPE = 4
+RECIPE = 5
 """Version of the recipe: the weights that the same data and settings give.
 
 Cached or unfinished trainings of another version are not used."""
@@ -55,6 +55,12 @@ EPOCH_UPDATES_MIN = 400
 
 The number of updates decides the quality. On the Handbook's data and 6 epochs, average precision
 was .767 with 256 accounts in a batch, .794 with 64 and .796 with 32. With 8 epochs it was .798."""
+
+BATCH_SHARE_MAX = 1 / 64
+"""Largest share of the accounts in a batch; with few accounts the batches are smaller.
+
+On bursts of 600 accounts average precision was .9493 with 16 accounts in a batch and .9559 with
+8, in as much time."""
 
 GRADIENT_NORM_MAX = 1.0
 RISE_SHARE = 0.02
@@ -413,8 +419,9 @@ def _updates(sequences: Sequences, accounts: int, chunk_steps: int) -> int:
 
 def _accounts_per_batch(sequences: Sequences, chunk_steps: int) -> int:
     size = ACCOUNTS_PER_BATCH
-    while (
-        size > ACCOUNTS_PER_BATCH_MIN and _updates(sequences, size, chunk_steps) < EPOCH_UPDATES_MIN
+    most = np.count_nonzero(sequences.length) * BATCH_SHARE_MAX
+    while size > ACCOUNTS_PER_BATCH_MIN and (
+        size > most or _updates(sequences, size, chunk_steps) < EPOCH_UPDATES_MIN
     ):
         size //= 2
     return size

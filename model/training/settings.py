@@ -58,7 +58,7 @@ class TrainingSettings:
     weight_decay: float = 1e-4
     chunk_steps: int = 64
     accounts_per_batch: int | None = None
-    """Accounts in a batch. None: 32, or fewer if an epoch would have few updates."""
+    """Accounts in a batch. None: 32; fewer if there are few accounts, or few updates an epoch."""
 
     review_false_positive_rate: float = 0.002
     """Largest share of the legitimate transactions that is reviewed or declined."""
