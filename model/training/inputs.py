@@ -196,7 +196,8 @@ def payment_spec(
     ]
     names = [name for name in BINNED_FEATURES if name in ACCOUNT_FEATURES]
     inputs += _bins(spec, names, raw, is_fraud)
-    inputs += _small_steps(raw[:, spec.names.index("amount_to_least")], is_fraud)
+    if any(field.kind == "categorical" for field in fields):
+        inputs += _small_steps(raw[:, spec.names.index("amount_to_least")], is_fraud)
     spec = msgspec.structs.replace(spec, inputs=tuple(inputs), ranges=ranges_of(raw, spec))
     spec = spec.fitted(raw)
     more: list[Input] = []

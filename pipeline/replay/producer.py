@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka_errors
 from numpy.typing import NDArray
 
+import pipeline.kafka.produce_request  # noqa: F401 - packs the requests of aiokafka's producers
 from model.transaction import Transaction
 from pipeline.errors import RecurError
 from pipeline.kafka.message_limits import TOO_LARGE, MessageLimits

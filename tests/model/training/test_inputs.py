@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model.features.spec import FEATURES, SMALL_SHARE, Encoder, FeatureSpec, Input
+from model.features.spec import FEATURES, SMALL_SHARE, Encoder, FeatureSpec, Field, Input
 from model.training.inputs import Float32, fitted_spec
 
 TO_LEAST = FEATURES.index("amount_to_least")
+CATEGORY = (Field("category", "categorical", ("food",)),)
 
 
 def log_of(to_least: Float32) -> Float32:
-    """Return raw features in which only the amount's ratio to what is usual differs."""
-    raw = np.ones((len(to_least), len(FEATURES)), np.float32)
+    """Return raw features and a category, in which only the ratio to what is usual differs."""
+    raw = np.ones((len(to_least), len(FEATURES) + 1), np.float32)
     raw[:, TO_LEAST] = to_least
     return raw
 
@@ -28,7 +29,7 @@ def test_frauds_of_some_small_amounts_have_steps_for_the_context(lowest: float) 
     rng = np.random.default_rng(3)
     to_least = rng.uniform(0.0, 3.0, 20_000).astype(np.float32)
     is_fraud = (to_least > lowest) & (to_least < lowest + 0.1)
-    spec = fitted_spec(log_of(to_least), is_fraud)
+    spec = fitted_spec(log_of(to_least), is_fraud, CATEGORY)
     steps = small_steps(spec)
     assert [i.threshold for i in steps] == pytest.approx([lowest, lowest + 0.1], abs=1e-3)
     assert {i.role for i in steps} == {"own"}
@@ -41,5 +42,12 @@ def test_frauds_of_some_small_amounts_have_steps_for_the_context(lowest: float) 
 def test_frauds_of_large_amounts_alone_have_no_small_steps() -> None:
     rng = np.random.default_rng(4)
     to_least = rng.uniform(0.0, 3.0, 20_000).astype(np.float32)
-    spec = fitted_spec(log_of(to_least), to_least > 2.0)
+    spec = fitted_spec(log_of(to_least), to_least > 2.0, CATEGORY)
+    assert small_steps(spec) == []
+
+
+def test_data_without_categories_have_no_small_steps() -> None:
+    rng = np.random.default_rng(5)
+    to_least = rng.uniform(0.0, 3.0, 20_000).astype(np.float32)
+    spec = fitted_spec(log_of(to_least)[:, :-1], to_least < 0.1)
     assert small_steps(spec) == []

@@ -102,6 +102,15 @@ def test_the_shared_redis_answers_and_never_evicts(redis_server: Redis) -> None:
 
 
 @pytest.mark.live
+def test_redis_shortens_its_file_late_and_an_option_overrides_that() -> None:
+    with Redis(options={"auto-aof-rewrite-percentage": "50"}) as server, server.client() as client:
+        assert client.config_get("auto-aof-rewrite-*") == {
+            "auto-aof-rewrite-min-size": str(512 << 20),
+            "auto-aof-rewrite-percentage": "50",
+        }
+
+
+@pytest.mark.live
 def test_a_broker_keeps_records_offsets_and_address_after_sigkill_and_stop() -> None:
     async def write() -> None:
         await create_topic(broker, "kept")
