@@ -17,9 +17,10 @@ import msgspec
 import numpy as np
 
 from model.data.dataset import Dataset
-from model.evaluation.discriminators import discriminate
+from model.evaluation.discriminators import Discrimination, discriminate
 from model.evaluation.history_distances import distances, privacy
 from model.evaluation.history_views import Histories, histories_of
+from model.evaluation.kept_parts import KeptParts
 from model.evaluation.likelihood_attack import likelihood_auc
 from model.evaluation.synthetic_training import average_precision_on
 from model.generator.generator import Generator
@@ -92,7 +93,8 @@ def compare_generator(
         accounts: number of accounts that train, and that are compared.
         settings: of the generator's training; its seed decides the accounts, too.
         detector: settings of the training on synthetic data. None: it is left out.
-        work: an empty folder; the caller removes it.
+        work: a folder that is empty, or as an interrupted run of the same comparison left it.
+            The caller removes it.
         peer: histories of another generator that was trained elsewhere.
         report: called often.
 
@@ -110,7 +112,8 @@ def compare_generator(
     members = accounts_of(log, chosen[:accounts])
     others = accounts_of(log, chosen[accounts : 2 * accounts])
     days = int(others.day[-1]) + 1
-    generator = train_generator(members, settings, within(report, 0.0, 0.2))
+    kept = KeptParts(work)
+    generator = kept.generator(lambda: train_generator(members, settings, within(report, 0.0, 0.2)))
     report(Report("generating", 0.2))
     wish = Wish(accounts, days, settings.seed)
     logs = {
@@ -123,14 +126,22 @@ def compare_generator(
     held = histories_of(others)
     views = {source: histories_of(found) for source, found in logs.items()}
     report(Report("attack by likelihoods", 0.2))
-    attacked = {GENERATED: {"likelihood_auc": likelihood_auc(generator, members, others)}}
+    attack = kept.result("attack", float, lambda: likelihood_auc(generator, members, others))
+    attacked = {GENERATED: {"likelihood_auc": attack}}
     results = []
     for place, source in enumerate(logs):
-        begin = 0.2 + 0.8 * place / len(logs)
-        part = within(report, begin, begin + 0.8 / len(logs))
-        found = _measured(source, logs, views, held, others, settings, detector, work, part)
+        begin = 0.2 + 0.25 * place / len(logs)
+        part = within(report, begin, begin + 0.25 / len(logs))
+        found = _measured(source, logs[source], views, held, settings, kept, part)
         private = {**found.privacy, **attacked.get(source, {})}
         results.append(msgspec.structs.replace(found, privacy=private))
+    for place, found in enumerate(results):  # last, as it takes longest
+        if detector is not None and found.source != COPIES:
+            begin = 0.45 + 0.55 * place / len(results)
+            part = within(report, begin, begin + 0.55 / len(results))
+            log = logs[found.source]
+            precision = _precision(found.source, log, others, detector, kept, part)
+            results[place] = msgspec.structs.replace(found, average_precision=precision)
     report(Report("done", 1.0))
     return (
         GeneratorResults(
@@ -151,30 +162,19 @@ def compare_generator(
 
 def _measured(
     source: str,
-    logs: dict[str, Dataset],
+    log: Dataset,
     views: dict[str, Histories],
     held: Histories,
-    others: Dataset,
     settings: GeneratorSettings,
-    detector: TrainingSettings | None,
-    work: Path,
+    kept: KeptParts,
     report: Reporter,
 ) -> SourceResult:
-    log, view = logs[source], views[source]
-
-    def show(stage: str, begin: float, end: float) -> Callable[[float], None]:
-        return lambda share: report(Report(f"{source}: {stage}", begin + (end - begin) * share))
-
-    found = discriminate(held, view, settings.seed, show("discriminators", 0.0, 0.3))
-    show("distances", 0.3, 0.3)(0)
-    precision = None
-    if detector is not None and source != COPIES:
-        folder = work / source
-        folder.mkdir()
-        train_show = show("training on it", 0.35, 1.0)
-        precision = average_precision_on(
-            log, others, detector, folder, lambda share, note: train_show(share)
-        )
+    view, show = views[source], _shown(source, "discriminators", report)
+    found = kept.result(
+        f"{source}-discriminators",
+        Discrimination,
+        lambda: discriminate(held, view, settings.seed, show),
+    )
     return SourceResult(
         source=source,
         transactions=len(log),
@@ -184,8 +184,28 @@ def _measured(
         telling=found.telling,
         distances=distances(held, view),
         privacy={} if source == REAL else privacy(views[REAL], held, view),
-        average_precision=precision,
     )
+
+
+def _precision(
+    source: str,
+    log: Dataset,
+    others: Dataset,
+    detector: TrainingSettings,
+    kept: KeptParts,
+    report: Reporter,
+) -> float:
+    folder, show = kept.folder / source, _shown(source, "training on it", report)
+    folder.mkdir(exist_ok=True)
+    return kept.result(
+        f"{source}-precision",
+        float,
+        lambda: average_precision_on(log, others, detector, folder, lambda share, _: show(share)),
+    )
+
+
+def _shown(source: str, stage: str, report: Reporter) -> Callable[[float], None]:
+    return lambda share: report(Report(f"{source}: {stage}", share))
 
 
 def _copies(log: Dataset, seed: int) -> Dataset:

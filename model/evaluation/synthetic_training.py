@@ -75,7 +75,7 @@ def average_precision_on(
         trained_on: all its days are for training, validation and measures.
         tested_on: real accounts; the later half of their days is scored.
         settings: the settings of the training.
-        work: an empty folder; the caller removes it.
+        work: an empty folder, or as an interrupted call left it; the caller removes it.
         show: called with the share done and a note.
 
     Raises:

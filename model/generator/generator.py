@@ -18,15 +18,20 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from model.generator.episodes import EPISODE_QUANTILES
 from model.generator.fields import GeneratedField
+from model.generator.grids import SLOTS
 from model.generator.profiles import PROFILE, ProfileDensity
 from model.generator.settings import GeneratorError
 from model.generator.sizes import GeneratorSizes
 from model.generator.world import NUMBERS, SharedWorld
 from model.whole_file import write_whole
 
-GENERATOR_FORMAT = 2
+GENERATOR_FORMAT = 3
 """Version of the header and of the tensors' names."""
+
+FORMAT_WITHOUT_EPISODES = 2
+"""Older version that is read, too: its world has no tables of episodes."""
 
 GENERATOR_FILE_MAX_BYTES = 1 << 26
 HEADER_MAX_BYTES = 1 << 20
@@ -126,7 +131,7 @@ class Generator:
             density = ProfileDensity(**parts["density."])
         except TypeError as error:
             raise GeneratorError(f"{path} lacks tables of a generator: {error}") from error
-        _check(header.sizes, parts["network."], world, density, path)
+        _check(header, parts["network."], world, density, path)
         return cls(header, parts["network."], world, density)
 
 
@@ -163,10 +168,10 @@ def _header(content: bytes, path: Path) -> GeneratorHeader:
         ) from error
     try:
         version = msgspec.json.decode(text, type=_Version).format_version
-        if version != GENERATOR_FORMAT:
+        if version not in (FORMAT_WITHOUT_EPISODES, GENERATOR_FORMAT):
             raise GeneratorError(
                 f"{path} has format version {version}; this version of Recur reads"
-                f" {GENERATOR_FORMAT}: train it again"
+                f" {FORMAT_WITHOUT_EPISODES} and {GENERATOR_FORMAT}: train it again"
             )
         return msgspec.json.decode(text, type=GeneratorHeader)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -174,19 +179,24 @@ def _header(content: bytes, path: Path) -> GeneratorHeader:
 
 
 def _check(
-    sizes: GeneratorSizes,
+    header: GeneratorHeader,
     weights: Mapping[str, NDArray[Any]],
     world: SharedWorld,
     density: ProfileDensity,
     path: Path,
 ) -> None:
+    sizes = header.sizes
     expected = sizes.tensor_shapes()
     found = {name: weight.shape for name, weight in weights.items()}
     if found != expected or any(w.dtype != np.float32 for w in weights.values()):
         raise GeneratorError(f"{path}: its weights do not fit the sizes in its header")
     places = len(PROFILE)
+    planned = header.format_version != FORMAT_WITHOUT_EPISODES
     fits = (
-        world.numbers.shape == (len(NUMBERS),)
+        world.episode_slope.shape == (planned,)
+        and world.episode_sizes.shape == (planned * EPISODE_QUANTILES,)
+        and world.episode_rhythm.shape == (planned * SLOTS,)
+        and world.numbers.shape == (len(NUMBERS),)
         and world.profile_mean.shape == world.profile_scale.shape == (places,)
         and world.rhythm.shape == (7 * 48 + 1,)
         and world.ratio_edges.shape == (sizes.amounts + 1,)

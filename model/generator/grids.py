@@ -86,16 +86,19 @@ def expected_visits(cumulative: Floats, time_ms: Int64) -> Floats:
     return np.asarray(week * 7.0 + low + part * (cumulative[slot + 1] - low))
 
 
-def time_baseline(cumulative: Floats, rate: Floats, edges_ms: Int64) -> Float32:
+def time_baseline(
+    cumulative: Floats, rate: Floats, edges_ms: Int64, beside: Floats | float = 0.0
+) -> Float32:
     """Return the logits [n, TIME_CLASSES] of a Poisson process with the weekly rhythm.
 
     Args:
         cumulative: see :func:`expected_visits`.
         rate: [n] transactions a day.
         edges_ms: [n, TIME_CLASSES + 1].
+        beside: [n, TIME_CLASSES + 1] expected payments of a thief up to the edges.
     """
     passed = expected_visits(cumulative, edges_ms)
-    hazard = rate[:, None] * (passed - passed[:, :1])
+    hazard = rate[:, None] * (passed - passed[:, :1]) + beside
     width = np.maximum(np.diff(hazard, axis=1), 1e-12)
     logits = np.maximum(np.log(-np.expm1(-width)) - hazard[:, :-1], OFFSET_LEAST)
     logits[np.diff(edges_ms, axis=1) <= 0] = IMPOSSIBLE
@@ -114,17 +117,25 @@ def slot_bounds(first_ms: Int64, day_ms: Int64) -> tuple[Int64, Int64]:
     return np.minimum(np.maximum(begin, first_ms[:, None]), end), end
 
 
-def slot_baseline(cumulative: Floats, rate: Floats, begin_ms: Int64, end_ms: Int64) -> Float32:
+def slot_baseline(
+    cumulative: Floats,
+    rate: Floats,
+    begin_ms: Int64,
+    end_ms: Int64,
+    beside: Floats | float = 0.0,
+) -> Float32:
     """Return the logits [n, SLOTS] of the half hours, by a Poisson process with the rhythm.
 
     Args:
         cumulative: see :func:`expected_visits`.
         rate: [n] transactions a day.
         begin_ms, end_ms: [n, SLOTS] see :func:`slot_bounds`.
+        beside: [n, SLOTS] expected payments of a thief in whole half hours.
     """
     weekday = weekday_of(end_ms[:, 0] - 1)
     mass = np.diff(cumulative).reshape(7, SLOTS)[weekday]
-    width = np.maximum(mass * ((end_ms - begin_ms) / SLOT_MS) * rate[:, None], 1e-12)
+    width = (mass * rate[:, None] + beside) * ((end_ms - begin_ms) / SLOT_MS)
+    width = np.maximum(width, 1e-12)
     logits: Floats = np.log(-np.expm1(-width)) - (np.cumsum(width, 1) - width)
     logits = np.maximum(logits - logits.max(1, keepdims=True), OFFSET_LEAST)
     logits[end_ms <= begin_ms] = IMPOSSIBLE

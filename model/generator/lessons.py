@@ -49,7 +49,8 @@ class Lessons:
         time_inputs: [S, TIME_INPUTS].
         time_base: [S, T] logits.
         merchant_base: [S, M] logits.
-        slot_base: [S, SLOTS] logits, as float16.
+        slot_base: [S, SLOTS] logits.
+        fraud_base: [S] log odds.
         targets: [S, columns] see :data:`COLUMNS`.
         hub_edge: [S] log likelihood of a hub within its class of ranks, less that within its group.
         fields: [S, F] classes of the transactions' own fields.
@@ -61,7 +62,8 @@ class Lessons:
     time_inputs: Float32
     time_base: Float32
     merchant_base: Float32
-    slot_base: NDArray[np.float32]
+    slot_base: Float32
+    fraud_base: Float32
     targets: NDArray[np.int16]
     hub_edge: Float32
     fields: NDArray[np.int8]
@@ -100,6 +102,7 @@ def make_lessons(
         time_base=np.zeros((steps, grids.TIME_CLASSES), np.float32),
         merchant_base=np.zeros((steps, grids.HUB + world.groups), np.float32),
         slot_base=np.zeros((steps, grids.SLOTS), np.float32),
+        fraud_base=np.zeros(steps, np.float32),
         targets=np.full((steps, len(COLUMNS)), NO_TARGET, np.int16),
         hub_edge=np.zeros(steps, np.float32),
         fields=np.full((steps, len(field_sizes)), NO_TARGET, np.int8),
@@ -138,6 +141,7 @@ def make_lessons(
                 measured.fraud_class[rows].astype(np.int64),
                 ratio,
                 field_classes[rows] / scale,
+                measured.frauds_left[rows],
             ),
         )
         if step % 16 == 0:
@@ -163,7 +167,7 @@ def _targets(
     day_ms = time_ms - time_ms % DAY_MS
     begin, end = grids.slot_bounds(memory.last_ms[accounts] + grids.SHORT_EDGES_MS[-1], day_ms)
     slot = time_ms % DAY_MS // grids.SLOT_MS
-    slot_base = grids.slot_baseline(world.rhythm, memory.rate[accounts], begin, end)
+    slot_base = memory.slot_baseline(accounts, begin, end)
     long = time_class >= grids.TODAY
     fraud_class = measured.fraud_class[rows].astype(np.int64)
     rank = memory.rank_of(accounts, merchant)
@@ -197,6 +201,7 @@ def _targets(
     )
     lessons.targets[at] = np.stack(columns, 1)
     lessons.slot_base[at] = slot_base
+    lessons.fraud_base[at] = memory.fraud_baseline(accounts, time_ms)
     lessons.time_inputs[at] = memory.time_inputs(accounts, time_ms)
     lessons.merchant_base[at] = memory.merchant_baseline(accounts)
     return merchant_class, rank

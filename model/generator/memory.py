@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.generator import grids
+from model.generator.episodes import EPISODE_DAYS
 from model.generator.profiles import AT, PROFILE
 from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, SharedWorld
 from model.units import DAY_MS
@@ -23,9 +24,6 @@ Bools = NDArray[np.bool_]
 Rows = NDArray[np.intp]
 
 HOUR_MS = 3_600_000
-
-EPISODE_DAYS = 30.0
-"""Days without a fraud after which the next one begins another episode."""
 
 FIELD_BINS = 33
 """Most classes of an extra field; the last one is every other value."""
@@ -40,7 +38,9 @@ TIME_INPUTS = 12 + 1 + 4 + 1
 SINCE_EDGES_MS = np.array([1, 4, 12, 30, 72, 336], np.int64) * HOUR_MS
 """Edges of the time since the last fraud, by which the states of fraud are divided."""
 FRAUDS_EDGES = np.array([2, 3, 5, 8, 11, 16], np.int64)
-"""Edges of the number of frauds in the present episode."""
+"""Edges of the number of frauds in the present episode, for generators without planned episodes."""
+LEFT_EDGES = np.array([1, 2, 3, 5, 8, 12], np.int64)
+"""Edges of the number of frauds that are left in the present episode."""
 SINCE_STATES = len(SINCE_EDGES_MS) + 1
 FRAUD_STATES = 1 + SINCE_STATES * (len(FRAUDS_EDGES) + 1)
 """States of fraud of an account; 0 is that there was none."""
@@ -75,6 +75,7 @@ class Step:
         fraud_class: [n].
         ratio: [n] amount relative to the account's level.
         fields: [n, F] classes of the extra fields, each scaled to 0 to 1.
+        left: [n] frauds that follow in the episode; of a fraud on the account only.
     """
 
     time_ms: Int64
@@ -86,6 +87,7 @@ class Step:
     fraud_class: Int64
     ratio: Floats
     fields: Float32 | Floats
+    left: Int64
 
 
 class Memory:
@@ -102,6 +104,10 @@ class Memory:
         n = len(profiles)
         self.world = world
         self.profile = world.network_profile(profiles)
+        beside = world.episode_rhythm
+        pace = float(beside.mean()) if len(beside) else 0.0
+        week = np.tile(beside / max(pace, 1e-9) / grids.SLOTS, 7)
+        self._thief = np.concatenate(([0.0], np.cumsum(week))), pace  # integral, payments a day
         self.level = np.exp(profiles[:, AT["level"]])
         self.rate = np.exp(profiles[:, AT["rate"]])
         self.reach = np.maximum(np.round(np.exp(profiles[:, AT["reach"]])), 1)
@@ -123,6 +129,7 @@ class Memory:
         self._ratio = np.ones(n)
         self._fields = np.zeros((n, fields), np.float32)
         self._frauds = np.zeros(n, np.int64)  # of the present episode
+        self._left = np.zeros(n, np.int64)  # of its frauds
         self._episode_ms = np.zeros(n, np.int64)
         self._fraud_ms = np.zeros(n, np.int64)
 
@@ -169,11 +176,24 @@ class Memory:
         return out
 
     def fraud_state(self, rows: Rows, now_ms: Int64) -> Int64:
-        """Return the states of fraud [m] at times [m]: since when, and how many in the episode."""
+        """Return the states of fraud [m] at times [m]: since when, and how many are left.
+
+        After an episode's last fraud an account is as calm as long after it.
+        """
         frauds = self._frauds[rows]
         since = np.searchsorted(SINCE_EDGES_MS, now_ms - self._fraud_ms[rows], side="right")
-        count = np.searchsorted(FRAUDS_EDGES, frauds, side="right")
+        if self.world.plans_episodes:
+            left = self.frauds_left(rows, now_ms)
+            since = np.where(left > 0, since, SINCE_STATES - 1)
+            count = np.searchsorted(LEFT_EDGES, left, side="right")
+        else:
+            count = np.searchsorted(FRAUDS_EDGES, frauds, side="right")
         return np.where(frauds > 0, 1 + count * SINCE_STATES + since, 0)
+
+    def frauds_left(self, rows: Rows, now_ms: Int64) -> Int64:
+        """Return the frauds [m] that are left in the accounts' episodes at times [m]."""
+        goes_on = now_ms - self._fraud_ms[rows] < EPISODE_DAYS * DAY_MS
+        return np.where(goes_on, self._left[rows], 0)
 
     def _write_frauds(self, out: Float32, rows: Rows, now_ms: Int64) -> None:
         frauds = self._frauds[rows]
@@ -182,12 +202,52 @@ class Memory:
         out[:, 1] = np.log1p(np.maximum(now_ms - self._fraud_ms[rows], 0) / DAY_MS) * had / 2
         days = np.maximum(now_ms - self._episode_ms[rows], 0) / DAY_MS
         out[:, 2] = np.minimum(days, 40) / 10 * had
-        out[:, 3] = np.log1p(frauds)
+        if self.world.plans_episodes:
+            out[:, 3] = np.log1p(self.frauds_left(rows, now_ms))
+        else:
+            out[:, 3] = np.log1p(frauds)
 
     def time_baseline(self, rows: Rows) -> tuple[Int64, Float32]:
         """Return edges [m, T + 1] and logits [m, T] of the classes of the next time."""
-        edges = grids.time_edges(self.last_ms[rows])
-        return edges, grids.time_baseline(self.world.rhythm, self.rate[rows], edges)
+        last_ms = self.last_ms[rows]
+        edges = grids.time_edges(last_ms)
+        beside: Floats | float = 0.0
+        thief = self._thief_at_work(rows)
+        if thief.any():
+            cumulative, pace = self._thief
+            beside = np.zeros(edges.shape)
+            passed = grids.expected_visits(cumulative, edges[thief])
+            beside[thief] = pace * (passed - passed[:, :1])
+        return edges, grids.time_baseline(self.world.rhythm, self.rate[rows], edges, beside)
+
+    def slot_baseline(self, rows: Rows, begin_ms: Int64, end_ms: Int64) -> Float32:
+        """Return the logits [m, SLOTS] of the half hours with begin and end [m, SLOTS]."""
+        beside: Floats | float = 0.0
+        thief = self._thief_at_work(rows)
+        if thief.any():
+            beside = thief[:, None] * self.world.episode_rhythm / grids.SLOTS
+        return grids.slot_baseline(self.world.rhythm, self.rate[rows], begin_ms, end_ms, beside)
+
+    def fraud_baseline(self, rows: Rows, time_ms: Int64) -> Floats:
+        """Return the log odds [m] of a fraud at times [m], by the rhythms of thief and owner.
+
+        In calm, only how they differ by the half hour counts.
+        """
+        pace = self._thief[1]
+        if not pace:
+            return np.zeros(len(rows))
+        slot = time_ms // grids.SLOT_MS % grids.SLOTS
+        at = grids.weekday_of(time_ms) * grids.SLOTS + slot
+        own = np.diff(self.world.rhythm)[at] * grids.SLOTS
+        thief = self.world.episode_rhythm[slot]
+        works = self._thief_at_work(rows)
+        return np.asarray(np.log(thief / own) - np.log(np.where(works, self.rate[rows], pace)))
+
+    def _thief_at_work(self, rows: Rows) -> Bools:
+        """Return in which accounts [m] a thief pays beside the owner."""
+        if not self._thief[1]:
+            return np.zeros(len(rows), np.bool_)
+        return np.asarray(self.frauds_left(rows, self.last_ms[rows]) > 0)
 
     def merchant_baseline(self, rows: Rows) -> Float32:
         """Return the logits [m, M] of the merchant's class.
@@ -233,6 +293,7 @@ class Memory:
         hit = np.flatnonzero(step.fraud_class == ACCOUNT_FRAUD)
         if len(hit):
             self._remember_fraud(rows[hit], step.time_ms[hit])
+            self._left[rows[hit]] = step.left[hit]
 
     def _move_to_front(self, rows: Rows, rank: Int64, merchant: NDArray[np.int32]) -> None:
         visited = self.visited[rows]

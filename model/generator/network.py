@@ -123,10 +123,10 @@ def losses(
         targets: [m, columns].
         field_targets: [m, F].
         hub_edge: [m] see :class:`model.generator.lessons.Lessons`.
-        bases: logits of the simple models for time, half hour and merchant.
+        bases: logits of the simple models for time, half hour, fraud and merchant.
     """
     found, fields = network.logits(state, time_inputs, targets)
-    time_base, slot_base, merchant_base = bases
+    time_base, slot_base, fraud_base, merchant_base = bases
     column = {name: targets[:, place] for name, place in AT_COLUMN.items()}
     going = column["time"] >= 0
     log_time = F.log_softmax(found["time"] + time_base, 1)
@@ -143,7 +143,7 @@ def losses(
     asked = going & (column["fraud"] != NO_TARGET)
     total.append(
         F.binary_cross_entropy_with_logits(
-            found["fraud"][asked], column["fraud"][asked].float(), reduction="sum"
+            (found["fraud"] + fraud_base)[asked], column["fraud"][asked].float(), reduction="sum"
         )
     )
     log_merchant = F.log_softmax((found["merchant"] + merchant_base)[going], 1)

@@ -104,6 +104,7 @@ def _odds_of_fraud(
     since = since_state_of(state)
     rate = lessons.time_inputs[rows, -1].astype(float)
     fraud = column["fraud"][rows].astype(float)
+    base = lessons.fraud_base[rows].astype(float)
     by_since, by_state = np.full(SINCE_STATES, -4.0), np.zeros(FRAUD_STATES)
     by_slot, by_rate = np.zeros(grids.SLOTS), np.zeros(1)
     if len(rows):
@@ -115,7 +116,7 @@ def _odds_of_fraud(
                 (by_slot, slot, None, 1.0, 0.98 * around),
                 (by_rate, np.zeros(len(rows), np.int64), rate, 2.0, 0.0),
             ):
-                odds = by_since[since] + by_state[state] + by_slot[slot] + by_rate * rate
+                odds = base + by_since[since] + by_state[state] + by_slot[slot] + by_rate * rate
                 likely = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
                 given = np.ones(len(rows)) if value is None else value
                 slope = np.bincount(place, (fraud - likely) * given, len(table)) - prior * (

@@ -53,7 +53,7 @@ _PLACE, _FIELDS_OF_OWNER = 1 << 40, 1 << 41  # steps apart from those of transac
 
 # Purposes of the draws of a step.
 _TIME, _WITHIN, _DAY, _SLOT, _FRAUD, _KIND, _RANK, _HUB = range(8)
-_COMPROMISED, _BIN, _AMOUNT = 8, 9, 10
+_COMPROMISED, _BIN, _AMOUNT, _EPISODE = 8, 9, 10, 11
 _FIELD = 16
 
 
@@ -215,6 +215,8 @@ class Unroller:
         self._rank = np.zeros(n, np.int64)
         self._fraud_class = np.zeros(n, np.int64)
         self._fraud = np.zeros(n, np.int8)
+        self._left = np.zeros(n, np.int64)
+        self._log_rate = profiles[:, AT["rate"]]
         self._amount = np.zeros(n)
         self._classes = np.zeros((n, len(self._fields)), np.int8)
         self._shares = np.zeros((n, len(self._fields)), np.float32)
@@ -260,6 +262,7 @@ class Unroller:
                 self._fraud_class[rows],
                 amount / memory.level[rows],
                 (found.fields[:, self._own] / scale).astype(np.float32),
+                self._left[rows],
             ),
         )
         return found
@@ -361,6 +364,7 @@ class Unroller:
         np.maximum(z, 0, out=z)
         at = memory.fraud_state(rows, time_ms)
         odds = network.product("fraud.weight", z, "fraud.bias")[:m, 0]
+        odds += memory.fraud_baseline(rows, time_ms).astype(np.float32)
         odds += network.table("fraud_state")[at]
         odds += network.table("fraud_slot")[time_ms % DAY_MS // grids.SLOT_MS]
         odds += network.table("fraud_rate") * time_inputs[:m, -1]
@@ -382,6 +386,10 @@ class Unroller:
         amount = self._world.amounts(amount_bin, draw(_AMOUNT), memory.level[rows])
         self._amount[rows] = amount
         self._fraud_class[rows] = fraud_class
+        if self._world.plans_episodes:
+            left = memory.frauds_left(rows, time_ms)
+            begun = self._world.episode_sizes_of(self._log_rate[rows], draw(_EPISODE))
+            self._left[rows] = np.where(left > 0, left, begun) - 1
         over = (fraud_class == LEGITIMATE_CLASS) & (amount > self._world["certain"])
         self._fraud[rows] = np.where(over, OVER_LIMIT, fraud_class)
         self._draw_fields(rows, y, amount_bin, merchant, draw)
@@ -405,7 +413,7 @@ class Unroller:
             day_ms = last[long] - last[long] % DAY_MS + days * DAY_MS
             begin, end = grids.slot_bounds(last[long] + grids.SHORT_EDGES_MS[-1], day_ms)
             slots = network.product("slot.weight", padded(hidden[long]))[: len(long)]
-            slots += grids.slot_baseline(self._world.rhythm, memory.rate[rows[long]], begin, end)
+            slots += memory.slot_baseline(rows[long], begin, end)
             slots += network.table("slot_day")[np.where(days == 0, SAME_DAY, OTHER_DAY)]
             slots += network.table("slot_weekday")[grids.weekday_of(day_ms)]
             slots += network.table("slot_state")[state[long]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +15,18 @@ from model.data.dataset import DatasetError
 from model.evaluation.generator_card import generator_card, plot_histories, rows_of
 from model.evaluation.generator_comparison import GeneratorResults, compare_generator, within
 from model.evaluation.history_views import Histories
+from model.evaluation.kept_parts import KEPT_GENERATOR
 from model.evaluation.lightgbm_reference import MissingRequirementError, lightgbm
 from model.evaluation.plots import require_matplotlib
 from model.evaluation.protocol import ProtocolError
-from model.generator.generator import Generator
+from model.features.account import DEFINITION
+from model.generator.generator import GENERATOR_FORMAT, Generator
 from model.generator.settings import GeneratorError, GeneratorSettings
 from model.generator.train import train_generator
 from model.simulator.handbook import SimulatorError
 from model.training.settings import Report, TrainingError, TrainingSettings
 from model.training.source import DataSource, SimulatedData
+from model.training.work_folder import open_work_folder
 from pipeline.cli.options import EXAMPLE_HINT
 from pipeline.errors import RecurError, SettingsError
 from pipeline.files.column_mapping import load_mapping
@@ -117,6 +121,8 @@ def run_evaluate_generator(
 ) -> GeneratorResults:
     """Compare a generator with real histories; print the table, write results, card and plots.
 
+    An interrupted run goes on where it stopped: ``OUTPUT/comparison.resume/`` has its parts.
+
     Raises:
         RecurError: the options, the data or the installation must be corrected.
     """
@@ -132,30 +138,44 @@ def run_evaluate_generator(
                 epochs=detector_epochs, hidden_size=DETECTOR_HIDDEN_SIZE, seed=seed, forecast=False
             )
         source = _source(file, columns, False, seed, simulation)
+        rival = None
+        if peer is not None:
+            rival = FileData(peer, load_mapping(peer.with_name(peer.name + MAPPING_SUFFIX)))
+        identity = "\n".join(
+            [
+                *(source.identity(), "" if rival is None else rival.identity()),
+                f"{accounts} {settings} {detector} {GENERATOR_FORMAT} {DEFINITION}",
+            ]
+        )
         with (
-            tempfile.TemporaryDirectory(prefix=".work-", dir=output) as work,
+            open_work_folder(output / "comparison", identity) as work,
             TrainingProgress(command="evaluate-generator") as progress,
         ):
+            for name in ("data", "peer"):  # read again: parts are kept, not transactions
+                shutil.rmtree(work / name, ignore_errors=True)
 
             def show(share: float, note: str) -> None:
                 progress.report(Report("reading transactions", _READ_SHARE * share, note))
 
-            log = source.write(Path(work) / "data", show)
-            rivals = None
-            if peer is not None:
-                mapping = load_mapping(peer.with_name(peer.name + MAPPING_SUFFIX))
-                rivals = FileData(peer, mapping).write(Path(work) / "peer", show)
-            results, views, generator = compare_generator(
-                log,
-                "simulated transactions" if file is None else file.name,
-                accounts,
-                settings,
-                detector,
-                Path(work),
-                rivals,
-                within(progress.report, _READ_SHARE, 1.0),
-            )
-        _write(output, results, views, generator, not no_plots)
+            try:
+                log = source.write(work / "data", show)
+                rivals = None if rival is None else rival.write(work / "peer", show)
+                results, views, generator = compare_generator(
+                    log,
+                    "simulated transactions" if file is None else file.name,
+                    accounts,
+                    settings,
+                    detector,
+                    work,
+                    rivals,
+                    within(progress.report, _READ_SHARE, 1.0),
+                )
+            except Exception:
+                if not (work / KEPT_GENERATOR).exists():  # nothing worth resuming
+                    shutil.rmtree(work)
+                raise
+            _write(output, results, views, generator, not no_plots)
+            shutil.rmtree(work)
     except (
         DatasetError,
         GeneratorError,
