@@ -141,7 +141,11 @@ class MerchantKeys:
 
     def note(self, slot: int, transaction_hash: int) -> bytes:
         """Return the key of a transaction's note."""
-        return f"{self.prefix}:note:{{{slot}}}:{transaction_hash:016x}".encode()
+        return self.notes_begin(slot) + b"%016x" % transaction_hash
+
+    def notes_begin(self, slot: int) -> bytes:
+        """Return the prefix of the keys of a slot's notes."""
+        return f"{self.prefix}:note:{{{slot}}}:".encode()
 
     def labels_watermarks(self, slot: int, topic: str, partitions: int) -> list[bytes]:
         """Return the keys of a slot's watermarks, one for each labels partition."""

@@ -212,6 +212,7 @@ class RedisMerchantStore:
         self._redis = RedisClient(client)
         self._keys = keys
         self._profile = lru_cache(KEYS_HELD_MAX)(keys.profile)
+        self._note_place = lru_cache(KEYS_HELD_MAX)(self._place_of_notes)
         self._labels_topic = labels_topic
         self._expiry = b"%d" % EXPIRY_MS
         self._note_expiry = b"%d" % NOTE_EXPIRY_MS
@@ -292,9 +293,13 @@ class RedisMerchantStore:
         """List for each note its key and its merchant's profile."""
         keys: list[bytes] = []
         for note in notes:
-            slot = merchant_slot(note.merchant_id)
-            keys += self._keys.note(slot, note.transaction_hash), self._profile(note.merchant_id)
+            begin, profile = self._note_place(note.merchant_id)
+            keys += begin + b"%016x" % note.transaction_hash, profile
         return keys
+
+    def _place_of_notes(self, merchant_id: str) -> tuple[bytes, bytes]:
+        """Return the begin of the keys of a merchant's notes, and the key of its profile."""
+        return self._keys.notes_begin(merchant_slot(merchant_id)), self._profile(merchant_id)
 
     async def record_labels(
         self, partition: int, labels: Sequence[MerchantLabel], begin: int, end: int
