@@ -28,6 +28,7 @@ from pipeline.local.supervisor import SupervisedProcess
 STARTUP_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 15.0
 READY_POLL_SECONDS = 0.02
+PAUSE_POLL_SECONDS = 0.001
 REPLY_TIMEOUT_SECONDS = 2.0
 
 _LOG_TAIL_LINES = 12
@@ -154,8 +155,15 @@ class Service(ABC):
             self._process.kill()
 
     def pause(self) -> None:
-        """Freeze the service with SIGSTOP: connections stay open, requests stay unanswered."""
-        self._running_process().send_signal(signal.SIGSTOP)
+        """Freeze the service with SIGSTOP: connections stay open, requests stay unanswered.
+
+        A process that runs on another core takes the signal a little later; this waits for it.
+        """
+        process = self._running_process()
+        process.send_signal(signal.SIGSTOP)
+        status = psutil.Process(process.pid).status
+        while process.poll() is None and status() != psutil.STATUS_STOPPED:
+            time.sleep(PAUSE_POLL_SECONDS)
 
     def resume(self) -> None:
         """Continue the service after :meth:`pause`."""
