@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
 from model.generator.grids import SLOT_MS, SLOTS, weekday_of
+from model.generator.times_by_code import TimesByCode
 from model.units import DAY_MS
 
 Floats = NDArray[np.float64]
@@ -42,7 +43,6 @@ _EXCESS_DEVIATIONS = 3.0
 _RHYTHM_LEAST = 0.02
 """Least rate of a half hour, relative to the mean."""
 _SMOOTHINGS = 2
-_ACCOUNT_MS = 1 << 42
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def find_episodes(
     slope = float(np.clip((off * logs).sum() / ((off**2).sum() + prior), 0.0, _SLOPE_MAX))
     shares = np.linspace(_EXTREME_SHARE, 1 - _EXTREME_SHARE, EPISODE_QUANTILES)
     end = np.append(begin[1:], len(order)) - 1
-    spans = _Spans(account[begin].astype(np.int64), time[begin], time[end])
+    spans = _Spans(account[begin], time[begin], time[end])
     sizes = np.quantile(logs - slope * rates, shares)
     rhythm = _rhythm(log, spans, len(order) - len(size), rate, usual)
     return Episodes(left, np.array([slope]), sizes, rhythm)
@@ -107,7 +107,7 @@ def find_episodes(
 class _Spans:
     """Spans [E] of time of accounts, from the first fraud of an episode to its last one."""
 
-    account: Int64
+    account: NDArray[np.int32]
     begin_ms: Int64
     end_ms: Int64
 
@@ -121,17 +121,12 @@ def _rhythm(log: Dataset, spans: _Spans, followed: int, rate: Floats, usual: Flo
         followed: number of frauds that follow another one of their episode.
         rate, usual: see :func:`find_episodes`.
     """
-    row = np.lexsort((log.timestamp_ms, log.account))
-    since = log.timestamp_ms - log.timestamp_ms[0]
-    key = log.account[row].astype(np.int64) * _ACCOUNT_MS + since[row]
-    low, high = (
-        np.searchsorted(key, spans.account * _ACCOUNT_MS + at - log.timestamp_ms[0], side="right")
-        for at in (spans.begin_ms, spans.end_ms)
-    )
+    times = TimesByCode(log.account, log.timestamp_ms)
+    low, high = (times.place(spans.account, at, "right") for at in (spans.begin_ms, spans.end_ms))
     mass = np.diff(usual).reshape(7, SLOTS)
     paid, expected, days = np.zeros(SLOTS), np.zeros(SLOTS), np.zeros(SLOTS)
     for place, account in enumerate(spans.account.tolist()):
-        time = log.timestamp_ms[row[low[place] : high[place]]]
+        time = log.timestamp_ms[times.row[low[place] : high[place]]]
         np.add.at(paid, time // SLOT_MS % SLOTS, 1)
         first, last = spans.begin_ms[place] // SLOT_MS, spans.end_ms[place] // SLOT_MS
         slot = np.arange(first, last + 1)

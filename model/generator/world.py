@@ -18,6 +18,7 @@ from model.data.dataset import FRAUD, Dataset
 from model.generator.episodes import draw_size, find_episodes
 from model.generator.grids import SLOT_MS, SLOTS, weekday_of
 from model.generator.profiles import AT, PROFILE
+from model.generator.times_by_code import TimesByCode
 from model.units import DAY_MS
 
 Floats = NDArray[np.float64]
@@ -72,7 +73,6 @@ _REACHES = np.unique(
 )
 _LATE_DAYS = 14.0
 _UPPER_SHARES = (0.99, 0.994, 0.997, 0.9985, 0.9993, 0.9997, 0.9999)
-_MERCHANT_MS = 1 << 42
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,8 @@ def _compromises(
     fraud_class[fraud] = ACCOUNT_FRAUD
     shuffled = log.merchant.copy()
     shuffled[fraud] = rng.permutation(shuffled[fraud])
-    found, by_chance = _clusters(log, log.merchant), _clusters(log, shuffled)
+    paid = _Payments(log)
+    found, by_chance = _clusters(log, log.merchant, paid), _clusters(log, shuffled, paid)
     kept: dict[bool, list[_Compromise]] = {}
     for hub in (False, True):
         these, those = (
@@ -363,26 +364,21 @@ def _compromises(
     return fraud_class, numbers, np.minimum(middle + 0.5 * (quantiles - middle), DURATION_MAX_DAYS)
 
 
-def _clusters(log: Dataset, merchants: NDArray[np.int32]) -> list[_Compromise]:
+def _clusters(log: Dataset, merchants: NDArray[np.int32], paid: _Payments) -> list[_Compromise]:
     """Return the clusters of frauds at the merchants [N] of the transactions."""
     fraud = np.flatnonzero(log.label == FRAUD)
     order = fraud[np.lexsort((log.timestamp_ms[fraud], merchants[fraud]))]
     time, merchant = log.timestamp_ms[order], merchants[order]
     cut = np.ones(len(order), np.bool_)
     cut[1:] = (np.diff(merchant) != 0) | (np.diff(time) > FRAUD_GAP_DAYS * DAY_MS)
-    by_merchant = np.lexsort((log.timestamp_ms, merchants))
-    first_ms, last_ms = int(log.timestamp_ms[0]), int(log.timestamp_ms[-1])
-    since = log.timestamp_ms - first_ms
-    place = merchants[by_merchant].astype(np.int64) * _MERCHANT_MS + since[by_merchant]
-    paid = _Payments(log)
+    visits, last_ms = TimesByCode(merchants, log.timestamp_ms), int(log.timestamp_ms[-1])
+    low, high = visits.place(merchant, time), visits.place(merchant, time, "right")
     found = []
     for begin, end in zip(np.flatnonzero(cut), [*np.flatnonzero(cut)[1:], len(order)], strict=True):
         rows = order[begin:end]
         if len(rows) < COMPROMISE_FRAUDS_MIN or paid.fraud_elsewhere(rows) > ELSEWHERE_SHARE_MAX:
             continue
-        key = int(merchant[begin]) * _MERCHANT_MS - first_ms
-        there = np.searchsorted(place, [key + time[begin], key + time[end - 1] + 1])
-        share = (end - begin) / max(there[1] - there[0], 1)
+        share = (end - begin) / max(high[end - 1] - low[begin], 1)
         if share < COMPROMISE_SHARE_MIN:
             continue
         count = end - begin
@@ -396,21 +392,19 @@ class _Payments:
     """The payments of a log account by account."""
 
     def __init__(self, log: Dataset) -> None:
-        row = np.lexsort((log.timestamp_ms, log.account))
         self._log = log
-        self._since = log.timestamp_ms - log.timestamp_ms[0]
-        self._place = log.account[row].astype(np.int64) * _MERCHANT_MS + self._since[row]
-        self._frauds = np.concatenate(([0], np.cumsum(log.label[row] == FRAUD)))
+        self._times = TimesByCode(log.account, log.timestamp_ms)
+        self._frauds = np.concatenate(([0], np.cumsum(log.label[self._times.row] == FRAUD)))
 
     def fraud_elsewhere(self, rows: Int64) -> float:
         """Return the share of frauds among the payments of the rows' accounts in their time.
 
         The rows themselves, frauds at one merchant, do not count.
         """
-        account = np.unique(self._log.account[rows]).astype(np.int64) * _MERCHANT_MS
-        since = self._since[rows]
-        low = np.searchsorted(self._place, account + since.min())
-        high = np.searchsorted(self._place, account + since.max(), side="right")
+        account = np.unique(self._log.account[rows])
+        time_ms = self._log.timestamp_ms[rows]
+        low = self._times.place(account, time_ms.min())
+        high = self._times.place(account, time_ms.max(), "right")
         others = int((high - low).sum()) - len(rows)
         frauds = int((self._frauds[high] - self._frauds[low]).sum()) - len(rows)
         return frauds / max(others, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from prometheus_client.parser import text_string_to_metric_families
+
 LATENCY = "recur_score_latency_seconds"
 
 Samples = dict[str, float]
@@ -11,19 +13,16 @@ Samples = dict[str, float]
 
 
 def parse_samples(text: str) -> Samples:
-    r"""Read the samples of a /metrics page, which has no timestamps.
-
-    The parser of prometheus_client takes 3.6 ms instead of 0.1. The demo reads two pages a second.
+    r"""Read the samples of a /metrics page.
 
     >>> parse_samples('# TYPE a counter\na_total 3.0\nb{le="+Inf"} 2.0\n')
     {'a_total': 3.0, 'b{le="+Inf"}': 2.0}
     """
-    samples = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            samples[name] = float(value)
-    return samples
+    return {
+        _printed_name(sample.name, sample.labels): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def buckets(samples: Samples, name: str) -> dict[float, float]:
@@ -59,3 +58,8 @@ def quantile(cumulative: Mapping[float, float], share: float) -> float | None:
             return below_bound + (bound - below_bound) * inside
         below_bound, below_count = bound, count
     return below_bound
+
+
+def _printed_name(name: str, labels: Mapping[str, str]) -> str:
+    printed = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    return f"{name}{{{printed}}}" if printed else name
