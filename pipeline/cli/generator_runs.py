@@ -24,6 +24,7 @@ from model.generator.generator import GENERATOR_FORMAT, Generator
 from model.generator.settings import GeneratorError, GeneratorSettings
 from model.generator.train import train_generator
 from model.simulator.handbook import SimulatorError
+from model.training.loop import RECIPE
 from model.training.settings import Report, TrainingError, TrainingSettings
 from model.training.source import DataSource, SimulatedData
 from model.training.work_folder import open_work_folder
@@ -144,7 +145,7 @@ def run_evaluate_generator(
         identity = "\n".join(
             [
                 *(source.identity(), "" if rival is None else rival.identity()),
-                f"{accounts} {settings} {detector} {GENERATOR_FORMAT} {DEFINITION}",
+                f"{accounts} {settings} {detector} {GENERATOR_FORMAT} {DEFINITION} {RECIPE}",
             ]
         )
         with (
