@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.data.dataset import Dataset
-from model.units import DAY_MS
+from model.units import DAY_MS, HOUR_MS
 
 Floats = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -28,7 +28,6 @@ Each account is judged alone. How many accounts a merchant has is a mark of the 
 two groups of real accounts can be told apart. It is a distance of its own instead.
 """
 
-HOUR_MS = 3_600_000
 SINCE_NEVER = 8.0
 
 

@@ -198,7 +198,7 @@ def _check(
         and world.episode_rhythm.shape == (planned * SLOTS,)
         and world.numbers.shape == (len(NUMBERS),)
         and world.profile_mean.shape == world.profile_scale.shape == (places,)
-        and world.rhythm.shape == (7 * 48 + 1,)
+        and world.rhythm.shape == (7 * SLOTS + 1,)
         and world.ratio_edges.shape == (sizes.amounts + 1,)
         and world.group_shares.shape == (sizes.groups,)
         and world.hub_groups.shape == world.hub_shares.shape

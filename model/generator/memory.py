@@ -15,15 +15,13 @@ from model.generator import grids
 from model.generator.episodes import EPISODE_DAYS
 from model.generator.profiles import AT, PROFILE
 from model.generator.world import ACCOUNT_FRAUD, MERCHANT_FRAUD, SharedWorld
-from model.units import DAY_MS
+from model.units import DAY_MS, HOUR_MS
 
 Floats = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.intp]
-
-HOUR_MS = 3_600_000
 
 FIELD_BINS = 33
 """Most classes of an extra field; the last one is every other value."""
@@ -107,7 +105,8 @@ class Memory:
         beside = world.episode_rhythm
         pace = float(beside.mean()) if len(beside) else 0.0
         week = np.tile(beside / max(pace, 1e-9) / grids.SLOTS, 7)
-        self._thief = np.concatenate(([0.0], np.cumsum(week))), pace  # integral, payments a day
+        self._thief_pace = pace  # payments a day
+        self._thief_rhythm = np.concatenate(([0.0], np.cumsum(week)))  # integral, as the world's
         self.level = np.exp(profiles[:, AT["level"]])
         self.rate = np.exp(profiles[:, AT["rate"]])
         self.reach = np.maximum(np.round(np.exp(profiles[:, AT["reach"]])), 1)
@@ -214,10 +213,9 @@ class Memory:
         beside: Floats | float = 0.0
         thief = self._thief_at_work(rows)
         if thief.any():
-            cumulative, pace = self._thief
             beside = np.zeros(edges.shape)
-            passed = grids.expected_visits(cumulative, edges[thief])
-            beside[thief] = pace * (passed - passed[:, :1])
+            passed = grids.expected_visits(self._thief_rhythm, edges[thief])
+            beside[thief] = self._thief_pace * (passed - passed[:, :1])
         return edges, grids.time_baseline(self.world.rhythm, self.rate[rows], edges, beside)
 
     def slot_baseline(self, rows: Rows, begin_ms: Int64, end_ms: Int64) -> Float32:
@@ -233,7 +231,7 @@ class Memory:
 
         In calm, only how they differ by the half hour counts.
         """
-        pace = self._thief[1]
+        pace = self._thief_pace
         if not pace:
             return np.zeros(len(rows))
         slot = time_ms // grids.SLOT_MS % grids.SLOTS
@@ -245,7 +243,7 @@ class Memory:
 
     def _thief_at_work(self, rows: Rows) -> Bools:
         """Return in which accounts [m] a thief pays beside the owner."""
-        if not self._thief[1]:
+        if not self._thief_pace:
             return np.zeros(len(rows), np.bool_)
         return np.asarray(self.frauds_left(rows, self.last_ms[rows]) > 0)
 

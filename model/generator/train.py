@@ -282,11 +282,10 @@ def step_losses(
         torch.from_numpy(lessons.targets[rows].astype(np.int64)),
         torch.from_numpy(lessons.fields[rows]),
         torch.from_numpy(lessons.hub_edge[rows]),
-        tuple(
-            of(base)
-            for base in (
-                *(lessons.time_base, lessons.slot_base),
-                *(lessons.fraud_base, lessons.merchant_base),
-            )
+        (
+            of(lessons.time_base),
+            of(lessons.slot_base),
+            of(lessons.fraud_base),
+            of(lessons.merchant_base),
         ),
     )

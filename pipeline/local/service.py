@@ -157,7 +157,7 @@ class Service(ABC):
     def pause(self) -> None:
         """Freeze the service with SIGSTOP: connections stay open, requests stay unanswered.
 
-        A process that runs on another core takes the signal a little later; this waits for it.
+        The supervisor forwards the signal; this waits until it has taken effect.
         """
         process = self._running_process()
         process.send_signal(signal.SIGSTOP)
