@@ -26,14 +26,14 @@ class TimesByCode:
 
     def __init__(self, code: NDArray[np.int32], time_ms: Int64) -> None:
         self.row = np.lexsort((time_ms, code))
-        self._first_ms = time_ms[0]
+        self._first_ms = int(time_ms[0])
         self._key = self._key_of(code[self.row], time_ms[self.row])
 
     def place(
         self, code: NDArray[np.int32], time_ms: Int64, side: Literal["left", "right"] = "left"
     ) -> Int64:
         """Return the places [n] of times [n] of codes [n]; right: after equal times."""
-        return np.asarray(np.searchsorted(self._key, self._key_of(code, time_ms), side))
+        return np.searchsorted(self._key, self._key_of(code, time_ms), side)
 
     def _key_of(self, code: NDArray[np.int32], time_ms: Int64) -> Int64:
         return code.astype(np.int64) * _CODE_MS + (time_ms - self._first_ms)
