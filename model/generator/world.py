@@ -19,7 +19,7 @@ from model.generator.episodes import draw_size, find_episodes
 from model.generator.grids import SLOT_MS, SLOTS, weekday_of
 from model.generator.profiles import AT, PROFILE
 from model.generator.times_by_code import TimesByCode
-from model.units import DAY_MS
+from model.units import DAY_MS, HOUR_MS
 
 Floats = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -489,7 +489,7 @@ def _profiles(
         theft[silent] = theft[rng.choice(hit, len(silent))]
     order = np.lexsort((log.timestamp_ms, account))
     same = np.diff(account[order]) == 0
-    short = same & (np.diff(log.timestamp_ms[order]) < 3_600_000)
+    short = same & (np.diff(log.timestamp_ms[order]) < HOUR_MS)
     gaps = np.bincount(account[order][1:][same], minlength=accounts)
     bursts = np.bincount(account[order][1:][short], minlength=accounts) / np.maximum(gaps, 1)
 

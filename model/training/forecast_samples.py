@@ -21,7 +21,7 @@ from model.forecast.inputs import AskedStates, asked_states, weekday_of
 from model.forecast.shape import DAYS_MAX
 from model.stepper import Stepper
 from model.training.sequences import Sequences
-from model.units import DAY_MS
+from model.units import DAY_MS, HOUR_MS
 
 ACCOUNTS_MAX = 20_000
 """Most accounts from which samples are taken. Above it, a random sample."""
@@ -29,7 +29,7 @@ ACCOUNTS_MAX = 20_000
 TRANSACTIONS_MAX = 4_000_000
 """Most transactions that are stepped through for one set of samples; fewer accounts then."""
 
-SHORTEST_AGE_MS = 3_600_000
+SHORTEST_AGE_MS = HOUR_MS
 """Shortest time from an account's first payment to the moment of asking."""
 
 Rows = NDArray[np.intp]

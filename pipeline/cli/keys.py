@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from model.units import DAY_MS, HOUR_MS, MINUTE_MS
 from pipeline.errors import SettingsError
 from pipeline.settings import load_settings
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCOPE_NAMES = ("score", "label", "read", "admin")
-_DURATION_MS = {"min": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DURATION_MS = {"min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 EXPIRY_MAX_DAYS = 36_500
 
 unaudited_option = click.option(

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
+from model.units import DAY_SECONDS, HOUR_MS, HOUR_SECONDS, MINUTE_SECONDS, SECOND_MS
 from pipeline.errors import SettingsError
 from pipeline.messages.decoding import encode_json
 from pipeline.progress import Bar
@@ -22,7 +23,7 @@ from pipeline.tracing.topic_search import TopicSearch
 PROGRESS_AFTER_SECONDS = 2.0
 """A search that takes longer shows its progress."""
 
-UNIT_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+UNIT_SECONDS = {"s": 1, "m": MINUTE_SECONDS, "h": HOUR_SECONDS, "d": DAY_SECONDS}
 _DURATION = re.compile(r"(\d{1,6})([smhd])")
 
 
@@ -156,11 +157,11 @@ def _ms(interval_ms: int | None) -> str:
     if interval_ms is None:
         return "-"
     size = abs(interval_ms)
-    if size < 1_000:
+    if size < SECOND_MS:
         return f"{interval_ms} ms"
-    if size < 3_600_000:
-        return f"{interval_ms / 1_000:,.1f} s"
-    return f"{interval_ms / 3_600_000:,.1f} h"
+    if size < HOUR_MS:
+        return f"{interval_ms / SECOND_MS:,.1f} s"
+    return f"{interval_ms / HOUR_MS:,.1f} h"
 
 
 class _LateProgress:
