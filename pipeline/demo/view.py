@@ -386,8 +386,7 @@ def _alerts(scene: Scene, narrow: bool, lines: int) -> Group:
         for i in columns[:-1]:
             row[i].align("right" if ALERT_COLUMNS[i] in ALERT_NUMBERS else "left", widths[i])
     drawn = [
-        Text("  ", no_wrap=True, overflow="ellipsis").join(row[i] for i in columns)
-        for row in rows
+        Text("  ", no_wrap=True, overflow="ellipsis").join(row[i] for i in columns) for row in rows
     ]
     return Group(*drawn, *[Text("")] * (lines + 1 - len(drawn)))
 
