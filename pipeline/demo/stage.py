@@ -18,6 +18,7 @@ from pipeline.demo.labels import DelayedLabels
 from pipeline.demo.view import ALERT_LINES_MAX, AlertLine, Display, Scene, clock, milliseconds
 from pipeline.errors import ServiceError
 from pipeline.local.embedded import Services
+from pipeline.local.worker_metrics import LATENCY, PARTITIONS, TRANSACTIONS
 from pipeline.local.workers import LocalGateway, WorkerProcess
 from pipeline.messages.scores import decode_alert
 from pipeline.replay.producer import Block, Feed, ahead
@@ -30,6 +31,8 @@ STALL_SECONDS = 60.0
 FRAME_SECONDS = 0.25
 _VISITOR_MARK = f'"{VISITOR_PREFIX}'.encode()
 SCRAPE_SECONDS = 1.0
+SCRAPED = (f"{LATENCY}_bucket", TRANSACTIONS, PARTITIONS)
+"""Samples that a scrape reads: a whole page takes a worker and the demo some milliseconds each."""
 
 
 @dataclass(slots=True)
@@ -334,7 +337,11 @@ class Stage:
     async def _scrape(self) -> None:
         self._last_scrape = time.monotonic()
         await asyncio.gather(
-            *(worker.refresh() for worker in self._workers if worker.number not in self._dead)
+            *(
+                worker.refresh(SCRAPED)
+                for worker in self._workers
+                if worker.number not in self._dead
+            )
         )
         self._latency.record()
 

@@ -17,6 +17,7 @@ from model.units import DAY_MS
 from pipeline.demo.http_traffic import HttpFigures
 from pipeline.demo.stage import Phase, Stage
 from pipeline.demo.view import DemoSummary, DetectionRate, milliseconds
+from pipeline.local.worker_metrics import PARTITIONS, TRANSACTIONS
 from pipeline.local.workers import WorkerProcess
 from pipeline.settings import Settings
 from pipeline.storage.keys import MerchantKeys
@@ -141,8 +142,8 @@ def _each(sizes: list[int]) -> str:
 
 def _worker(worker: WorkerProcess) -> str:
     samples = worker.samples
-    scored = samples.get("recur_transactions_total", 0.0)
-    partitions = samples.get("recur_partitions_assigned", 0.0)
+    scored = samples.get(TRANSACTIONS, 0.0)
+    partitions = samples.get(PARTITIONS, 0.0)
     parts = [f"{worker.name}: {scored:,.0f} transactions", f"{partitions:.0f} partitions"]
     memory_mb = _resident_mb(worker.process.pid)
     if memory_mb is not None and worker.death is None:

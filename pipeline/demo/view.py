@@ -28,6 +28,11 @@ PROGRESS_WIDTH = 28
 NARROW = 76
 """Width under which the view omits merchants and second columns."""
 
+ALERT_COLUMNS = ("alerts", "account", "merchant", "amount", "score", "decision", "truth")
+ALERT_WIDTHS_MIN = {"alerts": 13, "amount": 9, "decision": 8}
+ALERT_NUMBERS = {"alerts", "amount", "score"}
+"""Columns on the right edge of their width; the first one holds the simulated time of day."""
+
 _SPARKS = "▁▂▃▄▅▆▇█"
 _DASH = "–"
 
@@ -356,37 +361,34 @@ def _curve(scene: Scene, width: int) -> Text:
     return Text.assemble((f"{'out':>13} ", "dim"), (sparks, "cyan"), no_wrap=True, overflow="crop")
 
 
-def _alerts(scene: Scene, narrow: bool, lines: int) -> RenderableType:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", min_width=13, justify="right")  # simulated time of day
-    grid.add_column(no_wrap=True)
-    if not narrow:
-        grid.add_column(no_wrap=True)
-    grid.add_column(justify="right", min_width=9)
-    grid.add_column(justify="right")
-    grid.add_column(min_width=8)
-    grid.add_column(no_wrap=True)
-    names = ["alerts", "account", "merchant", "amount", "score", "decision", "truth"]
-    if narrow:
-        names.remove("merchant")
-    grid.add_row(*(Text(name, "dim") for name in names))
+def _alerts(scene: Scene, narrow: bool, lines: int) -> Group:
+    """Draw the last alerts; a table of Rich would take ten times as long as these lines."""
+    rows = [[Text(name, "dim") for name in ALERT_COLUMNS]]
     for alert in list(scene.recent)[:lines]:
         when = datetime.fromtimestamp(alert.event_ms / 1000, UTC)
-        cells: list[RenderableType] = [
-            f"{when:%H:%M:%S}",
-            alert.account_id,
-            alert.merchant_id,
-            f"{alert.amount:,.2f}",
-            Text(f"{alert.score:.3f}", "bold"),
-            alert.decision,
-            truth(alert.scenario),
-        ]
-        if narrow:
-            del cells[2]
-        grid.add_row(*cells)
-    for _ in range(lines - len(scene.recent)):
-        grid.add_row("")
-    return grid
+        rows.append(
+            [
+                Text(f"{when:%H:%M:%S}", "dim"),
+                Text(alert.account_id),
+                Text(alert.merchant_id),
+                Text(f"{alert.amount:,.2f}"),
+                Text(f"{alert.score:.3f}", "bold"),
+                Text(alert.decision),
+                truth(alert.scenario),
+            ]
+        )
+    columns = [i for i, name in enumerate(ALERT_COLUMNS) if not (narrow and name == "merchant")]
+    widths = [
+        max(ALERT_WIDTHS_MIN.get(name, 0), *(row[i].cell_len for row in rows))
+        for i, name in enumerate(ALERT_COLUMNS)
+    ]
+    for row in rows:
+        for i in columns[:-1]:
+            row[i].align("right" if ALERT_COLUMNS[i] in ALERT_NUMBERS else "left", widths[i])
+    drawn = [
+        Text("  ", no_wrap=True, overflow="ellipsis").join(row[i] for i in columns) for row in rows
+    ]
+    return Group(*drawn, *[Text("")] * (lines + 1 - len(drawn)))
 
 
 def truth(scenario: int) -> Text:

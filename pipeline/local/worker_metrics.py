@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 LATENCY = "recur_score_latency_seconds"
+PARTITIONS = "recur_partitions_assigned"
+TRANSACTIONS = "recur_transactions_total"
 
 Samples = dict[str, float]
 """Sample name with labels, as /metrics prints it, to its value."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pipeline
 from pipeline.errors import ServiceError
@@ -84,11 +85,13 @@ class WorkerProcess:
         status, _ = await _get(self.host, self.port, "/ready")
         return status == 200
 
-    async def refresh(self) -> None:
-        """Read /metrics; keep the old samples if there is no answer."""
-        status, body = await _get(self.host, self.port, "/metrics")
+    async def refresh(self, names: Sequence[str] = ()) -> None:
+        """Read /metrics, or the samples with these names; keep old samples without an answer."""
+        query = urlencode([("name[]", name) for name in names])
+        status, body = await _get(self.host, self.port, f"/metrics?{query}")
         if status == 200:
-            self.samples = parse_samples(body)
+            read = parse_samples(body)
+            self.samples = self.samples | read if names else read
 
     async def stop(self) -> int:
         """Send SIGTERM, then SIGKILL after a limit, and return the exit status."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
@@ -29,6 +30,9 @@ CHECK_SECONDS = 0.5
 
 GRACE_SECONDS = 2.0
 """Time from `/live` turning false to the end of the process."""
+
+NAME_PARAMETER = "name[]"
+"""Parameter of `/metrics`, as in Prometheus's own clients: a sample's name, without labels."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -119,8 +123,9 @@ class HttpServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == "/metrics":
-                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(metrics.registry))
+                if urlsplit(self.path).path == "/metrics":
+                    page = _page(metrics.registry, urlsplit(self.path).query)
+                    self._answer(200, CONTENT_TYPE_LATEST, page)
                 elif self.path == "/live":
                     live = health.live
                     stalled = round(health.stalled_seconds(), 1)
@@ -146,3 +151,14 @@ class HttpServer:
                 """Log no line for each request."""
 
         return Handler
+
+
+def _page(registry: CollectorRegistry, query: str) -> bytes:
+    """Print all samples, or only those with a name that the query asks for as ``name[]``.
+
+    A whole page holds the interpreter's lock for milliseconds, in which no poll is computed.
+    """
+    names = parse_qs(query).get(NAME_PARAMETER)
+    if names is None:
+        return generate_latest(registry)
+    return generate_latest(registry.restricted_registry(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -91,6 +92,21 @@ def test_80_by_24_shows_everything() -> None:
 
 def test_the_number_of_alerts_does_not_move_the_lines_below() -> None:
     assert len(drawn(80, 24, 0)) == len(drawn(80, 24, 5)) == len(drawn(80, 24, 20))
+
+
+def test_alerts_stand_in_columns_whatever_their_amounts_are() -> None:
+    shown = scene()
+    shown.recent = [ALERT, replace(ALERT, amount=1_234_567.25, decision="review")]
+    file = io.StringIO()
+    Console(file=file, width=100, color_system=None).print(render(shown, 100, 30))
+    header, *alerts = (line for line in file.getvalue().splitlines() if "0.973" in line
+                       or "decision" in line)  # fmt: skip
+
+    end = header.index("amount") + len("amount")
+    assert [line[end - 12 : end].strip() for line in alerts] == ["1,812.40", "1,234,567.25"]
+    for line in alerts:
+        assert line.index("A0001234") == header.index("account")
+        assert line.index("skimmed terminal") == header.index("truth")
 
 
 def test_plain_output_is_text_without_many_lines() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,12 +11,15 @@ import urllib.request
 from collections.abc import Iterator
 from functools import partialmethod
 from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.errors import StartupError
+from pipeline.local.workers import WorkerProcess
 from pipeline.scoring.health import Health
 from pipeline.scoring.metrics import Metrics
 from pipeline.worker import http_server as http_server_module
@@ -77,6 +81,29 @@ def test_metrics_can_be_scraped(server: Server) -> None:
     found = {s.name: s.value for f in text_string_to_metric_families(body) for s in f.samples}
     assert found["recur_duplicate_transactions_total"] == 3
     assert found["recur_score_latency_seconds_count"] == 2
+
+
+def test_a_reader_may_ask_for_samples_by_name_and_keeps_what_it_read_before(
+    server: Server,
+) -> None:
+    server.metrics.duplicate_transactions.inc(3)
+    server.metrics.latency.observe([0.002, 0.5])
+    host, _, port = server.http_server.address.partition(":")
+    process: Any = None
+    worker = WorkerProcess(1, process, host, int(port), Path("worker.log"))
+    asyncio.run(worker.refresh())
+    server.metrics.duplicate_transactions.inc(4)
+    server.metrics.latency.observe([0.002])
+
+    _, _, page = server.get("/metrics?name[]=recur_score_latency_seconds_bucket")
+    asyncio.run(worker.refresh(["recur_score_latency_seconds_bucket"]))
+
+    names = {s.name for f in text_string_to_metric_families(page) for s in f.samples}
+    assert names == {"recur_score_latency_seconds_bucket"}
+    assert worker.samples['recur_score_latency_seconds_bucket{le="+Inf"}'] == 3
+    assert worker.samples["recur_duplicate_transactions_total"] == 3
+    asyncio.run(worker.refresh())
+    assert worker.samples["recur_duplicate_transactions_total"] == 7
 
 
 def test_ready_names_what_is_missing(server: Server) -> None:
