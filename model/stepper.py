@@ -167,11 +167,11 @@ class _Cell:
         size = self._size = w_hh.shape[1]
         gates = slice(2 * size)  # nn.GRU stacks r, z and n
         new = slice(2 * size, None)
-        self._below, self._hidden = w_ih.T.copy(), w_hh.T.copy()  # [X, 3 H], [H, 3 H]
-        self._bias, self._new_bias = b_ih.copy(), b_hh[new]  # [3 H], [H]
-        self._bias[gates] += b_hh[gates]
-        for halved in (self._below, self._hidden, self._bias):
-            halved[..., gates] *= _HALF
+        # Gates and n apart: NumPy takes three times as long in a part of each row.
+        self._below_gates, self._below_new = w_ih[gates].T * _HALF, w_ih[new].T.copy()  # [X, .]
+        self._hidden_gates, self._hidden_new = w_hh[gates].T * _HALF, w_hh[new].T.copy()  # [H, .]
+        self._gates_bias = (b_ih[gates] + b_hh[gates]) * _HALF
+        self._below_bias, self._hidden_bias = b_ih[new], b_hh[new]
 
     def step(self, below: Float32, hidden: Float32, after: Float32) -> Float32:
         """Compute ``h' = n + z (h - n)`` with ``n = tanh(W x + r (U h))``.
@@ -182,17 +182,17 @@ class _Cell:
             after: [n, H], for the result.
         """
         size = self._size
-        sums = below @ self._below  # [n, 3 H]
-        sums += self._bias
-        recurrent = hidden @ self._hidden  # [n, 3 H]
-        gates, new = sums[:, : 2 * size], sums[:, 2 * size :]
-        gates += recurrent[:, : 2 * size]
+        gates = below @ self._below_gates  # [n, 2 H]
+        gates += self._gates_bias
+        gates += hidden @ self._hidden_gates
         np.tanh(gates, out=gates)
         gates *= _HALF
         gates += _HALF
-        kept = recurrent[:, 2 * size :]
-        kept += self._new_bias
+        kept = hidden @ self._hidden_new  # [n, H]
+        kept += self._hidden_bias
         kept *= gates[:, :size]
+        new = below @ self._below_new  # [n, H]
+        new += self._below_bias
         new += kept
         np.tanh(new, out=new)
         np.subtract(hidden, new, out=after)

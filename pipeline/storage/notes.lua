@@ -8,11 +8,13 @@
 -- A fraud that such a label recorded gets the weight of the new note.
 -- It sets first and looks afterwards, because almost always there is no note: one call.
 local function write_notes(keys, first, expiry, scored)
+  local call, place = redis.call, first - 2
   for at = 1, #scored, 11 do
-    local place = first + 2 * (at - 1) / 11
+    place = place + 2
     local key, profile = keys[place], keys[place + 1]
-    local id, note = string.sub(scored, at, at + 7), string.sub(scored, at + 8, at + 10)
-    if not redis.call('SET', key, note, 'NX', 'PX', expiry) then
+    local note = string.sub(scored, at + 8, at + 10)
+    if not call('SET', key, note, 'NX', 'PX', expiry) then
+      local id = string.sub(scored, at, at + 7)
       local before = redis.call('GET', key)
       if before and #before == LABELLED_NOTE_BYTES then
         if string.byte(before, 3) == 1 then

@@ -19,7 +19,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from pipeline.local.redis import Redis
 from pipeline.settings import load_settings
 from pipeline.storage.client import RedisClient, StoreUnavailableError, redis_client
-from pipeline.storage.connection import HeldConnection
+from pipeline.storage.connection import LENGTHS_KEPT, LONG_COMMAND, HeldConnection, pack
 from pipeline.storage.script import Script
 
 TIMEOUT_SECONDS = 0.5
@@ -346,3 +346,11 @@ def test_a_server_that_became_a_replica_is_left() -> None:
 
     with Redis() as first, Redis() as second:
         run(lambda: with_client(first, go))
+
+
+@pytest.mark.parametrize("arguments", [1, LONG_COMMAND - 2, LONG_COMMAND - 1, 3 * LONG_COMMAND])
+def test_a_command_of_any_length_is_packed_as_hiredis_does(arguments: int) -> None:
+    values = [b"", b"\r\n", b"x" * LENGTHS_KEPT, b"y" * 70_000, b"\x00\xff"]
+    command: tuple[str | bytes, ...] = "MGET", *[values[i % 5] for i in range(arguments)]
+
+    assert pack(command) == hiredis.pack_command(command)  # type: ignore[arg-type]
