@@ -26,6 +26,7 @@ from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     ProducerFenced,
+    UnknownError,
 )
 
 from pipeline.errors import RecurError
@@ -59,8 +60,13 @@ FENCED: tuple[type[KafkaError], ...] = (
     InvalidProducerEpoch,
     InvalidProducerIdMapping,
     InvalidTxnState,
+    UnknownError,
 )
-"""Errors of a producer whose id has a newer one, or whose transaction or id the broker dropped."""
+"""Errors of a producer whose id has a newer one, or whose transaction or id the broker dropped.
+
+A broker that is just fencing a producer answers the end of its transaction with an unknown error:
+it takes the state in between for illegal. The outcome is then unknown, and the next take of the
+partition finds it out."""
 
 
 class BatchTooLargeError(Exception):
