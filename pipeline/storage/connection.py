@@ -28,6 +28,9 @@ _INCOMPLETE = object()
 LONG_COMMAND = 32
 """Number of arguments from which :func:`pack` is faster than hiredis."""
 
+LENGTHS_KEPT = 1_024
+"""Arguments under this length have their lines before them kept."""
+
 
 class _Lengths(dict[int, bytes]):
     """The line before an argument, by the argument's length; short ones are kept."""
@@ -39,7 +42,6 @@ class _Lengths(dict[int, bytes]):
         return line
 
 
-LENGTHS_KEPT = 1_024
 _line_of_length = _Lengths().__getitem__
 
 

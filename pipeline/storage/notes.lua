@@ -15,24 +15,24 @@ local function write_notes(keys, first, expiry, scored)
     local note = string.sub(scored, at + 8, at + 10)
     if not call('SET', key, note, 'NX', 'PX', expiry) then
       local id = string.sub(scored, at, at + 7)
-      local before = redis.call('GET', key)
+      local before = call('GET', key)
       if before and #before == LABELLED_NOTE_BYTES then
         if string.byte(before, 3) == 1 then
           note = string.sub(note, 1, 1) .. string.sub(before, 2, 3)
         elseif string.byte(before, 2) ~= string.byte(note, 2) then
-          local value = redis.call('GET', profile)
+          local value = call('GET', profile)
           if value and #value > FIXED_BYTES and string.byte(value) == PROFILE_FORMAT
               and (#value - FIXED_BYTES) % FRAUD_BYTES == 0 then
             for entry = FIXED_BYTES + 1, #value, FRAUD_BYTES do
               if string.sub(value, entry, entry + 7) == id then
-                redis.call('SETRANGE', profile, entry + 11, string.sub(note, 2, 2))
+                call('SETRANGE', profile, entry + 11, string.sub(note, 2, 2))
               end
             end
           end
         end
         note = note .. string.sub(before, 4)
       end
-      redis.call('SET', key, note, 'PX', expiry)
+      call('SET', key, note, 'PX', expiry)
     end
   end
 end

@@ -123,8 +123,9 @@ class HttpServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if urlsplit(self.path).path == "/metrics":
-                    page = _page(metrics.registry, urlsplit(self.path).query)
+                asked = urlsplit(self.path)
+                if asked.path == "/metrics":
+                    page = _page(metrics.registry, asked.query)
                     self._answer(200, CONTENT_TYPE_LATEST, page)
                 elif self.path == "/live":
                     live = health.live
