@@ -74,7 +74,10 @@ class BatchTooLargeError(Exception):
 
 
 class FencedError(Exception):
-    """Another worker has taken the partition: the output is not committed."""
+    """Another worker has taken the partition, or may have: the output is not known to be committed.
+
+    The next take of the partition finds out.
+    """
 
 
 class DeadLetterRefusedError(Exception):
@@ -125,7 +128,7 @@ class PartitionProducer(KafkaProducer):
             the offsets of the scores.
 
         Raises:
-            FencedError: nothing is committed.
+            FencedError: nothing is committed, as far as is known; take the partition again.
             BatchTooLargeError: nothing is committed; retry with a producer of smaller batches.
             DeadLetterRefusedError: nothing is committed; retry with ``dead_letters_first``.
             PublishError: the broker refuses the output, or its outcome is unknown.
