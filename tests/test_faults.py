@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -94,7 +94,9 @@ class UnnoticedRecreation(TopicRecreated):
             for partition, value in (
                 await store.watermarks(harness.settings.topic_partitions)
             ).items():
-                mark = replace(Watermark.from_bytes(value), log_id=NO_ID, next_offset=20)
+                mark = msgspec.structs.replace(
+                    Watermark.from_bytes(value), log_id=NO_ID, next_offset=20
+                )
                 (is_saved,) = await store.save([Save(partition, value, mark.to_bytes(), [], [])])
                 assert is_saved
         finally:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 from rich.console import Console
 
@@ -267,7 +268,9 @@ class Repartition:
                 (loaded,) = await self._store.load([Load(partition, [])])
                 mark = marks.get(partition)
                 if mark is not None:
-                    new_mark = replace(mark, partitions=after, writer=secrets.randbits(64))
+                    new_mark = msgspec.structs.replace(
+                        mark, partitions=after, writer=secrets.randbits(64)
+                    )
                 else:
                     scores = await logs.bounds(self._scores_topic, partition)
                     begin = (await logs.bounds(self._topic, partition)).begin

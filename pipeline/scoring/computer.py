@@ -191,7 +191,10 @@ class PollComputer:
             if merchant_raw is not None:
                 _take_published(merchant_raw, part, published)
             self._metrics.scores_recovered.inc(len(published))
-        return LoadedPart(part, owned, begin, values, found.loaded_rows, merchant_raw, published)
+        end = max(part.chunk.end, begin)
+        return LoadedPart(
+            part, owned, begin, end, values, found.loaded_rows, merchant_raw, published
+        )
 
     def _drop_applied(self, part: DecodedPart, begin: int) -> DecodedPart:
         """Drop records before the watermark."""

@@ -7,13 +7,13 @@ transactions in one bucket. A worker of live transactions loads a merchant once 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from model.features.merchant import MERCHANT_FEATURES, observe_merchants, present_bucket
-from pipeline.scoring.metrics import Metrics
+from pipeline.scoring.metrics import Metrics, add
 from pipeline.storage.merchant_profile import decode_profiles
 
 M = len(MERCHANT_FEATURES)
@@ -21,8 +21,7 @@ NONE_SEEN = -1
 """Bucket number that no transaction has."""
 
 
-@dataclass(frozen=True)
-class BatchMerchantFeatures:
+class BatchMerchantFeatures(msgspec.Struct, frozen=True, eq=False):
     """Features of a micro-batch's merchants; those not in memory must still be loaded.
 
     Attributes:
@@ -56,7 +55,7 @@ class MerchantFeatureCache:
         label_delay_ms: int,
         size_max: int,
     ) -> None:
-        self._metrics = metrics
+        self._counters = metrics.profile_results
         self._label_delay_ms = label_delay_ms
         self._size_max = size_max
         self._row_of: dict[str, int] = {}
@@ -72,7 +71,7 @@ class MerchantFeatureCache:
         get = self._row_of.get
         row = np.array([get(merchant, unknown) for merchant in merchant_ids], np.intp)
         missing = np.flatnonzero(self._present[row] != present_bucket(timestamp_ms))
-        self._metrics.profiles.labels("cached").inc(len(row) - len(missing))
+        add(self._counters["cached"], len(row) - len(missing))
         place_of: dict[str, int] = {}
         place = [place_of.setdefault(merchant_ids[i], len(place_of)) for i in missing.tolist()]
         return BatchMerchantFeatures(
@@ -95,10 +94,9 @@ class MerchantFeatureCache:
         features.raw[features.missing] = raw
         self._put(features.merchant_ids, place, present_bucket(times), raw)
         absent = values.count(None)
-        counter = self._metrics.profiles
-        counter.labels("invalid").inc(invalid)
-        counter.labels("missing").inc(absent)
-        counter.labels("loaded").inc(len(values) - absent - invalid)
+        add(self._counters["invalid"], invalid)
+        add(self._counters["missing"], absent)
+        add(self._counters["loaded"], len(values) - absent - invalid)
 
     def _put(
         self,

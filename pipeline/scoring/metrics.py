@@ -263,6 +263,7 @@ class Metrics:
             "recur_stage_duration_seconds", "Time of a micro-batch in a stage",
             STAGE_BUCKETS_SECONDS, registry, ("stage", STAGES),
         )  # fmt: skip
+        self._timers = {stage: _Timer(self.stage.labels(stage)) for stage in STAGES}
         self.latency = BatchHistogram(
             "recur_score_latency_seconds",
             "From the record's CreateTime to the acknowledged score; at most a day old",
@@ -345,18 +346,16 @@ class Metrics:
             self.alerts.labels(decision)
         for reason in REASONS:
             self.rejected.labels(reason)
-        for direction in SKEWS:
-            self.event_time_skew.labels(direction)
+        self.skews = {direction: self.event_time_skew.labels(direction) for direction in SKEWS}
         for label in LABELS:
             for decision in (*DECISIONS, UNKNOWN):
                 self.labels.labels(label, decision)
-        for result in PROFILE_RESULTS:
-            self.profiles.labels(result)
+        self.profile_results = {result: self.profiles.labels(result) for result in PROFILE_RESULTS}
         self.state_results = {result: self.states.labels(result) for result in STATE_RESULTS}
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Observe the duration of a stage, one of :data:`STAGES`."""
-        return _Timer(self.stage.labels(stage))
+        """Observe the duration of a stage, one of :data:`STAGES`, for one poll at a time."""
+        return self._timers[stage]
 
 
 def add(counter: Counter, amount: int) -> None:

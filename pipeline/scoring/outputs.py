@@ -72,8 +72,13 @@ class _Draft:
 
     def finish(self) -> DecidedPart:
         """Return the part with its output."""
+        loaded = self.part.loaded
         return DecidedPart(
             self.part,
+            loaded.decoded.partition,
+            loaded.owned,
+            loaded.decoded,
+            loaded.end,
             self.new,
             self.scored_count,
             self.scores,

@@ -6,8 +6,8 @@ This is pure computation on columns; the processor does the input and output.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,8 +21,7 @@ from pipeline.settings import Settings
 from pipeline.storage.account_state import RECENT_IDS, AccountStates, StateCodec
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(msgspec.Struct, frozen=True, eq=False):
     """The transactions of a poll as columns, in log order within each partition.
 
     Attributes:
@@ -65,8 +64,7 @@ class MicroBatch:
         )
 
 
-@dataclass(frozen=True)
-class BatchScores:
+class BatchScores(msgspec.Struct, frozen=True, eq=False):
     """Results of a micro-batch's computation.
 
     Attributes:

@@ -103,6 +103,7 @@ class LoadedPart(msgspec.Struct, frozen=True, eq=False):
         decoded: its records from ``begin`` on.
         owned: its partition.
         begin: the first offset that was not computed before.
+        end: the first offset after this part.
         values: states of its accounts.
         loaded_rows: rows of ``values`` that came from the store; the others were in memory.
         merchant_raw: float32[n, M], merchants' features, those of published scores included;
@@ -113,15 +114,11 @@ class LoadedPart(msgspec.Struct, frozen=True, eq=False):
     decoded: DecodedPart
     owned: OwnedPartition
     begin: int
+    end: int
     values: Sequence[bytes | None]
     loaded_rows: Sequence[int]
     merchant_raw: NDArray[np.float32] | None
     published: dict[int, LoggedScore]
-
-    @property
-    def end(self) -> int:
-        """The first offset after this part."""
-        return max(self.decoded.chunk.end, self.begin)
 
 
 class ScoredPart(msgspec.Struct, frozen=True, eq=False):
@@ -149,6 +146,8 @@ class DecidedPart(msgspec.Struct, frozen=True, eq=False):
     """A part with everything that is to be written.
 
     Attributes:
+        partition, owned, decoded, end: number and state of its partition, its records, and the
+            first offset after it; the same as in its earlier stages.
         new: indices of the transactions that get their first score.
         scored_count: number of transactions with a score, old or new.
         scores, alerts, dead_letters: records to publish.
@@ -157,6 +156,10 @@ class DecidedPart(msgspec.Struct, frozen=True, eq=False):
     """
 
     scored: ScoredPart
+    partition: int
+    owned: OwnedPartition
+    decoded: DecodedPart
+    end: int
     new: Sequence[int]
     scored_count: int
     scores: Sequence[Outgoing]
@@ -164,26 +167,6 @@ class DecidedPart(msgspec.Struct, frozen=True, eq=False):
     dead_letters: Sequence[Outgoing]
     notes: Sequence[ScoredNote]
     answers: Sequence[RecordAnswer]
-
-    @property
-    def partition(self) -> int:
-        """Number of its partition."""
-        return self.scored.loaded.decoded.partition
-
-    @property
-    def owned(self) -> OwnedPartition:
-        """Its partition."""
-        return self.scored.loaded.owned
-
-    @property
-    def decoded(self) -> DecodedPart:
-        """Its records."""
-        return self.scored.loaded.decoded
-
-    @property
-    def end(self) -> int:
-        """The first offset after this part."""
-        return self.scored.loaded.end
 
 
 class ComputedPoll(msgspec.Struct, frozen=True, eq=False):

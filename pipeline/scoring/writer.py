@@ -202,8 +202,8 @@ class PollWriter:
         metrics = self._metrics
         metrics.latency.observe(latencies)
         add(metrics.clock_skew, n_skewed)
-        add(metrics.event_time_skew.labels("ahead"), n_ahead)
-        add(metrics.event_time_skew.labels("behind"), n_behind)
+        add(metrics.skews["ahead"], n_ahead)
+        add(metrics.skews["behind"], n_behind)
 
     # save --------------------------------------------------------------------------------
 
@@ -233,6 +233,7 @@ class PollWriter:
         counts = self._merchant_counts(parts)
         stands = await self._retrier.retry_redis(self._store.save, requests, counts)
         saved = []
+        held_states_max = self._held_states_max()
         for part, request, is_saved, of_it in zip(parts, requests, stands, replies, strict=True):
             if not is_saved:
                 await self._partitions.recover_from_conflict(
@@ -241,9 +242,9 @@ class PollWriter:
                 continue
             saved.append(part)
             self._replies += of_it
-            part.owned.end_save(request.watermark, part.end, self._held_states_max())
-            self._metrics.forgotten.inc(len(part.decoded.forgets))
-            self._metrics.transactions.inc(part.scored_count)
+            part.owned.end_save(request.watermark, part.end, held_states_max)
+        add(self._metrics.forgotten, sum(len(part.decoded.forgets) for part in saved))
+        add(self._metrics.transactions, sum(part.scored_count for part in saved))
         return saved
 
     def _save_request(

@@ -98,16 +98,16 @@ class RedisClient:
 
     Args:
         client: a client of redis-py that returns bytes.
+
+    Attributes:
+        is_cluster: whether this is a Redis Cluster, where all keys of a command must lie in one
+            slot.
     """
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        self.is_cluster = isinstance(client, RedisCluster)
         self._held = None if self.is_cluster else HeldConnection(client)
-
-    @property
-    def is_cluster(self) -> bool:
-        """Whether this is a Redis Cluster, where all keys of a command must lie in one slot."""
-        return isinstance(self.client, RedisCluster)
 
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip to each server, and return their replies.

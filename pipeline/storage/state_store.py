@@ -8,9 +8,10 @@ exactly its log up to its watermark at any moment, whichever worker writes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
+
+import msgspec
 
 from model.units import DAY_MS
 from pipeline.messages.replies import ANSWERED, REJECTED
@@ -28,24 +29,21 @@ _SAVE_STATES = load_script(
 )
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """A request for a partition's watermark and states of accounts in it."""
 
     partition: int
     account_ids: list[str]
 
 
-@dataclass(frozen=True)
-class LoadResult:
+class LoadResult(msgspec.Struct, frozen=True):
     """The loaded values; None for a missing one."""
 
     watermark: bytes | None
     states: list[bytes | None]
 
 
-@dataclass(frozen=True)
-class Save:
+class Save(msgspec.Struct, frozen=True):
     """A request to write states and the new watermark, if ``expected`` still stands.
 
     A state of None is deleted. An account may appear twice: the last one counts.

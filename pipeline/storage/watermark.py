@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 from pipeline.topic_id import NO_ID
 
@@ -15,8 +16,7 @@ _LAYOUT_1 = struct.Struct("<B3xIqqQ")
 """Format 1 had no topic ids."""
 
 
-@dataclass(frozen=True)
-class Watermark:
+class Watermark(msgspec.Struct, frozen=True):
     """How far a partition's states have applied its log; saved with them, atomically.
 
     Attributes:

@@ -132,7 +132,7 @@ class SaveWithoutWatermark(StateClient):
 
     def _write(self, request: Save) -> bool:
         standing = self.store.watermarks.get(request.partition)
-        return self.store.write(dataclasses.replace(request, expected=standing))
+        return self.store.write(msgspec.structs.replace(request, expected=standing))
 
 
 class WatermarkApart(StateClient):
@@ -145,18 +145,18 @@ class WatermarkApart(StateClient):
         stands = self.store.watermarks.get(request.partition) == request.expected
         if stands:
             unchanged = cast("bytes", request.expected)
-            self.store.write(dataclasses.replace(request, watermark=unchanged))
+            self.store.write(msgspec.structs.replace(request, watermark=unchanged))
         return stands
 
     def _watermark(self, request: Save) -> bool:
-        return self.store.write(dataclasses.replace(request, account_ids=[], states=[]))
+        return self.store.write(msgspec.structs.replace(request, account_ids=[], states=[]))
 
 
 class AnswersApart(StateClient):
     """Store client that sets the answers with a command of their own."""
 
     def effects(self, request: Save) -> list[Callable[[], bool]]:
-        write = partial(self.store.write, dataclasses.replace(request, answers=()))
+        write = partial(self.store.write, msgspec.structs.replace(request, answers=()))
         return [partial(self._answer, request), write]
 
     def _answer(self, request: Save) -> bool:
@@ -306,7 +306,9 @@ class ScoresOffsetTooFar(PartitionRecovery):
         self, owned: OwnedPartition, next_offset: int, appended: AppendResult | None
     ) -> Watermark:
         mark = super().next_watermark(owned, next_offset, appended)
-        return dataclasses.replace(mark, scores_offset=max(mark.scores_offset, owned.scores_next))
+        return msgspec.structs.replace(
+            mark, scores_offset=max(mark.scores_offset, owned.scores_next)
+        )
 
 
 # states ------------------------------------------------------------------------------------
@@ -360,7 +362,7 @@ class RepeatsApplied(ChainScorer):
         self, values: Sequence[bytes | None], batch: MicroBatch
     ) -> tuple[AccountStates, BatchScores, Any, int]:
         own = (batch.offset + 1).astype(np.uint64)
-        return super().score(values, dataclasses.replace(batch, id_hash=own))
+        return super().score(values, msgspec.structs.replace(batch, id_hash=own))
 
 
 class ConflictsDropped(ChainScorer):
@@ -370,7 +372,7 @@ class ConflictsDropped(ChainScorer):
         self, values: Sequence[bytes | None], batch: MicroBatch
     ) -> tuple[AccountStates, BatchScores, Any, int]:
         alike = batch.id_hash & np.uint64(0xFFFF_FFFF_0000_0000)
-        return super().score(values, dataclasses.replace(batch, id_hash=alike))
+        return super().score(values, msgspec.structs.replace(batch, id_hash=alike))
 
 
 class AlwaysNew(PartitionRecovery):
@@ -458,7 +460,7 @@ class NotesLater(PollClient):
     """Store client that writes the notes after the states."""
 
     async def save(self, requests: Sequence[Save], counts: Counts) -> list[bool]:
-        without = [dataclasses.replace(request, notes=()) for request in requests]
+        without = [msgspec.structs.replace(request, notes=()) for request in requests]
         stands = await super().save(without, counts)
         await self._merchants.add({}, [note for request in requests for note in request.notes])
         return stands
