@@ -197,6 +197,8 @@ def observe_merchants(
     present = present_bucket(timestamp_ms)
     if len(row) == 0:
         return np.empty((0, len(MERCHANT_FEATURES)), np.float32)
+    if len(row) == len(profiles) and np.array_equal(row, np.arange(len(row))):
+        return _features(profiles, row, present, label_delay_ms)  # small polls: each merchant once
     # Each merchant is computed once for each bucket, whatever its number of transactions.
     first = int(present.min())
     key = row * (int(present.max()) - first + 1) + (present - first)
@@ -245,8 +247,8 @@ class _KnownFrauds:
 def _closed_counts(profiles: MerchantProfiles, row: Rows, present: Int64) -> NDArray[np.uint16]:
     """Return the number of transactions [n, DEPTH] in each closed bucket."""
     counts = np.empty((len(row), DEPTH), np.uint16)
-    for bucket in np.unique(present).tolist():  # almost always one or two
-        chosen = np.flatnonzero(present == bucket)
+    for bucket in set(present.tolist()):  # almost always one or two
+        chosen = (present == bucket).nonzero()[0]
         start = (bucket - DEPTH) % BUCKETS
         before_end = min(DEPTH, BUCKETS - start)
         ring = profiles.counts[row[chosen]]

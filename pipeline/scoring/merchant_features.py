@@ -114,9 +114,8 @@ class MerchantFeatureCache:
         rows = np.array([row_of.setdefault(name, len(row_of)) for name in names[:free]], np.intp)
         held = place < len(rows)
         place, present, raw = place[held], present[held], raw[held]
-        order = np.argsort(
-            present, kind="stable"
-        )  # a merchant's newest features come last and stay
+        # A merchant's newest features come last and stay.
+        order = np.argsort(present, kind="stable")
         rows = rows[place[order]]
         newer = present[order] >= self._present[rows]
         rows, order = rows[newer], order[newer]
