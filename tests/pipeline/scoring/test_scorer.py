@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -329,7 +330,7 @@ def test_only_failing_transactions_are_left_out(
 
 
 def take(batch: MicroBatch, rows: np.ndarray[Any, Any]) -> MicroBatch:
-    return MicroBatch(*(column[rows] for column in vars(batch).values()))
+    return MicroBatch(*(column[rows] for column in msgspec.structs.astuple(batch)))
 
 
 @BRITTLE
