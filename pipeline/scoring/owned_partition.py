@@ -196,6 +196,11 @@ class OwnedPartition:
         """End a seek: records from ``computed_to`` on have come."""
         self._is_seeking = False
 
+    @property
+    def skips_uncommitted(self) -> bool:
+        """Whether a seek under way skips records that are saved and not committed."""
+        return self._is_seeking and self._next_offset > self._committed
+
     def skip_to(self, log_begin: int) -> int:
         """Skip the offsets before the log's begin; return their number."""
         skipped = max(0, log_begin - self._computed_to)

@@ -91,6 +91,7 @@ class PollWriter:
         # Meanwhile a rebalance may have revoked partitions, or a save met another watermark.
         parts = [p for p in computed.parts if self._partitions.owns(p.partition, p.owned)]
         if not parts:
+            self._ack(computed.poll, ())
             return
         with self._metrics.timed("publish"):
             parts, appended = await self._publish(parts)
@@ -297,7 +298,14 @@ class PollWriter:
     # ack ---------------------------------------------------------------------------------
 
     def _ack(self, poll: Poll, saved: Sequence[DecidedPart]) -> None:
-        """Allow the commit of saved offsets, unless a transaction committed them."""
+        """Allow the commit of saved offsets, unless a transaction committed them.
+
+        A seek skips what another worker saved. If no further record comes, no later poll acks it.
+        """
+        for partition in poll.chunks if self._transactions is None else ():
+            owned = self._partitions.owned(partition)
+            if owned is not None and owned.skips_uncommitted:
+                poll.applied[partition] = LogOffset(owned.next_offset, owned.log_id)
         for part in saved if self._transactions is None else ():
             if self._partitions.owns(part.partition, part.owned):
                 poll.applied[part.partition] = LogOffset(part.end, part.owned.log_id)

@@ -319,3 +319,24 @@ def test_offsets_committed_for_a_truncated_end_hide_no_alert() -> None:
     read_on(world)
 
     assert set(world.alerts()) >= {f"transactions:0:{i}" for i in range(2, 14)}
+
+
+def test_an_applied_chunk_that_is_fetched_again_leaves_no_offset_behind() -> None:
+    """The worker before died between save and commit, and no further record comes."""
+    world = World(topic_partitions=1, on_new_log="begin")
+    worker = world.worker()
+    finish(worker.ownership.learn_topic_id())
+    worker.ownership.assign([0])
+    kafka = world.kafka
+    kafka.recreate("transactions")
+    for i in range(7):
+        world.produce("A", f"new-{i}")
+    finish(world.worker().run())
+    generation = kafka.join("recur", "transactions", 0)
+    offset = LogOffset(3, kafka.topic_id("transactions"))
+    kafka.commit("recur", "transactions", 0, offset, generation)
+    worker.rebalance([0])
+
+    finish(worker.run())
+
+    assert world.watermark(0) == world.committed(0) == 7

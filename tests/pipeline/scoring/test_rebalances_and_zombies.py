@@ -11,18 +11,22 @@ from pipeline.messages.scores import Score, decode_score
 from pipeline.scoring import recovery as recovery_module
 from tests.fakes import memory as memory_module
 from tests.fakes.memory_workers import (
+    MemoryWorker,
     World,
     finish,
     step,
 )
 from tests.pipeline.scoring.helpers import (
     Simulation,
+    at,
+    count_steps,
     next_poll,
     note,
     nothing,
     one_poll,
     produce_everywhere,
     read_on,
+    small_world,
     when,
     when_nth,
 )
@@ -61,6 +65,23 @@ def test_records_applied_by_another_worker_are_dropped_and_acked() -> None:
     assert slow.acked == [{0: world.kafka.bounds("transactions", 0).end}]
     assert slow.count("recur_records_skipped_total", reason="applied") == 8
     world.assert_all_applied(alerts_once=True)
+
+
+def test_a_zombie_that_applies_the_rest_of_the_log_leaves_no_offset_behind() -> None:
+    """It may do so at any step, it cannot commit, and no further record comes."""
+    for number in range(count_steps(topic_partitions=1)):
+        world = small_world(topic_partitions=1)
+        zombie, owner = world.worker(), world.worker()
+
+        def overtake(world: World = world, zombie: MemoryWorker = zombie) -> None:
+            world.interrupt(nothing)
+            finish(zombie.run())
+
+        world.interrupt(at(number, overtake))
+        finish(owner.run())
+
+        end = world.kafka.bounds("transactions", 0).end
+        assert world.watermark(0) == world.committed(0) == end, number
 
 
 def test_a_revoked_partition_is_neither_published_nor_saved_nor_acked() -> None:
