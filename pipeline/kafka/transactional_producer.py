@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -60,13 +60,15 @@ FENCED: tuple[type[KafkaError], ...] = (
     InvalidProducerEpoch,
     InvalidProducerIdMapping,
     InvalidTxnState,
-    UnknownError,
 )
-"""Errors of a producer whose id has a newer one, or whose transaction or id the broker dropped.
+"""Errors of a producer whose id has a newer one, or whose transaction or id the broker dropped."""
+
+FENCED_AT_END: tuple[type[KafkaError], ...] = (*FENCED, UnknownError)
+"""Errors of such a producer at the end of its transaction, commit or abort.
 
 A broker that is just fencing a producer answers the end of its transaction with an unknown error:
 it takes the state in between for illegal. The outcome is then unknown, and the next take of the
-partition finds it out."""
+partition finds it out. At another step an unknown error says nothing about fencing."""
 
 
 class BatchTooLargeError(Exception):
@@ -152,7 +154,7 @@ class PartitionProducer(KafkaProducer):
             return await self._commit(output)
         except (BatchTooLargeError, DeadLetterRefusedError):
             assert self._producer is not None
-            await self._producer.abort_transaction()
+            await _end(self._producer.abort_transaction())
             raise
 
     async def _commit(self, output: PartOutput) -> AppendResult | None:
@@ -176,7 +178,7 @@ class PartitionProducer(KafkaProducer):
                 if not any(map(_is_fenced, errors)):
                     raise DeadLetterRefusedError from results[2]
             raise next(filter(_is_fenced, errors), errors[0])
-        await producer.commit_transaction()
+        await _end(producer.commit_transaction())
         appended: AppendResult | None = results[0].get(self._partition)
         if appended is None or appended.next is None:
             return appended
@@ -320,10 +322,24 @@ def _pending_futures(producer: AIOKafkaProducer) -> Iterator[asyncio.Future[Any]
             yield batch._drain_waiter
 
 
-def _is_fenced(error: BaseException | None) -> bool:
+async def _end(transaction: Awaitable[None]) -> None:
+    """Wait for the commit or abort of a transaction.
+
+    Raises:
+        FencedError: the broker has fenced this producer, or may have.
+    """
+    try:
+        await transaction
+    except KafkaError as error:
+        if _is_fenced(error, FENCED_AT_END):
+            raise FencedError from error
+        raise
+
+
+def _is_fenced(error: BaseException | None, errors: tuple[type[KafkaError], ...] = FENCED) -> bool:
     """Tell whether the broker has fenced this producer, also in errors that aiokafka wraps."""
     while error is not None:
-        if isinstance(error, FENCED):
+        if isinstance(error, errors):
             return True
         error = error.__cause__
     return False
