@@ -274,7 +274,7 @@ class TransactionalProducer:
                 return
             except FencedError:
                 log.warning(
-                    "another worker has taken the partition; nothing was published",
+                    "another worker has taken the partition, or may have; rejoining the group",
                     extra={"partition": partition},
                 )
             # A new producer could not tell whether another worker takes the partition meanwhile.
