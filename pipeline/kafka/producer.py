@@ -11,9 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import BrokerResponseError, KafkaError, OutOfOrderSequenceNumber
 
 import pipeline.kafka.produce_request  # noqa: F401 - packs the requests of aiokafka's producers
@@ -265,7 +265,7 @@ class KafkaProducer:
             size += 1
         batch._relative_offset = size  # noqa: SLF001
         batch.close()
-        return size, await self._producer.send_batch(batch, self._scores_topic, partition=partition)
+        return size, await _queue(self._producer, batch, self._scores_topic, partition)
 
     async def _send(self, topic: str, records: Sequence[Outgoing]) -> None:
         """Send records one by one; the key chooses the partition."""
@@ -386,6 +386,30 @@ class KafkaProducer:
         return delivery
 
 
+async def _queue(
+    producer: AIOKafkaProducer, batch: Any, topic: str, partition: int
+) -> asyncio.Future[Any]:
+    """Queue a batch; return its delivery.
+
+    While nothing is unusual this skips aiokafka's send_batch(), which takes 13 µs: it reads the
+    metadata twice, and shields the delivery.
+    """
+    queue = producer._message_accumulator  # noqa: SLF001
+    transactions = producer._txn_manager  # noqa: SLF001
+    place = TopicPartition(topic, partition)
+    if (
+        queue._closed  # noqa: SLF001
+        or queue._exception is not None  # noqa: SLF001
+        or place in queue._batches  # noqa: SLF001 - the batch before it waits
+        or producer.client.cluster.leader_for_partition(place) is None
+        or not (transactions.transactional_id is None or transactions.is_in_transaction())
+    ):
+        delivery = await producer.send_batch(batch, topic, partition=partition)
+    else:
+        delivery = queue._append_batch(batch, place).future  # noqa: SLF001
+    return cast("asyncio.Future[Any]", delivery)
+
+
 async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """Wait for deliveries; the result is None for a batch refused as too large.
 
@@ -394,14 +418,37 @@ async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
     Raises:
         KafkaError: the broker refused a batch for another reason.
     """
-    outcomes = await asyncio.gather(*deliveries, return_exceptions=True)
+    await _settled(deliveries)
+    errors = [delivery.exception() for delivery in deliveries]
     again: tuple[type[BaseException], ...] = TOO_LARGE
-    if any(isinstance(outcome, TOO_LARGE) for outcome in outcomes):
+    if any(isinstance(error, TOO_LARGE) for error in errors):
         again += (OutOfOrderSequenceNumber,)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, again):
-            raise outcome
-    return [None if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
+    for error in errors:
+        if error is not None and not isinstance(error, again):
+            raise error
+    return [
+        None if error else delivery.result()
+        for delivery, error in zip(deliveries, errors, strict=True)
+    ]
+
+
+async def _settled(deliveries: Sequence[asyncio.Future[Any]]) -> None:
+    """Wait until each delivery has its result or error; a cancellation cancels none of them."""
+    left = len(deliveries)
+    settled = asyncio.get_running_loop().create_future()
+
+    def settle(delivery: asyncio.Future[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if not delivery.cancelled():
+            delivery.exception()  # mark it as seen, even if nobody waits any more
+        if not left and not settled.done():
+            settled.set_result(None)
+
+    for delivery in deliveries:
+        delivery.add_done_callback(settle)
+    if deliveries:
+        await settled
 
 
 def _cut(dead_letter: Outgoing, limit: int) -> Outgoing:
