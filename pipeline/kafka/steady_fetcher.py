@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from itertools import islice
+from operator import attrgetter
 from time import monotonic, time
 from typing import Any
 
@@ -29,6 +31,9 @@ with a few records, and those that come while the worker is busy have to wait fo
 """
 
 
+_error_of = attrgetter("error")
+
+
 class _Records(PartitionRecords):
     """The records of a partition as they are decoded, without a copy of each."""
 
@@ -41,9 +46,27 @@ class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
 
     Attributes:
         loop: the loop that fetched them.
+        state: the partition's state in the assignment.
     """
 
     loop: _Loop
+    state: Any
+
+    def getall(self, max_records: int | None = None) -> list[Any]:
+        """Return records that are not read yet.
+
+        aiokafka looks the state up twice, and counts the records one by one.
+        """
+        records, state = self._partition_records, self.state
+        if records is None or state.paused or not self._assignment.active:
+            return list(super().getall(max_records))
+        if state.position != records.next_fetch_offset:
+            return list(super().getall(max_records))  # it drops them
+        found = list(islice(records._records_iterator, max_records))
+        state.consumed_to(records.next_fetch_offset)
+        if max_records is None or len(found) < max_records:
+            self._partition_records = None
+        return found
 
 
 class _Loop:
@@ -52,11 +75,13 @@ class _Loop:
     Attributes:
         has_moved: whether a partition was sent elsewhere, which ends the loop.
         has_ended: whether it has ended; records that it fetched may still be unread.
+        is_ahead: whether its last answer is large, so that it does not wait for a reader.
     """
 
     def __init__(self) -> None:
         self.has_moved = False
         self.has_ended = False
+        self.is_ahead = False
         self._woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -131,38 +156,41 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
             isolation_level=self._isolation_level,
             partition_bytes=self._max_partition_fetch_bytes,
         )
+        states = {tp: assignment.state_value(tp) for tp in places}
         moved: Collection[TopicPartition] = places
         while True:
-            positions = {tp: assignment.state_value(tp).position for tp in moved}
+            positions = {tp: states[tp].position for tp in moved}
             answer = await self._client.send(node_id, session.request(positions))
             if answer.error or loop.has_moved or not assignment.active:
                 return  # the next loop begins with all partitions
             session.accept(answer)
-            if any(part.error for part in answer.partitions):
+            if any(map(_error_of, answer.partitions)):
                 self._unusual.add(node_id)
                 return
-            moved = [part.place for part in answer.partitions if part.data]
+            now_ms, moved, fetched_bytes = int(time() * 1000), [], 0
             for part in answer.partitions:
-                self._keep(assignment, part, session.offsets[part.place], loop)
-            fetched_bytes = sum(len(part.data) for part in answer.partitions if part.data)
-            while not self._may_fetch(moved, fetched_bytes):
+                state = states[part.place]
+                state.highwater, state.lso, state.timestamp = part.highwater, part.stable, now_ms
+                if part.data:
+                    fetched = self._keep(assignment, part, session.offsets[part.place])
+                    fetched.loop, fetched.state = loop, state
+                    moved.append(part.place)
+                    fetched_bytes += len(part.data)
+            if moved:
+                for waiter in self._fetch_waiters:
+                    self._notify(waiter)
+            loop.is_ahead = fetched_bytes >= PREFETCH_BYTES
+            while not self._may_fetch(moved, loop):
                 await loop.wait()
                 if loop.has_moved:
                     return
 
-    def _may_fetch(self, unread: Collection[TopicPartition], fetched_bytes: int) -> bool:
+    def _may_fetch(self, unread: Collection[TopicPartition], loop: _Loop) -> bool:
         """Tell whether these partitions are read, and a reader waits or fetching ahead pays."""
-        if any(tp in self._records for tp in unread):
-            return False
-        return self._readers > 0 or fetched_bytes >= PREFETCH_BYTES
+        return (self._readers > 0 or loop.is_ahead) and self._records.keys().isdisjoint(unread)
 
-    def _keep(self, assignment: Any, part: FetchedPartition, offset: int, loop: _Loop) -> None:
+    def _keep(self, assignment: Any, part: FetchedPartition, offset: int) -> _Fetched:
         """Keep what was fetched of a partition until it is read."""
-        state = assignment.state_value(part.place)
-        state.highwater, state.lso = part.highwater, part.stable
-        state.timestamp = int(time() * 1000)
-        if not part.data:
-            return
         self._records[part.place] = fetched = _Fetched(
             part.place,
             assignment=assignment,
@@ -172,9 +200,7 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
             ),
             backoff=self._prefetch_backoff,
         )  # fmt: skip
-        fetched.loop = loop
-        for waiter in self._fetch_waiters:
-            self._notify(waiter)
+        return fetched
 
     async def fetched_records(
         self,
@@ -240,12 +266,13 @@ class SteadyFetcher(fetcher.Fetcher):  # type: ignore[misc]
     def _was_read(self, fetched: Any) -> None:
         """Wake what fetches on once records are read: their loop, or aiokafka after its end.
 
-        aiokafka does not fetch from a broker while records of it are unread.
+        A loop that waits for a reader too is not woken: the reader wakes it. aiokafka does not
+        fetch from a broker while records of it are unread.
         """
-        if isinstance(fetched, _Fetched) and not fetched.loop.has_ended:
-            fetched.loop.wake()
-        else:
+        if not isinstance(fetched, _Fetched) or fetched.loop.has_ended:
             self._notify(self._wait_consume_future)
+        elif self._readers > 0 or fetched.loop.is_ahead:
+            fetched.loop.wake()
 
     def seek_to(self, tp: TopicPartition, offset: int) -> None:
         """Read a partition from another offset on."""
