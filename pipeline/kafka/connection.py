@@ -15,6 +15,7 @@ import struct
 import weakref
 from collections.abc import Callable, Mapping
 from io import BytesIO
+from time import monotonic
 from typing import Any, Protocol
 
 from aiokafka import conn
@@ -31,7 +32,7 @@ class Answer(Protocol):
     """A decoder of the answers to a kind of request."""
 
     @classmethod
-    def decode(cls, stream: BytesIO) -> Any:
+    def decode(cls, data: memoryview) -> Any:
         """Decode what follows the header of an answer."""
 
 
@@ -39,7 +40,7 @@ class Packed:
     """A request that is bytes already, as it waits for its answer.
 
     Attributes:
-        RESPONSE_TYPE: decodes the answer; aiokafka's name.
+        RESPONSE_TYPE: decodes the answer; aiokafka's name. aiokafka does not decode it.
     """
 
     def __init__(self, key: int, version: int, body: bytes, answer: type[Answer]) -> None:
@@ -127,6 +128,17 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]
         ended.add_done_callback(functools.partial(self._on_read_task_error, weakref.ref(self)))
         self._writer.transport.set_protocol(_Answers(self._handle_frame, end))
         return ended
+
+    def _handle_frame(self, answer: bytes) -> None:
+        """Pass an answer to the request that has waited longest."""
+        number, packed, waiting = self._requests[0]
+        if not isinstance(packed, Packed) or INT32.unpack_from(answer)[0] != number:
+            super()._handle_frame(answer)
+            return
+        if not waiting.done():
+            waiting.set_result(packed.RESPONSE_TYPE.decode(memoryview(answer)[INT32.size :]))
+        self._last_action = monotonic()
+        self._requests.popleft()
 
     def send(self, request: Any, expect_response: bool = True) -> Any:
         """Send a request; return an awaitable of its answer."""

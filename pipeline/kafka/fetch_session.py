@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import NamedTuple
 
 from aiokafka.structs import TopicPartition
@@ -63,12 +62,11 @@ class FetchAnswer:
         self.partitions = partitions
 
     @classmethod
-    def decode(cls, stream: BytesIO) -> FetchAnswer:
+    def decode(cls, data: memoryview) -> FetchAnswer:
         """Decode what follows the header of a response."""
-        data, at = stream.getbuffer(), stream.tell()
-        _, error, session = _ANSWER.unpack_from(data, at)
-        (topics,) = INT32.unpack_from(data, at + 10)
-        at += 14
+        _, error, session = _ANSWER.unpack_from(data)
+        (topics,) = INT32.unpack_from(data, _ANSWER.size)
+        at = _ANSWER.size + INT32.size
         partitions: list[FetchedPartition] = []
         for _ in range(topics):
             (length,) = _INT16.unpack_from(data, at)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 
 class LogUnavailableError(Exception):
@@ -29,8 +31,7 @@ class Record(Protocol):
     headers: Sequence[tuple[str, bytes]]
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """One partition's part of a poll: every record of its log in [begin, end).
 
     Attributes:
@@ -43,8 +44,7 @@ class Chunk:
     epoch: int = 0
 
 
-@dataclass
-class Poll:
+class Poll(msgspec.Struct):
     """All records that one fetch returned.
 
     Attributes:
@@ -53,4 +53,4 @@ class Poll:
     """
 
     chunks: dict[int, Chunk]
-    applied: dict[int, int] = field(default_factory=dict)
+    applied: dict[int, int] = {}

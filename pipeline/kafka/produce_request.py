@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from io import BytesIO
 
 from aiokafka.producer import sender
 from aiokafka.protocol import produce
@@ -36,11 +35,10 @@ class ProduceAnswer:
         self.topics = topics
 
     @classmethod
-    def decode(cls, stream: BytesIO) -> ProduceAnswer:
+    def decode(cls, data: memoryview) -> ProduceAnswer:
         """Decode what follows the header of an answer."""
-        data, at = stream.getbuffer(), stream.tell()
-        (count,) = INT32.unpack_from(data, at)
-        at += INT32.size
+        (count,) = INT32.unpack_from(data)
+        at = INT32.size
         topics = []
         for _ in range(count):
             (length,) = _INT16.unpack_from(data, at)

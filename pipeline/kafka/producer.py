@@ -10,9 +10,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import BrokerResponseError, KafkaError, OutOfOrderSequenceNumber
 
@@ -48,8 +48,7 @@ class Outgoing(NamedTuple):
     headers: tuple[tuple[str, bytes], ...] = ()
 
 
-@dataclass(frozen=True)
-class AppendResult:
+class AppendResult(msgspec.Struct, frozen=True):
     """The offsets of a partition's scores, without gaps; both None if they are not known."""
 
     first: int | None
@@ -257,13 +256,13 @@ class KafkaProducer:
         now_ms = time.time_ns() // 1_000_000
         batch = self._producer.create_batch()
         # The batch's own append() costs as much again as its builder's.
-        append = batch._builder.append  # noqa: SLF001
+        append = batch._builder.append
         size = 0
         for key, value, headers in records:
             if append(size, now_ms, key, value, [*headers]) is None:
                 break
             size += 1
-        batch._relative_offset = size  # noqa: SLF001
+        batch._relative_offset = size
         batch.close()
         return size, await _queue(self._producer, batch, self._scores_topic, partition)
 
@@ -394,20 +393,20 @@ async def _queue(
     While nothing is unusual this skips aiokafka's send_batch(), which takes 13 µs: it reads the
     metadata twice, and shields the delivery.
     """
-    queue = producer._message_accumulator  # noqa: SLF001
-    transactions = producer._txn_manager  # noqa: SLF001
+    queue = producer._message_accumulator
+    transactions = producer._txn_manager
     place = TopicPartition(topic, partition)
     if (
-        queue._closed  # noqa: SLF001
-        or queue._exception is not None  # noqa: SLF001
-        or place in queue._batches  # noqa: SLF001 - the batch before it waits
+        queue._closed
+        or queue._exception is not None
+        or place in queue._batches  # the batch before it waits
         or producer.client.cluster.leader_for_partition(place) is None
         or not (transactions.transactional_id is None or transactions.is_in_transaction())
     ):
-        delivery = await producer.send_batch(batch, topic, partition=partition)
+        delivery: asyncio.Future[Any] = await producer.send_batch(batch, topic, partition=partition)
     else:
-        delivery = queue._append_batch(batch, place).future  # noqa: SLF001
-    return cast("asyncio.Future[Any]", delivery)
+        delivery = queue._append_batch(batch, place).future
+    return delivery
 
 
 async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
@@ -420,6 +419,8 @@ async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """
     await _settled(deliveries)
     errors = [delivery.exception() for delivery in deliveries]
+    if not any(errors):
+        return [delivery.result() for delivery in deliveries]
     again: tuple[type[BaseException], ...] = TOO_LARGE
     if any(isinstance(error, TOO_LARGE) for error in errors):
         again += (OutOfOrderSequenceNumber,)

@@ -51,6 +51,7 @@ class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
 
     loop: _Loop
     state: Any
+    _partition_records: Any
 
     def getall(self, max_records: int | None = None) -> list[Any]:
         """Return records that are not read yet.

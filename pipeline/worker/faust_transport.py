@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any, ClassVar, cast
@@ -162,7 +162,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         # Number of resets; records fetched before the last one are discarded.
         self._resets = 0
         # How often each partition was read again; each poll holds the number of its fetch.
-        self._epochs: Counter[TP] = Counter()
+        self._epochs: defaultdict[TP, int] = defaultdict(int)
         self.on_assigned: Callable[[set[TP]], None] = lambda partitions: None
         self.on_revoked: Callable[[set[TP]], None] = lambda partitions: None
         self.from_begin: set[str] = set()
@@ -181,9 +181,10 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         """Fetch and send polls; Faust's fetcher runs this until it is stopped."""
         try:
             while not (self.should_stop or fetcher.should_stop):
-                if not await self._wait_for_room() or fetcher.should_stop:
+                if not self._has_room():
+                    await self._wait_for_change()
                     continue
-                if self.flow_active:
+                if self._empty_polls and self.flow_active:
                     self._send_empty_polls()
                 resets = self._resets
                 records = await self._fetch()
@@ -256,26 +257,23 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
         self._empty_polls.clear()
         self._send(polls)
 
-    async def _wait_for_room(self) -> bool:
-        """Wait a while until another poll may be fetched; return whether it may."""
-        if self._has_room():
-            return True
+    async def _wait_for_change(self) -> None:
+        """Wait until fewer polls are in flight, or a while."""
         self._changed.clear()
+        # Before Python 3.12, wait_for() loses a cancellation that comes together with the event: a
+        # stopping worker then waited for ever.
+        timer = asyncio.get_running_loop().call_later(FETCH_TIMEOUT_SECONDS, self._changed.set)
         try:
-            # Before Python 3.12, wait_for() loses a cancellation that comes together with the
-            # event: a stopping worker then waited for ever.
-            async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        return self._has_room()
+            await self._changed.wait()
+        finally:
+            timer.cancel()
 
     def _has_room(self) -> bool:
         """Check whether a poll of every topic may come: a fetch may return records of each."""
         if len(self._in_flight) < POLLS_IN_FLIGHT_MAX:
             return True
-        by_topic = Counter(delivery.topic for delivery in self._in_flight)
-        return max(by_topic.values()) < POLLS_IN_FLIGHT_MAX
+        topics = [delivery.topic for delivery in self._in_flight]
+        return max(map(topics.count, topics)) < POLLS_IN_FLIGHT_MAX
 
     def _polls_of(self, records: Mapping[TP, list[Any]]) -> dict[str, Poll]:
         """Make one poll for each topic of a fetch."""
@@ -284,8 +282,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             first, end = fetched[0].offset, fetched[-1].offset + 1
             begin = min(self._begin.get(tp, first), first)
             self._begin[tp] = end
-            poll = polls.setdefault(tp.topic, Poll({}))
-            poll.chunks[tp.partition] = Chunk(begin, end, fetched, self._epochs[tp])
+            if tp.topic not in polls:
+                polls[tp.topic] = Poll({})
+            polls[tp.topic].chunks[tp.partition] = Chunk(begin, end, fetched, self._epochs[tp])
         return polls
 
     def _give_up(self, records: Mapping[TP, list[Any]]) -> None:

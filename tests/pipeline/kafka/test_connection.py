@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from io import BytesIO
 from typing import Any
 
 import pytest
@@ -24,8 +23,8 @@ class Text:
     """An answer that is the rest of its bytes."""
 
     @classmethod
-    def decode(cls, stream: BytesIO) -> bytes:
-        return stream.read()
+    def decode(cls, data: memoryview) -> bytes:
+        return bytes(data)
 
 
 class Echo(Packable):

@@ -91,7 +91,7 @@ def test_an_answer_has_what_aiokafka_reads_from_it(aborted: list[tuple[int, int]
         ],
     ).encode()
 
-    found = FetchAnswer.decode(BytesIO(packed))
+    found = FetchAnswer.decode(memoryview(packed))
 
     assert (found.error, found.session) == (0, 55)
     assert found.partitions == [
@@ -102,7 +102,7 @@ def test_an_answer_has_what_aiokafka_reads_from_it(aborted: list[tuple[int, int]
 
 
 def test_an_error_of_the_whole_request_is_found() -> None:
-    found = FetchAnswer.decode(BytesIO(FetchResponse_v11(0, 70, 0, []).encode()))
+    found = FetchAnswer.decode(memoryview(FetchResponse_v11(0, 70, 0, []).encode()))
     assert (found.error, found.partitions) == (70, [])
 
 

@@ -55,6 +55,8 @@ METHODS = [
     (AIOKafkaClient, "get_random_node", "self"),
     (AIOKafkaClient, "send", "self, node_id, request, *, group=<ConnectionGroup.DEFAULT: 0>"),
     (TransactionManager, "wait_for_transaction_end", "self"),
+    (TransactionManager, "is_in_transaction", "self"),
+    (MessageAccumulator, "_append_batch", "self, builder, tp"),
     # pipeline/kafka: overridden or replaced
     (Request, "build", "self, request_struct_class"),
     (MemoryRecords, "size_in_bytes", "self"),
@@ -78,21 +80,22 @@ METHODS = [
     (fetcher.Fetcher, "_create_fetch_waiter", "self"),
     (fetcher.Fetcher, "_notify", "self, future"),
     (fetcher.FetchResult, "__init__", "self, tp, *, assignment, partition_records, backoff"),
-    (fetcher.FetchResult, "getall", "self, max_records=None"),
     (fetcher.FetchResult, "has_more", "self"),
     (fetcher.FetchError, "check_raise", "self"),
+    (TopicPartitionState, "consumed_to", "self, position"),
     # pipeline/kafka/steady_fetcher.py: overridden
+    (fetcher.FetchResult, "getall", "self, max_records=None"),
     (fetcher.Fetcher, "_proc_fetch_request", "self, assignment, node_id, request"),
     (fetcher.Fetcher, "fetched_records", "self, partitions, timeout=0, max_records=None"),
     (fetcher.Fetcher, "seek_to", "self, tp, offset"),
     (fetcher.Fetcher, "request_offset_reset", "self, tps, strategy"),
     (PARTITION_RECORDS, "_consumer_record", "self, tp, record"),
     # pipeline/kafka/connection.py: called
-    (CONNECTION, "_handle_frame", "self, resp"),
     (CONNECTION, "_next_correlation_id", "self"),
     (CONNECTION, "_on_read_task_error", "self_ref, read_task"),
     # pipeline/kafka/connection.py: overridden
     (CONNECTION, "_create_reader_task", "self"),
+    (CONNECTION, "_handle_frame", "self, resp"),
     (CONNECTION, "send", "self, request, expect_response=True"),
     # pipeline/kafka/produce_request.py: overridden
     (produce.ProduceRequest, "__init__", "self, transactional_id, required_acks, timeout, topics"),
@@ -134,6 +137,8 @@ PROPERTIES = [
     (Subscription, "assignment"),
     (TopicPartitionState, "position"),
     (TopicPartitionState, "has_valid_position"),
+    (TopicPartitionState, "paused"),
+    (Assignment, "active"),
 ]
 
 FETCHER = {
@@ -144,8 +149,8 @@ FETCHER = {
 }  # fmt: skip
 
 CONNECTIONS = {
-    "_client_id", "_closed_fut", "_host", "_loop", "_port", "_reader", "_request_timeout",
-    "_requests", "_versions", "_writer",
+    "_client_id", "_closed_fut", "_host", "_last_action", "_loop", "_port", "_reader",
+    "_request_timeout", "_requests", "_versions", "_writer",
 }  # fmt: skip
 
 ATTRIBUTES = {
@@ -159,7 +164,10 @@ ATTRIBUTES = {
     "_sender": "AIOKafkaProducer",
     "_txn_manager": "AIOKafkaProducer",
     "_message_accumulator": "AIOKafkaProducer",
-    "_batches": "MessageAccumulator",
+    **dict.fromkeys(("_batches", "_closed", "_exception"), "MessageAccumulator"),
+    **dict.fromkeys(("_builder", "_relative_offset"), "BatchBuilder"),
+    **dict.fromkeys(("_assignment", "_partition_records"), "FetchResult"),
+    "_records_iterator": "PartitionRecords",
     "_drain_waiter": "MessageBatch",
     "_consumer": "AIOKafkaConsumerThread",
     "_thread": "Consumer of Faust",
@@ -260,12 +268,22 @@ def test_a_producer_keeps_batches_with_the_future_that_we_read() -> None:
         builder = batches.create_builder()
         builder.append(timestamp=None, key=None, value=b"x", headers=[])
         builder.close()
+        assert vars(builder).keys() >= {"_builder", "_relative_offset"}
         delivery = await batches.add_batch(builder, TopicPartition("topic", 0), timeout=1)
+        assert vars(batches).keys() >= {"_batches", "_closed", "_exception"}
         ((batch,),) = batches._batches.values()
         assert isinstance(batch._drain_waiter, asyncio.Future)
+        assert isinstance(batch.future, asyncio.Future)
         delivery.cancel()
 
     asyncio.run(look())
+
+
+def test_fetched_records_have_the_attributes_that_we_read() -> None:
+    records = PARTITION_RECORDS(None, None, [], 0, None, None, True, 0)
+    assert vars(records).keys() >= {"_records_iterator", "next_fetch_offset"}
+    result = fetcher.FetchResult(None, assignment=None, partition_records=records, backoff=0)
+    assert vars(result).keys() >= {"_assignment", "_partition_records"}
 
 
 def test_fausts_classes_have_the_attributes_that_we_read() -> None:
@@ -329,8 +347,8 @@ def test_every_private_name_that_the_product_reads_is_listed_here() -> None:
     of_our_base = own_names((ROOT / "pipeline/kafka/producer.py").read_text())
     modules = modules_with_private_names()
     assert [file.name for file in modules] == [
-        "acl.py", "score_log.py", "steady_fetcher.py", "topics.py", "transactional_producer.py",
-        "faust_transport.py",
+        "acl.py", "producer.py", "score_log.py", "steady_fetcher.py", "topics.py",
+        "transactional_producer.py", "faust_transport.py",
     ]  # fmt: skip
     of_base_classes = [
         ROOT / f"pipeline/kafka/{name}.py" for name in ("connection", "produce_request")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
 import pytest
 from aiokafka.producer import sender
 from aiokafka.protocol.produce import ProduceRequest_v7, ProduceResponse_v7
@@ -30,7 +28,7 @@ def test_aiokafka_packs_the_request_for_a_broker_that_does_not_know_it() -> None
 
 def test_an_answer_has_what_aiokafka_reads_from_it() -> None:
     topics = [("scores", [(3, 0, 17, -1, 0), (0, 10, -1, -1, -1)]), ("älerts", [])]
-    found = ProduceAnswer.decode(BytesIO(ProduceResponse_v7(topics, 0).encode()))
+    found = ProduceAnswer.decode(memoryview(ProduceResponse_v7(topics, 0).encode()))
     assert found.topics == topics
 
 
