@@ -14,7 +14,6 @@ import logging
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
@@ -102,22 +101,18 @@ def refuse_batch(value: bytes | None) -> None:
         raise RejectedError("batch_too_large", str(value))
 
 
-@dataclass
-class _Budget:
-    left: int
+class PollBudget:
+    """The bytes that may be decompressed within the block: :data:`POLL_MAX_BYTES`."""
 
+    def __enter__(self) -> None:
+        self.left = POLL_MAX_BYTES
+        _budget.set(self)
 
-_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
-
-
-@contextmanager
-def one_poll() -> Iterator[None]:
-    """Bound the bytes that are decompressed within the block by :data:`POLL_MAX_BYTES`."""
-    _budget.set(_Budget(POLL_MAX_BYTES))
-    try:
-        yield
-    finally:
+    def __exit__(self, *error: object) -> None:
         _budget.set(None)  # no reset(): a dropped poll may end in another context
+
+
+_budget: ContextVar[PollBudget | None] = ContextVar("budget", default=None)
 
 
 def uncompressed_size(codec: int, payload: memoryview, limit: int) -> int | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
+import msgspec
 from aiokafka.structs import TopicPartition
 
 from pipeline.kafka.connection import INT32, Packable, Packed, Versions
@@ -28,7 +28,7 @@ _ABORTED = struct.Struct(">qq")
 _RECORDS = struct.Struct(">ii")
 
 
-class FetchedPartition(NamedTuple):
+class FetchedPartition(msgspec.Struct, frozen=True):
     """A partition's part of an answer.
 
     Attributes:

@@ -229,7 +229,7 @@ class KafkaProducer:
 
     async def _append(self, scores: dict[int, Sequence[Outgoing]]) -> dict[int, AppendResult]:
         """Append scores to several partitions concurrently, in order within each."""
-        places: dict[int, list[tuple[int | None, int]]] = {partition: [] for partition in scores}
+        places: dict[int, list[tuple[int, int]]] = {partition: [] for partition in scores}
         rest = scores
         while rest:
             sender = self._sender()
@@ -240,7 +240,7 @@ class KafkaProducer:
                 if metadata is None:
                     size = 0
                 else:
-                    places[partition].append((_known(metadata.offset), size))
+                    places[partition].append((metadata.offset, size))
                 if size < len(rest[partition]):
                     left[partition] = rest[partition][size:]
             rest = left
@@ -473,17 +473,14 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, BrokerResponseError) and not error.retriable
 
 
-def _appended(places: Sequence[tuple[int | None, int]]) -> AppendResult:
-    """Combine batches, given the base offset and size of each."""
-    (first, _), *_ = places
-    expected = first
+def _appended(places: Sequence[tuple[int, int]]) -> AppendResult:
+    """Combine batches, given the base offset and size of each.
+
+    The offset is -1 if the broker had a retried batch already and does not tell where.
+    """
+    first = expected = places[0][0]
     for offset, size in places:
-        if offset is None or offset != expected:  # another worker wrote between them
+        if offset < 0 or offset != expected:  # another worker wrote between them
             return AppendResult(None, None)
         expected = offset + size
     return AppendResult(first, expected)
-
-
-def _known(offset: int) -> int | None:
-    """Return None for -1: the broker had a retried batch already and does not tell where."""
-    return offset if offset >= 0 else None

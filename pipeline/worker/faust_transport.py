@@ -28,7 +28,7 @@ from faust.types import TP
 from mode import Service
 from mode.threads import ServiceThread
 
-from pipeline.kafka.decompression_limit import one_poll
+from pipeline.kafka.decompression_limit import PollBudget
 from pipeline.kafka.polls import Chunk, LogUnavailableError, Poll
 from pipeline.kafka.steady_fetcher import fetch_steadily
 from pipeline.topic_id import LogOffset, commit_metadata, committed_offset
@@ -180,9 +180,12 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
     async def _drain_messages(self, fetcher: Service) -> None:
         """Fetch and send polls; Faust's fetcher runs this until it is stopped."""
         try:
-            while not (self.should_stop or fetcher.should_stop):
+            while True:
                 if not self._has_room():
                     await self._wait_for_change()
+                if self.should_stop or fetcher.should_stop:
+                    break
+                if not self._has_room():
                     continue
                 if self._empty_polls and self.flow_active:
                     self._send_empty_polls()
@@ -207,7 +210,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             await self.sleep(FETCH_TIMEOUT_SECONDS)
             return {}
         consumer = self._thread._ensure_consumer()
-        with one_poll():
+        with PollBudget():
             return cast(
                 "Mapping[TP, list[Any]]",
                 await self._thread._fetch_records(

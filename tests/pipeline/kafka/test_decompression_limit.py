@@ -21,9 +21,9 @@ from pipeline.kafka.decompression_limit import (
     LZ4,
     SNAPPY,
     ZSTD,
+    PollBudget,
     RefusedBatch,
     cramjam,
-    one_poll,
     uncompressed_size,
 )
 from pipeline.kafka.topics import ensure_topics
@@ -197,7 +197,7 @@ def test_a_poll_decompresses_up_to_its_limit_and_leaves_the_rest_for_the_next(
             consumer.assign([place])
             polls: list[list[int]] = []
             while await consumer.position(place) < 50:
-                with one_poll():
+                with PollBudget():
                     records = (await consumer.getmany(place, timeout_ms=1000)).get(place, [])
                 if records:
                     polls.append([record.offset for record in records])
