@@ -211,15 +211,13 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
             return {}
         consumer = self._thread._ensure_consumer()
         with PollBudget():
-            return cast(
-                "Mapping[TP, list[Any]]",
-                await self._thread._fetch_records(
-                    consumer,
-                    active,
-                    timeout=FETCH_TIMEOUT_SECONDS,
-                    max_records=consumer._max_poll_records,
-                ),
+            records: Mapping[TP, list[Any]] = await self._thread._fetch_records(
+                consumer,
+                active,
+                timeout=FETCH_TIMEOUT_SECONDS,
+                max_records=consumer._max_poll_records,
             )
+        return records
 
     def _send(self, polls: Mapping[str, Poll]) -> None:
         """Send each topic's poll to its agent."""
