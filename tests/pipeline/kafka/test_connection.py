@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from aiokafka import conn
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import CorrelationIdError, KafkaConnectionError
 from aiokafka.protocol.admin import ApiVersionRequest_v0
 
 from pipeline.kafka.connection import INT32, Connection, Packable, Packed, Versions, _Answers
@@ -145,5 +145,19 @@ def test_the_end_of_a_connection_fails_its_requests_and_is_noticed() -> None:
         assert reasons == [conn.CloseReason.CONNECTION_BROKEN]
         with pytest.raises(KafkaConnectionError):
             await connection.send(Echo(b"x"))
+
+    run(serve, test)
+
+
+def test_an_answer_to_another_request_ends_the_connection() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, _, number, body = await read_request(reader)
+        await answer(writer, INT32.pack(INT32.unpack(number)[0] + 1), body, 100)
+        await reader.read()
+
+    async def test(connection: Connection) -> None:
+        with pytest.raises(CorrelationIdError):
+            await connection.send(Echo(b"x"))
+        assert not connection.connected()
 
     run(serve, test)

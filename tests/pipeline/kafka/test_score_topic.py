@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -27,6 +28,7 @@ from pipeline.kafka.producer import (
     Publisher,
     PublishError,
     Transactions,
+    _all_of,
 )
 from pipeline.kafka.score_log import KafkaScoreLog, LoggedScore, ScoreLog
 from pipeline.kafka.topics import ROLES, TopicRole, ensure_topics
@@ -691,6 +693,71 @@ def test_interleaved_batches_have_unknown_offsets(kafka: Kafka) -> None:
         )
 
     run(open_real(kafka), test)
+
+
+def test_publishes_at_the_same_time_keep_their_order_within_a_partition(kafka: Kafka) -> None:
+    async def test(broker: Broker) -> None:
+        appended = await asyncio.gather(
+            *(broker.publisher.publish({0: scores(broker, 0, [n])}, [], []) for n in range(5))
+        )
+
+        assert appended == [{0: AppendResult(n, n + 1)} for n in range(5)]
+        found = await broker.records(broker.settings.topic("scores"), 0)
+        assert [r.value for r in found] == [o.value for o in scores(broker, 0, range(5))]
+
+    run(open_real(kafka), test)
+
+
+def test_a_cancelled_publish_takes_nothing_back_and_the_next_one_follows_it(kafka: Kafka) -> None:
+    async def test(broker: Broker) -> None:
+        await broker.publisher.publish({0: scores(broker, 0, [0])}, [], [])
+        sent: dict[int, Sequence[Outgoing]] = {p: scores(broker, p, [1, 2]) for p in range(2)}
+        publishing = asyncio.create_task(broker.publisher.publish(sent, [], []))
+        await asyncio.sleep(0)  # its batches are queued now
+        publishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await publishing
+
+        appended = await broker.publisher.publish({0: scores(broker, 0, [3])}, [], [])
+
+        assert appended == {0: AppendResult(3, 4)}
+        assert len(await all_records(broker, "scores")) == 6
+
+    run(open_real(kafka), test)
+
+
+def test_a_publisher_that_has_stopped_refuses_scores(kafka: Kafka) -> None:
+    async def test(broker: Broker) -> None:
+        assert isinstance(broker.publisher, KafkaProducer)
+        await broker.publisher.publish({0: scores(broker, 0, [0])}, [], [])
+        await broker.publisher.stop()
+        with pytest.raises(PublishError):
+            await broker.publisher.publish({0: scores(broker, 0, [1])}, [], [])
+
+    run(open_real(kafka), test)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_error_after_a_cancelled_wait_is_no_lost_one() -> None:
+    problems: list[Any] = []
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: problems.append(context))
+        deliveries = [loop.create_future() for _ in range(2)]
+        waiting = asyncio.create_task(_all_of(deliveries))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not any(delivery.done() for delivery in deliveries)
+        for delivery in deliveries:
+            delivery.set_exception(MessageSizeTooLargeError())
+        await asyncio.sleep(0)
+
+    asyncio.run(test())
+    gc.collect()
+    assert not problems
 
 
 # read ------------------------------------------------------------------------------------

@@ -143,6 +143,24 @@ def test_what_comes_while_nobody_reads_is_fetched_at_once(kafka: Kafka) -> None:
     run(kafka, test)
 
 
+def test_a_reader_that_waits_is_served_once_another_has_read_the_rest(kafka: Kafka) -> None:
+    async def test(log: Log) -> None:
+        await log.write(b"0")
+        assert len(await log.read(1)) == 1
+        waiting = asyncio.create_task(
+            log.consumer.getmany(log.places[0], timeout_ms=2_000 * READ_SECONDS)
+        )
+        await log.write(b"other", partition=1)
+        async with asyncio.timeout(READ_SECONDS):
+            while not log.fetcher._records:  # noqa: ASYNC110 - until it is fetched
+                await asyncio.sleep(0.01)
+            assert list(await log.consumer.getmany(log.places[1])) == [log.places[1]]
+            await log.write(b"1")
+            assert list(await waiting) == [log.places[0]]
+
+    run(kafka, test)
+
+
 def test_more_records_than_a_poll_holds_are_read_in_several(kafka: Kafka) -> None:
     async def test(log: Log) -> None:
         for partition in range(PARTITIONS):

@@ -14,6 +14,7 @@ from mode import Service
 
 from pipeline.kafka.polls import Chunk, Poll
 from pipeline.settings import load_settings
+from pipeline.worker import faust_transport
 from pipeline.worker.app import faust_app
 from pipeline.worker.faust_transport import (
     POLLS_IN_FLIGHT_MAX,
@@ -237,6 +238,47 @@ def test_a_stop_while_a_poll_makes_room_is_not_lost(tmp_path: Path, ticks: int) 
             await asyncio.sleep(0)
 
         await cancel(draining)
+
+    asyncio.run(run())
+
+
+def test_a_consumer_that_waits_for_room_notices_its_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faust_transport, "FETCH_TIMEOUT_SECONDS", 0.01)
+
+    async def run() -> None:
+        polls: list[Delivery] = []
+        consumer = consumer_in(tmp_path, polls)
+        await consumer.on_partitions_assigned({PAYMENTS, LABELS})
+        consumer._thread.fetch_size = 1
+        consumer.resume_flow()
+        fetcher = SimpleNamespace(should_stop=False)
+        draining = asyncio.create_task(consumer._drain_messages(fetcher))
+        await until(lambda: len(polls) == POLLS_IN_FLIGHT_MAX)
+        await asyncio.sleep(0.05)
+        assert len(polls) == POLLS_IN_FLIGHT_MAX
+        fetcher.should_stop = True
+        async with asyncio.timeout(60):
+            await draining
+        assert len(polls) == POLLS_IN_FLIGHT_MAX
+
+    asyncio.run(run())
+
+
+def test_there_is_room_until_one_topic_has_its_most_polls_in_flight(tmp_path: Path) -> None:
+    async def run() -> None:
+        polls: list[Delivery] = []
+        consumer = consumer_in(tmp_path, polls)
+        labels = {LABELS.topic: Poll({LABELS.partition: Chunk(0, 1, ())})}
+        for offset in range(POLLS_IN_FLIGHT_MAX):
+            assert consumer._has_room()
+            consumer._send(payments(offset))
+            if not offset:
+                consumer._send(labels)
+        assert not consumer._has_room()
+        consumer.abandon(polls[0])
+        assert consumer._has_room()
 
     asyncio.run(run())
 
