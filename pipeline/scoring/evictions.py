@@ -14,7 +14,6 @@ detected, too.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
@@ -281,7 +280,7 @@ class Evictions:
             standing = read_watermark(topic, partition, loaded.watermark)
             if standing.next_offset > bounds.end:
                 return 0  # of another log: the worker that takes the partition reports it
-            mark = dataclasses.replace(
+            mark = msgspec.structs.replace(
                 standing,
                 next_offset=min(bounds.begin, standing.next_offset),
                 scores_offset=max(scores.begin, standing.scores_begin),
