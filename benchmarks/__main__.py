@@ -28,6 +28,7 @@ from benchmarks.results import console
 from benchmarks.tail import log_broker_pauses, tail
 from benchmarks.throughput import throughput
 from benchmarks.transactional import transactional
+from pipeline.garbage_collector import tune_garbage_collector
 from pipeline.local.embedded import embedded
 
 ONLY = ["throughput", "latency", "poll-cost", "memory", "promptness", "tail", "transactional"]
@@ -110,6 +111,7 @@ def main(
             log_broker_pauses(Path(directory))
         with embedded() as services:
             bench = Bench(services, Path(directory), generated=generated)
+            tune_garbage_collector()  # its pauses would stop the feed
             uvloop.run(run(bench, plan))
     bench.results.add("this machine before and after", f"{before}; {measure_machine()}")
     bench.results.add("duration", f"{(time.monotonic() - began) / 60:.0f} minutes")
