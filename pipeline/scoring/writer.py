@@ -302,12 +302,14 @@ class PollWriter:
 
         A seek skips what another worker saved. If no further record comes, no later poll acks it.
         """
-        for partition in poll.chunks if self._transactions is None else ():
+        if saved:
+            self._health.moved()
+        if self._transactions is not None:
+            return
+        for partition in poll.chunks:
             owned = self._partitions.owned(partition)
             if owned is not None and owned.skips_uncommitted:
                 poll.applied[partition] = LogOffset(owned.next_offset, owned.log_id)
-        for part in saved if self._transactions is None else ():
+        for part in saved:
             if self._partitions.owns(part.partition, part.owned):
                 poll.applied[part.partition] = LogOffset(part.end, part.owned.log_id)
-        if saved:
-            self._health.moved()

@@ -180,12 +180,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]
     async def _drain_messages(self, fetcher: Service) -> None:
         """Fetch and send polls; Faust's fetcher runs this until it is stopped."""
         try:
-            while True:
+            while not (self.should_stop or fetcher.should_stop):
                 if not self._has_room():
                     await self._wait_for_change()
-                if self.should_stop or fetcher.should_stop:
-                    break
-                if not self._has_room():
                     continue
                 if self._empty_polls and self.flow_active:
                     self._send_empty_polls()
